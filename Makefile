@@ -1,0 +1,54 @@
+PYTHON ?= python3
+BIN := .venv/bin
+# One thread a process: two processes with two threads each on two cores run several times slower than one.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: help setup demo test lint format bench test-slow test-data test-gpu test-peers clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
+
+setup: .venv/.stamp  ## make .venv with the pinned versions (the other targets do this by themselves)
+
+# uv, not pip: it takes torch and torchvision from one place, as the pair they must be.
+# The stamp is written last, so that a set-up that fails half-way is done again.
+.venv/.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q uv
+	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup  ## train with the defaults, no download: make demo ARGS='experiment=... seed=1'
+	$(BIN)/python -m experiments.train $(ARGS)
+
+test: setup  ## the default suite, warnings are errors
+	$(PYTEST) -n 2
+
+lint: setup  ## ruff check, ruff format --check, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup  ## let ruff rewrite
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup  ## measure latency: make bench ARGS='...'
+	$(BIN)/python -m experiments.bench $(ARGS)
+
+test-slow: setup  ## tests that train for longer
+	$(PYTEST) -n 2 -m slow
+
+test-data: setup  ## tests on real data sets under ELASTIC_DATA
+	$(PYTEST) -m data
+
+test-gpu: setup  ## tests that need a CUDA device
+	$(PYTEST) -m gpu
+
+test-peers: setup  ## comparisons with other pruning libraries; installs them first
+	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[peers]'
+	$(PYTEST) -m peers
+
+clean:  ## remove what runs and builds leave behind (.venv stays)
+	rm -rf outputs multirun wandb build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	find conf elastic callbacks experiments tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,53 @@
+"""What the network is made of, epoch by epoch, and what has happened to it."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from elastic.cost import census
+from elastic.module import ElasticModule
+
+
+class Census(L.Callback):
+    """Logs `size/params`, `size/params_dense` and `size/macs`; writes `timeline.jsonl`; keeps the history.
+
+    The timeline has one line a structural event: epoch, step, why, width, before, after. It is written anew
+    from what the module remembers, so that a resumed run never holds events of epochs that were lost.
+    """
+
+    def __init__(self, folder: str = ".") -> None:
+        self.folder = Path(folder)
+        self.history: list[dict[str, Any]] = []
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        now = census(pl_module.net, pl_module.widths, pl_module.example)
+        counts = {"params": now.params, "params_dense": now.params_dense, "macs": now.macs}
+        pl_module.log_dict(
+            {f"size/{name}": float(value) for name, value in counts.items()}, rank_zero_only=True
+        )
+        self.history.append({"epoch": trainer.current_epoch, **counts, "widths": now.widths})
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
+        if self.history:
+            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            self.history[-1] |= {name: value for name, value in metrics.items() if "/" in name}
+        if trainer.is_global_zero:
+            write_lines(self.folder / "timeline.jsonl", pl_module.timeline)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = list(state_dict["history"])
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    """One JSON object a line, put in place at once."""
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.replace(part, path)

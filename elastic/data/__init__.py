@@ -1,0 +1,7 @@
+"""Image data as Lightning data modules, with augmentation on the device."""
+
+from elastic.data.folders import ImageFolderData, Imagenette
+from elastic.data.images import DataError, ImageData
+from elastic.data.sets import Digits, TorchvisionImages
+
+__all__ = ["DataError", "Digits", "ImageData", "ImageFolderData", "Imagenette", "TorchvisionImages"]

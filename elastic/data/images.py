@@ -1,0 +1,194 @@
+"""What all image data have in common: the split, the loaders, normalisation and where augmentation happens.
+
+A set is read into bytes once. Loaders hand over whole batches of bytes, and everything done in floating point
+(scaling, augmentation, normalisation) runs after the transfer, on the device, a batch at a time.
+
+Shapes: B samples of a batch, C channels, H rows, W columns.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+
+from elastic.data.imageset import Batch, ImageSet
+from elastic.data.split import stratified_split
+
+
+class DataError(RuntimeError):
+    """Data that cannot be used, and what to do about it, on one line."""
+
+    def __init__(self, message: str) -> None:
+        # A loader's worker process hands its whole traceback over as the message; the last line is the error.
+        last = message.strip().splitlines()[-1]
+        super().__init__(last.removeprefix(f"{DataError.__module__}.DataError: "))
+
+
+class ImageData(L.LightningDataModule, ABC):
+    """Train, validation and test batches of one set of images; a subclass says how to `load` it.
+
+    The validation part is cut from the official training data, class by class, by `split_seed`; runs that
+    differ in `seed` therefore share it. The test part is the official one.
+
+    Args:
+        root: folder of all data sets, in torchvision's layouts.
+        batch_size: samples in a batch of one process.
+        val_fraction: of the official training data, between 0 and 1.
+        seed: of the training order.
+        split_seed: of the validation split.
+        augment: callables x_BCHW -> x_BCHW on images in [0, 1]; used in order, while training only.
+        mean, std: one number a channel, of images in [0, 1].
+        workers: processes that read batches; sets held in memory are fastest with none.
+        download: fetch what is missing.
+
+    Attributes:
+        shape: (C, H, W).
+        classes: their number.
+        train_set, val_set, test_set: after `setup`.
+    """
+
+    shape: tuple[int, int, int]
+    classes: int
+
+    def __init__(
+        self,
+        root: str = "data",
+        batch_size: int = 128,
+        val_fraction: float = 0.1,
+        seed: int = 0,
+        split_seed: int = 0,
+        augment: Iterable[Callable[[Tensor], Tensor]] = (),
+        mean: Sequence[float] = (0.0,),
+        std: Sequence[float] = (1.0,),
+        workers: int = 0,
+        download: bool = True,
+    ) -> None:
+        super().__init__()
+        if not 0 < val_fraction < 1:
+            raise DataError(f"val_fraction is {val_fraction}: set data.val_fraction between 0 and 1, say 0.1")
+        if batch_size < 1:
+            raise DataError(f"batch_size is {batch_size}: set data.batch_size to 1 or more")
+        self.root, self.batch_size, self.val_fraction = root, batch_size, val_fraction
+        self.seed, self.split_seed, self.augment = seed, split_seed, tuple(augment)
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.workers, self.download = workers, download
+        self.train_set: Subset[Batch] | None = None
+        self.val_set: Subset[Batch] | None = None
+        self.test_set: ImageSet | None = None
+
+    @abstractmethod
+    def load(self, download: bool) -> tuple[ImageSet, ImageSet]:
+        """The official training and test data, or a `DataError`."""
+
+    def prepare_data(self) -> None:
+        """Download if need be. Only the first process of a machine comes here; it keeps what it has read."""
+        self._read(self.download)
+
+    def setup(self, stage: str | None = None) -> None:
+        self._read(download=False)
+
+    def _read(self, download: bool) -> None:
+        if self.test_set is not None:
+            return
+        for name in ("mean", "std"):  # three numbers would otherwise make three channels of one
+            if (count := len(getattr(self, name))) not in (1, self.shape[0]):
+                raise DataError(
+                    f"{name} has {count} numbers: set data.{name} to {self.shape[0]}, one a channel"
+                )
+        official, test = self.load(download)
+        val_count = min(max(1, round(len(official) * self.val_fraction)), len(official) - 1)
+        train, val = stratified_split(official.labels, val_count, self.split_seed)
+        if len(train) < self.batch_size:
+            raise DataError(
+                f"batch_size {self.batch_size} is more than the {len(train)} training images: "
+                f"set data.batch_size to {len(train)} or less"
+            )
+        self.train_set, self.val_set = Subset(official, train.tolist()), Subset(official, val.tolist())
+        self.test_set = test
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        # A DistributedSampler in one process too: its order follows from (seed, epoch) alone, so that a
+        # resumed run sees the batches it would have seen.
+        sampler = self._sampler(self._made(self.train_set), shuffle=True)
+        return self._loader(sampler, drop_last=len(sampler) >= self.batch_size)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        return self._loader(self._sampler(self._made(self.val_set), shuffle=False))
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        return self._loader(self._sampler(self._made(self.test_set), shuffle=False))
+
+    def _made(self, part: Any) -> Any:
+        if part is None:
+            raise DataError(f"{type(self).__name__} has no data yet: call prepare_data() and setup() first")
+        return part
+
+    def _sampler(self, part: Dataset[Batch], shuffle: bool) -> "DistributedSampler[Batch]":
+        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        return DistributedSampler(part, num_replicas=world, rank=rank, shuffle=shuffle, seed=self.seed)
+
+    def _loader(self, sampler: "DistributedSampler[Batch]", drop_last: bool = False) -> DataLoader[Batch]:
+        return DataLoader(
+            sampler.dataset,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            drop_last=drop_last,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+            collate_fn=_as_it_is,
+            # Without one of its own, every pass over a loader draws from the global generator.
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Bytes to normalised floats, on the device; augmented while the trainer is training."""
+        x_BCHW, y_B = batch
+        x_BCHW = to_unit(x_BCHW)
+        if self.trainer is not None and self.trainer.training:
+            for change in self.augment:
+                x_BCHW = change(x_BCHW)
+        x_BCHW = self.normalise(x_BCHW)
+        if self.trainer is not None:  # Lightning has looked for floats to cast already, and found bytes
+            x_BCHW = self.trainer.precision_plugin.convert_input(x_BCHW)
+        return x_BCHW, y_B
+
+    def normalise(self, x_BCHW: Tensor) -> Tensor:
+        """(x - mean) / std, a channel each, of images in [0, 1]."""
+        return (x_BCHW - _per_channel(self.mean, x_BCHW.device)) / _per_channel(self.std, x_BCHW.device)
+
+    def sample(self, n: int, seed: int) -> Batch:
+        """x_BCHW and y_B of `n` training images as validation would see them, on the CPU.
+
+        The choice depends on `seed` alone and leaves the global generator as it was.
+        """
+        if self.train_set is None:
+            self.prepare_data()
+        train = self._made(self.train_set)
+        if not 1 <= n <= len(train):
+            raise DataError(f"cannot sample {n} of {len(train)} training images: ask for 1 to {len(train)}")
+        index = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:n]
+        x_BCHW, y_B = train.__getitems__(index.tolist())
+        return self.normalise(to_unit(x_BCHW)), y_B
+
+
+def to_unit(x_BCHW: Tensor) -> Tensor:
+    """Bytes as floats in [0, 1]."""
+    return x_BCHW.float() / 255
+
+
+def _as_it_is(batch: Any) -> Any:
+    """Collation of what is a batch already; here, where a worker process can import it."""
+    return batch
+
+
+@lru_cache(maxsize=16)
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Shape C, 1, 1; kept, since copying it to the device anew would make every batch wait."""
+    with torch.inference_mode(False):  # the first use may be validation, a later one needs a gradient
+        return torch.tensor(values, device=device)[:, None, None]

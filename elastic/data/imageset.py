@@ -1,0 +1,45 @@
+"""Sets of images that are fetched by the batch, as bytes.
+
+Shapes: B samples of a batch, N of the set, C channels, H rows, W columns.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+Batch = tuple[Tensor, Tensor]
+
+
+class ImageSet(Dataset[Batch], ABC):
+    """Images as bytes with their labels, fetched by the batch.
+
+    Attributes:
+        labels: y_N, int64.
+    """
+
+    labels: Tensor
+
+    @abstractmethod
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """x_BCHW in uint8 and y_B in int64."""
+
+    def __getitem__(self, index: int) -> Batch:
+        x_BCHW, y_B = self.__getitems__([index])
+        return x_BCHW[0], y_B[0]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class InMemory(ImageSet):
+    """Images x_NCHW in uint8, held as one tensor."""
+
+    def __init__(self, x_NCHW: Tensor, y_N: Tensor) -> None:
+        self.images, self.labels = x_NCHW, y_N
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        index_B = torch.as_tensor(indices)
+        return self.images[index_B], self.labels[index_B]

@@ -1,0 +1,173 @@
+"""Learned static gates: hard 0/1 masks on stock layers' weights, trained by gradient descent.
+
+A gate is a parametrization, so a gated model is still the same model, and folding is removing it. The
+forward is the step 1[s > 0] of a score s; its gradient is replaced by that of a logistic curve scaled to
+slope 1 at the threshold, 4·σ(s)·(1 − σ(s)). The gradient of a closed gate does not vanish, so that gates
+re-open where the loss asks for it. GNAP (arXiv 2603.19759) does not publish its gate: this one is ours; the
+straight-through idea is Bengio et al., arXiv 1308.3432.
+"""
+
+import copy
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from elastic.stored import original
+from elastic.widths import Widths, norm_after
+
+Grain = Literal["weight", "kernel", "channel"]
+START = 1.0
+
+
+class _Step(torch.autograd.Function):
+    """weight · 1[score > 0], with the surrogate gradient for the score."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, score: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, score)
+        return weight * (score > 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        weight, score = ctx.saved_tensors
+        sigma = torch.sigmoid(score)
+        slope = 4 * sigma * (1 - sigma)
+        return grad * (score > 0), slope * (grad * weight).sum_to_size(score.shape)
+
+
+class Gate(nn.Module):
+    """One score for each weight, each kernel (one out×in slice) or each output channel of a weight.
+
+    `grace` counts the epochs for which an entry is spared the penalty: fresh channels get no gradient at
+    first and would lose against it. `price` is the cost of one weight, see `penalty`.
+    """
+
+    score: nn.Parameter
+    grace: Tensor
+
+    def __init__(self, weight: Tensor, grain: Grain, grace: int = 0) -> None:
+        super().__init__()
+        kept = {"weight": weight.dim(), "kernel": 2, "channel": 1}[grain]
+        shape = [n if d < kept else 1 for d, n in enumerate(weight.shape)]
+        self.dims = frozenset(range(kept))
+        self.fresh = {"score": START, "grace": float(grace)}
+        self.price = 1.0
+        self.score = nn.Parameter(weight.new_full(shape, START))
+        self.register_buffer("grace", torch.zeros_like(self.score))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        score = self.score.view(-1) if weight.dim() == 1 else self.score
+        return _Step.apply(weight, score)  # type: ignore[no-any-return]
+
+
+def attach(model: nn.Module, widths: Widths, grain: Grain, grace: int = 0) -> None:
+    """Gate the convolutions and linear layers that the model's widths reach, in place.
+
+    At channel grain the norm that follows a layer is gated with it, so that a closed channel is exactly
+    zero; channels that cannot be removed (the logits) are not gated.
+    """
+    roles = ("out",) if grain == "channel" else ("out", "in")
+    slots = {s.module: None for w in widths.values() for role in roles for s in w.role(role)}  # type: ignore[arg-type]
+    followers = norm_after(model) if grain == "channel" else {}
+    for path in slots:
+        layer = model.get_submodule(path)
+        weight = original(layer, "weight")
+        assert weight is not None
+        gate = Gate(weight, grain, grace)
+        parametrize.register_parametrization(layer, "weight", gate)
+        tied = [(layer, "bias")] if grain == "channel" else []
+        if path in followers:
+            tied += [(model.get_submodule(followers[path]), name) for name in ("weight", "bias")]
+        for module, tensor in tied:
+            if getattr(module, tensor) is not None:
+                parametrize.register_parametrization(module, tensor, gate)
+
+
+def gated(model: nn.Module) -> Iterator[tuple[str, nn.Module, Gate]]:
+    """Every gate once, with the path and the layer whose weight it gates."""
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        if parametrize.is_parametrized(module, "weight"):
+            for gate in module.parametrizations["weight"]:  # type: ignore[index,union-attr]
+                if isinstance(gate, Gate) and id(gate) not in seen:
+                    seen.add(id(gate))
+                    yield path, module, gate
+
+
+def penalty(model: nn.Module) -> Tensor:
+    """Σ price · size · σ(score): how many weights (at price 1) or MACs the gates mean to keep.
+
+    `size` is the number of weights behind one score. Entries in their grace period do not count.
+    """
+    terms = []
+    for _, layer, gate in gated(model):
+        weight = original(layer, "weight")
+        assert weight is not None
+        size = weight.numel() / gate.score.numel()
+        terms.append(gate.price * size * (torch.sigmoid(gate.score) * (gate.grace <= 0)).sum())
+    return torch.stack(terms).sum()
+
+
+def fullness(model: nn.Module, widths: Widths) -> dict[str, float]:
+    """For each width, the share of gates that are open in the layers that write and read it."""
+    opens = {path: (gate.score > 0).float().mean().item() for path, _, gate in gated(model)}
+    found = {}
+    for name, width in widths.items():
+        held = [opens[s.module] for s in width.slots if s.tensor == "weight" and s.module in opens]
+        found[name] = sum(held) / len(held) if held else 1.0
+    return found
+
+
+def age(model: nn.Module) -> None:
+    """One epoch of grace has passed."""
+    for _, _, gate in gated(model):
+        gate.grace.sub_(1).clamp_(min=0)
+
+
+def freeze(model: nn.Module) -> None:
+    """Gates stay as they are from here on; the weights behind them go on learning."""
+    for _, _, gate in gated(model):
+        gate.score.requires_grad_(False)
+        gate.score.grad = None
+
+
+def shift(model: nn.Module, count: int) -> None:
+    """Move the threshold of all gates together so that `count` weights stay, those of highest score."""
+    scores, sizes = [], []
+    for _, layer, gate in gated(model):
+        weight = original(layer, "weight")
+        assert weight is not None
+        scores.append(gate.score.detach().flatten())
+        sizes.append(torch.full_like(scores[-1], weight.numel() / gate.score.numel()))
+    order = torch.cat(scores).sort(descending=True)
+    kept = int((torch.cat(sizes)[order.indices].cumsum(0) <= count).sum())
+    if kept == 0 or kept == len(order.values):
+        return
+    threshold = (order.values[kept - 1] + order.values[kept]) / 2
+    for _, _, gate in gated(model):
+        gate.score.data.sub_(threshold)
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """A copy whose weights hold what the gates left of them: a plain model."""
+    plain = copy.deepcopy(model)
+    for module in plain.modules():
+        if parametrize.is_parametrized(module):
+            # Not parametrize.remove_parametrizations: it strips the class, which the copy shares with `model`.
+            values = {t: getattr(module, t).detach().clone() for t in module.parametrizations}  # type: ignore
+            del module._modules["parametrizations"]
+            module.__class__ = type(module).__bases__[0]
+            rest = dict(module._parameters)
+            module._parameters.clear()
+            for tensor, value in values.items():
+                module.register_parameter(tensor, nn.Parameter(value))
+            module._parameters.update(rest)
+    return plain
+
+
+def count(model: nn.Module) -> int:
+    """Weights that open gates keep."""
+    return sum(int(layer.weight.count_nonzero()) for _, layer, _ in gated(model))

@@ -1,0 +1,24 @@
+"""A small plain CNN for small images (8×8 to 32×32)."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+
+def convnet(
+    channels: Sequence[int] = (8, 16, 16, 24),
+    pools: Sequence[int] = (1, 3),
+    in_channels: int = 1,
+    classes: int = 10,
+) -> nn.Sequential:
+    """3×3 convolutions with batch norm and ReLU, 2×2 max-pooling, global average pooling, one linear layer.
+
+    Args:
+        channels: of each convolution.
+        pools: the convolutions (0-based) that a pooling follows.
+    """
+    layers: list[nn.Module] = []
+    for i, (read, written) in enumerate(zip((in_channels, *channels), channels, strict=False)):
+        layers += [nn.Conv2d(read, written, 3, padding=1, bias=False), nn.BatchNorm2d(written), nn.ReLU()]
+        layers += [nn.MaxPool2d(2)] if i in pools else []
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], classes))

@@ -1,0 +1,176 @@
+"""The one LightningModule: any CNN, any schedule. Callbacks decide what changes; this carries it out."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from elastic.checkpoint import rebuild
+from elastic.fresh import Fresh, zero_out
+from elastic.surgery import Index, reindex
+from elastic.widths import discover
+
+# What torch's schedulers call the number of steps they are to last.
+LENGTH = ("total_steps", "T_max", "total_iters")
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on; says why and what to change."""
+
+
+class ElasticModule(L.LightningModule):
+    """Trains a classifier whose widths may change between epochs.
+
+    The loss is the cross entropy plus every entry of `loss_terms`, a named scalar each, which callbacks
+    register. `restructure` is the only way to change the network; it keeps the timeline.
+
+    Args:
+        net: any CNN, x_BCHW -> logits_BK.
+        shape: (C, H, W) of an input.
+        classes: K.
+        optimizer: parameter groups -> optimizer.
+        scheduler: optimizer -> scheduler, stepped every batch; told the number of steps where it asks.
+        seed: all randomness of an epoch follows from it and the epoch, so that a resumed run is the same.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        shape: tuple[int, int, int],
+        classes: int,
+        optimizer: Callable[..., torch.optim.Optimizer],
+        scheduler: Callable[..., Any] | None = None,
+        seed: int = 0,
+        label_smoothing: float = 0.0,
+        channels_last: bool = True,
+    ) -> None:
+        super().__init__()
+        self.net, self.seed, self.label_smoothing = net, seed, label_smoothing
+        self.example = torch.zeros(1, *shape)
+        self.widths = discover(net, self.example)
+        self.start = self.widths.sizes()
+        self.make_optimizer, self.make_scheduler = optimizer, scheduler
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.loss_terms: dict[str, Callable[[], Tensor]] = {}
+        self.timeline: list[dict[str, Any]] = []
+        self.lr_scale = 1.0
+        self.train_loss = MeanMetric()
+        self.accuracy = nn.ModuleDict(
+            {f"{part}_acc": MulticlassAccuracy(classes, average="micro") for part in ("train", "val", "test")}
+        )
+        self.net.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.net(x_BCHW.contiguous(memory_format=self.memory_format))  # type: ignore[no-any-return]
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x_BCHW, y_B = batch
+        logits_BK = self(x_BCHW)
+        loss = F.cross_entropy(logits_BK, y_B, label_smoothing=self.label_smoothing)
+        self.train_loss.update(loss.detach())
+        self.accuracy["train_acc"].update(logits_BK.detach(), y_B)
+        return loss + sum(term() for term in self.loss_terms.values())
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], part: str) -> None:
+        x_BCHW, y_B = batch
+        logits_BK = self(x_BCHW)
+        metric = self.accuracy[f"{part}_acc"]
+        metric.update(logits_BK, y_B)
+        self.log(f"{part}/acc", metric, on_epoch=True, on_step=False, prog_bar=True)
+        self.log(f"{part}/loss", F.cross_entropy(logits_BK, y_B), on_epoch=True, sync_dist=True)
+
+    def on_train_epoch_start(self) -> None:
+        L.seed_everything(int(self._entropy(self.current_epoch, 0)), verbose=False)
+
+    def on_train_epoch_end(self) -> None:
+        loss, accuracy = self.train_loss.compute(), self.accuracy["train_acc"].compute()
+        self.train_loss.reset()
+        self.accuracy["train_acc"].reset()
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"the training loss is {loss.item()} in epoch {self.current_epoch}: lower optimizer.lr; the "
+                "epochs before are saved, and the run continues from there"
+            )
+        self.log_dict({"train/loss": loss, "train/acc": accuracy}, prog_bar=True)
+
+    # Structure.
+
+    def restructure(self, changes: Mapping[str, Index], why: str, fresh: Fresh = zero_out) -> None:
+        """Re-index widths of the network and of all that follows it, and note it in the timeline."""
+        before = self.widths.sizes()
+        generator = torch.Generator().manual_seed(
+            int(self._entropy(self.current_epoch, 1 + len(self.timeline)))
+        )
+        optimizers = [] if self._trainer is None else self.trainer.optimizers
+        reindex(self.net, self.widths, changes, optimizers=optimizers, fresh=fresh, generator=generator)
+        self.net.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        place = {"epoch": self.current_epoch, "step": self.global_step, "why": why}
+        for name in changes:
+            after = self.widths[name].size
+            self.timeline.append({**place, "width": name, "before": before[name], "after": after})
+
+    def _entropy(self, *key: int) -> np.uint32:
+        """A seed of its own for each (run seed, key): neighbouring seeds must not repeat each other."""
+        return np.random.SeedSequence([self.seed, *key]).generate_state(1)[0]  # type: ignore[no-any-return]
+
+    # Optimization.
+
+    def configure_optimizers(self) -> Any:
+        """Weights decay; norms, biases and gate scores do not."""
+        groups: dict[str, list[nn.Parameter]] = {"decayed": [], "free": []}
+        for name, parameter in self.net.named_parameters():
+            weighs = parameter.dim() > 1 and not name.endswith("score")
+            groups["decayed" if weighs else "free"].append(parameter)
+        optimizer = self.make_optimizer(
+            [{"params": groups["decayed"]}, {"params": groups["free"], "weight_decay": 0.0}]
+        )
+        if self.make_scheduler is None:
+            return optimizer
+        steps = int(self.trainer.estimated_stepping_batches)
+        known = inspect.signature(self.make_scheduler).parameters
+        scheduler = self.make_scheduler(optimizer, **{name: steps for name in LENGTH if name in known})
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """A step at `lr_scale` times the scheduled learning rate, which schedulers never see."""
+        groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
+        rates = [group["lr"] for group in groups]
+        for group in groups:
+            group["lr"] *= self.lr_scale
+        super().optimizer_step(*args, **kwargs)
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+
+    # Checkpoints.
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["elastic"] = {"start": self.start, "sizes": self.widths.sizes(), "timeline": self.timeline}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        held = checkpoint["elastic"]
+        if held["start"] != self.start:
+            raise TrainingError(
+                f"the checkpoint started as {held['start']}, this model starts as {self.start}: "
+                "continue with the configuration the run was started with"
+            )
+        self.timeline = list(held["timeline"])
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Takes any state of this architecture, whatever its widths: the shapes are rebuilt first."""
+        net = {name: value for name, value in state_dict.items() if name.startswith("net.")}
+        rebuild(self.net, self.widths, net, "net.")
+        self.net.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        return super().load_state_dict(state_dict, *args, **kwargs)

@@ -1,0 +1,98 @@
+"""When to grow, which widths, and how far: pure decisions, no model in sight."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil, isfinite
+from typing import Literal, Protocol
+
+from elastic.widths import StructureError
+
+
+class Trigger(Protocol):
+    """Decides from one value an epoch whether the network should grow now."""
+
+    def observe(self, value: float) -> bool: ...
+
+
+@dataclass
+class Plateau:
+    """Fires when a metric has not gained `min_gain` over its best for `patience` observations.
+
+    The best survives growth, the count starts anew: a grown network gets `patience` epochs to beat it.
+    """
+
+    patience: int = 3
+    min_gain: float = 0.002
+    mode: Literal["max", "min"] = "max"
+    best: float | None = None
+    waited: int = 0
+
+    def __post_init__(self) -> None:
+        if self.patience < 1:
+            raise StructureError(f"patience is {self.patience}: a plateau needs at least 1 epoch to be seen")
+
+    def observe(self, value: float) -> bool:
+        sign = 1 if self.mode == "max" else -1
+        if isfinite(value) and (self.best is None or sign * (value - self.best) >= self.min_gain):
+            self.best, self.waited = value, 0
+            return False
+        self.waited += 1
+        if self.waited < self.patience:
+            return False
+        self.waited = 0
+        return True
+
+
+@dataclass
+class Periodic:
+    """Fires at every n-th observation, whatever the value: the control for `Plateau`."""
+
+    every: int = 5
+    seen: int = 0
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise StructureError(f"every is {self.every}: set it to 1 epoch or more")
+
+    def observe(self, value: float) -> bool:
+        self.seen += 1
+        return self.seen % self.every == 0
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How far one growth goes, and where.
+
+    Args:
+        factor: of the channels of each width that grows, rounded up, at least one channel.
+        ceiling: channels that no width passes, as a multiple of its first size.
+        share: of the widths that grow at a time, those whose gates are fullest first; 1 for all of them.
+        multiple: sizes are rounded up to it (odd channel counts can be slower than the next even one).
+    """
+
+    factor: float = 1.5
+    ceiling: float = 4.0
+    share: float = 1.0
+    multiple: int = 1
+
+    def __post_init__(self) -> None:
+        if self.factor <= 1:
+            raise StructureError(f"growth factor is {self.factor}: set it above 1")
+        if self.ceiling < 1:
+            raise StructureError(
+                f"growth ceiling is {self.ceiling} times the start size: set it to 1 or more"
+            )
+        if not 0 < self.share <= 1:
+            raise StructureError(f"growth share is {self.share}: set it above 0, to 1 at most")
+
+    def propose(
+        self, sizes: Mapping[str, int], start: Mapping[str, int], fullness: Mapping[str, float]
+    ) -> dict[str, int]:
+        """The new size of each width that grows; empty where all have reached their ceiling."""
+        ends = {name: int(self.ceiling * start[name]) for name in sizes}
+        room = [name for name in sizes if sizes[name] < ends[name]]
+        chosen = sorted(room, key=lambda name: -fullness[name])[: ceil(self.share * len(sizes))]
+        return {name: min(ends[name], self._next(sizes[name])) for name in sizes if name in chosen}
+
+    def _next(self, size: int) -> int:
+        return ceil(max(size + 1, size * self.factor) / self.multiple) * self.multiple

@@ -1,0 +1,83 @@
+"""What is really stored for a layer's tensor, and what a stock layer says of itself."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+NORMS = (
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.GroupNorm,
+    nn.LayerNorm,
+)
+NEUTRAL = {"bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A stored tensor that follows its layer's channels.
+
+    `dims` are the dimensions on which it has an entry a channel (a gate of coarse grain lacks some);
+    `fill` is what a fresh entry starts with, None for the mean along the axis; `by_strategy` says that a
+    strategy of `elastic.fresh` fills it instead.
+    """
+
+    value: Tensor
+    dims: frozenset[int]
+    fill: float | None
+    by_strategy: bool = False
+
+
+def stored(module: nn.Module, tensor: str) -> list[Stored]:
+    """The tensors behind `module.<tensor>`: itself, or a gated tensor's original and its gates' own."""
+    if not parametrize.is_parametrized(module, tensor):
+        value = getattr(module, tensor)
+        return [] if value is None else [_plain(module, tensor, value)]
+    chain: Any = module.parametrizations[tensor]  # type: ignore[index,union-attr]
+    found = [_plain(module, tensor, chain.original)]
+    for gate in chain:
+        found += [Stored(getattr(gate, name), gate.dims, fill) for name, fill in gate.fresh.items()]
+    return found
+
+
+def original(module: nn.Module, tensor: str) -> Tensor | None:
+    """The tensor that holds the values, whether gated or not."""
+    if parametrize.is_parametrized(module, tensor):
+        return module.parametrizations[tensor].original  # type: ignore[index,union-attr,return-value]
+    return getattr(module, tensor, None)
+
+
+def _plain(module: nn.Module, tensor: str, value: Tensor) -> Stored:
+    dims = frozenset(range(value.dim()))
+    if tensor == "weight" and value.dim() > 1 and not isinstance(module, NORMS):
+        return Stored(value, dims, 0.0, by_strategy=True)
+    if tensor == "weight" and isinstance(module, NORMS):
+        return Stored(value, dims, 1.0)
+    return Stored(value, dims, NEUTRAL.get(tensor))
+
+
+def describe(module: nn.Module) -> None:
+    """Make a stock layer's attributes say what its tensors are."""
+    first = original(module, "weight")
+    first = original(module, "running_mean") if first is None else first
+    if first is None:
+        return
+    shape = tuple(first.shape)
+    if isinstance(module, nn.modules.conv._ConvNd):
+        if module.groups > 1 and module.groups == module.in_channels:
+            module.groups = shape[0] // (module.out_channels // module.groups)
+        module.out_channels, module.in_channels = shape[0], shape[1] * module.groups
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = shape
+    elif isinstance(module, nn.GroupNorm):
+        if module.num_groups == module.num_channels:
+            module.num_groups = shape[0]
+        module.num_channels = shape[0]
+    elif isinstance(module, nn.LayerNorm):
+        module.normalized_shape = shape
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = shape[0]
+    elif isinstance(module, NORMS):
+        module.num_features = shape[0]

@@ -1,0 +1,1 @@
+"""Entry points, and one folder a question with its recorded results."""

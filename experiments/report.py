@@ -1,0 +1,94 @@
+"""The end of a run: measured once on the test split, written down, shown."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torchvision
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from elastic import cost
+from elastic.data import ImageData
+from elastic.module import ElasticModule
+
+
+def test_accuracy(net: nn.Module, data: ImageData) -> float:
+    """On the official test split, in fp32."""
+    judge = ElasticModule(net, data.shape, data.classes, torch.optim.SGD)
+    trainer = L.Trainer(
+        accelerator="auto", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False
+    )
+    with torch.inference_mode():
+        return float(trainer.test(judge, data, verbose=False)[0]["test/acc"])
+
+
+def summarise(
+    cfg: DictConfig, module: ElasticModule, plain: nn.Module, data: ImageData, wall_s: float
+) -> dict[str, Any]:
+    """One flat object, under the keys that every run shares; params and MACs are the compacted model's."""
+    macs = cost.macs(plain, module.example)
+    return {
+        "experiment": cfg.name,
+        "seed": cfg.seed,
+        "data": cfg.choices.data,
+        "model": cfg.choices.model,
+        "schedule": "+".join(name for name in ("grow", "prune") if cfg.callbacks.get(name)) or "static",
+        "epochs": cfg.trainer.max_epochs,
+        "test/acc": test_accuracy(plain, data),
+        "params": cost.params(plain),
+        "params_dense": cost.params_dense(plain),
+        "macs": macs,
+        "macs_dynamic": macs,
+        "levels": [],
+        "wall_s": round(wall_s, 1),
+        "git": _git(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "lightning": L.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
+    }
+
+
+def show(summary: dict[str, Any], history: list[dict[str, Any]], folder: Path) -> None:
+    """The table at the end of a run."""
+    table = Table(title=f"{summary['experiment']}, seed {summary['seed']}: {summary['schedule']}")
+    for column in ("", "start", "largest", "end, compacted"):
+        table.add_column(column, justify="right" if column else "left")
+    if history:
+        first, most = history[0], max(history, key=lambda row: row["params_dense"])
+        for name in ("params", "params_dense", "macs"):
+            table.add_row(name, f"{first[name]:,}", f"{most[name]:,}", f"{summary[name]:,}")
+    table.add_row("test accuracy", "", "", f"{summary['test/acc']:.2%}")
+    Console().print(table)
+    print(
+        f"{summary['epochs']} epochs in {summary['wall_s']:.0f} s; all of it is in {folder}/, see history.png"
+    )
+
+
+def write_summary(summary: dict[str, Any], folder: Path) -> None:
+    part = folder / "summary.json.part"
+    part.write_text(json.dumps(summary, indent=2) + "\n")
+    os.replace(part, folder / "summary.json")
+
+
+def _git() -> str | None:
+    """The commit of the code, with a mark where it has been changed since."""
+    here = Path(__file__).parent
+    said = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False
+    )
+    return said.stdout.strip() or None
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
+    return f"{names[0]}, {torch.get_num_threads()} threads" if names else "CPU"
