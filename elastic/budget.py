@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from math import exp, log
 
-from elastic.widths import StructureError
+from elastic.errors import StructureError
 
 
 @dataclass

@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from elastic.errors import StructureError
 from elastic.surgery import reindex, resize_index
-from elastic.widths import StructureError, Widths, discover
+from elastic.widths import Widths, discover
 
 SPARSE = 0.75  # a tensor of fewer non-zeros than this is stored as a bitmap and its non-zeros
 
@@ -98,7 +99,7 @@ def load_compact(net: nn.Module, path: Path, example: Tensor) -> nn.Module:
     for name in state.keys() - net.state_dict().keys():  # compaction may have given a layer a bias
         path_, _, tensor_name = name.rpartition(".")
         if tensor_name == "bias":
-            net.get_submodule(path_).bias = nn.Parameter(torch.zeros_like(state[name]))  # type: ignore
+            net.get_submodule(path_).bias = nn.Parameter(torch.zeros_like(state[name]))
     rebuild(net, discover(net, example), state)
     net.load_state_dict(state)
     return net.eval()

@@ -6,14 +6,16 @@ it over: in its norm or bias where that is exact, else (behind zero padding, a c
 constant) in one channel of the width that stays and carries the constants of all.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from elastic.gates import fold
+from elastic.gates import fold, openings
 from elastic.surgery import reindex
-from elastic.widths import Slot, Width, Widths, discover, norm_after
+from elastic.trace import norm_after
+from elastic.widths import Slot, Width, Widths, discover
 
 TINY = torch.finfo(torch.float32).tiny  # smaller numbers are denormal, and many times slower on CPUs
 
@@ -43,13 +45,14 @@ def compact(model: nn.Module, example: Tensor) -> nn.Module:
 
 @torch.no_grad()
 def silent(model: nn.Module, widths: Widths, example: Tensor) -> dict[str, Tensor]:
-    """For each width that has any, the channels to keep when those without effect are dropped.
+    """For each width that has any, the channels to keep when those that gates have shut off are dropped.
 
-    Without effect: unread, or unwritten and exactly zero wherever they are read. Dropping them leaves the
-    function as it is, so it can be done in the middle of training. One channel always stays.
+    Shut off: all gates of what reads them are closed; or all of what writes them, and they are exactly zero
+    wherever they are read. Dropping them leaves the function as it is, so it can be done in the middle of
+    training. A fresh channel, whose weights are zero but whose gates are open, stays; so does the last one.
     """
     keep = {}
-    for name, (unread, unwritten, constants) in _dead(model, widths, example).items():
+    for name, (unread, unwritten, constants) in _dead(model, widths, example, openings).items():
         for values in constants.values():
             unwritten = unwritten & (values == 0).all(1)
         dead = unread | unwritten
@@ -61,13 +64,20 @@ def silent(model: nn.Module, widths: Widths, example: Tensor) -> dict[str, Tenso
 Dead = tuple[Tensor, Tensor, dict[Slot, Tensor]]
 
 
-def _dead(model: nn.Module, widths: Widths, example: Tensor) -> dict[str, Dead]:
+def _weights(layer: nn.Module, tensor: str) -> Tensor:
+    value: Tensor = getattr(layer, tensor)
+    return value.detach()
+
+
+def _dead(
+    model: nn.Module, widths: Widths, example: Tensor, what: Callable[[nn.Module, str], Tensor] = _weights
+) -> dict[str, Dead]:
     """Per width with dead channels: which nothing reads, which nothing writes, the constants they carry."""
     found: dict[str, Dead] = {}
     for name, width in widths.items():
         if width.mixed is None:  # a norm over channels feels the dead ones too
-            unread = _zero(model, widths, width, width.role("in"))
-            unwritten = _zero(model, widths, width, width.role("out")) & ~unread
+            unread = _zero(model, widths, width, width.role("in"), what)
+            unwritten = _zero(model, widths, width, width.role("out"), what) & ~unread
             if unread.any() or unwritten.any():
                 found[name] = (unread, unwritten, {})
     readers = {slot for name, dead in found.items() if dead[1].any() for slot in widths[name].role("in")}
@@ -84,11 +94,17 @@ def _alive(dead: Tensor) -> Tensor:
     return kept if len(kept) else torch.zeros(1, dtype=torch.long)
 
 
-def _zero(model: nn.Module, widths: Widths, width: Width, slots: Iterable[Slot]) -> Tensor:
+def _zero(
+    model: nn.Module,
+    widths: Widths,
+    width: Width,
+    slots: Iterable[Slot],
+    what: Callable[[nn.Module, str], Tensor],
+) -> Tensor:
     """Whether each channel's entries are all zero in all of the slots: (channels,)."""
     zero = torch.ones(width.size, dtype=torch.bool)
     for slot in slots:
-        value = getattr(model.get_submodule(slot.module), slot.tensor).detach().cpu()
+        value = what(model.get_submodule(slot.module), slot.tensor).cpu()
         by_position = (value == 0).transpose(0, slot.dim).flatten(1).all(1)
         zero &= by_position[widths.positions(slot, width.name)].all(1)
     return zero
@@ -101,20 +117,20 @@ def _inputs(model: nn.Module, readers: Iterable[str], example: Tensor) -> dict[s
     """
     seen: dict[str, Tensor] = {}
 
-    def look(path: str, layer: nn.Module, x: Tensor) -> None:
+    def look(path: str, layer: Any, x: Tensor) -> None:
         channel = x.dim() - 1 if isinstance(layer, nn.Linear) else 1
         x = x.detach().transpose(0, channel).flatten(1)
         low, high = x.amin(1), x.amax(1)
         value = torch.where(high - low <= 1e-6 * (1 + high.abs()), (low + high) / 2, torch.nan)
         if getattr(layer, "groups", 1) > 1:  # one column of the weight reads a channel of every group
-            value = value.view(layer.groups, -1)  # type: ignore[arg-type]
+            value = value.view(layer.groups, -1)
             value = torch.where((value == 0).all(0), 0.0, torch.nan)
         held = seen.get(path)
         seen[path] = value.cpu() if held is None else torch.where(held == value.cpu(), held, torch.nan)
 
     hooks = [
         model.get_submodule(path).register_forward_pre_hook(
-            lambda layer, args, path=path: look(path, layer, args[0])  # type: ignore[misc]
+            lambda layer, args, path=path: look(path, layer, args[0])
         )
         for path in readers
     ]
@@ -180,8 +196,8 @@ def _into_bias(
     """Add what the constant contributes to the norm that follows the reader, else to its bias."""
     if not values.any():
         return
-    layer = model.get_submodule(slot.module)
-    weight: Tensor = layer.weight  # type: ignore[assignment]
+    layer: Any = model.get_submodule(slot.module)
+    weight: Tensor = layer.weight
     columns = weight[:, widths.positions(slot, width.name)[channel]]
     added = columns.reshape(*columns.shape[:2], -1).sum(2) @ values.to(columns)
     norm = norm_after(model).get(slot.module)
@@ -191,7 +207,7 @@ def _into_bias(
     elif layer.bias is None:
         layer.bias = nn.Parameter(added)
     else:
-        layer.bias.data.add_(added)  # type: ignore[operator,union-attr]
+        layer.bias.data.add_(added)
 
 
 def _into_channel(

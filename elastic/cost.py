@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
-from elastic.widths import Widths, on_meta
+from elastic.trace import on_meta
+from elastic.widths import Widths
 
 
 @dataclass(frozen=True)

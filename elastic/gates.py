@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from elastic.stored import original
-from elastic.widths import Widths, norm_after
+from elastic.trace import norm_after
+from elastic.widths import Widths
 
 Grain = Literal["weight", "kernel", "channel"]
 START = 1.0
@@ -31,7 +32,7 @@ class _Step(torch.autograd.Function):
         return weight * (score > 0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         weight, score = ctx.saved_tensors
         sigma = torch.sigmoid(score)
         slope = 4 * sigma * (1 - sigma)
@@ -60,7 +61,7 @@ class Gate(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         score = self.score.view(-1) if weight.dim() == 1 else self.score
-        return _Step.apply(weight, score)  # type: ignore[no-any-return]
+        return _Step.apply(weight, score)
 
 
 def attach(model: nn.Module, widths: Widths, grain: Grain, grace: int = 0) -> None:
@@ -91,7 +92,7 @@ def gated(model: nn.Module) -> Iterator[tuple[str, nn.Module, Gate]]:
     seen: set[int] = set()
     for path, module in model.named_modules():
         if parametrize.is_parametrized(module, "weight"):
-            for gate in module.parametrizations["weight"]:  # type: ignore[index,union-attr]
+            for gate in module.parametrizations["weight"]:
                 if isinstance(gate, Gate) and id(gate) not in seen:
                     seen.add(id(gate))
                     yield path, module, gate
@@ -156,7 +157,7 @@ def fold(model: nn.Module) -> nn.Module:
     plain = copy.deepcopy(model)
     for module in plain.modules():
         if parametrize.is_parametrized(module):
-            # Not parametrize.remove_parametrizations: it strips the class, which the copy shares with `model`.
+            # parametrize.remove_parametrizations would strip the class, which the copy shares.
             values = {t: getattr(module, t).detach().clone() for t in module.parametrizations}  # type: ignore
             del module._modules["parametrizations"]
             module.__class__ = type(module).__bases__[0]
@@ -168,6 +169,17 @@ def fold(model: nn.Module) -> nn.Module:
     return plain
 
 
+def openings(layer: nn.Module, tensor: str) -> Tensor:
+    """What the gates of a layer's tensor let through: 1 or 0 an entry, 1 where there is no gate."""
+    held = original(layer, tensor)
+    assert held is not None
+    mask = torch.ones_like(held)
+    if parametrize.is_parametrized(layer, tensor):
+        for gate in layer.parametrizations[tensor]:  # type: ignore[index,union-attr]
+            mask = gate(mask)
+    return mask.detach()
+
+
 def count(model: nn.Module) -> int:
     """Weights that open gates keep."""
-    return sum(int(layer.weight.count_nonzero()) for _, layer, _ in gated(model))
+    return sum(int(openings(layer, "weight").sum()) for _, layer, _ in gated(model))

@@ -62,32 +62,31 @@ class ElasticModule(L.LightningModule):
         self.timeline: list[dict[str, Any]] = []
         self.lr_scale = 1.0
         self.train_loss = MeanMetric()
-        self.accuracy = nn.ModuleDict(
-            {f"{part}_acc": MulticlassAccuracy(classes, average="micro") for part in ("train", "val", "test")}
-        )
+        self.train_acc = MulticlassAccuracy(classes, average="micro")
+        self.val_acc = MulticlassAccuracy(classes, average="micro")
+        self.test_acc = MulticlassAccuracy(classes, average="micro")
         self.net.to(memory_format=self.memory_format)  # type: ignore[call-overload]
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.net(x_BCHW.contiguous(memory_format=self.memory_format))  # type: ignore[no-any-return]
+        return self.net(x_BCHW.contiguous(memory_format=self.memory_format))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x_BCHW, y_B = batch
         logits_BK = self(x_BCHW)
         loss = F.cross_entropy(logits_BK, y_B, label_smoothing=self.label_smoothing)
         self.train_loss.update(loss.detach())
-        self.accuracy["train_acc"].update(logits_BK.detach(), y_B)
-        return loss + sum(term() for term in self.loss_terms.values())
+        self.train_acc.update(logits_BK.detach(), y_B)
+        return sum((term() for term in self.loss_terms.values()), start=loss)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch, "val")
+        self._evaluate(batch, "val", self.val_acc)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch, "test")
+        self._evaluate(batch, "test", self.test_acc)
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor], part: str) -> None:
+    def _evaluate(self, batch: tuple[Tensor, Tensor], part: str, metric: MulticlassAccuracy) -> None:
         x_BCHW, y_B = batch
         logits_BK = self(x_BCHW)
-        metric = self.accuracy[f"{part}_acc"]
         metric.update(logits_BK, y_B)
         self.log(f"{part}/acc", metric, on_epoch=True, on_step=False, prog_bar=True)
         self.log(f"{part}/loss", F.cross_entropy(logits_BK, y_B), on_epoch=True, sync_dist=True)
@@ -96,9 +95,9 @@ class ElasticModule(L.LightningModule):
         L.seed_everything(int(self._entropy(self.current_epoch, 0)), verbose=False)
 
     def on_train_epoch_end(self) -> None:
-        loss, accuracy = self.train_loss.compute(), self.accuracy["train_acc"].compute()
+        loss, accuracy = self.train_loss.compute(), self.train_acc.compute()
         self.train_loss.reset()
-        self.accuracy["train_acc"].reset()
+        self.train_acc.reset()
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the training loss is {loss.item()} in epoch {self.current_epoch}: lower optimizer.lr; the "
@@ -124,7 +123,7 @@ class ElasticModule(L.LightningModule):
 
     def _entropy(self, *key: int) -> np.uint32:
         """A seed of its own for each (run seed, key): neighbouring seeds must not repeat each other."""
-        return np.random.SeedSequence([self.seed, *key]).generate_state(1)[0]  # type: ignore[no-any-return]
+        return np.random.SeedSequence([self.seed, *key]).generate_state(1)[0]
 
     # Optimization.
 

@@ -125,9 +125,12 @@ def reshape(t: Any, node: fx.Node) -> Axes:
 
 def match(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """Pair runs of dimensions whose sizes multiply to the same number, shortest runs first."""
-    pairs, i, j = [], 0, 0
+    pairs: list[tuple[list[int], list[int]]] = []
+    i = j = 0
     while i < len(before) or j < len(after):
-        old, new, a, b = [], [], 1, 1
+        old: list[int] = []
+        new: list[int] = []
+        a = b = 1
         while not (old and new and a == b):
             if (a <= b and i < len(before)) or j >= len(after):
                 if i >= len(before):
@@ -339,80 +342,16 @@ LAYERS: list[tuple[tuple[type, ...], Rule]] = [
     ),
 ]
 
-POINTWISE = [
-    "add",
-    "sub",
-    "mul",
-    "truediv",
-    "div",
-    "iadd",
-    "isub",
-    "imul",
-    "itruediv",
-    "rsub",
-    "neg",
-    "pow",
-    "sqrt",
-    "rsqrt",
-    "exp",
-    "log",
-    "abs",
-    "square",
-    "maximum",
-    "minimum",
-    "relu",
-    "relu6",
-    "leaky_relu",
-    "elu",
-    "selu",
-    "celu",
-    "gelu",
-    "silu",
-    "mish",
-    "sigmoid",
-    "tanh",
-    "hardtanh",
-    "hardswish",
-    "hardsigmoid",
-    "softplus",
-    "clamp",
-    "clip",
-    "dropout",
-    "dropout1d",
-    "dropout2d",
-    "dropout3d",
-    "feature_dropout",
-    "contiguous",
-    "clone",
-    "detach",
-    "to",
-    "float",
-    "half",
-    "bfloat16",
-    "double",
-    "type",
-    "type_as",
-    "stochastic_depth",
-    "where",
-    "lerp",
-    "addcmul",
-]
-SAME = [
-    "max_pool1d",
-    "max_pool2d",
-    "max_pool3d",
-    "avg_pool1d",
-    "avg_pool2d",
-    "avg_pool3d",
-    "adaptive_avg_pool1d",
-    "adaptive_avg_pool2d",
-    "adaptive_avg_pool3d",
-    "adaptive_max_pool1d",
-    "adaptive_max_pool2d",
-    "boolean_dispatch",
-    "interpolate",
-    "pad",
-]
+POINTWISE = """
+    add sub mul truediv div iadd isub imul itruediv rsub neg pow sqrt rsqrt exp log abs square maximum minimum
+    relu relu6 leaky_relu elu selu celu gelu silu mish sigmoid tanh hardtanh hardswish hardsigmoid softplus
+    clamp clip dropout dropout1d dropout2d dropout3d feature_dropout contiguous clone detach to float half
+    bfloat16 double type type_as stochastic_depth where lerp addcmul
+""".split()
+SAME = """
+    max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
+    adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d boolean_dispatch interpolate pad
+""".split()
 
 FUNCTIONS: dict[str, Rule] = {
     **dict.fromkeys(POINTWISE, pointwise),

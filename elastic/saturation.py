@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import ceil, isfinite
 from typing import Literal, Protocol
 
-from elastic.widths import StructureError
+from elastic.errors import StructureError
 
 
 class Trigger(Protocol):
@@ -79,9 +79,7 @@ class Growth:
         if self.factor <= 1:
             raise StructureError(f"growth factor is {self.factor}: set it above 1")
         if self.ceiling < 1:
-            raise StructureError(
-                f"growth ceiling is {self.ceiling} times the start size: set it to 1 or more"
-            )
+            raise StructureError(f"growth ceiling is {self.ceiling} times the start: set it to 1 or more")
         if not 0 < self.share <= 1:
             raise StructureError(f"growth share is {self.share}: set it above 0, to 1 at most")
 

@@ -35,7 +35,7 @@ def stored(module: nn.Module, tensor: str) -> list[Stored]:
     if not parametrize.is_parametrized(module, tensor):
         value = getattr(module, tensor)
         return [] if value is None else [_plain(module, tensor, value)]
-    chain: Any = module.parametrizations[tensor]  # type: ignore[index,union-attr]
+    chain: Any = module.parametrizations[tensor]  # type: ignore[index]
     found = [_plain(module, tensor, chain.original)]
     for gate in chain:
         found += [Stored(getattr(gate, name), gate.dims, fill) for name, fill in gate.fresh.items()]
@@ -45,7 +45,8 @@ def stored(module: nn.Module, tensor: str) -> list[Stored]:
 def original(module: nn.Module, tensor: str) -> Tensor | None:
     """The tensor that holds the values, whether gated or not."""
     if parametrize.is_parametrized(module, tensor):
-        return module.parametrizations[tensor].original  # type: ignore[index,union-attr,return-value]
+        chain: Any = module.parametrizations[tensor]  # type: ignore[index]
+        return chain.original  # type: ignore[no-any-return]
     return getattr(module, tensor, None)
 
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from elastic.errors import StructureError
 from elastic.fresh import Fresh, Patch, zero_out
 from elastic.stored import Stored, describe, stored
-from elastic.widths import Slot, StructureError, Widths
+from elastic.widths import Slot, Widths
 
 FRESH = -1
 # Optimizer state that holds second moments: a zero there makes a fresh channel's first step many times
@@ -82,9 +83,7 @@ def reindex(
     _put(replaced)
     if any(_graph_alive(old) for old, _ in replaced):
         _put(before)
-        raise StructureError(
-            "an autograd graph of this model is alive: drop losses and outputs, then reindex"
-        )
+        raise StructureError("an autograd graph of this model is alive: drop its outputs and losses first")
     for state, key, new in states:
         state[key] = new
     for path in {path for path, _ in moves}:
@@ -136,7 +135,7 @@ def _moves(widths: Widths, wanted: Mapping[str, Tensor]) -> dict[tuple[str, str]
     for slot in dict.fromkeys(slot for name in wanted for slot in widths[name].slots):
         index, start = [], 0
         for segment, extent in zip(slot.layout, widths.extents(slot), strict=True):
-            if segment.width in wanted:
+            if segment.width is not None and segment.width in wanted:
                 units = wanted[segment.width][:, None]
                 places = start + units * segment.repeat + torch.arange(segment.repeat)
                 index.append(places.where(units >= 0, torch.tensor(FRESH)).flatten())
@@ -192,8 +191,8 @@ def _renew_state(
             continue
         if value.shape != item.value.shape:
             raise StructureError(
-                f"{type(optimizer).__name__} keeps '{key}' of shape {tuple(value.shape)} for a tensor of shape "
-                f"{tuple(item.value.shape)}, which cannot follow a structural change: use SGD, Adam or AdamW"
+                f"{type(optimizer).__name__} keeps '{key}' of shape {tuple(value.shape)} for a tensor of "
+                f"shape {tuple(item.value.shape)}, which cannot follow: use SGD, Adam or AdamW"
             )
         fill = None if key in SECOND_MOMENTS else 0.0
         renewed.append((state, key, _gather(Stored(value, item.dims, fill), moves)))

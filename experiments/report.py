@@ -67,9 +67,7 @@ def show(summary: dict[str, Any], history: list[dict[str, Any]], folder: Path) -
             table.add_row(name, f"{first[name]:,}", f"{most[name]:,}", f"{summary[name]:,}")
     table.add_row("test accuracy", "", "", f"{summary['test/acc']:.2%}")
     Console().print(table)
-    print(
-        f"{summary['epochs']} epochs in {summary['wall_s']:.0f} s; all of it is in {folder}/, see history.png"
-    )
+    print(f"{summary['epochs']} epochs in {summary['wall_s']:.0f} s; see {folder}/history.png")
 
 
 def write_summary(summary: dict[str, Any], folder: Path) -> None:

@@ -16,8 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from elastic.data import DataError
+from elastic.errors import StructureError
 from elastic.module import TrainingError
-from elastic.widths import StructureError
 
 OURS = (DataError, StructureError, TrainingError, OmegaConfBaseException, OSError)
 

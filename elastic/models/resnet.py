@@ -40,8 +40,8 @@ def resnet(blocks: int, width: int = 16, in_channels: int = 3, classes: int = 10
     net.add_module("conv", nn.Conv2d(in_channels, width, 3, padding=1, bias=False))
     net.add_module("bn", nn.BatchNorm2d(width))
     net.add_module("relu", nn.ReLU())
-    for i, stage in enumerate(stages, start=1):
-        net.add_module(f"stage{i}", stage)
+    for i, blocks_ in enumerate(stages, start=1):
+        net.add_module(f"stage{i}", blocks_)
     net.add_module("pool", nn.AdaptiveAvgPool2d(1))
     net.add_module("flatten", nn.Flatten())
     net.add_module("fc", nn.Linear(read, classes))
