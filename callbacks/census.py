@@ -27,15 +27,15 @@ class Census(L.Callback):
             return
         now = census(pl_module.net, pl_module.widths, pl_module.example)
         counts = {"params": now.params, "params_dense": now.params_dense, "macs": now.macs}
-        pl_module.log_dict(
-            {f"size/{name}": float(value) for name, value in counts.items()}, rank_zero_only=True
-        )
+        pl_module.log_dict({f"size/{name}": float(value) for name, value in counts.items()})
         self.history.append({"epoch": trainer.current_epoch, **counts, "widths": now.widths})
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
-        if self.history:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
+        if self.history and trainer.state.fn == "fit":
             metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-            self.history[-1] |= {name: value for name, value in metrics.items() if "/" in name}
+            self.history[-1] |= {n: v for n, v in metrics.items() if n.startswith(("train/", "val/"))}
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
         if trainer.is_global_zero:
             write_lines(self.folder / "timeline.jsonl", pl_module.timeline)
 

@@ -69,7 +69,7 @@ def save_compact(net: nn.Module, path: Path, about: Mapping[str, Any]) -> None:
             tensors[f"{name}:values"] = tensor[kept]
         else:
             tensors[name] = tensor
-    meta = {"about": json.dumps(dict(about)), "sparse": json.dumps(shapes)}
+    meta = {"elastic": json.dumps({"about": dict(about), "sparse": shapes})}  # one key: their order is random
     part = path.with_name(path.name + ".part")
     try:
         save_file(tensors, part, meta)
@@ -87,7 +87,7 @@ def load_compact(net: nn.Module, path: Path, example: Tensor) -> nn.Module:
     try:
         with safe_open(path, framework="pt") as file:
             held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            shapes = json.loads(file.metadata()["sparse"])
+            shapes = json.loads(file.metadata()["elastic"])["sparse"]
     except (OSError, SafetensorError, KeyError, TypeError) as error:
         raise StructureError(f"{path} cannot be read ({error}): train again or restore it") from error
     state = {name: tensor for name, tensor in held.items() if ":" not in name}

@@ -94,7 +94,10 @@ class ElasticModule(L.LightningModule):
     def on_train_epoch_start(self) -> None:
         L.seed_everything(int(self._entropy(self.current_epoch, 0)), verbose=False)
 
-    def on_train_epoch_end(self) -> None:
+    def on_validation_epoch_start(self) -> None:
+        """The training epoch's figures, logged with the validation's: callbacks then find both."""
+        if self.trainer.sanity_checking or self.trainer.state.fn != "fit":
+            return
         loss, accuracy = self.train_loss.compute(), self.train_acc.compute()
         self.train_loss.reset()
         self.train_acc.reset()

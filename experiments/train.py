@@ -44,6 +44,7 @@ def build(cfg: DictConfig) -> tuple[ElasticModule, ImageData]:
 
 def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Carry out a run in its folder, from the start or from its last checkpoint; returns the summary."""
+    quiet()
     started = time.monotonic()
     module, data = build(cfg)
     callbacks = [instantiate(c) for c in cfg.callbacks.values() if c is not None]
@@ -52,6 +53,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         precision=precision(cfg.trainer.precision),
         callbacks=callbacks,
         logger=instantiate(cfg.logger),
+        enable_progress_bar=cfg.callbacks.get("progress") is not None,
         default_root_dir=folder,
     )
     if trainer.is_global_zero:
@@ -73,7 +75,6 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 @one_line_errors
 def main(cfg: DictConfig) -> float:
-    quiet()
     folder = Path(HydraConfig.get().runtime.output_dir)
     return float(train(settings(cfg, folder), folder)["test/acc"])
 

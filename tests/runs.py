@@ -1,0 +1,38 @@
+"""Small real runs for tests: the configuration a command line would give, in a folder of the test's own."""
+
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+CONF = Path(__file__).parents[1] / "conf"
+TINY = (
+    "callbacks.progress=null",
+    "trainer.accelerator=cpu",
+    "trainer.log_every_n_steps=1",
+    "data.batch_size=256",
+    "trainer.max_epochs=3",
+)
+
+
+def configure(folder: Path, *overrides: str) -> DictConfig:
+    """What `python -m experiments.train run=<folder> <overrides>` would run, resolved."""
+    folder.mkdir(parents=True, exist_ok=True)
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        given = [f"hydra.runtime.output_dir={folder}", f"run={folder}", *overrides]
+        cfg = compose("config", given, return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        with open_dict(cfg):
+            del cfg["hydra"]
+        OmegaConf.resolve(cfg)
+    return cfg
+
+
+def load(path: Path) -> Any:
+    import torch
+
+    return torch.load(path, weights_only=True)

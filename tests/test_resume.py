@@ -1,0 +1,99 @@
+"""A run killed at any moment and continued is the run that was never killed, bit for bit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from omegaconf import DictConfig
+
+import experiments.train
+from experiments.train import train
+from tests.runs import TINY, configure
+
+CHANGING = (
+    *TINY,
+    "trainer.max_epochs=8",
+    "trigger=periodic",
+    "trigger.every=2",
+    "callbacks.grow.growth.factor=1.3",
+    "callbacks.grow.until=0.9",
+    "callbacks.grow.rewarm=1",
+    "callbacks.prune.weight=3e-1",
+    "data.batch_size=64",
+    "callbacks.prune.grain=kernel",
+    "callbacks.prune.begin=0.0",
+    "callbacks.prune.grace=1",
+    "optimizer.optimizer.lr=3e-2",
+)
+
+
+class Killed(Exception):
+    pass
+
+
+class Kill(L.Callback):
+    """Stops the run dead in a given epoch, before or in the middle of it."""
+
+    def __init__(self, epoch: int, batch: int) -> None:
+        self.epoch, self.batch = epoch, batch
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.current_epoch == self.epoch and batch_idx == self.batch:
+            raise Killed
+
+
+def killed(cfg: DictConfig, folder: Path, monkeypatch: pytest.MonkeyPatch, epoch: int, batch: int) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            experiments.train,
+            "instantiate",
+            lambda *a, _real=experiments.train.instantiate, **k: _real(
+                *a, **(k | {"callbacks": [*k["callbacks"], Kill(epoch, batch)]} if "callbacks" in k else k)
+            ),
+        )
+        with pytest.raises(Killed):
+            train(cfg, folder)
+
+
+def same(a: Any, b: Any, where: str = "") -> None:
+    """Equal to the last bit, whatever the nesting."""
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride(), where
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            same(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_resumed_equals_uninterrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, optimizer: str
+) -> None:
+    changing = (*CHANGING, f"trainer.precision={precision}", f"optimizer={optimizer}")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(configure(whole, *changing), whole)
+    for epoch, batch in ((2, 3), (5, 0)):
+        killed(configure(broken, *changing), broken, monkeypatch, epoch, batch)
+    train(configure(broken, *changing), broken)
+
+    events = [json.loads(line) for line in (whole / "timeline.jsonl").read_text().splitlines()]
+    grown = {e["epoch"] for e in events if e["why"].startswith("grow")}
+    assert min(grown) <= 2 and max(grown) >= 5, "growth before and after the kills"
+    assert any(e["why"].startswith("prune") for e in events)
+    assert (whole / "timeline.jsonl").read_text() == (broken / "timeline.jsonl").read_text()
+    one, two = (torch.load(f / "last.ckpt", weights_only=True) for f in (whole, broken))
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "elastic", "epoch", "global_step"):
+        same(one[key], two[key], key)
+    same(*({k: v for k, v in c["callbacks"].items() if "Checkpoint" not in k} for c in (one, two)))
+    assert (whole / "model.safetensors").read_bytes() == (broken / "model.safetensors").read_bytes()
