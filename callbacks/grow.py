@@ -1,14 +1,20 @@
 """The network grows when its training saturates."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
+import torch.nn.functional as F
 
 from elastic import gates
-from elastic.fresh import STRATEGIES
+from elastic.fresh import STRATEGIES, Fresh
+from elastic.gradmax import gradmax
 from elastic.module import ElasticModule, TrainingError
 from elastic.saturation import Growth, Trigger
-from elastic.surgery import grow_index
+from elastic.surgery import grow_index, split_index
+
+STARTS = (*STRATEGIES, "gradmax")
+BATCH = 256  # training images that GradMax looks at
 
 
 class GrowOnSaturation(L.Callback):
@@ -18,7 +24,8 @@ class GrowOnSaturation(L.Callback):
         trigger: decides from the metric, e.g. `elastic.saturation.Plateau`.
         growth: how far and where, `elastic.saturation.Growth`.
         monitor: the metric's name.
-        fresh: how new channels start: a name in `elastic.fresh.STRATEGIES`.
+        fresh: how new channels start: zero_out, random, split (`elastic.fresh`) or gradmax
+            (`elastic.gradmax`; needs a data module with `sample`).
         until: part of the run after which nothing grows any more.
         rewarm: epochs over which the learning rate rises again from a tenth after each growth; 0 keeps it.
 
@@ -36,10 +43,8 @@ class GrowOnSaturation(L.Callback):
         until: float = 0.6,
         rewarm: int = 0,
     ) -> None:
-        if fresh not in STRATEGIES:
-            raise TrainingError(
-                f"fresh channels cannot start by '{fresh}': choose of {', '.join(STRATEGIES)}"
-            )
+        if fresh not in STARTS:
+            raise TrainingError(f"fresh channels cannot start by '{fresh}': choose {', '.join(STARTS)}")
         self.trigger, self.growth, self.monitor = trigger, growth, monitor
         self.fresh, self.until, self.rewarm = fresh, until, rewarm
         self.due = False
@@ -62,11 +67,27 @@ class GrowOnSaturation(L.Callback):
         fullness = gates.fullness(pl_module.net, widths)
         target = self.growth.propose(widths.sizes(), pl_module.start, fullness)
         if target:
-            changes = {
-                name: grow_index(widths[name].size, to - widths[name].size) for name, to in target.items()
-            }
-            pl_module.restructure(changes, f"grow: {self.monitor} saturated", STRATEGIES[self.fresh])
+            added = {name: size - widths[name].size for name, size in target.items()}
+            changes = {name: grow_index(widths[name].size, by) for name, by in added.items()}
+            if self.fresh == "split":
+                source = pl_module.generator()
+                changes = {name: split_index(widths[name].size, by, source) for name, by in added.items()}
+            strategy = self._strategy(trainer, pl_module, added)
+            pl_module.restructure(changes, f"grow: {self.monitor} saturated", strategy)
             self.grown_at = trainer.global_step
+
+    def _strategy(self, trainer: L.Trainer, pl_module: ElasticModule, added: Mapping[str, int]) -> Fresh:
+        if self.fresh != "gradmax":
+            return STRATEGIES[self.fresh]
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        x_BCHW, y_B = (t.to(pl_module.device) for t in data.sample(BATCH, pl_module.seed))
+        return gradmax(
+            pl_module.net,
+            pl_module.widths,
+            added,
+            lambda net: F.cross_entropy(net(x_BCHW), y_B),
+            pl_module.generator(),
+        )
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: ElasticModule, *_: Any) -> None:  # type: ignore[override]
         if self.rewarm and self.grown_at is not None:

@@ -1,8 +1,8 @@
 """How the weights of fresh channels start.
 
 A strategy gets a weight already re-indexed, with zeros where a channel is new, and fills it in. Whatever
-is merely carried a channel (norms, biases) starts neutral, see `elastic.surgery`. `elastic.gradmax` builds
-on `zero_out` and sets the incoming weights from a batch.
+is merely carried a channel (norms, biases) starts neutral, see `elastic.stored`. `elastic.gradmax` builds on
+`zero_out` and sets the incoming weights from a batch.
 """
 
 from collections.abc import Callable
@@ -14,12 +14,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Patch:
-    """A weight (out, in, …) with its fresh rows and columns.
+    """The weight (out, in, …) of a layer with its fresh rows and columns.
 
     `fresh_out` and `fresh_in` are boolean, one entry a position of dims 0 and 1; `in_source` is the old
     position that each new column continues, so that columns split from one channel can be told.
     """
 
+    layer: str
     weight: Tensor
     fresh_out: Tensor
     fresh_in: Tensor

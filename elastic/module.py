@@ -29,7 +29,8 @@ class ElasticModule(L.LightningModule):
     """Trains a classifier whose widths may change between epochs.
 
     The loss is the cross entropy plus every entry of `loss_terms`, a named scalar each, which callbacks
-    register. `restructure` is the only way to change the network; it keeps the timeline.
+    register. `restructure` is the only way to change the network; it keeps the timeline, and networks of
+    the same structure in `copies` (averaged weights, say) follow.
 
     Args:
         net: any CNN, x_BCHW -> logits_BK.
@@ -60,6 +61,7 @@ class ElasticModule(L.LightningModule):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.loss_terms: dict[str, Callable[[], Tensor]] = {}
         self.timeline: list[dict[str, Any]] = []
+        self.copies: list[nn.Module] = []
         self.lr_scale = 1.0
         self.train_loss = MeanMetric()
         self.train_acc = MulticlassAccuracy(classes, average="micro")
@@ -92,7 +94,7 @@ class ElasticModule(L.LightningModule):
         self.log(f"{part}/loss", F.cross_entropy(logits_BK, y_B), on_epoch=True, sync_dist=True)
 
     def on_train_epoch_start(self) -> None:
-        L.seed_everything(int(self._entropy(self.current_epoch, 0)), verbose=False)
+        L.seed_everything(self._seed(self.current_epoch, 0), verbose=False)
 
     def on_validation_epoch_start(self) -> None:
         """The training epoch's figures, logged with the validation's: callbacks then find both."""
@@ -113,20 +115,28 @@ class ElasticModule(L.LightningModule):
     def restructure(self, changes: Mapping[str, Index], why: str, fresh: Fresh = zero_out) -> None:
         """Re-index widths of the network and of all that follows it, and note it in the timeline."""
         before = self.widths.sizes()
-        generator = torch.Generator().manual_seed(
-            int(self._entropy(self.current_epoch, 1 + len(self.timeline)))
+        reindex(
+            self.net,
+            self.widths,
+            changes,
+            optimizers=[] if self._trainer is None else self.trainer.optimizers,
+            copies=self.copies,
+            fresh=fresh,
+            generator=self.generator(),
         )
-        optimizers = [] if self._trainer is None else self.trainer.optimizers
-        reindex(self.net, self.widths, changes, optimizers=optimizers, fresh=fresh, generator=generator)
         self.net.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         place = {"epoch": self.current_epoch, "step": self.global_step, "why": why}
         for name in changes:
             after = self.widths[name].size
             self.timeline.append({**place, "width": name, "before": before[name], "after": after})
 
-    def _entropy(self, *key: int) -> np.uint32:
-        """A seed of its own for each (run seed, key): neighbouring seeds must not repeat each other."""
-        return np.random.SeedSequence([self.seed, *key]).generate_state(1)[0]
+    def generator(self) -> torch.Generator:
+        """Randomness for the next structural event: of its own, or a resumed run would differ."""
+        return torch.Generator().manual_seed(self._seed(self.current_epoch, 1 + len(self.timeline)))
+
+    def _seed(self, *key: int) -> int:
+        """A seed for each (run seed, key); neighbouring run seeds must not repeat each other's."""
+        return int(np.random.SeedSequence([self.seed, *key]).generate_state(1)[0])
 
     # Optimization.
 

@@ -70,7 +70,7 @@ def reindex(
 
     for (path, tensor), along in moves.items():
         for i, item in enumerate(stored(model.get_submodule(path), tensor)):
-            new = _renew(item, along, fresh, generator)
+            new = _renew(path, item, along, fresh, generator)
             replaced.append((item.value, new))
             for optimizer in optimizers:
                 states += _renew_state(optimizer, item, along)
@@ -113,6 +113,12 @@ def grow_index(size: int, by: int) -> Tensor:
     return torch.cat([torch.arange(size), torch.full((by,), FRESH)])
 
 
+def split_index(size: int, by: int, generator: torch.Generator) -> Tensor:
+    """Keep all channels and let `by` of them, chosen at random, stand twice (or more where by > size)."""
+    chosen = [torch.randperm(size, generator=generator) for _ in range(-(-by // size))]
+    return torch.cat([torch.arange(size), torch.cat(chosen)[:by]])
+
+
 def resize_index(size: int, to: int) -> Tensor:
     """The first `to` channels, fresh ones past the last: gives shapes to be loaded into."""
     return torch.arange(to).where(torch.arange(to) < size, torch.tensor(FRESH))
@@ -146,7 +152,9 @@ def _moves(widths: Widths, wanted: Mapping[str, Tensor]) -> dict[tuple[str, str]
     return dict(moves)
 
 
-def _renew(item: Stored, moves: Sequence[Move], fresh: Fresh, generator: torch.Generator) -> Tensor:
+def _renew(
+    layer: str, item: Stored, moves: Sequence[Move], fresh: Fresh, generator: torch.Generator
+) -> Tensor:
     """The re-indexed value, its fresh entries filled in."""
     new = _gather(item, moves, share=True)
     if not item.by_strategy:
@@ -155,7 +163,8 @@ def _renew(item: Stored, moves: Sequence[Move], fresh: Fresh, generator: torch.G
     for move in moves:
         index[move.slot.dim] = move.index
     places = [i.to(new.device) for i in index]
-    return _laid_out(fresh(Patch(new, places[0] < 0, places[1] < 0, places[1]), generator), item.value)
+    patch = Patch(layer, new, places[0] < 0, places[1] < 0, places[1])
+    return _laid_out(fresh(patch, generator), item.value)
 
 
 def _gather(item: Stored, moves: Sequence[Move], share: bool = False) -> Tensor:
