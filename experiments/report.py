@@ -29,11 +29,21 @@ def test_accuracy(net: nn.Module, data: ImageData) -> float:
         return float(trainer.test(judge, data, verbose=False)[0]["test/acc"])
 
 
-def summarise(
-    cfg: DictConfig, module: ElasticModule, plain: nn.Module, data: ImageData, wall_s: float
-) -> dict[str, Any]:
-    """One flat object, under the keys that every run shares; params and MACs are the compacted model's."""
-    macs = cost.macs(plain, module.example)
+def measure(plain: nn.Module, data: ImageData) -> dict[str, Any]:
+    """What a compacted network is: accuracy on the test split, `params`, `params_dense` and `macs`."""
+    macs = cost.macs(plain, torch.zeros(1, *data.shape))
+    return {
+        "test/acc": test_accuracy(plain, data),
+        "params": cost.params(plain),
+        "params_dense": cost.params_dense(plain),
+        "macs": macs,
+        "macs_dynamic": macs,
+        "levels": [],
+    }
+
+
+def summarise(cfg: DictConfig, plain: nn.Module, data: ImageData, wall_s: float) -> dict[str, Any]:
+    """One flat object, under the keys that every run shares."""
     return {
         "experiment": cfg.name,
         "seed": cfg.seed,
@@ -41,12 +51,7 @@ def summarise(
         "model": cfg.choices.model,
         "schedule": "+".join(name for name in ("grow", "prune") if cfg.callbacks.get(name)) or "static",
         "epochs": cfg.trainer.max_epochs,
-        "test/acc": test_accuracy(plain, data),
-        "params": cost.params(plain),
-        "params_dense": cost.params_dense(plain),
-        "macs": macs,
-        "macs_dynamic": macs,
-        "levels": [],
+        **measure(plain, data),
         "wall_s": round(wall_s, 1),
         "git": _git(),
         "torch": torch.__version__,

@@ -1,6 +1,5 @@
 """What every entry point needs before it starts: readable errors, quiet libraries, the right precision."""
 
-import functools
 import logging
 import os
 import sys
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -19,26 +18,31 @@ from elastic.data import DataError
 from elastic.errors import StructureError
 from elastic.module import TrainingError
 
-OURS = (DataError, StructureError, TrainingError, OmegaConfBaseException, OSError)
+# What a user can mend; anything else is ours to mend and keeps its traceback.
+THEIRS = (DataError, StructureError, TrainingError, OmegaConfBaseException, HydraException, OSError)
 
 
-def one_line_errors(main: Callable[..., Any]) -> Callable[..., Any]:
-    """Show what a user can mend as one line and exit with 1; `HYDRA_FULL_ERROR=1` shows all."""
+def run(main: Callable[[], Any]) -> None:
+    """Call an entry point; what a user can mend is shown as one line, with exit code 1.
 
-    @functools.wraps(main)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return main(*args, **kwargs)
-        except (*OURS, InstantiationException) as error:
-            cause: BaseException = error
-            while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
-                cause = cause.__cause__
-            if os.environ.get("HYDRA_FULL_ERROR") or not isinstance(cause, (*OURS, InstantiationException)):
-                raise
-            print(f"error: {str(cause).strip().splitlines()[0]}", file=sys.stderr)
-            sys.exit(1)
-
-    return guarded
+    `HYDRA_FULL_ERROR=1` shows the whole traceback.
+    """
+    full = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra would print errors its own way, over many lines
+    try:
+        main()
+    except THEIRS as error:
+        cause: BaseException = error
+        while isinstance(cause, HydraException) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        if full or not isinstance(cause, THEIRS):
+            raise
+        lines = [line.strip() for line in str(cause).strip().splitlines()]
+        print(
+            f"error: {' '.join(lines[:2]) if isinstance(cause, HydraException) else lines[0]}",
+            file=sys.stderr,
+        )
+        sys.exit(1)
 
 
 def quiet() -> None:
@@ -70,10 +74,9 @@ def settings(cfg: DictConfig, folder: Path) -> DictConfig:
     Raises:
         TrainingError: overrides that would make a continued run another one.
     """
-    saved = folder / "config.yaml"
-    if not saved.exists():
+    if not (folder / "last.ckpt").exists():
         return cfg
-    held = OmegaConf.load(saved)
+    held = OmegaConf.load(folder / "config.yaml")
     assert isinstance(held, DictConfig)
     given = [text for text in HydraConfig.get().overrides.task if not text.startswith("run=")]
     if any(text.split("=")[0].lstrip("+~") not in ("trainer.max_epochs",) for text in given):

@@ -10,6 +10,7 @@ from typing import Any
 
 import hydra
 import lightning as L
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -21,7 +22,7 @@ from elastic.data import ImageData
 from elastic.module import ElasticModule
 from experiments.figure import draw_history
 from experiments.report import show, summarise, write_summary
-from experiments.setup import one_line_errors, precision, quiet, settings
+from experiments.setup import precision, quiet, run, settings
 
 
 def build(cfg: DictConfig) -> tuple[ElasticModule, ImageData]:
@@ -45,6 +46,8 @@ def build(cfg: DictConfig) -> tuple[ElasticModule, ImageData]:
 def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Carry out a run in its folder, from the start or from its last checkpoint; returns the summary."""
     quiet()
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
     started = time.monotonic()
     module, data = build(cfg)
     callbacks = [instantiate(c) for c in cfg.callbacks.values() if c is not None]
@@ -62,7 +65,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     trainer.fit(module, data, ckpt_path=last if last.exists() else None)
 
     plain = compact(module.net.cpu(), module.example)
-    summary = summarise(cfg, module, plain, data, time.monotonic() - started)
+    summary = summarise(cfg, plain, data, time.monotonic() - started)
     if trainer.is_global_zero:
         save_compact(plain, folder / "model.safetensors", {"widths": module.widths.sizes()})
         history = next((c.history for c in callbacks if isinstance(c, Census)), [])
@@ -73,11 +76,10 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
-@one_line_errors
 def main(cfg: DictConfig) -> float:
     folder = Path(HydraConfig.get().runtime.output_dir)
     return float(train(settings(cfg, folder), folder)["test/acc"])
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
