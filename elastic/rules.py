@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from elastic.axes import Axis
 
 Axes = tuple[Axis | None, ...]
+LAYER = ""  # in place of a tensor's name: what the layer's own attributes say
 Rule = Callable[[Any, fx.Node], Any]  # the Any is elastic.widths.Tracker, which imports this file
 
 
@@ -46,7 +47,7 @@ def convolution(t: Any, node: fx.Node) -> Axes:
     channel = len(x) - module.weight.dim() + 1
     read, groups = x[channel], module.groups
     depthwise = groups > 1 and groups == module.in_channels
-    written = t.slot(name, "weight", 0, "along" if depthwise else "out")
+    written = t.new(name, "weight", "each" if depthwise else "out")
     t.slot(name, "bias", 0, "along", written)
     if depthwise:
         t.meet(written, None if read is None else np.repeat(read, len(written) // groups), node)
@@ -60,28 +61,35 @@ def convolution(t: Any, node: fx.Node) -> Axes:
 
 def linear(t: Any, node: fx.Node) -> Axes:
     name, x = str(node.target), axes(node.args[0])
-    written = t.slot(name, "weight", 0, "out")
+    written = t.new(name, "weight", "out")
     t.slot(name, "bias", 0, "along", written)
     t.slot(name, "weight", 1, "in", x[-1])
     return (*x[:-1], written)
+
+
+def per_channel(layer: nn.Module) -> list[str]:
+    """The tensors of a norm, or the norm itself where it has none."""
+    names = ("weight", "bias", "running_mean", "running_var")
+    return [name for name in names if getattr(layer, name, None) is not None] or [LAYER]
 
 
 def channel_norm(t: Any, node: fx.Node) -> Axes:
     """Batch and instance norm, and PReLU: one scalar (of each kind) a channel."""
     x = axes(node.args[0])
     if not isinstance(t.layer(node), nn.PReLU) or t.layer(node).num_parameters > 1:
-        for tensor in ("weight", "bias", "running_mean", "running_var"):
+        for tensor in per_channel(t.layer(node)):
             t.slot(str(node.target), tensor, 0, "along", x[1])
     return x
 
 
 def group_norm(t: Any, node: fx.Node) -> Axes:
     module, x = t.layer(node), axes(node.args[0])
-    if x[1] is not None and module.num_groups != module.num_channels:
+    each = module.num_groups == module.num_channels > 1
+    if x[1] is not None and not each:
         t.elements.tie(x[1], module.num_groups)
         t.elements.mix(x[1], f"{node.target} (GroupNorm) normalises over its channels")
-    for tensor in ("weight", "bias"):
-        t.slot(str(node.target), tensor, 0, "along", x[1])
+    for tensor in per_channel(module):
+        t.slot(str(node.target), tensor, 0, "each" if each else "along", x[1])
     return x
 
 
@@ -89,7 +97,7 @@ def layer_norm(t: Any, node: fx.Node) -> Axes:
     x, over = axes(node.args[0]), len(t.layer(node).normalized_shape)
     for i, axis in enumerate(x[-over:]):
         t.elements.mix(axis, f"{node.target} (LayerNorm) normalises over its channels")
-        for tensor in ("weight", "bias"):
+        for tensor in per_channel(t.layer(node)):
             t.slot(str(node.target), tensor, i, "along", axis)
     return x
 
@@ -132,9 +140,9 @@ def match(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], 
         new: list[int] = []
         a = b = 1
         while not (old and new and a == b):
-            if (a <= b and i < len(before)) or j >= len(after):
-                if i >= len(before):
-                    break
+            if j >= len(after) and i >= len(before):
+                break
+            if j >= len(after) or (i < len(before) and (not old or (new and a <= b))):
                 old.append(i)
                 a, i = a * before[i], i + 1
             else:
@@ -175,7 +183,8 @@ def transpose(t: Any, node: fx.Node) -> Axes:
 def squeeze(t: Any, node: fx.Node) -> Axes:
     x, shape = axes(node.args[0]), value(node.args[0]).shape
     gone = [d for d in dims(argument(node, 1, "dim"), len(x)) if shape[d] == 1]
-    t.fix(node, [x[d] for d in gone], "drops a dimension of one channel")
+    told = argument(node, 1, "dim") is not None
+    t.fix(node, [x[d] for d in gone] if told else x, "drops a dimension of one channel")
     return tuple(axis for d, axis in enumerate(x) if d not in gone)
 
 
@@ -346,7 +355,7 @@ POINTWISE = """
     add sub mul truediv div iadd isub imul itruediv rsub neg pow sqrt rsqrt exp log abs square maximum minimum
     relu relu6 leaky_relu elu selu celu gelu silu mish sigmoid tanh hardtanh hardswish hardsigmoid softplus
     clamp clip dropout dropout1d dropout2d dropout3d feature_dropout contiguous clone detach to float half
-    bfloat16 double type type_as stochastic_depth where lerp addcmul
+    bfloat16 double type type_as expand_as stochastic_depth where lerp addcmul
 """.split()
 SAME = """
     max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
@@ -357,7 +366,7 @@ FUNCTIONS: dict[str, Rule] = {
     **dict.fromkeys(POINTWISE, pointwise),
     **dict.fromkeys(SAME, same),
     **dict.fromkeys(("view", "reshape", "flatten", "unflatten"), reshape),
-    **dict.fromkeys(("mean", "sum", "amax", "amin", "var", "std", "norm"), reduce),
+    **dict.fromkeys(("mean", "sum", "amax", "amin", "var", "std"), reduce),
     **dict.fromkeys(("softmax", "log_softmax"), along_dim),
     **dict.fromkeys(("cat", "concat", "concatenate"), concatenate),
     **dict.fromkeys(("chunk", "split"), split),

@@ -33,7 +33,7 @@ class Stored:
 def stored(module: nn.Module, tensor: str) -> list[Stored]:
     """The tensors behind `module.<tensor>`: itself, or a gated tensor's original and its gates' own."""
     if not parametrize.is_parametrized(module, tensor):
-        value = getattr(module, tensor)
+        value = getattr(module, tensor, None)
         return [] if value is None else [_plain(module, tensor, value)]
     chain: Any = module.parametrizations[tensor]  # type: ignore[index]
     found = [_plain(module, tensor, chain.original)]
@@ -59,26 +59,29 @@ def _plain(module: nn.Module, tensor: str, value: Tensor) -> Stored:
     return Stored(value, dims, NEUTRAL.get(tensor))
 
 
-def describe(module: nn.Module) -> None:
-    """Make a stock layer's attributes say what its tensors are."""
-    first = original(module, "weight")
-    first = original(module, "running_mean") if first is None else first
-    if first is None:
-        return
-    shape = tuple(first.shape)
-    if isinstance(module, nn.modules.conv._ConvNd):
-        if module.groups > 1 and module.groups == module.in_channels:
-            module.groups = shape[0] // (module.out_channels // module.groups)
-        module.out_channels, module.in_channels = shape[0], shape[1] * module.groups
-    elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = shape
+def describe(module: nn.Module, tensor: str, dim: int, size: int, each: bool) -> None:
+    """Make a stock layer's attributes say that one of its tensors' dimensions has a new size.
+
+    Args:
+        each: the layer keeps as many groups as channels.
+    """
+    if isinstance(module, nn.modules.conv._ConvNd) and tensor == "weight":
+        if dim == 1:
+            module.in_channels = size * module.groups
+        else:
+            if each:
+                module.groups = module.in_channels = size * module.groups // module.out_channels
+            module.out_channels = size
+    elif isinstance(module, nn.Linear) and tensor == "weight":
+        setattr(module, "in_features" if dim == 1 else "out_features", size)
     elif isinstance(module, nn.GroupNorm):
-        if module.num_groups == module.num_channels:
-            module.num_groups = shape[0]
-        module.num_channels = shape[0]
+        module.num_channels = size
+        module.num_groups = size if each else module.num_groups
     elif isinstance(module, nn.LayerNorm):
-        module.normalized_shape = shape
+        shape = list(module.normalized_shape)
+        shape[dim] = size
+        module.normalized_shape = tuple(shape)
     elif isinstance(module, nn.PReLU):
-        module.num_parameters = shape[0]
+        module.num_parameters = size
     elif isinstance(module, NORMS):
-        module.num_features = shape[0]
+        module.num_features = size  # type: ignore[assignment]

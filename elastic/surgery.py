@@ -6,9 +6,11 @@ module attributes follow in one call. All new tensors are computed before the fi
 so a failure leaves everything as it was.
 """
 
+import gc
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +67,8 @@ def reindex(
     generator = generator or torch.Generator().manual_seed(0)
     optimizers, copies = list(optimizers), list(copies)
     moves = _moves(widths, wanted)
+    touched = [stored(model.get_submodule(path), tensor) for path, tensor in moves]
+    _refuse_live_graph(item.value for items in touched for item in items)
     replaced: list[tuple[Tensor, Tensor]] = []
     states: list[tuple[dict[str, Tensor], str, Tensor]] = []
 
@@ -79,33 +83,39 @@ def reindex(
                 kept = _gather(its, along, share=True)
                 replaced.append((its.value, _fresh_from(new, kept, its, along)))
 
-    before = [(old, old.data) for old, _ in replaced]
-    _put(replaced)
-    if any(_graph_alive(old) for old, _ in replaced):
-        _put(before)
-        raise StructureError("an autograd graph of this model is alive: drop its outputs and losses first")
+    for old, new in replaced:
+        old.data = new
+        old.grad = None
     for state, key, new in states:
         state[key] = new
-    for path in {path for path, _ in moves}:
+    for move in (move for along in moves.values() for move in along):
+        slot = move.slot
         for root in (model, *copies):
-            describe(root.get_submodule(path))
+            layer = root.get_submodule(slot.module)
+            describe(layer, slot.tensor, slot.dim, len(move.index), slot.role == "each")
     for name, index in wanted.items():
         widths[name].size = len(index)
 
 
-def _put(values: Iterable[tuple[Tensor, Tensor]]) -> None:
-    for held, value in values:
-        held.data = value
-        held.grad = None
+def _refuse_live_graph(parameters: Iterable[Tensor]) -> None:
+    """A graph that is still alive expects the parameters as they are: its next backward would be wrong."""
+    held = [p for p in parameters if p.requires_grad]
+    if any(map(_graph_alive, held)):
+        gc.collect()  # it may hang on a reference cycle only
+        if any(map(_graph_alive, held)):
+            raise StructureError(
+                "an autograd graph of this model is alive: drop its outputs and losses first"
+            )
 
 
 def _graph_alive(parameter: Tensor) -> bool:
-    """Whether a live graph still expects the parameter's old shape (its next backward would fail)."""
-    if not parameter.requires_grad:
-        return False
+    """A parameter has one gradient accumulator, which remembers the shape it was made for while it lives."""
+    value = parameter.data
+    parameter.data = value.new_empty(0)
     with torch.enable_grad():
-        accumulator = parameter.view_as(parameter).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
-    return tuple(accumulator._input_metadata[0].shape) != tuple(parameter.shape)  # type: ignore[union-attr]
+        accumulator: Any = parameter.view_as(parameter).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+    parameter.data = value
+    return tuple(accumulator._input_metadata[0].shape) != (0,)
 
 
 def grow_index(size: int, by: int) -> Tensor:
@@ -126,6 +136,8 @@ def resize_index(size: int, to: int) -> Tensor:
 
 def _checked(index: Index, size: int, name: str) -> Tensor:
     found = torch.as_tensor(index).cpu()
+    if found.numel() and (found.is_floating_point() or found.dtype == torch.bool):
+        raise StructureError(f"width '{name}' is indexed by channel numbers, not by {found.dtype} values")
     if found.dim() != 1 or len(found) == 0:
         raise StructureError(f"width '{name}' needs at least one channel; the index given leaves none")
     found = found.long()

@@ -5,13 +5,15 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
 from elastic.axes import Axis, Elements
 from elastic.errors import StructureError
-from elastic.rules import flat, getitem, rule_for, split
+from elastic.rules import LAYER, fixed, flat, getitem, rule_for, split, value
 
-Role = Literal["out", "in", "along"]
+Role = Literal["out", "in", "along", "each"]
 Recorded = dict[tuple[str, str, int], tuple[Role, Axis]]  # (module, tensor, dim) -> what lies there
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
@@ -20,15 +22,24 @@ def on_meta(model: nn.Module) -> nn.Module:
     """A copy of the model without its data: every tensor on the meta device."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise StructureError(
+                "a lazy layer has no shape yet: run the model once, then discover its widths"
+            )
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-    for buffer in model.buffers():
-        memo[id(buffer)] = buffer.to("meta")
+    plain = (held for module in model.modules() for held in vars(module).values())
+    for tensor in (*model.buffers(), *(held for held in plain if isinstance(held, Tensor))):
+        memo[id(tensor)] = tensor.to("meta")
     return copy.deepcopy(model, memo)
+
+
+class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True  # or buffers in arithmetic would become constants
 
 
 def trace(model: nn.Module) -> fx.GraphModule:
     try:
-        return fx.symbolic_trace(model)
+        return fx.GraphModule(model, _Tracer().trace(model))
     except Exception as error:
         raise StructureError(
             f"{type(model).__name__} cannot be traced by torch.fx ({_first(error)}); keep data-dependent "
@@ -69,7 +80,9 @@ class Tracker(fx.Interpreter):
         slots: Recorded,
     ) -> None:
         super().__init__(graph, garbage_collect_values=False)
+        self.extra_traceback = False  # errors of one line
         self.graph_module = graph
+        self.shared: dict[tuple[int, int], Axis] = {}
         self.elements, self.slots = elements, slots
 
     def run_node(self, node: fx.Node) -> Any:
@@ -84,8 +97,9 @@ class Tracker(fx.Interpreter):
         return out
 
     def _axes(self, node: fx.Node, out: Any) -> Any:
+        untracked = (None,) * out.dim() if isinstance(out, Tensor) else None
         if node.op == "placeholder":
-            return tuple(None for _ in out.shape) if isinstance(out, Tensor) else None
+            return untracked
         if node.op == "output":
             for n in node.all_input_nodes:
                 for axis in flat(n.meta["axes"]):
@@ -95,17 +109,29 @@ class Tracker(fx.Interpreter):
             owner, _, name = str(node.target).rpartition(".")
             if not isinstance(out, Tensor):
                 return None
-            return tuple(
-                self.slot(owner, name, d, "along") if n > 1 else None for d, n in enumerate(out.shape)
-            )
+            sizes = enumerate(out.shape)
+            return tuple(self.new(owner, name, "along", d) if n > 1 else None for d, n in sizes)
         if not any(n.meta["axes"] is not None for n in node.all_input_nodes):
-            return None  # arithmetic on sizes
-        rule = rule_for(self.layer(node) if node.op == "call_module" else None, self.operation(node))
+            return untracked
+        return self._by_rule(node, out)
+
+    def _by_rule(self, node: fx.Node, out: Any) -> Any:
+        """The operation's rule, unless it has none or is used in a way that its rule does not know."""
+        rule = rule_for(self.layer(node), self.operation(node))
         if not isinstance(out, Tensor) and rule not in (split, getitem):
-            rule = rule_for(None, "")
-            if self.operation(node) in ("size", "getattr", "dim", "numel", "ndim"):
+            if isinstance(out, (int, torch.Size, torch.device, torch.dtype)):
                 return None
-        return rule(self, node)
+            return fixed(self, node)
+        try:
+            axes = rule(self, node)
+            if isinstance(out, Tensor):
+                assert len(axes) == out.dim()
+                assert all(a is None or len(a) == n for a, n in zip(axes, out.shape, strict=True))
+            return axes
+        except StructureError:
+            raise
+        except Exception:
+            return fixed(self, node)
 
     # What the rules ask for.
 
@@ -116,20 +142,33 @@ class Tracker(fx.Interpreter):
         target: Any = node.target
         return (target if isinstance(target, str) else target.__name__).strip("_")
 
-    def slot(
-        self, module: str, tensor: str, dim: int, role: Role, axis: Axis | None = None, /
-    ) -> Axis | None:
-        """Record that channels lie on a tensor's dimension (new ones, if they are written here)."""
-        held = getattr(self.fetch_attr(module) if module else self.graph_module, tensor, None)
-        if held is None or (axis is None and (role == "in" or tensor.startswith("running"))):
+    def new(self, module: str, tensor: str, role: Role, dim: int = 0) -> Axis | None:
+        """Channels that begin here: those that a layer writes, or that a parameter of its own holds."""
+        held = self._held(module, tensor)
+        return self.slot(module, tensor, dim, role, self.elements.new(held.shape[dim]))
+
+    def slot(self, module: str, tensor: str, dim: int, role: Role, axis: Axis | None) -> Axis | None:
+        """Record that channels lie on a tensor's dimension."""
+        held = self._held(module, tensor)
+        if axis is None or (held is None and tensor != LAYER):
             return None
-        if axis is None:
-            axis = self.elements.new(held.shape[dim])
-        if len(axis) != held.shape[dim]:
-            raise StructureError(f"{module}.{tensor} has {held.shape[dim]} entries for {len(axis)} channels")
         known = self.slots.setdefault((module, tensor, dim), (role, axis))[1]
         self.elements.unite(known, axis)
+        if held is not None:  # one parameter may serve several layers
+            self.elements.unite(self.shared.setdefault((id(held), dim), known), known)
+            self._refuse_foreign(module, tensor, known)
         return known
+
+    def _held(self, module: str, tensor: str) -> Any:
+        owner = self.fetch_attr(module) if module else self.graph_module
+        return getattr(owner, tensor, None) if tensor != LAYER else None
+
+    def _refuse_foreign(self, module: str, tensor: str, axis: Axis) -> None:
+        owner = self.fetch_attr(module) if module else self.graph_module
+        if parametrize.is_parametrized(owner, tensor):
+            for p in owner.parametrizations[tensor]:  # type: ignore[index,union-attr]
+                if not hasattr(p, "fresh"):
+                    self.elements.fix(axis, f"{module}.{tensor} is parametrized by {type(p).__name__}")
 
     def constant(self, size: int, node: fx.Node) -> Axis:
         axis = self.elements.new(size)
@@ -152,6 +191,8 @@ class Tracker(fx.Interpreter):
         """Whether a reshaping node computes this size of its output from its input."""
         if self.operation(node) == "flatten" or isinstance(self.layer(node), nn.Flatten):
             return True
+        if len(node.args) == 2 and isinstance(value(node.args[1]), torch.Size):
+            return isinstance(node.args[1], fx.Node)
         if isinstance(self.layer(node), nn.Unflatten) or self.operation(node) == "unflatten":
             return False
         first: Any = node.args[1]
@@ -162,7 +203,8 @@ class Tracker(fx.Interpreter):
 def _describe(node: fx.Node) -> str:
     """The operation as a user would find it: `view(-1, 400) in features.6`."""
     if node.op == "call_module":
-        return str(node.target)
+        owner: Any = node.graph.owning_module
+        return f"{node.target} ({type(owner.get_submodule(str(node.target))).__name__})"
     stack = node.meta.get("nn_module_stack") or {}
     where = next(reversed(list(stack)), "") or "the model's forward"
     numbers = [a for arg in node.args[1:] for a in (arg if isinstance(arg, (tuple, list)) else [arg])]

@@ -35,7 +35,9 @@ class Slot:
     """One tensor dimension on which channels lie.
 
     `role` is "out" where a layer writes its channels (weight dim 0), "in" where it reads them (weight
-    dim 1) and "along" for what is merely carried a channel (bias, norms, depthwise kernels).
+    dim 1), "along" for what is merely carried a channel (bias, norms), and "each" where the layer also keeps
+    as many groups as channels (depthwise convolution, group norm of one channel a group). A `tensor` of ""
+    stands for a layer without tensors whose attributes count channels.
     """
 
     module: str
@@ -75,11 +77,17 @@ class Widths(Mapping[str, Width]):
         why = self.fixed.get(name, f"there is none; the model has {', '.join(self.widths)}")
         raise StructureError(f"width '{name}' cannot change: {why}")
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.widths
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.widths)
 
     def __len__(self) -> int:
         return len(self.widths)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.widths.get(name, default)
 
     def sizes(self) -> dict[str, int]:
         """The architecture: channels of every width. With the initial model it says everything."""

@@ -273,13 +273,10 @@ def test_an_awkward_model_is_followed_or_refused(build: Callable[[], nn.Module])
         assert model(x).shape == shape, name
 
 
-def test_one_channel_left_still_runs() -> None:
-    """`squeeze()` without a dimension would drop a width's last channel."""
-    model = AWKWARD["squeezed"]()
-    widths = discover(model, torch.randn(IMAGE))
-    if "conv" in widths:
-        reindex(model, widths, {"conv": [0]})
-        assert model(torch.randn(IMAGE)).shape == (2, 5)
+def test_a_forward_that_may_drop_the_last_channel_is_refused() -> None:
+    """`squeeze()` without a dimension would drop a width's last channel: such a width is refused."""
+    with pytest.raises(StructureError, match=r"conv: squeeze\(\) in the model's forward drops a dimension"):
+        discover(AWKWARD["squeezed"](), torch.randn(IMAGE))
 
 
 # --- discovery looks and does not touch ------------------------------------------------------------

@@ -477,9 +477,9 @@ CASES: dict[str, Case] = {
             lambda m, x: m.head(m.last((y := m.conv(x)) * y.mean((2, 3), keepdim=True).expand_as(y))),
             **dict(conv=conv(3, 4), last=conv(4, 5), head=head(5)),
         ),
-        {"last": 5},
-        {"last": f"{layer('last')} head.2.weight.1"},
-        {"conv": "expand_as(…) in the model's forward", "head.2": OUTPUT},
+        {"conv": 4, "last": 5},
+        {"conv": f"{layer('conv')} last.weight.1", "last": f"{layer('last')} head.2.weight.1"},
+        {"head.2": OUTPUT},
     ),
     "volumes": Case(
         lambda: nn.Sequential(
