@@ -33,8 +33,8 @@ format: setup  ## let ruff rewrite
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup  ## measure latency: make bench ARGS='...'
-	$(BIN)/python -m experiments.bench $(ARGS)
+bench: setup  ## what elasticity costs and saves, beside the plain way
+	$(BIN)/python -m experiments.bench
 
 test-slow: setup  ## tests that train for longer
 	$(PYTEST) -n 2 -m slow

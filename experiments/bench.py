@@ -1,0 +1,134 @@
+"""What elasticity costs and saves, each beside the plain way in the same run: `python -m experiments.bench`.
+
+Every row times the two sides in turn and gives the median of the ratios ours / theirs, with their range.
+Absolute times depend on the machine; ratios much less.
+"""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from elastic import gates
+from elastic.compact import compact
+from elastic.models import convnet, resnet20
+from elastic.surgery import grow_index, reindex
+from elastic.widths import discover
+
+Work = Callable[[], Any]
+
+
+def paired(ours: Work, theirs: Work, repeats: int) -> tuple[float, float, list[float]]:
+    """Median milliseconds of each side, and the ratios pair by pair, after one unmeasured pair."""
+    times: list[tuple[float, float]] = []
+    for _ in range(repeats + 1):
+        pair = []
+        for work in (ours, theirs):
+            start = time.perf_counter()
+            work()
+            pair.append(1e3 * (time.perf_counter() - start))
+        times.append((pair[0], pair[1]))
+    a, b = zip(*times[1:], strict=True)
+    return statistics.median(a), statistics.median(b), [x / y for x, y in times[1:]]
+
+
+def training_step(net: nn.Module, optimizer: torch.optim.Optimizer, x_BCHW: Tensor) -> Work:
+    penalised = any(gates.gated(net))
+    y_B = torch.zeros(len(x_BCHW), dtype=torch.long)
+
+    def step() -> None:
+        loss = F.cross_entropy(net(x_BCHW), y_B)
+        if penalised:
+            loss = loss + 1e-4 * gates.penalty(net)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def gated_step(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work]:
+    gated = copy.deepcopy(net)
+    gates.attach(gated, discover(gated, x_BCHW), "weight")
+    ours, theirs = (
+        training_step(model, torch.optim.AdamW(model.parameters()), x_BCHW) for model in (gated, net)
+    )
+    return ours, theirs
+
+
+def compacted_forward(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work]:
+    """Half of every layer's channels gated off: removed, against masked."""
+    widths = discover(net, x_BCHW)
+    gates.attach(net, widths, "channel")
+    for _, _, gate in gates.gated(net):
+        gate.score.data[::2] = -1
+    masked, small = gates.fold(net).eval(), compact(net, x_BCHW)
+
+    def forward(model: nn.Module) -> Work:
+        def run() -> None:
+            with torch.inference_mode():
+                model(x_BCHW)
+
+        return run
+
+    return forward(small), forward(masked)
+
+
+def growth(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work]:
+    """Growing every width by a channel, AdamW's state included, against one training step."""
+    optimizer = torch.optim.AdamW(net.parameters())
+    step = training_step(net, optimizer, x_BCHW)
+    step()
+    widths = discover(net, x_BCHW)
+
+    def grow() -> None:
+        reindex(net, widths, {n: grow_index(w.size, 1) for n, w in widths.items()}, optimizers=[optimizer])
+
+    return grow, step
+
+
+def discovery(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work] | None:
+    """Against Torch-Pruning's dependency graph, where that is installed (extra `peers`)."""
+    try:
+        import torch_pruning
+    except ImportError:
+        return None
+    return (
+        lambda: discover(net, x_BCHW),
+        lambda: torch_pruning.DependencyGraph().build_dependency(net, example_inputs=x_BCHW),
+    )
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    torch.set_flush_denormal(True)
+    small, large = torch.randn(128, 1, 28, 28), torch.randn(128, 3, 32, 32)
+    rows = [
+        ("gated / plain training step, convnet", gated_step(convnet(), small), 30),
+        ("gated / plain training step, resnet20", gated_step(resnet20(), large), 5),
+        ("compacted / masked forward, half the channels, resnet20", compacted_forward(resnet20(), large), 10),
+        ("growing all widths / one training step, resnet20", growth(resnet20(), large), 5),
+        ("discovery / Torch-Pruning's graph, resnet20", discovery(resnet20(), large[:1]), 10),
+    ]
+    table = Table(title=f"{torch.get_num_threads()} threads, batch 128, fp32, torch {torch.__version__}")
+    for column in ("ours / theirs", "ours, ms", "theirs, ms", "ratio", "range"):
+        table.add_column(column)
+    for name, sides, repeats in rows:
+        if sides is None:
+            table.add_row(name, "", "", "", "not installed")
+            continue
+        a, b, ratios = paired(*sides, repeats)
+        spread = f"{min(ratios):.2f} … {max(ratios):.2f}"
+        table.add_row(name, f"{a:.1f}", f"{b:.1f}", f"{statistics.median(ratios):.2f}", spread)
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()
