@@ -71,7 +71,7 @@ class PruneByGates(L.Callback):
         if progress >= self.end and not self.frozen:
             self.frozen = True
             if self.budget is not None:
-                gates.shift(net, self.budget.asked - params(net) + gates.count(net))
+                gates.settle(net, self.budget.asked - params(net) + gates.count(net))
             gates.freeze(net)
         active = self.begin <= progress and not self.frozen
         pl_module.loss_terms.pop("gates", None)
@@ -87,10 +87,10 @@ class PruneByGates(L.Callback):
         self.weight = self.budget.steer(self.weight, params(pl_module.net), progress)
 
     def state_dict(self) -> dict[str, Any]:
-        last = None if self.budget is None else self.budget.last
-        return {"weight": self.weight, "frozen": self.frozen, "last": last}
+        budget = None if self.budget is None else dict(vars(self.budget))
+        return {"weight": self.weight, "frozen": self.frozen, "budget": budget}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.weight, self.frozen = state_dict["weight"], state_dict["frozen"]
         if self.budget is not None:
-            self.budget.last = state_dict["last"]
+            vars(self.budget).update(state_dict["budget"])

@@ -6,6 +6,7 @@ it over: in its norm or bias where that is exact, else (behind zero padding, a c
 constant) in one channel of the width that stays and carries the constants of all.
 """
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from elastic.gates import fold, openings
 from elastic.surgery import reindex
 from elastic.trace import norm_after
-from elastic.widths import Slot, Width, Widths, discover
+from elastic.widths import Slot, Width, Widths, find
 
 TINY = torch.finfo(torch.float32).tiny  # smaller numbers are denormal, and many times slower on CPUs
 
@@ -28,19 +29,18 @@ def compact(model: nn.Module, example: Tensor) -> nn.Module:
         example: an input, batch first; its shape and type matter.
     """
     plain = fold(model).eval()
-    for tensor in plain.parameters():
-        tensor[tensor.abs() < TINY] = 0
     while True:
-        widths = discover(plain, example)
-        found = _dead(plain, widths, example)
+        for tensor in plain.parameters():
+            tensor[tensor.abs() < TINY] = 0
+        widths = find(plain, example)
         keep = {}
-        for name, (unread, unwritten, constants) in found.items():
-            dead = unread | _carry(plain, widths, widths[name], unwritten, constants)
-            if dead[1:].any() or (dead.any() and len(dead) > 1):
-                keep[name] = _alive(dead)
+        for name, (unread, unwritten, constants) in _dead(plain, widths, example).items():
+            dead = _carry(plain, widths, widths[name], unread, unwritten, constants)
+            if dead.any():
+                keep[name] = (~dead).nonzero().flatten()
         if not keep:
             return plain
-        reindex(plain, widths, keep)
+        reindex(plain, find(plain, example), keep)  # found anew: a constant may have made a bias
 
 
 @torch.no_grad()
@@ -52,12 +52,21 @@ def silent(model: nn.Module, widths: Widths, example: Tensor) -> dict[str, Tenso
     training. A fresh channel, whose weights are zero but whose gates are open, stays; so does the last one.
     """
     keep = {}
-    for name, (unread, unwritten, constants) in _dead(model, widths, example, openings).items():
-        for values in constants.values():
-            unwritten = unwritten & (values == 0).all(1)
+    found = _dead(model, widths, example, openings)
+    training = copy.deepcopy(model).train() if any(dead[1].any() for dead in found.values()) else None
+    for name, (unread, unwritten, constants) in found.items():
+        if training is not None and unwritten.any():  # silent by the batch's statistics, too
+            readers = widths[name].role("in")
+            with torch.random.fork_rng(devices=[]):  # dropout draws
+                seen = _inputs(training, {slot.module for slot in readers}, example)
+            for slot in readers:
+                batch = seen[slot.module][widths.positions(slot, name)]
+                unwritten = unwritten & (batch == 0).all(1) & (constants[slot] == 0).all(1)
         dead = unread | unwritten
-        if dead.any() and len(dead) > 1:
-            keep[name] = _alive(dead)
+        if dead.all():
+            dead[0] = False
+        if dead.any():
+            keep[name] = (~dead).nonzero().flatten()
     return keep
 
 
@@ -81,17 +90,14 @@ def _dead(
             if unread.any() or unwritten.any():
                 found[name] = (unread, unwritten, {})
     readers = {slot for name, dead in found.items() if dead[1].any() for slot in widths[name].role("in")}
-    seen = _inputs(model, {slot.module for slot in readers}, example) if readers else {}
+    training = model.training
+    seen = _inputs(model.eval(), {slot.module for slot in readers}, example) if readers else {}
+    model.train(training)
     for name, (_, unwritten, constants) in found.items():
         if unwritten.any():
             for slot in widths[name].role("in"):
                 constants[slot] = seen[slot.module][widths.positions(slot, name)]
     return found
-
-
-def _alive(dead: Tensor) -> Tensor:
-    kept = (~dead).nonzero().flatten()
-    return kept if len(kept) else torch.zeros(1, dtype=torch.long)
 
 
 def _zero(
@@ -113,7 +119,7 @@ def _zero(
 def _inputs(model: nn.Module, readers: Iterable[str], example: Tensor) -> dict[str, Tensor]:
     """For each layer, the constant that each of its input channels holds, or NaN where it varies.
 
-    Found by running the model, in evaluation mode, on noise of the example's shape.
+    Found by running the model, in the mode it is in, on noise of the example's shape.
     """
     seen: dict[str, Tensor] = {}
 
@@ -134,52 +140,63 @@ def _inputs(model: nn.Module, readers: Iterable[str], example: Tensor) -> dict[s
         )
         for path in readers
     ]
-    training = {module: module.training for module in model.modules()}
-    device = next(model.parameters()).device
-    noise = torch.randn((4, *example.shape[1:]), generator=torch.Generator().manual_seed(0))
+    # Noise of many scales, so that what saturates on one of them varies on another.
+    scales = torch.tensor([0, 0.1, 0.3, 1, 3, 10, 30, 100]).view(-1, *[1] * (example.dim() - 1))
+    noise = torch.randn((8, *example.shape[1:]), generator=torch.Generator().manual_seed(0)) * scales
     try:
-        model.eval()(noise.to(device))
+        model(noise.to(next(model.parameters()).device, example.dtype))
     finally:
-        for module, mode in training.items():
-            module.training = mode
         for hook in hooks:
             hook.remove()
     return seen
 
 
 def _carry(
-    model: nn.Module, widths: Widths, width: Width, unwritten: Tensor, constants: dict[Slot, Tensor]
+    model: nn.Module,
+    widths: Widths,
+    width: Width,
+    unread: Tensor,
+    unwritten: Tensor,
+    constants: dict[Slot, Tensor],
 ) -> Tensor:
-    """Move the constants of unwritten channels into their readers; which channels can go: (channels,)."""
-    gone = torch.zeros_like(unwritten)
-    if not unwritten.any():
-        return gone
+    """Move the constants of unwritten channels into what reads them; which channels can go: (channels,)."""
+    into_bias, into_channel, carrier = _plan(model, unwritten, constants)
+    dead = unread.clone()
+    dead[into_bias + into_channel] = True
+    if dead.all():  # one stays, with its constant
+        last = int(unread.nonzero()[0]) if unread.any() else into_bias[0]
+        dead[last] = False
+        into_bias = [channel for channel in into_bias if channel != last]
+    for channel in into_bias + into_channel:
+        for slot, values in constants.items():
+            if channel in into_channel and _pads(model.get_submodule(slot.module)):
+                ratio = torch.where(values[carrier] == 0, 0.0, values[channel] / values[carrier])
+                _into_channel(model, widths, width, slot, channel, carrier, ratio)
+            else:
+                _into_bias(model, widths, width, slot, channel, values[channel])
+    return dead
+
+
+def _plan(
+    model: nn.Module, unwritten: Tensor, constants: dict[Slot, Tensor]
+) -> tuple[list[int], list[int], int]:
+    """Which channels' constants go into biases, which into one channel of their own, and into which one."""
     steady = unwritten.clone()
     for values in constants.values():
         steady &= ~values.isnan().any(1)
-    padded = {slot for slot in constants if _pads(model.get_submodule(slot.module))}
-    felt = torch.zeros_like(steady)  # by a reader behind zero padding
-    for slot in padded:
-        felt |= (constants[slot] != 0).any(1)
-    for channel in (steady & ~felt).nonzero().flatten().tolist():
-        for slot, values in constants.items():
-            _into_bias(model, widths, width, slot, channel, values[channel])
-        gone[channel] = True
-    rest = (steady & felt).nonzero().flatten().tolist()
-    if len(rest) > 1:
-        strength = torch.stack([constants[slot].abs().amin(1) for slot in padded]).amin(0)
-        carrier = max(rest, key=lambda channel: float(strength[channel]))
-        if strength[carrier] > 0:
-            for channel in rest:
-                if channel != carrier:
-                    for slot, values in constants.items():
-                        if slot in padded:
-                            ratio = values[channel] / values[carrier]
-                            _into_channel(model, widths, width, slot, channel, carrier, ratio)
-                        else:
-                            _into_bias(model, widths, width, slot, channel, values[channel])
-                    gone[channel] = True
-    return gone
+    padded = [values for slot, values in constants.items() if _pads(model.get_submodule(slot.module))]
+    felt = torch.zeros_like(steady)
+    for values in padded:
+        felt |= (values != 0).any(1)
+    into_bias, rest = ((steady & mask).nonzero().flatten().tolist() for mask in (~felt, felt))
+    readers = [values[rest] for values in padded if len(rest) and (values[rest] != 0).any()]
+    if not readers:
+        return into_bias, [], 0
+    strength = torch.stack([values.abs().amin(1) for values in readers]).amin(0)
+    best = int(strength.argmax())
+    if strength[best] == 0:
+        return into_bias, [], 0
+    return into_bias, [channel for channel in rest if channel != rest[best]], rest[best]
 
 
 def _pads(layer: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
+from elastic.gates import Gate
 from elastic.trace import on_meta
 from elastic.widths import Widths
 
@@ -44,7 +45,7 @@ def _effective(model: nn.Module) -> list[Tensor]:
     """Every parameter once, as inference sees it: gates applied, their scores left out."""
     found: dict[int, Tensor] = {}
     for module in model.modules():
-        if isinstance(module, parametrize.ParametrizationList) or hasattr(module, "score"):
+        if isinstance(module, (parametrize.ParametrizationList, Gate)):
             continue
         for tensor in module._parameters:
             held = getattr(module, tensor)
@@ -72,7 +73,7 @@ def macs_by_layer(model: nn.Module, example: Tensor) -> dict[str, int]:
         name = path.partition(".")[2]
         if name in leaves:
             found[name] = sum(counts.values()) // 2
-    counted = sum(counter.get_flop_counts()["Global"].values()) // 2
+    counted = sum(counter.get_flop_counts().get("Global", {}).values()) // 2
     if rest := counted - sum(found.values()):
         found[""] = rest
     return found

@@ -9,18 +9,20 @@ straight-through idea is Bengio et al., arXiv 1308.3432.
 
 import copy
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from elastic.errors import StructureError
 from elastic.stored import original
 from elastic.trace import norm_after
 from elastic.widths import Widths
 
 Grain = Literal["weight", "kernel", "channel"]
 START = 1.0
+EDGE = 1e-3  # a settled gate is at least so far from the threshold
 
 
 class _Step(torch.autograd.Function):
@@ -67,9 +69,11 @@ class Gate(nn.Module):
 def attach(model: nn.Module, widths: Widths, grain: Grain, grace: int = 0) -> None:
     """Gate the convolutions and linear layers that the model's widths reach, in place.
 
-    At channel grain the norm that follows a layer is gated with it, so that a closed channel is exactly
-    zero; channels that cannot be removed (the logits) are not gated.
+    At channel grain the gain and shift of the norm that follows a layer are gated with it, so that a closed
+    channel is exactly zero; channels that cannot be removed (the logits) are not gated.
     """
+    if grain not in get_args(Grain):
+        raise StructureError(f"gates have no grain '{grain}': choose {', '.join(get_args(Grain))}")
     roles = ("out",) if grain == "channel" else ("out", "in")
     slots = {s.module: None for w in widths.values() for role in roles for s in w.role(role)}  # type: ignore[arg-type]
     followers = norm_after(model) if grain == "channel" else {}
@@ -92,8 +96,9 @@ def gated(model: nn.Module) -> Iterator[tuple[str, nn.Module, Gate]]:
     seen: set[int] = set()
     for path, module in model.named_modules():
         if parametrize.is_parametrized(module, "weight"):
-            for gate in module.parametrizations["weight"]:
-                if isinstance(gate, Gate) and id(gate) not in seen:
+            chain: Any = module.parametrizations["weight"]
+            for gate in chain:  # a norm's gate is that of the layer before
+                if isinstance(gate, Gate) and id(gate) not in seen and chain.original.dim() > 1:
                     seen.add(id(gate))
                     yield path, module, gate
 
@@ -135,21 +140,22 @@ def freeze(model: nn.Module) -> None:
         gate.score.grad = None
 
 
-def shift(model: nn.Module, count: int) -> None:
-    """Move the threshold of all gates together so that `count` weights stay, those of highest score."""
-    scores, sizes = [], []
-    for _, layer, gate in gated(model):
-        weight = original(layer, "weight")
-        assert weight is not None
-        scores.append(gate.score.detach().flatten())
-        sizes.append(torch.full_like(scores[-1], weight.numel() / gate.score.numel()))
-    order = torch.cat(scores).sort(descending=True)
-    kept = int((torch.cat(sizes)[order.indices].cumsum(0) <= count).sum())
-    if kept == 0 or kept == len(order.values):
-        return
-    threshold = (order.values[kept - 1] + order.values[kept]) / 2
-    for _, _, gate in gated(model):
-        gate.score.data.sub_(threshold)
+def settle(model: nn.Module, count: int) -> None:
+    """Open the gates of highest score as far as `count` weights allow, at least one, and close the rest."""
+    held = [(gate, original(layer, "weight")) for _, layer, gate in gated(model)]
+    scores = torch.cat([gate.score.detach().flatten() for gate, _ in held])
+    sizes = [weight.numel() / gate.score.numel() for gate, weight in held if weight is not None]
+    per_gate = torch.cat(
+        [torch.full((gate.score.numel(),), n) for (gate, _), n in zip(held, sizes, strict=True)]
+    )
+    order = scores.sort(descending=True, stable=True).indices.cpu()
+    stays = torch.zeros(len(scores), dtype=torch.bool)
+    stays[order] = per_gate[order].cumsum(0) <= count
+    stays[order[0]] = True
+    for (gate, _), open_ in zip(held, stays.split([g.score.numel() for g, _ in held]), strict=True):
+        score = gate.score.detach()
+        mask = open_.view(score.shape).to(score.device)
+        gate.score.data = torch.where(mask, score.clamp(min=EDGE), score.clamp(max=-EDGE))
 
 
 def fold(model: nn.Module) -> nn.Module:
@@ -158,13 +164,17 @@ def fold(model: nn.Module) -> nn.Module:
     for module in plain.modules():
         if parametrize.is_parametrized(module):
             # parametrize.remove_parametrizations would strip the class, which the copy shares.
-            values = {t: getattr(module, t).detach().clone() for t in module.parametrizations}  # type: ignore
+            chains: Any = module.parametrizations
+            values = {
+                name: nn.Parameter(getattr(module, name).detach().clone(), chain.original.requires_grad)
+                for name, chain in chains.items()
+            }
             del module._modules["parametrizations"]
             module.__class__ = type(module).__bases__[0]
             rest = dict(module._parameters)
             module._parameters.clear()
             for tensor, value in values.items():
-                module.register_parameter(tensor, nn.Parameter(value))
+                module.register_parameter(tensor, value)
             module._parameters.update(rest)
     return plain
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil, isfinite
+from math import ceil, floor, isfinite
 from typing import Literal, Protocol
 
 from elastic.errors import StructureError
@@ -30,6 +30,8 @@ class Plateau:
     def __post_init__(self) -> None:
         if self.patience < 1:
             raise StructureError(f"patience is {self.patience}: a plateau needs at least 1 epoch to be seen")
+        if self.mode not in ("max", "min"):
+            raise StructureError(f"mode is '{self.mode}': set it to max or min")
 
     def observe(self, value: float) -> bool:
         sign = 1 if self.mode == "max" else -1
@@ -76,21 +78,24 @@ class Growth:
     multiple: int = 1
 
     def __post_init__(self) -> None:
-        if self.factor <= 1:
+        if not (isfinite(self.factor) and self.factor > 1):
             raise StructureError(f"growth factor is {self.factor}: set it above 1")
-        if self.ceiling < 1:
+        if not self.ceiling >= 1:
             raise StructureError(f"growth ceiling is {self.ceiling} times the start: set it to 1 or more")
         if not 0 < self.share <= 1:
             raise StructureError(f"growth share is {self.share}: set it above 0, to 1 at most")
+
+        if self.multiple < 1:
+            raise StructureError(f"growth rounds to a multiple of {self.multiple}: set it to 1 or more")
 
     def propose(
         self, sizes: Mapping[str, int], start: Mapping[str, int], fullness: Mapping[str, float]
     ) -> dict[str, int]:
         """The new size of each width that grows; empty where all have reached their ceiling."""
-        ends = {name: int(self.ceiling * start[name]) for name in sizes}
+        ends = {name: floor(round(self.ceiling * start[name], 6)) for name in sizes}
         room = [name for name in sizes if sizes[name] < ends[name]]
-        chosen = sorted(room, key=lambda name: -fullness[name])[: ceil(self.share * len(sizes))]
+        chosen = sorted(room, key=lambda name: -fullness[name])[: ceil(round(self.share * len(sizes), 6))]
         return {name: min(ends[name], self._next(sizes[name])) for name in sizes if name in chosen}
 
     def _next(self, size: int) -> int:
-        return ceil(max(size + 1, size * self.factor) / self.multiple) * self.multiple
+        return ceil(max(size + 1, round(size * self.factor, 6)) / self.multiple) * self.multiple

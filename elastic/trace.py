@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from elastic.axes import Axis, Elements
 from elastic.errors import StructureError
 from elastic.rules import LAYER, fixed, flat, getitem, rule_for, split, value
+from elastic.stored import original
 
 Role = Literal["out", "in", "along", "each"]
 Recorded = dict[tuple[str, str, int], tuple[Role, Axis]]  # (module, tensor, dim) -> what lies there
@@ -161,7 +162,7 @@ class Tracker(fx.Interpreter):
 
     def _held(self, module: str, tensor: str) -> Any:
         owner = self.fetch_attr(module) if module else self.graph_module
-        return getattr(owner, tensor, None) if tensor != LAYER else None
+        return original(owner, tensor) if tensor != LAYER else None
 
     def _refuse_foreign(self, module: str, tensor: str, axis: Axis) -> None:
         owner = self.fetch_attr(module) if module else self.graph_module

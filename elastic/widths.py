@@ -117,6 +117,15 @@ def discover(model: nn.Module, *example: Tensor) -> Widths:
     Raises:
         StructureError: the model cannot be traced, or none of its channel axes can change.
     """
+    widths = find(model, *example)
+    if not widths:
+        why = "; ".join(f"{name}: {reason}" for name, reason in widths.fixed.items())
+        raise StructureError(f"no width of this model can change ({why or 'it has no layer with channels'})")
+    return widths
+
+
+def find(model: nn.Module, *example: Tensor) -> Widths:
+    """`discover`, for code that can live with a model that has no width left."""
     elements = Elements()
     slots: Recorded = {}
     twin = on_meta(model)
@@ -125,11 +134,7 @@ def discover(model: nn.Module, *example: Tensor) -> Widths:
     for training in (True, False):
         with torch.no_grad():
             Tracker(trace(twin.train(training)), elements, slots).run(*inputs)
-    widths = _collect(elements, slots)
-    if not widths:
-        why = "; ".join(f"{name}: {reason}" for name, reason in widths.fixed.items())
-        raise StructureError(f"no width of this model can change ({why or 'it has no layer with channels'})")
-    return widths
+    return _collect(elements, slots)
 
 
 # --- from elements to widths ----------------------------------------------------------------------

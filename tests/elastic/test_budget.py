@@ -18,9 +18,10 @@ GATES = 20_000
 
 @given(st.integers(1, 10**7), st.floats(0.05, 1), st.floats(0, 10))
 def test_the_path_falls_to_the_budget_and_stays(asked: int, end: float, headroom: float) -> None:
-    budget = Budget(asked, end=end, headroom=headroom)
+    budget = Budget(asked, end=end, headroom=headroom, peak=1e9)
     path = [budget.path(i / 100) for i in range(101)]
     assert path[0] == pytest.approx(asked * (1 + headroom))
+    assert Budget(asked, end=end, headroom=headroom).path(0) == asked, "nothing larger has been seen"
     assert path == sorted(path, reverse=True)
     assert all(size >= asked for size in path)
     assert budget.path(end) == asked
@@ -28,7 +29,7 @@ def test_the_path_falls_to_the_budget_and_stays(asked: int, end: float, headroom
 
 
 def test_the_path_is_cubic() -> None:
-    budget = Budget(1000, end=0.8, headroom=2)
+    budget = Budget(1000, end=0.8, headroom=2, peak=1e9)
     assert budget.path(0.4) == pytest.approx(1000 * (1 + 2 / 8))
 
 
@@ -37,16 +38,21 @@ def test_the_path_is_cubic() -> None:
 
 @given(st.floats(1e-7, 1e-2), st.floats(1.01, 50), st.floats(0, 1))
 def test_lambda_rises_above_the_path_and_falls_below(weight: float, ratio: float, progress: float) -> None:
-    on_path = Budget(1000).path(progress)
-    assert Budget(1000).steer(weight, on_path * ratio, progress) > weight
-    assert Budget(1000).steer(weight, on_path / ratio, progress) < weight
-    assert Budget(1000).steer(weight, on_path, progress) == pytest.approx(weight)
+    def budget() -> Budget:
+        return Budget(1000, peak=1e9, last_progress=progress - 0.1)
+
+    on_path = budget().path(progress)
+    assert budget().steer(weight, on_path * ratio, progress) > weight
+    assert budget().steer(weight, on_path / ratio, progress) < weight
+    assert budget().steer(weight, on_path, progress) == pytest.approx(weight)
 
 
 @given(st.floats(1e-7, 1e-2), st.floats(1.01, 50), st.floats(1.01, 50))
-def test_the_further_off_the_larger_the_step_up_to_the_gain(weight: float, a: float, b: float) -> None:
+def test_the_further_off_the_larger_the_step_up_to_the_rate(weight: float, a: float, b: float) -> None:
     near, far = sorted((a, b))
-    steps = [log(Budget(1000, gain=0.1).steer(weight, 1000 * ratio, 1.0) / weight) for ratio in (near, far)]
+    half = [Budget(1000, rate=0.2, last_progress=0.5) for _ in range(2)]
+    sizes = (1000 * near, 1000 * far)
+    steps = [log(b.steer(weight, size, 1.0) / weight) for b, size in zip(half, sizes, strict=True)]
     assert 0 < steps[0] <= steps[1] + 1e-9 <= 0.1 + 2e-9
     assert steps[0] == pytest.approx(0.1 * min(1, log(near)), rel=1e-6)
 
@@ -54,14 +60,14 @@ def test_the_further_off_the_larger_the_step_up_to_the_gain(weight: float, a: fl
 def test_where_the_network_is_heading_counts() -> None:
     falling, rising, resting = Budget(1000), Budget(1000), Budget(1000)
     for budget, before in ((falling, 1100), (rising, 900), (resting, 1000)):
-        budget.steer(1e-4, before, 1.0)
+        budget.steer(1e-4, before, 0.9)
     now = [budget.steer(1e-4, 1000, 1.0) for budget in (falling, resting, rising)]
     assert now[0] < now[1] < now[2]
 
 
 @given(st.lists(st.integers(0, 10**6), min_size=1, max_size=60), st.floats(1e-8, 1e-1))
 def test_lambda_stays_within_its_bounds(sizes: list[int], weight: float) -> None:
-    budget = Budget(1000, gain=3.0, least=1e-5, most=1e-3)
+    budget = Budget(1000, rate=300.0, least=1e-5, most=1e-3)
     for i, size in enumerate(sizes):
         weight = budget.steer(weight, size, i / len(sizes))
         assert 1e-5 <= weight <= 1e-3
@@ -70,7 +76,7 @@ def test_lambda_stays_within_its_bounds(sizes: list[int], weight: float) -> None
 def test_an_empty_network_does_not_stop_the_controller() -> None:
     budget = Budget(1000)
     assert budget.steer(1e-4, 0, 0.5) < 1e-4
-    assert budget.steer(1e-4, 0, 0.5) < 1e-4
+    assert budget.steer(1e-4, 0, 0.6) < 1e-4
 
 
 def test_the_controller_can_be_stopped_and_continued() -> None:
@@ -80,7 +86,7 @@ def test_the_controller_can_be_stopped_and_continued() -> None:
     for i, size in enumerate(sizes):
         a = whole.steer(a, size, i / 50)
         if i == 20:
-            first = Budget(1000, last=first.last)
+            first = Budget(**vars(first))
         b = first.steer(b, size, i / 50)
     assert a == b
 
@@ -112,7 +118,7 @@ def run(
 def test_a_run_lands_on_its_budget(
     asked: int, start: float, lag: float, median: float, spread: float
 ) -> None:
-    """30,000 steps (3,000 looks). In 300 looks the gain is too low for a start that is off, see below."""
+    """30,000 steps (3,000 looks)."""
     size = run(Budget(asked), start, 3000, lag, median, spread)
     assert size == pytest.approx(asked, rel=0.05)
 
@@ -164,9 +170,9 @@ def test_gates_trained_by_gradient_land_on_their_budget() -> None:
         (dict(asked=10, end=0), "end is 0"),
         (dict(asked=10, end=1.5), "end is 1.5"),
         (dict(asked=10, end=nan), "end is nan"),
-        (dict(asked=10, headroom=-2), "headroom is -2"),
-        (dict(asked=10, gain=-1), "gain is -1"),
-        (dict(asked=10, gain=inf), "gain is inf"),
+        (dict(asked=10, headroom=-2), "headroom -2"),
+        (dict(asked=10, rate=-1), "rate -1"),
+        (dict(asked=10, rate=inf), "rate inf"),
         (dict(asked=10, least=1.0, most=0.1), "least"),
     ],
 )
@@ -177,4 +183,4 @@ def test_what_makes_no_sense_is_refused_on_one_line(options: dict[str, Any], mat
 
 
 def test_a_step_is_a_factor() -> None:
-    assert Budget(1000, gain=0.05).steer(1e-4, 1e9, 1.0) == pytest.approx(1e-4 * exp(0.05))
+    assert Budget(1000, rate=0.05).steer(1e-4, 1e9, 1.0) == pytest.approx(1e-4 * exp(0.05))

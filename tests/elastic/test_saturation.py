@@ -196,8 +196,8 @@ def test_decimal_factors_are_meant_as_written(size: int, factor: str) -> None:
         (lambda: Growth(ceiling=nan), "ceiling is nan"),
         (lambda: Growth(share=0), "share is 0"),
         (lambda: Growth(share=1.5), "share is 1.5"),
-        (lambda: Growth(multiple=0), "multiple is 0"),
-        (lambda: Growth(multiple=-4), "multiple is -4"),
+        (lambda: Growth(multiple=0), "multiple of 0"),
+        (lambda: Growth(multiple=-4), "multiple of -4"),
     ],
 )
 def test_what_makes_no_sense_is_refused_on_one_line(make: Any, match: str) -> None:
