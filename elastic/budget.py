@@ -38,7 +38,7 @@ class Budget:
             raise StructureError(f"the budget's end is {self.end}: set it above 0, to 1 at most")
         if self.headroom < 0 or not (isfinite(self.rate) and self.rate > 0) or self.least > self.most:
             raise StructureError(
-                f"the budget's headroom {self.headroom}, rate {self.rate} or least {self.least} makes no sense: "
+                f"the budget's headroom {self.headroom}, rate {self.rate} or least {self.least} is off: "
                 f"set headroom to 0 or more, rate above 0, least to {self.most} at most"
             )
 

@@ -61,11 +61,9 @@ def precision(asked: str) -> str:
         return asked
     if torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
-    return "bf16-mixed" if torch.ops.mkldnn._is_mkldnn_bf16_supported() and _fast_bf16() else "32-true"
-
-
-def _fast_bf16() -> bool:
-    return bool(torch.cpu._is_avx512_bf16_supported())
+    # On CPUs without such instructions bf16 is emulated, and slower than fp32.
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return "bf16-mixed" if native else "32-true"
 
 
 def settings(cfg: DictConfig, folder: Path) -> DictConfig:
@@ -74,6 +72,7 @@ def settings(cfg: DictConfig, folder: Path) -> DictConfig:
     Raises:
         TrainingError: overrides that would make a continued run another one.
     """
+    cfg.run = str(folder)
     if not (folder / "last.ckpt").exists():
         return cfg
     held = OmegaConf.load(folder / "config.yaml")
@@ -83,5 +82,20 @@ def settings(cfg: DictConfig, folder: Path) -> DictConfig:
         raise TrainingError(
             f"{folder} holds a run already: continue it with run={folder} alone, or name another folder"
         )
-    held.merge_with_dotlist(given)
+    held.merge_with_dotlist([*given, f"run={folder}"])
     return held
+
+
+def portable(cfg: DictConfig) -> DictConfig:
+    """The configuration, resolved but for what depends on the machine: folders and the environment."""
+
+    def settle(raw: Any, resolved: Any) -> Any:
+        if isinstance(raw, dict):
+            return {key: settle(raw[key], resolved[key]) for key in raw}
+        if isinstance(raw, list):
+            return [settle(*pair) for pair in zip(raw, resolved, strict=True)]
+        elsewhere = isinstance(raw, str) and ("${run}" in raw or "${oc.env" in raw)
+        return raw if elsewhere else resolved
+
+    raw = OmegaConf.to_container(cfg, resolve=False)
+    return OmegaConf.create(settle(raw, OmegaConf.to_container(cfg, resolve=True)) | {"run": "."})

@@ -22,7 +22,7 @@ from elastic.data import ImageData
 from elastic.module import ElasticModule
 from experiments.figure import draw_history
 from experiments.report import show, summarise, write_summary
-from experiments.setup import precision, quiet, run, settings
+from experiments.setup import portable, precision, quiet, run, settings
 
 
 def build(cfg: DictConfig) -> tuple[ElasticModule, ImageData]:
@@ -60,7 +60,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         default_root_dir=folder,
     )
     if trainer.is_global_zero:
-        OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+        OmegaConf.save(portable(cfg), folder / "config.yaml")
     last = folder / "last.ckpt"
     trainer.fit(module, data, ckpt_path=last if last.exists() else None)
 

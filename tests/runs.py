@@ -6,7 +6,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 
 CONF = Path(__file__).parents[1] / "conf"
 TINY = (
@@ -28,7 +28,6 @@ def configure(folder: Path, *overrides: str) -> DictConfig:
         HydraConfig.instance().set_config(cfg)
         with open_dict(cfg):
             del cfg["hydra"]
-        OmegaConf.resolve(cfg)
     return cfg
 
 
