@@ -4,13 +4,11 @@ from typing import Any, Literal
 
 import lightning as L
 
-from elastic import gates
+from elastic import cost, gates
 from elastic.budget import Budget
 from elastic.compact import silent
-from elastic.cost import macs_by_layer, params
 from elastic.gates import Grain
 from elastic.module import ElasticModule
-from elastic.stored import original
 
 EVERY = 10  # steps between two looks of the budget controller
 
@@ -20,15 +18,16 @@ class PruneByGates(L.Callback):
 
     Args:
         grain: one gate a "weight", "kernel" or "channel".
-        weight: λ, per parameter that a gate means to keep (per MAC, relative to the average, for "macs").
+        weight: λ, per parameter that a gate means to keep (for "macs": per average parameter).
         begin, end: parts of the run between which the penalty holds; then the gates are frozen.
         grace: epochs for which the gates of fresh channels are spared the penalty.
-        aim: what is to become small.
-        budget: steers λ to a number of parameters, see `elastic.budget.Budget`.
+        aim: what is to become small: "params", or "macs" (a weight then costs as often as it is used).
+        budget: steers λ to this number of parameters or MACs (`elastic.cost.live_macs`), and settles the
+            gates on it when they are frozen; a number, or an `elastic.budget.Budget`.
 
     Example::
 
-        PruneByGates(grain="weight", weight=1e-4)
+        PruneByGates(grain="weight", weight=1e-4, budget=2000)
     """
 
     def __init__(
@@ -39,27 +38,30 @@ class PruneByGates(L.Callback):
         end: float = 0.85,
         grace: int = 2,
         aim: Literal["params", "macs"] = "params",
-        budget: Budget | None = None,
+        budget: Budget | int | None = None,
     ) -> None:
         self.grain, self.weight, self.begin, self.end = grain, weight, begin, end
-        self.grace, self.aim, self.budget = grace, aim, budget
+        self.grace, self.aim = grace, aim
+        self.budget = Budget(budget) if isinstance(budget, int) else budget
         self.frozen = False
+        self.above = True  # the budget's path
+        self.uses: dict[str, float] = {}  # of each weight, by layer
 
     def setup(self, trainer: L.Trainer, pl_module: ElasticModule, stage: str) -> None:  # type: ignore[override]
-        if any(gates.gated(pl_module.net)):
-            return
-        gates.attach(pl_module.net, pl_module.widths, self.grain, self.grace)
+        net = pl_module.net
+        if not any(gates.gated(net)):
+            gates.attach(net, pl_module.widths, self.grain, self.grace)
         if self.aim == "macs":
-            self._price_macs(pl_module)
+            self.uses = cost.macs_per_weight(net, pl_module.example)
+            average = sum(self.uses.values()) / len(self.uses)
+            for path, _, gate in gates.gated(net):
+                gate.price = self.uses[path] / average
 
-    def _price_macs(self, pl_module: ElasticModule) -> None:
-        """A weight costs the positions at which it is used, relative to the network's average."""
-        macs = macs_by_layer(pl_module.net, pl_module.example)
-        gated = list(gates.gated(pl_module.net))
-        sizes = {path: original(layer, "weight").numel() for path, layer, _ in gated}  # type: ignore[union-attr]
-        average = sum(macs[path] for path in sizes) / sum(sizes.values())
-        for path, _, gate in gated:
-            gate.price = macs[path] / sizes[path] / average
+    def size(self, pl_module: ElasticModule) -> float:
+        """What the budget is about: params or MACs, without those of channels that gates have shut off."""
+        if self.aim == "macs":
+            return cost.live_macs(pl_module.net, pl_module.widths, self.uses)
+        return cost.live_params(pl_module.net, pl_module.widths)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
         if self.frozen:
@@ -70,27 +72,51 @@ class PruneByGates(L.Callback):
         gates.age(net)
         if progress >= self.end and not self.frozen:
             self.frozen = True
-            if self.budget is not None:
-                gates.settle(net, self.budget.asked - params(net) + gates.count(net))
+            self._settle(pl_module)
             gates.freeze(net)
-        active = self.begin <= progress and not self.frozen
         pl_module.loss_terms.pop("gates", None)
-        if active:
-            pl_module.loss_terms["gates"] = lambda: self.weight * gates.penalty(net)
-        if keep := silent(net, pl_module.widths, pl_module.example):
+        if self.begin <= progress and not self.frozen:
+            pl_module.loss_terms["gates"] = lambda: self.weight * self.above * gates.penalty(net)
+        # Below the budget's path, gates have to re-open: what they have shut stays at hand.
+        if (self.above or self.frozen) and (keep := silent(net, pl_module.widths, pl_module.example)):
             pl_module.restructure(keep, "prune: channels without effect")
+
+    def _settle(self, pl_module: ElasticModule) -> None:
+        """Meet the budget, which the controller has come near to: the gates of highest score that fit in."""
+        if self.budget is None:
+            return
+        held = [(gate, gate.score.detach().clone()) for _, _, gate in gates.gated(pl_module.net)]
+        fits, over = 0.0, gates.total(pl_module.net) + 1
+        while over - fits > 1:  # what a gate frees elsewhere is known only by closing it
+            middle = (fits + over) / 2
+            for gate, score in held:
+                gate.score.data = score.clone()
+            gates.settle(pl_module.net, middle)
+            fits, over = (middle, over) if self.size(pl_module) <= self.budget.asked else (fits, middle)
+        for gate, score in held:
+            gate.score.data = score.clone()
+        gates.settle(pl_module.net, fits)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: ElasticModule, *_: Any) -> None:  # type: ignore[override]
         if self.budget is None or "gates" not in pl_module.loss_terms or trainer.global_step % EVERY:
             return
-        progress = trainer.global_step / trainer.estimated_stepping_batches
-        self.weight = self.budget.steer(self.weight, params(pl_module.net), progress)
+        progress, size = trainer.global_step / trainer.estimated_stepping_batches, self.size(pl_module)
+        self.weight = self.budget.steer(self.weight, size, progress)
+        self.above = size > self.budget.path(progress)
+
+    def report(self, pl_module: ElasticModule) -> dict[str, Any]:
+        """The budget asked for and what was got; empty without one."""
+        if self.budget is None:
+            return {}
+        got = round(self.size(pl_module))
+        return {"budget/aim": self.aim, "budget/asked": self.budget.asked, "budget/got": got}
 
     def state_dict(self) -> dict[str, Any]:
         budget = None if self.budget is None else dict(vars(self.budget))
-        return {"weight": self.weight, "frozen": self.frozen, "budget": budget}
+        return {"weight": self.weight, "frozen": self.frozen, "above": self.above, "budget": budget}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.weight, self.frozen = state_dict["weight"], state_dict["frozen"]
+        self.above = state_dict["above"]
         if self.budget is not None:
             vars(self.budget).update(state_dict["budget"])

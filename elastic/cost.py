@@ -5,6 +5,7 @@ counted; a gated weight counts where its gate is open. `params_dense`: the same,
 multiply-accumulates of convolutions and matrix products for one input, as dense kernels execute them.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
-from elastic.gates import Gate
+from elastic.gates import Gate, openings
+from elastic.stored import original
 from elastic.trace import on_meta
 from elastic.widths import Widths
 
@@ -76,6 +78,67 @@ def macs_by_layer(model: nn.Module, example: Tensor) -> dict[str, int]:
     counted = sum(counter.get_flop_counts().get("Global", {}).values()) // 2
     if rest := counted - sum(found.values()):
         found[""] = rest
+    return found
+
+
+@torch.no_grad()
+def live(model: nn.Module, widths: Widths) -> dict[tuple[str, str], Tensor]:
+    """What gates leave alive of each tensor, by (layer, tensor): 1 or 0 an entry.
+
+    An entry lives if its own gate is open and its channels are written and read by open gates.
+    """
+    slots = [slot for width in widths.values() for slot in width.slots if slot.tensor in ("weight", "bias")]
+    masks = {(s.module, s.tensor): openings(model.get_submodule(s.module), s.tensor).cpu() for s in slots}
+    before, now = -1.0, 0.0
+    while now != before:  # a channel that dies may leave another one unread
+        for name, width in widths.items():
+            alive = torch.ones(width.size, dtype=torch.bool)
+            for role in ("out", "in"):
+                open_ = torch.zeros(width.size, dtype=torch.bool)
+                for slot in width.role(role):  # type: ignore[arg-type]
+                    lines = masks[slot.module, slot.tensor].transpose(0, slot.dim).flatten(1).any(1)
+                    open_ |= lines[widths.positions(slot, name)].any(1)
+                alive &= open_
+            for slot in width.slots:
+                if (slot.module, slot.tensor) in masks:
+                    dead = widths.positions(slot, name)[~alive].flatten()
+                    masks[slot.module, slot.tensor].index_fill_(slot.dim, dead, 0)
+        before, now = now, sum(float(mask.sum()) for mask in masks.values())
+    return masks
+
+
+@torch.no_grad()
+def live_params(model: nn.Module, widths: Widths) -> int:
+    """`params`, without what belongs to channels that gates have shut off."""
+    masks = live(model, widths)
+    dead = sum(
+        int((_value(model, path, tensor).cpu() != 0).logical_and(mask == 0).sum())
+        for (path, tensor), mask in masks.items()
+    )
+    return params(model) - dead
+
+
+def live_macs(model: nn.Module, widths: Widths, uses: Mapping[str, float]) -> float:
+    """MACs of the weights alive, by the `uses` of `macs_per_weight`.
+
+    At channel grain they are the compacted network's; at finer grains dense kernels do more.
+    """
+    masks = live(model, widths)
+    return sum(times * float(masks[path, "weight"].sum()) for path, times in uses.items())
+
+
+def _value(model: nn.Module, path: str, tensor: str) -> Tensor:
+    value: Tensor = getattr(model.get_submodule(path), tensor)
+    return value
+
+
+def macs_per_weight(model: nn.Module, example: Tensor) -> dict[str, float]:
+    """For each convolution and linear layer, how often one input uses each of its weights."""
+    found = {}
+    for path, macs in macs_by_layer(model, example).items():
+        weight = original(model.get_submodule(path), "weight") if path else None
+        if weight is not None:
+            found[path] = macs / weight.numel()
     return found
 
 

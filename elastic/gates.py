@@ -140,20 +140,23 @@ def freeze(model: nn.Module) -> None:
         gate.score.grad = None
 
 
-def settle(model: nn.Module, count: int) -> None:
-    """Open the gates of highest score as far as `count` weights allow, at least one, and close the rest."""
+def settle(model: nn.Module, count: float) -> None:
+    """Open the gates of highest score as far as `count` allows, and close the rest.
+
+    A weight counts its gate's price, 1 unless the penalty is on MACs. Of every layer the best gate stays.
+    """
     held = [(gate, original(layer, "weight")) for _, layer, gate in gated(model)]
     scores = torch.cat([gate.score.detach().flatten() for gate, _ in held])
-    sizes = [weight.numel() / gate.score.numel() for gate, weight in held if weight is not None]
+    sizes = [gate.price * weight.numel() / gate.score.numel() for gate, weight in held if weight is not None]
     per_gate = torch.cat(
         [torch.full((gate.score.numel(),), n) for (gate, _), n in zip(held, sizes, strict=True)]
     )
     order = scores.sort(descending=True, stable=True).indices.cpu()
     stays = torch.zeros(len(scores), dtype=torch.bool)
     stays[order] = per_gate[order].cumsum(0) <= count
-    stays[order[0]] = True
     for (gate, _), open_ in zip(held, stays.split([g.score.numel() for g, _ in held]), strict=True):
         score = gate.score.detach()
+        open_[score.argmax()] = True
         mask = open_.view(score.shape).to(score.device)
         gate.score.data = torch.where(mask, score.clamp(min=EDGE), score.clamp(max=-EDGE))
 
@@ -190,6 +193,12 @@ def openings(layer: nn.Module, tensor: str) -> Tensor:
     return mask.detach()
 
 
-def count(model: nn.Module) -> int:
-    """Weights that open gates keep."""
-    return sum(int(openings(layer, "weight").sum()) for _, layer, _ in gated(model))
+def count(model: nn.Module) -> float:
+    """Σ price over the weights that open gates keep."""
+    return sum(gate.price * int(openings(layer, "weight").sum()) for _, layer, gate in gated(model))
+
+
+def total(model: nn.Module) -> float:
+    """Σ price over all gated weights."""
+    weights = ((gate.price, original(layer, "weight")) for _, layer, gate in gated(model))
+    return sum(price * weight.numel() for price, weight in weights if weight is not None)

@@ -70,6 +70,9 @@ def show(summary: dict[str, Any], history: list[dict[str, Any]], folder: Path) -
         first, most = history[0], max(history, key=lambda row: row["params_dense"])
         for name in ("params", "params_dense", "macs"):
             table.add_row(name, f"{first[name]:,}", f"{most[name]:,}", f"{summary[name]:,}")
+    if "budget/asked" in summary:
+        asked, got = (f"{summary[f'budget/{name}']:,}" for name in ("asked", "got"))
+        table.add_row(f"budget ({summary['budget/aim']})", "", f"asked {asked}", f"got {got}")
     table.add_row("test accuracy", "", "", f"{summary['test/acc']:.2%}")
     Console().print(table)
     print(f"{summary['epochs']} epochs in {summary['wall_s']:.0f} s; see {folder}/history.png")

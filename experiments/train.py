@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from callbacks import Census
+from callbacks import Census, PruneByGates
 from elastic.checkpoint import save_compact
 from elastic.compact import compact
 from elastic.data import ImageData
@@ -64,8 +64,11 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     last = folder / "last.ckpt"
     trainer.fit(module, data, ckpt_path=last if last.exists() else None)
 
-    plain = compact(module.net.cpu(), module.example)
+    module.cpu()
+    plain = compact(module.net, module.example)
     summary = summarise(cfg, plain, data, time.monotonic() - started)
+    for pruning in (c for c in callbacks if isinstance(c, PruneByGates)):
+        summary |= pruning.report(module)
     if trainer.is_global_zero:
         save_compact(plain, folder / "model.safetensors", {"widths": module.widths.sizes()})
         history = next((c.history for c in callbacks if isinstance(c, Census)), [])
