@@ -1,12 +1,13 @@
 """What the network is made of, epoch by epoch, and what has happened to it."""
 
 import json
-import os
+import time
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 
+from elastic.checkpoint import replace_file
 from elastic.cost import census
 from elastic.module import ElasticModule
 
@@ -21,6 +22,11 @@ class Census(L.Callback):
     def __init__(self, folder: str = ".") -> None:
         self.folder = Path(folder)
         self.history: list[dict[str, Any]] = []
+        self.seconds = 0.0  # of training, over all starts of the run
+        self._since = time.monotonic()
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
+        self._since = time.monotonic()
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
         if trainer.state.fn != "fit" or trainer.sanity_checking:
@@ -28,6 +34,8 @@ class Census(L.Callback):
         now = census(pl_module.net, pl_module.widths, pl_module.example)
         counts = {"params": now.params, "params_dense": now.params_dense, "macs": now.macs}
         pl_module.log_dict({f"size/{name}": float(value) for name, value in counts.items()})
+        if self.history and self.history[-1]["epoch"] == trainer.current_epoch:
+            self.history.pop()  # an epoch may be validated several times: its end counts
         self.history.append({"epoch": trainer.current_epoch, **counts, "widths": now.widths})
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
@@ -36,18 +44,19 @@ class Census(L.Callback):
             self.history[-1] |= {n: v for n, v in metrics.items() if n.startswith(("train/", "val/"))}
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
+        now = time.monotonic()
+        self.seconds, self._since = self.seconds + now - self._since, now
         if trainer.is_global_zero:
             write_lines(self.folder / "timeline.jsonl", pl_module.timeline)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history}
+        return {"history": self.history, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.history = list(state_dict["history"])
+        self.history, self.seconds = list(state_dict["history"]), state_dict["seconds"]
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     """One JSON object a line, put in place at once."""
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(part, path)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    replace_file(path, lambda part: part.write_text(text))

@@ -80,7 +80,8 @@ class GrowOnSaturation(L.Callback):
         if self.fresh != "gradmax":
             return STRATEGIES[self.fresh]
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        x_BCHW, y_B = (t.to(pl_module.device) for t in data.sample(BATCH, pl_module.seed))
+        batch = data.sample(min(BATCH, len(data.train_set)), pl_module.seed)
+        x_BCHW, y_B = (tensor.to(pl_module.device) for tensor in batch)
         return gradmax(
             pl_module.net,
             pl_module.widths,
@@ -91,7 +92,7 @@ class GrowOnSaturation(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: ElasticModule, *_: Any) -> None:  # type: ignore[override]
         if self.rewarm and self.grown_at is not None:
-            steps = self.rewarm * trainer.num_training_batches
+            steps = self.rewarm * trainer.num_training_batches / trainer.accumulate_grad_batches
             pl_module.lr_scale = min(1.0, 0.1 + 0.9 * (trainer.global_step - self.grown_at) / steps)
 
     def state_dict(self) -> dict[str, Any]:

@@ -6,9 +6,11 @@ import lightning as L
 
 from elastic import cost, gates
 from elastic.budget import Budget
-from elastic.compact import silent
+from elastic.compact import compact, silent
+from elastic.errors import StructureError
 from elastic.gates import Grain
 from elastic.module import ElasticModule
+from elastic.stored import original
 
 EVERY = 10  # steps between two looks of the budget controller
 
@@ -22,7 +24,7 @@ class PruneByGates(L.Callback):
         begin, end: parts of the run between which the penalty holds; then the gates are frozen.
         grace: epochs for which the gates of fresh channels are spared the penalty.
         aim: what is to become small: "params", or "macs" (a weight then costs as often as it is used).
-        budget: steers λ to this number of parameters or MACs (`elastic.cost.live_macs`), and settles the
+        budget: steers λ to this number of parameters or MACs (of weights that are not zero), and settles the
             gates on it when they are frozen; a number, or an `elastic.budget.Budget`.
 
     Example::
@@ -40,6 +42,13 @@ class PruneByGates(L.Callback):
         aim: Literal["params", "macs"] = "params",
         budget: Budget | int | None = None,
     ) -> None:
+        if aim not in ("params", "macs"):
+            raise StructureError(f"gates cannot aim at '{aim}': set aim to params or macs")
+        if not 0 <= begin < end <= 1 or weight < 0 or grace < 0:
+            raise StructureError(
+                f"gates from {begin} to {end} of the run with λ {weight} and grace {grace}: "
+                "set 0 ≤ begin < end ≤ 1, weight and grace to 0 or more"
+            )
         self.grain, self.weight, self.begin, self.end = grain, weight, begin, end
         self.grace, self.aim = grace, aim
         self.budget = Budget(budget) if isinstance(budget, int) else budget
@@ -51,6 +60,7 @@ class PruneByGates(L.Callback):
         net = pl_module.net
         if not any(gates.gated(net)):
             gates.attach(net, pl_module.widths, self.grain, self.grace)
+            pl_module.lay_out()
         if self.aim == "macs":
             self.uses = cost.macs_per_weight(net, pl_module.example)
             average = sum(self.uses.values()) / len(self.uses)
@@ -58,10 +68,19 @@ class PruneByGates(L.Callback):
                 gate.price = self.uses[path] / average
 
     def size(self, pl_module: ElasticModule) -> float:
-        """What the budget is about: params or MACs, without those of channels that gates have shut off."""
+        """What the budget is about, params or MACs, estimated from the gates: for every few steps."""
         if self.aim == "macs":
             return cost.live_macs(pl_module.net, pl_module.widths, self.uses)
         return cost.live_params(pl_module.net, pl_module.widths)
+
+    def measure(self, pl_module: ElasticModule) -> int:
+        """The same, of the network as compaction would leave it."""
+        plain = compact(pl_module.net, pl_module.example)
+        if self.aim == "params":
+            return cost.params(plain)
+        uses = cost.macs_per_weight(plain, pl_module.example)
+        kept = {path: int(original(plain.get_submodule(path), "weight").count_nonzero()) for path in uses}  # type: ignore[union-attr]
+        return round(sum(times * kept[path] for path, times in uses.items()))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
         if self.frozen:
@@ -69,7 +88,6 @@ class PruneByGates(L.Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
         net, progress = pl_module.net, trainer.current_epoch / (trainer.max_epochs or 1)
-        gates.age(net)
         if progress >= self.end and not self.frozen:
             self.frozen = True
             self._settle(pl_module)
@@ -81,18 +99,21 @@ class PruneByGates(L.Callback):
         if (self.above or self.frozen) and (keep := silent(net, pl_module.widths, pl_module.example)):
             pl_module.restructure(keep, "prune: channels without effect")
 
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
+        gates.age(pl_module.net)
+
     def _settle(self, pl_module: ElasticModule) -> None:
         """Meet the budget, which the controller has come near to: the gates of highest score that fit in."""
         if self.budget is None:
             return
         held = [(gate, gate.score.detach().clone()) for _, _, gate in gates.gated(pl_module.net)]
         fits, over = 0.0, gates.total(pl_module.net) + 1
-        while over - fits > 1:  # what a gate frees elsewhere is known only by closing it
+        while over - fits > 1:  # what a gate frees elsewhere shows only when it is closed
             middle = (fits + over) / 2
             for gate, score in held:
                 gate.score.data = score.clone()
             gates.settle(pl_module.net, middle)
-            fits, over = (middle, over) if self.size(pl_module) <= self.budget.asked else (fits, middle)
+            fits, over = (middle, over) if self.measure(pl_module) <= self.budget.asked else (fits, middle)
         for gate, score in held:
             gate.score.data = score.clone()
         gates.settle(pl_module.net, fits)
@@ -108,8 +129,8 @@ class PruneByGates(L.Callback):
         """The budget asked for and what was got; empty without one."""
         if self.budget is None:
             return {}
-        got = round(self.size(pl_module))
-        return {"budget/aim": self.aim, "budget/asked": self.budget.asked, "budget/got": got}
+        asked, got = self.budget.asked, self.measure(pl_module)
+        return {"budget/aim": self.aim, "budget/asked": asked, "budget/got": got}
 
     def state_dict(self) -> dict[str, Any]:
         budget = None if self.budget is None else dict(vars(self.budget))

@@ -3,13 +3,15 @@
 Nothing is pickled but tensors and plain containers, so every file here loads with `weights_only=True`.
 """
 
+import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -27,9 +29,24 @@ def rebuild(model: nn.Module, widths: Widths, state: Mapping[str, Tensor], prefi
     Raises:
         StructureError: the state is of another architecture; the model is as it was.
     """
-    sizes = {name: _size(state, widths, name, prefix) for name in widths}
-    if changed := {n: size for n, size in sizes.items() if size != widths[n].size}:
-        reindex(model, widths, {n: resize_index(widths[n].size, size) for n, size in changed.items()})
+    first = widths.sizes()
+    held = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers())]
+    _resize(model, widths, {name: _size(state, widths, name, prefix) for name in widths})
+    try:
+        _check(model, state, prefix)
+    except StructureError:
+        _resize(model, widths, first)
+        for tensor, value in held:
+            tensor.data = value
+        raise
+
+
+def _resize(model: nn.Module, widths: Widths, sizes: Mapping[str, int]) -> None:
+    changed = {name: size for name, size in sizes.items() if size != widths[name].size}
+    reindex(model, widths, {name: resize_index(widths[name].size, size) for name, size in changed.items()})
+
+
+def _check(model: nn.Module, state: Mapping[str, Tensor], prefix: str) -> None:
     own = {prefix + name: tensor.shape for name, tensor in model.state_dict().items()}
     theirs = {name for name in state if name.startswith(prefix)}
     for name in sorted(own.keys() ^ theirs):
@@ -46,11 +63,11 @@ def rebuild(model: nn.Module, widths: Widths, state: Mapping[str, Tensor], prefi
 def _size(state: Mapping[str, Tensor], widths: Widths, name: str, prefix: str) -> int:
     """The channels that a width has in a state dict, read off one of its tensors."""
     for slot in widths[name].slots:
-        if len(slot.layout) == 1:
+        if all(segment.width == name for segment in slot.layout):
             for tensor in (slot.tensor, f"parametrizations.{slot.tensor}.original"):
                 held = state.get(f"{prefix}{slot.module}.{tensor}")
                 if held is not None and held.dim() > slot.dim:
-                    return max(1, held.shape[slot.dim] // slot.layout[0].repeat)
+                    return max(1, held.shape[slot.dim] // sum(s.repeat for s in slot.layout))
     raise StructureError(f"the checkpoint is of another architecture: it lacks width '{name}'")
 
 
@@ -70,9 +87,24 @@ def save_compact(net: nn.Module, path: Path, about: Mapping[str, Any]) -> None:
         else:
             tensors[name] = tensor
     meta = {"elastic": json.dumps({"about": dict(about), "sparse": shapes})}  # one key: their order is random
+    replace_file(path, lambda part: save_file(tensors, part, meta))
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Lightning's own, but written beside its place: a temporary file elsewhere may be copied half-way."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()  # torch.save hides what goes wrong with a file
+        torch.save(checkpoint, buffer)
+        replace_file(Path(path), lambda part: part.write_bytes(buffer.getbuffer()))
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside its place and put it there at once: a failure leaves what was there."""
     part = path.with_name(path.name + ".part")
     try:
-        save_file(tensors, part, meta)
+        write(part)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -85,21 +117,31 @@ def load_compact(net: nn.Module, path: Path, example: Tensor) -> nn.Module:
         StructureError: the file is missing or damaged, or of another architecture.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            shapes = json.loads(file.metadata()["elastic"])["sparse"]
-    except (OSError, SafetensorError, KeyError, TypeError) as error:
-        raise StructureError(f"{path} cannot be read ({error}): train again or restore it") from error
-    state = {name: tensor for name, tensor in held.items() if ":" not in name}
-    for name, shape in shapes.items():
-        kept = (held[f"{name}:bits"][:, None] >> torch.arange(8) & 1).bool().flatten()
-        tensor = torch.zeros(shape)
-        tensor.view(-1)[kept[: tensor.numel()]] = held[f"{name}:values"]
-        state[name] = tensor
+        state = _unpacked(path)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        cause = str(error).splitlines()[0]
+        raise StructureError(f"{path} cannot be read ({cause}): train again or restore it") from error
+    layers = dict(net.named_modules())
     for name in state.keys() - net.state_dict().keys():  # compaction may have given a layer a bias
-        path_, _, tensor_name = name.rpartition(".")
-        if tensor_name == "bias":
-            net.get_submodule(path_).bias = nn.Parameter(torch.zeros_like(state[name]))
+        layer, _, tensor_name = name.rpartition(".")
+        if tensor_name == "bias" and getattr(layers.get(layer), "bias", 0) is None:
+            layers[layer].bias = nn.Parameter(torch.zeros_like(state[name]))
     rebuild(net, discover(net, example), state)
     net.load_state_dict(state)
     return net.eval()
+
+
+def _unpacked(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        shapes = json.loads(file.metadata()["elastic"])["sparse"]
+    state = {name: tensor for name, tensor in held.items() if ":" not in name}
+    for name, shape in shapes.items():
+        kept = (held[f"{name}:bits"][:, None] >> torch.arange(8) & 1).bool().flatten()
+        values = held[f"{name}:values"]
+        if int(kept.sum()) != len(values):
+            raise ValueError(f"'{name}' has {len(values)} values for {int(kept.sum())} places")
+        tensor = torch.zeros(shape, dtype=values.dtype)
+        tensor.view(-1)[kept[: tensor.numel()]] = values
+        state[name] = tensor
+    return state

@@ -93,11 +93,12 @@ def live(model: nn.Module, widths: Widths) -> dict[tuple[str, str], Tensor]:
     while now != before:  # a channel that dies may leave another one unread
         for name, width in widths.items():
             alive = torch.ones(width.size, dtype=torch.bool)
-            for role in ("out", "in"):
+            biases = [slot for slot in width.slots if slot.tensor == "bias"]  # a constant is written, too
+            for slots_ in (width.role("out") + biases, width.role("in")):
                 open_ = torch.zeros(width.size, dtype=torch.bool)
-                for slot in width.role(role):  # type: ignore[arg-type]
-                    lines = masks[slot.module, slot.tensor].transpose(0, slot.dim).flatten(1).any(1)
-                    open_ |= lines[widths.positions(slot, name)].any(1)
+                for slot in slots_:
+                    lines = masks[slot.module, slot.tensor].transpose(0, slot.dim)
+                    open_ |= lines.reshape(len(lines), -1).any(1)[widths.positions(slot, name)].any(1)
                 alive &= open_
             for slot in width.slots:
                 if (slot.module, slot.tensor) in masks:

@@ -151,12 +151,15 @@ def settle(model: nn.Module, count: float) -> None:
     per_gate = torch.cat(
         [torch.full((gate.score.numel(),), n) for (gate, _), n in zip(held, sizes, strict=True)]
     )
-    order = scores.sort(descending=True, stable=True).indices.cpu()
+    counts = [gate.score.numel() for gate, _ in held]
+    best = torch.cat([part.argmax()[None] for part in scores.split(counts)])
+    best += torch.tensor([0, *counts[:-1]], device=best.device).cumsum(0)
+    order = scores.index_fill(0, best, torch.inf).sort(descending=True, stable=True).indices.cpu()
     stays = torch.zeros(len(scores), dtype=torch.bool)
     stays[order] = per_gate[order].cumsum(0) <= count
-    for (gate, _), open_ in zip(held, stays.split([g.score.numel() for g, _ in held]), strict=True):
+    stays[best.cpu()] = True
+    for (gate, _), open_ in zip(held, stays.split(counts), strict=True):
         score = gate.score.detach()
-        open_[score.argmax()] = True
         mask = open_.view(score.shape).to(score.device)
         gate.score.data = torch.where(mask, score.clamp(min=EDGE), score.clamp(max=-EDGE))
 

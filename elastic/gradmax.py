@@ -3,8 +3,8 @@
 The paper sets a new neuron's incoming weights to zero and chooses the outgoing ones, by a singular value
 decomposition, so that the gradient's norm is largest. Behind batch norm and ReLU a channel of zeros has no
 usable gradient, so this is its mirror image: outgoing weights are zero (the function is preserved exactly),
-and the incoming ones are the directions for which the outgoing weights' gradient is largest. The directions
-are sought, to first order, among random orthonormal candidates, on a copy of the network.
+and the incoming ones are the directions for which the outgoing weights' gradient is largest: the singular
+vectors over random orthonormal candidates, then the best by measurement, on copies of the network.
 """
 
 import copy
@@ -76,15 +76,34 @@ def _best(
     }
     shapes = {path: weight.shape[1:] for path, weight in writers.items() if weight is not None}
     fan_in = sum(shape.numel() for shape in shapes.values())
-    count = max(by, min(candidates, fan_in))
-    tried = torch.randn(fan_in, min(count, fan_in), generator=generator)
-    tried = torch.linalg.qr(tried).Q.T
-    if count > fan_in:
-        more = torch.randn(count - fan_in, fan_in, generator=generator)
-        tried = torch.cat([tried, more / more.norm(dim=1, keepdim=True)])
+    tried = torch.linalg.qr(torch.randn(fan_in, min(candidates, fan_in), generator=generator)).Q.T
+    gradients = _gradients(model, widths, width, _cut(HE * tried, shapes), loss)
+    directions = torch.linalg.svd(gradients, full_matrices=False).U.T @ tried
+    # The network is not linear, so what counts is measured: each direction or its opposite, and whether
+    # together they do better than the best candidates as they are.
+    norms = _gradients(
+        model, widths, width, _cut(HE * torch.cat([directions, -directions, tried]), shapes), loss
+    ).norm(dim=1)
+    plus, minus, plain = norms.split([len(directions), len(directions), len(tried)])
+    signed = torch.where((plus >= minus)[:, None], directions, -directions)
+    top = plain.argsort(descending=True, stable=True)[:by]
+    better = torch.maximum(plus, minus)[:by].square().sum() >= plain[top].square().sum()
+    spare = torch.randn(max(0, by - len(tried)), fan_in, generator=generator)
+    best = signed[:by] if better else tried[top]
+    return _cut(HE * torch.cat([best, spare / spare.norm(dim=1, keepdim=True)]), shapes)
 
+
+def _gradients(
+    model: nn.Module,
+    widths: Widths,
+    width: Width,
+    rows: Mapping[str, Tensor],
+    loss: Callable[[nn.Module], Tensor],
+) -> Tensor:
+    """The gradient of all that would read each of the given channels: (channels, weights)."""
     probe, grown = copy.deepcopy(model), copy.deepcopy(widths)
-    reindex(probe, grown, {width.name: grow_index(width.size, count)}, fresh=Rows(_cut(tried * HE, shapes)))
+    count = len(next(iter(rows.values())))
+    reindex(probe, grown, {width.name: grow_index(width.size, count)}, fresh=Rows(rows))
     probe.zero_grad()
     loss(probe).backward()
     gradients = []
@@ -93,10 +112,8 @@ def _best(
         assert weight is not None and weight.grad is not None
         places = grown.positions(slot, width.name)[width.size :]
         gradient = weight.grad[:, places.flatten()].unflatten(1, places.shape)
-        gradients.append(gradient.transpose(0, 1).flatten(1))  # (candidates, all that reads them)
-    directions = torch.linalg.svd(torch.cat(gradients, 1).cpu().float(), full_matrices=True).U.T[:by]
-    best = directions @ tried
-    return _cut(HE * best / best.norm(dim=1, keepdim=True), shapes)
+        gradients.append(gradient.transpose(0, 1).flatten(1))
+    return torch.cat(gradients, 1).cpu().float()
 
 
 def _cut(rows: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:

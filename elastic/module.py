@@ -63,11 +63,11 @@ class ElasticModule(L.LightningModule):
         self.timeline: list[dict[str, Any]] = []
         self.copies: list[nn.Module] = []
         self.lr_scale = 1.0
-        self.train_loss = MeanMetric()
+        self.train_loss = MeanMetric(nan_strategy="disable")  # a NaN must show
         self.train_acc = MulticlassAccuracy(classes, average="micro")
         self.val_acc = MulticlassAccuracy(classes, average="micro")
         self.test_acc = MulticlassAccuracy(classes, average="micro")
-        self.net.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        self.lay_out()
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.net(x_BCHW.contiguous(memory_format=self.memory_format))
@@ -103,10 +103,11 @@ class ElasticModule(L.LightningModule):
         loss, accuracy = self.train_loss.compute(), self.train_acc.compute()
         self.train_loss.reset()
         self.train_acc.reset()
-        if not torch.isfinite(loss):
+        if not torch.isfinite(loss) or not all(p.isfinite().all() for p in self.net.parameters()):
+            saved = "; the epochs before are saved" if self.current_epoch else ""
             raise TrainingError(
-                f"the training loss is {loss.item()} in epoch {self.current_epoch}: lower optimizer.lr; the "
-                "epochs before are saved, and the run continues from there"
+                f"training diverged, the loss is {loss.item():.3g} in epoch {self.current_epoch}: "
+                f"lower optimizer.optimizer.lr{saved}"
             )
         self.log_dict({"train/loss": loss, "train/acc": accuracy}, prog_bar=True)
 
@@ -124,11 +125,15 @@ class ElasticModule(L.LightningModule):
             fresh=fresh,
             generator=self.generator(),
         )
-        self.net.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        self.lay_out()
         place = {"epoch": self.current_epoch, "step": self.global_step, "why": why}
         for name in changes:
             after = self.widths[name].size
             self.timeline.append({**place, "width": name, "before": before[name], "after": after})
+
+    def lay_out(self) -> None:
+        """One memory format for all tensors, whenever they were made: a resumed run must not differ."""
+        self.net.to(memory_format=self.memory_format)  # type: ignore[call-overload]
 
     def generator(self) -> torch.Generator:
         """Randomness for the next structural event: of its own, or a resumed run would differ."""
@@ -153,7 +158,15 @@ class ElasticModule(L.LightningModule):
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)
         known = inspect.signature(self.make_scheduler).parameters
-        scheduler = self.make_scheduler(optimizer, **{name: steps for name in LENGTH if name in known})
+        given = getattr(self.make_scheduler, "keywords", {})
+        length = {name: steps for name in LENGTH if name in known and name not in given}
+        try:
+            scheduler = self.make_scheduler(optimizer, **length)
+        except ZeroDivisionError as error:  # OneCycleLR, where its warm-up is of one step
+            raise TrainingError(
+                f"the scheduler cannot be spread over {steps} steps: raise trainer.max_epochs, lower "
+                "data.batch_size or set optimizer.scheduler=null"
+            ) from error
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -184,5 +197,5 @@ class ElasticModule(L.LightningModule):
         """Takes any state of this architecture, whatever its widths: the shapes are rebuilt first."""
         net = {name: value for name, value in state_dict.items() if name.startswith("net.")}
         rebuild(self.net, self.widths, net, "net.")
-        self.net.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        self.lay_out()
         return super().load_state_dict(state_dict, *args, **kwargs)

@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from elastic.checkpoint import load_compact
 from elastic.module import TrainingError
 from experiments.report import measure
-from experiments.setup import quiet, run
+from experiments.setup import quiet, run, saved_config
 from experiments.train import build
 
 
@@ -29,19 +29,24 @@ def evaluate(folder: Path) -> dict[str, Any]:
             raise TrainingError(
                 f"{folder / name} is missing: finish the run with run={folder}, or name another"
             )
-    cfg = OmegaConf.load(folder / "config.yaml")
-    assert isinstance(cfg, DictConfig)
+    cfg = saved_config(folder)
+    try:
+        summary = json.loads((folder / "summary.json").read_text())
+    except ValueError as error:
+        raise TrainingError(
+            f"{folder / 'summary.json'} is damaged: finish the run with run={folder}"
+        ) from error
     module, data = build(cfg)
     plain = load_compact(module.net, folder / "model.safetensors", module.example)
-    return json.loads((folder / "summary.json").read_text()) | measure(plain, data)
+    return summary | measure(plain, data)
 
 
 def main() -> None:
     quiet()
     given = OmegaConf.from_dotlist(sys.argv[1:])
-    if list(given) != ["run"]:
+    if list(given) != ["run"] or given.run is None:
         raise TrainingError("usage: python -m experiments.evaluate run=<folder of a finished run>")
-    print(json.dumps(evaluate(Path(given.run))))
+    print(json.dumps(evaluate(Path(str(given.run)))))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+LEAST = 0.01  # %, where a logarithmic axis has no place for zero
+
 
 def draw_history(history: list[dict[str, Any]], timeline: list[dict[str, Any]], path: Path) -> None:
     """Three panels over epochs, from `Census.history` and the module's timeline; growth is dotted."""
@@ -16,7 +18,7 @@ def draw_history(history: list[dict[str, Any]], timeline: list[dict[str, Any]], 
     epochs = [row["epoch"] for row in history]
     figure, (error, size, widths) = plt.subplots(3, 1, figsize=(7, 7), sharex=True, layout="constrained")
     for part, colour in (("train", "0.6"), ("val", "C0")):
-        shown = [100 * (1 - row.get(f"{part}/acc", float("nan"))) for row in history]
+        shown = [max(100 * (1 - row.get(f"{part}/acc", float("nan"))), LEAST) for row in history]
         error.plot(epochs, shown, color=colour, label=part)
     error.set_ylabel("error (%)")
     error.set_yscale("log")

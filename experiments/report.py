@@ -1,7 +1,6 @@
 """The end of a run: measured once on the test split, written down, shown."""
 
 import json
-import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,10 @@ from rich.table import Table
 from torch import nn
 
 from elastic import cost
+from elastic.checkpoint import replace_file
 from elastic.data import ImageData
 from elastic.module import ElasticModule
+from experiments.setup import active
 
 
 def test_accuracy(net: nn.Module, data: ImageData) -> float:
@@ -49,7 +50,7 @@ def summarise(cfg: DictConfig, plain: nn.Module, data: ImageData, wall_s: float)
         "seed": cfg.seed,
         "data": cfg.choices.data,
         "model": cfg.choices.model,
-        "schedule": "+".join(name for name in ("grow", "prune") if cfg.callbacks.get(name)) or "static",
+        "schedule": "+".join(name for name in ("grow", "prune") if name in active(cfg)) or "static",
         "epochs": cfg.trainer.max_epochs,
         **measure(plain, data),
         "wall_s": round(wall_s, 1),
@@ -79,9 +80,8 @@ def show(summary: dict[str, Any], history: list[dict[str, Any]], folder: Path) -
 
 
 def write_summary(summary: dict[str, Any], folder: Path) -> None:
-    part = folder / "summary.json.part"
-    part.write_text(json.dumps(summary, indent=2) + "\n")
-    os.replace(part, folder / "summary.json")
+    text = json.dumps(summary, indent=2) + "\n"
+    replace_file(folder / "summary.json", lambda part: part.write_text(text))
 
 
 def _git() -> str | None:

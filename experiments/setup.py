@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -18,8 +19,9 @@ from elastic.data import DataError
 from elastic.errors import StructureError
 from elastic.module import TrainingError
 
-# What a user can mend; anything else is ours to mend and keeps its traceback.
-THEIRS = (DataError, StructureError, TrainingError, OmegaConfBaseException, HydraException, OSError)
+OURS = (DataError, StructureError, TrainingError)  # they say all that is needed
+# What a user can mend; anything else is a fault of the code and keeps its traceback.
+THEIRS = (*OURS, OmegaConfBaseException, HydraException, OSError)
 
 
 def run(main: Callable[[], Any]) -> None:
@@ -33,16 +35,21 @@ def run(main: Callable[[], Any]) -> None:
         main()
     except THEIRS as error:
         cause: BaseException = error
-        while isinstance(cause, HydraException) and cause.__cause__ is not None:
+        while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
             cause = cause.__cause__
-        if full or not isinstance(cause, THEIRS):
+        if full:
             raise
-        lines = [line.strip() for line in str(cause).strip().splitlines()]
-        print(
-            f"error: {' '.join(lines[:2]) if isinstance(cause, HydraException) else lines[0]}",
-            file=sys.stderr,
-        )
+        lines = [line.strip() for line in str(cause).strip().splitlines()] or [type(cause).__name__]
+        shown = " ".join(lines[:2]) if isinstance(cause, HydraException) else lines[0]
+        if cause is not error and not isinstance(cause, OURS):
+            shown += f" ({str(error).splitlines()[-1]})"
+        print(f"error: {shown}", file=sys.stderr)
         sys.exit(1)
+
+
+def active(cfg: DictConfig) -> dict[str, DictConfig]:
+    """The callbacks of a run by name: an experiment may set options of one that its schedule leaves out."""
+    return {name: c for name, c in cfg.callbacks.items() if c is not None and "_target_" in c}
 
 
 def quiet() -> None:
@@ -75,15 +82,36 @@ def settings(cfg: DictConfig, folder: Path) -> DictConfig:
     cfg.run = str(folder)
     if not (folder / "last.ckpt").exists():
         return cfg
-    held = OmegaConf.load(folder / "config.yaml")
-    assert isinstance(held, DictConfig)
-    given = [text for text in HydraConfig.get().overrides.task if not text.startswith("run=")]
-    if any(text.split("=")[0].lstrip("+~") not in ("trainer.max_epochs",) for text in given):
+    if any(not text.startswith("run=") for text in HydraConfig.get().overrides.task):
         raise TrainingError(
             f"{folder} holds a run already: continue it with run={folder} alone, or name another folder"
         )
-    held.merge_with_dotlist([*given, f"run={folder}"])
+    return OmegaConf.merge(saved_config(folder), {"run": str(folder)})  # type: ignore[return-value]
+
+
+def saved_config(folder: Path) -> DictConfig:
+    try:
+        held = OmegaConf.load(folder / "config.yaml")
+    except (yaml.YAMLError, OSError) as error:
+        raise TrainingError(f"{folder / 'config.yaml'} cannot be read: restore it or train again") from error
+    assert isinstance(held, DictConfig)
     return held
+
+
+def readable(checkpoint: Path) -> Path | None:
+    """The checkpoint to continue from, if there is one.
+
+    Raises:
+        TrainingError: it is damaged.
+    """
+    if not checkpoint.exists():
+        return None
+    try:
+        torch.load(checkpoint, weights_only=True, map_location="cpu")
+    except Exception as error:
+        cause = (str(error) or type(error).__name__).splitlines()[0]
+        raise TrainingError(f"{checkpoint} cannot be read ({cause}): restore it, or remove it") from error
+    return checkpoint
 
 
 def portable(cfg: DictConfig) -> DictConfig:

@@ -4,7 +4,6 @@ The run's folder gets the resolved configuration, `last.ckpt`, `timeline.jsonl`,
 `model.safetensors` (compacted), `summary.json` and `history.png`. `run=<folder>` continues a run.
 """
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,10 @@ from callbacks import Census, PruneByGates
 from elastic.checkpoint import save_compact
 from elastic.compact import compact
 from elastic.data import ImageData
-from elastic.module import ElasticModule
+from elastic.module import ElasticModule, TrainingError
 from experiments.figure import draw_history
 from experiments.report import show, summarise, write_summary
-from experiments.setup import portable, precision, quiet, run, settings
+from experiments.setup import active, portable, precision, quiet, readable, run, settings
 
 
 def build(cfg: DictConfig) -> tuple[ElasticModule, ImageData]:
@@ -48,33 +47,34 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     quiet()
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
-    started = time.monotonic()
     module, data = build(cfg)
-    callbacks = [instantiate(c) for c in cfg.callbacks.values() if c is not None]
+    if cfg.trainer.max_epochs < 1:
+        raise TrainingError(f"trainer.max_epochs is {cfg.trainer.max_epochs}: set it to 1 or more")
+    callbacks = [instantiate(callback) for callback in active(cfg).values()]
     trainer: L.Trainer = instantiate(
         cfg.trainer,
         precision=precision(cfg.trainer.precision),
         callbacks=callbacks,
         logger=instantiate(cfg.logger),
-        enable_progress_bar=cfg.callbacks.get("progress") is not None,
+        enable_progress_bar="progress" in active(cfg),
         default_root_dir=folder,
     )
-    if trainer.is_global_zero:
+    last = readable(folder / "last.ckpt")
+    if trainer.is_global_zero and last is None:
         OmegaConf.save(portable(cfg), folder / "config.yaml")
-    last = folder / "last.ckpt"
-    trainer.fit(module, data, ckpt_path=last if last.exists() else None)
+    trainer.fit(module, data, ckpt_path=last)
 
     module.cpu()
     plain = compact(module.net, module.example)
-    summary = summarise(cfg, plain, data, time.monotonic() - started)
-    for pruning in (c for c in callbacks if isinstance(c, PruneByGates)):
+    census = next((callback for callback in callbacks if isinstance(callback, Census)), Census())
+    summary = summarise(cfg, plain, data, census.seconds)
+    for pruning in (callback for callback in callbacks if isinstance(callback, PruneByGates)):
         summary |= pruning.report(module)
     if trainer.is_global_zero:
         save_compact(plain, folder / "model.safetensors", {"widths": module.widths.sizes()})
-        history = next((c.history for c in callbacks if isinstance(c, Census)), [])
-        draw_history(history, module.timeline, folder / "history.png")
+        draw_history(census.history, module.timeline, folder / "history.png")
         write_summary(summary, folder)
-        show(summary, history, folder)
+        show(summary, census.history, folder)
     return summary
 
 

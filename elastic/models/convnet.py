@@ -17,6 +17,10 @@ def convnet(
         channels: of each convolution.
         pools: the convolutions (0-based) that a pooling follows.
     """
+    if not channels or min(channels) < 1:
+        raise ValueError(
+            f"channels is {list(channels)}: give at least one convolution of one channel or more"
+        )
     layers: list[nn.Module] = []
     for i, (read, written) in enumerate(zip((in_channels, *channels), channels, strict=False)):
         layers += [nn.Conv2d(read, written, 3, padding=1, bias=False), nn.BatchNorm2d(written), nn.ReLU()]

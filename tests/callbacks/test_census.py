@@ -1,0 +1,115 @@
+"""The census, the timeline and the history of a run."""
+
+import csv
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from callbacks.census import write_lines
+from elastic import cost
+from tests.fitted import EXACT, Spy, fit
+
+CHANGING = (
+    *EXACT,
+    "schedule=[growth,gates]",
+    "trainer.max_epochs=8",
+    "data.batch_size=128",
+    "trigger=periodic",
+    "trigger.every=2",
+    "callbacks.grow.until=0.9",
+    "callbacks.prune.begin=0.0",
+    "callbacks.prune.grain=kernel",
+    "callbacks.prune.grace=1",
+    "callbacks.prune.weight=0.3",
+    "optimizer.optimizer.lr=3e-2",
+)
+
+
+def test_the_timeline_replayed_on_the_start_gives_the_end(tmp_path: Path) -> None:
+    run = fit(tmp_path, *CHANGING)
+    events = [json.loads(line) for line in (tmp_path / "timeline.jsonl").read_text().splitlines()]
+    assert {event["why"].split(":")[0] for event in events} == {"grow", "prune"}
+    sizes = dict(run.module.start)
+    for event in events:
+        assert list(event) == ["epoch", "step", "why", "width", "before", "after"]
+        assert sizes[event["width"]] == event["before"] != event["after"]
+        sizes[event["width"]] = event["after"]
+    assert sizes == run.module.widths.sizes()
+    places = [(event["epoch"], event["step"]) for event in events]
+    assert places == sorted(places) and all(step == epoch * 10 for epoch, step in places)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_the_history_has_a_row_an_epoch_with_that_epochs_figures(tmp_path: Path) -> None:
+    """Against the CSV logger's file, and against counts taken at the same moment."""
+    counted: list[tuple[int, int, int]] = []
+
+    def look(trainer: Any, module: Any) -> None:
+        macs = cost.macs(module.net, module.example)
+        counted.append((cost.params(module.net), cost.params_dense(module.net), macs))
+
+    run = fit(tmp_path, *CHANGING, after=(Spy(on_validation_start=look),))
+    history = run.callbacks["census"].history
+    assert [row["epoch"] for row in history] == list(range(8))
+    assert [(row["params"], row["params_dense"], row["macs"]) for row in history] == counted
+    assert len({row["params_dense"] for row in history}) > 1
+
+    with (tmp_path / "metrics" / "version_0" / "metrics.csv").open() as file:
+        lines = [line for line in csv.DictReader(file) if line["val/acc"]]
+    assert len(lines) == 8
+    for row, line in zip(history, lines, strict=True):
+        assert int(line["epoch"]) == row["epoch"]
+        assert {n for n in row if "/" in n} == {"train/acc", "train/loss", "val/acc", "val/loss"}
+        for name in ("train/acc", "train/loss", "val/acc", "val/loss"):
+            assert float(line[name]) == pytest.approx(row[name], rel=1e-6)
+        for name in ("params", "params_dense", "macs"):
+            assert float(line[f"size/{name}"]) == row[name]
+
+
+def test_the_training_figures_are_the_mean_over_the_epochs_batches(tmp_path: Path) -> None:
+    """Of a network that does not change, so that the loss is the cross entropy alone."""
+    losses: dict[int, list[float]] = {}
+
+    def after_step(trainer: Any, module: Any, out: Any, *_: Any) -> None:
+        losses.setdefault(trainer.current_epoch, []).append(out["loss"].item())
+
+    spy = Spy(on_train_batch_end=after_step)
+    run = fit(tmp_path, *EXACT, "schedule=static", "trainer.max_epochs=3", after=(spy,))
+    found = [row["train/loss"] for row in run.callbacks["census"].history]
+    assert found == pytest.approx([sum(rows) / len(rows) for rows in losses.values()], rel=1e-6)
+
+
+def test_the_sanity_check_and_later_validation_are_no_epochs(tmp_path: Path) -> None:
+    run = fit(tmp_path, *EXACT, "trainer.num_sanity_val_steps=1", "trainer.max_epochs=2")
+    run.trainer.validate(run.module, run.data, verbose=False)
+    history = run.callbacks["census"].history
+    assert [row["epoch"] for row in history] == [0, 1]
+
+
+def test_two_validations_in_an_epoch_make_one_row(tmp_path: Path) -> None:
+    run = fit(tmp_path, *EXACT, "+trainer.val_check_interval=0.5", "trainer.max_epochs=2")
+    assert [row["epoch"] for row in run.callbacks["census"].history] == [0, 1]
+
+
+def test_a_timeline_that_cannot_be_written_leaves_the_last_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing half-written beside it."""
+    path = tmp_path / "timeline.jsonl"
+    write_lines(path, [{"epoch": 1}])
+
+    def full(self: Path, text: str, *_: Any, **__: Any) -> int:
+        with open(self, "w") as file:
+            file.write(text[: len(text) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_lines(path, [{"epoch": 1}, {"epoch": 2}])
+    monkeypatch.undo()
+    assert path.read_text() == '{"epoch": 1}\n'
+    assert [p.name for p in tmp_path.iterdir()] == ["timeline.jsonl"]

@@ -1,0 +1,240 @@
+"""Errors that a user can mend: one line that names the thing, exit code 1, nothing half-finished left."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+
+import experiments.train
+from experiments.setup import run
+from tests.fitted import EXACT, Spy, command, fit
+from tests.runs import load
+from tests.test_resume import same
+
+ROOT = Path(__file__).parents[2]
+SMOKE = ("experiment=smoke", "trainer.accelerator=cpu", "trainer.log_every_n_steps=1", "data.batch_size=256")
+
+
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes as long as the run, and has its own tests."""
+    monkeypatch.setattr(experiments.train, "draw_history", lambda *_: None)
+
+
+def told(err: str, code: int) -> str:
+    """The error line, after checking its form."""
+    lines = err.strip().splitlines()
+    assert code == 1 and "Traceback" not in err, err
+    assert lines[-1].startswith("error: "), err
+    return lines[-1].removeprefix("error: ")
+
+
+def process(*arguments: str, module: str = "experiments.train", **options: Any) -> tuple[int, str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("HYDRA_FULL_ERROR", None)
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        **{"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "check": False, **options},
+    )
+    return done.returncode, done.stderr
+
+
+WRONG: dict[str, tuple[tuple[str, ...], str]] = {
+    "an unknown key": (("nonsense=1",), "nonsense"),
+    "an unknown key of a group": (("data.nonsense=1",), "nonsense"),
+    "an unknown experiment": (("experiment=nonsense",), "nonsense"),
+    "an unknown model": (("model=nonsense",), "nonsense"),
+    "no override at all": (("model={a",), "{a"),
+    "missing data": (("data=mnist", "data.download=false", "data.root=/nonexistent"), "/nonexistent"),
+    "a ceiling below the start": (("callbacks.grow.growth.ceiling=0.5",), "ceiling is 0.5"),
+    "an unknown start": (("callbacks.grow.fresh=ones",), "'ones'"),
+    "an unknown grain": (("callbacks.prune.grain=ones",), "'ones'"),
+    "an unknown metric": (("callbacks.grow.monitor=val/f1",), "val/f1"),
+    "more in a batch than there is": (("data.batch_size=5000",), "batch_size 5000"),
+    "a batch size that is no number": (("data.batch_size=many",), "full_key: data"),
+    "an unknown precision": (("trainer.precision=int4",), "int4"),
+    "a GPU that is not there": (("trainer.accelerator=gpu",), "gpu"),
+    "no channels": (("model.channels=[]",), "channels"),
+    "no epochs": (("trainer.max_epochs=0",), "max_epochs"),
+}
+
+
+@pytest.mark.parametrize("what", list(WRONG))
+def test_a_setting_that_is_wrong_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    if what == "a GPU that is not there" and torch.cuda.is_available():
+        pytest.skip("it is there")
+    wrong, named = WRONG[what]
+    given = [*SMOKE, f"run={tmp_path / 'run'}", *wrong]
+    if what == "an unknown experiment":
+        given.remove("experiment=smoke")
+    code, _, err = command(experiments.train.main, monkeypatch, capsys, *given)
+    assert named in told(err, code)
+    left = {p.name for p in (tmp_path / "run").rglob("*")} if (tmp_path / "run").exists() else set()
+    assert not left & {"summary.json", "model.safetensors", "last.ckpt"}
+    assert not any(name.endswith(".part") for name in left)
+
+
+def test_an_unknown_key_comes_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = (f"run={tmp_path}", "data.nonsense=1")
+    code, _, err = command(experiments.train.main, monkeypatch, capsys, *given)
+    assert "+data.nonsense=1" in told(err, code), "Hydra's own message says so"
+
+
+def test_by_process(tmp_path: Path) -> None:
+    """Once for real: what the shell sees."""
+    code, err = process(*SMOKE, f"run={tmp_path / 'run'}", "callbacks.grow.growth.ceiling=0.5")
+    assert told(err, code) == "growth ceiling is 0.5 times the start: set it to 1 or more"
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["an unknown key", "an unknown experiment", "missing data"])
+def test_others_by_process(tmp_path: Path, what: str) -> None:
+    wrong, named = WRONG[what]
+    code, err = process(f"run={tmp_path / 'run'}", *wrong)
+    assert named in told(err, code)
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_folder_that_holds_a_run_is_not_given_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = (*SMOKE, f"run={tmp_path}")
+    assert command(experiments.train.main, monkeypatch, capsys, *given)[0] == 0
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    code, _, err = command(experiments.train.main, monkeypatch, capsys, f"run={tmp_path}", "seed=1")
+    assert f"{tmp_path} holds a run already" in told(err, code)
+    assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+
+def test_the_whole_traceback_is_there_for_the_asking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    GlobalHydra.instance().clear()
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr(experiments.train.main.__wrapped__, "__module__", "__main__")
+    monkeypatch.setattr(sys, "argv", ["train", f"run={tmp_path}", "callbacks.grow.growth.ceiling=0.5"])
+    with pytest.raises(Exception, match=r"ceiling is 0\.5"):
+        run(experiments.train.main)
+
+
+def test_an_error_without_words_is_still_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> None:
+        raise OSError
+
+    code, _, err = command(main, monkeypatch, capsys)
+    assert "OSError" in told(err, code)
+
+
+def test_an_error_of_ours_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        command(main, monkeypatch, capsys)
+
+
+# --- full disks and kills -----------------------------------------------------------------------------------
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    """Writes above 4 kB fail from the end of the second epoch on."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(trainer: Any, module: Any) -> None:
+        if trainer.current_epoch == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+
+    litter = set(Path(tempfile.gettempdir()).iterdir())
+    try:
+        with pytest.raises(OSError, match="too large"):
+            fit(tmp_path, *EXACT, "trainer.max_epochs=3", after=(Spy(on_train_epoch_end=fill),))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert load(tmp_path / "last.ckpt")["epoch"] == 0
+    left = {p.name for p in tmp_path.iterdir()}
+    assert left <= {"last.ckpt", "timeline.jsonl", "metrics"}
+    new = {p for p in set(Path(tempfile.gettempdir()).iterdir()) - litter if p.is_file()}
+    assert not [p for p in new if p.stat().st_size >= 4096], "half a checkpoint is left"
+
+
+def test_checkpoints_are_written_beside_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where /tmp is a file system of its own, moving from there is copying, which can stop half-way."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    fit(tmp_path / "run", *EXACT, "trainer.max_epochs=2")
+    assert load(tmp_path / "run" / "last.ckpt")["epoch"] == 1
+
+
+KILLED = (
+    *SMOKE,
+    "trainer.max_epochs=30",
+    "data.batch_size=64",
+    "trigger=periodic",
+    "trigger.every=4",
+    "callbacks.grow.growth.factor=1.2",
+    "callbacks.grow.until=0.9",
+    "callbacks.prune.begin=0.0",
+    "callbacks.prune.weight=5e-3",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wait_s", [0.05, 0.31])
+def test_a_run_killed_and_continued_is_the_whole_run(tmp_path: Path, wait_s: float) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert process(*KILLED, f"run={whole}")[0] == 0
+    line = [sys.executable, "-m", "experiments.train", *KILLED, f"run={broken}"]
+    running = subprocess.Popen(
+        line, cwd=ROOT, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (broken / "last.ckpt").exists() or load(broken / "last.ckpt")["epoch"] < 2:
+            assert running.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(wait_s)
+        running.send_signal(signal.SIGKILL)
+    finally:
+        running.kill()
+        running.wait()
+    assert running.returncode == -signal.SIGKILL, "it had finished already"
+    assert load(broken / "last.ckpt")["epoch"] < 29 and not (broken / "summary.json").exists()
+    assert process(f"run={broken}")[0] == 0
+    one, two = (load(folder / "last.ckpt") for folder in (whole, broken))
+    assert one["elastic"]["timeline"]
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "elastic", "epoch", "global_step"):
+        same(one[key], two[key], key)
+    assert (whole / "model.safetensors").read_bytes() == (broken / "model.safetensors").read_bytes()
+    assert (whole / "timeline.jsonl").read_bytes() == (broken / "timeline.jsonl").read_bytes()
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (whole, broken)]
+    for summary in summaries:
+        summary.pop("wall_s")
+    assert summaries[0] == summaries[1]
+
+
+@pytest.mark.slow
+def test_a_full_disk_by_process(tmp_path: Path) -> None:
+    """No file above 20 kB: the first checkpoint cannot be written."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    code, err = process(*SMOKE, f"run={tmp_path / 'run'}", preexec_fn=limit)
+    assert "File too large" in told(err, code)
+    assert not {"summary.json", "last.ckpt"} & {p.name for p in (tmp_path / "run").iterdir()}

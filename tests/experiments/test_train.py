@@ -1,0 +1,283 @@
+"""A run from the command line: what it leaves in its folder, how it is continued, several at once."""
+
+import copy
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+import experiments.train
+from experiments.train import build, train
+from tests.fitted import command
+from tests.runs import TINY, configure, load
+from tests.test_resume import same
+
+ROOT = Path(__file__).parents[2]
+SMOKE = (*TINY, "experiment=smoke", "trainer.max_epochs=2")
+CHANGING = (
+    *SMOKE,
+    "trainer.max_epochs=4",
+    "data.batch_size=128",
+    "trigger=periodic",
+    "trigger.every=2",
+    "callbacks.prune.begin=0.0",
+    "callbacks.prune.weight=1e-2",
+)
+FILES = {
+    *("config.yaml", "history.png", "last.ckpt", "metrics"),
+    *("model.safetensors", "summary.json", "timeline.jsonl"),
+}
+Capture = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
+
+
+@pytest.fixture
+def no_picture(monkeypatch: Patch) -> None:
+    """It takes as long as the run, and has its own tests."""
+    monkeypatch.setattr(experiments.train, "draw_history", lambda *_: None)
+
+
+def by_command(patch: Patch, capsys: Capture, *arguments: str) -> tuple[int, str, str]:
+    return command(experiments.train.main, patch, capsys, *arguments)
+
+
+def test_a_run_leaves_its_files_and_nothing_else(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    code, out, err = by_command(monkeypatch, capsys, *CHANGING, f"run={tmp_path}")
+    assert code == 0, err
+    assert {p.name for p in tmp_path.iterdir()} == FILES
+    assert (tmp_path / "metrics" / "version_0" / "metrics.csv").stat().st_size > 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert f"{summary['test/acc']:.2%}" in out and f"{summary['params']:,}" in out
+    assert str(tmp_path) in out
+    held = load(tmp_path / "last.ckpt")
+    assert (held["epoch"], held["elastic"]["timeline"]) == (
+        3,
+        [json.loads(line) for line in (tmp_path / "timeline.jsonl").read_text().splitlines()],
+    )
+
+
+@pytest.mark.usefixtures("no_picture")
+def test_the_configuration_that_is_kept_gives_the_same_run_again(tmp_path: Path) -> None:
+    """By itself, in any folder: it is resolved but for what depends on the machine."""
+    cfg = configure(tmp_path / "one", *CHANGING)
+    first = train(cfg, tmp_path / "one")
+    again: Any = OmegaConf.load(tmp_path / "one" / "config.yaml")
+    (tmp_path / "two").mkdir()
+    again.run = str(tmp_path / "two")
+    second = train(again, tmp_path / "two")
+    assert {**first, "wall_s": 0} == {**second, "wall_s": 0}
+    text = (tmp_path / "one" / "config.yaml").read_text()
+    assert str(tmp_path) not in text
+    assert set(re.findall(r"\$\{([^},]+)", text)) <= {"run", "oc.env:ELASTIC_DATA"}
+    one, two = (load(tmp_path / name / "last.ckpt") for name in ("one", "two"))
+    same(one["state_dict"], two["state_dict"])
+
+
+def test_the_network_and_the_data_follow_from_the_seed(tmp_path: Path) -> None:
+    nets = [build(configure(tmp_path, f"seed={seed}"))[0].state_dict() for seed in (0, 0, 1)]
+    same(nets[0], nets[1])
+    assert not torch.equal(nets[0]["net.0.weight"], nets[2]["net.0.weight"])
+    assert build(configure(tmp_path, "seed=3"))[1].seed == 3
+
+
+@pytest.mark.usefixtures("no_picture")
+def test_what_was_measured_is_the_last_epochs_network(tmp_path: Path) -> None:
+    cfg = configure(tmp_path, *CHANGING)
+    summary = train(cfg, tmp_path)
+    module, data = build(cfg)
+    from elastic import gates
+
+    gates.attach(module.net, module.widths, "weight")
+    module.load_state_dict(load(tmp_path / "last.ckpt")["state_dict"])
+    data.prepare_data()
+    data.setup("test")
+    x_BCHW, y_B = data.test_set.__getitems__(list(range(len(data.test_set))))  # type: ignore[union-attr,arg-type]
+    with torch.no_grad():
+        logits_BK = module.eval()(data.normalise(x_BCHW.float() / 255))
+    assert summary["test/acc"] == pytest.approx(
+        (logits_BK.argmax(1) == y_B).float().mean().item(), abs=1.5 / 360
+    )
+
+
+@pytest.mark.usefixtures("no_picture")
+def test_the_test_split_is_looked_at_once_at_the_end(tmp_path: Path, monkeypatch: Patch) -> None:
+    asked: list[str] = []
+    fits = L.Trainer.fit
+    monkeypatch.setattr(L.Trainer, "fit", lambda *a, **k: (fits(*a, **k), asked.append("fitted"))[0])
+    loader = experiments.train.ImageData.test_dataloader
+    monkeypatch.setattr(
+        experiments.train.ImageData, "test_dataloader", lambda self: (asked.append("test"), loader(self))[1]
+    )
+    train(configure(tmp_path, *SMOKE), tmp_path)
+    assert asked == ["fitted", "test"]
+
+
+# --- continuing ---------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_named_again_is_measured_again(
+    tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    assert by_command(monkeypatch, capsys, *CHANGING, f"run={tmp_path}")[0] == 0
+    names = ("config.yaml", "last.ckpt", "model.safetensors", "timeline.jsonl", "history.png")
+    before = {name: (tmp_path / name).read_bytes() for name in names}
+    first = json.loads((tmp_path / "summary.json").read_text())
+    code, _, err = by_command(monkeypatch, capsys, f"run={tmp_path}")
+    assert code == 0, err
+    for name in names:
+        assert (tmp_path / name).read_bytes() == before[name], name
+    second = json.loads((tmp_path / "summary.json").read_text())
+    assert {**first, "wall_s": 0} == {**second, "wall_s": 0}
+    assert second["wall_s"] >= first["wall_s"], "the time of the run, not of the last start"
+
+
+@pytest.mark.usefixtures("no_picture")
+def test_a_continuation_that_fails_leaves_the_run_as_it_was(
+    tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    """Its configuration, too: `run=<folder>` alone must work again."""
+    assert by_command(monkeypatch, capsys, *SMOKE, f"run={tmp_path}")[0] == 0
+    before = (tmp_path / "config.yaml").read_text()
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise OSError("no more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(L.Trainer, "fit", fails)
+        assert by_command(patch, capsys, f"run={tmp_path}")[0] == 1
+    assert (tmp_path / "config.yaml").read_text() == before
+
+
+@pytest.mark.usefixtures("no_picture")
+def test_a_checkpoint_without_its_configuration_is_named(
+    tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    assert by_command(monkeypatch, capsys, *SMOKE, f"run={tmp_path}")[0] == 0
+    (tmp_path / "config.yaml").unlink()
+    code, _, err = by_command(monkeypatch, capsys, f"run={tmp_path}")
+    assert code == 1 and "config.yaml" in err.strip().splitlines()[-1]
+
+
+@pytest.mark.usefixtures("no_picture")
+@pytest.mark.parametrize("kept", [0, 0.5])
+def test_a_checkpoint_that_is_damaged_is_named(
+    tmp_path: Path, monkeypatch: Patch, capsys: Capture, kept: float
+) -> None:
+    assert by_command(monkeypatch, capsys, *SMOKE, f"run={tmp_path}")[0] == 0
+    whole = (tmp_path / "last.ckpt").read_bytes()
+    (tmp_path / "last.ckpt").write_bytes(whole[: int(kept * len(whole))])
+    code, _, err = by_command(monkeypatch, capsys, f"run={tmp_path}")
+    assert code == 1 and "last.ckpt" in err.strip().splitlines()[-1]
+
+
+@pytest.mark.usefixtures("no_picture")
+def test_settings_of_the_kept_configuration_win(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    """A continued run is the run that was started, whatever the defaults are now."""
+    assert by_command(monkeypatch, capsys, *SMOKE, "seed=7", f"run={tmp_path}")[0] == 0
+    assert by_command(monkeypatch, capsys, f"run={tmp_path}")[0] == 0
+    assert json.loads((tmp_path / "summary.json").read_text())["seed"] == 7
+
+
+# --- several ------------------------------------------------------------------------------------------------
+
+
+def multirun(folder: Path, *arguments: str) -> None:
+    line = [sys.executable, "-m", "experiments.train", "-m", *SMOKE, *arguments, f"hydra.sweep.dir={folder}"]
+    subprocess.run(
+        line, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True
+    )
+
+
+@pytest.mark.slow
+def test_a_multirun_makes_a_folder_for_each_run(tmp_path: Path) -> None:
+    multirun(tmp_path, "seed=0,1")
+    for seed in (0, 1):
+        folder = tmp_path / str(seed)
+        assert {p.name for p in folder.iterdir()} >= FILES
+        assert json.loads((folder / "summary.json").read_text())["seed"] == seed
+        alone = tmp_path / f"alone{seed}"
+        train(configure(alone, *SMOKE, f"seed={seed}"), alone)
+        names = ("model.safetensors", "timeline.jsonl")
+        for name in names:
+            assert (folder / name).read_bytes() == (alone / name).read_bytes(), "it depends on its neighbours"
+
+
+@pytest.mark.slow
+def test_a_multirun_over_schedules(tmp_path: Path) -> None:
+    multirun(tmp_path, "schedule=static,[growth,gates]")
+    found = [json.loads((tmp_path / n / "summary.json").read_text())["schedule"] for n in "01"]
+    assert found == ["static", "grow+prune"]
+
+
+# --- other networks, other data -----------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_picture")
+def test_a_residual_network_grows_and_prunes(tmp_path: Path) -> None:
+    options = ("model=resnet20", "model.width=4", "callbacks.prune.grain=kernel", "trainer.max_epochs=3")
+    every = (
+        "trigger=periodic",
+        "trigger.every=1",
+        "callbacks.grow.until=0.9",
+        "callbacks.grow.growth.factor=1.1",
+    )
+    summary = train(configure(tmp_path, *SMOKE, *options, *every, "callbacks.prune.begin=0.0"), tmp_path)
+    sizes = load(tmp_path / "last.ckpt")["elastic"]
+    assert all(sizes["sizes"][name] > size for name, size in sizes["start"].items())
+    assert summary["params"] <= summary["params_dense"]
+
+
+@pytest.mark.usefixtures("no_picture")
+def test_any_stock_model_is_trained(tmp_path: Path) -> None:
+    """Not one of ours, and with none of our arguments: torchvision's, through a lambda's worth of YAML."""
+    cfg = configure(tmp_path, *SMOKE, "trainer.max_epochs=1", "data.batch_size=64")
+    cfg.model = {"_target_": "tests.experiments.test_train.squeezenet"}
+    summary = train(cfg, tmp_path)
+    assert summary["params"] > 5_000
+
+
+def squeezenet(in_channels: int, classes: int) -> torch.nn.Module:
+    from torchvision.models.squeezenet import Fire
+
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(in_channels, 16, 3, padding=1),
+        torch.nn.ReLU(),
+        Fire(16, 8, 32, 32),
+        Fire(64, 8, 32, 32),
+        torch.nn.Conv2d(64, classes, 1),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+    )
+
+
+@pytest.mark.usefixtures("no_picture")
+def test_a_folder_of_images_is_trained_on(tmp_path: Path) -> None:
+    for part, n in (("train", 12), ("test", 4)):
+        for k, name in enumerate(("red", "green")):
+            (tmp_path / "data" / part / name).mkdir(parents=True)
+            for i in range(n):
+                colour = (200 - 10 * i, 0, 0) if k == 0 else (0, 200 - 10 * i, 0)
+                Image.new("RGB", (20, 20), colour).save(tmp_path / "data" / part / name / f"{i}.png")
+    given = (f"data.root={tmp_path / 'data'}", "data.size=16", "data.batch_size=8", "data.workers=0")
+    flips = ("data.augment=[]", "data.val_fraction=0.2")
+    folder = tmp_path / "run"
+    summary = train(configure(folder, *SMOKE, "data=folder", *given, *flips, "trainer.max_epochs=3"), folder)
+    assert summary["data"] == "folder" and 0 <= summary["test/acc"] <= 1
+
+
+@pytest.mark.usefixtures("no_picture")
+def test_running_leaves_the_configuration_given_alone(tmp_path: Path) -> None:
+    cfg = configure(tmp_path, *SMOKE)
+    before = copy.deepcopy(cfg)
+    train(cfg, tmp_path)
+    assert cfg == before

@@ -1,0 +1,112 @@
+"""Runs whose parts a test can hold: the module, the data, the trainer and the callbacks by name."""
+
+import copy
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import instantiate
+from torch import Tensor
+
+from elastic.data import ImageData
+from elastic.module import ElasticModule
+from experiments.setup import precision, quiet, run
+from experiments.train import build
+from tests.runs import TINY, configure
+
+EXACT = (*TINY, "experiment=smoke", "trainer.precision=32-true", "data.augment=[]")  # the same in every pass
+
+
+class Spy(L.Callback):
+    """Calls functions by the name of the hook: `Spy(on_train_epoch_end=lambda trainer, module: …)`."""
+
+    def __init__(self, **hooks: Any) -> None:
+        vars(self).update(hooks)
+
+
+class Script(L.Callback):
+    """Logs a value of its own choice every epoch, as if it were measured: `fake`."""
+
+    def __init__(self, *values: float) -> None:
+        self.values = values
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pl_module.log("fake", self.values[min(trainer.current_epoch, len(self.values) - 1)])
+
+
+@dataclass
+class Run:
+    """A run that is ready to be fitted."""
+
+    module: ElasticModule
+    data: ImageData
+    trainer: L.Trainer
+    callbacks: dict[str, Any]
+    folder: Path
+
+    def fit(self, **options: Any) -> "Run":
+        self.trainer.fit(self.module, self.data, **options)
+        return self
+
+
+def prepare(
+    folder: Path, *overrides: str, before: tuple[L.Callback, ...] = (), after: tuple[L.Callback, ...] = ()
+) -> Run:
+    """What `experiments.train.train` would fit, with callbacks of the test around the run's own."""
+    quiet()
+    cfg = configure(folder, *overrides)
+    module, data = build(cfg)
+    own = {name: instantiate(c) for name, c in cfg.callbacks.items() if c is not None}
+    trainer = instantiate(
+        cfg.trainer,
+        precision=precision(cfg.trainer.precision),
+        callbacks=[*before, *own.values(), *after],
+        logger=instantiate(cfg.logger),
+        enable_progress_bar="progress" in own,
+        default_root_dir=folder,
+    )
+    return Run(module, data, trainer, own, folder)
+
+
+def fit(folder: Path, *overrides: str, **around: tuple[L.Callback, ...]) -> Run:
+    return prepare(folder, *overrides, **around).fit()
+
+
+def batch(data: ImageData) -> tuple[Tensor, Tensor]:
+    """64 training images as validation sees them."""
+    return data.sample(64, seed=1)
+
+
+@torch.no_grad()
+def outputs(module: ElasticModule, x_BCHW: Tensor) -> Tensor:
+    """The network's logits in evaluation mode; the network itself is left alone."""
+    return copy.deepcopy(module.net).eval()(x_BCHW)
+
+
+def command(
+    main: Callable[[], Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    *arguments: str,
+) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of an entry point, run in this process as from a command line."""
+    GlobalHydra.instance().clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", [main.__module__, *arguments])
+        if hasattr(main, "__wrapped__"):  # as `python -m` has it, or Hydra looks for a package `conf`
+            patch.setattr(main.__wrapped__, "__module__", "__main__")
+        patch.setenv("HYDRA_FULL_ERROR", "")  # and what `run` sets is forgotten afterwards
+        capsys.readouterr()
+        code = 0
+        try:
+            run(main)
+        except SystemExit as left:
+            code = int(left.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
