@@ -24,6 +24,9 @@ from experiments.report import show, summarise, write_summary
 from experiments.setup import active, portable, precision, quiet, readable, run, settings
 
 
+CONF = Path(__file__).parents[1] / "conf"
+
+
 def build(cfg: DictConfig) -> tuple[ElasticModule, ImageData]:
     """The data and the network, as the configuration describes them before anything has changed."""
     L.seed_everything(cfg.seed, verbose=False)
@@ -78,7 +81,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     return summary
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(cfg: DictConfig) -> float:
     folder = Path(HydraConfig.get().runtime.output_dir)
     return float(train(settings(cfg, folder), folder)["test/acc"])
