@@ -23,7 +23,6 @@ from experiments.figure import draw_history
 from experiments.report import show, summarise, write_summary
 from experiments.setup import active, portable, precision, quiet, readable, run, settings
 
-
 CONF = Path(__file__).parents[1] / "conf"
 
 
