@@ -50,9 +50,9 @@ def test_both_couple_the_same_layers(case: tuple[nn.Module, torch.Tensor]) -> No
         for dependency, _ in group_of(graph, model, width, [0]):
             layer = dependency.target.module
             if isinstance(layer, LAYERS):
-                carried = isinstance(layer, nn.BatchNorm2d) or getattr(layer, "groups", 1) > 1
                 role = "out" if graph.is_out_channel_pruning_fn(dependency.handler) else "in"
-                theirs.add((names[layer], "along" if carried else role))
+                role = "along" if isinstance(layer, nn.BatchNorm2d) else role
+                theirs.add((names[layer], "each" if getattr(layer, "groups", 1) > 1 else role))
         ours = {(slot.module, slot.role) for slot in width.slots if slot.tensor == "weight"}
         assert ours == theirs, name
 
