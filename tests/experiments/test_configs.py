@@ -106,13 +106,15 @@ def test_every_data_set_can_be_named_without_being_there(tmp_path: Path, name: s
     assert data.classes in (1, 10, 100)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("plateau", Plateau), ("periodic", Periodic)])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("plateau", Plateau), ("impatient", Plateau), ("periodic", Periodic)]
+)
 def test_every_trigger_can_be_made(tmp_path: Path, name: str, kind: type) -> None:
     cfg = configure(tmp_path, "schedule=[growth]", f"trigger={name}", "experiment=smoke")
     grow = instantiate(cfg.callbacks.grow)
     assert isinstance(grow, GrowOnSaturation) and isinstance(grow.trigger, kind)
     assert isinstance(grow.growth, Growth)
-    assert set(files("trigger")) == {"plateau", "periodic"}
+    assert set(files("trigger")) == {"plateau", "impatient", "periodic"}
 
 
 def test_the_callbacks_can_be_made(tmp_path: Path) -> None:
