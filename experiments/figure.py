@@ -43,6 +43,7 @@ def draw_history(history: list[dict[str, Any]], timeline: list[dict[str, Any]], 
     error.plot([], [], color="C2", lw=0.8, ls=":", label="growth")
     error.legend(frameon=False)
     size.legend(frameon=False)
+    widths.set_ylim(0, 1.3 * max(sum(row["widths"].values()) for row in history))  # room for the legend
     if len(names) <= 12:
         widths.legend(frameon=False, fontsize="x-small", ncols=4, loc="upper left")
     figure.savefig(path, dpi=120)
