@@ -7,6 +7,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator
 
 LEAST = 0.01  # %, where a logarithmic axis has no place for zero
 
@@ -28,6 +29,7 @@ def draw_history(history: list[dict[str, Any]], timeline: list[dict[str, Any]], 
     size.plot(epochs, [row["params"] for row in history], color="C1", label="not zero")
     size.set_ylabel("parameters")
     size.set_yscale("log")
+    size.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     size.yaxis.set_major_formatter("{x:,.0f}")
     size.yaxis.set_minor_formatter("")
 
