@@ -10,7 +10,7 @@ from elastic.compact import compact, silent
 from elastic.errors import StructureError
 from elastic.gates import Grain
 from elastic.module import ElasticModule
-from elastic.stored import original
+from elastic.stored import weight_of
 
 EVERY = 10  # steps between two looks of the budget controller
 
@@ -79,7 +79,7 @@ class PruneByGates(L.Callback):
         if self.aim == "params":
             return cost.params(plain)
         uses = cost.macs_per_weight(plain, pl_module.example)
-        kept = {path: int(original(plain.get_submodule(path), "weight").count_nonzero()) for path in uses}  # type: ignore[union-attr]
+        kept = {path: int(weight_of(plain.get_submodule(path)).count_nonzero()) for path in uses}
         return round(sum(times * kept[path] for path, times in uses.items()))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
@@ -107,16 +107,18 @@ class PruneByGates(L.Callback):
         if self.budget is None:
             return
         held = [(gate, gate.score.detach().clone()) for _, _, gate in gates.gated(pl_module.net)]
+
+        def settle(count: float) -> None:
+            for gate, score in held:
+                gate.score.data = score.clone()
+            gates.settle(pl_module.net, count)
+
         fits, over = 0.0, gates.total(pl_module.net) + 1
         while over - fits > 1:  # what a gate frees elsewhere shows only when it is closed
             middle = (fits + over) / 2
-            for gate, score in held:
-                gate.score.data = score.clone()
-            gates.settle(pl_module.net, middle)
+            settle(middle)
             fits, over = (middle, over) if self.measure(pl_module) <= self.budget.asked else (fits, middle)
-        for gate, score in held:
-            gate.score.data = score.clone()
-        gates.settle(pl_module.net, fits)
+        settle(fits)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: ElasticModule, *_: Any) -> None:  # type: ignore[override]
         if self.budget is None or "gates" not in pl_module.loss_terms or trainer.global_step % EVERY:

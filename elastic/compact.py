@@ -53,15 +53,13 @@ def silent(model: nn.Module, widths: Widths, example: Tensor) -> dict[str, Tenso
     """
     keep = {}
     found = _dead(model, widths, example, openings)
-    training = copy.deepcopy(model).train() if any(dead[1].any() for dead in found.values()) else None
+    readers = {slot.module for _, _, constants in found.values() for slot in constants}
+    with torch.random.fork_rng(devices=[]):  # dropout draws
+        training = _inputs(copy.deepcopy(model).train(), readers, example) if readers else {}
     for name, (unread, unwritten, constants) in found.items():
-        if training is not None and unwritten.any():  # silent by the batch's statistics, too
-            readers = widths[name].role("in")
-            with torch.random.fork_rng(devices=[]):  # dropout draws
-                seen = _inputs(training, {slot.module for slot in readers}, example)
-            for slot in readers:
-                batch = seen[slot.module][widths.positions(slot, name)]
-                unwritten = unwritten & (batch == 0).all(1) & (constants[slot] == 0).all(1)
+        for slot, values in constants.items():  # silent by the batch's statistics, too
+            batch = training[slot.module][widths.positions(slot, name)]
+            unwritten = unwritten & (batch == 0).all(1) & (values == 0).all(1)
         dead = unread | unwritten
         if dead.all():
             dead[0] = False
@@ -90,9 +88,10 @@ def _dead(
             if unread.any() or unwritten.any():
                 found[name] = (unread, unwritten, {})
     readers = {slot for name, dead in found.items() if dead[1].any() for slot in widths[name].role("in")}
-    training = model.training
+    modes = {module: module.training for module in model.modules()}  # some may be frozen
     seen = _inputs(model.eval(), {slot.module for slot in readers}, example) if readers else {}
-    model.train(training)
+    for module, mode in modes.items():
+        module.training = mode
     for name, (_, unwritten, constants) in found.items():
         if unwritten.any():
             for slot in widths[name].role("in"):

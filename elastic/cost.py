@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 from elastic.gates import Gate, openings
-from elastic.stored import original
+from elastic.stored import weight_of
 from elastic.trace import on_meta
 from elastic.widths import Widths
 
@@ -113,7 +113,7 @@ def live_params(model: nn.Module, widths: Widths) -> int:
     """`params`, without what belongs to channels that gates have shut off."""
     masks = live(model, widths)
     dead = sum(
-        int((_value(model, path, tensor).cpu() != 0).logical_and(mask == 0).sum())
+        int((getattr(model.get_submodule(path), tensor).cpu() != 0).logical_and(mask == 0).sum())
         for (path, tensor), mask in masks.items()
     )
     return params(model) - dead
@@ -128,19 +128,12 @@ def live_macs(model: nn.Module, widths: Widths, uses: Mapping[str, float]) -> fl
     return sum(times * float(masks[path, "weight"].sum()) for path, times in uses.items())
 
 
-def _value(model: nn.Module, path: str, tensor: str) -> Tensor:
-    value: Tensor = getattr(model.get_submodule(path), tensor)
-    return value
-
-
 def macs_per_weight(model: nn.Module, example: Tensor) -> dict[str, float]:
     """For each convolution and linear layer, how often one input uses each of its weights."""
-    found = {}
-    for path, macs in macs_by_layer(model, example).items():
-        weight = original(model.get_submodule(path), "weight") if path else None
-        if weight is not None:
-            found[path] = macs / weight.numel()
-    return found
+    by_layer = macs_by_layer(model, example)
+    return {
+        path: macs / weight_of(model.get_submodule(path)).numel() for path, macs in by_layer.items() if path
+    }
 
 
 _COUNTED = (nn.modules.conv._ConvNd, nn.Linear)

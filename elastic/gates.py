@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from elastic.errors import StructureError
-from elastic.stored import original
+from elastic.stored import original, weight_of
 from elastic.trace import norm_after
 from elastic.widths import Widths
 
@@ -79,9 +79,7 @@ def attach(model: nn.Module, widths: Widths, grain: Grain, grace: int = 0) -> No
     followers = norm_after(model) if grain == "channel" else {}
     for path in slots:
         layer = model.get_submodule(path)
-        weight = original(layer, "weight")
-        assert weight is not None
-        gate = Gate(weight, grain, grace)
+        gate = Gate(weight_of(layer), grain, grace)
         parametrize.register_parametrization(layer, "weight", gate)
         tied = [(layer, "bias")] if grain == "channel" else []
         if path in followers:
@@ -110,11 +108,13 @@ def penalty(model: nn.Module) -> Tensor:
     """
     terms = []
     for _, layer, gate in gated(model):
-        weight = original(layer, "weight")
-        assert weight is not None
-        size = weight.numel() / gate.score.numel()
-        terms.append(gate.price * size * (torch.sigmoid(gate.score) * (gate.grace <= 0)).sum())
+        terms.append(_worth(layer, gate) * (torch.sigmoid(gate.score) * (gate.grace <= 0)).sum())
     return torch.stack(terms).sum()
+
+
+def _worth(layer: nn.Module, gate: Gate) -> float:
+    """Price times the number of weights behind one score of the layer's gate."""
+    return gate.price * weight_of(layer).numel() / gate.score.numel()
 
 
 def fullness(model: nn.Module, widths: Widths) -> dict[str, float]:
@@ -145,13 +145,10 @@ def settle(model: nn.Module, count: float) -> None:
 
     A weight counts its gate's price, 1 unless the penalty is on MACs. Of every layer the best gate stays.
     """
-    held = [(gate, original(layer, "weight")) for _, layer, gate in gated(model)]
+    held = [(gate, _worth(layer, gate)) for _, layer, gate in gated(model)]
     scores = torch.cat([gate.score.detach().flatten() for gate, _ in held])
-    sizes = [gate.price * weight.numel() / gate.score.numel() for gate, weight in held if weight is not None]
-    per_gate = torch.cat(
-        [torch.full((gate.score.numel(),), n) for (gate, _), n in zip(held, sizes, strict=True)]
-    )
     counts = [gate.score.numel() for gate, _ in held]
+    per_gate = torch.cat([torch.full((gate.score.numel(),), worth) for gate, worth in held])
     best = torch.cat([part.argmax()[None] for part in scores.split(counts)])
     best += torch.tensor([0, *counts[:-1]], device=best.device).cumsum(0)
     order = scores.index_fill(0, best, torch.inf).sort(descending=True, stable=True).indices.cpu()
@@ -203,5 +200,4 @@ def count(model: nn.Module) -> float:
 
 def total(model: nn.Module) -> float:
     """Σ price over all gated weights."""
-    weights = ((gate.price, original(layer, "weight")) for _, layer, gate in gated(model))
-    return sum(price * weight.numel() for price, weight in weights if weight is not None)
+    return sum(gate.price * weight_of(layer).numel() for _, layer, gate in gated(model))

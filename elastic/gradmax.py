@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic.fresh import Patch, zero_out
-from elastic.stored import original
+from elastic.stored import weight_of
 from elastic.surgery import grow_index, reindex
 from elastic.widths import Width, Widths
 
@@ -71,10 +71,8 @@ def _best(
     candidates: int,
 ) -> dict[str, Tensor]:
     """Unit directions in the joint fan-in of all layers that write the width, best first, cut by layer."""
-    writers = {
-        slot.module: original(model.get_submodule(slot.module), "weight") for slot in width.role("out")
-    }
-    shapes = {path: weight.shape[1:] for path, weight in writers.items() if weight is not None}
+    writers = [slot.module for slot in width.role("out")]
+    shapes = {path: weight_of(model.get_submodule(path)).shape[1:] for path in writers}
     fan_in = sum(shape.numel() for shape in shapes.values())
     tried = torch.linalg.qr(torch.randn(fan_in, min(candidates, fan_in), generator=generator)).Q.T
     gradients = _gradients(model, widths, width, _cut(HE * tried, shapes), loss)
@@ -108,8 +106,8 @@ def _gradients(
     loss(probe).backward()
     gradients = []
     for slot in width.role("in"):
-        weight = original(probe.get_submodule(slot.module), "weight")
-        assert weight is not None and weight.grad is not None
+        weight = weight_of(probe.get_submodule(slot.module))
+        assert weight.grad is not None
         places = grown.positions(slot, width.name)[width.size :]
         gradient = weight.grad[:, places.flatten()].unflatten(1, places.shape)
         gradients.append(gradient.transpose(0, 1).flatten(1))

@@ -50,6 +50,13 @@ def original(module: nn.Module, tensor: str) -> Tensor | None:
     return getattr(module, tensor, None)
 
 
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weight that a convolution or linear layer stores, before any gate."""
+    weight = original(layer, "weight")
+    assert weight is not None
+    return weight
+
+
 def _plain(module: nn.Module, tensor: str, value: Tensor) -> Stored:
     dims = frozenset(range(value.dim()))
     if tensor == "weight" and value.dim() > 1 and not isinstance(module, NORMS):

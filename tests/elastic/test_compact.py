@@ -520,3 +520,14 @@ def test_silence_never_empties_a_width() -> None:
     reindex(net, widths, keep)
     assert silent(net, widths, X) == {}
     close(evaluated(net), expected)
+
+
+def test_looking_for_silent_channels_leaves_every_modules_mode_alone() -> None:
+    net = nn.Sequential(conv(3, 4), nn.BatchNorm2d(4), nn.ReLU(), head(4))
+    widths = discover(net, X)
+    gates.attach(net, widths, "channel")
+    next(gate for _, _, gate in gates.gated(net)).score.data[1] = -1
+    net[1].eval()  # a norm that its owner has frozen
+    before = [module.training for module in net.modules()]
+    assert silent(net, widths, X)["0"].tolist() == [0, 2, 3]
+    assert [module.training for module in net.modules()] == before
