@@ -11,16 +11,17 @@ class Budget:
     """Multiplies λ up while the network is above its path to the budget, down while it is below.
 
     The path falls on a cubic curve from the largest size seen, or (1 + headroom) times the budget where
-    that is less, to the budget at `end`: early on there is room to learn and to grow. What counts is where
+    that is less, at `begin`, to the budget at `end`: early on there is room to learn and to grow. What counts is where
     the network is heading (`damping` times the last change is added), since gates answer late.
 
     Args:
         asked: parameters wanted.
-        end: part of the run after which the budget should hold.
+        begin, end: parts of the run between which the path falls; after `end` the budget should hold.
         rate: change of log λ over a whole run for an error of one e-fold.
     """
 
     asked: int
+    begin: float = 0.0
     end: float = 0.7
     headroom: float = 3.0
     rate: float = 100.0
@@ -34,8 +35,10 @@ class Budget:
     def __post_init__(self) -> None:
         if self.asked < 1:
             raise StructureError(f"a budget of {self.asked} cannot be met: ask for at least 1")
-        if not 0 < self.end <= 1:
-            raise StructureError(f"the budget's end is {self.end}: set it above 0, to 1 at most")
+        if not 0 <= self.begin < self.end <= 1:
+            raise StructureError(
+                f"the budget's path falls from {self.begin} to {self.end} of the run: set 0 ≤ begin < end ≤ 1"
+            )
         if self.headroom < 0 or not (isfinite(self.rate) and self.rate > 0) or self.least > self.most:
             raise StructureError(
                 f"the budget's headroom {self.headroom}, rate {self.rate} or least {self.least} is off: "
@@ -45,7 +48,8 @@ class Budget:
     def path(self, progress: float) -> float:
         """The size wanted at this part of the run (0 … 1)."""
         above = max(0.0, min(self.headroom * self.asked, self.peak - self.asked))
-        return self.asked + above * max(0.0, 1 - progress / self.end) ** 3
+        left = (self.end - progress) / (self.end - self.begin)
+        return self.asked + above * min(1.0, max(0.0, left)) ** 3
 
     def steer(self, weight: float, now: float, progress: float) -> float:
         """The next λ, from the present one and the present size."""

@@ -28,6 +28,13 @@ def test_the_path_falls_to_the_budget_and_stays(asked: int, end: float, headroom
     assert budget.path(1.0) == asked
 
 
+def test_the_path_stays_until_it_begins() -> None:
+    budget = Budget(1000, begin=0.4, end=0.8, headroom=2, peak=1e9)
+    assert budget.path(0.1) == budget.path(0.4) == 3000
+    assert budget.path(0.6) == pytest.approx(1000 * (1 + 2 / 8))
+    assert budget.path(0.8) == 1000
+
+
 def test_the_path_is_cubic() -> None:
     budget = Budget(1000, end=0.8, headroom=2, peak=1e9)
     assert budget.path(0.4) == pytest.approx(1000 * (1 + 2 / 8))
