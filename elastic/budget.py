@@ -11,8 +11,9 @@ class Budget:
     """Multiplies λ up while the network is above its path to the budget, down while it is below.
 
     The path falls on a cubic curve from the largest size seen, or (1 + headroom) times the budget where
-    that is less, at `begin`, to the budget at `end`: early on there is room to learn and to grow. What counts is where
-    the network is heading (`damping` times the last change is added), since gates answer late.
+    that is less, at `begin`, to the budget at `end`: early on there is room to learn and to grow. What
+    counts is where the network is heading (`damping` times the last change is added), since gates answer
+    late.
 
     Args:
         asked: parameters wanted.
