@@ -1,8 +1,17 @@
 """Lightning callbacks: one behaviour a file. Hooks adapt; functions in `elastic` decide."""
 
+from callbacks.average import AverageWeights
 from callbacks.census import Census
 from callbacks.grow import GrowOnSaturation
+from callbacks.magnitude import PruneByMagnitude
 from callbacks.progress import ElasticProgress
 from callbacks.prune import PruneByGates
 
-__all__ = ["Census", "ElasticProgress", "GrowOnSaturation", "PruneByGates"]
+__all__ = [
+    "AverageWeights",
+    "Census",
+    "ElasticProgress",
+    "GrowOnSaturation",
+    "PruneByGates",
+    "PruneByMagnitude",
+]

@@ -8,8 +8,10 @@ from typing import Any
 import lightning as L
 
 from elastic.checkpoint import replace_file
-from elastic.cost import census
+from elastic.cost import census, macs
 from elastic.module import ElasticModule
+
+PASSES = 3  # of a training step, in forward passes: a backward pass has two products for the forward's one
 
 
 class Census(L.Callback):
@@ -17,16 +19,35 @@ class Census(L.Callback):
 
     The timeline has one line a structural event: epoch, step, why, width, before, after. It is written anew
     from what the module remembers, so that a resumed run never holds events of epochs that were lost.
+
+    Attributes:
+        seconds: of training, over all starts of the run.
+        macs_training: multiply-accumulates of all training steps, as dense kernels execute them: 3 × Σ over
+            epochs (MACs of the network in that epoch × training samples seen). The 3 stands for a forward
+            pass and a backward pass, which multiplies once for the gradient of the weights and once for that
+            of the inputs (about two forward passes: the first layer has no use for the latter). Validation
+            does not count. None where a run was begun without the count.
     """
 
     def __init__(self, folder: str = ".") -> None:
         self.folder = Path(folder)
         self.history: list[dict[str, Any]] = []
-        self.seconds = 0.0  # of training, over all starts of the run
+        self.seconds = 0.0
+        self.macs_training: int | None = 0
         self._since = time.monotonic()
+        self._samples = 0  # of this epoch, in all processes
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
         self._since = time.monotonic()
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
+        self._samples = 0
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: ElasticModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        x_BCHW, _ = batch
+        self._samples += len(x_BCHW) * trainer.world_size  # samplers give every process as many
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
         if trainer.state.fn != "fit" or trainer.sanity_checking:
@@ -39,21 +60,31 @@ class Census(L.Callback):
         self.history.append({"epoch": trainer.current_epoch, **counts, "widths": now.widths})
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
-        if self.history and trainer.state.fn == "fit":
+        if self.history and trainer.state.fn == "fit" and not trainer.sanity_checking:
             metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
             self.history[-1] |= {n: v for n, v in metrics.items() if n.startswith(("train/", "val/"))}
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
+        if self.macs_training is not None:  # structure changes as an epoch begins: this one's is that of now
+            self.macs_training += PASSES * self._samples * self._macs(trainer, pl_module)
         now = time.monotonic()
         self.seconds, self._since = self.seconds + now - self._since, now
         if trainer.is_global_zero:
             write_lines(self.folder / "timeline.jsonl", pl_module.timeline)
 
+    def _macs(self, trainer: L.Trainer, pl_module: ElasticModule) -> int:
+        """For one input, in this epoch; counted anew only where it was not validated."""
+        row = self.history[-1] if self.history else {}
+        if row.get("epoch") == trainer.current_epoch:
+            return int(row["macs"])
+        return macs(pl_module.net, pl_module.example)
+
     def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history, "seconds": self.seconds}
+        return {"history": self.history, "seconds": self.seconds, "macs_training": self.macs_training}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history, self.seconds = list(state_dict["history"]), state_dict["seconds"]
+        self.macs_training = state_dict.get("macs_training")  # older checkpoints lack it
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -1,17 +1,20 @@
 """The network grows when its training saturates."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch.nn.functional as F
 
 from elastic import gates
-from elastic.fresh import STRATEGIES, Fresh
+from elastic.depth import depth
+from elastic.fresh import STRATEGIES, Fresh, zero_out
 from elastic.gradmax import gradmax
 from elastic.module import ElasticModule, TrainingError
 from elastic.saturation import Growth, Trigger
 from elastic.surgery import grow_index, split_index
+from elastic.timeline import growth, read
 
 STARTS = (*STRATEGIES, "gradmax")
 BATCH = 256  # training images that GradMax looks at
@@ -22,11 +25,12 @@ class GrowOnSaturation(L.Callback):
 
     Args:
         trigger: decides from the metric, e.g. `elastic.saturation.Plateau`.
-        growth: how far and where, `elastic.saturation.Growth`.
+        growth: how far and where, in width and in depth, `elastic.saturation.Growth`.
         monitor: the metric's name.
         fresh: how new channels start: zero_out, random, split (`elastic.fresh`) or gradmax
             (`elastic.gradmax`; needs a data module with `sample`).
         until: part of the run after which nothing grows any more.
+        timeline: a `timeline.jsonl`: growth is then replayed from it, epoch by epoch, and nothing is watched.
         rewarm: epochs over which the learning rate rises again from a tenth after each growth; 0 keeps it.
 
     Example::
@@ -42,43 +46,77 @@ class GrowOnSaturation(L.Callback):
         fresh: str = "zero_out",
         until: float = 0.6,
         rewarm: int = 0,
+        timeline: str | None = None,
     ) -> None:
         if fresh not in STARTS:
             raise TrainingError(f"fresh channels cannot start by '{fresh}': choose {', '.join(STARTS)}")
         self.trigger, self.growth, self.monitor = trigger, growth, monitor
         self.fresh, self.until, self.rewarm = fresh, until, rewarm
+        self.script = None if timeline is None else read(Path(timeline))
         self.due = False
         self.grown_at: int | None = None
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
+        """Refuse a timeline of another network before anything is trained."""
+        stages = set(pl_module.start_depth)
+        for row in self.script or ():
+            inside = any(str(row.get("width")).startswith(f"{stage}.") for stage in stages)
+            if row.get("width") not in pl_module.widths and row.get("stage") not in stages and not inside:
+                where = row.get("width", row.get("stage"))
+                raise TrainingError(f"the timeline tells of '{where}', which this network has not")
+
+    def on_sanity_check_end(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
+        """A first look at validation's metrics, before anything is trained; others come later."""
+        if self.script is None and self.monitor.startswith("val/"):
+            self._value(trainer)
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
-        if trainer.sanity_checking or trainer.state.fn != "fit":
+        if trainer.sanity_checking or trainer.state.fn != "fit" or self.script is not None:
             return
+        saturated = self.trigger.observe(self._value(trainer))
+        early = trainer.current_epoch + 1 < self.until * (trainer.max_epochs or 0)
+        self.due = pl_module.agree(saturated and early)
+
+    def _value(self, trainer: L.Trainer) -> float:
         if self.monitor not in trainer.callback_metrics:
             logged = ", ".join(sorted(trainer.callback_metrics))
             raise TrainingError(f"growth watches '{self.monitor}', which is not logged; there are: {logged}")
-        saturated = self.trigger.observe(float(trainer.callback_metrics[self.monitor]))
-        self.due = saturated and trainer.current_epoch + 1 < self.until * (trainer.max_epochs or 0)
+        return float(trainer.callback_metrics[self.monitor])
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
-        if not self.due:
-            return
-        self.due = False
+        if self.script is not None:
+            self._grow(trainer, pl_module, *growth(self.script, trainer.current_epoch), "grow: timeline")
+        elif self.due:
+            self.due = False
+            fullness = gates.fullness(pl_module.net, pl_module.widths)
+            target = self.growth.propose(pl_module.widths.sizes(), pl_module.start, fullness)
+            stages = self.growth.deepen(depth(pl_module.net), pl_module.start_depth)
+            self._grow(trainer, pl_module, target, stages, f"grow: {self.monitor} saturated")
+
+    def _grow(
+        self,
+        trainer: L.Trainer,
+        pl_module: ElasticModule,
+        target: Mapping[str, int],
+        stages: Sequence[str],
+        why: str,
+    ) -> None:
+        """Bring widths to their targets, where they are not there yet, and add a block to each stage."""
         widths = pl_module.widths
-        fullness = gates.fullness(pl_module.net, widths)
-        target = self.growth.propose(widths.sizes(), pl_module.start, fullness)
-        if target:
-            added = {name: size - widths[name].size for name, size in target.items()}
-            changes = {name: grow_index(widths[name].size, by) for name, by in added.items()}
-            if self.fresh == "split":
-                source = pl_module.generator()
-                changes = {name: split_index(widths[name].size, by, source) for name, by in added.items()}
-            strategy = self._strategy(trainer, pl_module, added)
-            pl_module.restructure(changes, f"grow: {self.monitor} saturated", strategy)
-            self.grown_at = trainer.global_step
+        added = {name: size - widths[name].size for name, size in target.items() if size > widths[name].size}
+        if not added and not stages:
+            return
+        changes = {name: grow_index(widths[name].size, by) for name, by in added.items()}
+        if self.fresh == "split":
+            source = pl_module.generator()
+            changes = {name: split_index(widths[name].size, by, source) for name, by in added.items()}
+        strategy = self._strategy(trainer, pl_module, added)
+        pl_module.restructure(changes, why, strategy, stages)
+        self.grown_at = trainer.global_step
 
     def _strategy(self, trainer: L.Trainer, pl_module: ElasticModule, added: Mapping[str, int]) -> Fresh:
-        if self.fresh != "gradmax":
-            return STRATEGIES[self.fresh]
+        if self.fresh != "gradmax" or not added:
+            return STRATEGIES.get(self.fresh, zero_out)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         batch = data.sample(min(BATCH, len(data.train_set)), pl_module.seed)
         x_BCHW, y_B = (tensor.to(pl_module.device) for tensor in batch)

@@ -1,16 +1,17 @@
 """The network prunes itself by gradient descent: gates, their penalty, and the channels they leave dead."""
 
+from functools import partial
 from typing import Any, Literal
 
 import lightning as L
 
 from elastic import cost, gates
 from elastic.budget import Budget
-from elastic.compact import compact, silent
+from elastic.compact import silent
 from elastic.errors import StructureError
 from elastic.gates import Grain
 from elastic.module import ElasticModule
-from elastic.stored import weight_of
+from elastic.settle import budget_report, compacted_size, refuse_too_small, settle_on
 
 EVERY = 10  # steps between two looks of the budget controller
 
@@ -61,10 +62,13 @@ class PruneByGates(L.Callback):
         if not any(gates.gated(net)):
             gates.attach(net, pl_module.widths, self.grain, self.grace)
             pl_module.lay_out()
+
+    def _price(self, pl_module: ElasticModule) -> None:
+        """What a weight of each layer costs, relative to the average; anew, as layers may have come."""
         if self.aim == "macs":
-            self.uses = cost.macs_per_weight(net, pl_module.example)
+            self.uses = cost.macs_per_weight(pl_module.net, pl_module.example)
             average = sum(self.uses.values()) / len(self.uses)
-            for path, _, gate in gates.gated(net):
+            for path, _, gate in gates.gated(pl_module.net):
                 gate.price = self.uses[path] / average
 
     def size(self, pl_module: ElasticModule) -> float:
@@ -73,52 +77,36 @@ class PruneByGates(L.Callback):
             return cost.live_macs(pl_module.net, pl_module.widths, self.uses)
         return cost.live_params(pl_module.net, pl_module.widths)
 
-    def measure(self, pl_module: ElasticModule) -> int:
-        """The same, of the network as compaction would leave it."""
-        plain = compact(pl_module.net, pl_module.example)
-        if self.aim == "params":
-            return cost.params(plain)
-        uses = cost.macs_per_weight(plain, pl_module.example)
-        kept = {path: int(weight_of(plain.get_submodule(path)).count_nonzero()) for path in uses}
-        return round(sum(times * kept[path] for path, times in uses.items()))
+    def on_fit_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
+        if self.budget is not None:
+            refuse_too_small(pl_module.net, pl_module.example, self.budget.asked, self.aim)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
         if self.frozen:
-            gates.freeze(pl_module.net)
+            with pl_module.changing():
+                gates.freeze(pl_module.net)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
         net, progress = pl_module.net, trainer.current_epoch / (trainer.max_epochs or 1)
+        self._price(pl_module)
         if progress >= self.end and not self.frozen:
             self.frozen = True
-            self._settle(pl_module)
-            gates.freeze(net)
+            with pl_module.changing():
+                if self.budget is not None:  # its controller has come near to it
+                    size = partial(compacted_size, net, pl_module.example, self.aim)
+                    settle_on(net, self.budget.asked, gates.settle, size)
+                gates.freeze(net)
         pl_module.loss_terms.pop("gates", None)
         if self.begin <= progress and not self.frozen:
             pl_module.loss_terms["gates"] = lambda: self.weight * self.above * gates.penalty(net)
         # Below the budget's path, gates have to re-open: what they have shut stays at hand.
-        if (self.above or self.frozen) and (keep := silent(net, pl_module.widths, pl_module.example)):
-            pl_module.restructure(keep, "prune: channels without effect")
+        if self.above or self.frozen:
+            keep = pl_module.agree(silent(net, pl_module.widths, pl_module.example))
+            if keep:
+                pl_module.restructure(keep, "prune: channels without effect")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
         gates.age(pl_module.net)
-
-    def _settle(self, pl_module: ElasticModule) -> None:
-        """Meet the budget, which the controller has come near to: the gates of highest score that fit in."""
-        if self.budget is None:
-            return
-        held = [(gate, gate.score.detach().clone()) for _, _, gate in gates.gated(pl_module.net)]
-
-        def settle(count: float) -> None:
-            for gate, score in held:
-                gate.score.data = score.clone()
-            gates.settle(pl_module.net, count)
-
-        fits, over = 0.0, gates.total(pl_module.net) + 1
-        while over - fits > 1:  # what a gate frees elsewhere shows only when it is closed
-            middle = (fits + over) / 2
-            settle(middle)
-            fits, over = (middle, over) if self.measure(pl_module) <= self.budget.asked else (fits, middle)
-        settle(fits)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: ElasticModule, *_: Any) -> None:  # type: ignore[override]
         if self.budget is None or "gates" not in pl_module.loss_terms or trainer.global_step % EVERY:
@@ -131,8 +119,7 @@ class PruneByGates(L.Callback):
         """The budget asked for and what was got; empty without one."""
         if self.budget is None:
             return {}
-        asked, got = self.budget.asked, self.measure(pl_module)
-        return {"budget/aim": self.aim, "budget/asked": asked, "budget/got": got}
+        return budget_report(pl_module.net, pl_module.example, self.budget.asked, self.aim)
 
     def state_dict(self) -> dict[str, Any]:
         budget = None if self.budget is None else dict(vars(self.budget))

@@ -3,6 +3,7 @@
 Nothing is pickled but tensors and plain containers, so every file here loads with `weights_only=True`.
 """
 
+import copy
 import io
 import json
 import os
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from elastic.depth import deepen, depth
 from elastic.errors import StructureError
 from elastic.surgery import reindex, resize_index
 from elastic.widths import Widths, discover
@@ -24,21 +26,37 @@ SPARSE = 0.75  # a tensor of fewer non-zeros than this is stored as a bitmap and
 
 
 def rebuild(model: nn.Module, widths: Widths, state: Mapping[str, Tensor], prefix: str = "") -> None:
-    """Give the model the shapes of a state dict, in place; the values are for `load_state_dict`.
+    """Give the model the depth and the shapes of a state dict, in place; values are for `load_state_dict`.
 
     Raises:
         StructureError: the state is of another architecture; the model is as it was.
     """
     first = widths.sizes()
     held = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers())]
-    _resize(model, widths, {name: _size(state, widths, name, prefix) for name in widths})
+    shallow, depths = copy.deepcopy(widths), depth(model)
     try:
+        add_blocks(model, widths, state, prefix)
+        _resize(model, widths, {name: _size(state, widths, name, prefix) for name in widths})
         _check(model, state, prefix)
     except StructureError:
+        for stage, count in depths.items():
+            del model.get_submodule(stage)[count:]  # type: ignore[operator]
+        for name in first:
+            shallow[name].size = widths[name].size
+        widths.widths, widths.fixed = shallow.widths, shallow.fixed
         _resize(model, widths, first)
         for tensor, value in held:
             tensor.data = value
         raise
+
+
+def add_blocks(model: nn.Module, widths: Widths, state: Mapping[str, Tensor], prefix: str = "") -> None:
+    """Append to every stage the blocks that a state dict has beyond the model's."""
+    for stage, count in depth(model).items():
+        head = f"{prefix}{stage}." if stage else prefix
+        blocks = {name.removeprefix(head).partition(".")[0] for name in state if name.startswith(head)}
+        for _ in range(count, len(blocks)):
+            deepen(model, widths, stage)
 
 
 def _resize(model: nn.Module, widths: Widths, sizes: Mapping[str, int]) -> None:
@@ -121,6 +139,7 @@ def load_compact(net: nn.Module, path: Path, example: Tensor) -> nn.Module:
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         cause = str(error).splitlines()[0]
         raise StructureError(f"{path} cannot be read ({cause}): train again or restore it") from error
+    add_blocks(net, discover(net, example), state)
     layers = dict(net.named_modules())
     for name in state.keys() - net.state_dict().keys():  # compaction may have given a layer a bias
         layer, _, tensor_name = name.rpartition(".")

@@ -1,8 +1,9 @@
 """The one LightningModule: any CNN, any schedule. Callbacks decide what changes; this carries it out."""
 
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import lightning as L
 import numpy as np
@@ -13,9 +14,13 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from elastic.checkpoint import rebuild
+from elastic.depth import deepen, depth
+from elastic.distributed import differing, unwrapped
 from elastic.fresh import Fresh, zero_out
 from elastic.surgery import Index, reindex
 from elastic.widths import discover
+
+T = TypeVar("T")
 
 # What torch's schedulers call the number of steps they are to last.
 LENGTH = ("total_steps", "T_max", "total_iters")
@@ -56,7 +61,7 @@ class ElasticModule(L.LightningModule):
         self.net, self.seed, self.label_smoothing = net, seed, label_smoothing
         self.example = torch.zeros(1, *shape)
         self.widths = discover(net, self.example)
-        self.start = self.widths.sizes()
+        self.start, self.start_depth = self.widths.sizes(), depth(net)
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.loss_terms: dict[str, Callable[[], Tensor]] = {}
@@ -94,7 +99,8 @@ class ElasticModule(L.LightningModule):
         self.log(f"{part}/loss", F.cross_entropy(logits_BK, y_B), on_epoch=True, sync_dist=True)
 
     def on_train_epoch_start(self) -> None:
-        L.seed_everything(self._seed(self.current_epoch, 0), verbose=False)
+        rank = [self.global_rank] if self.global_rank else []  # each process draws its own augmentation
+        L.seed_everything(self._seed(self.current_epoch, 0, *rank), verbose=False)
 
     def on_validation_epoch_start(self) -> None:
         """The training epoch's figures, logged with the validation's: callbacks then find both."""
@@ -113,23 +119,68 @@ class ElasticModule(L.LightningModule):
 
     # Structure.
 
-    def restructure(self, changes: Mapping[str, Index], why: str, fresh: Fresh = zero_out) -> None:
-        """Re-index widths of the network and of all that follows it, and note it in the timeline."""
+    def restructure(
+        self, changes: Mapping[str, Index], why: str, fresh: Fresh = zero_out, stages: Iterable[str] = ()
+    ) -> None:
+        """Re-index widths of the network and of all that follows it, deepen stages, and note it.
+
+        In several processes call it in each, with the same arguments (see `agree`).
+        """
         before = self.widths.sizes()
-        reindex(
-            self.net,
-            self.widths,
-            changes,
-            optimizers=[] if self._trainer is None else self.trainer.optimizers,
-            copies=self.copies,
-            fresh=fresh,
-            generator=self.generator(),
-        )
-        self.lay_out()
         place = {"epoch": self.current_epoch, "step": self.global_step, "why": why}
-        for name in changes:
-            after = self.widths[name].size
-            self.timeline.append({**place, "width": name, "before": before[name], "after": after})
+        with self.changing():
+            reindex(
+                self.net,
+                self.widths,
+                changes,
+                optimizers=self._optimizers(),
+                copies=self.copies,
+                fresh=fresh,
+                generator=self.generator(),
+            )
+            for name in changes:
+                after = self.widths[name].size
+                self.timeline.append({**place, "width": name, "before": before[name], "after": after})
+            for stage in stages:
+                count = self._deepen(stage)
+                self.timeline.append({**place, "stage": stage, "before": count, "after": count + 1})
+
+    def _deepen(self, stage: str) -> int:
+        """Append a block to a stage; returns how many it had."""
+        deepen(self.net, self.widths, stage, copies=self.copies, generator=self.generator())
+        count = depth(self.net)[stage] - 1
+        head = f"{stage}." if stage else ""
+        for name in self.widths.keys() - self.start.keys():  # as far from its ceiling as its model
+            self.start[name] = self.start[name.replace(f"{head}{count}.", f"{head}{count - 1}.", 1)]
+        for optimizer in self._optimizers():  # in the order that a resumed run will build them in
+            for group, parameters in zip(optimizer.param_groups, self._groups(), strict=True):
+                group["params"] = parameters
+        return count
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Around a change of structure, or of what is trained: whoever knows the network looks again.
+
+        Raises:
+            TrainingError: the processes of the run no longer agree.
+        """
+        with unwrapped(self.trainer) if self._trainer else nullcontext():
+            yield
+            self.lay_out()
+        if self.net._compiled_call_impl is not None:
+            torch.compiler.reset()  # or it would fall back to eager, silently, after eight shapes
+        if self._trainer and (ranks := differing(self.trainer, self.net)):
+            raise TrainingError(
+                f"processes {ranks} no longer hold the network of process 0: all of them must run the same "
+                "code on the same data; continue from the last checkpoint"
+            )
+
+    def agree(self, decision: T) -> T:
+        """The decision of the first process, in all of them; to be called in each."""
+        return decision if self._trainer is None else self.trainer.strategy.broadcast(decision)
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        return [] if self._trainer is None else self.trainer.optimizers
 
     def lay_out(self) -> None:
         """One memory format for all tensors, whenever they were made: a resumed run must not differ."""
@@ -147,13 +198,8 @@ class ElasticModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Weights decay; norms, biases and gate scores do not."""
-        groups: dict[str, list[nn.Parameter]] = {"decayed": [], "free": []}
-        for name, parameter in self.net.named_parameters():
-            weighs = parameter.dim() > 1 and not name.endswith("score")
-            groups["decayed" if weighs else "free"].append(parameter)
-        optimizer = self.make_optimizer(
-            [{"params": groups["decayed"]}, {"params": groups["free"], "weight_decay": 0.0}]
-        )
+        decayed, free = self._groups()
+        optimizer = self.make_optimizer([{"params": decayed}, {"params": free, "weight_decay": 0.0}])
         if self.make_scheduler is None:
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)
@@ -167,7 +213,22 @@ class ElasticModule(L.LightningModule):
                 f"the scheduler cannot be spread over {steps} steps: raise trainer.max_epochs, lower "
                 "data.batch_size or set optimizer.scheduler=null"
             ) from error
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            # By steps: by epochs Lightning does it after the checkpoint, and a resumed run would lose one.
+            every = int(self.trainer.num_training_batches)
+            how = {"scheduler": scheduler, "interval": "step", "frequency": every, "monitor": "val/loss"}
+        else:
+            how = {"scheduler": scheduler, "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": how}
+
+    def _groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """The parameters whose weights decay, and the others."""
+        decayed: list[nn.Parameter] = []
+        free: list[nn.Parameter] = []
+        for name, parameter in self.net.named_parameters():
+            weighs = parameter.dim() > 1 and not name.endswith("score")
+            (decayed if weighs else free).append(parameter)
+        return decayed, free
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """A step at `lr_scale` times the scheduled learning rate, which schedulers never see."""
@@ -186,12 +247,12 @@ class ElasticModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         held = checkpoint["elastic"]
-        if held["start"] != self.start:
+        if not self.start.items() <= held["start"].items():  # blocks may have been added
             raise TrainingError(
                 f"the checkpoint started as {held['start']}, this model starts as {self.start}: "
                 "continue with the configuration the run was started with"
             )
-        self.timeline = list(held["timeline"])
+        self.start, self.timeline = dict(held["start"]), list(held["timeline"])
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Takes any state of this architecture, whatever its widths: the shapes are rebuilt first."""

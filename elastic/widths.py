@@ -66,10 +66,14 @@ class Width:
 
 @dataclass
 class Widths(Mapping[str, Width]):
-    """The widths of one model by name; `fixed` says why each other written axis cannot change."""
+    """The widths of one model by name; `fixed` says why each other written axis cannot change.
+
+    `example` holds the inputs it was traced with, without data.
+    """
 
     widths: dict[str, Width]
     fixed: dict[str, str] = field(default_factory=dict)
+    example: tuple[Tensor, ...] = field(default=(), compare=False)
 
     def __getitem__(self, name: str) -> Width:
         if name in self.widths:
@@ -134,7 +138,9 @@ def find(model: nn.Module, *example: Tensor) -> Widths:
     for training in (True, False):
         with torch.no_grad():
             Tracker(trace(twin.train(training)), elements, slots).run(*inputs)
-    return _collect(elements, slots)
+    found = _collect(elements, slots)
+    found.example = tuple(inputs)
+    return found
 
 
 # --- from elements to widths ----------------------------------------------------------------------

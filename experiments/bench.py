@@ -94,6 +94,30 @@ def growth(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work]:
     return grow, step
 
 
+def compiled_step(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work]:
+    """`net.compile()` against eager, once it is compiled."""
+    compiled = copy.deepcopy(net)
+    compiled.compile()
+    ours, theirs = (
+        training_step(model, torch.optim.AdamW(model.parameters()), x_BCHW) for model in (compiled, net)
+    )
+    return ours, theirs
+
+
+def recompilation(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work]:
+    """The first compiled step after a growth, against an eager step."""
+    compiled = copy.deepcopy(net)
+    compiled.compile()
+    grow, step = growth(compiled, x_BCHW)
+
+    def regrown() -> None:
+        grow()
+        torch.compiler.reset()
+        step()
+
+    return regrown, training_step(net, torch.optim.AdamW(net.parameters()), x_BCHW)
+
+
 def discovery(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work] | None:
     """Against Torch-Pruning's dependency graph, where that is installed (extra `peers`)."""
     try:
@@ -115,6 +139,8 @@ def main() -> None:
         ("gated / plain training step, resnet20", gated_step(resnet20(), large), 5),
         ("compacted / masked forward, half the channels, resnet20", compacted_forward(resnet20(), large), 10),
         ("growing all widths / one training step, resnet20", growth(resnet20(), large), 5),
+        ("compiled / eager training step, resnet20", compiled_step(resnet20(), large), 5),
+        ("first compiled step after growth / eager step, resnet20", recompilation(resnet20(), large), 2),
         ("discovery / Torch-Pruning's graph, resnet20", discovery(resnet20(), large[:1]), 10),
     ]
     table = Table(title=f"{torch.get_num_threads()} threads, batch 128, fp32, torch {torch.__version__}")

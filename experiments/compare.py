@@ -21,7 +21,18 @@ from rich.table import Table
 from elastic.module import TrainingError
 from experiments.setup import run
 
-COLUMNS = {"test/acc": 100.0, "params": 1.0, "params_dense": 1.0, "macs": 1.0, "wall_s": 1.0}
+# By key of the summary: the head of the column, what the value is multiplied by, and its digits in the table.
+COLUMNS = {
+    "test/acc": ("test acc (%)", 100.0, 2),
+    "params": ("params", 1.0, 0),
+    "params_dense": ("params_dense", 1.0, 0),
+    "macs": ("macs", 1.0, 0),
+    "macs_training": ("training TMACs", 1e-12, 3),
+    "wall_s": ("wall (s)", 1.0, 0),
+}
+WIDTH = 132  # characters of the table
+NONE = (None, None)
+Cell = tuple[float, float] | None
 
 
 def read(pattern: str) -> dict[str, list[dict[str, Any]]]:
@@ -36,12 +47,14 @@ def read(pattern: str) -> dict[str, list[dict[str, Any]]]:
     return dict(arms)
 
 
-def row(summaries: Sequence[dict[str, Any]]) -> dict[str, tuple[float, float]]:
-    """Mean and sample standard deviation of each column; 0 for a single run."""
-    found = {}
-    for column, scale in COLUMNS.items():
-        values = [scale * summary[column] for summary in summaries]
-        found[column] = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+def row(summaries: Sequence[dict[str, Any]]) -> dict[str, Cell]:
+    """Mean and sample standard deviation of each column, 0 for a single run; None where a run lacks it."""
+    found: dict[str, Cell] = {}
+    for column, (_, scale, _) in COLUMNS.items():
+        values = [scale * summary[column] for summary in summaries if summary.get(column) is not None]
+        found[column] = None
+        if len(values) == len(summaries):
+            found[column] = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
     return found
 
 
@@ -50,18 +63,21 @@ def main() -> None:
     if "runs" not in given or set(given) - {"runs", "csv"}:
         raise TrainingError("usage: python -m experiments.compare runs='<glob of run folders>' [csv=<file>]")
     arms = {arm: (len(summaries), row(summaries)) for arm, summaries in read(str(given.runs)).items()}
-    table = Table("arm", "runs", "test acc (%)", "params", "params_dense", "macs", "wall (s)")
-    for arm, (count, cells) in sorted(arms.items(), key=lambda item: item[1][1]["params"][0]):
-        digits = (2, 0, 0, 0, 0)
-        shown = [f"{m:,.{d}f} ± {s:,.{d}f}" for (m, s), d in zip(cells.values(), digits, strict=True)]
-        table.add_row(arm, str(count), *shown)
-    Console(width=110).print(table)
+    table = Table("arm", "runs", *(head for head, _, _ in COLUMNS.values()))
+    for arm, (count, cells) in sorted(arms.items(), key=lambda item: item[1][1]["params"] or ()):
+        table.add_row(arm, str(count), *(_shown(cells[key], d) for key, (_, _, d) in COLUMNS.items()))
+    Console(width=WIDTH).print(table)
     if "csv" in given:
         with open(str(given.csv), "w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["arm", "runs", *(f"{c} {part}" for c in COLUMNS for part in ("mean", "sd"))])
             for arm, (count, cells) in sorted(arms.items()):
-                writer.writerow([arm, count, *(f"{value:.6g}" for cell in cells.values() for value in cell)])
+                written = ("" if v is None else f"{v:.6g}" for cell in cells.values() for v in cell or NONE)
+                writer.writerow([arm, count, *written])
+
+
+def _shown(cell: Cell, digits: int) -> str:
+    return "–" if cell is None else " ± ".join(f"{value:,.{digits}f}" for value in cell)
 
 
 if __name__ == "__main__":

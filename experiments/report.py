@@ -19,6 +19,9 @@ from elastic.data import ImageData
 from elastic.module import ElasticModule
 from experiments.setup import active
 
+# What changes the network, or what is kept of it, in the order in which `schedule` names it.
+SCHEDULE = ("grow", "prune", "magnitude", "average")
+
 
 def test_accuracy(net: nn.Module, data: ImageData) -> float:
     """On the official test split, in fp32."""
@@ -43,16 +46,24 @@ def measure(plain: nn.Module, data: ImageData) -> dict[str, Any]:
     }
 
 
-def summarise(cfg: DictConfig, plain: nn.Module, data: ImageData, wall_s: float) -> dict[str, Any]:
-    """One flat object, under the keys that every run shares."""
+def summarise(
+    cfg: DictConfig, plain: nn.Module, data: ImageData, wall_s: float, macs_training: int | None = None
+) -> dict[str, Any]:
+    """One flat object, under the keys that every run shares.
+
+    Args:
+        plain: the compacted network.
+        wall_s, macs_training: what training took, see `callbacks.Census`; None where it was not counted.
+    """
     return {
         "experiment": cfg.name,
         "seed": cfg.seed,
         "data": cfg.choices.data,
         "model": cfg.choices.model,
-        "schedule": "+".join(name for name in ("grow", "prune") if name in active(cfg)) or "static",
+        "schedule": "+".join(name for name in SCHEDULE if name in active(cfg)) or "static",
         "epochs": cfg.trainer.max_epochs,
         **measure(plain, data),
+        "macs_training": macs_training,
         "wall_s": round(wall_s, 1),
         "git": _git(),
         "torch": torch.__version__,
@@ -76,6 +87,8 @@ def show(summary: dict[str, Any], history: list[dict[str, Any]], folder: Path) -
         table.add_row(f"budget ({summary['budget/aim']})", "", f"asked {asked}", f"got {got}")
     table.add_row("test accuracy", "", "", f"{summary['test/acc']:.2%}")
     Console().print(table)
+    if "budget/why" in summary:
+        print(f"the budget was missed by more than 2 %: {summary['budget/why']}")
     print(f"{summary['epochs']} epochs in {summary['wall_s']:.0f} s; see {folder}/history.png")
 
 

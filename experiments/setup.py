@@ -8,10 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -58,6 +61,7 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the sets are held in memory
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
+    warnings.filterwarnings("ignore", ".*sync_dist=True.*")  # what is logged is the same in every process
     warnings.filterwarnings("ignore", ".*exists and is not empty.*")  # a run's folder is its own
     torch.set_flush_denormal(True)
 
@@ -112,6 +116,24 @@ def readable(checkpoint: Path) -> Path | None:
         cause = (str(error) or type(error).__name__).splitlines()[0]
         raise TrainingError(f"{checkpoint} cannot be read ({cause}): restore it, or remove it") from error
     return checkpoint
+
+
+def check_processes(trainer: L.Trainer) -> None:
+    """Several processes are started by Lightning's `ddp`, or by SLURM, for one run at a time.
+
+    Raises:
+        TrainingError: another way, of which this process, or the runs of a sweep, would not know the outcome.
+    """
+    if trainer.world_size == 1:
+        return
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise TrainingError("such processes take the result along as they end: set trainer.strategy=ddp")
+    relaunches = isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher)
+    if relaunches and HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise TrainingError(
+            "a sweep cannot start runs of several processes, each would sweep again: leave out -m, or sweep "
+            "with hydra/launcher=submitit_slurm"
+        )
 
 
 def portable(cfg: DictConfig) -> DictConfig:

@@ -4,6 +4,7 @@ The run's folder gets the resolved configuration, `last.ckpt`, `timeline.jsonl`,
 `model.safetensors` (compacted), `summary.json` and `history.png`. `run=<folder>` continues a run.
 """
 
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from callbacks import Census, PruneByGates
+from callbacks import Census, PruneByGates, PruneByMagnitude
 from elastic.checkpoint import save_compact
 from elastic.compact import compact
 from elastic.data import ImageData
 from elastic.module import ElasticModule, TrainingError
 from experiments.figure import draw_history
 from experiments.report import show, summarise, write_summary
-from experiments.setup import active, portable, precision, quiet, readable, run, settings
+from experiments.setup import active, check_processes, portable, precision, quiet, readable, run, settings
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -61,29 +62,35 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         enable_progress_bar="progress" in active(cfg),
         default_root_dir=folder,
     )
+    check_processes(trainer)
     last = readable(folder / "last.ckpt")
     if trainer.is_global_zero and last is None:
         OmegaConf.save(portable(cfg), folder / "config.yaml")
+    if cfg.compile:
+        module.net.compile()
     trainer.fit(module, data, ckpt_path=last)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # the first process goes on alone
+    if not trainer.is_global_zero:
+        return {}
 
     module.cpu()
     plain = compact(module.net, module.example)
     census = next((callback for callback in callbacks if isinstance(callback, Census)), Census())
-    summary = summarise(cfg, plain, data, census.seconds)
-    for pruning in (callback for callback in callbacks if isinstance(callback, PruneByGates)):
+    summary = summarise(cfg, plain, data, census.seconds, census.macs_training)
+    for pruning in (c for c in callbacks if isinstance(c, PruneByGates | PruneByMagnitude)):
         summary |= pruning.report(module)
-    if trainer.is_global_zero:
-        save_compact(plain, folder / "model.safetensors", {"widths": module.widths.sizes()})
-        draw_history(census.history, module.timeline, folder / "history.png")
-        write_summary(summary, folder)
-        show(summary, census.history, folder)
+    save_compact(plain, folder / "model.safetensors", {"widths": module.widths.sizes()})
+    draw_history(census.history, module.timeline, folder / "history.png")
+    write_summary(summary, folder)
+    show(summary, census.history, folder)
     return summary
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(cfg: DictConfig) -> float:
     folder = Path(HydraConfig.get().runtime.output_dir)
-    return float(train(settings(cfg, folder), folder)["test/acc"])
+    return float(train(settings(cfg, folder), folder).get("test/acc", nan))  # only one process has tested
 
 
 if __name__ == "__main__":

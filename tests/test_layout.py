@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1]
 LAYERS = ("elastic", "callbacks", "experiments", "tests")  # each may import itself and what stands before it
 # The part of elastic/ that needs torch alone. A new file there that needs no more is added here.
 CORE = (
-    *("errors", "axes", "rules", "trace", "widths", "stored", "surgery", "fresh", "gradmax"),
-    *("gates", "compact", "cost", "saturation", "budget"),
+    *("errors", "axes", "rules", "trace", "widths", "stored", "surgery", "fresh", "gradmax", "depth"),
+    *("gates", "compact", "cost", "saturation", "budget", "settle", "timeline"),
 )
 CORE_MAY_IMPORT = {*sys.stdlib_module_names, "torch", "numpy"}
 

@@ -76,12 +76,23 @@ def same(a: Any, b: Any, where: str = "") -> None:
         assert a == b, where
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+DEEPER = ("model=resnet20", "model.width=2", "callbacks.grow.growth.blocks=2")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("trainer.precision=32-true", "optimizer=adamw"),
+        ("trainer.precision=bf16-mixed", "optimizer=adamw"),
+        ("trainer.precision=32-true", "optimizer=sgd"),
+        ("trainer.precision=bf16-mixed", "optimizer=sgd"),
+        ("trainer.precision=32-true", "callbacks.prune.grain=channel", *DEEPER),
+    ],
+)
 def test_resumed_equals_uninterrupted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, optimizer: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
 ) -> None:
-    changing = (*CHANGING, f"trainer.precision={precision}", f"optimizer={optimizer}")
+    changing = (*CHANGING, *options)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train(configure(whole, *changing), whole)
     for epoch, batch in ((2, 3), (5, 0)):
@@ -92,6 +103,7 @@ def test_resumed_equals_uninterrupted(
     grown = {e["epoch"] for e in events if e["why"].startswith("grow")}
     assert min(grown) <= 2 and max(grown) >= 5, "growth before and after the kills"
     assert any(e["why"].startswith("prune") for e in events)
+    assert sum("stage" in e for e in events) == (6 if DEEPER[0] in options else 0)
     assert (whole / "timeline.jsonl").read_text() == (broken / "timeline.jsonl").read_text()
     one, two = (torch.load(f / "last.ckpt", weights_only=True) for f in (whole, broken))
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "elastic", "epoch", "global_step"):

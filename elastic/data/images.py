@@ -38,7 +38,8 @@ class ImageData(L.LightningDataModule, ABC):
     Args:
         root: folder of all data sets, in torchvision's layouts.
         batch_size: samples in a batch of one process.
-        val_fraction: of the official training data, between 0 and 1.
+        val_fraction: of the official training data; at 0 all of it is trained on, and what stands in the
+            validation's place is a tenth of the same images: for runs whose decisions have been taken.
         seed: of the training order.
         split_seed: of the validation split.
         augment: callables x_BCHW -> x_BCHW on images in [0, 1]; used in order, while training only.
@@ -69,8 +70,8 @@ class ImageData(L.LightningDataModule, ABC):
         download: bool = True,
     ) -> None:
         super().__init__()
-        if not 0 < val_fraction < 1:
-            raise DataError(f"val_fraction is {val_fraction}: set data.val_fraction between 0 and 1, say 0.1")
+        if not 0 <= val_fraction < 1:
+            raise DataError(f"val_fraction is {val_fraction}: set data.val_fraction to 0 … 0.9, say 0.1")
         if batch_size < 1:
             raise DataError(f"batch_size is {batch_size}: set data.batch_size to 1 or more")
         self.root, self.batch_size, self.val_fraction = root, batch_size, val_fraction
@@ -101,8 +102,10 @@ class ImageData(L.LightningDataModule, ABC):
                     f"{name} has {count} numbers: set data.{name} to {self.shape[0]}, one a channel"
                 )
         official, test = self.load(download)
-        val_count = min(max(1, round(len(official) * self.val_fraction)), len(official) - 1)
+        val_count = min(max(1, round(len(official) * (self.val_fraction or 0.1))), len(official) - 1)
         train, val = stratified_split(official.labels, val_count, self.split_seed)
+        if self.val_fraction == 0:
+            train = torch.arange(len(official))
         if len(train) < self.batch_size:
             raise DataError(
                 f"batch_size {self.batch_size} is more than the {len(train)} training images: "

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.utils.data import DataLoader
 
+from callbacks import Census
 from callbacks.census import write_lines
 from elastic import cost
-from tests.fitted import EXACT, Spy, fit
+from tests.fitted import EXACT, Spy, fit, prepare
 
 CHANGING = (
     *EXACT,
@@ -49,6 +51,8 @@ def test_the_history_has_a_row_an_epoch_with_that_epochs_figures(tmp_path: Path)
     counted: list[tuple[int, int, int]] = []
 
     def look(trainer: Any, module: Any) -> None:
+        if trainer.sanity_checking:
+            return
         macs = cost.macs(module.net, module.example)
         counted.append((cost.params(module.net), cost.params_dense(module.net), macs))
 
@@ -93,6 +97,58 @@ def test_the_sanity_check_and_later_validation_are_no_epochs(tmp_path: Path) -> 
 def test_two_validations_in_an_epoch_make_one_row(tmp_path: Path) -> None:
     run = fit(tmp_path, *EXACT, "+trainer.val_check_interval=0.5", "trainer.max_epochs=2")
     assert [row["epoch"] for row in run.callbacks["census"].history] == [0, 1]
+
+
+def test_training_macs_by_hand(tmp_path: Path) -> None:
+    """3 passes over 2 epochs of 5 batches of 256 through 8×8, 8×8, 4×4, 4×4 positions and one."""
+    run = fit(tmp_path, *EXACT, "schedule=static", "trainer.max_epochs=2", "data.batch_size=256")
+    once = 64 * (4 * 1 * 9 + 6 * 4 * 9) + 16 * (6 * 6 * 9 + 8 * 6 * 9) + 10 * 8
+    assert run.callbacks["census"].macs_training == 3 * 2 * 5 * 256 * once
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        CHANGING,
+        (*CHANGING, "+trainer.check_val_every_n_epoch=3", "trigger.every=1"),
+        (*CHANGING, "+trainer.val_check_interval=0.5", "+trainer.limit_train_batches=4"),
+        (*CHANGING, "+trainer.accumulate_grad_batches=3", "trainer.num_sanity_val_steps=1"),
+    ],
+    ids=["each epoch", "every third", "twice an epoch", "accumulated"],
+)
+def test_training_macs_are_those_of_every_step(tmp_path: Path, options: tuple[str, ...]) -> None:
+    """Counted step by step, on the network that makes the step."""
+    steps: list[int] = []
+    sizes: set[int] = set()
+
+    def step(trainer: Any, module: Any, out: Any, given: Any, index: int) -> None:
+        if index == 0:
+            sizes.add(cost.macs(module.net, module.example))
+        steps.append(3 * len(given[1]) * cost.macs(module.net, module.example))
+
+    run = fit(tmp_path, *options, after=(Spy(on_train_batch_end=step),))
+    assert len(sizes) > 1, "nothing has changed: the test shows nothing"
+    assert run.callbacks["census"].macs_training == sum(steps)
+
+
+def test_a_last_batch_counts_for_what_it_holds(tmp_path: Path) -> None:
+    run = prepare(tmp_path, *EXACT, "schedule=static", "trainer.max_epochs=1")
+    run.data.prepare_data()
+    part = run.data.train_set
+    assert part is not None and len(part) % 500 > 0
+    loader = DataLoader(part, batch_size=500, collate_fn=lambda batch: batch)
+    run.data.train_dataloader = lambda: loader  # type: ignore[method-assign]
+    run.fit()
+    once = cost.macs(run.module.net, run.module.example)
+    assert run.callbacks["census"].macs_training == 3 * len(part) * once
+
+
+def test_a_run_begun_without_the_count_has_none() -> None:
+    """Half of it would be a lie."""
+    census = Census()
+    old = {"history": [], "seconds": 1.0}
+    census.load_state_dict(old)
+    assert census.macs_training is None and census.state_dict()["macs_training"] is None
 
 
 def test_a_timeline_that_cannot_be_written_leaves_the_last_one(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from hydra.errors import InstantiationException
 from torch.optim.lr_scheduler import OneCycleLR
 
 from callbacks import GrowOnSaturation
@@ -198,10 +199,16 @@ def test_rewarm_comes_back_after_a_restart(tmp_path: Path) -> None:
     assert (two.grown_at, two.due) == (10, True)
 
 
-def test_a_metric_that_is_not_logged_is_named_with_those_that_are(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"'val/auc'.* not logged.*train/acc.*val/acc") as caught:
-        fit(tmp_path, *GROWING, "callbacks.grow.monitor=val/auc")
+@pytest.mark.parametrize(("monitor", "epochs"), [("val/auc", 0), ("train/auc", 1)])
+def test_a_metric_that_is_not_logged_is_named_with_those_that_are(
+    tmp_path: Path, monitor: str, epochs: int
+) -> None:
+    """A validation metric before anything is trained; others after the first epoch."""
+    run = prepare(tmp_path, *GROWING, f"callbacks.grow.monitor={monitor}")
+    with pytest.raises(TrainingError, match=rf"'{monitor}'.* not logged.*val/acc, val/loss") as caught:
+        run.fit()
     assert "\n" not in str(caught.value)
+    assert run.trainer.global_step == epochs * run.trainer.num_training_batches
 
 
 def test_an_unknown_start_is_refused_with_those_there_are() -> None:
@@ -231,3 +238,80 @@ def test_gradmax_takes_the_images_there_are(tmp_path: Path) -> None:
     assert isinstance(run.data, Digits)
     run.fit()
     assert run.module.widths.sizes() == GROWN
+
+
+# --- depth, and growth that is replayed -------------------------------------------------------------------
+
+
+RESIDUAL = ("model=resnet20", "model.width=2", "trigger=periodic", "trigger.every=1")
+
+
+@pytest.mark.parametrize(("ceiling", "blocks"), [(1, 2), (1.5, 2), (1.5, 0)])
+def test_stages_gain_blocks_one_at_a_time_up_to_so_many(tmp_path: Path, ceiling: float, blocks: int) -> None:
+    """In depth alone, in both ways and in width alone; function and moments of what was there are kept."""
+    seen: list[tuple[Any, Any]] = []
+    given = (f"callbacks.grow.growth.ceiling={ceiling}", f"callbacks.grow.growth.blocks={blocks}")
+    run = prepare(tmp_path, *GROWING, *RESIDUAL, *given)
+    x_BCHW, _ = batch(run.data)
+    kept = run.module.net.conv.weight  # type: ignore[union-attr]
+
+    def look(trainer: Any, module: Any) -> None:
+        moment = trainer.optimizers[0].state.get(kept, {}).get("exp_avg")
+        seen.append((outputs(module, x_BCHW), None if moment is None else moment[:2, :, :, :].clone()))
+
+    run.trainer.callbacks.insert(0, Spy(on_train_epoch_start=look))  # type: ignore[attr-defined]
+    run.trainer.callbacks.append(Spy(on_train_epoch_start=look))  # type: ignore[attr-defined]
+    run.fit()
+    for before, after in zip(seen[::2], seen[1::2], strict=True):
+        torch.testing.assert_close(after[0], before[0], rtol=1e-4, atol=1e-5)
+        assert before[1] is None or torch.equal(after[1], before[1])
+    stages = [(e["epoch"], e["stage"], e["before"]) for e in run.module.timeline if "stage" in e]
+    assert stages == [(1 + i, f"stage{s}", 3 + i) for i in range(blocks) for s in (1, 2, 3)]
+    grown = {e["width"] for e in run.module.timeline if "width" in e}
+    assert bool(grown) == (ceiling > 1) and grown <= set(run.module.widths)
+    groups = run.trainer.optimizers[0].param_groups
+    held = [p for group in groups for p in group["params"]]
+    assert {id(p) for p in held} == {id(p) for p in run.module.net.parameters()} and len(held) > 50
+
+
+def test_a_timeline_is_replayed_on_all_of_the_training_data(tmp_path: Path) -> None:
+    """Growth comes at the epochs and to the sizes of the first run; pruning is left to the second."""
+    both = ("callbacks.grow.growth.blocks=1", "schedule=[growth,gates]", "callbacks.prune.weight=1.0")
+    first = fit(tmp_path / "first", *GROWING, *RESIDUAL, *both, "callbacks.grow.growth.ceiling=1.5")
+    again = (f"timeline={tmp_path / 'first' / 'timeline.jsonl'}", "data.val_fraction=0", "trigger=plateau")
+    second = fit(tmp_path / "second", *GROWING, *RESIDUAL[:2], *again)
+    assert len(second.data.train_set) == 1437 > len(first.data.train_set)  # type: ignore[arg-type]
+
+    def growth(run: Any) -> list[tuple[Any, ...]]:
+        events = [e for e in run.module.timeline if e["after"] > e["before"]]
+        return [(e["epoch"], e.get("width"), e.get("stage"), e["after"]) for e in events]
+
+    assert growth(first) == growth(second) != []
+    assert {e["why"] for e in second.module.timeline} == {"grow: timeline"}
+
+
+def test_what_a_run_has_beyond_the_timeline_is_left_alone(tmp_path: Path) -> None:
+    rows = [{"epoch": 1, "why": "grow", "width": w, "before": 1, "after": a} for w, a in (("0", 3), ("3", 9))]
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    run = fit(tmp_path / "run", *GROWING, f"timeline={tmp_path / 't.jsonl'}")
+    assert run.module.widths.sizes() == START | {"3": 9}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "cannot be read .*name the timeline.jsonl of a run"),
+        ("{half", "cannot be read .*name the timeline.jsonl of a run"),
+        ("[1]", "is no timeline of a run"),
+        ('{"epoch": 1, "why": "", "before": 1, "after": 2, "width": "stage1.0.conv1"}', "tells of 'stage1.0"),
+        ('{"epoch": 1, "why": "", "before": 1, "after": 2, "stage": "stage1"}', "tells of 'stage1'"),
+    ],
+)
+def test_a_timeline_that_does_not_fit_is_refused_before_anything_is_trained(
+    tmp_path: Path, text: str | None, said: str
+) -> None:
+    if text is not None:
+        (tmp_path / "t.jsonl").write_text(text)
+    with pytest.raises((InstantiationException, TrainingError), match=said):
+        fit(tmp_path, *GROWING, f"timeline={tmp_path / 't.jsonl'}")
+    assert not (tmp_path / "last.ckpt").exists()

@@ -407,10 +407,17 @@ def test_imagenette_layout_in_worker_processes(tmp_path):
     loader._iterator._shutdown_workers()  # left to the garbage collector it takes 5 s
 
 
+def test_without_a_validation_part_all_is_trained_on():
+    data, split = ready(Digits(val_fraction=0)), ready(Digits(val_fraction=0.1))
+    assert sorted(data.train_set.indices) == list(range(len(split.train_set) + len(split.val_set)))
+    assert data.val_set.indices == split.val_set.indices, "images that are trained on, too"
+    assert sum(len(y) for _, y in data.test_dataloader()) == len(split.test_set)
+
+
 # --- failing well -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5])
+@pytest.mark.parametrize("fraction", [1, -0.1, 1.5])
 def test_val_fraction_must_leave_two_parts(fraction):
     message = refused(lambda: Digits(val_fraction=fraction))
     assert f"val_fraction is {fraction}: set data.val_fraction" in message

@@ -12,9 +12,9 @@ from elastic.module import TrainingError
 from experiments import compare
 
 
-def write(folder: Path, accuracy: float, params: int) -> None:
+def write(folder: Path, accuracy: float, params: int, **more: int | None) -> None:
     folder.mkdir()
-    summary = {"test/acc": accuracy, "params": params, "params_dense": 9, "macs": 7, "wall_s": 1.5}
+    summary = {"test/acc": accuracy, "params": params, "params_dense": 9, "macs": 7, "wall_s": 1.5, **more}
     (folder / "summary.json").write_text(json.dumps(summary))
 
 
@@ -34,6 +34,51 @@ def test_mean_and_sd_by_arm(
     rows = {r["arm"]: r for r in csv.DictReader((tmp_path / "results.csv").read_text().splitlines())}
     assert rows.keys() == {"grown", "dense"} and rows["grown"]["runs"] == "3"
     assert float(rows["grown"]["test/acc sd"]) == pytest.approx(sd, rel=1e-5)
+
+
+def shown(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> tuple[dict[str, list[str]], dict[str, dict[str, str]]]:
+    """The table's cells and the file's, by arm."""
+    monkeypatch.setattr(sys, "argv", ["compare", f"runs={folder}/*", f"csv={folder}/results.csv"])
+    compare.main()
+    lines = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines()]
+    cells = {line[0].strip(): [cell.strip() for cell in line[1:]] for line in lines if line}
+    rows = csv.DictReader((folder / "results.csv").read_text().splitlines())
+    return cells, {row["arm"]: row for row in rows}
+
+
+def test_training_macs_are_shown_in_units_of_1e12(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for seed, macs in enumerate((1_500_000_000_000, 2_500_000_000_000)):
+        write(tmp_path / f"new-seed{seed}", 0.9, 10, macs_training=macs)
+    cells, rows = shown(tmp_path, monkeypatch, capsys)
+    assert "2.000 ± 0.707" in cells["new"]
+    assert float(rows["new"]["macs_training mean"]) == 2
+    assert float(rows["new"]["macs_training sd"]) == pytest.approx(0.5**0.5, rel=1e-5)
+
+
+def test_what_a_recorded_run_lacks_is_a_dash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Summaries of before the count; and no mean over some seeds only."""
+    write(tmp_path / "old-seed0", 0.9, 10)
+    write(tmp_path / "begun_before-seed0", 0.9, 20, macs_training=None)
+    write(tmp_path / "mixed-seed0", 0.9, 30)
+    write(tmp_path / "mixed-seed1", 0.9, 30, macs_training=5)
+    cells, rows = shown(tmp_path, monkeypatch, capsys)
+    assert list(cells) == ["old", "begun_before", "mixed"], "by size"
+    assert all(line.count("–") == 1 for line in cells.values())
+    assert all(row["macs_training mean"] == row["macs_training sd"] == "" for row in rows.values())
+    assert rows["mixed"]["params mean"] == "30"
+
+
+def test_the_recorded_runs_can_be_compared() -> None:
+    recorded = Path(compare.__file__).parent / "*" / "*-seed*"
+    for summaries in compare.read(str(recorded)).values():
+        cells = compare.row(summaries)
+        assert all(cells[key] is not None for key in ("test/acc", "params", "params_dense", "macs", "wall_s"))
 
 
 def test_no_run_is_said_in_one_line(tmp_path: Path) -> None:

@@ -136,17 +136,20 @@ SCHEDULES = {
     "[gates]": "prune",
     "[growth,gates]": "grow+prune",
     "[gates,growth]": "grow+prune",
+    "[growth,gates,ema]": "grow+prune+average",
+    "[growth,magnitude]": "grow+magnitude",
 }
 
 
 @pytest.mark.parametrize("experiment", ["digits", "smoke"])
 @pytest.mark.parametrize("schedule", list(SCHEDULES))
 def test_every_schedule_runs(tmp_path: Path, schedule: str, experiment: str) -> None:
-    given = (*QUICK, f"schedule={schedule}", f"experiment={experiment}")
+    budget = ["callbacks.magnitude.budget=900"] if "magnitude" in schedule else []
+    given = (*QUICK, f"schedule={schedule}", f"experiment={experiment}", *budget)
     summary = train(configure(tmp_path, *given), tmp_path)
     assert summary["schedule"] == SCHEDULES[schedule]
     gated = any("score" in name for name in load(tmp_path / "last.ckpt")["state_dict"])
-    assert gated == ("gates" in schedule)
+    assert gated == ("gates" in schedule or "magnitude" in schedule)
 
 
 class SmallCIFAR10(datasets.CIFAR10):

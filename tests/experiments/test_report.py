@@ -99,6 +99,26 @@ def test_the_summary_tells_the_budget_asked_from_what_was_got(tmp_path: Path) ->
     assert summary_of(tmp_path) == summary
 
 
+@pytest.mark.parametrize(
+    ("schedule", "named"),
+    [
+        ("static", "static"),
+        ("[ema,gates,growth]", "grow+prune+average"),
+        ("[magnitude]", "magnitude"),
+        ("[magnitude,growth]", "grow+magnitude"),
+    ],
+)
+def test_the_summary_names_the_schedule_in_one_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str, named: str
+) -> None:
+    monkeypatch.setattr(report, "measure", lambda *_: {})
+    cfg = configure(tmp_path, f"schedule={schedule}")
+    net = convnet((4, 4))
+    found = report.summarise(cfg, net, None, 1.25, 10**12)  # type: ignore[arg-type]
+    assert found["schedule"] == named
+    assert (found["wall_s"], found["macs_training"]) == (1.2, 10**12)
+
+
 def test_the_accuracy_is_that_of_the_images_right(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = convnet((4, 4)).eval()

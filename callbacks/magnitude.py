@@ -1,0 +1,90 @@
+"""The control for learned gates: the smallest weights are closed, step by step."""
+
+from math import inf
+from typing import Any
+
+import lightning as L
+
+from callbacks.prune import PruneByGates
+from elastic import cost, gates
+from elastic.budget import Budget
+from elastic.compact import silent
+from elastic.module import ElasticModule, TrainingError
+from elastic.settle import budget_report, compacted_size, keep_largest, refuse_too_small, settle_on
+
+
+class PruneByMagnitude(L.Callback):
+    """Gradual magnitude pruning (Zhu & Gupta, arXiv 1710.01878), ranked over all layers at once.
+
+    At the start of an epoch the smallest |w| are closed, until the network has the parameters that a cubic
+    path allows: from all it has at `begin` to `budget` at `end`, or in the last epoch where that comes first;
+    there the network is compacted to count them. What is closed stays closed, by gates that nothing trains;
+    the weights that stay go on learning. Dead channels leave as in `PruneByGates`. A network that grows
+    should have grown before `begin`: fresh weights of zero are the smallest there are.
+
+    Args:
+        budget: parameters (scalars that are not zero) of the compacted network.
+        begin, end: parts of the run.
+        every: epochs from one step to the next.
+
+    Raises:
+        StructureError: a budget or a path that cannot be.
+        TrainingError: `every` is no number of epochs; `PruneByGates` prunes the same network.
+
+    Example::
+
+        PruneByMagnitude(budget=2000, begin=0.2, end=0.75)
+    """
+
+    def __init__(self, budget: int, begin: float = 0.2, end: float = 0.75, every: int = 1) -> None:
+        if every < 1:
+            raise TrainingError(f"magnitude pruning every {every} epochs: set every to 1 or more")
+        self.budget = Budget(budget, begin, end, headroom=inf)  # the path falls from the full size
+        self.every = every
+        self.done = False
+
+    def setup(self, trainer: L.Trainer, pl_module: ElasticModule, stage: str) -> None:  # type: ignore[override]
+        if any(isinstance(other, PruneByGates) for other in trainer.callbacks):  # type: ignore[attr-defined]
+            raise TrainingError(
+                "the network is pruned by gates and by magnitude: leave one of them out of the schedule"
+            )
+        if not any(gates.gated(pl_module.net)):
+            gates.attach(pl_module.net, pl_module.widths, "weight")
+            pl_module.lay_out()
+        gates.freeze(pl_module.net)
+
+    def size(self, pl_module: ElasticModule) -> int:
+        """The network's parameters as its gates tell them: for the steps on the way, ten times as fast."""
+        return cost.live_params(pl_module.net, pl_module.widths)
+
+    def measure(self, pl_module: ElasticModule) -> int:
+        """The same, of the network as compaction would leave it."""
+        return compacted_size(pl_module.net, pl_module.example)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
+        refuse_too_small(pl_module.net, pl_module.example, self.budget.asked)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
+        net, epoch, epochs = pl_module.net, trainer.current_epoch, trainer.max_epochs or 1
+        progress = epoch / epochs
+        last = progress >= self.budget.end or epoch + 1 >= epochs
+        if not self.done and (last or (progress >= self.budget.begin and epoch % self.every == 0)):
+            self.done = last
+            measure = self.measure if last else self.size
+            self.budget.peak = self.budget.peak or measure(pl_module)
+            allowed = self.budget.path(1.0 if last else progress)
+            if measure(pl_module) > allowed:
+                settle_on(net, allowed, keep_largest, lambda: measure(pl_module))
+        if keep := pl_module.agree(silent(net, pl_module.widths, pl_module.example)):
+            pl_module.restructure(keep, "prune: channels without effect")
+
+    def report(self, pl_module: ElasticModule) -> dict[str, Any]:
+        """The budget asked for and what was got, both in params."""
+        return budget_report(pl_module.net, pl_module.example, self.budget.asked)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": self.done, "budget": dict(vars(self.budget))}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.done = state_dict["done"]
+        vars(self.budget).update(state_dict["budget"])

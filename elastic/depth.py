@@ -1,0 +1,143 @@
+"""Growth in depth: a further residual block at the end of a stage, which enters as an identity.
+
+A stage is an `nn.Sequential` whose last child is a residual block y = act(f(x) + x), f ending in a norm. A
+copy of that block with fresh weights, and with that norm's gain and shift at zero, is the identity: f is
+zero, and act (ReLU or nothing) leaves what the same act has given (He et al. zero the gain likewise, arXiv
+1812.01187, section 3.1). So growth in depth preserves the function, as growth in width does.
+"""
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from elastic.errors import StructureError
+from elastic.fresh import he_normal
+from elastic.stored import NORMS, original, stored
+from elastic.trace import on_meta, trace
+from elastic.widths import Widths, find
+
+ADDS = {"add", "iadd"}
+# Functions that leave what they have given as it is.
+IDEMPOTENT = (nn.ReLU, nn.ReLU6, nn.Identity)
+IDEMPOTENT_CALLS = {"relu", "relu6", "output"}
+
+
+def stages(model: nn.Module) -> dict[str, str]:
+    """The stages that can grow, by path; with each the norm, by its path in a block, that ends f."""
+    found = {}
+    for path, module in model.named_modules():
+        if type(module) is nn.Sequential and list(module._modules) == [str(i) for i in range(len(module))]:
+            norm = _last_norm(module[-1]) if len(module) else None
+            if norm is not None:
+                found[path] = norm
+    return found
+
+
+def depth(model: nn.Module) -> dict[str, int]:
+    """The blocks of each stage that can grow."""
+    return {path: len(model.get_submodule(path)) for path in stages(model)}  # type: ignore[arg-type]
+
+
+def deepen(
+    model: nn.Module,
+    widths: Widths,
+    stage: str,
+    *,
+    copies: Iterable[nn.Module] = (),
+    generator: torch.Generator | None = None,
+) -> None:
+    """Append a block to a stage, in place; `widths` is brought up to date.
+
+    The block has the shapes of the stage's last one. Its weights are drawn from `generator`; it is the same
+    in all `copies`. An optimizer has to be told of its parameters.
+
+    Raises:
+        StructureError: the stage is no sequence of residual blocks, or the model cannot be followed with it.
+            Nothing has changed then.
+    """
+    known = stages(model)
+    if stage not in known:
+        there = f"the model has {', '.join(known)}" if known else "the model has none"
+        raise StructureError(f"'{stage}' is no sequence of residual blocks that could grow: {there}")
+    grown: Any = model.get_submodule(stage)
+    grown.append(_identity(grown[-1], known[stage], generator or torch.Generator().manual_seed(0)))
+    before = widths.sizes()
+    now = find(model, *widths.example)
+    if {name: now.sizes().get(name) for name in before} != before:
+        del grown[-1]
+        raise StructureError(f"'{stage}' cannot grow: with a further block the widths are others")
+    widths.widths, widths.fixed = now.widths, now.fixed
+    for twin in copies:
+        its: Any = twin.get_submodule(stage)
+        its.append(copy.deepcopy(grown[-1]))
+
+
+@torch.no_grad()
+def _identity(block: nn.Module, norm: str, generator: torch.Generator) -> nn.Module:
+    """A copy with fresh weights and gates, the gain and shift of its last norm at zero."""
+    new = copy.deepcopy(block)
+    for path, module in new.named_modules():
+        if "parametrizations" in path.split("."):
+            continue  # a gate's own, which its layer stands for
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.reset_running_stats()
+        for tensor in ("weight", "bias"):
+            for item in stored(module, tensor):
+                if item.by_strategy:
+                    item.value.copy_(he_normal(item.value, generator))
+                elif item.fill is not None:
+                    item.value.fill_(item.fill)
+    for tensor in ("weight", "bias"):
+        held = original(new.get_submodule(norm), tensor)
+        assert held is not None
+        held.zero_()
+    return new
+
+
+def _last_norm(block: nn.Module) -> str | None:
+    """The path of the norm that ends f in a block y = act(f(x) + x); None where the block is no such one."""
+    try:
+        graph = trace(on_meta(block)).graph
+    except StructureError:
+        return None
+    inputs = graph.find_nodes(op="placeholder")
+    adds = [node for node in graph.nodes if _name(node) in ADDS and node.op != "call_module"]
+    if len(inputs) != 1 or not adds:
+        return None
+    branches = [_source(node, block) for node in adds[-1].all_input_nodes]
+    norms = [node for node in branches if node is not inputs[0] and _affine_norm(node, block)]
+    if len(branches) != 2 or len(norms) != 1 or inputs[0] not in branches:
+        return None
+    return str(norms[0].target) if _idempotent(adds[-1], block) else None
+
+
+def _source(node: fx.Node, block: nn.Module) -> fx.Node:
+    """Where a value comes from, past modules that do nothing."""
+    while node.op == "call_module" and isinstance(block.get_submodule(str(node.target)), nn.Identity):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _affine_norm(node: fx.Node, block: nn.Module) -> bool:
+    if node.op != "call_module":
+        return False
+    module = block.get_submodule(str(node.target))
+    return isinstance(module, NORMS) and None not in (original(module, "weight"), original(module, "bias"))
+
+
+def _idempotent(node: fx.Node, block: nn.Module) -> bool:
+    """Whether all that follows the node leaves alone what it has given."""
+    for user in node.users:
+        layer = block.get_submodule(str(user.target)) if user.op == "call_module" else None
+        known = isinstance(layer, IDEMPOTENT) if layer else _name(user) in IDEMPOTENT_CALLS
+        if not known or not _idempotent(user, block):
+            return False
+    return True
+
+
+def _name(node: fx.Node) -> str:
+    target: Any = node.target
+    return (target if isinstance(target, str) else target.__name__).strip("_")

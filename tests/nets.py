@@ -1,0 +1,15 @@
+"""Networks that tests name in a configuration."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from elastic.models import convnet
+
+
+def without_norms(
+    channels: Sequence[int], pools: Sequence[int], in_channels: int, classes: int
+) -> nn.Sequential:
+    """What it makes of a batch does not depend on how processes share it."""
+    net = convnet(channels, pools, in_channels, classes)
+    return nn.Sequential(*(layer for layer in net if not isinstance(layer, nn.BatchNorm2d)))

@@ -1,0 +1,43 @@
+"""`torch.compile` with growth and pruning: the same run, and never silently eager."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+from experiments.train import train
+from tests.runs import configure, load
+from tests.test_resume import CHANGING
+
+
+def run(folder: Path, *overrides: str) -> dict[str, Any]:
+    train(configure(folder, *CHANGING, "trainer.precision=32-true", *overrides), folder)
+    return load(folder / "last.ckpt")["state_dict"]
+
+
+def test_every_structure_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a backend that counts and runs the graph as it is: the eager run, bit for bit."""
+    counter = CompileCounter()
+    compile_ = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_(self, backend=counter))
+    more = ("callbacks.grow.until=1.0", "trigger.every=1", "trainer.max_epochs=12")  # eight would be too many
+    eager = run(tmp_path / "eager", *more)
+    assert counter.frame_count == 0
+    compiled = run(tmp_path / "compiled", "compile=true", *more)
+    events = {e["epoch"] for e in load(tmp_path / "compiled" / "last.ckpt")["elastic"]["timeline"]}
+    assert len(events) > 8, "more structures than dynamo keeps for one module"
+    assert counter.frame_count > len(events)
+    assert eager.keys() == compiled.keys()
+    assert all(torch.equal(eager[name], compiled[name]) for name in eager)
+
+
+@pytest.mark.slow
+def test_with_inductor(tmp_path: Path) -> None:
+    few = ("callbacks.grow.until=0.5", "trainer.max_epochs=4", "data.augment=[]")
+    eager, compiled = run(tmp_path / "eager", *few), run(tmp_path / "compiled", "compile=true", *few)
+    assert eager.keys() == compiled.keys()
+    for name in eager:
+        torch.testing.assert_close(eager[name], compiled[name], rtol=0.05, atol=0.05)

@@ -1,0 +1,141 @@
+"""Runs of two processes: decided once, equal everywhere, and the same run as one process makes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from elastic import distributed
+from elastic.distributed import differing
+from experiments.train import main, train
+from tests.fitted import command
+from tests.runs import TINY, configure
+
+ROOT = Path(__file__).parents[1]
+CHANGING = (
+    *TINY,
+    "experiment=smoke",
+    "trainer.precision=32-true",
+    "trigger=periodic",
+    "trigger.every=1",
+    "callbacks.grow.growth.factor=1.3",
+    "callbacks.grow.until=0.8",
+    "callbacks.prune.begin=0",
+    "callbacks.prune.end=0.8",
+    "callbacks.prune.grain=kernel",
+)
+TWO = ("trainer.devices=2", "trainer.strategy=ddp")
+MODEL = "model._target_=tests.nets.without_norms"
+
+
+def start(folder: Path, *overrides: str) -> "subprocess.Popen[str]":
+    """A run from the command line, in processes of its own; `ddp` starts the others itself."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments.train", f"run={folder}", *overrides],
+        **{"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::UserWarning:elastic"},
+        start_new_session=True,
+    )
+
+
+def finish(process: "subprocess.Popen[str]") -> str:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "timeline.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_follow_one(tmp_path: Path) -> None:
+    """The same global batches; sums differ in their order only. Each process leaves its own files alone."""
+    same = (*CHANGING, MODEL, "data.augment=[]", "trainer.max_epochs=4", "callbacks.prune.weight=1e-4")
+    two = start(tmp_path / "two", *same, *TWO, "data.batch_size=100")
+    summary = train(configure(tmp_path / "one", *same, "data.batch_size=200"), tmp_path / "one")
+    out = finish(two)
+    assert out.count("test accuracy") == 1, "one process tests and tells"
+    assert events(tmp_path / "one") == events(tmp_path / "two") != []
+    one, other = (
+        torch.load(tmp_path / name / "last.ckpt", weights_only=True)["state_dict"] for name in ("one", "two")
+    )
+    weights = [name for name in one if name.startswith("net.")]
+    assert weights and one.keys() == other.keys()
+    for name in weights:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-4)
+    found = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert found["params"] == summary["params"]
+    assert found["test/acc"] == pytest.approx(summary["test/acc"], abs=0.01)
+
+
+def test_killed_and_continued_is_never_killed(tmp_path: Path) -> None:
+    """Growth in width and depth, pruning, a budget and the freeze, with batch norm, bit for bit."""
+    more = ("model=resnet20", "model.width=2", "callbacks.grow.growth.blocks=1", "callbacks.prune.weight=0.3")
+    long = (*CHANGING, *TWO, *more, "callbacks.prune.budget=2500", "trainer.max_epochs=6")
+    folder = tmp_path / "killed"
+    broken = start(folder, *long)
+    while not (folder / "last.ckpt").exists():
+        assert broken.poll() is None, broken.communicate()
+        time.sleep(0.05)
+    os.killpg(broken.pid, signal.SIGKILL)
+    broken.communicate()
+    finish(start(folder))
+    finish(start(tmp_path / "whole", *long))
+    assert sum("stage" in event for event in events(folder)) == 3
+    for name in ("timeline.jsonl", "model.safetensors"):
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["budget/got"] <= 2500
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("trainer.strategy=ddp_spawn", "trainer.devices=2"), "set trainer.strategy=ddp"),
+        (("-m", "seed=0,1", *TWO), "a sweep cannot start runs of several processes"),
+    ],
+)
+def test_other_ways_to_start_processes_are_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    said: str,
+) -> None:
+    folders = (f"run={tmp_path / 'run'}", f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    code, _, err = command(main, monkeypatch, capsys, *arguments, *CHANGING, *folders)
+    assert code == 1 and err.strip().splitlines()[-1].startswith("error: ") and said in err
+    assert "Traceback" not in err and not (tmp_path / "run" / "last.ckpt").exists()
+
+
+@pytest.mark.parametrize("changed", ["nothing", "a weight", "a moment"])
+def test_processes_that_differ_are_named(monkeypatch: pytest.MonkeyPatch, changed: str) -> None:
+    """What the other process holds is known from its digest, which is taken here, one after the other."""
+    digests: list[str] = []
+
+    def gather(found: list[str], mine: str) -> None:
+        digests.append(mine)
+        found[:] = [digests[0], digests[-1]]
+
+    monkeypatch.setattr(distributed.torch.distributed, "all_gather_object", gather)
+    net = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(net.parameters())
+    net(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    trainer: Any = SimpleNamespace(world_size=2, optimizers=[optimizer])
+    assert differing(trainer, net) == []
+    if changed == "a weight":
+        net.weight.data[0, 0] += 1e-6
+    if changed == "a moment":
+        optimizer.state[net.bias]["exp_avg"][0] += 1e-6
+    assert differing(trainer, net) == ([] if changed == "nothing" else [1])
+    assert differing(SimpleNamespace(world_size=1), net) == []  # type: ignore[arg-type]
