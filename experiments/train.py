@@ -66,7 +66,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     last = readable(folder / "last.ckpt")
     if trainer.is_global_zero and last is None:
         OmegaConf.save(portable(cfg), folder / "config.yaml")
-    if cfg.compile:
+    if cfg.get("compile"):
         module.net.compile()
     trainer.fit(module, data, ckpt_path=last)
     if torch.distributed.is_initialized():
