@@ -59,7 +59,7 @@ class PruneByMagnitude(L.Callback):
 
     def measure(self, pl_module: ElasticModule) -> int:
         """The same, of the network as compaction would leave it."""
-        return compacted_size(pl_module.net, pl_module.example)
+        return compacted_size(pl_module.net, pl_module.example, trained=False)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
         refuse_too_small(pl_module.net, pl_module.example, self.budget.asked)

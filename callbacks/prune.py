@@ -93,7 +93,7 @@ class PruneByGates(L.Callback):
             self.frozen = True
             with pl_module.changing():
                 if self.budget is not None:  # its controller has come near to it
-                    size = partial(compacted_size, net, pl_module.example, self.aim)
+                    size = partial(compacted_size, net, pl_module.example, self.aim, trained=False)
                     settle_on(net, self.budget.asked, gates.settle, size)
                 gates.freeze(net)
         pl_module.loss_terms.pop("gates", None)

@@ -63,8 +63,18 @@ def settle_on(
         gate.score.data = score.copy_(gate.score)
 
 
-def compacted_size(model: nn.Module, example: Tensor, aim: str = "params") -> int:
-    """Params, or MACs of weights that are not zero, of the network as compaction would leave it."""
+def compacted_size(model: nn.Module, example: Tensor, aim: str = "params", trained: bool = True) -> int:
+    """Params, or MACs of weights that are not zero, of the network as compaction would leave it.
+
+    Args:
+        trained: a weight that is exactly zero counts as zero. Else it counts by its gate: what reads a fresh
+            channel is zero behind gates that have been shut ever since, but not once it is trained.
+    """
+    if not trained:
+        model = copy.deepcopy(model)
+        for _, layer, _ in gates.gated(model):
+            weight = weight_of(layer).data
+            weight[weight == 0] = 1
     plain = compact(model, example)
     if aim == "params":
         return cost.params(plain)

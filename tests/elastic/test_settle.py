@@ -14,6 +14,8 @@ from elastic.compact import compact
 from elastic.errors import StructureError
 from elastic.models import convnet
 from elastic.settle import budget_report, compacted_size, keep_largest, refuse_too_small, settle_on
+from elastic.stored import weight_of
+from elastic.surgery import grow_index, reindex
 from elastic.widths import discover
 
 EXAMPLE = torch.zeros(1, 1, 8, 8)
@@ -200,3 +202,20 @@ def test_a_budget_that_is_missed_says_why(grain: gates.Grain, asked: int, why: s
     assert (report["budget/asked"], report["budget/got"]) == (asked, params(net))
     assert (abs(params(net) - asked) <= 0.02 * asked) == (why is None) == ("budget/why" not in report)
     assert why is None or report["budget/why"].startswith(why)
+
+
+def test_weights_that_will_not_stay_zero_are_counted_when_gates_are_settled() -> None:
+    """A gate that was shut when a channel came opens again: its weight of the new channel is still zero."""
+    net = gated_net("channel", channels=(4, 6))
+    shut = [gate for _, _, gate in gates.gated(net)][1].score.data
+    shut[:3] = -0.1
+    reindex(net, discover(net, EXAMPLE), {"0": grow_index(4, 4)})
+    with torch.no_grad():
+        weights = [weight_of(layer) for _, layer, _ in gates.gated(net)]
+        weights[1][3:, 4:] = 1  # trained since, where the gate was open
+    shut[:3] = 0.1
+    now, then = params(net), compacted_size(net, EXAMPLE, trained=False)
+    assert then - now == 3 * 4 * 9
+    for weight in weights:
+        weight.data[weight == 0] = 1e-3
+    assert params(net) == then
