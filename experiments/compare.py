@@ -1,4 +1,6 @@
-"""One table of many runs, mean ± sd over seeds: `python -m experiments.compare runs='<glob>' [csv=<file>]`.
+"""One table of many runs, mean ± sd over seeds: `python -m experiments.compare runs='<glob>'`.
+
+`csv=<file>` writes it down, `figure=<file.png>` draws it.
 
 A run is a folder with a `summary.json`; folders named <arm>-seed<k> are one arm.
 """
@@ -19,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from elastic.module import TrainingError
+from experiments.figure import draw_arms
 from experiments.setup import run
 
 # By key of the summary: the head of the column, what the value is multiplied by, and its digits in the table.
@@ -60,9 +63,12 @@ def row(summaries: Sequence[dict[str, Any]]) -> dict[str, Cell]:
 
 def main() -> None:
     given = OmegaConf.from_dotlist(sys.argv[1:])
-    if "runs" not in given or set(given) - {"runs", "csv"}:
-        raise TrainingError("usage: python -m experiments.compare runs='<glob of run folders>' [csv=<file>]")
-    arms = {arm: (len(summaries), row(summaries)) for arm, summaries in read(str(given.runs)).items()}
+    if "runs" not in given or set(given) - {"runs", "csv", "figure"}:
+        raise TrainingError(
+            "usage: python -m experiments.compare runs='<glob of run folders>' [csv=<file>] [figure=<png>]"
+        )
+    found = read(str(given.runs))
+    arms = {arm: (len(summaries), row(summaries)) for arm, summaries in found.items()}
     table = Table("arm", "runs", *(head for head, _, _ in COLUMNS.values()))
     for arm, (count, cells) in sorted(arms.items(), key=lambda item: item[1][1]["params"] or ()):
         table.add_row(arm, str(count), *(_shown(cells[key], d) for key, (_, _, d) in COLUMNS.items()))
@@ -74,6 +80,8 @@ def main() -> None:
             for arm, (count, cells) in sorted(arms.items()):
                 written = ("" if v is None else f"{v:.6g}" for cell in cells.values() for v in cell or NONE)
                 writer.writerow([arm, count, *written])
+    if "figure" in given:
+        draw_arms(found, Path(str(given.figure)))
 
 
 def _shown(cell: Cell, digits: int) -> str:

@@ -1,5 +1,6 @@
-"""The picture of a run: error, parameters and widths over the epochs, with every structural event."""
+"""Pictures: of a run, error, parameters and widths over the epochs; of several arms, what each comes to."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.ticker import LogLocator
 
 LEAST = 0.01  # %, where a logarithmic axis has no place for zero
@@ -33,8 +35,8 @@ def draw_history(history: list[dict[str, Any]], timeline: list[dict[str, Any]], 
     size.yaxis.set_major_formatter("{x:,.0f}")
     size.yaxis.set_minor_formatter("")
 
-    names = list(history[0]["widths"])
-    layers = [[row["widths"][name] for row in history] for name in names]
+    names = list(dict.fromkeys(name for row in history for name in row["widths"]))  # blocks may come
+    layers = [[row["widths"].get(name, 0) for row in history] for name in names]
     widths.stackplot(epochs, layers, labels=names, step="post", alpha=0.8)
     widths.set_ylabel("channels, by width")
     widths.set_xlabel("epoch")
@@ -48,5 +50,35 @@ def draw_history(history: list[dict[str, Any]], timeline: list[dict[str, Any]], 
     widths.set_ylim(0, 1.3 * max(sum(row["widths"].values()) for row in history))  # room for the legend
     if len(names) <= 12:
         widths.legend(frameon=False, fontsize="x-small", ncols=4, loc="upper left")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_arms(arms: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> None:
+    """One line an arm, best first: accuracy of every seed with its mean ± sd, params, what training took."""
+    panels = {
+        "test/acc": ("test accuracy (%)", 100.0),
+        "params": ("params", 1.0),
+        "macs_training": ("training (10¹² MACs)", 1e-12),
+    }
+    order = sorted(arms, key=lambda arm: np.mean([summary["test/acc"] for summary in arms[arm]]))
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(9, 0.8 + 0.32 * len(arms)), sharey=True, layout="constrained", squeeze=False
+    )
+    for (key, (label, scale)), panel in zip(panels.items(), axes[0], strict=True):
+        for line, arm in enumerate(order):
+            values = [scale * summary[key] for summary in arms[arm] if summary.get(key) is not None]
+            if values:
+                sd = np.std(values, ddof=1) if len(values) > 1 else 0.0
+                panel.errorbar(np.mean(values), line, xerr=sd, fmt="o", color="C0", capsize=3)
+                panel.plot(values, [line] * len(values), "|", color="0.5", zorder=0)
+        panel.set_xlabel(label)
+        panel.grid(axis="x", alpha=0.3)
+        panel.xaxis.set_major_formatter("{x:,g}")
+        panel.locator_params(axis="x", nbins=5)
+    axes[0, 0].set_yticks(range(len(order)), [arm.replace("_", " ") for arm in order])
+    for key, panel in zip(panels, axes[0], strict=True):
+        if key != "test/acc":
+            panel.set_xlim(left=0)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
@@ -85,3 +86,12 @@ def test_no_run_is_said_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="name finished runs") as error:
         compare.read(f"{tmp_path}/*")
     assert "\n" not in str(error.value)
+
+
+def test_the_figure_is_drawn_of_old_and_new_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "new-seed0", 0.9, 10, macs_training=10**12)
+    write(tmp_path / "new-seed1", 0.8, 10, macs_training=10**12)
+    write(tmp_path / "old-seed0", 0.7, 20)
+    monkeypatch.setattr(sys, "argv", ["compare", f"runs={tmp_path}/*", f"figure={tmp_path}/arms.png"])
+    compare.main()
+    assert plt.imread(tmp_path / "arms.png").std() > 0.05
