@@ -48,8 +48,9 @@ class AverageWeights(EMAWeightAveraging):
         twin = self._average_model.module
         weights = zip(twin.parameters(), pl_module.parameters(), strict=True)
         buffers = zip(twin.buffers(), pl_module.buffers(), strict=True)
-        frozen = [(average, now) for average, now in weights if not now.requires_grad]
-        counts = [(average, now) for average, now in buffers if not now.is_floating_point()]
+        begun = self._average_model.n_averaged > 0  # else there is no average yet
+        frozen = [(average, now) for average, now in weights if not (now.requires_grad and begun)]
+        counts = [(average, now) for average, now in buffers if not (now.is_floating_point() and begun)]
         for average, now in frozen + counts:
             average.copy_(now)
 

@@ -17,8 +17,9 @@ PASSES = 3  # of a training step, in forward passes: a backward pass has two pro
 class Census(L.Callback):
     """Logs `size/params`, `size/params_dense` and `size/macs`; writes `timeline.jsonl`; keeps the history.
 
-    The timeline has one line a structural event: epoch, step, why, width, before, after. It is written anew
-    from what the module remembers, so that a resumed run never holds events of epochs that were lost.
+    The timeline has one line a structural event: epoch, step, why, width (or stage, where blocks are
+    counted), before, after. It is written anew from what the module remembers, so that a resumed run never
+    holds events of epochs that were lost.
 
     Attributes:
         seconds: of training, over all starts of the run.

@@ -14,7 +14,7 @@ from elastic.gradmax import gradmax
 from elastic.module import ElasticModule, TrainingError
 from elastic.saturation import Growth, Trigger
 from elastic.surgery import grow_index, split_index
-from elastic.timeline import growth, read
+from elastic.timeline import growth_at, growths, read
 
 STARTS = (*STRATEGIES, "gradmax")
 BATCH = 256  # training images that GradMax looks at
@@ -52,18 +52,27 @@ class GrowOnSaturation(L.Callback):
             raise TrainingError(f"fresh channels cannot start by '{fresh}': choose {', '.join(STARTS)}")
         self.trigger, self.growth, self.monitor = trigger, growth, monitor
         self.fresh, self.until, self.rewarm = fresh, until, rewarm
-        self.script = None if timeline is None else read(Path(timeline))
+        self.script = None if timeline is None else growths(read(Path(timeline)))
         self.due = False
         self.grown_at: int | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
         """Refuse a timeline of another network before anything is trained."""
-        stages = set(pl_module.start_depth)
+        stages = pl_module.start_depth
         for row in self.script or ():
-            inside = any(str(row.get("width")).startswith(f"{stage}.") for stage in stages)
-            if row.get("width") not in pl_module.widths and row.get("stage") not in stages and not inside:
-                where = row.get("width", row.get("stage"))
-                raise TrainingError(f"the timeline tells of '{where}', which this network has not")
+            name = str(row.get("width", row.get("stage")))
+            inside = any(name.startswith(f"{stage}." if stage else "") for stage in stages)
+            if name not in pl_module.widths and name not in stages and not inside:
+                raise TrainingError(
+                    f"the timeline tells of '{name}', which this network has not: replay it on the network, "
+                    "and with the start, of its own run"
+                )
+
+    def last(self, epochs: int) -> float:
+        """The part of a run of so many epochs in which the network may still grow."""
+        if self.script is None:
+            return self.until
+        return max((row["epoch"] for row in self.script), default=0) / epochs
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
         """A first look at validation's metrics, before anything is trained; others come later."""
@@ -85,7 +94,7 @@ class GrowOnSaturation(L.Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
         if self.script is not None:
-            self._grow(trainer, pl_module, *growth(self.script, trainer.current_epoch), "grow: timeline")
+            self._grow(trainer, pl_module, *growth_at(self.script, trainer.current_epoch), "grow: timeline")
         elif self.due:
             self.due = False
             fullness = gates.fullness(pl_module.net, pl_module.widths)
@@ -139,3 +148,17 @@ class GrowOnSaturation(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         vars(self.trigger).update(state_dict["trigger"])
         self.due, self.grown_at = state_dict["due"], state_dict["grown_at"]
+
+
+def refuse_growth_after(end: float, trainer: L.Trainer) -> None:
+    """A budget that is met at `end`, a part of the run, would be overrun by what grows later.
+
+    Raises:
+        TrainingError: the network may grow later.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GrowOnSaturation) and (last := callback.last(trainer.max_epochs or 1)) > end:
+            raise TrainingError(
+                f"growth goes on to {last:.0%} of the run, but the budget is met at {end:.0%}: lower "
+                "callbacks.grow.until, or let pruning end later"
+            )

@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning as L
 
+from callbacks.grow import refuse_growth_after
 from callbacks.prune import PruneByGates
 from elastic import cost, gates
 from elastic.budget import Budget
@@ -62,7 +63,9 @@ class PruneByMagnitude(L.Callback):
         return compacted_size(pl_module.net, pl_module.example, trained=False)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
-        refuse_too_small(pl_module.net, pl_module.example, self.budget.asked)
+        if trainer.ckpt_path is None:
+            refuse_growth_after(self.budget.end, trainer)
+            refuse_too_small(pl_module.net, pl_module.example, self.budget.asked)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
         net, epoch, epochs = pl_module.net, trainer.current_epoch, trainer.max_epochs or 1
@@ -74,7 +77,8 @@ class PruneByMagnitude(L.Callback):
             self.budget.peak = self.budget.peak or measure(pl_module)
             allowed = self.budget.path(1.0 if last else progress)
             if measure(pl_module) > allowed:
-                settle_on(net, allowed, keep_largest, lambda: measure(pl_module))
+                with pl_module.changing():
+                    settle_on(net, allowed, keep_largest, lambda: measure(pl_module))
         if keep := pl_module.agree(silent(net, pl_module.widths, pl_module.example)):
             pl_module.restructure(keep, "prune: channels without effect")
 

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import lightning as L
 
+from callbacks.grow import refuse_growth_after
 from elastic import cost, gates
 from elastic.budget import Budget
 from elastic.compact import silent
@@ -64,7 +65,7 @@ class PruneByGates(L.Callback):
             pl_module.lay_out()
 
     def _price(self, pl_module: ElasticModule) -> None:
-        """What a weight of each layer costs, relative to the average; anew, as layers may have come."""
+        """What a weight of each layer costs, relative to the average."""
         if self.aim == "macs":
             self.uses = cost.macs_per_weight(pl_module.net, pl_module.example)
             average = sum(self.uses.values()) / len(self.uses)
@@ -78,7 +79,8 @@ class PruneByGates(L.Callback):
         return cost.live_params(pl_module.net, pl_module.widths)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
-        if self.budget is not None:
+        if self.budget is not None and trainer.ckpt_path is None:
+            refuse_growth_after(self.end, trainer)
             refuse_too_small(pl_module.net, pl_module.example, self.budget.asked, self.aim)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
@@ -87,9 +89,10 @@ class PruneByGates(L.Callback):
                 gates.freeze(pl_module.net)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
-        net, progress = pl_module.net, trainer.current_epoch / (trainer.max_epochs or 1)
-        self._price(pl_module)
-        if progress >= self.end and not self.frozen:
+        net, epochs = pl_module.net, trainer.max_epochs or 1
+        progress = trainer.current_epoch / epochs
+        last = self.budget is not None and trainer.current_epoch + 1 >= epochs
+        if (progress >= self.end or last) and not self.frozen:
             self.frozen = True
             with pl_module.changing():
                 if self.budget is not None:  # its controller has come near to it
@@ -104,6 +107,12 @@ class PruneByGates(L.Callback):
             keep = pl_module.agree(silent(net, pl_module.widths, pl_module.example))
             if keep:
                 pl_module.restructure(keep, "prune: channels without effect")
+
+    def on_train_batch_start(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: ElasticModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 0:  # layers may have come since the last epoch
+            self._price(pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
         gates.age(pl_module.net)

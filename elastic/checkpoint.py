@@ -55,7 +55,7 @@ def add_blocks(model: nn.Module, widths: Widths, state: Mapping[str, Tensor], pr
     for stage, count in depth(model).items():
         head = f"{prefix}{stage}." if stage else prefix
         blocks = {name.removeprefix(head).partition(".")[0] for name in state if name.startswith(head)}
-        for _ in range(count, len(blocks)):
+        for _ in range(count, 1 + max((int(block) for block in blocks if block.isdigit()), default=-1)):
             deepen(model, widths, stage)
 
 

@@ -11,26 +11,34 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
 from elastic.errors import StructureError
 from elastic.fresh import he_normal
 from elastic.stored import NORMS, original, stored
+from elastic.surgery import reindex, resize_index
 from elastic.trace import on_meta, trace
 from elastic.widths import Widths, find
 
 ADDS = {"add", "iadd"}
+LEAVE = "set growth.blocks=0"
 # Functions that leave what they have given as it is.
 IDEMPOTENT = (nn.ReLU, nn.ReLU6, nn.Identity)
 IDEMPOTENT_CALLS = {"relu", "relu6", "output"}
 
 
 def stages(model: nn.Module) -> dict[str, str]:
-    """The stages that can grow, by path; with each the norm, by its path in a block, that ends f."""
-    found = {}
+    """The stages that can grow, by path; with each the norm, by its path in a block, that ends f.
+
+    Stages inside the blocks of a stage are left out.
+    """
+    found: dict[str, str] = {}
     for path, module in model.named_modules():
-        if type(module) is nn.Sequential and list(module._modules) == [str(i) for i in range(len(module))]:
-            norm = _last_norm(module[-1]) if len(module) else None
+        inside = any(path.startswith(_head(outer)) for outer in found)
+        numbered = list(module._modules) == [str(i) for i in range(len(module._modules))]
+        if type(module) is nn.Sequential and len(module) and numbered and not inside:
+            norm = _last_norm(module[-1])
             if norm is not None:
                 found[path] = norm
     return found
@@ -55,24 +63,69 @@ def deepen(
     in all `copies`. An optimizer has to be told of its parameters.
 
     Raises:
-        StructureError: the stage is no sequence of residual blocks, or the model cannot be followed with it.
-            Nothing has changed then.
+        StructureError: the stage is no sequence of residual blocks, the model does not use it as one, or the
+            model cannot be followed with a further block. Nothing has changed then.
     """
     known = stages(model)
     if stage not in known:
         there = f"the model has {', '.join(known)}" if known else "the model has none"
         raise StructureError(f"'{stage}' is no sequence of residual blocks that could grow: {there}")
+    now = _with_a_block(model, widths, stage)
     grown: Any = model.get_submodule(stage)
+    before = _outputs(model, widths)
     grown.append(_identity(grown[-1], known[stage], generator or torch.Generator().manual_seed(0)))
-    before = widths.sizes()
-    now = find(model, *widths.example)
-    if {name: now.sizes().get(name) for name in before} != before:
+    if not all(map(torch.allclose, before, _outputs(model, widths))):
         del grown[-1]
-        raise StructureError(f"'{stage}' cannot grow: with a further block the widths are others")
+        raise StructureError(
+            f"'{stage}' cannot grow: the model is another function with a block more; {LEAVE}"
+        )
     widths.widths, widths.fixed = now.widths, now.fixed
     for twin in copies:
         its: Any = twin.get_submodule(stage)
         its.append(copy.deepcopy(grown[-1]))
+
+
+def sibling(stage: str, count: int, name: str) -> str:
+    """The layer or width in a stage's block before that one of block `count` was modelled on."""
+    return f"{_head(stage)}{count - 1}.{name.removeprefix(f'{_head(stage)}{count}.')}"
+
+
+def _head(stage: str) -> str:
+    return f"{stage}." if stage else ""
+
+
+def _with_a_block(model: nn.Module, widths: Widths, stage: str) -> Widths:
+    """The widths that the model would have; found at two channels at least: one may look like none."""
+    twin, its = copy.deepcopy(model), copy.deepcopy(widths)
+    reindex(twin, its, {name: resize_index(1, 2) for name, width in widths.items() if width.size == 1})
+    blocks: Any = twin.get_submodule(stage)
+    count = len(blocks)
+    blocks.append(copy.deepcopy(blocks[-1]))
+    now, new = find(twin, *widths.example), f"{_head(stage)}{count}."
+    used = any(slot.module.startswith(new) for width in now.values() for slot in width.slots)
+    old = {name: width.size for name, width in now.items() if not name.startswith(new)}
+    models = {name: sibling(stage, count, name) for name in now if name.startswith(new)}
+    if not used or old != its.sizes() or not set(models.values()) <= set(old):
+        raise StructureError(f"'{stage}' cannot grow: its blocks are not used one after the other; {LEAVE}")
+    for name, width in now.items():
+        width.size = widths[models.get(name, name)].size
+    now.example = widths.example
+    return now
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, widths: Widths) -> list[Tensor]:
+    """What the model makes of noise, in evaluation mode."""
+    held = next(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    modes = {module: module.training for module in model.modules()}
+    try:
+        noise = (torch.randn(x.shape, generator=generator).to(held.device, x.dtype) for x in widths.example)
+        out = model.eval().forward(*noise)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return [out] if isinstance(out, Tensor) else [held for held in out if isinstance(held, Tensor)]
 
 
 @torch.no_grad()
@@ -99,6 +152,9 @@ def _identity(block: nn.Module, norm: str, generator: torch.Generator) -> nn.Mod
 
 def _last_norm(block: nn.Module) -> str | None:
     """The path of the norm that ends f in a block y = act(f(x) + x); None where the block is no such one."""
+    lists = (m for m in block.modules() if isinstance(m, parametrize.ParametrizationList))
+    if any(not hasattr(parametrization, "fresh") for chain in lists for parametrization in chain):
+        return None
     try:
         graph = trace(on_meta(block)).graph
     except StructureError:

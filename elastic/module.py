@@ -14,7 +14,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from elastic.checkpoint import rebuild
-from elastic.depth import deepen, depth
+from elastic.depth import deepen, depth, sibling
 from elastic.distributed import differing, unwrapped
 from elastic.fresh import Fresh, zero_out
 from elastic.surgery import Index, reindex
@@ -149,9 +149,8 @@ class ElasticModule(L.LightningModule):
         """Append a block to a stage; returns how many it had."""
         deepen(self.net, self.widths, stage, copies=self.copies, generator=self.generator())
         count = depth(self.net)[stage] - 1
-        head = f"{stage}." if stage else ""
         for name in self.widths.keys() - self.start.keys():  # as far from its ceiling as its model
-            self.start[name] = self.start[name.replace(f"{head}{count}.", f"{head}{count - 1}.", 1)]
+            self.start[name] = self.start[sibling(stage, count, name)]
         for optimizer in self._optimizers():  # in the order that a resumed run will build them in
             for group, parameters in zip(optimizer.param_groups, self._groups(), strict=True):
                 group["params"] = parameters

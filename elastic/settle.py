@@ -67,14 +67,14 @@ def compacted_size(model: nn.Module, example: Tensor, aim: str = "params", train
     """Params, or MACs of weights that are not zero, of the network as compaction would leave it.
 
     Args:
-        trained: a weight that is exactly zero counts as zero. Else it counts by its gate: what reads a fresh
-            channel is zero behind gates that have been shut ever since, but not once it is trained.
+        trained: what is exactly zero counts as zero. Else it counts by its gate: what reads a fresh channel
+            is zero behind gates that have been shut ever since, but not once it is trained.
     """
     if not trained:
         model = copy.deepcopy(model)
-        for _, layer, _ in gates.gated(model):
-            weight = weight_of(layer).data
-            weight[weight == 0] = 1
+        for name, parameter in model.named_parameters():
+            if not name.endswith("score"):
+                parameter.data[parameter == 0] = 1
     plain = compact(model, example)
     if aim == "params":
         return cost.params(plain)
@@ -105,13 +105,17 @@ def budget_report(model: nn.Module, example: Tensor, asked: int, aim: str = "par
     report = {"budget/aim": aim, "budget/asked": asked, "budget/got": got}
     if abs(got - asked) <= TOLERANCE * asked:
         return report
-    finest = all(gate.score.shape == weight_of(layer).shape for _, layer, gate in gates.gated(model))
-    if got > asked:
-        why = "every layer keeps one gate open; train longer, or ask for more"
-    elif any((gate.score <= 0).any() for _, _, gate in gates.gated(model)):
-        why = "the next weight brings back a channel" if finest else "one gate more would be over it"
-    else:
+    held = [(gate.score > 0, weight_of(layer)) for _, layer, gate in gates.gated(model)]
+    if got > asked and all(open_.sum() == 1 for open_, _ in held):
+        why = "every layer keeps one gate open; ask for more"
+    elif got > asked:
+        why = "the network grew, or was not yet settled, when pruning came to its end"
+    elif all(open_.all() for open_, _ in held):
         why = "all gates are open: the network is no larger"
+    elif all(open_.shape == weight.shape for open_, weight in held):
+        why = "the next weight brings back a channel"
+    else:
+        why = "one gate more would be over it"
     return report | {"budget/why": why}
 
 

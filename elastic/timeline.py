@@ -23,16 +23,21 @@ def read(path: Path) -> list[dict[str, Any]]:
         cause = str(error).splitlines()[0]
         raise StructureError(f"{path} cannot be read ({cause}): name the timeline.jsonl of a run") from error
     for row in rows:
-        if not isinstance(row, dict) or not {"epoch", "why", "before", "after"} <= row.keys():
+        counts = [row.get(key) for key in ("epoch", "before", "after")] if isinstance(row, dict) else [None]
+        if not all(isinstance(n, int) for n in counts) or not isinstance(
+            row.get("width", row.get("stage")), str
+        ):
             raise StructureError(f"{path} is no timeline of a run: name a timeline.jsonl")
     return rows
 
 
-def growth(rows: Sequence[dict[str, Any]], epoch: int) -> tuple[dict[str, int], list[str]]:
-    """What grew at the start of an epoch: the channels that widths then had, and the stages deepened.
+def growths(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of growth. Pruning is not replayed: what is dead in one run may be alive in another."""
+    return [row for row in rows if row["after"] > row["before"]]
 
-    Pruning is not replayed: what is dead in one run may be alive in another.
-    """
-    grown = [row for row in rows if row["epoch"] == epoch and row["after"] > row["before"]]
+
+def growth_at(rows: Sequence[dict[str, Any]], epoch: int) -> tuple[dict[str, int], list[str]]:
+    """What grew at the start of an epoch: the channels that widths then had, and the stages deepened."""
+    grown = [row for row in growths(rows) if row["epoch"] == epoch]
     sizes = {row["width"]: row["after"] for row in grown if "width" in row}
     return sizes, [row["stage"] for row in grown if "stage" in row]

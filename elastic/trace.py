@@ -31,7 +31,11 @@ def on_meta(model: nn.Module) -> nn.Module:
     plain = (held for module in model.modules() for held in vars(module).values())
     for tensor in (*model.buffers(), *(held for held in plain if isinstance(held, Tensor))):
         memo[id(tensor)] = tensor.to("meta")
-    return copy.deepcopy(model, memo)
+    twin = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        if type(module) is nn.SyncBatchNorm:  # it would look for a GPU and other processes
+            module.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
+    return twin
 
 
 class _Tracer(fx.Tracer):

@@ -44,10 +44,18 @@ def read(pattern: str) -> dict[str, list[dict[str, Any]]]:
     for folder in sorted(Path(found) for found in glob.glob(pattern)):
         if (folder / "summary.json").exists():
             arm = re.sub(r"-seed\d+$", "", folder.name)
-            arms[arm].append(json.loads((folder / "summary.json").read_text()))
+            arms[arm].append(_summary(folder / "summary.json"))
     if not arms:
         raise TrainingError(f"no summary.json under {pattern}: name finished runs, say runs='outputs/*/*'")
     return dict(arms)
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+        return {"test/acc": float(found["test/acc"]), **found}
+    except (ValueError, TypeError, KeyError) as error:
+        raise TrainingError(f"{path} is damaged: finish its run again, or leave it out of runs") from error
 
 
 def row(summaries: Sequence[dict[str, Any]]) -> dict[str, Cell]:

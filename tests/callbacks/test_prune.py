@@ -203,7 +203,7 @@ def test_gates_settle_on_the_budget_when_they_freeze(tmp_path: Path) -> None:
 def test_the_controller_steers_lambda(tmp_path: Path) -> None:
     """Above its path it raises λ, below it lowers it; without a budget λ is what it was."""
     few = ("trainer.max_epochs=4", "data.batch_size=64")
-    assert budgeted(tmp_path / "a", 10, *few).callbacks["prune"].weight > 1.1e-3
+    assert budgeted(tmp_path / "a", 20, *few).callbacks["prune"].weight > 1.1e-3
     assert budgeted(tmp_path / "b", 2000, *few).callbacks["prune"].weight < 0.9e-3
     run = fit(tmp_path / "c", *PRUNING, *few, "callbacks.prune.weight=1e-3")
     assert run.callbacks["prune"].weight == 1e-3
@@ -275,3 +275,26 @@ def test_the_budget_is_met_by_a_net_that_grows(tmp_path: Path, grain: str) -> No
     plain = compact(run.module.net, run.module.example)
     assert cost.params(plain) == pytest.approx(400, abs=9)
     assert float(run.trainer.callback_metrics["val/acc"]) > 0.8
+
+
+@pytest.mark.parametrize("epochs", [2, 6])
+def test_a_budget_is_settled_in_the_last_epoch_at_the_latest(tmp_path: Path, epochs: int) -> None:
+    given = ("callbacks.prune.budget=600", "callbacks.prune.end=1.0", f"trainer.max_epochs={epochs}")
+    run = fit(tmp_path, *EXACT, "schedule=gates", *given)
+    report = run.callbacks["prune"].report(run.module)
+    assert run.callbacks["prune"].frozen and 588 <= report["budget/got"] <= 600
+
+
+def test_growth_after_the_budget_is_met_is_refused(tmp_path: Path) -> None:
+    given = ("callbacks.prune.budget=600", "callbacks.prune.end=0.5", "callbacks.grow.until=0.6")
+    run = prepare(tmp_path, *EXACT, *given)
+    with pytest.raises(TrainingError, match="growth goes on to 60% of the run, but the budget is met at 50%"):
+        run.fit()
+    assert run.trainer.global_step == 0
+
+
+def test_a_budget_that_cannot_be_reached_is_refused_before_training(tmp_path: Path) -> None:
+    run = prepare(tmp_path, *EXACT, "callbacks.prune.budget=5")
+    with pytest.raises(StructureError, match="a budget of 5 params cannot be reached"):
+        run.fit()
+    assert run.trainer.global_step == 0

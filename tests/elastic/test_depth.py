@@ -157,6 +157,136 @@ def test_compacted_saved_and_loaded(tmp_path: Path) -> None:
     assert torch.equal(run(load_compact(built(), tmp_path / "m", X), False), run(plain, False))
 
 
+class Forward(nn.Module):
+    """Uses its stage in a way of its own."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.first = how, nn.Conv2d(3, 4, 3)
+        self.layer = nn.Sequential(BasicBlock(4, 4, 1), BasicBlock(4, 4, 1))
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        h_BCHW = self.first(x_BCHW).relu()
+        if self.how == "one by one":
+            h_BCHW = self.layer[1](self.layer[0](h_BCHW))
+        elif self.how == "all outputs":
+            for block in self.layer:
+                h_BCHW = h_BCHW + block(h_BCHW)
+        elif self.how == "their number":
+            h_BCHW = self.layer(h_BCHW) / len(self.layer)
+        else:
+            h_BCHW = self.layer(h_BCHW)
+        return self.last(h_BCHW.mean((2, 3)))
+
+
+class Overwrites(BasicBlock):
+    """Changes its input, so that its shortcut is another one."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.bn1(self.conv1(nn.functional.relu(x_BCHW, inplace=True))) + x_BCHW
+
+
+class Twice(BasicBlock):
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return torch.add(self.bn2(self.conv2(self.conv1(x_BCHW))), x_BCHW, alpha=2)
+
+
+def shared() -> nn.Module:
+    block = BasicBlock(4, 4, 1)
+    return nn.Sequential(block, block)
+
+
+UNUSABLE: dict[str, Callable[[], nn.Module]] = {
+    **{how: (lambda how=how: Forward(how)) for how in ("one by one", "all outputs", "their number")},  # type: ignore[misc]
+    "overwritten input": lambda: wrapped(nn.Sequential(Overwrites(4, 4, 1), Overwrites(4, 4, 1))),
+    "another addition": lambda: wrapped(nn.Sequential(Twice(4, 4, 1), Twice(4, 4, 1))),
+    "one block twice": lambda: wrapped(shared()),
+}
+
+
+def wrapped(stage: nn.Module) -> nn.Module:
+    net = Forward("in order")
+    net.layer = stage  # type: ignore[assignment]
+    return net
+
+
+@pytest.mark.parametrize("how", list(UNUSABLE))
+def test_what_a_block_more_would_change_is_refused_and_left_as_it_was(how: str) -> None:
+    torch.manual_seed(0)
+    net = UNUSABLE[how]()
+    widths = discover(net, X)
+    sizes, before, modes = widths.sizes(), zoo.states(net), [module.training for module in net.modules()]
+    with pytest.raises(StructureError, match=r"'layer' cannot grow: .* set growth.blocks=0") as caught:
+        deepen(net, widths, "layer")
+    assert "\n" not in str(caught.value)
+    assert widths.sizes() == sizes and not zoo.differences(before, zoo.states(net))
+    assert modes == [module.training for module in net.modules()]
+
+
+class Depthwise(nn.Module):
+    """An inverted bottleneck."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.bn1 = nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8)
+        self.dw, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8)
+        self.down, self.bn3 = nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        h_BCHW = self.bn2(self.dw(self.bn1(self.up(x_BCHW)).relu())).relu()
+        return x_BCHW + self.bn3(self.down(h_BCHW))  # type: ignore[no-any-return]
+
+
+def test_a_depthwise_width_of_one_channel_stays_one_width() -> None:
+    net = wrapped(nn.Sequential(Depthwise(), Depthwise()))
+    widths = discover(net, X)
+    reindex(net, widths, {"layer.0.up": [0], "layer.1.up": [3]})
+    deepen(net, widths, "layer")
+    assert widths.sizes() == {"first": 4, "layer.0.up": 1, "layer.1.up": 1, "layer.2.up": 1}
+    before = run(net, False)
+    reindex(net, widths, {"layer.2.up": grow_index(1, 2)})
+    torch.testing.assert_close(run(net, False), before)
+
+
+def test_a_stage_that_begins_with_other_layers_is_counted_right() -> None:
+    def made() -> nn.Module:
+        return nn.Sequential(
+            *(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), BasicBlock(4, 4, 1), BasicBlock(4, 4, 1))
+        )
+
+    source, net = made(), made()
+    deepen(source, discover(source, X), "")
+    rebuild(net, discover(net, X), source.state_dict())
+    assert len(net) == 6  # type: ignore[arg-type]
+
+
+def test_of_stages_in_stages_the_outer_ones_grow() -> None:
+    class Outer(BasicBlock):
+        def __init__(self) -> None:
+            super().__init__(4, 4, 1)
+            self.inner = nn.Sequential(BasicBlock(4, 4, 1))
+
+        def forward(self, x_BCHW: Tensor) -> Tensor:
+            return self.relu(self.bn2(self.conv2(self.inner(x_BCHW))) + x_BCHW)  # type: ignore[no-any-return]
+
+    assert stages(wrapped(nn.Sequential(Outer(), Outer()))) == {"layer": "bn2"}
+
+
+def test_layers_parametrized_by_others_are_no_blocks() -> None:
+    block = BasicBlock(4, 4, 1)
+    nn.utils.parametrizations.spectral_norm(block.conv1)
+    assert stages(nn.Sequential(block)) == {}
+
+
+def test_synchronised_norms_are_followed_on_any_machine() -> None:
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(built())
+    widths = discover(net, X)
+    assert widths == discover(built(), X)
+    deepen(net, widths, "stage1")
+    assert depth(net)["stage1"] == 4
+
+
 # --- what cannot grow ---------------------------------------------------------------------------------------
 
 

@@ -214,8 +214,9 @@ def test_weights_that_will_not_stay_zero_are_counted_when_gates_are_settled() ->
         weights = [weight_of(layer) for _, layer, _ in gates.gated(net)]
         weights[1][3:, 4:] = 1  # trained since, where the gate was open
     shut[:3] = 0.1
-    now, then = params(net), compacted_size(net, EXAMPLE, trained=False)
-    assert then - now == 3 * 4 * 9
-    for weight in weights:
-        weight.data[weight == 0] = 1e-3
+    then = compacted_size(net, EXAMPLE, trained=False)
+    assert then - params(net) == 3 * 4 * 9 + 8 + 6, "and shifts, which begin at zero"
+    for name, parameter in net.named_parameters():
+        if not name.endswith("score"):
+            parameter.data[parameter == 0] = 1e-3
     assert params(net) == then
