@@ -41,9 +41,17 @@ class AverageWeights(EMAWeightAveraging):
         else:  # a checkpoint is loaded before the model is brought to its device
             self._average_model.to(self._device or pl_module.device)
 
-    @torch.no_grad()
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: ElasticModule, *args: Any) -> None:  # type: ignore[override]
         super().on_train_batch_end(trainer, pl_module, *args)
+        self._take_untrained(pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
+        super().on_train_epoch_end(trainer, pl_module)  # it may average here, too
+        self._take_untrained(pl_module)
+
+    @torch.no_grad()
+    def _take_untrained(self, pl_module: ElasticModule) -> None:
+        """What has no average, or none yet, is the model's."""
         assert self._average_model is not None
         twin = self._average_model.module
         weights = zip(twin.parameters(), pl_module.parameters(), strict=True)

@@ -5,13 +5,11 @@ from typing import Any
 
 import lightning as L
 
-from callbacks.grow import refuse_growth_after
-from callbacks.prune import PruneByGates
+from callbacks.prune import PruneByGates, attach_once, check_budget, drop_silent
 from elastic import cost, gates
 from elastic.budget import Budget
-from elastic.compact import silent
 from elastic.module import ElasticModule, TrainingError
-from elastic.settle import budget_report, compacted_size, keep_largest, refuse_too_small, settle_on
+from elastic.settle import budget_report, compacted_size, keep_largest, settle_on
 
 
 class PruneByMagnitude(L.Callback):
@@ -49,9 +47,7 @@ class PruneByMagnitude(L.Callback):
             raise TrainingError(
                 "the network is pruned by gates and by magnitude: leave one of them out of the schedule"
             )
-        if not any(gates.gated(pl_module.net)):
-            gates.attach(pl_module.net, pl_module.widths, "weight")
-            pl_module.lay_out()
+        attach_once(pl_module, "weight")
         gates.freeze(pl_module.net)
 
     def size(self, pl_module: ElasticModule) -> int:
@@ -63,9 +59,7 @@ class PruneByMagnitude(L.Callback):
         return compacted_size(pl_module.net, pl_module.example, trained=False)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
-        if trainer.ckpt_path is None:
-            refuse_growth_after(self.budget.end, trainer)
-            refuse_too_small(pl_module.net, pl_module.example, self.budget.asked)
+        check_budget(trainer, pl_module, self.budget.asked, self.budget.end)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
         net, epoch, epochs = pl_module.net, trainer.current_epoch, trainer.max_epochs or 1
@@ -74,13 +68,13 @@ class PruneByMagnitude(L.Callback):
         if not self.done and (last or (progress >= self.budget.begin and epoch % self.every == 0)):
             self.done = last
             measure = self.measure if last else self.size
-            self.budget.peak = self.budget.peak or measure(pl_module)
+            size = measure(pl_module)
+            self.budget.peak = self.budget.peak or size
             allowed = self.budget.path(1.0 if last else progress)
-            if measure(pl_module) > allowed:
+            if size > allowed:
                 with pl_module.changing():
                     settle_on(net, allowed, keep_largest, lambda: measure(pl_module))
-        if keep := pl_module.agree(silent(net, pl_module.widths, pl_module.example)):
-            pl_module.restructure(keep, "prune: channels without effect")
+        drop_silent(pl_module)
 
     def report(self, pl_module: ElasticModule) -> dict[str, Any]:
         """The budget asked for and what was got, both in params."""

@@ -59,10 +59,7 @@ class PruneByGates(L.Callback):
         self.uses: dict[str, float] = {}  # of each weight, by layer
 
     def setup(self, trainer: L.Trainer, pl_module: ElasticModule, stage: str) -> None:  # type: ignore[override]
-        net = pl_module.net
-        if not any(gates.gated(net)):
-            gates.attach(net, pl_module.widths, self.grain, self.grace)
-            pl_module.lay_out()
+        attach_once(pl_module, self.grain, self.grace)
 
     def _price(self, pl_module: ElasticModule) -> None:
         """What a weight of each layer costs, relative to the average."""
@@ -79,11 +76,11 @@ class PruneByGates(L.Callback):
         return cost.live_params(pl_module.net, pl_module.widths)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
-        if self.budget is not None and trainer.ckpt_path is None:
-            refuse_growth_after(self.end, trainer)
-            refuse_too_small(pl_module.net, pl_module.example, self.budget.asked, self.aim)
+        if self.budget is not None:
+            check_budget(trainer, pl_module, self.budget.asked, self.end, self.aim)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
+        self._price(pl_module)  # a run that goes on may settle before its first batch
         if self.frozen:
             with pl_module.changing():
                 gates.freeze(pl_module.net)
@@ -101,12 +98,10 @@ class PruneByGates(L.Callback):
                 gates.freeze(net)
         pl_module.loss_terms.pop("gates", None)
         if self.begin <= progress and not self.frozen:
-            pl_module.loss_terms["gates"] = lambda: self.weight * self.above * gates.penalty(net)
+            pl_module.loss_terms["gates"] = lambda *_: self.weight * self.above * gates.penalty(net)
         # Below the budget's path, gates have to re-open: what they have shut stays at hand.
         if self.above or self.frozen:
-            keep = pl_module.agree(silent(net, pl_module.widths, pl_module.example))
-            if keep:
-                pl_module.restructure(keep, "prune: channels without effect")
+            drop_silent(pl_module)
 
     def on_train_batch_start(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: ElasticModule, batch: Any, batch_idx: int
@@ -139,3 +134,28 @@ class PruneByGates(L.Callback):
         self.above = state_dict["above"]
         if self.budget is not None:
             vars(self.budget).update(state_dict["budget"])
+
+
+# What every way of pruning by gates does.
+
+
+def attach_once(pl_module: ElasticModule, grain: Grain, grace: int = 0) -> None:
+    """Gate the network, unless an earlier fit has done so."""
+    if not any(gates.gated(pl_module.net)):
+        gates.attach(pl_module.net, pl_module.widths, grain, grace)
+        pl_module.lay_out()
+
+
+def check_budget(
+    trainer: L.Trainer, pl_module: ElasticModule, asked: int, end: float, aim: str = "params"
+) -> None:
+    """Refuse, before a run begins, a budget for `end` of it that cannot be met; see what it calls."""
+    if trainer.ckpt_path is None:
+        refuse_growth_after(end, trainer)
+        refuse_too_small(pl_module.net, pl_module.example, asked, aim)
+
+
+def drop_silent(pl_module: ElasticModule) -> None:
+    """Remove the channels that gates have shut off, in all processes alike."""
+    if keep := pl_module.agree(silent(pl_module.net, pl_module.widths, pl_module.example)):
+        pl_module.restructure(keep, "prune: channels without effect")

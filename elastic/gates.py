@@ -34,8 +34,10 @@ class _Step(torch.autograd.Function):
         return weight * (score > 0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         weight, score = ctx.saved_tensors
+        if not ctx.needs_input_grad[1]:  # frozen
+            return grad * (score > 0), None
         sigma = torch.sigmoid(score)
         slope = 4 * sigma * (1 - sigma)
         return grad * (score > 0), slope * (grad * weight).sum_to_size(score.shape)

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from elastic import distributed
 from elastic.distributed import differing
 from experiments.train import main, train
 from tests.fitted import command
-from tests.runs import TINY, configure
+from tests.runs import TINY, configure, load
 
 ROOT = Path(__file__).parents[1]
 CHANGING = (
@@ -35,6 +36,17 @@ CHANGING = (
 )
 TWO = ("trainer.devices=2", "trainer.strategy=ddp")
 MODEL = "model._target_=tests.nets.without_norms"
+
+
+class Witness(L.Callback):
+    """What each process holds in the end, one file a process."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.folder.mkdir(exist_ok=True)
+        torch.save(pl_module.net.state_dict(), self.folder / f"{trainer.global_rank}.pt")  # type: ignore
 
 
 def start(folder: Path, *overrides: str) -> "subprocess.Popen[str]":
@@ -75,6 +87,44 @@ def test_two_processes_follow_one(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "two" / "summary.json").read_text())
     assert found["params"] == summary["params"]
     assert found["test/acc"] == pytest.approx(summary["test/acc"], abs=0.01)
+
+
+def test_two_processes_prune_by_magnitude_as_one(tmp_path: Path) -> None:
+    """After growth. Every process ends with the same structure, zeros and weights, to the last bit."""
+    smallest = (
+        "schedule=[growth,magnitude]",
+        "callbacks.magnitude.budget=150",
+        "optimizer.optimizer.lr=2e-2",
+    )
+    growing = (
+        "trigger=periodic",
+        "trigger.every=1",
+        "callbacks.grow.until=0.3",
+        "callbacks.grow.fresh=random",
+    )
+    exact = ("experiment=smoke", "trainer.precision=32-true", "data.augment=[]", "trainer.max_epochs=6")
+    same = (*TINY, *exact, *smallest, *growing, MODEL)
+
+    def witnessed(name: str) -> str:
+        return f"+callbacks.witness={{_target_: tests.test_processes.Witness, folder: {tmp_path / name}-end}}"
+
+    two = start(tmp_path / "two", *same, *TWO, "data.batch_size=100", witnessed("two"))
+    alone = configure(tmp_path / "one", *same, "data.batch_size=200", witnessed("one"))
+    summary = train(alone, tmp_path / "one")
+    finish(two)
+    told = events(tmp_path / "two")
+    assert {event["why"].partition(":")[0] for event in told} == {"grow", "prune"}
+    assert told == events(tmp_path / "one")
+    one, first, second = (load(tmp_path / name) for name in ("one-end/0.pt", "two-end/0.pt", "two-end/1.pt"))
+    assert one.keys() == first.keys() == second.keys() and len(list((tmp_path / "two-end").iterdir())) == 2
+    closed = 0
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+        torch.testing.assert_close(value, one[name], rtol=1e-3, atol=1e-4)
+        closed += int((value < 0).sum()) if name.endswith("score") else 0
+    assert closed > 0
+    found = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert found["params"] == summary["params"] == found["budget/got"] <= 150
 
 
 def test_killed_and_continued_is_never_killed(tmp_path: Path) -> None:

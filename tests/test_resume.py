@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 import experiments.train
 from experiments.train import train
-from tests.runs import TINY, configure
+from tests.runs import TINY, configure, load
 
 CHANGING = (
     *TINY,
@@ -76,6 +76,18 @@ def same(a: Any, b: Any, where: str = "") -> None:
         assert a == b, where
 
 
+def same_run(whole: Path, broken: Path) -> None:
+    """Two runs have come to the same, to the last bit: weights, optimizer, schedules, callbacks and files."""
+    for name in ("timeline.jsonl", "model.safetensors"):
+        assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
+    one, two = (load(folder / "last.ckpt") for folder in (whole, broken))
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "elastic", "epoch", "global_step"):
+        same(one[key], two[key], key)
+    for checkpoint in (one, two):
+        checkpoint["callbacks"]["Census"].pop("seconds")  # how long it took may differ
+    same(*({k: v for k, v in c["callbacks"].items() if "Checkpoint" not in k} for c in (one, two)))
+
+
 DEEPER = ("model=resnet20", "model.width=2", "callbacks.grow.growth.blocks=2")
 
 
@@ -104,11 +116,4 @@ def test_resumed_equals_uninterrupted(
     assert min(grown) <= 2 and max(grown) >= 5, "growth before and after the kills"
     assert any(e["why"].startswith("prune") for e in events)
     assert sum("stage" in e for e in events) == (6 if DEEPER[0] in options else 0)
-    assert (whole / "timeline.jsonl").read_text() == (broken / "timeline.jsonl").read_text()
-    one, two = (torch.load(f / "last.ckpt", weights_only=True) for f in (whole, broken))
-    for key in ("state_dict", "optimizer_states", "lr_schedulers", "elastic", "epoch", "global_step"):
-        same(one[key], two[key], key)
-    for checkpoint in (one, two):
-        checkpoint["callbacks"]["Census"].pop("seconds")  # how long it took may differ
-    same(*({k: v for k, v in c["callbacks"].items() if "Checkpoint" not in k} for c in (one, two)))
-    assert (whole / "model.safetensors").read_bytes() == (broken / "model.safetensors").read_bytes()
+    same_run(whole, broken)

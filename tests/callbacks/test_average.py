@@ -77,6 +77,72 @@ def test_the_model_ends_as_the_average_over_all_steps_through_growth(tmp_path: P
         assert counts(name) or not torch.equal(value, trained[name]), "not what was trained last"
 
 
+STEPS, SINCE = "+callbacks.average.update_every_n_steps", "+callbacks.average.update_starting_at"
+LATE = {  # of 5 epochs of 6 steps: the arguments, and the steps and epochs after which the average is updated
+    "at the start of an epoch": ([f"{SINCE}_step=12"], range(12, 30), ()),
+    "inside an epoch": ([f"{SINCE}_step=14"], range(14, 30), ()),
+    "every third step": ([f"{SINCE}_step=12", f"{STEPS}=3"], range(12, 30, 3), ()),
+    "at the end of epochs": ([f"{SINCE}_epoch=2", f"{STEPS}=0"], (), (2, 3, 4)),
+}
+DEEP = (
+    "model=resnet20",
+    "model.width=2",
+    "callbacks.grow.growth.blocks=1",
+    "callbacks.grow.growth.ceiling=2",
+)
+
+
+@pytest.mark.parametrize(
+    ("start", "model"), [*((start, ()) for start in LATE), ("inside an epoch", DEEP)], ids=[*LATE, "in depth"]
+)
+def test_an_average_that_starts_late_follows_growth_before_at_and_after_its_start(
+    tmp_path: Path, start: str, model: tuple[str, ...]
+) -> None:
+    """Averaged by hand, a_1 = w_1 where it starts. Before, it is what is trained; counts always are."""
+    given, steps, epochs = LATE[start]
+    decay = 0.9  # 0.9 n + 0.1 n is less than n for some counts
+    own: dict[str, Tensor] = {}
+    trained: dict[str, Tensor] = {}
+    begun: list[bool] = []
+
+    def check(module: Any) -> None:
+        found, model = tensors(averaged(module)), tensors(module.net)
+        assert {name: v.shape for name, v in found.items()} == {name: v.shape for name, v in model.items()}
+        for name, value in found.items():
+            torch.testing.assert_close(value, own[name], rtol=1e-5, atol=1e-6)
+
+    def follow(trainer: Any, module: Any) -> None:
+        for name, now in tensors(module.net).items():
+            own[name] = widened(own[name], now) if name in own else now
+        check(module)
+
+    def update(module: Any, due: bool) -> None:
+        trained.update(tensors(module.net))
+        for name, now in trained.items():
+            if counts(name) or not begun:
+                own[name] = now
+            elif due:
+                own[name] = decay * own[name] + (1 - decay) * now
+        begun.extend([True] * due)
+        check(module)
+
+    spy = Spy(
+        on_train_epoch_start=follow,
+        on_train_batch_end=lambda trainer, module, *_: update(module, trainer.global_step - 1 in steps),
+        on_train_epoch_end=lambda trainer, module: update(module, trainer.current_epoch in epochs),
+    )
+    when = ("trigger.every=1", "callbacks.grow.until=0.8", "trainer.max_epochs=5", "data.batch_size=200")
+    chosen = (*AVERAGED, f"callbacks.average.decay={decay}", "schedule=[growth,ema]", *GROWING, *when)
+    run = prepare(tmp_path, *chosen, *model, *given, after=(spy,)).fit()
+    assert run.trainer.global_step == 30 and len(begun) == len(steps) + len(epochs)
+    grown = {event["epoch"] for event in run.module.timeline if "width" in event}
+    assert grown == ({1, 2} if model else {1, 2, 3})
+    assert sum("stage" in event for event in run.module.timeline) == (3 if model else 0)
+    for name, value in tensors(run.module.net).items():
+        torch.testing.assert_close(value, own[name], rtol=1e-5, atol=1e-6)
+        assert counts(name) or not torch.equal(value, trained[name]), "not what was trained last"
+
+
 # The layers that the width of the first convolution reaches, and the dimension it has there.
 REACHED = {"0": 0, "1": 0, "3": 1}
 
@@ -216,7 +282,7 @@ def test_a_further_fit_averages_anew_and_copies_neither_copies_nor_loss_terms(tm
 class Refuses:
     """A callback may hold what cannot be copied."""
 
-    def term(self) -> Tensor:
+    def term(self, *_: Any) -> Tensor:
         return torch.zeros(())
 
     def __deepcopy__(self, memo: Any) -> Any:

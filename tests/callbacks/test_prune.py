@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from callbacks import PruneByGates
 from elastic import cost
@@ -16,12 +16,17 @@ from elastic.compact import compact
 from elastic.errors import StructureError
 from elastic.gates import Gate
 from elastic.module import ElasticModule, TrainingError
+from elastic.settle import refuse_too_small
 from experiments.train import train
 from tests.fitted import EXACT, Run, Spy, batch, fit, outputs, prepare
 from tests.runs import configure, load
-from tests.test_resume import killed, same
+from tests.test_resume import Kill, Killed, killed, same
 
 PRUNING = (*EXACT, "schedule=[gates]", "data.batch_size=512", "callbacks.prune.begin=0.0")
+RESIDUAL = (
+    *("model=resnet20", "model._target_=elastic.models.resnet.resnet", "+model.blocks=2"),
+    "model.width=2",
+)
 HARD = ("callbacks.prune.weight=0.3", "optimizer.optimizer.lr=3e-2")
 
 
@@ -154,6 +159,54 @@ def test_macs_are_priced_by_the_positions_a_weight_is_used_at(tmp_path: Path) ->
 def test_a_weight_costs_one_where_params_are_the_aim(tmp_path: Path) -> None:
     run = fit(tmp_path, *PRUNING, "trainer.max_epochs=1")
     assert {gate.price for gate in gates(run.module)} == {1.0}
+
+
+def positions(module: ElasticModule) -> dict[str, int]:
+    """How often one input uses each weight of a layer: at how many positions the layer writes a channel."""
+    found: dict[str, int] = {}
+    net = copy.deepcopy(module.net).eval()
+    for path, layer in net.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.register_forward_hook(lambda _, x, out, path=path: found.update({path: out[0, 0].numel()}))
+    net(module.example)
+    return found
+
+
+@pytest.mark.parametrize("schedule", ["[growth,gates]", "[gates,growth]"])
+@pytest.mark.parametrize(("ceiling", "blocks"), [(1.5, 0), (1, 1), (1.5, 1)], ids=["width", "depth", "both"])
+def test_layers_are_priced_after_growth_those_that_came_with_it_too(
+    tmp_path: Path, ceiling: float, blocks: int, schedule: str
+) -> None:
+    """In the gates, in the penalty and in the size that the budget sees, from the next step on."""
+    seen: list[tuple[int, int]] = []
+
+    def look(trainer: Any, module: Any, _: Any, index: int) -> None:
+        if index:
+            return
+        uses, callback = positions(module), run.callbacks["prune"]
+        average = sum(uses.values()) / len(uses)
+        layers = {path: module.net.get_submodule(path) for path in uses}
+        found = {path: layer.parametrizations.weight[0] for path, layer in layers.items()}
+        prices = {path: gate.price for path, gate in found.items()}
+        assert prices == pytest.approx({path: times / average for path, times in uses.items()})
+        sums = {path: torch.sigmoid(gate.score).sum().item() for path, gate in found.items()}
+        penalty = sum(uses[path] / average * sums[path] for path in uses)
+        assert module.loss_terms["gates"]().item() == pytest.approx(callback.weight * penalty, rel=1e-5)
+        macs = sum(uses[path] * layer.weight.numel() for path, layer in layers.items())
+        assert callback.size(module) == pytest.approx(macs), "all gates are open"
+        seen.append((len(layers), macs))
+
+    growing = (
+        *("trigger=periodic", "trigger.every=1", "callbacks.grow.until=0.6", "trainer.max_epochs=3"),
+        *(f"callbacks.grow.growth.ceiling={ceiling}", f"callbacks.grow.growth.blocks={blocks}"),
+    )
+    pruning = ("callbacks.prune.aim=macs", "callbacks.prune.weight=1e-6", "callbacks.prune.grace=0")
+    chosen = (*PRUNING, f"schedule={schedule}", *RESIDUAL, *growing, *pruning)
+    run = prepare(tmp_path, *chosen, after=(Spy(on_train_batch_start=look),))
+    run.fit()
+    assert {event["epoch"] for event in run.module.timeline} == {1}
+    assert [layers for layers, _ in seen] == [16, 16 + 6 * blocks, 16 + 6 * blocks]
+    assert seen[0][1] < seen[1][1]
 
 
 @pytest.mark.slow
@@ -298,3 +351,73 @@ def test_a_budget_that_cannot_be_reached_is_refused_before_training(tmp_path: Pa
     with pytest.raises(StructureError, match="a budget of 5 params cannot be reached"):
         run.fit()
     assert run.trainer.global_step == 0
+
+
+GROWN = (
+    *RESIDUAL,
+    *("schedule=[growth,gates]", "callbacks.prune.budget=45", "trainer.max_epochs=3"),
+    *("trigger=periodic", "trigger.every=1", "callbacks.grow.until=0.7"),
+    *("callbacks.grow.growth.ceiling=1", "callbacks.grow.growth.blocks=1"),
+)
+SHRUNK = (
+    *("schedule=[magnitude]", "callbacks.magnitude.budget=20", "trainer.max_epochs=5"),
+    *("callbacks.magnitude.begin=0.1", "callbacks.magnitude.end=0.5", "optimizer.optimizer.lr=2e-2"),
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "pruning", "asked", "why"),
+    [(GROWN, "prune", 45, "grow: "), (SHRUNK, "magnitude", 20, "prune: ")],
+    ids=["grown", "shrunk"],
+)
+def test_a_budget_is_not_checked_again_where_a_run_goes_on(
+    tmp_path: Path, given: tuple[str, ...], pruning: str, asked: int, why: str
+) -> None:
+    """Killed before the last epoch, when the network is one that the check would refuse."""
+    refused: list[int] = []
+
+    def kill(trainer: Any, module: Any) -> None:
+        if trainer.current_epoch + 1 == trainer.max_epochs:
+            raise Killed
+
+    def ask(trainer: Any, module: Any) -> None:
+        with pytest.raises(StructureError, match=f"a budget of {asked} params cannot be reached"):
+            refuse_too_small(module.net, module.example, asked)
+        refused.append(trainer.current_epoch)
+
+    def ready(**hooks: Any) -> Run:
+        return prepare(tmp_path, *EXACT, "data.batch_size=512", *given, before=(Spy(**hooks),))
+
+    with pytest.raises(Killed):
+        ready(on_train_epoch_start=kill).fit()
+    held = load(tmp_path / "last.ckpt")["elastic"]["timeline"]
+    assert held and all(event["why"].startswith(why) for event in held)
+    run = ready(on_fit_start=ask).fit(ckpt_path=tmp_path / "last.ckpt")
+    assert len(refused) == 1 and run.trainer.current_epoch == run.trainer.max_epochs
+    assert run.module.timeline[: len(held)] == held
+    assert run.callbacks[pruning].report(run.module)["budget/asked"] == asked
+
+
+def test_a_run_that_goes_on_settles_on_macs_by_the_same_prices(tmp_path: Path) -> None:
+    """Killed in the epoch whose start closes gates, before its first step."""
+    prices: dict[str, list[float]] = {}
+
+    def ready(name: str, *around: Any) -> Run:
+        def look(trainer: Any, module: Any) -> None:
+            if trainer.current_epoch == 2:
+                prices[name] = [gate.price for gate in gates(module)]
+
+        budget = ("callbacks.prune.aim=macs", "callbacks.prune.budget=21228", "callbacks.prune.end=0.6")
+        chosen = (*PRUNING, *budget, "trainer.max_epochs=3", "optimizer.optimizer.lr=2e-2")
+        spy = Spy(on_train_epoch_start=look)
+        return prepare(tmp_path / name, *chosen, before=(spy,), after=around)
+
+    ready("whole").fit()
+    with pytest.raises(Killed):
+        ready("broken", Kill(2, 0)).fit()
+    last = tmp_path / "broken" / "last.ckpt"
+    ready("broken").fit(ckpt_path=last)
+    assert prices["broken"] == prices["whole"] and len(set(prices["whole"])) > 1
+    one, two = load(tmp_path / "whole" / "last.ckpt"), load(last)
+    for key in ("state_dict", "optimizer_states", "elastic"):
+        same(one[key], two[key], key)

@@ -82,7 +82,7 @@ def test_the_first_step_is_that_of_plain_torch(tmp_path: Path) -> None:
     held: dict[str, Any] = {}
 
     def look(trainer: Any, m: ElasticModule, given: Any, index: int) -> None:
-        m.loss_terms["pull"] = lambda: 0.1 * m.net[0].weight.square().sum()
+        m.loss_terms["pull"] = lambda *_: 0.1 * m.net[0].weight.square().sum()
         held.update(batch=given, net=copy.deepcopy(m.net))
 
     options = ("trainer.max_epochs=1", "label_smoothing=0.1")

@@ -15,11 +15,12 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 
+import experiments.compare
 import experiments.train
 from experiments.setup import run
 from tests.fitted import EXACT, Spy, command, fit
 from tests.runs import load
-from tests.test_resume import same
+from tests.test_resume import same_run
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ("experiment=smoke", "trainer.accelerator=cpu", "trainer.log_every_n_steps=1", "data.batch_size=256")
@@ -130,6 +131,39 @@ def test_the_whole_traceback_is_there_for_the_asking(tmp_path: Path, monkeypatch
         run(experiments.train.main)
 
 
+SUMMARY = '{"test/acc": 0.9, "params": 10, "params_dense": 20, "macs": 30, "wall_s": 1.5}'
+DAMAGED: dict[str, bytes] = {
+    "nothing": b"",
+    "half of it": SUMMARY[: len(SUMMARY) // 2].encode(),
+    "without an accuracy": SUMMARY.replace("test/acc", "val/acc").encode(),
+    "an accuracy that is null": SUMMARY.replace("0.9", "null").encode(),
+    "an accuracy that is a word": SUMMARY.replace("0.9", '"0.9"').encode(),
+    "a size that is a word": SUMMARY.replace("10", '"ten"').encode(),
+    "a list": f"[{SUMMARY}]".encode(),
+    "no text": b"\xff\xfe{}",
+}
+
+
+@pytest.mark.parametrize("what", list(DAMAGED))
+def test_a_damaged_summary_is_named_and_nothing_is_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    """One among others that are whole; without it they are compared."""
+    for seed in range(3):
+        (tmp_path / f"arm-seed{seed}").mkdir()
+        (tmp_path / f"arm-seed{seed}" / "summary.json").write_text(SUMMARY)
+    damaged = tmp_path / "arm-seed1" / "summary.json"
+    damaged.write_bytes(DAMAGED[what])
+    given = (f"runs={tmp_path}/arm-*", f"csv={tmp_path / 'all.csv'}", f"figure={tmp_path / 'all.png'}")
+    code, out, err = command(experiments.compare.main, monkeypatch, capsys, *given)
+    said = f"{damaged} is damaged: finish its run again, or leave it out of runs"
+    assert told(err, code) == said and err.count("\n") == 1 and out == ""
+    assert not list(tmp_path.glob("all.*"))
+    damaged.unlink()
+    code, out, err = command(experiments.compare.main, monkeypatch, capsys, *given)
+    assert (code, err) == (0, "") and "90.00 ± 0.00" in out and len(list(tmp_path.glob("all.*"))) == 2
+
+
 def test_an_error_without_words_is_still_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -216,12 +250,8 @@ def test_a_run_killed_and_continued_is_the_whole_run(tmp_path: Path, wait_s: flo
     assert running.returncode == -signal.SIGKILL, "it had finished already"
     assert load(broken / "last.ckpt")["epoch"] < 29 and not (broken / "summary.json").exists()
     assert process(f"run={broken}")[0] == 0
-    one, two = (load(folder / "last.ckpt") for folder in (whole, broken))
-    assert one["elastic"]["timeline"]
-    for key in ("state_dict", "optimizer_states", "lr_schedulers", "elastic", "epoch", "global_step"):
-        same(one[key], two[key], key)
-    assert (whole / "model.safetensors").read_bytes() == (broken / "model.safetensors").read_bytes()
-    assert (whole / "timeline.jsonl").read_bytes() == (broken / "timeline.jsonl").read_bytes()
+    assert load(whole / "last.ckpt")["elastic"]["timeline"]
+    same_run(whole, broken)
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (whole, broken)]
     for summary in summaries:
         summary.pop("wall_s")
