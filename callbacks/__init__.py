@@ -3,9 +3,11 @@
 from callbacks.average import AverageWeights
 from callbacks.census import Census
 from callbacks.grow import GrowOnSaturation
+from callbacks.joint import TrainJointly
 from callbacks.magnitude import PruneByMagnitude
 from callbacks.progress import ElasticProgress
 from callbacks.prune import PruneByGates
+from callbacks.reconstruct import Reconstruct
 
 __all__ = [
     "AverageWeights",
@@ -14,4 +16,6 @@ __all__ = [
     "GrowOnSaturation",
     "PruneByGates",
     "PruneByMagnitude",
+    "Reconstruct",
+    "TrainJointly",
 ]

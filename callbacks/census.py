@@ -67,18 +67,15 @@ class Census(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
         if self.macs_training is not None:  # structure changes as an epoch begins: this one's is that of now
-            self.macs_training += PASSES * self._samples * self._macs(trainer, pl_module)
+            self.macs_training += PASSES * self._samples * self._macs(pl_module)
         now = time.monotonic()
         self.seconds, self._since = self.seconds + now - self._since, now
         if trainer.is_global_zero:
             write_lines(self.folder / "timeline.jsonl", pl_module.timeline)
 
-    def _macs(self, trainer: L.Trainer, pl_module: ElasticModule) -> int:
-        """For one input, in this epoch; counted anew only where it was not validated."""
-        row = self.history[-1] if self.history else {}
-        if row.get("epoch") == trainer.current_epoch:
-            return int(row["macs"])
-        return macs(pl_module.net, pl_module.example)
+    def _macs(self, pl_module: ElasticModule) -> int:
+        """For one input, in this epoch: of all that a training step executes."""
+        return round(sum(often * macs(net, pl_module.example) for net, often in pl_module.executed))
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": self.history, "seconds": self.seconds, "macs_training": self.macs_training}

@@ -5,7 +5,6 @@ Nothing is pickled but tensors and plain containers, so every file here loads wi
 
 import copy
 import io
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,16 +12,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from elastic.depth import deepen, depth
 from elastic.errors import StructureError
 from elastic.surgery import reindex, resize_index
-from elastic.widths import Widths, discover
-
-SPARSE = 0.75  # a tensor of fewer non-zeros than this is stored as a bitmap and its non-zeros
+from elastic.widths import Widths
 
 
 def rebuild(model: nn.Module, widths: Widths, state: Mapping[str, Tensor], prefix: str = "") -> None:
@@ -89,25 +84,6 @@ def _size(state: Mapping[str, Tensor], widths: Widths, name: str, prefix: str) -
     raise StructureError(f"the checkpoint is of another architecture: it lacks width '{name}'")
 
 
-def save_compact(net: nn.Module, path: Path, about: Mapping[str, Any]) -> None:
-    """Write a compacted network's tensors, the sparse ones without their zeros, atomically."""
-    tensors: dict[str, Tensor] = {}
-    shapes: dict[str, list[int]] = {}
-    for name, tensor in net.state_dict().items():
-        tensor = tensor.detach().cpu().contiguous()
-        kept = tensor != 0
-        if tensor.is_floating_point() and kept.sum() < SPARSE * tensor.numel():
-            shapes[name] = list(tensor.shape)
-            bits = kept.flatten().to(torch.uint8)
-            bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).view(-1, 8)
-            tensors[f"{name}:bits"] = (bits << torch.arange(8)).sum(1).to(torch.uint8)
-            tensors[f"{name}:values"] = tensor[kept]
-        else:
-            tensors[name] = tensor
-    meta = {"elastic": json.dumps({"about": dict(about), "sparse": shapes})}  # one key: their order is random
-    replace_file(path, lambda part: save_file(tensors, part, meta))
-
-
 class AtomicCheckpoints(TorchCheckpointIO):
     """Lightning's own, but written beside its place: a temporary file elsewhere may be copied half-way."""
 
@@ -126,41 +102,3 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-
-
-def load_compact(net: nn.Module, path: Path, example: Tensor) -> nn.Module:
-    """Put the tensors of `save_compact` into the network they were compacted from, as first built.
-
-    Raises:
-        StructureError: the file is missing or damaged, or of another architecture.
-    """
-    try:
-        state = _unpacked(path)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        cause = str(error).splitlines()[0]
-        raise StructureError(f"{path} cannot be read ({cause}): train again or restore it") from error
-    add_blocks(net, discover(net, example), state)
-    layers = dict(net.named_modules())
-    for name in state.keys() - net.state_dict().keys():  # compaction may have given a layer a bias
-        layer, _, tensor_name = name.rpartition(".")
-        if tensor_name == "bias" and getattr(layers.get(layer), "bias", 0) is None:
-            layers[layer].bias = nn.Parameter(torch.zeros_like(state[name]))
-    rebuild(net, discover(net, example), state)
-    net.load_state_dict(state)
-    return net.eval()
-
-
-def _unpacked(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, framework="pt") as file:
-        held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        shapes = json.loads(file.metadata()["elastic"])["sparse"]
-    state = {name: tensor for name, tensor in held.items() if ":" not in name}
-    for name, shape in shapes.items():
-        kept = (held[f"{name}:bits"][:, None] >> torch.arange(8) & 1).bool().flatten()
-        values = held[f"{name}:values"]
-        if int(kept.sum()) != len(values):
-            raise ValueError(f"'{name}' has {len(values)} values for {int(kept.sum())} places")
-        tensor = torch.zeros(shape, dtype=values.dtype)
-        tensor.view(-1)[kept[: tensor.numel()]] = values
-        state[name] = tensor
-    return state

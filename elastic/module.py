@@ -1,7 +1,7 @@
 """The one LightningModule: any CNN, any schedule. Callbacks decide what changes; this carries it out."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from elastic.checkpoint import rebuild
 from elastic.depth import deepen, depth, sibling
 from elastic.distributed import differing, unwrapped
 from elastic.fresh import Fresh, zero_out
+from elastic.nested import Levels
 from elastic.surgery import Index, reindex
 from elastic.widths import discover
 
@@ -33,9 +34,9 @@ class TrainingError(RuntimeError):
 class ElasticModule(L.LightningModule):
     """Trains a classifier whose widths may change between epochs.
 
-    The loss is the cross entropy plus every entry of `loss_terms`, a named scalar each, which callbacks
-    register. `restructure` is the only way to change the network; it keeps the timeline, and networks of
-    the same structure in `copies` (averaged weights, say) follow.
+    The loss is the cross entropy plus every entry of `loss_terms`, a named function (x_BCHW, logits_BK) ->
+    scalar each, which callbacks register. `restructure` is the only way to change the network; it keeps the
+    timeline, and networks of the same structure in `copies` (averaged weights, say) follow.
 
     Args:
         net: any CNN, x_BCHW -> logits_BK.
@@ -64,10 +65,15 @@ class ElasticModule(L.LightningModule):
         self.start, self.start_depth = self.widths.sizes(), depth(net)
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.loss_terms: dict[str, Callable[[], Tensor]] = {}
+        self.loss_terms: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
+        self.levels: Levels | None = None
+        self.level = 0  # that is trained and evaluated, where there are several
+        self.others: Sequence[int] = ()  # levels that are validated beside it
+        self.executed: list[tuple[nn.Module, float]] = [(net, 1.0)]  # in a training step, and how often
         self.timeline: list[dict[str, Any]] = []
         self.copies: list[nn.Module] = []
         self.lr_scale = 1.0
+        self.share = 1.0  # of the run that the optimizer and its schedule last
         self.train_loss = MeanMetric(nan_strategy="disable")  # a NaN must show
         self.train_acc = MulticlassAccuracy(classes, average="micro")
         self.val_acc = MulticlassAccuracy(classes, average="micro")
@@ -75,15 +81,17 @@ class ElasticModule(L.LightningModule):
         self.lay_out()
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.net(x_BCHW.contiguous(memory_format=self.memory_format))
+        x_BCHW = x_BCHW.contiguous(memory_format=self.memory_format)
+        return self.net(x_BCHW) if self.levels is None else self.levels.forward(self.level, x_BCHW)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x_BCHW, y_B = batch
+        x_BCHW = x_BCHW.contiguous(memory_format=self.memory_format)
         logits_BK = self(x_BCHW)
         loss = F.cross_entropy(logits_BK, y_B, label_smoothing=self.label_smoothing)
         self.train_loss.update(loss.detach())
         self.train_acc.update(logits_BK.detach(), y_B)
-        return sum((term() for term in self.loss_terms.values()), start=loss)
+        return sum((term(x_BCHW, logits_BK) for term in self.loss_terms.values()), start=loss)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._evaluate(batch, "val", self.val_acc)
@@ -97,6 +105,10 @@ class ElasticModule(L.LightningModule):
         metric.update(logits_BK, y_B)
         self.log(f"{part}/acc", metric, on_epoch=True, on_step=False, prog_bar=True)
         self.log(f"{part}/loss", F.cross_entropy(logits_BK, y_B), on_epoch=True, sync_dist=True)
+        if self.levels is not None:
+            for k in self.others:
+                right = (self.levels.forward(k, x_BCHW).argmax(1) == y_B).float().mean()
+                self.log(f"{part}/acc/level{k}", right, on_epoch=True, batch_size=len(y_B))
 
     def on_train_epoch_start(self) -> None:
         rank = [self.global_rank] if self.global_rank else []  # each process draws its own augmentation
@@ -148,7 +160,7 @@ class ElasticModule(L.LightningModule):
     def _deepen(self, stage: str) -> int:
         """Append a block to a stage; returns how many it had."""
         deepen(self.net, self.widths, stage, copies=self.copies, generator=self.generator())
-        count = depth(self.net)[stage] - 1
+        count = len(self.net.get_submodule(stage)) - 1  # type: ignore[arg-type]
         for name in self.widths.keys() - self.start.keys():  # as far from its ceiling as its model
             self.start[name] = self.start[sibling(stage, count, name)]
         for optimizer in self._optimizers():  # in the order that a resumed run will build them in
@@ -184,6 +196,8 @@ class ElasticModule(L.LightningModule):
     def lay_out(self) -> None:
         """One memory format for all tensors, whenever they were made: a resumed run must not differ."""
         self.net.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        if self.levels is not None:
+            self.levels.share()
 
     def generator(self) -> torch.Generator:
         """Randomness for the next structural event: of its own, or a resumed run would differ."""
@@ -193,6 +207,10 @@ class ElasticModule(L.LightningModule):
         """A seed for each (run seed, key); neighbouring run seeds must not repeat each other's."""
         return int(np.random.SeedSequence([self.seed, *key]).generate_state(1)[0])
 
+    def nest(self, levels: Levels) -> None:
+        """From here on the network has levels; what it had trained stays the largest."""
+        self.levels, self.level, self.level_norms = levels, len(levels) - 1, levels.norms
+
     # Optimization.
 
     def configure_optimizers(self) -> Any:
@@ -201,7 +219,7 @@ class ElasticModule(L.LightningModule):
         optimizer = self.make_optimizer([{"params": decayed}, {"params": free, "weight_decay": 0.0}])
         if self.make_scheduler is None:
             return optimizer
-        steps = int(self.trainer.estimated_stepping_batches)
+        steps = round(self.trainer.estimated_stepping_batches * self.share)
         known = inspect.signature(self.make_scheduler).parameters
         given = getattr(self.make_scheduler, "keywords", {})
         length = {name: steps for name in LENGTH if name in known and name not in given}
@@ -224,7 +242,7 @@ class ElasticModule(L.LightningModule):
         """The parameters whose weights decay, and the others."""
         decayed: list[nn.Parameter] = []
         free: list[nn.Parameter] = []
-        for name, parameter in self.net.named_parameters():
+        for name, parameter in self.named_parameters():
             weighs = parameter.dim() > 1 and not name.endswith("score")
             (decayed if weighs else free).append(parameter)
         return decayed, free
@@ -243,6 +261,8 @@ class ElasticModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["elastic"] = {"start": self.start, "sizes": self.widths.sizes(), "timeline": self.timeline}
+        if self.levels is not None:
+            checkpoint["elastic"]["levels"] = self.levels.sizes[:-1]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         held = checkpoint["elastic"]
@@ -252,6 +272,8 @@ class ElasticModule(L.LightningModule):
                 "continue with the configuration the run was started with"
             )
         self.start, self.timeline = dict(held["start"]), list(held["timeline"])
+        if "levels" in held:  # budgets of latency might give others today
+            self.nest(Levels(self.net, self.widths, held["levels"]))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Takes any state of this architecture, whatever its widths: the shapes are rebuilt first."""

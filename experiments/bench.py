@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from elastic import gates
 from elastic.compact import compact
-from elastic.models import convnet, resnet20
+from elastic.models import convnet, resnet20, vgg16_bn
+from elastic.nested import Levels, extract
+from elastic.sizes import level_sizes
 from elastic.surgery import grow_index, reindex
 from elastic.widths import discover
 
@@ -69,16 +71,7 @@ def compacted_forward(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work]:
     gates.attach(net, widths, "channel")
     for _, _, gate in gates.gated(net):
         gate.score.data[::2] = -1
-    masked, small = gates.fold(net).eval(), compact(net, x_BCHW)
-
-    def forward(model: nn.Module) -> Work:
-        def run() -> None:
-            with torch.inference_mode():
-                model(x_BCHW)
-
-        return run
-
-    return forward(small), forward(masked)
+    return forward(compact(net, x_BCHW), x_BCHW), forward(gates.fold(net).eval(), x_BCHW)
 
 
 def growth(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work]:
@@ -118,6 +111,39 @@ def recompilation(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work]:
     return regrown, training_step(net, torch.optim.AdamW(net.parameters()), x_BCHW)
 
 
+def forward(net: nn.Module, x_BCHW: Tensor) -> Work:
+    def run() -> None:
+        with torch.inference_mode():
+            net(x_BCHW)
+
+    return run
+
+
+def level_in_place(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work]:
+    """The smallest of four levels on parts of the network's tensors, against the same with its own."""
+    widths = discover(net, x_BCHW)
+    levels = Levels(net.eval(), widths, level_sizes(net, widths, x_BCHW, [0.512, 0.64, 0.8]))
+    core = levels[0].eval()
+    return forward(core, x_BCHW), forward(extract(core), x_BCHW)
+
+
+def joint_step(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work]:
+    """Gradients of all four levels through the network's tensors, against those of four networks."""
+    widths = discover(net, x_BCHW)
+    levels = Levels(net, widths, level_sizes(net, widths, x_BCHW, [0.512, 0.64, 0.8]))
+    alone = [extract(level).requires_grad_() for level in levels]
+
+    def together() -> None:
+        losses = [levels.forward(k, x_BCHW).square().mean() for k in range(len(levels))]
+        torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+
+    def apart() -> None:
+        for each in alone:
+            each(x_BCHW).square().mean().backward()
+
+    return together, apart
+
+
 def discovery(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work] | None:
     """Against Torch-Pruning's dependency graph, where that is installed (extra `peers`)."""
     try:
@@ -141,6 +167,9 @@ def main() -> None:
         ("growing all widths / one training step, resnet20", growth(resnet20(), large), 5),
         ("compiled / eager training step, resnet20", compiled_step(resnet20(), large), 5),
         ("first compiled step after growth / eager step, resnet20", recompilation(resnet20(), large), 2),
+        ("core in place / extracted, one image, resnet20", level_in_place(resnet20(), large[:1]), 200),
+        ("core in place / extracted, one image, vgg16_bn", level_in_place(vgg16_bn(), large[:1]), 50),
+        ("step of 4 levels / steps of 4 such networks, resnet20", joint_step(resnet20(), large), 3),
         ("discovery / Torch-Pruning's graph, resnet20", discovery(resnet20(), large[:1]), 10),
     ]
     table = Table(title=f"{torch.get_num_threads()} threads, batch 128, fp32, torch {torch.__version__}")

@@ -44,7 +44,10 @@ def read(pattern: str) -> dict[str, list[dict[str, Any]]]:
     for folder in sorted(Path(found) for found in glob.glob(pattern)):
         if (folder / "summary.json").exists():
             arm = re.sub(r"-seed\d+$", "", folder.name)
-            arms[arm].append(_summary(folder / "summary.json"))
+            summary = _summary(folder / "summary.json")
+            arms[arm].append(summary)
+            for level in summary.get("levels", [])[:-1]:  # the last one is the network itself
+                arms[f"{arm} level {level['level']}"].append(level)
     if not arms:
         raise TrainingError(f"no summary.json under {pattern}: name finished runs, say runs='outputs/*/*'")
     return dict(arms)
@@ -52,8 +55,10 @@ def read(pattern: str) -> dict[str, list[dict[str, Any]]]:
 
 def _summary(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
-        return {"test/acc": float(found["test/acc"]), **found}
+        found: dict[str, Any] = json.loads(path.read_text())
+        float(found["test/acc"])  # without it there is nothing to compare
+        row([found])  # and the rest are numbers, too
+        return found
     except (ValueError, TypeError, KeyError) as error:
         raise TrainingError(f"{path} is damaged: finish its run again, or leave it out of runs") from error
 

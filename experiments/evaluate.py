@@ -1,7 +1,7 @@
-"""Measure a finished run again from its saved weights: `python -m experiments.evaluate run=<folder>`.
+"""Measure a finished run again: `python -m experiments.evaluate run=<folder> [level=<number>]`.
 
 Rebuilds the network from `config.yaml` and `model.safetensors`, runs the test split, and ends with one line
-of JSON under the keys of `summary.json`.
+of JSON under the keys of `summary.json`; of a network with levels, all of them or the one asked for.
 """
 
 import json
@@ -11,42 +11,37 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from elastic.checkpoint import load_compact
 from elastic.module import TrainingError
-from experiments.report import measure
-from experiments.setup import quiet, run, saved_config
-from experiments.train import build
+from elastic.nested import Levels
+from experiments.report import measure, measure_levels
+from experiments.restore import level_of, restore
+from experiments.setup import quiet, run
 
 
-def evaluate(folder: Path) -> dict[str, Any]:
+def evaluate(folder: Path, level: int | None = None) -> dict[str, Any]:
     """The summary of a run as its files give it now.
 
+    Args:
+        level: measure this level, 0 being the smallest, instead of the whole network.
+
     Raises:
-        TrainingError: the folder holds no finished run.
+        TrainingError: the folder holds no finished run, or not that level.
     """
-    for name in ("config.yaml", "model.safetensors", "summary.json"):
-        if not (folder / name).exists():
-            raise TrainingError(
-                f"{folder / name} is missing: finish the run with run={folder}, or name another"
-            )
-    cfg = saved_config(folder)
-    try:
-        summary = json.loads((folder / "summary.json").read_text())
-    except ValueError as error:
-        raise TrainingError(
-            f"{folder / 'summary.json'} is damaged: finish the run with run={folder}"
-        ) from error
-    module, data = build(cfg)
-    plain = load_compact(module.net, folder / "model.safetensors", module.example)
-    return summary | measure(plain, data)
+    net, data, summary = restore(folder)
+    if level is not None:
+        return summary | measure(level_of(net, level), data)
+    if isinstance(net, Levels):
+        return summary | measure(net.net, data) | {"levels": measure_levels(net, data)}
+    return summary | measure(net, data)
 
 
 def main() -> None:
     quiet()
     given = OmegaConf.from_dotlist(sys.argv[1:])
-    if list(given) != ["run"] or given.run is None:
-        raise TrainingError("usage: python -m experiments.evaluate run=<folder of a finished run>")
-    print(json.dumps(evaluate(Path(str(given.run)))))
+    level = given.get("level")
+    if given.get("run") is None or set(given) - {"run", "level"} or not isinstance(level, int | None):
+        raise TrainingError("usage: python -m experiments.evaluate run=<finished run> [level=<number>]")
+    print(json.dumps(evaluate(Path(str(given.run)), level)))
 
 
 if __name__ == "__main__":

@@ -82,3 +82,32 @@ def draw_arms(arms: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> None:
             panel.set_xlim(left=0)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def draw_serving(answers: Sequence[Any], scores: Mapping[str, Sequence[float]], path: Path) -> None:
+    """The elastic server's answers over time, with the load shaded; what every server comes to."""
+    figure = plt.figure(figsize=(9, 4), layout="constrained")
+    grid = figure.add_gridspec(2, 2, width_ratios=(2, 1))
+    time_, level, bars = (figure.add_subplot(part) for part in (grid[0, 0], grid[1, 0], grid[:, 1]))
+    came = [answer.came_s for answer in answers]
+    step = came[1] - came[0]
+    time_.plot(came, [answer.took_ms for answer in answers], ".", color="C0", ms=3)
+    time_.axhline(1e3 * step, color="C3", lw=1, label="deadline")
+    time_.set_ylabel("answer (ms)")
+    time_.set_ylim(0, 3e3 * step)
+    time_.legend(frameon=False, loc="upper right")
+    level.step(came, [answer.level for answer in answers], where="post", color="C1")
+    level.set_ylabel("level")
+    level.locator_params(axis="y", integer=True)
+    level.set_xlabel("seconds; shaded: another process shares the core")
+    for panel in (time_, level):
+        for answer in answers:
+            if answer.loaded:
+                panel.axvspan(answer.came_s, answer.came_s + step, color="0.9", lw=0, zorder=0)
+    names = list(scores)[::-1]
+    means = [100 * float(np.mean(scores[name])) for name in names]
+    spread = [100 * float(np.std(scores[name], ddof=1)) if len(scores[name]) > 1 else 0.0 for name in names]
+    bars.barh(names, means, xerr=spread, color=["C1" if name == "elastic" else "0.7" for name in names])
+    bars.set_xlabel("right and in time (%)")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

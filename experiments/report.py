@@ -1,5 +1,6 @@
 """The end of a run: measured once on the test split, written down, shown."""
 
+import copy
 import json
 import subprocess
 from pathlib import Path
@@ -17,15 +18,16 @@ from elastic import cost
 from elastic.checkpoint import replace_file
 from elastic.data import ImageData
 from elastic.module import ElasticModule
+from elastic.nested import Levels
 from experiments.setup import active
 
 # What changes the network, or what is kept of it, in the order in which `schedule` names it.
-SCHEDULE = ("grow", "prune", "magnitude", "average")
+SCHEDULE = ("grow", "prune", "magnitude", "average", "levels")
 
 
 def test_accuracy(net: nn.Module, data: ImageData) -> float:
-    """On the official test split, in fp32."""
-    judge = ElasticModule(net, data.shape, data.classes, torch.optim.SGD)
+    """On the official test split, in fp32, of a copy: laid out anew, a level would leave its network."""
+    judge = ElasticModule(copy.deepcopy(net), data.shape, data.classes, torch.optim.SGD)
     trainer = L.Trainer(
         accelerator="auto", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False
     )
@@ -46,8 +48,18 @@ def measure(plain: nn.Module, data: ImageData) -> dict[str, Any]:
     }
 
 
+def measure_levels(levels: Levels, data: ImageData) -> list[dict[str, Any]]:
+    """What each level is, the smallest first; the last one is the network itself."""
+    shown = ("params", "macs", "test/acc")
+    found = []
+    for k, level in enumerate(levels):
+        row = measure(level, data)
+        found.append({"level": k, **{name: row[name] for name in shown}})
+    return found
+
+
 def summarise(
-    cfg: DictConfig, plain: nn.Module, data: ImageData, wall_s: float, macs_training: int | None = None
+    cfg: DictConfig, plain: nn.Module, data: ImageData, wall_s: float, macs_training: int | None
 ) -> dict[str, Any]:
     """One flat object, under the keys that every run shares.
 
@@ -87,9 +99,20 @@ def show(summary: dict[str, Any], history: list[dict[str, Any]], folder: Path) -
         table.add_row(f"budget ({summary['budget/aim']})", "", f"asked {asked}", f"got {got}")
     table.add_row("test accuracy", "", "", f"{summary['test/acc']:.2%}")
     Console().print(table)
+    if summary.get("levels"):
+        Console().print(_levels(summary["levels"]))
     if "budget/why" in summary:
         print(f"the budget was missed by more than 2 %: {summary['budget/why']}")
     print(f"{summary['epochs']} epochs in {summary['wall_s']:.0f} s; see {folder}/history.png")
+
+
+def _levels(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="levels, each a part of the next")
+    for column in ("level", "params", "macs", "test accuracy"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(str(row["level"]), f"{row['params']:,}", f"{row['macs']:,}", f"{row['test/acc']:.2%}")
+    return table
 
 
 def write_summary(summary: dict[str, Any], folder: Path) -> None:

@@ -102,6 +102,20 @@ def saved_config(folder: Path) -> DictConfig:
     return held
 
 
+def finished(folder: Path) -> Path:
+    """The folder, if it holds a finished run.
+
+    Raises:
+        TrainingError: a file is missing.
+    """
+    for name in ("config.yaml", "model.safetensors", "summary.json"):
+        if not (folder / name).exists():
+            raise TrainingError(
+                f"{folder / name} is missing: finish the run with run={folder}, or name another"
+            )
+    return folder
+
+
 def readable(checkpoint: Path) -> Path | None:
     """The checkpoint to continue from, if there is one.
 

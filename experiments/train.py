@@ -16,13 +16,24 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from callbacks import Census, PruneByGates, PruneByMagnitude
-from elastic.checkpoint import save_compact
+from callbacks.nest import Nest
 from elastic.compact import compact
 from elastic.data import ImageData
 from elastic.module import ElasticModule, TrainingError
+from elastic.saved import load_compact, save_compact, save_levels
 from experiments.figure import draw_history
-from experiments.report import show, summarise, write_summary
-from experiments.setup import active, check_processes, portable, precision, quiet, readable, run, settings
+from experiments.report import measure_levels, show, summarise, write_summary
+from experiments.setup import (
+    active,
+    check_processes,
+    finished,
+    portable,
+    precision,
+    quiet,
+    readable,
+    run,
+    settings,
+)
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -32,6 +43,8 @@ def build(cfg: DictConfig) -> tuple[ElasticModule, ImageData]:
     L.seed_everything(cfg.seed, verbose=False)
     data: ImageData = instantiate(cfg.data)
     net = instantiate(cfg.model, in_channels=data.shape[0], classes=data.classes)
+    if cfg.get("init") is not None:
+        load_compact(net, finished(Path(cfg.init)) / "model.safetensors", torch.zeros(1, *data.shape)).train()
     module = ElasticModule(
         net,
         data.shape,
@@ -63,24 +76,31 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         default_root_dir=folder,
     )
     check_processes(trainer)
+    for nest in (callback for callback in callbacks if isinstance(callback, Nest)):
+        nest.check(trainer)
     last = readable(folder / "last.ckpt")
     if trainer.is_global_zero and last is None:
         OmegaConf.save(portable(cfg), folder / "config.yaml")
     if cfg.get("compile"):
         module.net.compile()
-    trainer.fit(module, data, ckpt_path=last)
+    trainer.ckpt_path = last  # given to `fit`, callbacks would not know of it while they are set up
+    trainer.fit(module, data)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # the first process goes on alone
     if not trainer.is_global_zero:
         return {}
 
     module.cpu()
-    plain = compact(module.net, module.example)
+    levels = module.levels
+    plain = compact(module.net, module.example) if levels is None else module.net.eval()
     census = next((callback for callback in callbacks if isinstance(callback, Census)), Census())
     summary = summarise(cfg, plain, data, census.seconds, census.macs_training)
+    if levels is not None:
+        summary["levels"] = measure_levels(levels, data)
     for pruning in (c for c in callbacks if isinstance(c, PruneByGates | PruneByMagnitude)):
         summary |= pruning.report(module)
-    save_compact(plain, folder / "model.safetensors", {"widths": module.widths.sizes()})
+    about, weights = {"widths": module.widths.sizes()}, folder / "model.safetensors"
+    save_compact(plain, weights, about) if levels is None else save_levels(levels, weights, about)
     draw_history(census.history, module.timeline, folder / "history.png")
     write_summary(summary, folder)
     show(summary, census.history, folder)

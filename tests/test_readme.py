@@ -45,5 +45,6 @@ def test_its_commands_compose(command: list[str], tmp_path: Path) -> None:
 
 
 def test_its_pictures_and_pages_exist() -> None:
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", prose):
         assert (Path(__file__).parents[1] / target).exists(), target

@@ -1,6 +1,8 @@
 """Plain PyTorch CNNs. Nothing in the library knows their names; any other model serves as well."""
 
+from elastic.models.alexnet import alexnet
 from elastic.models.convnet import convnet
 from elastic.models.resnet import resnet20, resnet56
+from elastic.models.vgg import vgg16_bn
 
-__all__ = ["convnet", "resnet20", "resnet56"]
+__all__ = ["alexnet", "convnet", "resnet20", "resnet56", "vgg16_bn"]

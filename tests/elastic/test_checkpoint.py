@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from elastic import gates
-from elastic.checkpoint import load_compact, rebuild, save_compact
 from elastic.compact import compact
 from elastic.errors import StructureError
 from elastic.models import convnet, resnet20
+from elastic.saved import load_compact, rebuild, save_compact
 from elastic.surgery import reindex
 from elastic.widths import Widths, discover
 from tests.elastic import zoo
@@ -297,7 +297,7 @@ def test_a_file_that_cannot_be_written_leaves_the_last_one(
         Path(filename).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("elastic.checkpoint.save_file", full)
+    monkeypatch.setattr("elastic.saved.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         save_compact(built(seed=1), path, {})
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]

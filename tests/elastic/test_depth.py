@@ -10,11 +10,11 @@ import torchvision
 from torch import Tensor, nn
 
 from elastic import StructureError, discover, gates
-from elastic.checkpoint import load_compact, rebuild, save_compact
 from elastic.compact import compact
 from elastic.depth import deepen, depth, stages
 from elastic.models import resnet20
 from elastic.models.resnet import BasicBlock
+from elastic.saved import load_compact, rebuild, save_compact
 from elastic.surgery import grow_index, reindex
 from tests.elastic import zoo
 

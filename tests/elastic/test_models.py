@@ -1,10 +1,12 @@
 """Our own models: shapes, and sizes by formulas of their papers."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
 
-from elastic.models import convnet, resnet20, resnet56
+from elastic.models import alexnet, convnet, resnet20, resnet56, vgg16_bn
 from elastic.models.resnet import resnet
 from elastic.widths import discover
 
@@ -96,3 +98,24 @@ def test_every_parameter_learns(make) -> None:
     model = make(in_channels=1, classes=4)
     model(torch.randn(8, 1, 8, 8)).square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+
+
+def test_vgg_is_as_large_as_its_layers() -> None:
+    channels = [3, 64, 64, 128, 128, *[256] * 3, *[512] * 6]
+    convolutions = sum(9 * read * written for read, written in itertools.pairwise(channels))
+    assert count(vgg16_bn()) == convolutions + 2 * sum(channels[1:]) + 512 * 10 + 10
+    assert round(count(vgg16_bn()) / 1e6, 1) == 14.7
+    assert sum(isinstance(m, nn.Conv2d) for m in vgg16_bn(8).modules()) == 13
+    assert vgg16_bn(4, in_channels=1, classes=7)(torch.zeros(2, 1, 32, 32)).shape == (2, 7)
+
+
+def test_alexnet_has_five_convolutions_and_three_linear_layers() -> None:
+    net = alexnet(8, in_channels=1, classes=7, hidden=32)
+    assert net(torch.zeros(2, 1, 32, 32)).shape == (2, 7)
+    layers = [layer for layer in net if isinstance(layer, nn.Conv2d | nn.Linear)]
+    assert [layer.weight.shape[0] for layer in layers] == [8, 24, 48, 32, 32, 32, 32, 7]
+    assert layers[5].in_features == 32 * 4 * 4  # type: ignore[union-attr]
+    assert discover(net, torch.zeros(2, 1, 32, 32)).sizes() == {
+        **{f"conv{i}": size for i, size in enumerate((8, 24, 48, 32, 32), start=1)},
+        **{"fc6": 32, "fc7": 32},
+    }

@@ -74,9 +74,9 @@ def test_a_run_that_is_not_finished_is_refused(finished: Path, tmp_path: Path, n
     ("arguments", "named"),
     [
         (("run=/nonexistent",), "/nonexistent"),
-        ((), "run=<folder"),
-        (("runs=x",), "run=<folder"),
-        (("run=a", "level=1"), "run=<folder"),
+        ((), "run=<finished run>"),
+        (("runs=x",), "run=<finished run>"),
+        (("run=a", "levels=1"), "run=<finished run>"),
         (("run=7",), "7"),
         (("run=",), "run="),
     ],

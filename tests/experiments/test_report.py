@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from elastic.checkpoint import load_compact
 from elastic.models import convnet
+from elastic.saved import load_compact
 from experiments import report
 from experiments.figure import draw_history
 from experiments.train import build, train

@@ -1,0 +1,80 @@
+"""What every way of training nested levels does: make them, and put the channels that matter first."""
+
+from collections.abc import Sequence
+
+import lightning as L
+
+from elastic.importance import How, importance, order
+from elastic.module import ElasticModule, TrainingError
+from elastic.nested import Levels, nestable
+from elastic.runtime import latency_ms
+from elastic.sizes import By, level_sizes
+from elastic.surgery import reindex
+from elastic.widths import discover
+
+SAMPLES = 256  # training images that importance by gradients looks at
+
+
+class Nest(L.Callback):
+    """Gives the network levels before anything is trained; abstract, see its subclasses.
+
+    Args:
+        levels: those below the network itself, ascending: fractions of the channels, or budgets.
+        by: what `levels` are: fraction, macs or latency_ms (measured here, one image on the CPU).
+        multiple: channels are rounded to a multiple of it.
+        importance: which channels come first, see `elastic.importance.importance`.
+    """
+
+    def __init__(
+        self, levels: Sequence[float], by: By = "fraction", multiple: int = 1, importance: How = "l2"
+    ) -> None:
+        self.levels, self.by, self.multiple, self.importance = list(levels), by, multiple, importance
+
+    def check(self, trainer: L.Trainer) -> None:
+        """What cannot be in one run with levels, refused before any process is started."""
+        if trainer.world_size > 1:
+            raise TrainingError("levels are trained in one process: set trainer.devices=1")
+        changing = [type(c).__name__ for c in trainer.callbacks if type(c).__name__ in CHANGING]  # type: ignore[attr-defined]
+        if changing:
+            raise TrainingError(
+                f"levels and {changing[0]} cannot be in one run: run {changing[0]} first, and start from "
+                "what it saved with init=<its folder>"
+            )
+
+    def setup(self, trainer: L.Trainer, pl_module: ElasticModule, stage: str) -> None:  # type: ignore[override]
+        self.check(trainer)
+        net, widths, example = pl_module.net, pl_module.widths, pl_module.example
+        if pl_module.levels is None and trainer.ckpt_path is None:  # a checkpoint brings its own
+            measure = (lambda cut: latency_ms(cut, example)) if self.by == "latency_ms" else None
+            sizes = level_sizes(net, widths, example, self.levels, self.by, self.multiple, measure)
+            pl_module.nest(Levels(net, widths, sizes))
+        if self.importance != "taylor":
+            importance(net, widths, self.importance)  # what it refuses, it refuses now
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
+        _levels(pl_module).share()  # the network may have come to another device
+
+    def order(self, trainer: L.Trainer, pl_module: ElasticModule, k: int) -> None:
+        """Put the channels that matter most to level k first; level k - 1 starts from it."""
+        levels = _levels(pl_module)
+        batches = None
+        if self.importance == "taylor":
+            x_BCHW, y_B = trainer.datamodule.sample(SAMPLES, pl_module.seed)  # type: ignore[attr-defined]
+            batches = [(x_BCHW.to(pl_module.device), y_B.to(pl_module.device))]
+        widths = discover(levels[k], pl_module.example)
+        scores = importance(levels[k], widths, self.importance, batches)
+        full = pl_module.widths.sizes()
+        index = {n: order(scores[n], full[n]) for n in nestable(pl_module.widths)}
+        with pl_module.changing():
+            reindex(pl_module.net, pl_module.widths, index, optimizers=trainer.optimizers)
+            levels.reorder(index)
+            levels.inherit(k - 1)
+
+
+# What changes the network's structure, or keeps copies of it.
+CHANGING = {"GrowOnSaturation", "PruneByGates", "PruneByMagnitude", "AverageWeights"}
+
+
+def _levels(pl_module: ElasticModule) -> Levels:
+    assert pl_module.levels is not None
+    return pl_module.levels

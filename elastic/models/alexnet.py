@@ -1,0 +1,30 @@
+"""AlexNet for 32×32 images: Krizhevsky's network with five convolutions and three linear layers, scaled.
+
+Krizhevsky et al., ImageNet Classification with Deep Convolutional Neural Networks, NIPS 2012, section 3.5;
+strides and kernels are reduced for small images. For 224×224 take torchvision's `alexnet`.
+"""
+
+from torch import nn
+
+CHANNELS = (1, 3, 6, 4, 4)  # of the convolutions, in units of `width`
+POOLS = (0, 1, 4)  # the convolutions that a pooling follows
+
+
+def alexnet(
+    width: int = 64, in_channels: int = 3, classes: int = 10, hidden: int = 1024, dropout: float = 0.5
+) -> nn.Sequential:
+    """3×3 convolutions with ReLU and no norm, three 2×2 max-poolings, two hidden linear layers."""
+    net, read = nn.Sequential(), in_channels
+    for i, times in enumerate(CHANNELS):
+        net.add_module(f"conv{i + 1}", nn.Conv2d(read, times * width, 3, padding=1))
+        net.add_module(f"relu{i + 1}", nn.ReLU())
+        if i in POOLS:
+            net.add_module(f"pool{i + 1}", nn.MaxPool2d(2))
+        read = times * width
+    net.add_module("flatten", nn.Flatten())
+    for i, (inputs, outputs) in enumerate(((16 * read, hidden), (hidden, hidden)), start=6):
+        net.add_module(f"dropout{i}", nn.Dropout(dropout))
+        net.add_module(f"fc{i}", nn.Linear(inputs, outputs))
+        net.add_module(f"relu{i}", nn.ReLU())
+    net.add_module("fc8", nn.Linear(hidden, classes))
+    return net

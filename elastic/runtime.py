@@ -1,0 +1,180 @@
+"""Levels at run time: what each of them costs on this machine, and which one to use now.
+
+Calibration measures each level once; from then on the time that requests really take says how much slower
+the machine has become, and the largest level that is still expected to meet the deadline runs the next one.
+"""
+
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from elastic.errors import StructureError
+
+RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one input takes: median time, weights and the largest layer's input and output, energy."""
+
+    latency_ms: float
+    memory_mb: float
+    energy_mj: float | None = None  # None where the machine does not tell
+
+
+class Runtime:
+    """Runs the largest level that meets a deadline on this machine as it is now.
+
+    Call it like a network. Several threads may; each request runs on one level from its begin to its end.
+
+    Args:
+        levels: modules for the same input, smallest first: `elastic.nested.Levels`, or `extract` of each.
+        example: an input like those to come; its batch size matters.
+        joules: reads a counter of energy, see `rapl_joules`; needed for budgets of energy only.
+        smoothing: weight of the latest request in the running mean of the slow-down.
+        headroom: a larger level must be expected to take at most this part of the deadline …
+        patience: … at so many requests in a row, before it is used. A smaller one is used at once.
+
+    Attributes:
+        level: what the next request runs on.
+        slowdown: time that requests take now, relative to calibration.
+
+    Example::
+
+        serve = Runtime(levels, example)
+        serve.within(latency_ms=5)
+        logits_BK = serve(x_BCHW)
+    """
+
+    def __init__(
+        self,
+        levels: Sequence[nn.Module],
+        example: Tensor,
+        *,
+        joules: Callable[[], float] | None = None,
+        smoothing: float = 0.3,
+        headroom: float = 0.8,
+        patience: int = 8,
+    ) -> None:
+        self.levels = list(levels)
+        for level in self.levels:
+            level.eval()
+        self.costs = [cost(level, example, joules) for level in self.levels]
+        self.smoothing, self.headroom, self.patience = smoothing, headroom, patience
+        self.allowed = self.level = len(self.levels) - 1
+        self.deadline_ms: float | None = None
+        self.slowdown, self._calm = 1.0, 0
+        self._lock = threading.Lock()
+
+    def within(self, **budgets: float) -> int:
+        """Use the largest level within all budgets (latency_ms, memory_mb, energy_mj); returns it.
+
+        No data is needed and nothing is copied. A deadline is watched from here on.
+
+        Raises:
+            StructureError: no level is within them, or the machine does not tell its energy.
+        """
+        fits = len(self.levels) - 1
+        for name, budget in budgets.items():
+            taken = [asdict(each)[name] for each in self.costs if asdict(each).get(name) is not None]
+            if not taken:
+                why = "there is no energy counter" if name == "energy_mj" else "there is no such budget"
+                raise StructureError(f"{name} cannot be budgeted: {why}; use latency_ms or memory_mb")
+            met = [k for k, used in enumerate(taken) if used <= budget]
+            if not met:
+                least = f"the smallest takes {taken[0]:.3g}"
+                raise StructureError(f"no level is within {name}={budget:g}: {least}")
+            fits = min(fits, max(met))
+        with self._lock:
+            self.deadline_ms = budgets.get("latency_ms")
+            self.allowed = fits if set(budgets) - {"latency_ms"} else len(self.levels) - 1
+            self.level, self.slowdown, self._calm = fits, 1.0, 0
+        return fits
+
+    @torch.inference_mode()
+    def __call__(self, x_BCHW: Tensor) -> Tensor:
+        k = self.level
+        start = time.perf_counter()
+        out: Tensor = self.levels[k](x_BCHW)
+        self.observe(k, 1e3 * (time.perf_counter() - start))
+        return out
+
+    def observe(self, k: int, took_ms: float) -> None:
+        """Level k has taken so long: choose the level of the next request."""
+        if self.deadline_ms is None:
+            return
+        with self._lock:
+            self.slowdown += self.smoothing * (took_ms / self.costs[k].latency_ms - self.slowdown)
+            fits = self._largest(self.deadline_ms)
+            roomy = self._largest(self.headroom * self.deadline_ms)
+            self._calm = self._calm + 1 if roomy > self.level else 0
+            if fits < self.level:
+                self.level = fits
+            elif self._calm >= self.patience:
+                self.level, self._calm = self.level + 1, 0
+
+    def _largest(self, deadline_ms: float) -> int:
+        """The largest level expected to meet the deadline now; the smallest if none is."""
+        met = [k for k, c in enumerate(self.costs) if c.latency_ms * self.slowdown <= deadline_ms]
+        return min(self.allowed, max(met, default=0))
+
+
+def cost(net: nn.Module, example: Tensor, joules: Callable[[], float] | None = None) -> Cost:
+    """Measure a network here, as many threads as torch now uses."""
+    before = joules() if joules else 0.0
+    repeats = 30
+    latency = latency_ms(net, example, repeats)
+    energy = 1e3 * (joules() - before) / (repeats + WARM_UP) if joules else None
+    return Cost(latency, memory_mb(net, example), energy)
+
+
+def latency_ms(net: nn.Module, example: Tensor, repeats: int = 30) -> float:
+    """The median time of a forward pass in evaluation mode."""
+    training = net.training
+    net.eval()
+    times = []
+    with torch.inference_mode():
+        for _ in range(WARM_UP + repeats):
+            start = time.perf_counter()
+            net(example)
+            times.append(time.perf_counter() - start)
+    net.train(training)
+    return 1e3 * statistics.median(times[WARM_UP:])
+
+
+def memory_mb(net: nn.Module, example: Tensor) -> float:
+    """Bytes of all weights and buffers, and of the largest layer's input and output, in units of 10⁶."""
+    moved: list[int] = []
+
+    def note(layer: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
+        moved.append(sum(x.nbytes for x in (*given, out) if isinstance(x, Tensor)))
+
+    leaves = [layer for layer in net.modules() if not list(layer.children())]
+    hooks = [layer.register_forward_hook(note) for layer in leaves]
+    try:
+        with torch.inference_mode():
+            net(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    held = {id(t): t.nbytes for t in (*net.parameters(), *net.buffers())}
+    return (sum(held.values()) + max(moved, default=0)) / 1e6
+
+
+def rapl_joules() -> float:
+    """The energy counter of Intel and AMD processors under Linux; it may need rights to be read.
+
+    Raises:
+        StructureError: the machine has none, or does not let it be read.
+    """
+    try:
+        return int(RAPL.read_text()) / 1e6
+    except (OSError, ValueError) as error:
+        raise StructureError(f"{RAPL} cannot be read: give another counter of joules, or none") from error

@@ -1,0 +1,48 @@
+"""What a finished run has saved, as a network again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from elastic.data import ImageData
+from elastic.module import TrainingError
+from elastic.nested import Levels
+from elastic.saved import holds_levels, load_compact, load_levels
+from experiments.setup import finished, saved_config
+from experiments.train import build
+
+
+def restore(folder: Path) -> tuple[nn.Module | Levels, ImageData, dict[str, Any]]:
+    """The network of a finished run, with its levels if it has any, its data and its summary.
+
+    Raises:
+        TrainingError: the folder holds no finished run, or a damaged one.
+        StructureError: the weights are missing or damaged, or of another architecture.
+    """
+    cfg = saved_config(finished(folder))
+    cfg.init = None  # the saved weights say all
+    try:
+        summary = json.loads((folder / "summary.json").read_text())
+    except ValueError as error:
+        raise TrainingError(
+            f"{folder / 'summary.json'} is damaged: finish the run with run={folder}"
+        ) from error
+    module, data = build(cfg)
+    weights = folder / "model.safetensors"
+    load = load_levels if holds_levels(weights) else load_compact
+    return load(module.net, weights, module.example), data, summary
+
+
+def level_of(net: nn.Module | Levels, level: int) -> nn.Module:
+    """One level of a run's network, 0 being the smallest.
+
+    Raises:
+        TrainingError: there is none such.
+    """
+    if not isinstance(net, Levels):
+        raise TrainingError(f"there is no level {level}: the run's network has none; leave the level out")
+    if not 0 <= level < len(net):
+        raise TrainingError(f"there is no level {level}: the run's network has 0 … {len(net) - 1}")
+    return net[level]
