@@ -21,6 +21,7 @@ from elastic.saved import load_levels
 from experiments.evaluate import evaluate
 from experiments.train import build, train
 from tests.elastic.test_nested import extracted, inside, norms, placed
+from tests.elastic.zoo import randomised
 from tests.fitted import EXACT, Run, Spy, outputs, prepare
 from tests.runs import TINY, configure
 from tests.test_resume import killed, same_run
@@ -201,11 +202,15 @@ class Watch:
             levels = levels_of(module)
             self.first.append(outputs(module, self.x_BCHW))
             self.scores = importance(levels.net, levels.widths)
-            self.inherited = [
+            self.inherited: list[bool] = [
                 torch.equal(value, net_value[: len(value)])
                 for level in levels[:-1]
-                for norm, theirs in zip(norms(level).values(), norms(levels.net).values(), strict=True)
-                for value, net_value in zip(norm.parameters(), theirs.parameters(), strict=True)
+                for norm, theirs in zip(*(_batch_norms(net) for net in (level, levels.net)), strict=True)
+                for value, net_value in zip(
+                    (*norm.parameters(), norm.running_mean, norm.running_var),
+                    (*theirs.parameters(), theirs.running_mean, theirs.running_var),
+                    strict=True,
+                )
             ]
 
     def validated(self, trainer: Any, module: Any, out: Any, given: Any, *_: Any) -> None:
@@ -222,6 +227,10 @@ class Watch:
             self.right.clear()
 
 
+def _batch_norms(net: nn.Module) -> list[nn.BatchNorm2d]:
+    return [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
 def states(module: ElasticModule) -> dict[str, Tensor]:
     kept = ("net.", "level_norms.")
     return {n: t.clone() for n, t in module.state_dict().items() if n.startswith(kept)}
@@ -231,8 +240,9 @@ def states(module: ElasticModule) -> dict[str, Tensor]:
 def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Watch]:
     watch = Watch()
     options = (*TRAINING, *request.param, "data.batch_size=100")
-    run = prepare(tmp_path_factory.mktemp("joint"), *options, after=(watch.spy(),)).fit()
-    return run, watch
+    run = prepare(tmp_path_factory.mktemp("joint"), *options, after=(watch.spy(),))
+    randomised(run.module.net)  # as if trained: no norm is neutral
+    return run.fit(), watch
 
 
 def test_the_accuracy_of_each_level_is_logged(seen: tuple[Run, Watch]) -> None:
