@@ -283,7 +283,7 @@ def test_levels_end_in_the_networks_storage_each_with_norms_of_its_own(seen: tup
 
 
 def test_all_levels_learn(tmp_path: Path) -> None:
-    options = (*TRAINING, "data.batch_size=64", "trainer.max_epochs=8", "model.channels=[16,16,24,24]")
+    options = (*TRAINING, "data.batch_size=64", "trainer.max_epochs=6", "model.channels=[12,12,16,16]")
     found = train(configure(tmp_path, *options), tmp_path)
     accuracies = [row["test/acc"] for row in found["levels"]]
     assert min(accuracies) > 0.7 and found["schedule"] == "levels"

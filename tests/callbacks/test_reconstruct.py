@@ -349,9 +349,10 @@ def test_a_run_that_was_cut_by_latency_goes_on_with_the_sizes_it_began_with(
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     monkeypatch.setattr(callbacks.nest, "latency_ms", fake_ms(1.0))
     train(configure(whole, *given), whole)
-    for scale, epoch, index in ((1.0, 3, 1), (1.3, 5, 1), (100.0, 8, 0), (1e-3, 9, 1)):
+    for scale, epoch, index in ((1.0, 3, 1), (1.3, 5, 1), (100.0, 9, 1)):
         monkeypatch.setattr(callbacks.nest, "latency_ms", fake_ms(scale))
         killed(configure(broken, *given), broken, monkeypatch, epoch, index)
+    monkeypatch.setattr(callbacks.nest, "latency_ms", fake_ms(1e-3))
     train(configure(broken, *given), broken)
     same_run(whole, broken)
     levels = load_levels(

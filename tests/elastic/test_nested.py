@@ -73,6 +73,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 }
 SHAPE = {"mobilenet_v2": (2, 3, 24, 24), "densenet": (2, 3, 32, 32)}
 every_net = pytest.mark.parametrize("name", NETS)
+some_nets = pytest.mark.parametrize("name", ["convnet", "densenet", "convnext", "alexnet"])
 
 
 def example(name: str, seed: int = 1) -> Tensor:
@@ -419,7 +420,7 @@ def test_channels_last(name: str) -> None:
     close(levels.forward(0, x), extracted(levels, 0)(x))
 
 
-@every_net
+@some_nets
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_a_level_may_leave_as_a_network_of_its_own(name: str, memory_format: torch.memory_format) -> None:
     """It shares nothing, lies in memory as the network does, and says the same whatever becomes of it."""
@@ -446,7 +447,7 @@ def test_a_level_may_leave_as_a_network_of_its_own(name: str, memory_format: tor
 # --- storage that moves ----------------------------------------------------------------------------------
 
 
-@every_net
+@some_nets
 @pytest.mark.parametrize("move", ["reindex", "double", "channels_last", "load"])
 def test_share_finds_the_storage_again(name: str, move: str) -> None:
     net, x, widths = built(name)
