@@ -3,7 +3,7 @@ BIN := .venv/bin
 # One thread a process: two processes with two threads each on two cores run several times slower than one.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help setup demo test lint format bench test-slow test-data test-gpu test-peers clean
+.PHONY: help setup demo test lint format bench test-slow test-data test-gpu test-peers bench-peers clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -48,6 +48,10 @@ test-gpu: setup  ## tests that need a CUDA device
 test-peers: setup  ## comparisons with other pruning libraries; installs them first
 	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[peers]'
 	$(PYTEST) -m peers
+
+bench-peers: setup  ## switching sub-networks beside once-for-all and ModelOpt; installs them first
+	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[peers]'
+	$(BIN)/python -W ignore -m experiments.switch
 
 clean:  ## remove what runs and builds leave behind (.venv stays)
 	rm -rf outputs multirun wandb build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from callbacks.nest import Nest
+from callbacks.nest import Nest, levels_of
 from elastic.module import ElasticModule, TrainingError
 
 
@@ -36,8 +36,7 @@ class TrainJointly(Nest):
         self.between = between
 
     def on_train_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
-        levels = pl_module.levels
-        assert levels is not None
+        levels = levels_of(pl_module)
         pl_module.loss_terms["levels"] = lambda x_BCHW, logits_BK: self._distil(pl_module, x_BCHW, logits_BK)
         pl_module.others = range(len(levels) - 1)
         often = min(1.0, self.between / max(1, len(levels) - 2))
@@ -45,16 +44,14 @@ class TrainJointly(Nest):
         pl_module.executed.append((levels.net, 1.0))
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
-        levels = pl_module.levels
-        assert levels is not None
+        levels = levels_of(pl_module)
         if trainer.global_step == 0:
             self.order(trainer, pl_module, len(levels) - 1)
             for k in reversed(range(len(levels) - 1)):
                 levels.inherit(k)
 
     def _distil(self, pl_module: ElasticModule, x_BCHW: Tensor, logits_BK: Tensor) -> Tensor:
-        levels = pl_module.levels
-        assert levels is not None
+        levels = levels_of(pl_module)
         soft_BK = logits_BK.detach().softmax(1)
         chosen = [0, *(1 + torch.randperm(len(levels) - 2)[: self.between]).tolist()]
         losses = [F.cross_entropy(levels.forward(k, x_BCHW), soft_BK) for k in chosen]

@@ -52,11 +52,11 @@ class Nest(L.Callback):
             importance(net, widths, self.importance)  # what it refuses, it refuses now
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
-        _levels(pl_module).share()  # the network may have come to another device
+        levels_of(pl_module).share()  # the network may have come to another device
 
     def order(self, trainer: L.Trainer, pl_module: ElasticModule, k: int) -> None:
         """Put the channels that matter most to level k first; level k - 1 starts from it."""
-        levels = _levels(pl_module)
+        levels = levels_of(pl_module)
         batches = None
         if self.importance == "taylor":
             x_BCHW, y_B = trainer.datamodule.sample(SAMPLES, pl_module.seed)  # type: ignore[attr-defined]
@@ -75,6 +75,6 @@ class Nest(L.Callback):
 CHANGING = {"GrowOnSaturation", "PruneByGates", "PruneByMagnitude", "AverageWeights"}
 
 
-def _levels(pl_module: ElasticModule) -> Levels:
+def levels_of(pl_module: ElasticModule) -> Levels:
     assert pl_module.levels is not None
     return pl_module.levels

@@ -4,7 +4,7 @@ from typing import Any
 
 import lightning as L
 
-from callbacks.nest import Nest
+from callbacks.nest import Nest, levels_of
 from elastic.module import ElasticModule
 from elastic.reconstruct import Frozen, Phase, phases
 
@@ -55,8 +55,7 @@ class Reconstruct(Nest):
         self.frozen.restore()
 
     def _begin(self, trainer: L.Trainer, pl_module: ElasticModule, phase: Phase) -> None:
-        levels = pl_module.levels
-        assert levels is not None
+        levels = levels_of(pl_module)
         epoch = trainer.current_epoch
         before = levels.sizes[self._phase(epoch - 1).level if epoch else -1]
         if phase.level < len(levels) - 1 and not phase.grown:
@@ -75,14 +74,12 @@ class Reconstruct(Nest):
 
     def _enter(self, trainer: L.Trainer, pl_module: ElasticModule, epoch: int) -> None:
         phase = self._phase(epoch)
-        assert pl_module.levels is not None
         pl_module.level = phase.level
-        pl_module.executed = [(pl_module.levels[phase.level], 1.0)]
+        pl_module.executed = [(levels_of(pl_module)[phase.level], 1.0)]
         pl_module.share = len(phase.epochs) / (trainer.max_epochs or 1)
 
     def _phase(self, epoch: int) -> Phase:
         return next(phase for phase in self.phases if epoch in phase.epochs)
 
     def _freeze(self, pl_module: ElasticModule, phase: Phase) -> Frozen:
-        assert pl_module.levels is not None
-        return Frozen(pl_module.levels, phase)
+        return Frozen(levels_of(pl_module), phase)

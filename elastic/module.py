@@ -110,6 +110,12 @@ class ElasticModule(L.LightningModule):
                 right = (self.levels.forward(k, x_BCHW).argmax(1) == y_B).float().mean()
                 self.log(f"{part}/acc/level{k}", right, on_epoch=True, batch_size=len(y_B))
 
+    def setup(self, stage: str) -> None:
+        on_cpu = self.trainer.strategy.root_device.type == "cpu"
+        if stage == "fit" and on_cpu and self.trainer.precision == "32-true" and _overrun(self.net):
+            self.memory_format = torch.contiguous_format
+            self.lay_out()
+
     def on_train_epoch_start(self) -> None:
         rank = [self.global_rank] if self.global_rank else []  # each process draws its own augmentation
         L.seed_everything(self._seed(self.current_epoch, 0, *rank), verbose=False)
@@ -281,3 +287,13 @@ class ElasticModule(L.LightningModule):
         rebuild(self.net, self.widths, net, "net.")
         self.lay_out()
         return super().load_state_dict(state_dict, *args, **kwargs)
+
+
+def _overrun(net: nn.Module) -> bool:
+    """Whether oneDNN may write where it must not, going back through fp32 tensors laid out channels last.
+
+    It does in 1×1 convolutions of a stride beyond 1 that read fewer channels than its block of 8 or 16, and
+    these may come to read any number: https://github.com/uxlfoundation/oneDNN/issues/6035 (torch 2.14 too).
+    """
+    pointwise = (m for m in net.modules() if isinstance(m, nn.Conv2d) and set(m.kernel_size) == {1})
+    return any(max(m.stride) > 1 for m in pointwise)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from elastic import gates
 from elastic.compact import compact
+from elastic.compiled import compile_whole
 from elastic.models import convnet, resnet20, vgg16_bn
 from elastic.nested import Levels, extract
 from elastic.sizes import level_sizes
@@ -88,9 +89,9 @@ def growth(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work]:
 
 
 def compiled_step(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work]:
-    """`net.compile()` against eager, once it is compiled."""
+    """Compiled against eager, once that is done."""
     compiled = copy.deepcopy(net)
-    compiled.compile()
+    compile_whole(compiled)
     ours, theirs = (
         training_step(model, torch.optim.AdamW(model.parameters()), x_BCHW) for model in (compiled, net)
     )
@@ -100,7 +101,7 @@ def compiled_step(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work]:
 def recompilation(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work]:
     """The first compiled step after a growth, against an eager step."""
     compiled = copy.deepcopy(net)
-    compiled.compile()
+    compile_whole(compiled)
     grow, step = growth(compiled, x_BCHW)
 
     def regrown() -> None:

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from callbacks import Census, PruneByGates, PruneByMagnitude
 from callbacks.nest import Nest
 from elastic.compact import compact
+from elastic.compiled import compile_whole
 from elastic.data import ImageData
 from elastic.module import ElasticModule, TrainingError
 from elastic.saved import load_compact, save_compact, save_levels
@@ -82,7 +83,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     if trainer.is_global_zero and last is None:
         OmegaConf.save(portable(cfg), folder / "config.yaml")
     if cfg.get("compile"):
-        module.net.compile()
+        compile_whole(module.net)
     trainer.ckpt_path = last  # given to `fit`, callbacks would not know of it while they are set up
     trainer.fit(module, data)
     if torch.distributed.is_initialized():

@@ -1,13 +1,15 @@
 """`torch.compile` with growth and pruning: the same run, and never silently eager."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch._dynamo.testing import CompileCounter
 
+import experiments.train
+from elastic.compiled import compile_whole
 from experiments.train import train
 from tests.runs import configure, load
 from tests.test_resume import CHANGING
@@ -21,8 +23,7 @@ def run(folder: Path, *overrides: str) -> dict[str, Any]:
 def test_every_structure_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a backend that counts and runs the graph as it is: the eager run, bit for bit."""
     counter = CompileCounter()
-    compile_ = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_(self, backend=counter))
+    monkeypatch.setattr(experiments.train, "compile_whole", partial(compile_whole, backend=counter))
     more = ("callbacks.grow.until=1.0", "trigger.every=1", "trainer.max_epochs=12")  # eight would be too many
     eager = run(tmp_path / "eager", *more)
     assert counter.frame_count == 0

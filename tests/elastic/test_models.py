@@ -1,12 +1,15 @@
 """Our own models: shapes, and sizes by formulas of their papers."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torchvision.models import ResNet
 
-from elastic.models import alexnet, convnet, resnet20, resnet56, vgg16_bn
+from elastic.errors import StructureError
+from elastic.models import alexnet, convnet, from_torchvision, resnet20, resnet56, vgg16_bn
 from elastic.models.resnet import resnet
 from elastic.widths import discover
 
@@ -119,3 +122,20 @@ def test_alexnet_has_five_convolutions_and_three_linear_layers() -> None:
         **{f"conv{i}": size for i, size in enumerate((8, 24, 48, 32, 32), start=1)},
         **{"fc6": 32, "fc7": 32},
     }
+
+
+def test_torchvisions_models_are_taken_untrained_with_the_classes_asked_for() -> None:
+    net = from_torchvision("resnet18", classes=7)
+    assert type(net) is ResNet and net.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"name": "resnet19"}, "torchvision has no model 'resnet19': choose one of"),
+        ({"name": "resnet18", "in_channels": 1}, "torchvision's resnet18 takes 3 colours, not 1: choose"),
+    ],
+)
+def test_what_torchvision_has_not_is_said(options: Any, said: str) -> None:
+    with pytest.raises(StructureError, match=f"^{said}"):
+        from_torchvision(**options)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn import Conv2d
 from torch.optim import SGD, AdamW, lr_scheduler
 
 import experiments.train
@@ -190,6 +191,23 @@ def test_each_event_of_each_run_has_randomness_of_its_own() -> None:
     first = drawn(zero)
     zero.restructure({"0": grow_index(4, 1)}, "grow: test")
     assert drawn(zero) not in (first, drawn(one))
+
+
+@pytest.mark.parametrize(
+    ("model", "precision", "last"),
+    [("resnet20", "32-true", False), ("resnet20", "bf16-mixed", True), ("convnet", "32-true", True)],
+)
+def test_no_layout_is_trained_in_that_torch_cannot_differentiate_safely(
+    tmp_path: Path, model: str, precision: str, last: bool
+) -> None:
+    """Strided 1×1 convolutions in fp32: it may crash, or not."""
+    narrow = ("model.width=4",) if model == "resnet20" else ()
+    run = fit(
+        tmp_path, *STATIC, f"model={model}", *narrow, f"trainer.precision={precision}", "trainer.max_epochs=1"
+    )
+    wide = [m.weight for m in run.module.net.modules() if isinstance(m, Conv2d) and m.kernel_size == (3, 3)]
+    assert all(w.is_contiguous(memory_format=torch.channels_last) == last for w in wide if w.shape[1] > 1)
+    assert all(w.is_contiguous() != last for w in wide if w.shape[1] > 1)
 
 
 def test_channels_last_gives_close_results(tmp_path: Path) -> None:

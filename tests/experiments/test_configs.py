@@ -186,6 +186,15 @@ def generated(data: str, root: Path) -> tuple[str, ...]:
             (folder / str(name)).write_bytes(pickle.dumps({"data": images, "labels": [*range(10)] * 2}))
         (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [*"abcdefghij"]}))
         return (*few, "data.dataset.path=tests.experiments.test_configs.SmallCIFAR10")
+    if data == "imagenette":
+        for part, n in (("train", 4), ("val", 1)):
+            for wnid in datasets.Imagenette._WNID_TO_CLASS:
+                folder = root / "imagenette2-160" / part / wnid
+                folder.mkdir(parents=True)
+                for i in range(n):
+                    pixels = random.integers(0, 256, (160, 180, 3), np.uint8)
+                    Image.fromarray(pixels).save(folder / f"{i}.JPEG")
+        return (*few, "data.workers=0")
     pytest.skip(f"no generator for {data}: add one")
 
 
@@ -202,6 +211,19 @@ def test_every_experiment_survives_an_epoch(tmp_path: Path, experiment: str) -> 
     options = generated(data, tmp_path / "data")
     summary = survives(tmp_path / "run", experiment, *options)
     assert (summary["data"], summary["experiment"]) == (data, experiment)
+
+
+@pytest.mark.slow
+def test_a_torchvision_model_survives_at_the_size_it_was_made_for(tmp_path: Path) -> None:
+    options = generated("imagenette", tmp_path / "data")
+    few = (
+        "data.size=224",
+        "+trainer.limit_train_batches=1",
+        "+trainer.limit_val_batches=1",
+        "data.batch_size=2",
+    )
+    chosen = ("model=torchvision", "model.name=alexnet", "+trainer.limit_test_batches=1")
+    survives(tmp_path / "run", "imagenette_levels", *options, *chosen, *few)
 
 
 @pytest.mark.data
