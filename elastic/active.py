@@ -1,0 +1,292 @@
+"""Layers of which only the active channels are computed and read, by a small compiled kernel or stock torch.
+
+Stock torch has to gather the weights of the active channels for each input, which costs as much as it saves
+where few pixels use them. The kernel (`active.cpp`) is told the channels' numbers and walks the tensors where
+they are. It is compiled on first use, for the processor at hand, and kept in the user's cache; where there is
+no compiler, stock torch is used. Everything here is for inference, in fp32 on the CPU.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+CACHE = "ELASTIC_CACHE"  # the environment's name for a folder other than the user's cache
+MOST_TAPS = 121
+
+
+class Active(NamedTuple):
+    """The active channels of each sample: `channel_BK[b, :count_B[b]]`, ascending, both int32."""
+
+    channel_BK: Tensor
+    count_B: Tensor
+
+    def mask(self) -> Tensor:
+        """1 where a channel is active, else 0: (B, K)."""
+        place_BK = torch.arange(self.channel_BK.shape[1]).expand_as(self.channel_BK)
+        valid_BK = place_BK < self.count_B[:, None]
+        at_BK = torch.where(valid_BK, self.channel_BK.long(), self.channel_BK[:, :1].long())
+        return torch.zeros(self.channel_BK.shape).scatter_(1, at_BK, 1.0)
+
+    @staticmethod
+    def of(mask_BK: Tensor) -> "Active":
+        """The channels where a mask is not 0."""
+        on_BK = mask_BK != 0
+        channel_BK = torch.argsort(~on_BK, dim=1, stable=True).int()
+        return Active(channel_BK, on_BK.sum(1).int())
+
+
+@functools.lru_cache(maxsize=64)
+def every(batch: int, channels: int) -> Active:
+    """All channels of all samples."""
+    channel_BK = torch.arange(channels, dtype=torch.int32).repeat(batch, 1)
+    return Active(channel_BK, torch.full((batch,), channels, dtype=torch.int32))
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_int32)
+        for name in (
+            *("channels", "height", "width", "kernels", "kernel_height", "kernel_width"),
+            *("stride", "pad", "out_height", "out_width"),
+        )
+    ]
+
+
+class _Size(NamedTuple):
+    """What a convolution has for one size of its input."""
+
+    shape: _Shape
+    out: tuple[int, int, int]
+    work: int  # floats that it needs
+
+
+@functools.cache
+def compiled() -> ctypes.CDLL | None:
+    """The kernel, or None where it cannot be compiled: there is no compiler, or it does not know a flag."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        return None
+    key = hashlib.sha256(
+        SOURCE.read_bytes() + " ".join([compiler, *FLAGS, _processor()]).encode()
+    ).hexdigest()
+    folder = Path(os.environ.get(CACHE) or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "elastic-cnn"))
+    library = folder.expanduser() / f"active-{key[:16]}.so"
+    try:
+        if not library.exists():
+            library.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=library.parent) as part:  # another process may do the same
+                made = Path(part, "active.so")
+                command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
+                subprocess.run(command, check=True, capture_output=True, timeout=300)
+                made.replace(library)
+        found = ctypes.CDLL(str(library))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    # Addresses and sizes are passed as plain numbers: to wrap each would take as long as a small layer.
+    address, number, size = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+    found.active_work.argtypes, found.active_work.restype = [address], size
+    found.active_convolution.argtypes = [
+        *[address] * 6,
+        number,
+        *[address] * 4,
+        *[number] * 2,
+        address,
+        number,
+    ]
+    found.active_switch.argtypes = [
+        *(address, number, number, size),
+        *[address] * 4,
+        *(number, address, address, address),
+    ]
+    found.active_max_pool.argtypes = [*[address] * 2, *[number] * 8, *[address] * 2, number]
+    return found
+
+
+def _processor() -> str:
+    """What the machine code depends on."""
+    info = Path("/proc/cpuinfo")
+    flags = (
+        [line for line in info.read_text().splitlines() if line.startswith("flags")] if info.exists() else []
+    )
+    return flags[0] if flags else platform.machine() + platform.processor()
+
+
+class ActiveConv2d(nn.Module):
+    """A convolution, and the ReLU behind it, that reads and computes active channels only.
+
+    Args:
+        conv: its weights are copied; norms must have been folded in.
+        relu: whether negative values become zero.
+        zeros: whether outputs that are not active are to be zero; else they are anything.
+        way: "kernel", "stock" (gathers weights for one sample, masks for several) or "dense" (masks).
+
+    `forward(x_BCHW, reads, writes, residual_BKHW)`: `reads` and `writes` are the active channels, None where
+    all are. The residual is added before the ReLU, to active outputs.
+    """
+
+    def __init__(self, conv: nn.Conv2d, relu: bool, zeros: bool, way: str = "kernel") -> None:
+        super().__init__()
+        self.stride, self.padding = conv.stride[0], int(conv.padding[0])
+        self.relu, self.zeros, self.way = relu, zeros, way
+        weight = conv.weight.detach()
+        slack = torch.zeros(weight.numel() + 64)  # vectors may be read beyond the last kernel
+        slack[: weight.numel()] = weight.flatten()
+        bias = torch.zeros(len(weight)) if conv.bias is None else conv.bias.detach().clone()
+        self._sizes: dict[tuple[int, int], _Size] = {}
+        self.weight, self.bias = slack[: weight.numel()].view(weight.shape), bias
+
+    @staticmethod
+    def takes(conv: nn.Module) -> bool:
+        """Whether a layer is one that this can stand for."""
+        return (
+            type(conv) is nn.Conv2d
+            and conv.groups == 1
+            and conv.padding_mode == "zeros"
+            and not isinstance(conv.padding, str)
+            and len(set(conv.stride)) == len(set(conv.padding)) == len(set(conv.dilation)) == 1
+            and conv.dilation[0] == 1
+            and conv.weight[0, 0].numel() <= MOST_TAPS
+            and conv.weight.dtype == torch.float32
+        )
+
+    def forward(
+        self,
+        x_BCHW: Tensor,
+        reads: Active | None = None,
+        writes: Active | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        if self.way == "kernel":
+            return self._kernel(x_BCHW, reads, writes, residual)
+        if self.way == "stock" and len(x_BCHW) == 1 and (reads or writes):
+            return self._gathered(x_BCHW, reads, writes, residual)
+        if reads is not None:  # what is not active may be anything
+            x_BCHW = torch.where(reads.mask()[:, :, None, None] != 0, x_BCHW, 0.0)
+        y_BKHW = F.conv2d(x_BCHW, self.weight, self.bias, self.stride, self.padding)
+        y_BKHW = self._finish(y_BKHW, residual)
+        return y_BKHW if writes is None else y_BKHW.mul_(writes.mask()[:, :, None, None])
+
+    def _finish(self, y_BKHW: Tensor, residual: Tensor | None) -> Tensor:
+        y_BKHW = y_BKHW if residual is None else y_BKHW.add_(residual)
+        return y_BKHW.relu_() if self.relu else y_BKHW
+
+    def _gathered(
+        self, x_1CHW: Tensor, reads: Active | None, writes: Active | None, residual: Tensor | None
+    ) -> Tensor:
+        weight, bias = self.weight, self.bias
+        if writes is not None:
+            kernels = writes.channel_BK[0, : writes.count_B[0]]
+            weight, bias = weight.index_select(0, kernels), bias.index_select(0, kernels)
+            residual = residual if residual is None else residual.index_select(1, kernels)
+        if reads is not None:
+            channels = reads.channel_BK[0, : reads.count_B[0]]
+            weight, x_1CHW = weight.index_select(1, channels), x_1CHW.index_select(1, channels)
+        y_1KHW = self._finish(F.conv2d(x_1CHW, weight, bias, self.stride, self.padding), residual)
+        if writes is None:
+            return y_1KHW
+        whole_1KHW = y_1KHW.new_zeros(1, len(self.weight), *y_1KHW.shape[2:])
+        return whole_1KHW.index_copy_(1, kernels.long(), y_1KHW)
+
+    def _kernel(
+        self, x_BCHW: Tensor, reads: Active | None, writes: Active | None, residual: Tensor | None
+    ) -> Tensor:
+        library = compiled()
+        assert library is not None
+        x_BCHW = x_BCHW.contiguous()
+        batch, _, height, width = x_BCHW.shape
+        size = self._sizes.get((height, width)) or self._measure(height, width)
+        y_BKHW = torch.empty(batch, *size.out)
+        residual = None if residual is None else residual.contiguous()
+        inputs = reads or every(batch, self.weight.shape[1])
+        outputs = writes or every(batch, self.weight.shape[0])
+        library.active_convolution(
+            *(ctypes.byref(size.shape), self.weight.data_ptr(), self.bias.data_ptr(), x_BCHW.data_ptr()),
+            *(None if residual is None else residual.data_ptr(), y_BKHW.data_ptr(), batch),
+            *(inputs.channel_BK.data_ptr(), inputs.count_B.data_ptr()),
+            *(outputs.channel_BK.data_ptr(), outputs.count_B.data_ptr()),
+            *(self.relu, self.zeros, _work(size.work), torch.get_num_threads()),
+        )
+        return y_BKHW
+
+    def _measure(self, height: int, width: int) -> "_Size":
+        library, (kernels, channels, *kernel) = compiled(), self.weight.shape
+        assert library is not None
+        high, wide = (
+            (x + 2 * self.padding - k) // self.stride + 1
+            for x, k in zip((height, width), kernel, strict=True)
+        )
+        shape = _Shape(channels, height, width, kernels, *kernel, self.stride, self.padding, high, wide)
+        found = _Size(shape, (kernels, high, wide), library.active_work(ctypes.byref(shape)))
+        self._sizes[height, width] = found
+        return found
+
+
+def switch(x_BCHW: Tensor, reads: Active | None, weight_KC: Tensor, bias_K: Tensor) -> Active:
+    """The kernels that a kernel activation module engages: a positive score each, or the highest one.
+
+    The score is linear in the means of the active input maps.
+    """
+    batch, channels, *size = x_BCHW.shape
+    library, kernels = compiled(), len(bias_K)
+    if library is None:
+        mean_BC = x_BCHW.mean((2, 3))
+        if reads is not None:
+            mean_BC = torch.where(reads.mask() != 0, mean_BC, 0.0)
+        return Active.of(engaged(F.linear(mean_BC, weight_KC, bias_K)))
+    x_BCHW = x_BCHW.contiguous()
+    found = Active(torch.empty(batch, kernels, dtype=torch.int32), torch.empty(batch, dtype=torch.int32))
+    reads = reads or every(batch, channels)
+    library.active_switch(
+        *(x_BCHW.data_ptr(), batch, channels, size[0] * size[1]),
+        *(reads.channel_BK.data_ptr(), reads.count_B.data_ptr(), weight_KC.data_ptr(), bias_K.data_ptr()),
+        *(kernels, found.channel_BK.data_ptr(), found.count_B.data_ptr(), _work(channels)),
+    )
+    return found
+
+
+def engaged(score_BK: Tensor) -> Tensor:
+    """1 where a kernel is on: its score is positive, or it is the highest of all; else 0."""
+    best_B1 = score_BK.argmax(1, keepdim=True)
+    return (score_BK > 0).to(score_BK.dtype).scatter(1, best_B1, 1.0)
+
+
+def max_pool(x_BCHW: Tensor, reads: Active, size: int, stride: int, zeros: bool) -> Tensor:
+    """Max pooling, without padding, of the active channels; the others are zero, or anything."""
+    library = compiled()
+    if library is None:
+        y_BCHW = F.max_pool2d(x_BCHW, size, stride)
+        return torch.where(reads.mask()[:, :, None, None] != 0, y_BCHW, 0.0) if zeros else y_BCHW
+    x_BCHW = x_BCHW.contiguous()
+    batch, channels, height, width = x_BCHW.shape
+    out = ((height - size) // stride + 1, (width - size) // stride + 1)
+    y_BCHW = torch.empty(batch, channels, *out)
+    library.active_max_pool(
+        *(x_BCHW.data_ptr(), y_BCHW.data_ptr(), batch, channels, height, width, size, stride, *out),
+        *(reads.channel_BK.data_ptr(), reads.count_B.data_ptr(), zeros),
+    )
+    return y_BCHW
+
+
+_own = threading.local()
+
+
+def _work(floats: int) -> int:
+    """The address of memory of this thread's own, to be used until the next call."""
+    held: Tensor | None = getattr(_own, "work", None)
+    if held is None or held.numel() < floats:
+        held = _own.work = torch.empty(floats)
+    return held.data_ptr()

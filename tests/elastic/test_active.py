@@ -1,0 +1,204 @@
+"""Layers of active channels: the same as masks, whoever computes them, and nothing else is looked at."""
+
+import copy
+import ctypes
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from elastic import active
+from elastic.active import Active, ActiveConv2d, compiled, engaged, every, max_pool, switch
+
+needs_compiler = pytest.mark.skipif(compiled() is None, reason="there is no C++ compiler")
+WAYS = ["kernel", "stock", "dense"] if compiled() else ["stock", "dense"]
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+@pytest.fixture(params=["kernel", "torch"])
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """With the kernel, and as on a machine without a compiler."""
+    if request.param == "kernel" and compiled() is None:
+        pytest.skip("there is no C++ compiler")
+    if request.param == "torch":
+        monkeypatch.setattr(active, "compiled", lambda: None)
+    yield
+
+
+def mask(batch: int, channels: int, generator: torch.Generator) -> Tensor:
+    """Of each sample at least one channel is on."""
+    mask_BK = (torch.rand(batch, channels, generator=generator) > 0.5).float()
+    mask_BK[torch.arange(batch), torch.randint(channels, (batch,), generator=generator)] = 1
+    return mask_BK
+
+
+def maps(mask_BK: Tensor) -> Tensor:
+    return mask_BK[:, :, None, None]
+
+
+@given(seed=st.integers(0, 10**6), batch=st.integers(1, 4), channels=st.integers(1, 40))
+def test_lists_are_masks(seed: int, batch: int, channels: int) -> None:
+    mask_BK = mask(batch, channels, torch.Generator().manual_seed(seed))
+    lists = Active.of(mask_BK)
+    assert torch.equal(lists.mask(), mask_BK)
+    for b in range(batch):
+        assert lists.channel_BK[b, : lists.count_B[b]].tolist() == mask_BK[b].nonzero().flatten().tolist()
+    assert torch.equal(every(batch, channels).mask(), torch.ones(batch, channels))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@given(data=st.data())
+def test_a_convolution_of_active_channels_is_the_masked_one(way: str, data: st.DataObject) -> None:
+    """Any kernel, stride, border and size, with and without a residual; what is off may be anything."""
+    size = data.draw(st.sampled_from([1, 2, 3, 5, 7]))
+    stride, pad = data.draw(st.integers(1, 3)), data.draw(st.integers(0, size // 2))
+    height, width = (data.draw(st.sampled_from([8, 9, 14, 16, 20, 32])) for _ in range(2))
+    if data.draw(st.booleans()):  # outputs of a few pixels take another path
+        height, width, size, stride, pad = 2, 2, 3, 1, 1
+    batch, channels, kernels = (data.draw(st.integers(1, most)) for most in (3, 20, 40))
+    relu, adds, bias = (data.draw(st.booleans()) for _ in range(3))
+    random = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
+    torch.manual_seed(data.draw(st.integers(0, 10**6)))
+
+    conv = nn.Conv2d(channels, kernels, size, stride, pad, bias=bias)
+    x_BCHW = torch.randn(batch, channels, height, width, generator=random)
+    on_BC, on_BK = mask(batch, channels, random), mask(batch, kernels, random)
+    with torch.no_grad():
+        expected = conv(x_BCHW * maps(on_BC))
+        residual = torch.randn(expected.shape, generator=random) if adds else None
+        expected = expected if residual is None else expected + residual
+        expected = (expected.relu() if relu else expected) * maps(on_BK)
+        junk_BCHW = torch.where(maps(on_BC) != 0, x_BCHW, torch.nan)
+        layer = ActiveConv2d(conv, relu, zeros=True, way=way)
+        found = layer(junk_BCHW, Active.of(on_BC), Active.of(on_BK), residual)
+        torch.testing.assert_close(found, expected, **CLOSE)
+        layer.zeros = False
+        found = layer(junk_BCHW, Active.of(on_BC), Active.of(on_BK), residual)
+        found = torch.where(maps(on_BK) != 0, found, 0.0)
+        torch.testing.assert_close(found, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_so_it_is_whatever_the_layout_and_the_threads(way: str, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.manual_seed(0)
+    conv, x_BCHW = nn.Conv2d(7, 11, 3, padding=1), torch.randn(2, 7, 32, 32)
+    try:
+        torch.set_num_threads(threads)
+        with torch.no_grad():
+            layer = ActiveConv2d(conv, relu=False, zeros=True, way=way)
+            for layout in (torch.contiguous_format, torch.channels_last):
+                for size in (32, 14, 8, 4):
+                    part = x_BCHW[:, :, :size, :size].contiguous(memory_format=layout)
+                    torch.testing.assert_close(layer(part), conv(part), **CLOSE)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_copy_has_weights_of_its_own(way: str) -> None:
+    torch.manual_seed(0)
+    x_BCHW = torch.randn(1, 3, 8, 8)
+    layer = ActiveConv2d(nn.Conv2d(3, 4, 3), relu=False, zeros=True, way=way)
+    before = layer(x_BCHW)
+    twin = copy.deepcopy(layer)
+    layer.weight.zero_()
+    assert torch.equal(twin(x_BCHW), before)
+    del layer
+    assert torch.equal(twin(x_BCHW), before)
+
+
+@needs_compiler
+def test_only_active_outputs_are_written() -> None:
+    """The kernel leaves the others alone: that is the work that is not done."""
+    library = compiled()
+    assert library is not None
+    conv = ActiveConv2d(nn.Conv2d(2, 3, 1), relu=False, zeros=False)
+    x_BCHW, y_BKHW = torch.ones(1, 2, 4, 4), torch.full((1, 3, 4, 4), 7.0)
+    lists = Active.of(torch.tensor([[1.0, 0, 1]]))
+    size = conv._measure(4, 4)
+    library.active_convolution(
+        *(ctypes.byref(size.shape), conv.weight.data_ptr(), conv.bias.data_ptr(), x_BCHW.data_ptr()),
+        *(None, y_BKHW.data_ptr(), 1, *(t.data_ptr() for t in every(1, 2)), *(t.data_ptr() for t in lists)),
+        *(0, 0, active._work(size.work), 1),
+    )
+    assert (y_BKHW[:, 1] == 7).all() and (y_BKHW[:, ::2] != 7).all()
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(4, 4, 3, groups=2),
+        nn.Conv2d(4, 4, 3, dilation=2),
+        nn.Conv2d(4, 4, 3, stride=(1, 2)),
+        nn.Conv2d(4, 4, 3, padding=(0, 1)),
+        nn.Conv2d(4, 4, 3, padding="same"),
+        nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+        nn.Conv2d(4, 4, 13),
+        nn.Conv2d(4, 4, 3).double(),
+        nn.Conv1d(4, 4, 3),
+        nn.Linear(4, 4),
+    ],
+)
+def test_other_layers_are_not_taken(layer: nn.Module) -> None:
+    assert not ActiveConv2d.takes(layer)
+    assert ActiveConv2d.takes(nn.Conv2d(4, 4, (3, 1), 2, 1))
+
+
+@pytest.mark.usefixtures("either")
+@pytest.mark.parametrize("reads_all", [True, False])
+def test_a_switch_engages_what_its_scores_say(reads_all: bool) -> None:
+    random = torch.Generator().manual_seed(0)
+    x_BCHW = torch.randn(5, 6, 7, 9, generator=random)
+    on_BC = torch.ones(5, 6) if reads_all else mask(5, 6, random)
+    weight_KC, bias_K = torch.randn(8, 6, generator=random) * 9, torch.randn(8, generator=random)
+    expected = engaged(F.linear((x_BCHW * maps(on_BC)).mean((2, 3)), weight_KC, bias_K))
+    junk_BCHW = torch.where(maps(on_BC) != 0, x_BCHW, torch.nan)
+    found = switch(junk_BCHW, None if reads_all else Active.of(on_BC), weight_KC, bias_K)
+    assert torch.equal(found.mask(), expected)
+    assert 0 < expected.mean() < 1
+
+
+@pytest.mark.usefixtures("either")
+def test_the_strongest_kernel_is_never_off() -> None:
+    bias_K = torch.tensor([-3.0, -1, -2])
+    found = switch(torch.randn(2, 4, 3, 3), None, torch.zeros(3, 4), bias_K)
+    assert found.mask().tolist() == [[0, 1, 0]] * 2
+    assert engaged(bias_K[None]).tolist() == [[0, 1, 0]]
+
+
+@pytest.mark.usefixtures("either")
+@pytest.mark.parametrize(("size", "stride", "side"), [(2, 2, 8), (2, 2, 9), (3, 2, 11), (3, 1, 5)])
+def test_pooling_of_active_maps(size: int, stride: int, side: int) -> None:
+    random = torch.Generator().manual_seed(0)
+    x_BCHW, on_BC = torch.randn(3, 5, side, side, generator=random), mask(3, 5, random)
+    junk_BCHW = torch.where(maps(on_BC) != 0, x_BCHW, torch.nan)
+    found = max_pool(junk_BCHW, Active.of(on_BC), size, stride, zeros=True)
+    assert torch.equal(found, F.max_pool2d(x_BCHW, size, stride) * maps(on_BC))
+
+
+def test_without_a_compiler_there_is_no_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert compiled.__wrapped__() is None
+    monkeypatch.setenv("CXX", "false")  # one that fails
+    monkeypatch.setenv(active.CACHE, str(tmp_path))
+    assert compiled.__wrapped__() is None
+    assert not list(tmp_path.rglob("*.so"))
+
+
+@needs_compiler
+def test_it_is_compiled_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(active.CACHE, str(tmp_path))
+    assert compiled.__wrapped__() is not None
+    (made,) = tmp_path.iterdir()
+    calls: list[object] = []
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: calls.append(a))
+    assert compiled.__wrapped__() is not None
+    assert not calls and list(tmp_path.iterdir()) == [made]

@@ -1,0 +1,367 @@
+"""Kernel activation modules: where they go, what they shut, how they learn, what they cost."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+
+from elastic.cost import macs
+from elastic.dynamic import Choice, KernelActivation, Site, attach, choose, modules
+from elastic.errors import StructureError
+from elastic.models import convnet, resnet20, vgg16_bn
+from elastic.parsimony import Engaged, Parsimony
+from elastic.skipping import WAYS, skipping, tune
+from elastic.surgery import reindex
+from elastic.widths import discover
+from tests.elastic.zoo import CASES, Case, Net, conv, head, randomised
+
+X = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def gated(net: nn.Module, x: Tensor, seed: int = 0, **options: Any) -> fx.GraphModule:
+    """A network in which each module has opinions."""
+    found = attach(net, discover(net, x), **options)
+    random = torch.Generator().manual_seed(seed)
+    for module in modules(found):
+        for h in module.heads:
+            assert isinstance(h, nn.Linear)
+            h.weight.data.normal_(0, 1, generator=random)
+            h.bias.data.normal_(0, 1, generator=random)
+    return found.eval()
+
+
+def case_or_none(case: Case, seed: int) -> fx.GraphModule | None:
+    net, x = case.model(), case.example()
+    try:
+        return gated(net.eval(), x, seed)
+    except StructureError as error:
+        assert "cannot be switched off" in str(error) or "no width" in str(error)
+        return None
+
+
+@pytest.mark.parametrize("name", CASES)
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=4)
+def test_what_is_off_is_not_read(name: str, seed: int) -> None:
+    """The network, with those columns of its weights zeroed that read what the modules have switched off."""
+    case = CASES[name]
+    net = case_or_none(case, seed)
+    if net is None:
+        return
+    plain, x = case.model().eval(), case.example()[:1]
+    with torch.no_grad():
+        found = net(x)
+        for module in modules(net):
+            off_K = module.gate_BK[0] == 0
+            for path in module.site.readers:
+                layer: Any = plain.get_submodule(path)
+                grouped = getattr(layer, "groups", 1) > 1
+                columns = layer.weight if grouped else layer.weight.transpose(0, 1)
+                columns.unflatten(0, (len(off_K), -1))[off_K] = 0
+        torch.testing.assert_close(found, plain(x))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", CASES)
+@given(seed=st.integers(0, 10**6), batch=st.integers(1, 3))
+@settings(max_examples=3)
+def test_skipping_says_what_masking_says(name: str, way: str, seed: int, batch: int) -> None:
+    case = CASES[name]
+    net = case_or_none(case, seed)
+    if net is None:
+        return
+    x = case.example(seed)[:1].repeat(batch, *[1] * (len(case.shape) - 1))
+    x = x + torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        torch.testing.assert_close(skipping(net, way=way)(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+TORCHVISION = ["resnet18", "mobilenet_v2", "vgg11_bn", "densenet121", "shufflenet_v2_x0_5", "squeezenet1_1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TORCHVISION)
+@pytest.mark.parametrize("way", WAYS)
+def test_so_it_does_in_torchvisions_networks(name: str, way: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 64, 64)
+    net = gated(randomised(torchvision.models.get_model(name)).eval(), x)
+    with torch.no_grad():
+        expected = net(x)
+        torch.testing.assert_close(
+            skipping(net, way=way)(x), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())
+        )
+    assert 0.1 < torch.cat([m.gate_BK.flatten() for m in modules(net)]).mean() < 0.9
+
+
+def test_modules_go_where_kernels_have_one_writer() -> None:
+    """All of a plain network; in a residual one the widths inside the branches."""
+    for build, expected in [(convnet, 4), (vgg16_bn, 13), (resnet20, 9)]:
+        net = build(in_channels=3)
+        x = torch.zeros(2, 3, 32, 32)
+        found = attach(net, discover(net, x))
+        assert len(list(modules(found))) == expected
+        assert {*net.state_dict()} <= {*found.state_dict()}, "layers keep their names"
+        for path, layer in net.named_modules():
+            if not list(layer.children()):
+                assert found.get_submodule(path) is layer
+    sites = {module.site.writer: module.site.readers for module in modules(found)}
+    assert sites["stage1.0.conv1"] == ("stage1.0.conv2",)
+
+
+def test_a_depthwise_convolution_follows_its_maps() -> None:
+    """What it makes of a map that is off (its bias, its norm's shift) is off, too."""
+    layers = {
+        "expand": conv(3, 6),
+        "depth": conv(6, 6, 3, groups=6),
+        "norm": nn.BatchNorm2d(6),
+        "project": conv(6, 4),
+    }
+    net = Net(
+        lambda m, x: m.head(m.project(F.relu(m.norm(m.depth(F.relu(m.expand(x))))))), **layers, head=head(4)
+    )
+    net = gated(randomised(net).eval(), X)
+    (module, _) = modules(net)
+    assert module.site == Site("expand", ("project",), ("depth",))
+    seen: list[Tensor] = []
+    net.get_submodule("project").register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        net(X)
+    off_BK = module.gate_BK == 0
+    assert off_BK.any() and (seen[0][off_BK] == 0).all() and (seen[0][~off_BK] != 0).any()
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ["conv"],
+            "the kernels of 'conv' cannot be switched off: its maps are sums, conv and stage1.0.conv2",
+        ),
+        (["fc"], "width 'fc' cannot change: it is the model's output"),
+        (["nothing"], "width 'nothing' cannot change: there is none"),
+    ],
+)
+def test_kernels_that_cannot_be_switched_are_refused(names: list[str], message: str) -> None:
+    net = resnet20()
+    with pytest.raises(StructureError, match=message):
+        attach(net, discover(net, X), names)
+
+
+def test_a_network_without_any_is_refused() -> None:
+    net = nn.Sequential(conv(3, 8), nn.GroupNorm(2, 8), nn.ReLU(), head(8))
+    with pytest.raises(
+        StructureError, match=r"cannot be switched off: 1 .GroupNorm. normalises over its channels"
+    ):
+        attach(net, discover(net, X))
+
+
+def test_only_the_widths_asked_for() -> None:
+    net = resnet20()
+    found = attach(net, discover(net, X), ["stage2.1.conv1"])
+    assert [module.site.writer for module in modules(found)] == ["stage2.1.conv1"]
+
+
+# --- how they learn ---------------------------------------------------------------------------------------
+
+
+def module(choice: Choice = "straight_through", sets: int = 1) -> KernelActivation:
+    torch.manual_seed(0)
+    return KernelActivation(Site("a", ("b",), ()), 3, 6, sets, choice)
+
+
+def test_scores_are_those_of_the_sources_module() -> None:
+    """A 1×1 convolution, then global average pooling."""
+    made = module()
+    head = made.heads[0]
+    assert isinstance(head, nn.Linear)
+    maps_BKHW = F.conv2d(X, head.weight[:, :, None, None], head.bias)
+    torch.testing.assert_close(made.scores(X), maps_BKHW.mean((2, 3)))
+    made.eval()
+    on_BK = torch.sigmoid(made.scores(X)) > 0.5
+    assert torch.equal(made(X)[:, :, 0, 0] == 1, on_BK)
+
+
+@pytest.mark.parametrize("choice", ["straight_through", "soft", "gumbel"])
+def test_they_start_nearly_open(choice: Choice) -> None:
+    assert module(choice).eval()(X).mean() == 1
+    assert 0.75 < module(choice)(X).mean() <= 1
+
+
+def test_the_straight_gradient_is_that_of_the_sigmoid() -> None:
+    made, score_BK = module(), torch.tensor([[-1.0, 0.5, 2]], requires_grad=True)
+    gate_BK = made._learn(score_BK)
+    assert gate_BK.tolist() == [[0, 1, 1]]
+    gate_BK.sum().backward()
+    soft = torch.sigmoid(score_BK.detach())
+    torch.testing.assert_close(score_BK.grad, soft * (1 - soft))
+
+
+def test_a_soft_gate_becomes_hard_as_it_cools() -> None:
+    made, score_BK = module("soft"), torch.tensor([[-1.0, 0.5, 2]])
+    torch.testing.assert_close(made._learn(score_BK), torch.sigmoid(score_BK))
+    made.temperature = 1e-3
+    assert made._learn(score_BK).tolist() == [[0, 1, 1]]
+
+
+def test_a_gumbel_gate_is_on_as_often_as_the_sigmoid_says() -> None:
+    made, score_BK = module("gumbel"), torch.tensor([[-1.0, 0.5, 2, 0]]).expand(20_000, -1)
+    often_K = made._learn(score_BK).mean(0)
+    torch.testing.assert_close(often_K, torch.sigmoid(score_BK[0]), atol=0.02, rtol=0)
+
+
+def test_one_of_several_sets_rules() -> None:
+    net = gated(convnet(in_channels=3).eval(), X, sets=3)
+    with torch.no_grad():
+        said = []
+        for chosen in (0, 1, 2, 0):
+            choose(net, chosen)
+            said.append(net(X))
+    assert torch.equal(said[0], said[3]) and not torch.equal(said[0], said[1])
+    assert not torch.equal(said[1], said[2])
+
+
+def test_a_set_is_chosen_between_requests_of_the_skipping_network_too() -> None:
+    net = gated(convnet(in_channels=3).eval(), X, sets=2)
+    active = skipping(net)
+    with torch.no_grad():
+        for chosen in (1, 0, 1):
+            choose(net, chosen)
+            choose(active, chosen)
+            torch.testing.assert_close(active(X), net(X), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("chosen", [-1, 2, 7])
+def test_a_set_that_does_not_exist_is_refused(chosen: int) -> None:
+    net = gated(convnet(in_channels=3), X, sets=2)
+    with pytest.raises(
+        StructureError, match=rf"there is no set {chosen} of kernel activation modules: .* has 0 … 1"
+    ):
+        choose(net, chosen)
+    with pytest.raises(StructureError, match="the network has none"):
+        choose(convnet(), 0)
+
+
+def test_sets_and_choices_that_cannot_be_are_refused() -> None:
+    with pytest.raises(StructureError, match="0 sets of modules: there must be 1 or more"):
+        module(sets=0)
+    with pytest.raises(
+        StructureError, match="kernels cannot be chosen by 'hope': use one of straight_through"
+    ):
+        module("hope")  # type: ignore[arg-type]
+
+
+# --- what they cost ---------------------------------------------------------------------------------------
+
+
+def by_compaction(net: fx.GraphModule, plain: nn.Module, b: int) -> int:
+    """MACs of the network that has only the kernels that sample b engages."""
+    small = copy.deepcopy(plain)
+    keep = {m.site.writer: m.gate_BK[b].nonzero().flatten() for m in modules(net)}
+    reindex(small, discover(small, X), keep)
+    return macs(small, X[:1])
+
+
+@pytest.mark.parametrize("build", [convnet, resnet20])
+def test_macs_are_those_of_the_compacted_network_and_of_the_modules(build: Any) -> None:
+    plain = build(in_channels=3).eval()
+    net = gated(plain, X)
+    engaged = Engaged(net, X)
+    assert engaged.dense == macs(plain, X)
+    heads = sum(h.weight.numel() for m in modules(net) for h in m.heads)  # type: ignore[misc, union-attr, operator]
+    assert engaged.modules == heads
+    with torch.no_grad():
+        net(X)
+    expected = [by_compaction(net, plain, b) + heads for b in range(len(X))]
+    assert engaged.macs_B().round().int().tolist() == expected
+    on = torch.cat([m.gate_BK for m in modules(net)], 1)
+    torch.testing.assert_close(engaged.kernels_B(), on.sum(1) / on.shape[1])
+    torch.testing.assert_close(engaged.share("macs"), torch.tensor(expected).float().mean() / engaged.dense)
+
+
+@pytest.mark.parametrize(
+    ("parsimony", "expected"),
+    [
+        (Parsimony(2.0), 0.8),
+        (Parsimony(2.0, "square"), 0.32),
+        (Parsimony(10.0, "target", target=0.3), 0.1),
+        (Parsimony(0.0), 0.0),
+    ],
+)
+def test_the_loss_by_hand(parsimony: Parsimony, expected: float) -> None:
+    assert float(parsimony.loss(torch.tensor(0.4))) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"form": "cubic"}, "set form to linear, square, target and by to count or macs"),
+        ({"by": "time"}, "set form to"),
+        ({"gain": -1.0}, "a gain of -1 would reward kernels that are on"),
+        ({"form": "target"}, "has a target where its form is 'target'"),
+        ({"target": 0.5}, "has a target where its form is 'target'"),
+        ({"form": "target", "target": 1.5}, "a target of 1.5: set it between 0 and 1"),
+    ],
+)
+def test_parsimony_that_cannot_be_is_refused(options: Any, message: str) -> None:
+    with pytest.raises(StructureError, match=message):
+        Parsimony(**options)
+
+
+@pytest.mark.parametrize("by", ["count", "macs"])
+def test_gradients_close_kernels(by: Any) -> None:
+    torch.manual_seed(0)
+    net = attach(plain := convnet(in_channels=3), discover(plain, X)).train()
+    engaged, optimizer = Engaged(net, X), torch.optim.SGD(net.parameters(), lr=20.0)
+    shares = []
+    for _ in range(30):
+        net(X)
+        loss = Parsimony(1.0, by=by).loss(engaged.share(by))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        shares.append(float(engaged.share(by).detach()))
+    assert shares[0] > 0.95 and shares[-1] < 0.5
+    assert all((m.gate_BK.sum(1) > 0.99).all() for m in modules(net)), "never to no kernel at all"
+
+
+# --- execution ----------------------------------------------------------------------------------------------
+
+
+def test_tuning_gives_every_layer_its_fastest_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = skipping(gated(convnet(in_channels=3).eval(), X))
+    layers = [m for m in net.modules() if type(m).__name__ == "ActiveConv2d"]
+    fastest = dict(zip(layers, ["dense", "stock", "dense", "stock"], strict=True))
+    clock = {"now": 0.0}
+    for layer in layers:
+        forward = layer.forward
+
+        def slow(*args: Any, layer: Any = layer, forward: Any = forward) -> Tensor:
+            clock["now"] += 1.0 if layer.way == fastest[layer] else 2.0
+            return forward(*args)
+
+        monkeypatch.setattr(layer, "forward", slow)
+    monkeypatch.setattr("elastic.skipping.time.perf_counter", lambda: clock["now"])
+    tune(net, [X[:1]])
+    assert {layer: layer.way for layer in layers} == fastest
+
+
+def test_a_network_without_modules_is_executed_in_full() -> None:
+    net = randomised(resnet20()).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(skipping(net, [X])(X), net(X), rtol=1e-4, atol=1e-4)
+
+
+def test_the_network_itself_is_left_as_it_is() -> None:
+    net = gated(resnet20().eval(), X)
+    before = copy.deepcopy(net.state_dict())
+    names = list(before)
+    skipping(net, [X[:1]])
+    assert list(net.state_dict()) == names
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
