@@ -8,6 +8,7 @@ from callbacks.magnitude import PruneByMagnitude
 from callbacks.progress import ElasticProgress
 from callbacks.prune import PruneByGates
 from callbacks.reconstruct import Reconstruct
+from callbacks.switch import SwitchKernels
 
 __all__ = [
     "AverageWeights",
@@ -17,5 +18,6 @@ __all__ = [
     "PruneByGates",
     "PruneByMagnitude",
     "Reconstruct",
+    "SwitchKernels",
     "TrainJointly",
 ]

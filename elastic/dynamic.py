@@ -11,7 +11,7 @@ first two are linear, so the maps are averaged first here: the same scores for h
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, fx, nn
@@ -49,6 +49,30 @@ class Site:
     each: tuple[str, ...]  # depthwise convolutions
 
 
+class Head(nn.Module):
+    """Scores of kernels: linear in the means of the maps.
+
+    The means are normalised over the batch, without parameters, or the scores would differ little from input
+    to input and a module learn to engage the same kernels for all. In evaluation that is linear, too.
+    """
+
+    def __init__(self, reads: int, kernels: int) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm1d(reads, affine=False), nn.Linear(reads, kernels)
+        nn.init.constant_(self.linear.bias, START)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        score_BK: Tensor = self.linear(self.norm(x_BCHW.mean((2, 3))))
+        return score_BK
+
+    @torch.no_grad()
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """weight_KC and bias_K of the same scores, from the means as they are."""
+        assert self.norm.running_mean is not None and self.norm.running_var is not None
+        weight_KC = self.linear.weight / (self.norm.running_var + self.norm.eps).sqrt()
+        return weight_KC, self.linear.bias - weight_KC @ self.norm.running_mean
+
+
 class KernelActivation(nn.Module):
     """x_BCHW, what the convolution reads → gate_BK11, 1 for the kernels to be executed, else 0.
 
@@ -65,6 +89,8 @@ class KernelActivation(nn.Module):
         gate_BK: what it last said, for the loss.
     """
 
+    kind = "input"  # what it looks at
+
     def __init__(
         self, site: Site, reads: int, kernels: int, sets: int = 1, choice: Choice = "straight_through"
     ) -> None:
@@ -76,13 +102,11 @@ class KernelActivation(nn.Module):
         if sets < 1:
             raise StructureError(f"{sets} sets of modules: there must be 1 or more")
         self.site, self.choice, self.temperature, self.chosen = site, choice, 1.0, 0
-        self.heads = nn.ModuleList(nn.Linear(reads, kernels) for _ in range(sets))
-        for head in self.heads:
-            nn.init.constant_(head.bias, START)  # type: ignore[arg-type]
+        self.heads = nn.ModuleList(Head(reads, kernels) for _ in range(sets))
         self.gate_BK = torch.ones(0, kernels)
 
     def scores(self, x_BCHW: Tensor) -> Tensor:
-        score_BK: Tensor = self.heads[self.chosen](x_BCHW.mean((2, 3)))
+        score_BK: Tensor = self.heads[self.chosen](x_BCHW)
         return score_BK
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -100,21 +124,52 @@ class KernelActivation(nn.Module):
         return engaged(score_BK.detach()) + soft_BK - soft_BK.detach()
 
 
+class ConstantActivation(KernelActivation):
+    """A control: it sees nothing, so that it engages the same kernels for every input."""
+
+    kind = "constant"
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        for head in self.heads:
+            assert isinstance(head, Head)
+            nn.init.zeros_(head.linear.weight).requires_grad_(False)
+
+
+class RandomActivation(ConstantActivation):
+    """A control: each kernel is on as often as its sigmoid says, whatever the input is."""
+
+    kind = "random"
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        score_BK = self.scores(x_BCHW)
+        noise_BK = torch.logit(torch.rand_like(score_BK).clamp(1e-6, 1 - 1e-6))
+        self.gate_BK = self._learn(score_BK) if self.training else engaged(score_BK + noise_BK)
+        return self.gate_BK[:, :, None, None]
+
+
+KINDS = {made.kind: made for made in (KernelActivation, ConstantActivation, RandomActivation)}
+
+
 def attach(
     net: nn.Module,
     widths: Widths,
     names: Iterable[str] | None = None,
     sets: int = 1,
     choice: Choice = "straight_through",
+    kind: str = "input",
 ) -> fx.GraphModule:
     """The network with a kernel activation module for each width; its layers are shared, under their names.
 
     Args:
         names: the widths whose kernels are switched; by default all that can be.
+        kind: what the modules look at: the "input", or as controls nothing ("constant", "random").
 
     Raises:
         StructureError: the kernels of a width asked for cannot be switched, or of none can.
     """
+    if kind not in KINDS:
+        raise StructureError(f"modules cannot look at '{kind}': set kind to {', '.join(KINDS)}")
     traced = trace(net)
     found = {name: _site(traced, widths[name]) for name in (widths if names is None else names)}
     refused = {name: site for name, site in found.items() if isinstance(site, str)}
@@ -125,7 +180,7 @@ def attach(
     for site in (site for site in found.values() if isinstance(site, Site)):
         conv = traced.get_submodule(site.writer)
         assert isinstance(conv, nn.Conv2d)
-        module = KernelActivation(site, conv.in_channels, conv.out_channels, sets, choice)
+        module = KINDS[kind](site, conv.in_channels, conv.out_channels, sets, choice)
         path = f"{MODULES}.{site.writer.replace('.', '/')}"
         traced.add_submodule(path, module.to(conv.weight.device))
         _insert(traced, site, path)

@@ -9,13 +9,14 @@ import lightning as L
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from elastic.checkpoint import rebuild
 from elastic.depth import deepen, depth, sibling
 from elastic.distributed import differing, unwrapped
+from elastic.dynamic import MODULES
 from elastic.fresh import Fresh, zero_out
 from elastic.nested import Levels
 from elastic.surgery import Index, reindex
@@ -69,6 +70,7 @@ class ElasticModule(L.LightningModule):
         self.levels: Levels | None = None
         self.level = 0  # that is trained and evaluated, where there are several
         self.others: Sequence[int] = ()  # levels that are validated beside it
+        self.switched: list[fx.GraphModule] = []  # the levels with kernel activation modules
         self.executed: list[tuple[nn.Module, float]] = [(net, 1.0)]  # in a training step, and how often
         self.timeline: list[dict[str, Any]] = []
         self.copies: list[nn.Module] = []
@@ -81,8 +83,13 @@ class ElasticModule(L.LightningModule):
         self.lay_out()
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        x_BCHW = x_BCHW.contiguous(memory_format=self.memory_format)
-        return self.net(x_BCHW) if self.levels is None else self.levels.forward(self.level, x_BCHW)
+        return self.run_level(self.level, x_BCHW.contiguous(memory_format=self.memory_format))
+
+    def run_level(self, k: int, x_BCHW: Tensor) -> Tensor:
+        """Level k, or the network where there are no levels; with its modules, if it has any."""
+        if self.switched:
+            return self.switched[k](x_BCHW)  # type: ignore[no-any-return]
+        return self.net(x_BCHW) if self.levels is None else self.levels.forward(k, x_BCHW)  # type: ignore[no-any-return]
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x_BCHW, y_B = batch
@@ -107,7 +114,7 @@ class ElasticModule(L.LightningModule):
         self.log(f"{part}/loss", F.cross_entropy(logits_BK, y_B), on_epoch=True, sync_dist=True)
         if self.levels is not None:
             for k in self.others:
-                right = (self.levels.forward(k, x_BCHW).argmax(1) == y_B).float().mean()
+                right = (self.run_level(k, x_BCHW).argmax(1) == y_B).float().mean()
                 self.log(f"{part}/acc/level{k}", right, on_epoch=True, batch_size=len(y_B))
 
     def setup(self, stage: str) -> None:
@@ -217,6 +224,11 @@ class ElasticModule(L.LightningModule):
         """From here on the network has levels; what it had trained stays the largest."""
         self.levels, self.level, self.level_norms = levels, len(levels) - 1, levels.norms
 
+    def switch(self, switched: Sequence[fx.GraphModule]) -> None:
+        """From here on each level runs with kernel activation modules: `elastic.dynamic.attach`."""
+        self.switched = list(switched)
+        self.kams = nn.ModuleList(net.get_submodule(MODULES) for net in switched)
+
     # Optimization.
 
     def configure_optimizers(self) -> Any:
@@ -278,7 +290,7 @@ class ElasticModule(L.LightningModule):
                 "continue with the configuration the run was started with"
             )
         self.start, self.timeline = dict(held["start"]), list(held["timeline"])
-        if "levels" in held:  # budgets of latency might give others today
+        if "levels" in held and self.levels is None:  # budgets of latency might give others today
             self.nest(Levels(self.net, self.widths, held["levels"]))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:

@@ -34,7 +34,7 @@ class Engaged:
         counted = macs_by_layer(net, example)
         self.layers = {path: macs for path, macs in counted.items() if not path.startswith(f"{MODULES}.")}
         self.dense = sum(self.layers.values())
-        self.modules = sum(module.heads[0].weight.numel() for module in modules(net))  # type: ignore[misc, union-attr, operator]
+        self.modules = sum(module.heads[0].linear.weight.numel() for module in modules(net))  # type: ignore[misc, union-attr, operator]
 
     def macs_B(self) -> Tensor:
         """MACs of each sample; differentiable."""

@@ -5,33 +5,90 @@ are stored as a bitmap and their non-zeros.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from elastic.checkpoint import add_blocks, rebuild, replace_file
+from elastic.dynamic import MODULES, attach, modules
 from elastic.errors import StructureError
 from elastic.nested import Levels
 from elastic.widths import discover
 
 SPARSE = 0.75  # a tensor of fewer non-zeros than this is stored as a bitmap and its non-zeros
-NORMS = ".levels."  # what levels own is stored under this: no layer's name begins with a dot
+# What levels own, and kernel activation modules, are stored under these: no layer's name begins with a dot.
+NORMS, KAMS = ".levels.", ".kams."
 
 
-def save_compact(net: nn.Module, path: Path, about: Mapping[str, Any]) -> None:
-    """Write a compacted network's tensors, the sparse ones without their zeros, atomically."""
-    _write(net.state_dict(), path, about)
+Switched = Sequence[fx.GraphModule]
 
 
-def save_levels(levels: Levels, path: Path, about: Mapping[str, Any]) -> None:
+def save_compact(net: nn.Module, path: Path, about: Mapping[str, Any], switched: Switched = ()) -> None:
+    """Write a compacted network's tensors, the sparse ones without their zeros, atomically.
+
+    Args:
+        switched: the network, or each of its levels, with kernel activation modules, if there are any.
+    """
+    _write(net.state_dict() | _kams(switched), path, {**about, **_about(switched)})
+
+
+def save_levels(levels: Levels, path: Path, about: Mapping[str, Any], switched: Switched = ()) -> None:
     """Write a network as `save_compact` does, and the sizes and norms of its levels."""
     norms = {NORMS + name: tensor for name, tensor in levels.norms.state_dict().items()}
-    _write(levels.net.state_dict() | norms, path, {**about, "levels": levels.sizes[:-1]})
+    about = {**about, **_about(switched), "levels": levels.sizes[:-1]}
+    _write(levels.net.state_dict() | norms | _kams(switched), path, about)
+
+
+def _kams(switched: Switched) -> dict[str, Tensor]:
+    kept = ((k, net.get_submodule(MODULES).state_dict()) for k, net in enumerate(switched))
+    return {f"{KAMS}{k}.{name}": tensor for k, state in kept for name, tensor in state.items()}
+
+
+def _about(switched: Switched) -> dict[str, Any]:
+    """What `attach` has to be told, to make the same modules again."""
+    if not switched:
+        return {}
+    first = next(modules(switched[0]))
+    return {"switched": {"sets": len(first.heads), "kind": first.kind, "choice": first.choice}}
+
+
+def load_switched(net: nn.Module | Levels, path: Path, example: Tensor) -> list[fx.GraphModule]:
+    """The network of a file, or each of its levels, with the kernel activation modules that the file has.
+
+    Args:
+        net: from `load_compact` or `load_levels`.
+
+    Raises:
+        StructureError: the file is missing or damaged, or has no modules.
+    """
+    state, about = _read(path)
+    if "switched" not in about:
+        raise StructureError(f"{path} has no kernel activation modules: train some with schedule=dynamic")
+    found = []
+    for k, level in enumerate(net if isinstance(net, Levels) else [net]):
+        made = attach(level, discover(level, example), **about["switched"])
+        prefix = f"{KAMS}{k}."
+        kams = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+        try:
+            made.get_submodule(MODULES).load_state_dict(kams)
+        except RuntimeError as error:
+            raise StructureError(f"{path} lacks modules of level {k}: train again or restore it") from error
+        found.append(made.eval())
+    return found
+
+
+def holds_switched(path: Path) -> bool:
+    """Whether a file has kernel activation modules.
+
+    Raises:
+        StructureError: it is missing or damaged.
+    """
+    return "switched" in _read(path)[1]
 
 
 def _write(state: Mapping[str, Tensor], path: Path, about: Mapping[str, Any]) -> None:
@@ -61,7 +118,7 @@ def load_compact(net: nn.Module, path: Path, example: Tensor) -> nn.Module:
         StructureError: the file is missing or damaged, or of another architecture.
     """
     state, _ = _read(path)
-    state = {name: tensor for name, tensor in state.items() if not name.startswith(NORMS)}
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(".")}
     add_blocks(net, discover(net, example), state)
     layers = dict(net.named_modules())
     for name in state.keys() - net.state_dict().keys():  # compaction may have given a layer a bias

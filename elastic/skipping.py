@@ -34,10 +34,10 @@ class ActiveSwitch(nn.Module):
     def __init__(self, module: KernelActivation) -> None:
         super().__init__()
         self.module = module
+        self.folded = [head.folded() for head in module.heads]  # type: ignore[operator]
 
     def forward(self, x_BCHW: Tensor, reads: Active | None = None) -> Active:
-        head: Any = self.module.heads[self.module.chosen]
-        return switch(x_BCHW, reads, head.weight, head.bias)
+        return switch(x_BCHW, reads, *self.folded[self.module.chosen])
 
 
 class ActiveMaxPool2d(nn.Module):

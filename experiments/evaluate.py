@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from elastic.module import TrainingError
 from elastic.nested import Levels
 from experiments.report import measure, measure_levels
-from experiments.restore import level_of, restore
+from experiments.restore import level_of, restore, restore_switched
 from experiments.setup import quiet, run
 
 
@@ -28,11 +28,13 @@ def evaluate(folder: Path, level: int | None = None) -> dict[str, Any]:
         TrainingError: the folder holds no finished run, or not that level.
     """
     net, data, summary = restore(folder)
+    switched = restore_switched(net, folder, data)
     if level is not None:
-        return summary | measure(level_of(net, level), data)
+        return summary | measure(level_of(net, level), data, switched[level] if switched else None)
+    last = switched[-1] if switched else None
     if isinstance(net, Levels):
-        return summary | measure(net.net, data) | {"levels": measure_levels(net, data)}
-    return summary | measure(net, data)
+        return summary | measure(net.net, data, last) | {"levels": measure_levels(net, data, switched)}
+    return summary | measure(net, data, last)
 
 
 def main() -> None:

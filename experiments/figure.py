@@ -111,3 +111,48 @@ def draw_serving(answers: Sequence[Any], scores: Mapping[str, Sequence[float]], 
     bars.set_xlabel("right and in time (%)")
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def draw_duty(seen: Any, images_NHWC: np.ndarray, path: Path) -> None:
+    """How often each kernel is on; MACs by class and by image; the images that took least and most.
+
+    Args:
+        seen: what `experiments.duty.look` found.
+        images_NHWC: the same images, as they are to be shown.
+    """
+    figure = plt.figure(figsize=(10, 7), layout="constrained")
+    grid = figure.add_gridspec(3, 2, height_ratios=(3, 1, 1))
+    duty, by_class, spread = (figure.add_subplot(part) for part in (grid[0, 0], grid[0, 1], grid[1:, 0]))
+    names, widest = list(seen.duty), max(map(len, seen.duty.values()))
+    rows = np.full((len(names), widest), np.nan)
+    for i, name in enumerate(names):
+        on_K = np.sort(seen.duty[name].numpy())[::-1]
+        rows[i] = np.interp(np.linspace(0, 1, widest), np.linspace(0, 1, len(on_K)), on_K)
+    shown = duty.imshow(
+        100 * rows, aspect="auto", vmin=0, vmax=100, cmap="viridis", extent=(0, 100, len(names), 0)
+    )
+    duty.set_yticks(np.arange(len(names)) + 0.5, names, fontsize="x-small")
+    duty.set_xlabel("kernels of the layer, most used first (%)")
+    figure.colorbar(shown, ax=duty, label="images for which it is on (%)")
+
+    macs_N, label_N = 1e-6 * seen.macs_N.numpy(), seen.label_N.numpy()
+    classes = np.unique(label_N)
+    by_class.boxplot(
+        [macs_N[label_N == k] for k in classes], tick_labels=[str(k) for k in classes], showfliers=False
+    )
+    by_class.set_xlabel("class")
+    by_class.set_ylabel("10⁶ MACs an image")
+    right_N = seen.right_N.numpy()
+    spread.hist([macs_N[right_N], macs_N[~right_N]], bins=40, stacked=True, label=["right", "wrong"])
+    spread.set_xlabel("10⁶ MACs an image")
+    spread.set_ylabel("images")
+    spread.legend(frameon=False)
+
+    order = np.argsort(macs_N, kind="stable")
+    for at, chosen, title in ((grid[1, 1], order[:8], "least"), (grid[2, 1], order[-8:], "most")):
+        panel = figure.add_subplot(at)
+        panel.imshow(np.concatenate(list(images_NHWC[chosen]), axis=1).squeeze(), cmap="gray")
+        panel.set_title(f"the images that took {title}", fontsize="small")
+        panel.set_axis_off()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

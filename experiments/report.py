@@ -3,6 +3,7 @@
 import copy
 import json
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,20 @@ import torchvision
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import fx, nn
 
 from elastic import cost
 from elastic.checkpoint import replace_file
 from elastic.data import ImageData
+from elastic.dynamic import choose, modules
 from elastic.module import ElasticModule
 from elastic.nested import Levels
+from elastic.parsimony import Engaged
+from experiments.look import look
 from experiments.setup import active
 
 # What changes the network, or what is kept of it, in the order in which `schedule` names it.
-SCHEDULE = ("grow", "prune", "magnitude", "average", "levels")
+SCHEDULE = ("grow", "prune", "magnitude", "average", "levels", "switch")
 
 
 def test_accuracy(net: nn.Module, data: ImageData) -> float:
@@ -35,36 +39,53 @@ def test_accuracy(net: nn.Module, data: ImageData) -> float:
         return float(trainer.test(judge, data, verbose=False)[0]["test/acc"])
 
 
-def measure(plain: nn.Module, data: ImageData) -> dict[str, Any]:
-    """What a compacted network is: accuracy on the test split, `params`, `params_dense` and `macs`."""
-    macs = cost.macs(plain, torch.zeros(1, *data.shape))
-    return {
-        "test/acc": test_accuracy(plain, data),
+def measure(plain: nn.Module, data: ImageData, switched: fx.GraphModule | None = None) -> dict[str, Any]:
+    """What a compacted network is: accuracy on the test split, `params`, `params_dense` and `macs`.
+
+    Args:
+        switched: the same network with kernel activation modules: `test/acc` is then with the first set of
+            them, `macs_dynamic` the mean over the test split, and all counts have the modules in them.
+    """
+    found: dict[str, Any] = {
         "params": cost.params(plain),
         "params_dense": cost.params_dense(plain),
-        "macs": macs,
-        "macs_dynamic": macs,
         "levels": [],
+        "sets": [],
     }
+    if switched is None:
+        macs = cost.macs(plain, torch.zeros(1, *data.shape))
+        return {"test/acc": test_accuracy(plain, data), **found, "macs": macs, "macs_dynamic": macs}
+    engaged, heads = Engaged(switched, torch.zeros(1, *data.shape)), list(modules(switched))
+    for chosen in range(len(heads[0].heads)):
+        choose(switched, chosen)
+        seen = look(switched, data)
+        found["sets"].append({"set": chosen, "test/acc": seen.accuracy, "macs_dynamic": round(seen.macs)})
+    choose(switched, 0)
+    for name, count in (("params", cost.params), ("params_dense", cost.params_dense)):
+        found[name] += sum(count(module.heads[0]) for module in heads)
+    first = {name: found["sets"][0][name] for name in ("test/acc", "macs_dynamic")}
+    return {**found, **first, "macs": engaged.dense + engaged.modules}
 
 
-def measure_levels(levels: Levels, data: ImageData) -> list[dict[str, Any]]:
+def measure_levels(
+    levels: Levels, data: ImageData, switched: Sequence[fx.GraphModule] = ()
+) -> list[dict[str, Any]]:
     """What each level is, the smallest first; the last one is the network itself."""
-    shown = ("params", "macs", "test/acc")
+    shown = ("params", "macs", "test/acc", *(("macs_dynamic", "sets") if switched else ()))
     found = []
     for k, level in enumerate(levels):
-        row = measure(level, data)
+        row = measure(level, data, switched[k] if switched else None)
         found.append({"level": k, **{name: row[name] for name in shown}})
     return found
 
 
 def summarise(
-    cfg: DictConfig, plain: nn.Module, data: ImageData, wall_s: float, macs_training: int | None
+    cfg: DictConfig, measured: dict[str, Any], wall_s: float, macs_training: int | None
 ) -> dict[str, Any]:
     """One flat object, under the keys that every run shares.
 
     Args:
-        plain: the compacted network.
+        measured: what the network is, from `measure`.
         wall_s, macs_training: what training took, see `callbacks.Census`; None where it was not counted.
     """
     return {
@@ -74,7 +95,7 @@ def summarise(
         "model": cfg.choices.model,
         "schedule": "+".join(name for name in SCHEDULE if name in active(cfg)) or "static",
         "epochs": cfg.trainer.max_epochs,
-        **measure(plain, data),
+        **measured,
         "macs_training": macs_training,
         "wall_s": round(wall_s, 1),
         "git": _git(),
@@ -97,7 +118,11 @@ def show(summary: dict[str, Any], history: list[dict[str, Any]], folder: Path) -
     if "budget/asked" in summary:
         asked, got = (f"{summary[f'budget/{name}']:,}" for name in ("asked", "got"))
         table.add_row(f"budget ({summary['budget/aim']})", "", f"asked {asked}", f"got {got}")
-    table.add_row("test accuracy", "", "", f"{summary['test/acc']:.2%}")
+    for each in summary.get("sets", []):
+        table.add_row(f"macs, mean, set {each['set']}", "", "", f"{each['macs_dynamic']:,}")
+        table.add_row(f"test accuracy, set {each['set']}", "", "", f"{each['test/acc']:.2%}")
+    if not summary.get("sets"):
+        table.add_row("test accuracy", "", "", f"{summary['test/acc']:.2%}")
     Console().print(table)
     if summary.get("levels"):
         Console().print(_levels(summary["levels"]))
@@ -108,10 +133,12 @@ def show(summary: dict[str, Any], history: list[dict[str, Any]], folder: Path) -
 
 def _levels(rows: list[dict[str, Any]]) -> Table:
     table = Table(title="levels, each a part of the next")
-    for column in ("level", "params", "macs", "test accuracy"):
-        table.add_column(column, justify="right")
+    columns = {"level": "d", "params": ",", "macs": ",", "macs_dynamic": ",", "test/acc": ".2%"}
+    held = {name: form for name, form in columns.items() if name in rows[0]}
+    for name in held:
+        table.add_column(name, justify="right")
     for row in rows:
-        table.add_row(str(row["level"]), f"{row['params']:,}", f"{row['macs']:,}", f"{row['test/acc']:.2%}")
+        table.add_row(*(f"{row[name]:{form}}" for name, form in held.items()))
     return table
 
 

@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import fx, nn
 
 from elastic.data import ImageData
 from elastic.module import TrainingError
 from elastic.nested import Levels
-from elastic.saved import holds_levels, load_compact, load_levels
+from elastic.saved import holds_levels, holds_switched, load_compact, load_levels, load_switched
 from experiments.setup import finished, saved_config
 from experiments.train import build
 
@@ -33,6 +34,12 @@ def restore(folder: Path) -> tuple[nn.Module | Levels, ImageData, dict[str, Any]
     weights = folder / "model.safetensors"
     load = load_levels if holds_levels(weights) else load_compact
     return load(module.net, weights, module.example), data, summary
+
+
+def restore_switched(net: nn.Module | Levels, folder: Path, data: ImageData) -> list[fx.GraphModule]:
+    """The network, or each of its levels, with its kernel activation modules; nothing where it has none."""
+    weights = folder / "model.safetensors"
+    return load_switched(net, weights, torch.zeros(1, *data.shape)) if holds_switched(weights) else []
 
 
 def level_of(net: nn.Module | Levels, level: int) -> nn.Module:

@@ -21,9 +21,9 @@ from elastic.compact import compact
 from elastic.compiled import compile_whole
 from elastic.data import ImageData
 from elastic.module import ElasticModule, TrainingError
-from elastic.saved import load_compact, save_compact, save_levels
+from elastic.saved import holds_levels, load_compact, load_levels, save_compact, save_levels
 from experiments.figure import draw_history
-from experiments.report import measure_levels, show, summarise, write_summary
+from experiments.report import measure, measure_levels, show, summarise, write_summary
 from experiments.setup import (
     active,
     check_processes,
@@ -44,8 +44,14 @@ def build(cfg: DictConfig) -> tuple[ElasticModule, ImageData]:
     L.seed_everything(cfg.seed, verbose=False)
     data: ImageData = instantiate(cfg.data)
     net = instantiate(cfg.model, in_channels=data.shape[0], classes=data.classes)
+    levels = None
     if cfg.get("init") is not None:
-        load_compact(net, finished(Path(cfg.init)) / "model.safetensors", torch.zeros(1, *data.shape)).train()
+        weights, example = finished(Path(cfg.init)) / "model.safetensors", torch.zeros(1, *data.shape)
+        if "switch" in active(cfg) and holds_levels(weights):  # each gets modules of its own
+            levels = load_levels(net, weights, example)
+        else:
+            load_compact(net, weights, example)
+        net.train()
     module = ElasticModule(
         net,
         data.shape,
@@ -56,6 +62,9 @@ def build(cfg: DictConfig) -> tuple[ElasticModule, ImageData]:
         cfg.label_smoothing,
         cfg.channels_last,
     )
+    if levels is not None:
+        module.nest(levels)
+        module.train()
     return module, data
 
 
@@ -93,15 +102,20 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
     module.cpu()
     levels = module.levels
-    plain = compact(module.net, module.example) if levels is None else module.net.eval()
+    whole = levels is not None or module.switched
+    plain = module.net.eval() if whole else compact(module.net, module.example)
     census = next((callback for callback in callbacks if isinstance(callback, Census)), Census())
-    summary = summarise(cfg, plain, data, census.seconds, census.macs_training)
+    measured = measure(plain, data, module.switched[-1] if module.switched else None)
+    summary = summarise(cfg, measured, census.seconds, census.macs_training)
     if levels is not None:
-        summary["levels"] = measure_levels(levels, data)
+        summary["levels"] = measure_levels(levels, data, module.switched)
     for pruning in (c for c in callbacks if isinstance(c, PruneByGates | PruneByMagnitude)):
         summary |= pruning.report(module)
     about, weights = {"widths": module.widths.sizes()}, folder / "model.safetensors"
-    save_compact(plain, weights, about) if levels is None else save_levels(levels, weights, about)
+    if levels is None:
+        save_compact(plain, weights, about, module.switched)
+    else:
+        save_levels(levels, weights, about, module.switched)
     draw_history(census.history, module.timeline, folder / "history.png")
     write_summary(summary, folder)
     show(summary, census.history, folder)

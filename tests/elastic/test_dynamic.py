@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from elastic.cost import macs
-from elastic.dynamic import Choice, KernelActivation, Site, attach, choose, modules
+from elastic.dynamic import Choice, Head, KernelActivation, Site, attach, choose, modules
 from elastic.errors import StructureError
 from elastic.models import convnet, resnet20, vgg16_bn
 from elastic.parsimony import Engaged, Parsimony
@@ -30,9 +30,11 @@ def gated(net: nn.Module, x: Tensor, seed: int = 0, **options: Any) -> fx.GraphM
     random = torch.Generator().manual_seed(seed)
     for module in modules(found):
         for h in module.heads:
-            assert isinstance(h, nn.Linear)
-            h.weight.data.normal_(0, 1, generator=random)
-            h.bias.data.normal_(0, 1, generator=random)
+            assert isinstance(h, Head)
+            h.linear.weight.data.normal_(0, 1, generator=random)
+            h.linear.bias.data.normal_(0, 1, generator=random)
+            h.norm.running_mean.normal_(0.3, 0.1, generator=random)  # type: ignore[union-attr]
+            h.norm.running_var.uniform_(0.5, 1.5, generator=random)  # type: ignore[union-attr]
     return found.eval()
 
 
@@ -178,12 +180,14 @@ def module(choice: Choice = "straight_through", sets: int = 1) -> KernelActivati
 
 def test_scores_are_those_of_the_sources_module() -> None:
     """A 1×1 convolution, then global average pooling."""
-    made = module()
+    made = module().eval()
     head = made.heads[0]
-    assert isinstance(head, nn.Linear)
-    maps_BKHW = F.conv2d(X, head.weight[:, :, None, None], head.bias)
+    assert isinstance(head, Head)
+    head.norm.running_mean.normal_()  # type: ignore[union-attr]
+    head.norm.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr]
+    weight_KC, bias_K = head.folded()
+    maps_BKHW = F.conv2d(X, weight_KC[:, :, None, None], bias_K)
     torch.testing.assert_close(made.scores(X), maps_BKHW.mean((2, 3)))
-    made.eval()
     on_BK = torch.sigmoid(made.scores(X)) > 0.5
     assert torch.equal(made(X)[:, :, 0, 0] == 1, on_BK)
 
@@ -274,7 +278,7 @@ def test_macs_are_those_of_the_compacted_network_and_of_the_modules(build: Any) 
     net = gated(plain, X)
     engaged = Engaged(net, X)
     assert engaged.dense == macs(plain, X)
-    heads = sum(h.weight.numel() for m in modules(net) for h in m.heads)  # type: ignore[misc, union-attr, operator]
+    heads = sum(h.linear.weight.numel() for m in modules(net) for h in m.heads)  # type: ignore[misc, union-attr, operator]
     assert engaged.modules == heads
     with torch.no_grad():
         net(X)
@@ -320,7 +324,7 @@ def test_gradients_close_kernels(by: Any) -> None:
     net = attach(plain := convnet(in_channels=3), discover(plain, X)).train()
     engaged, optimizer = Engaged(net, X), torch.optim.SGD(net.parameters(), lr=20.0)
     shares = []
-    for _ in range(30):
+    for _ in range(60):
         net(X)
         loss = Parsimony(1.0, by=by).loss(engaged.share(by))
         optimizer.zero_grad()

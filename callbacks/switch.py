@@ -1,0 +1,130 @@
+"""Kernels are switched off per input: kernel activation modules, and the loss that makes them sparing."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from callbacks.nest import CHANGING
+from elastic.dynamic import Choice, attach, choose, modules
+from elastic.errors import StructureError
+from elastic.module import ElasticModule, TrainingError
+from elastic.parsimony import By, Engaged, Form, Parsimony
+from elastic.stored import NORMS
+from elastic.widths import discover
+
+COLD = 0.05  # the temperature at the end of a run, of soft gates
+
+
+class SwitchKernels(L.Callback):
+    """Gives the network kernel activation modules and adds the parsimony loss, see `elastic.parsimony`.
+
+    Args:
+        gain: G; several give as many sets of modules, of which each step trains one, drawn at random.
+        form, by, target: see `Parsimony`.
+        choice: how gates learn, see `elastic.dynamic.KernelActivation`.
+        kind: what modules look at, see `elastic.dynamic.attach`.
+        begin: part of the run from which the loss holds.
+        only: train the modules alone, and leave the network as it is to the last bit. A network with levels
+            is left so in any case: each level gets modules of its own, and each step trains those of one.
+
+    Example::
+
+        SwitchKernels(gain=0.5, form="square")
+    """
+
+    def __init__(
+        self,
+        gain: float | Sequence[float] = 1.0,
+        form: Form = "linear",
+        by: By = "macs",
+        target: float | None = None,
+        choice: Choice = "straight_through",
+        kind: str = "input",
+        begin: float = 0.1,
+        only: bool = False,
+    ) -> None:
+        gains = [gain] if isinstance(gain, int | float) else list(gain)
+        if not gains or not 0 <= begin < 1:
+            raise StructureError(
+                f"{len(gains)} gains from {begin} of the run: give one or more, and 0 ≤ begin < 1"
+            )
+        self.parsimony = [Parsimony(each, form, by, target) for each in gains]
+        self.choice, self.kind, self.begin, self.only = choice, kind, begin, only
+        self.engaged: list[Engaged] = []
+        self.chosen = 0
+
+    def setup(self, trainer: L.Trainer, pl_module: ElasticModule, stage: str) -> None:  # type: ignore[override]
+        changing = [type(c).__name__ for c in trainer.callbacks if type(c).__name__ in CHANGING]  # type: ignore[attr-defined]
+        if changing:
+            raise TrainingError(
+                f"kernel activation modules and {changing[0]} cannot be in one run: run {changing[0]} first, "
+                "and start from what it saved with init=<its folder>"
+            )
+        if stage != "fit" or pl_module.switched:
+            return
+        nets = [pl_module.net] if pl_module.levels is None else list(pl_module.levels)
+        widths = [discover(net, pl_module.example) for net in nets]
+        how = (len(self.parsimony), self.choice, self.kind)
+        pl_module.switch([attach(net, w, None, *how) for net, w in zip(nets, widths, strict=True)])
+        self.engaged = [Engaged(net, pl_module.example) for net in pl_module.switched]
+        pl_module.others = range(len(nets) - 1)
+        pl_module.level = len(nets) - 1
+        if self.alone(pl_module):
+            pl_module.net.requires_grad_(False)
+
+    def alone(self, pl_module: ElasticModule) -> bool:
+        """Whether the modules alone are trained."""
+        return self.only or pl_module.levels is not None
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
+        progress = trainer.current_epoch / (trainer.max_epochs or 1)
+        for module in modules(pl_module):
+            module.temperature = COLD**progress
+        if self.alone(pl_module):
+            for net in pl_module.levels or [pl_module.net]:
+                for layer in (m for m in net.modules() if isinstance(m, (*NORMS, nn.Dropout))):
+                    layer.eval()
+        pl_module.loss_terms.pop("parsimony", None)
+        if progress >= self.begin:
+            pl_module.loss_terms["parsimony"] = lambda *_: self.loss(pl_module)
+
+    def on_train_batch_start(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: ElasticModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._draw(pl_module)
+
+    def _draw(self, pl_module: ElasticModule) -> None:
+        """The level and the set of modules that this step trains."""
+        if len(pl_module.switched) > 1:
+            pl_module.level = int(torch.randint(len(pl_module.switched), ()))
+        if len(self.parsimony) > 1:
+            self.chosen = int(torch.randint(len(self.parsimony), ()))
+            choose(pl_module, self.chosen)
+
+    def loss(self, pl_module: ElasticModule) -> Tensor:
+        parsimony = self.parsimony[self.chosen]
+        return parsimony.loss(self.engaged[pl_module.level].share(parsimony.by))
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
+        pl_module.level = len(pl_module.switched) - 1
+        choose(pl_module, 0)
+
+    def on_validation_batch_end(  # type: ignore[override]
+        self,
+        trainer: L.Trainer,
+        pl_module: ElasticModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        _: int = 0,
+    ) -> None:
+        engaged, size = self.engaged[pl_module.level], len(batch[0])
+        for by in ("count", "macs"):
+            pl_module.log(f"engaged/{by}", engaged.share(by), on_epoch=True, batch_size=size, sync_dist=True)  # type: ignore[arg-type]
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
+        pl_module.level = len(pl_module.switched) - 1
+        choose(pl_module, 0)

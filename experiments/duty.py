@@ -1,0 +1,60 @@
+"""How often the kernels of a network with kernel activation modules are on, and what images take.
+
+    python -m experiments.duty run=<folder> [level=<number>] [set=<number>] [figure=<png>] [csv=<file>]
+
+Prints the part of the images for which each layer's kernels are on; the figure has that, kernel by kernel,
+the MACs of each class and of each image, and the images that took least and most.
+"""
+
+import csv
+import sys
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from elastic.dynamic import choose
+from elastic.module import TrainingError
+from elastic.saved import load_switched
+from experiments.figure import draw_duty
+from experiments.look import look
+from experiments.restore import restore
+from experiments.setup import quiet, run
+
+
+def main() -> None:
+    quiet()
+    given = OmegaConf.from_dotlist(sys.argv[1:])
+    if "run" not in given or set(given) - {"run", "level", "set", "figure", "csv"}:
+        raise TrainingError(
+            "usage: python -m experiments.duty run=<folder> [level=…] [set=…] [figure=…] [csv=…]"
+        )
+    folder = Path(str(given.run))
+    net, data, _ = restore(folder)
+    nets = load_switched(net, folder / "model.safetensors", torch.zeros(1, *data.shape))
+    level = int(given.get("level", len(nets) - 1))
+    if not 0 <= level < len(nets):
+        raise TrainingError(f"there is no level {level}: the run's network has 0 … {len(nets) - 1}")
+    choose(nets[level], int(given.get("set", 0)))
+    seen = look(nets[level], data)
+    table = Table("convolution", "kernels", "on, mean (%)", "always on", "never on")
+    for name, duty_K in seen.duty.items():
+        always, never = int((duty_K == 1).sum()), int((duty_K == 0).sum())
+        table.add_row(name, str(len(duty_K)), f"{100 * duty_K.mean():.1f}", str(always), str(never))
+    Console().print(table)
+    print(f"test accuracy {seen.accuracy:.2%}, {seen.macs:,.0f} MACs an image, modules included")
+    if "csv" in given:
+        with open(str(given.csv), "w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["convolution", "kernel", "on"])
+            for name, duty_K in seen.duty.items():
+                writer.writerows([name, k, f"{on:.4f}"] for k, on in enumerate(duty_K.tolist()))
+    if "figure" in given:
+        raw_NCHW = torch.cat([x for x, _ in data.test_dataloader()])
+        draw_duty(seen, raw_NCHW.permute(0, 2, 3, 1).numpy(), Path(str(given.figure)))
+
+
+if __name__ == "__main__":
+    run(main)

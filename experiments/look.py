@@ -1,0 +1,54 @@
+"""What a network with kernel activation modules does with each image of the test split."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from elastic.data import ImageData
+from elastic.data.images import to_unit
+from elastic.dynamic import modules
+from elastic.parsimony import Engaged
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Of each image: whether it was classified right, and its MACs. Of each layer's kernels: how often on."""
+
+    right_N: Tensor
+    macs_N: Tensor
+    label_N: Tensor
+    duty: dict[str, Tensor]
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.right_N.double().mean())
+
+    @property
+    def macs(self) -> float:
+        return float(self.macs_N.double().mean())
+
+
+@torch.inference_mode()
+def look(net: fx.GraphModule, data: ImageData) -> Seen:
+    """Run the test split, in fp32, through a network with modules."""
+    net.eval()
+    engaged = Engaged(net, torch.zeros(1, *data.shape))
+    right, macs, labels = [], [], []
+    duty = {module.site.writer: torch.zeros(module.gate_BK.shape[1]) for module in modules(net)}
+    for x_BCHW, y_B in batches(data):
+        right.append(net(x_BCHW).argmax(1) == y_B)
+        macs.append(engaged.macs_B())
+        labels.append(y_B)
+        for module in modules(net):
+            duty[module.site.writer] += module.gate_BK.sum(0)
+    count = sum(map(len, labels))
+    shares = {name: on_K / count for name, on_K in duty.items()}
+    return Seen(torch.cat(right), torch.cat(macs), torch.cat(labels), shares)
+
+
+def batches(data: ImageData) -> list[tuple[Tensor, Tensor]]:
+    """The test split as networks take it."""
+    data.prepare_data()
+    data.setup("test")
+    return [(data.normalise(to_unit(x)), y) for x, y in data.test_dataloader()]

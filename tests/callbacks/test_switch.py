@@ -1,0 +1,293 @@
+"""Runs with kernel activation modules: what is trained, what is measured, what a killed run goes on with."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim import AdamW
+
+import experiments.train
+from callbacks import SwitchKernels
+from elastic.dynamic import modules
+from elastic.errors import StructureError
+from elastic.module import ElasticModule, TrainingError
+from elastic.parsimony import Engaged
+from elastic.skipping import skipping
+from experiments import duty
+from experiments.evaluate import evaluate
+from experiments.look import batches, look
+from experiments.restore import restore, restore_switched
+from experiments.train import train
+from tests.fitted import EXACT, Run, Spy, prepare
+from tests.runs import configure
+from tests.test_resume import killed, same_run
+
+SCHEDULE = ("schedule=dynamic", "callbacks.switch.begin=0.0", "optimizer.optimizer.lr=2e-2")
+TRAINING = (*EXACT, *SCHEDULE, "data.batch_size=300", "trainer.max_epochs=3")
+
+
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes as long as the run, and has its own tests."""
+    monkeypatch.setattr(experiments.train, "draw_history", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with two sets of modules."""
+    folder = tmp_path_factory.mktemp("switched")
+    more = ("callbacks.switch.gain=[0.1,3.0]", "trainer.max_epochs=8", "data.batch_size=100")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiments.train, "draw_history", lambda *_: None)
+        train(configure(folder, *TRAINING, *more), folder)
+    return folder
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return found
+
+
+def test_the_loss_is_the_tasks_and_that_of_what_is_engaged(tmp_path: Path) -> None:
+    seen: list[tuple[float, float]] = []
+
+    def compare(trainer: L.Trainer, module: ElasticModule, outputs: Any, batch: Any, _: int) -> None:
+        own = run.callbacks["switch"]
+        share = float(own.engaged[0].share("macs").detach())
+        seen.append((float(outputs["loss"].detach()), share))
+
+    run = prepare(tmp_path, *TRAINING, "callbacks.switch.gain=7.0", after=(Spy(on_train_batch_end=compare),))
+    losses: list[float] = []
+    step = run.module.training_step
+
+    def plain(batch: Any, batch_idx: int) -> Any:
+        loss = step(batch, batch_idx)
+        with torch.no_grad():
+            losses.append(float(loss) - 7.0 * float(run.callbacks["switch"].engaged[0].share("macs")))
+        return loss
+
+    run.module.training_step = plain  # type: ignore[method-assign]
+    run.fit()
+    assert len(seen) == len(losses) > 3
+    for (whole, share), task in zip(seen, losses, strict=True):
+        assert whole == pytest.approx(task + 7.0 * share, rel=1e-4) and task > 0
+
+
+def test_before_it_begins_only_the_task_counts(tmp_path: Path) -> None:
+    held: list[bool] = []
+    spy = Spy(on_train_batch_end=lambda _, module, *a: held.append("parsimony" in module.loss_terms))
+    prepare(tmp_path, *TRAINING, "callbacks.switch.begin=0.5", "data.batch_size=1000", after=(spy,)).fit()
+    assert held == [False, False, True]
+
+
+def test_each_step_trains_one_set(tmp_path: Path) -> None:
+    drawn: list[int] = []
+
+    def note(trainer: L.Trainer, module: ElasticModule, *_: Any) -> None:
+        (first, *others) = modules(module)
+        assert all(m.chosen == first.chosen for m in others)
+        for k, head in enumerate(first.heads):
+            assert (head.linear.weight.grad is not None) == (k == first.chosen)  # type: ignore[union-attr]
+        drawn.append(first.chosen)
+
+    spy = Spy(on_before_optimizer_step=note)
+    more = ("callbacks.switch.gain=[0.1,0.5,2.0]", "trainer.max_epochs=6")
+    run = prepare(tmp_path, *TRAINING, *more, after=(spy,)).fit()
+    assert set(drawn) == {0, 1, 2}
+    assert {m.chosen for m in modules(run.module)} == {0}
+
+
+def test_a_greater_gain_engages_less(finished: Path) -> None:
+    sparing, greedy = (row["macs_dynamic"] for row in reversed(summary_of(finished)["sets"]))
+    assert sparing < 0.9 * greedy
+
+
+def test_the_summary_is_what_the_skipping_network_does(finished: Path) -> None:
+    """Accuracy by counting its answers; MACs from the kernels that it engages."""
+    summary = summary_of(finished)
+    net, data, _ = restore(finished)
+    (switched,) = restore_switched(net, finished, data)  # type: ignore[arg-type]
+    active, right, count = skipping(switched), 0, 0
+    with torch.no_grad():
+        for x_BCHW, y_B in batches(data):
+            right += int((active(x_BCHW).argmax(1) == y_B).sum())
+            count += len(y_B)
+    assert right / count == pytest.approx(summary["test/acc"], abs=1.5 / count)
+    seen = look(switched, data)
+    assert round(seen.macs) == summary["macs_dynamic"] == summary["sets"][0]["macs_dynamic"]
+    plain = sum(p.numel() for p in net.parameters())  # type: ignore[union-attr]
+    own = sum(p.numel() for m in modules(switched) for p in m.heads[0].parameters())
+    assert summary["params"] == summary["params_dense"] == plain + own
+    engaged = Engaged(switched, torch.zeros(1, *data.shape))
+    assert summary["macs"] == engaged.dense + engaged.modules
+    assert evaluate(finished) == summary
+
+
+def test_what_is_seen_adds_up(finished: Path) -> None:
+    net, data, _ = restore(finished)
+    (switched,) = restore_switched(net, finished, data)  # type: ignore[arg-type]
+    seen = look(switched, data)
+    assert len(seen.right_N) == len(seen.macs_N) == len(seen.label_N) == 360
+    kernels = torch.cat(list(seen.duty.values()))
+    assert ((kernels >= 0) & (kernels <= 1)).all() and kernels.mean() < 1
+    assert seen.macs_N.max() <= summary_of(finished)["macs"]
+
+
+def test_duty_is_shown_and_drawn(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture, table = tmp_path / "duty.png", tmp_path / "duty.csv"
+    given = [f"run={finished}", "set=1", f"figure={picture}", f"csv={table}"]
+    monkeypatch.setattr("sys.argv", ["duty", *given])
+    duty.main()
+    row = summary_of(finished)["sets"][1]
+    assert f"test accuracy {row['test/acc']:.2%}, {row['macs_dynamic']:,} MACs" in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    net, _, _ = restore(finished)
+    kernels = sum(m.out_channels for m in net.modules() if isinstance(m, nn.Conv2d))  # type: ignore[union-attr]
+    assert len(table.read_text().splitlines()) == 1 + kernels
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((), "usage: python -m experiments.duty"),
+        (("run={run}", "colour=1"), "usage: python -m experiments.duty"),
+        (("run={run}", "set=9"), "there is no set 9 of kernel activation modules: the network has 0 … 1"),
+        (("run={run}", "level=3"), "there is no level 3: the run's network has 0 … 0"),
+    ],
+)
+def test_what_duty_cannot_show_is_one_line(
+    finished: Path, given: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["duty", *(text.format(run=finished) for text in given)])
+    with pytest.raises((TrainingError, StructureError), match=message):
+        duty.main()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("callbacks.switch.gain=[0.1,1.0]",),
+        ("callbacks.switch.choice=gumbel", "callbacks.switch.only=true"),
+        ("callbacks.switch.choice=soft", "callbacks.switch.form=target", "callbacks.switch.target=0.5"),
+    ],
+    ids=["sets", "gumbel", "soft"],
+)
+def test_resumed_equals_uninterrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    given = (*TRAINING, "trainer.max_epochs=4", *options)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(configure(whole, *given), whole)
+    killed(configure(broken, *given), broken, monkeypatch, 2, 1)
+    train(configure(broken, *given), broken)
+    same_run(whole, broken)
+
+
+def trained(folder: Path, *options: str) -> Run:
+    return prepare(folder, *TRAINING, *options)
+
+
+def test_the_modules_alone_may_be_trained(tmp_path: Path) -> None:
+    """The network keeps every bit, its norms' statistics too."""
+    run = trained(tmp_path, "callbacks.switch.only=true")
+    before = {name: tensor.clone() for name, tensor in run.module.net.state_dict().items()}
+    run.fit()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in run.module.net.state_dict().items())
+    assert any(
+        not torch.equal(m.heads[0].linear.bias, torch.full_like(m.heads[0].linear.bias, 2.0))
+        for m in modules(run.module)
+    )  # type: ignore[union-attr, arg-type]
+
+
+def test_each_level_has_modules_of_its_own(tmp_path: Path) -> None:
+    """On levels that stay as they are, to the last bit; each is measured with its own."""
+    joint, gated = tmp_path / "joint", tmp_path / "gated"
+    levels = ("schedule=joint", "callbacks.levels.levels=[0.5,0.75]", "optimizer.optimizer.lr=2e-2")
+    train(configure(joint, *EXACT, *levels, "data.batch_size=300"), joint)
+    summary = train(configure(gated, *TRAINING, f"init={joint}", "trainer.max_epochs=6"), gated)
+    old, data, _ = restore(joint)
+    new, _, _ = restore(gated)
+    assert [row["params"] for row in summary["levels"]] == sorted(row["params"] for row in summary["levels"])
+    x_BCHW = batches(data)[0][0]
+    with torch.no_grad():
+        for before, after in zip(old, new, strict=True):  # type: ignore[arg-type]
+            assert torch.equal(before(x_BCHW), after(x_BCHW))
+    switched = restore_switched(new, gated, data)
+    assert len(switched) == len(summary["levels"]) == 3
+    for net, row in zip(switched, summary["levels"], strict=True):
+        seen = look(net, data)
+        assert (seen.accuracy, round(seen.macs)) == (row["test/acc"], row["macs_dynamic"])
+    assert evaluate(gated, 1)["macs_dynamic"] == summary["levels"][1]["macs_dynamic"]
+
+
+CONTROLS: dict[str, Callable[[torch.Tensor], bool]] = {
+    "constant": lambda gates_BK: bool((gates_BK == gates_BK[0]).all()),
+    "random": lambda gates_BK: not bool((gates_BK == gates_BK[0]).all()),
+}
+
+
+@pytest.mark.parametrize("kind", CONTROLS)
+def test_controls_do_not_see_the_input(tmp_path: Path, kind: str) -> None:
+    run = trained(tmp_path, f"callbacks.switch.kind={kind}", "callbacks.switch.gain=3.0").fit()
+    run.module.eval()
+    x_BCHW, _ = run.data.sample(64, seed=0)
+    with torch.no_grad():
+        run.module(x_BCHW[:1].expand(64, -1, -1, -1))
+        same = [m.gate_BK.clone() for m in modules(run.module)]
+        run.module(x_BCHW)
+    assert all(CONTROLS[kind](gates_BK) for gates_BK in same)
+    assert all(float(m.heads[0].linear.weight.abs().max()) == 0 for m in modules(run.module))  # type: ignore[union-attr, operator]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gain": []}, "0 gains from 0.1 of the run: give one or more"),
+        ({"begin": 1.0}, "from 1.0 of the run"),
+        ({"form": "cubic"}, "parsimony cannot be 'cubic'"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options: Any, message: str) -> None:
+    with pytest.raises(StructureError, match=message):
+        SwitchKernels(**options)
+
+
+@pytest.mark.parametrize("schedule", ["[growth,dynamic]", "[gates,dynamic]", "[ema,dynamic]"])
+def test_other_ways_of_changing_the_network_are_refused(tmp_path: Path, schedule: str) -> None:
+    with pytest.raises(TrainingError, match=r"cannot be in one run: run .* first, and start from"):
+        train(configure(tmp_path, *EXACT, f"schedule={schedule}"), tmp_path)
+
+
+@pytest.mark.parametrize("option", ["kind=smell", "choice=hope"])
+def test_what_attach_refuses_is_refused_before_training(tmp_path: Path, option: str) -> None:
+    with pytest.raises(StructureError, match=r"modules cannot look at 'smell'|cannot be chosen by 'hope'"):
+        train(configure(tmp_path, *TRAINING, f"callbacks.switch.{option}"), tmp_path)
+
+
+def test_in_any_lightning_program(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2))
+    module = ElasticModule(net, (1, 6, 6), 2, partial(AdamW, lr=1e-2))
+    x_NCHW = torch.randn(64, 1, 6, 6)
+    data = torch.utils.data.TensorDataset(x_NCHW, (x_NCHW.mean((1, 2, 3)) > 0).long())
+    loader = torch.utils.data.DataLoader(data, batch_size=32)
+    trainer = L.Trainer(
+        max_epochs=2,
+        callbacks=[SwitchKernels(0.5)],
+        **{"logger": False, "enable_checkpointing": False, "enable_progress_bar": False},
+        **{"enable_model_summary": False, "accelerator": "cpu"},
+    )
+    trainer.fit(module, loader, loader)
+    with torch.no_grad():
+        expected = module.eval()(x_NCHW)
+        torch.testing.assert_close(skipping(module.switched[0])(x_NCHW), expected, rtol=1e-4, atol=1e-5)
+        assert not F.softmax(expected, 1).isnan().any()
