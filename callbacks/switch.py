@@ -73,7 +73,8 @@ class SwitchKernels(L.Callback):
         pl_module.others = range(len(nets) - 1)
         pl_module.level = len(nets) - 1
         if self.alone(pl_module):
-            pl_module.net.requires_grad_(False)
+            for net in nets:
+                net.requires_grad_(False)
 
     def alone(self, pl_module: ElasticModule) -> bool:
         """Whether the modules alone are trained."""
