@@ -20,7 +20,7 @@ from elastic.errors import StructureError
 from elastic.module import ElasticModule, TrainingError
 from elastic.parsimony import Engaged
 from elastic.skipping import skipping
-from experiments import duty
+from experiments import duty, latency
 from experiments.evaluate import evaluate
 from experiments.look import batches, look
 from experiments.restore import restore, restore_switched
@@ -153,6 +153,21 @@ def test_duty_is_shown_and_drawn(
     net, _, _ = restore(finished)
     kernels = sum(m.out_channels for m in net.modules() if isinstance(m, nn.Conv2d))  # type: ignore[union-attr]
     assert len(table.read_text().splitlines()) == 1 + kernels
+
+
+def test_time_is_measured_beside_macs(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latency, "BATCHES", (1, 4))
+    monkeypatch.setattr(latency, "THREADS", (1,))
+    table = tmp_path / "latency.csv"
+    monkeypatch.setattr("sys.argv", ["latency", f"run={finished}", "images=8", "set=1", f"csv={table}"])
+    latency.main()
+    rows = [line.split(",") for line in table.read_text().splitlines()]
+    assert [row[:2] for row in rows[1:]] == [["1", "1"], ["1", "4"]]
+    assert all(float(value) > 0 for row in rows[1:] for value in row)
+    assert rows[1][-1] == rows[2][-1], "the same images engage the same MACs, however they are batched"
+    assert "saved" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

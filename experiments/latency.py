@@ -1,0 +1,130 @@
+"""What skipping kernels saves in time, beside what it saves in MACs.
+
+    python -m experiments.latency run=<folder> [set=0] [level=…] [images=256] [csv=<file>]
+
+Images of the test split go through several networks in turn: the dense one in stock PyTorch, as it is
+and with its norms folded in both memory formats; the same in our kernel, nothing skipped; and the network
+with its modules. Ratios are of medians over the batches. The last columns say what part of the time is saved
+for each part of the MACs saved, modules counted, against the best of stock PyTorch and against our kernel.
+"""
+
+import copy
+import csv
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, fx, nn
+
+from elastic.dynamic import choose
+from elastic.module import TrainingError
+from elastic.nested import Levels
+from elastic.parsimony import Engaged
+from elastic.saved import load_switched
+from elastic.skipping import fold_norms, skipping
+from elastic.trace import trace
+from experiments.look import batches
+from experiments.restore import restore
+from experiments.setup import quiet, run
+
+BATCHES, THREADS, TUNED_ON, WARM_UP = (1, 8, 64), (1, 2), 8, 3
+Network = Callable[[Tensor], Any]
+
+
+def folded(net: nn.Module, memory_format: torch.memory_format) -> Network:
+    made = trace(copy.deepcopy(net).eval())
+    fold_norms(made)
+    made = made.to(memory_format=memory_format)  # type: ignore[call-overload]
+    return lambda x_BCHW: made(x_BCHW.contiguous(memory_format=memory_format))
+
+
+def medians_ms(networks: list[Network], inputs: Sequence[Tensor]) -> list[float]:
+    """The median time of each network over all inputs, the networks in turn."""
+    took: list[list[float]] = [[] for _ in networks]
+    with torch.inference_mode():
+        for network in networks * WARM_UP:
+            network(inputs[0])
+        for x_BCHW in inputs:
+            for network, times in zip(networks, took, strict=True):
+                start = time.perf_counter()
+                network(x_BCHW)
+                times.append(1e3 * (time.perf_counter() - start))
+    return [statistics.median(times) for times in took]
+
+
+def compare(net: nn.Module, gated: fx.GraphModule, inputs: Sequence[Tensor]) -> dict[str, float]:
+    """Milliseconds of each way for these inputs, and the part of the dense MACs that is engaged."""
+    tuned = inputs[:TUNED_ON]
+    ways: dict[str, Network] = {
+        "stock": net.eval(),
+        "folded": folded(net, torch.contiguous_format),
+        "channels_last": folded(net, torch.channels_last),
+        "kernel": skipping(net, tuned),
+        "skipping": skipping(gated, tuned),
+    }
+    found = dict(zip(ways, medians_ms(list(ways.values()), inputs), strict=True))
+    engaged = Engaged(gated, inputs[0])
+    with torch.inference_mode():
+        shares = []
+        for x_BCHW in inputs:
+            gated(x_BCHW)
+            shares.append(float(engaged.share("macs")))
+    return found | {"macs": statistics.mean(shares)}
+
+
+def main() -> None:
+    quiet()
+    given = OmegaConf.merge({"images": 256, "set": 0}, OmegaConf.from_dotlist(sys.argv[1:]))
+    if "run" not in given or set(given) - {"run", "set", "level", "images", "csv"}:
+        raise TrainingError(
+            "usage: python -m experiments.latency run=<folder> [set=…] [level=…] [images=…] [csv=…]"
+        )
+    folder = Path(str(given.run))
+    net, data, _ = restore(folder)
+    switched = load_switched(net, folder / "model.safetensors", torch.zeros(1, *data.shape))
+    level = int(OmegaConf.select(given, "level", default=len(switched) - 1))
+    gated, plain = switched[level], net[level] if isinstance(net, Levels) else net
+    choose(gated, given.set)
+    images_NCHW = torch.cat([x_BCHW for x_BCHW, _ in batches(data)])
+    some = torch.randperm(len(images_NCHW), generator=torch.Generator().manual_seed(0))[: given.images]
+
+    columns = ("threads", "batch", "stock", "folded", "channels_last", "kernel", "skipping", "macs")
+    table = Table(
+        *columns[:2],
+        *(f"{name}, ms" for name in columns[2:7]),
+        "MACs",
+        "÷ stock",
+        "÷ kernel",
+        "saved ÷ MACs saved",
+    )
+    rows = []
+    for threads in THREADS:
+        torch.set_num_threads(threads)
+        for size in BATCHES:
+            found = compare(plain, gated, images_NCHW[some].split(size))
+            stock = min(found[name] for name in ("stock", "folded", "channels_last"))
+            ratios = [found["skipping"] / dense for dense in (stock, found["kernel"])]
+            saved = [(1 - ratio) / (1 - found["macs"]) for ratio in ratios]
+            rows.append([threads, size, *(found[name] for name in columns[2:])])
+            table.add_row(
+                *(str(threads), str(size), *(f"{found[name]:.3f}" for name in columns[2:7])),
+                *(f"{found['macs']:.3f}", *(f"{ratio:.2f}" for ratio in ratios)),
+                " and ".join(f"{each:.2f}" for each in saved),
+            )
+    Console(width=140).print(table)
+    if "csv" in given:
+        with open(str(given.csv), "w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(columns)
+            writer.writerows([*row[:2], *(f"{value:.4f}" for value in row[2:])] for row in rows)
+
+
+if __name__ == "__main__":
+    run(main)
