@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from callbacks.nest import CHANGING
-from elastic.dynamic import Choice, attach, choose, modules
+from elastic.dynamic import attach
 from elastic.errors import StructureError
+from elastic.kam import Choice, choose, modules
 from elastic.module import ElasticModule, TrainingError
 from elastic.parsimony import By, Engaged, Form, Parsimony
 from elastic.stored import NORMS

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from elastic.cost import macs_by_layer
-from elastic.dynamic import MODULES, modules
+from elastic.dynamic import MODULES
 from elastic.errors import StructureError
+from elastic.kam import modules
 
 Form = Literal["linear", "square", "target"]
 By = Literal["count", "macs"]

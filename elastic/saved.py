@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
 from elastic.checkpoint import add_blocks, rebuild, replace_file
-from elastic.dynamic import MODULES, attach, modules
+from elastic.dynamic import MODULES, attach
 from elastic.errors import StructureError
+from elastic.kam import modules
 from elastic.nested import Levels
 from elastic.widths import discover
 

@@ -18,7 +18,8 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from elastic.active import Active, ActiveConv2d, compiled, max_pool, switch
-from elastic.dynamic import KernelActivation, keeps_zero
+from elastic.dynamic import keeps_zero
+from elastic.kam import KernelActivation
 from elastic.trace import BATCH_NORM, trace
 
 WAYS = ("kernel", "stock", "dense")

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from elastic.dynamic import choose
+from elastic.kam import choose
 from elastic.module import TrainingError
 from elastic.saved import load_switched
 from experiments.figure import draw_duty

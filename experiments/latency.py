@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx, nn
 
-from elastic.dynamic import choose
+from elastic.kam import choose
 from elastic.module import TrainingError
 from elastic.nested import Levels
 from elastic.parsimony import Engaged

@@ -7,7 +7,7 @@ from torch import Tensor, fx
 
 from elastic.data import ImageData
 from elastic.data.images import to_unit
-from elastic.dynamic import modules
+from elastic.kam import modules
 from elastic.parsimony import Engaged
 
 

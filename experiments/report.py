@@ -18,7 +18,7 @@ from torch import fx, nn
 from elastic import cost
 from elastic.checkpoint import replace_file
 from elastic.data import ImageData
-from elastic.dynamic import choose, modules
+from elastic.kam import choose, modules
 from elastic.module import ElasticModule
 from elastic.nested import Levels
 from elastic.parsimony import Engaged

@@ -15,8 +15,8 @@ from torch.optim import AdamW
 
 import experiments.train
 from callbacks import SwitchKernels
-from elastic.dynamic import modules
 from elastic.errors import StructureError
+from elastic.kam import modules
 from elastic.module import ElasticModule, TrainingError
 from elastic.parsimony import Engaged
 from elastic.skipping import skipping

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from elastic.cost import macs
-from elastic.dynamic import Choice, Head, KernelActivation, Site, attach, choose, modules
+from elastic.dynamic import attach
 from elastic.errors import StructureError
+from elastic.kam import Choice, Head, KernelActivation, Site, choose, modules
 from elastic.models import convnet, resnet20, vgg16_bn
 from elastic.parsimony import Engaged, Parsimony
 from elastic.skipping import WAYS, skipping, tune

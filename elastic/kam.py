@@ -1,0 +1,153 @@
+"""Kernel activation modules: kernels of a convolution that are switched on or off for each input.
+
+A module looks at what a convolution reads and says which of its kernels this input needs (LKAM:
+Theodorakopoulos et al., Parsimonious Inference on CNNs, arXiv 1701.05221, and Dynamic Pruning of CNN
+Networks, IISA 2019). A kernel that is off leaves a map of zeros, which need not be read. `elastic.dynamic`
+attaches modules to any CNN, for training and as the reference; `elastic.skipping` executes what they leave.
+
+The source's module is a 1×1 convolution, global average pooling, a sigmoid and a threshold of one half. The
+first two are linear, so the maps are averaged first here: the same scores for height · width times less work.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from elastic.active import engaged
+from elastic.errors import StructureError
+
+Choice = Literal["straight_through", "soft", "gumbel"]
+START = 2.0  # σ(2) = 0.88: nearly open, or training would collapse before the kernels know anything
+
+
+@dataclass(frozen=True)
+class Site:
+    """The layers that a width's kernels are in: who computes them, who reads their maps, who follows each."""
+
+    writer: str
+    readers: tuple[str, ...]
+    each: tuple[str, ...]  # depthwise convolutions
+
+
+class Head(nn.Module):
+    """Scores of kernels: linear in the means of the maps.
+
+    The means are normalised over the batch, without parameters, or the scores would differ little from input
+    to input and a module learn to engage the same kernels for all. In evaluation that is linear, too.
+    """
+
+    def __init__(self, reads: int, kernels: int) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm1d(reads, affine=False), nn.Linear(reads, kernels)
+        nn.init.constant_(self.linear.bias, START)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        score_BK: Tensor = self.linear(self.norm(x_BCHW.mean((2, 3))))
+        return score_BK
+
+    @torch.no_grad()
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """weight_KC and bias_K of the same scores, from the means as they are."""
+        assert self.norm.running_mean is not None and self.norm.running_var is not None
+        weight_KC = self.linear.weight / (self.norm.running_var + self.norm.eps).sqrt()
+        return weight_KC, self.linear.bias - weight_KC @ self.norm.running_mean
+
+
+class KernelActivation(nn.Module):
+    """x_BCHW, what the convolution reads → gate_BK11, 1 for the kernels to be executed, else 0.
+
+    Args:
+        site: the layers that it concerns.
+        reads, kernels: C and K.
+        sets: how many sets of weights it has, trained with different gains; `chosen` says which one rules.
+        choice: how it learns. "straight_through": 0 or 1 forward, the sigmoid's gradient backward.
+            "soft": the sigmoid of score / `temperature`, to be annealed. "gumbel": 0 or 1 of the score plus
+            logistic noise (the control; Jang et al., arXiv 1611.01144). In evaluation it is always 0 or 1,
+            and the strongest kernel is never off.
+
+    Attributes:
+        gate_BK: what it last said, for the loss.
+    """
+
+    kind = "input"  # what it looks at
+
+    def __init__(
+        self, site: Site, reads: int, kernels: int, sets: int = 1, choice: Choice = "straight_through"
+    ) -> None:
+        super().__init__()
+        if choice not in get_args(Choice):
+            raise StructureError(
+                f"kernels cannot be chosen by '{choice}': use one of {', '.join(get_args(Choice))}"
+            )
+        if sets < 1:
+            raise StructureError(f"{sets} sets of modules: there must be 1 or more")
+        self.site, self.choice, self.temperature, self.chosen = site, choice, 1.0, 0
+        self.heads = nn.ModuleList(Head(reads, kernels) for _ in range(sets))
+        self.gate_BK = torch.ones(0, kernels)
+
+    def scores(self, x_BCHW: Tensor) -> Tensor:
+        score_BK: Tensor = self.heads[self.chosen](x_BCHW)
+        return score_BK
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        score_BK = self.scores(x_BCHW)
+        self.gate_BK = self._learn(score_BK) if self.training else engaged(score_BK)
+        return self.gate_BK[:, :, None, None]
+
+    def _learn(self, score_BK: Tensor) -> Tensor:
+        if self.choice == "soft":
+            return torch.sigmoid(score_BK / self.temperature)
+        if self.choice == "gumbel":
+            even_BK = torch.rand_like(score_BK).clamp(1e-6, 1 - 1e-6)
+            score_BK = score_BK + torch.logit(even_BK)
+        soft_BK = torch.sigmoid(score_BK)
+        return engaged(score_BK.detach()) + soft_BK - soft_BK.detach()
+
+
+class ConstantActivation(KernelActivation):
+    """A control: it sees nothing, so that it engages the same kernels for every input."""
+
+    kind = "constant"
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        for head in self.heads:
+            assert isinstance(head, Head)
+            nn.init.zeros_(head.linear.weight).requires_grad_(False)
+
+
+class RandomActivation(ConstantActivation):
+    """A control: each kernel is on as often as its sigmoid says, whatever the input is."""
+
+    kind = "random"
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        score_BK = self.scores(x_BCHW)
+        noise_BK = torch.logit(torch.rand_like(score_BK).clamp(1e-6, 1 - 1e-6))
+        self.gate_BK = self._learn(score_BK) if self.training else engaged(score_BK + noise_BK)
+        return self.gate_BK[:, :, None, None]
+
+
+KINDS = {made.kind: made for made in (KernelActivation, ConstantActivation, RandomActivation)}
+
+
+def modules(net: nn.Module) -> Iterator[KernelActivation]:
+    return (module for module in net.modules() if isinstance(module, KernelActivation))
+
+
+def choose(net: nn.Module, chosen: int) -> None:
+    """Let one of the sets of modules rule, from the next input on.
+
+    Raises:
+        StructureError: there is no such set, or there are no modules.
+    """
+    found = list(modules(net))
+    sets = min((len(module.heads) for module in found), default=0)
+    if not 0 <= chosen < sets:
+        has = f"0 … {sets - 1}" if sets else "none"
+        raise StructureError(f"there is no set {chosen} of kernel activation modules: the network has {has}")
+    for module in found:
+        module.chosen = chosen
