@@ -37,17 +37,22 @@ def run(main: Callable[[], Any]) -> None:
     try:
         main()
     except THEIRS as error:
-        cause: BaseException = error
-        while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
-            cause = cause.__cause__
         if full:
             raise
-        lines = [line.strip() for line in str(cause).strip().splitlines()] or [type(cause).__name__]
-        shown = " ".join(lines[:2]) if isinstance(cause, HydraException) else lines[0]
-        if cause is not error and not isinstance(cause, OURS):
-            shown += f" ({str(error).splitlines()[-1]})"
-        print(f"error: {shown}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(1)
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, as a user would want to read it."""
+    cause = error
+    while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    lines = [line.strip() for line in str(cause).strip().splitlines()] or [type(cause).__name__]
+    shown = " ".join(lines[:2]) if isinstance(cause, HydraException) else lines[0]
+    if cause is not error and not isinstance(cause, OURS):
+        shown += f" ({str(error).splitlines()[-1]})"
+    return shown
 
 
 def active(cfg: DictConfig) -> dict[str, DictConfig]:

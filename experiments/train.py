@@ -4,7 +4,6 @@ The run's folder gets the resolved configuration, `last.ckpt`, `timeline.jsonl`,
 `model.safetensors` (compacted), `summary.json` and `history.png`. `run=<folder>` continues a run.
 """
 
-from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from experiments.setup import (
     run,
     settings,
 )
+from experiments.sweep import multirun, one_of_many, values
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -107,6 +107,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     census = next((callback for callback in callbacks if isinstance(callback, Census)), Census())
     measured = measure(plain, data, module.switched[-1] if module.switched else None)
     summary = summarise(cfg, measured, census.seconds, census.macs_training)
+    summary["val/acc"] = census.history[-1].get("val/acc") if census.history else None
     if levels is not None:
         summary["levels"] = measure_levels(levels, data, module.switched)
     for pruning in (c for c in callbacks if isinstance(c, PruneByGates | PruneByMagnitude)):
@@ -123,9 +124,12 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-def main(cfg: DictConfig) -> float:
+def main(cfg: DictConfig) -> float | tuple[float, ...]:
     folder = Path(HydraConfig.get().runtime.output_dir)
-    return float(train(settings(cfg, folder), folder).get("test/acc", nan))  # only one process has tested
+    if multirun():
+        cfg.run = str(folder)
+        return values(one_of_many(cfg, folder, train), cfg.objectives)
+    return values(train(settings(cfg, folder), folder), cfg.objectives)
 
 
 if __name__ == "__main__":

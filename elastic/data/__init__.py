@@ -3,5 +3,6 @@
 from elastic.data.folders import ImageFolderData, Imagenette
 from elastic.data.images import DataError, ImageData
 from elastic.data.sets import Digits, TorchvisionImages
+from elastic.data.shapes import Shapes
 
-__all__ = ["DataError", "Digits", "ImageData", "ImageFolderData", "Imagenette", "TorchvisionImages"]
+__all__ = ["DataError", "Digits", "ImageData", "ImageFolderData", "Imagenette", "Shapes", "TorchvisionImages"]

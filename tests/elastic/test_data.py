@@ -557,6 +557,7 @@ def configured(name, **changes):
     ("name", "shape", "classes"),
     [
         ("digits", (1, 8, 8), 10),
+        ("shapes", (3, 16, 16), 4),
         ("mnist", (1, 28, 28), 10),
         ("fashion_mnist", (1, 28, 28), 10),
         ("cifar10", (3, 32, 32), 10),
@@ -570,7 +571,7 @@ def test_every_configuration_makes_its_data(name, shape, classes, tmp_path, monk
     write_images(tmp_path / "train", ["a", "b"], per_class=1)
     data = configured(name)
     assert (data.shape, data.classes, data.seed) == (shape, classes, 11)
-    if name != "digits":
+    if name not in ("digits", "shapes"):
         assert data.root == str(tmp_path)
     x = torch.rand(2, *shape)
     assert data.normalise(x).shape == x.shape
@@ -588,6 +589,18 @@ def test_digits_are_normalised_by_their_own_statistics():
     data = configured("digits")
     x, _ = data.sample(1293, seed=0)
     assert abs(x.mean()) < 0.01 and abs(x.std() - 1) < 0.01
+
+
+def test_shapes_are_the_same_in_every_run_and_tell_their_classes():
+    one, two = configured("shapes"), configured("shapes")
+    (x, y), (again, _) = (data.sample(1080, seed=0) for data in (one, two))
+    assert torch.equal(x, again)
+    assert abs(x.mean()) < 0.1 and abs(x.std() - 1) < 0.1
+    assert y.bincount().min() > 200
+    # By how much they fill their box: squares most, crosses least.
+    bright = (x - x.mean((2, 3), keepdim=True) > 0).float().mean((1, 2, 3))
+    filled = [float(bright[y == k].mean()) for k in range(4)]
+    assert filled[1] > filled[0] > max(filled[2:])
 
 
 # --- the real things ----------------------------------------------------------------------------------------

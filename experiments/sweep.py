@@ -1,0 +1,123 @@
+"""Sweeps: each run is done once, goes on where it was killed, and fails alone.
+
+`python -m experiments.train -m <overrides with several values>`, or `-m sweep=<name>` for one of `conf/sweep/`.
+A run's folder is named after what sets it apart, so that a sweep that is started again finds what it has done.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from math import nan
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from elastic.checkpoint import replace_file
+from elastic.module import TrainingError
+from experiments.setup import one_line, portable, saved_config
+
+FAILED = "failed.json"  # in a run's folder: why it failed
+
+
+def arm(overrides: str) -> str:
+    """A folder's name for a run of a sweep, from its overrides: what differs, and last the seed.
+
+    `data=mnist,schedule=[growth,gates],callbacks.prune.budget=2000,seed=1` is
+    `mnist-growth+gates-budget=2000-seed1`, so that the runs of several seeds are one arm.
+    """
+    parts, seed = [], ""
+    for given in OverridesParser.create().parse_overrides(_split(overrides)):
+        key, value = given.get_key_element(), given.get_value_element_as_str()
+        if key == "seed":
+            seed = f"-seed{value}"
+            continue
+        value = re.sub(r"[^\w.+=-]+", "+", value).strip("+")
+        parts.append(value if "." not in key else f"{key.rpartition('.')[2]}={value}")
+    return ("-".join(parts) or "run") + (seed or "-seed0")
+
+
+def _split(overrides: str) -> list[str]:
+    """At the commas that are not inside brackets."""
+    return [part for part in re.split(r",(?![^\[{(]*[\]})])", overrides) if part]
+
+
+OmegaConf.register_new_resolver("arm", arm, replace=True)
+
+
+def one_of_many(
+    cfg: DictConfig, folder: Path, train: Callable[[DictConfig, Path], dict[str, Any]]
+) -> dict[str, Any]:
+    """The summary of one run of a sweep; empty if it failed, which is noted in its folder."""
+    try:
+        if (folder / "config.yaml").exists() and saved_config(folder) != portable(cfg):
+            raise TrainingError(f"{folder} holds another run: give the sweep another hydra.sweep.dir")
+        if (folder / "summary.json").exists():
+            found: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+            return found
+        (folder / FAILED).unlink(missing_ok=True)
+        return train(cfg, folder)
+    except Exception as error:  # whatever it is, the others go on
+        text = json.dumps({"error": one_line(error), "kind": type(error).__name__}) + "\n"
+        replace_file(folder / FAILED, lambda part: part.write_text(text))
+        return {}
+
+
+def values(summary: dict[str, Any], objectives: Sequence[str]) -> float | tuple[float, ...]:
+    """What a search goes by: the entries of a summary that it asked for, NaN where a run failed."""
+    found = tuple(float(summary.get(name, nan)) for name in objectives)
+    return found[0] if len(found) == 1 else found
+
+
+class Sweep(Callback):
+    """Lets a search go on where it was killed, and says after each run how far the sweep is."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        storage = OmegaConf.select(config, "hydra.sweeper.storage")
+        Path(config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
+        if storage is not None:
+            config.hydra.sweeper.n_trials = remaining(config.hydra.sweeper)
+
+    def on_job_end(self, config: DictConfig, **_: Any) -> None:
+        if config.hydra.mode is not None and config.hydra.mode.name == "MULTIRUN":
+            print(progress(Path(config.hydra.sweep.dir)), flush=True)
+
+
+def remaining(sweeper: DictConfig) -> int:
+    """Trials that a search has still to do; those that a killed search left unfinished come first.
+
+    They are asked for again with the same parameters, and so go on from their checkpoints.
+    """
+    import optuna
+
+    study = optuna.create_study(
+        study_name=sweeper.study_name,
+        storage=sweeper.storage,
+        directions=[str(getattr(d, "name", d)) for d in _listed(sweeper.direction)],
+        load_if_exists=True,
+    )
+    for trial in study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        study.enqueue_trial(trial.params, user_attrs={"again": trial.number})
+    again = {t.user_attrs["again"] for t in study.trials if "again" in t.user_attrs}
+    done = [t for t in study.trials if t.state.is_finished() and t.number not in again]
+    return max(0, int(sweeper.n_trials) - len(done))
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if OmegaConf.is_list(value) else [value]
+
+
+def progress(folder: Path) -> str:
+    """How many runs of a sweep are done, running and failed."""
+    runs = [run for run in folder.iterdir() if (run / "config.yaml").exists() or (run / FAILED).exists()]
+    done = sum((run / "summary.json").exists() for run in runs)
+    failed = sum((run / FAILED).exists() for run in runs)
+    return f"{folder}: {done} done, {len(runs) - done - failed} running, {failed} failed"
+
+
+def multirun() -> bool:
+    return HydraConfig.get().mode.name == "MULTIRUN"  # type: ignore[union-attr]

@@ -1,0 +1,141 @@
+"""Sweeps: what their runs are called, that each is done once, and that none takes the others down."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from elastic.module import TrainingError
+from experiments import sweep
+from experiments.setup import portable
+from experiments.sweep import arm, one_of_many, progress, remaining, values
+from tests.runs import TINY, configure
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        (
+            "data=mnist,schedule=[growth,gates],callbacks.prune.budget=2000,seed=1",
+            "mnist-growth+gates-budget=2000-seed1",
+        ),
+        ("seed=3,model.channels=[4,6]", "channels=4+6-seed3"),
+        ("schedule=static", "static-seed0"),
+        ("", "run-seed0"),
+        ("init=some/where/else", "some+where+else-seed0"),
+    ],
+)
+def test_a_run_is_named_after_what_sets_it_apart(overrides: str, name: str) -> None:
+    assert arm(overrides) == name
+
+
+@given(st.lists(st.integers(0, 99), min_size=1, max_size=4), st.sampled_from(["static", "[growth,gates]"]))
+def test_names_are_folders_and_tell_runs_apart(channels: list[int], schedule: str) -> None:
+    name = arm(f"model.channels={channels},schedule={schedule},seed=0".replace(" ", ""))
+    assert "/" not in name and name.endswith("-seed0")
+    assert not set(name) & set("[]*?,'\" ")
+    assert name != arm(f"model.channels={[*channels, 1]},schedule={schedule},seed=0".replace(" ", ""))
+
+
+def run_of(folder: Path, *overrides: str) -> Any:
+    return configure(folder, *TINY, *overrides)
+
+
+def never(cfg: Any, folder: Path) -> dict[str, Any]:
+    raise AssertionError("it was run again")
+
+
+def test_a_run_that_is_done_is_not_done_again(tmp_path: Path) -> None:
+    cfg = run_of(tmp_path)
+    OmegaConf.save(portable(cfg), tmp_path / "config.yaml")
+    (tmp_path / "summary.json").write_text('{"val/acc": 0.5}')
+    assert one_of_many(cfg, tmp_path, never) == {"val/acc": 0.5}
+
+
+def test_a_run_that_was_killed_goes_on(tmp_path: Path) -> None:
+    cfg = run_of(tmp_path)
+    OmegaConf.save(portable(cfg), tmp_path / "config.yaml")
+    (tmp_path / "failed.json").write_text("{}")
+    assert one_of_many(cfg, tmp_path, lambda *_: {"val/acc": 0.7}) == {"val/acc": 0.7}
+    assert not (tmp_path / "failed.json").exists()
+
+
+def test_another_run_in_the_folder_is_left_alone(tmp_path: Path) -> None:
+    OmegaConf.save(portable(run_of(tmp_path, "seed=4")), tmp_path / "config.yaml")
+    assert one_of_many(run_of(tmp_path), tmp_path, never) == {}
+    assert "holds another run" in json.loads((tmp_path / "failed.json").read_text())["error"]
+
+
+@pytest.mark.parametrize(
+    "error", [TrainingError("a line\nand another"), ValueError(), MemoryError("too much")]
+)
+def test_a_run_that_fails_says_why_and_lets_the_others_go_on(tmp_path: Path, error: Exception) -> None:
+    def fail(cfg: Any, folder: Path) -> dict[str, Any]:
+        raise error
+
+    assert one_of_many(run_of(tmp_path), tmp_path, fail) == {}
+    noted = json.loads((tmp_path / "failed.json").read_text())
+    assert noted["kind"] == type(error).__name__ and "\n" not in noted["error"] and noted["error"]
+
+
+def test_a_search_goes_by_what_it_asked_for() -> None:
+    summary = {"val/acc": 0.9, "params": 1200}
+    assert values(summary, ["val/acc"]) == 0.9
+    assert values(summary, ["val/acc", "params"]) == (0.9, 1200.0)
+    failed = values({}, ["val/acc", "params"])
+    assert isinstance(failed, tuple) and all(value != value for value in failed)
+
+
+def test_progress_counts_the_folders(tmp_path: Path) -> None:
+    for name, files in {
+        "a": ["config.yaml", "summary.json"],
+        "b": ["config.yaml"],
+        "c": ["failed.json"],
+        "d": ["config.yaml", "failed.json"],
+        "notes": [],
+    }.items():
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).write_text("{}")
+    (tmp_path / "multirun.yaml").write_text("")
+    assert progress(tmp_path) == f"{tmp_path}: 1 done, 1 running, 2 failed"
+
+
+def test_a_search_that_was_killed_goes_on_with_what_it_was_doing(tmp_path: Path) -> None:
+    optuna = pytest.importorskip("optuna")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = f"sqlite:///{tmp_path}/study.db"
+    sweeper = OmegaConf.create(
+        {"study_name": "s", "storage": storage, "direction": ["maximize", "minimize"], "n_trials": 5}
+    )
+    assert remaining(sweeper) == 5
+    study = optuna.load_study(study_name="s", storage=storage)
+    space = {"x": optuna.distributions.FloatDistribution(0, 1)}
+    study.tell(study.ask(space), [0.5, 100])
+    study.tell(study.ask(space), state=optuna.trial.TrialState.FAIL)
+    killed = study.ask(space)
+    assert remaining(sweeper) == 3, "two are done, one of them failed"
+    assert remaining(sweeper) == 3, "and looking changes nothing"
+    again = study.ask(space)
+    assert again.params == killed.params
+    assert remaining(sweeper) == 3, "killed once more"
+    twice = study.ask(space)
+    assert twice.params == killed.params
+    study.tell(twice, [0.6, 90])
+    assert remaining(sweeper) == 2
+
+
+def test_it_is_the_sweepers_configuration_that_is_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "remaining", lambda sweeper: sweeper.n_trials - 3)
+    settings = {
+        "hydra": {"sweep": {"dir": str(tmp_path / "new")}, "sweeper": {"storage": "x", "n_trials": 7}}
+    }
+    config = OmegaConf.create(settings)
+    sweep.Sweep().on_multirun_start(config)
+    assert config.hydra.sweeper.n_trials == 4 and (tmp_path / "new").is_dir()
