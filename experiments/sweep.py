@@ -1,7 +1,8 @@
 """Sweeps: each run is done once, goes on where it was killed, and fails alone.
 
-`python -m experiments.train -m <overrides with several values>`, or `-m sweep=<name>` for one of `conf/sweep/`.
-A run's folder is named after what sets it apart, so that a sweep that is started again finds what it has done.
+`python -m experiments.train -m <overrides with several values>`, or `-m sweep=<name>` for a file of
+`conf/sweep/`. A run's folder is named after what sets it apart, so that a sweep that is started again finds
+what it has done.
 """
 
 import json
@@ -34,6 +35,7 @@ def arm(overrides: str) -> str:
         key, value = given.get_key_element(), given.get_value_element_as_str()
         if key == "seed":
             seed = f"-seed{value}"
+        if key in ("seed", "sweep"):
             continue
         value = re.sub(r"[^\w.+=-]+", "+", value).strip("+")
         parts.append(value if "." not in key else f"{key.rpartition('.')[2]}={value}")

@@ -133,4 +133,6 @@ def main(cfg: DictConfig) -> float | tuple[float, ...]:
 
 
 if __name__ == "__main__":
-    run(main)
+    from experiments.train import main as importable  # what `__main__` holds, no other process could import
+
+    run(importable)

@@ -95,9 +95,8 @@ def test_every_optimizer_can_be_made(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", files("data"))
 def test_every_data_set_can_be_named_without_being_there(tmp_path: Path, name: str) -> None:
     """Making it reads nothing; digits need no download at all."""
-    root = (
-        () if name in ("digits", "shapes") else (f"data.root={tmp_path / 'nothing'}", "data.download=false")
-    )
+    embedded = name in ("digits", "shapes")
+    root = () if embedded else (f"data.root={tmp_path / 'nothing'}", "data.download=false")
     if name == "folder":  # its classes are its folders
         root = root[:1]
         for part in ("train", "test"):

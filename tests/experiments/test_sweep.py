@@ -19,10 +19,8 @@ from tests.runs import TINY, configure
 @pytest.mark.parametrize(
     ("overrides", "name"),
     [
-        (
-            "data=mnist,schedule=[growth,gates],callbacks.prune.budget=2000,seed=1",
-            "mnist-growth+gates-budget=2000-seed1",
-        ),
+        ("data=mnist,callbacks.prune.budget=2000,seed=1", "mnist-budget=2000-seed1"),
+        ("schedule=[growth,gates],data=mnist", "growth+gates-mnist-seed0"),
         ("seed=3,model.channels=[4,6]", "channels=4+6-seed3"),
         ("schedule=static", "static-seed0"),
         ("", "run-seed0"),
@@ -129,13 +127,9 @@ def test_a_search_that_was_killed_goes_on_with_what_it_was_doing(tmp_path: Path)
     assert remaining(sweeper) == 2
 
 
-def test_it_is_the_sweepers_configuration_that_is_changed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_sweepers_configuration_is_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "remaining", lambda sweeper: sweeper.n_trials - 3)
-    settings = {
-        "hydra": {"sweep": {"dir": str(tmp_path / "new")}, "sweeper": {"storage": "x", "n_trials": 7}}
-    }
-    config = OmegaConf.create(settings)
+    sweeper = {"storage": "x", "n_trials": 7}
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path / "new")}, "sweeper": sweeper}})
     sweep.Sweep().on_multirun_start(config)
     assert config.hydra.sweeper.n_trials == 4 and (tmp_path / "new").is_dir()
