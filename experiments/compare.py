@@ -1,8 +1,9 @@
 """One table of many runs, mean ± sd over seeds: `python -m experiments.compare runs='<glob>'`.
 
-`csv=<file>` writes it down, `figure=<file.png>` draws it.
+`csv=<file>` writes it down, `figure=<file.png>` draws it, `html=<file>` makes a page of it, with more
+figures, that opens anywhere.
 
-A run is a folder with a `summary.json`; folders named <arm>-seed<k> are one arm.
+A run is a folder with a `summary.json`; folders named <arm>-seed<k> are one arm. Runs that failed are listed.
 """
 
 import csv
@@ -20,9 +21,12 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from elastic.checkpoint import replace_file
 from elastic.module import TrainingError
 from experiments.figure import draw_arms
+from experiments.page import against, by_level, failures, over_time, page, picture
 from experiments.setup import run
+from experiments.sweep import FAILED
 
 # By key of the summary: the head of the column, what the value is multiplied by, and its digits in the table.
 COLUMNS = {
@@ -53,6 +57,22 @@ def read(pattern: str) -> dict[str, list[dict[str, Any]]]:
     return dict(arms)
 
 
+def failed(pattern: str) -> dict[str, str]:
+    """Why runs of a sweep failed, by folder."""
+    notes = (Path(found, FAILED) for found in sorted(glob.glob(pattern)))
+    return {note.parent.name: json.loads(note.read_text())["error"] for note in notes if note.exists()}
+
+
+def histories(pattern: str) -> dict[str, list[list[dict[str, Any]]]]:
+    """What the census found in each epoch of each run that kept it, by arm."""
+    found: dict[str, list[list[dict[str, Any]]]] = defaultdict(list)
+    for folder in sorted(Path(name) for name in glob.glob(pattern)):
+        if (folder / "history.jsonl").exists():
+            lines = (folder / "history.jsonl").read_text().splitlines()
+            found[re.sub(r"-seed\d+$", "", folder.name)].append([json.loads(line) for line in lines])
+    return found
+
+
 def _summary(path: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(path.read_text())
@@ -76,16 +96,22 @@ def row(summaries: Sequence[dict[str, Any]]) -> dict[str, Cell]:
 
 def main() -> None:
     given = OmegaConf.from_dotlist(sys.argv[1:])
-    if "runs" not in given or set(given) - {"runs", "csv", "figure"}:
+    if "runs" not in given or set(given) - {"runs", "csv", "figure", "html"}:
         raise TrainingError(
-            "usage: python -m experiments.compare runs='<glob of run folders>' [csv=<file>] [figure=<png>]"
+            "usage: python -m experiments.compare runs='<glob of run folders>' [csv=<file>] [figure=<png>] "
+            "[html=<file>]"
         )
     found = read(str(given.runs))
     arms = {arm: (len(summaries), row(summaries)) for arm, summaries in found.items()}
-    table = Table("arm", "runs", *(head for head, _, _ in COLUMNS.values()))
+    head = ("arm", "runs", *(head for head, _, _ in COLUMNS.values()))
+    table, rows = Table(*head), []
     for arm, (count, cells) in sorted(arms.items(), key=lambda item: item[1][1]["params"] or ()):
-        table.add_row(arm, str(count), *(_shown(cells[key], d) for key, (_, _, d) in COLUMNS.items()))
+        rows.append([arm, str(count), *(_shown(cells[key], d) for key, (_, _, d) in COLUMNS.items())])
+        table.add_row(*rows[-1])
     Console(width=WIDTH).print(table)
+    broken = failed(str(given.runs))
+    for name, why in broken.items():
+        print(f"failed: {name}: {why}")
     if "csv" in given:
         with open(str(given.csv), "w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
@@ -95,6 +121,26 @@ def main() -> None:
                 writer.writerow([arm, count, *written])
     if "figure" in given:
         draw_arms(found, Path(str(given.figure)))
+    if "html" in given:
+        best = max(range(len(rows)), key=lambda i: (arms[rows[i][0]][1]["test/acc"] or (0.0,))[0])
+        text = page(str(given.runs), head, rows, best, [*figures(found, str(given.runs)), failures(broken)])
+        replace_file(Path(str(given.html)), lambda part: part.write_text(text))
+
+
+def figures(arms: dict[str, list[dict[str, Any]]], pattern: str) -> list[str]:
+    """The figures of the page, as HTML."""
+    edge = "The grey line joins what no other arm beats in both."
+    past = histories(pattern)
+    return [
+        picture("Accuracy against size", edge, against(arms, "params", "parameters that are not zero")),
+        picture("Accuracy against work", edge, against(arms, "macs_dynamic", "MACs an image, mean")),
+        picture("Accuracy against training", edge, against(arms, "macs_training", "MACs of the training")),
+        picture("Levels and sets", "Of one network each, chosen at run time.", by_level(arms)),
+        picture("Size over time", "A line a run.", over_time(past, "params", "parameters that are not zero")),
+        picture(
+            "Allocated over time", "A line a run.", over_time(past, "params_dense", "parameters allocated")
+        ),
+    ]
 
 
 def _shown(cell: Cell, digits: int) -> str:

@@ -83,7 +83,7 @@ class Sweep(Callback):
         if storage is not None:
             config.hydra.sweeper.n_trials = remaining(config.hydra.sweeper)
 
-    def on_job_end(self, config: DictConfig, **_: Any) -> None:
+    def on_job_end(self, config: DictConfig, job_return: Any, **_: Any) -> None:
         if config.hydra.mode is not None and config.hydra.mode.name == "MULTIRUN":
             print(progress(Path(config.hydra.sweep.dir)), flush=True)
 
@@ -98,7 +98,7 @@ def remaining(sweeper: DictConfig) -> int:
     study = optuna.create_study(
         study_name=sweeper.study_name,
         storage=sweeper.storage,
-        directions=[str(getattr(d, "name", d)) for d in _listed(sweeper.direction)],
+        directions=[getattr(d, "name", d) for d in _listed(sweeper.direction)],
         load_if_exists=True,
     )
     for trial in study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):

@@ -15,6 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from callbacks import Census, PruneByGates, PruneByMagnitude
+from callbacks.census import write_lines
 from callbacks.nest import Nest
 from elastic.compact import compact
 from elastic.compiled import compile_whole
@@ -117,6 +118,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         save_compact(plain, weights, about, module.switched)
     else:
         save_levels(levels, weights, about, module.switched)
+    write_lines(folder / "history.jsonl", census.history)
     draw_history(census.history, module.timeline, folder / "history.png")
     write_summary(summary, folder)
     show(summary, census.history, folder)
