@@ -15,7 +15,7 @@ setup: .venv/.stamp  ## make .venv with the pinned versions (the other targets d
 .venv/.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q uv
-	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[dev,export,sweeps]'
+	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[dev,export,sweeps,dashboards]'
 	@touch $@
 
 demo: setup  ## train with the defaults, no download: make demo ARGS='experiment=... seed=1'

@@ -5,6 +5,7 @@ from callbacks.census import Census
 from callbacks.grow import GrowOnSaturation
 from callbacks.joint import TrainJointly
 from callbacks.magnitude import PruneByMagnitude
+from callbacks.panels import LogPanels
 from callbacks.progress import ElasticProgress
 from callbacks.prune import PruneByGates
 from callbacks.reconstruct import Reconstruct
@@ -15,6 +16,7 @@ __all__ = [
     "Census",
     "ElasticProgress",
     "GrowOnSaturation",
+    "LogPanels",
     "PruneByGates",
     "PruneByMagnitude",
     "Reconstruct",

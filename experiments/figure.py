@@ -54,6 +54,22 @@ def draw_history(history: list[dict[str, Any]], timeline: list[dict[str, Any]], 
     plt.close(figure)
 
 
+def heat_map(history: Sequence[dict[str, Any]]) -> np.ndarray:
+    """Channels of every width over the epochs, as an image (H, W, 3) in bytes."""
+    names = list(dict.fromkeys(name for row in history for name in row["widths"]))  # blocks may come
+    channels = np.array([[row["widths"].get(name, 0) for row in history] for name in names])
+    figure, panel = plt.subplots(figsize=(8, 1 + 0.22 * len(names)), layout="constrained")
+    edges = (history[0]["epoch"] - 0.5, history[-1]["epoch"] + 0.5, len(names) - 0.5, -0.5)
+    shown = panel.imshow(channels, aspect="auto", cmap="viridis", vmin=0, extent=edges, interpolation="none")
+    panel.set_yticks(range(len(names)), names, fontsize="x-small")
+    panel.set_xlabel("epoch")
+    figure.colorbar(shown, ax=panel, label="channels")
+    figure.canvas.draw()
+    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()  # type: ignore[attr-defined]
+    plt.close(figure)
+    return pixels
+
+
 def draw_arms(arms: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> None:
     """One line an arm, best first: accuracy of every seed with its mean ± sd, params, what training took."""
     panels = {

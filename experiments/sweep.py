@@ -54,6 +54,8 @@ def one_of_many(
     cfg: DictConfig, folder: Path, train: Callable[[DictConfig, Path], dict[str, Any]]
 ) -> dict[str, Any]:
     """The summary of one run of a sweep; empty if it failed, which is noted in its folder."""
+    if "name" in (cfg.logger or {}):
+        cfg.logger.name = folder.name
     try:
         if (folder / "config.yaml").exists() and saved_config(folder) != portable(cfg):
             raise TrainingError(f"{folder} holds another run: give the sweep another hydra.sweep.dir")

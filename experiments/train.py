@@ -23,6 +23,7 @@ from elastic.data import ImageData
 from elastic.module import ElasticModule, TrainingError
 from elastic.saved import holds_levels, load_compact, load_levels, save_compact, save_levels
 from experiments.figure import draw_history
+from experiments.publish import publish
 from experiments.report import measure, measure_levels, show, summarise, write_summary
 from experiments.setup import (
     active,
@@ -121,6 +122,8 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     write_lines(folder / "history.jsonl", census.history)
     draw_history(census.history, module.timeline, folder / "history.png")
     write_summary(summary, folder)
+    plain_cfg = OmegaConf.to_container(portable(cfg), resolve=True)
+    publish(trainer.logger, folder, plain_cfg, summary, census.history, module.timeline)
     show(summary, census.history, folder)
     return summary
 

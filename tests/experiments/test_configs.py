@@ -253,26 +253,6 @@ def test_every_start_runs(tmp_path: Path, optimizer: str, fresh: str) -> None:
     assert all(held["sizes"][name] > size for name, size in held["start"].items())
 
 
-@pytest.mark.slow
-def test_wandb_records_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without an account, without a connection, and only into the run's folder."""
-    for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / "home"))
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "run"
-    survives(folder, "smoke", "logger=wandb", "trainer.max_epochs=2")
-    import wandb
-
-    wandb.finish()
-    recorded = list(folder.rglob("*.wandb"))
-    assert len(recorded) == 1 and recorded[0].stat().st_size > 500
-    content = recorded[0].read_bytes()
-    assert all(name.encode() in content for name in ("train/loss", "val/acc", "size/params"))
-    assert {p.name for p in tmp_path.iterdir()} <= {"run", "home"}, "something was written elsewhere"
-
-
 def test_the_data_folder_is_that_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ELASTIC_DATA", "/somewhere")
     assert configure(tmp_path, "data=mnist").data.root == "/somewhere"

@@ -1,0 +1,84 @@
+"""A W&B dashboard of this project's runs, made by one command in a project of your own.
+
+    python -m experiments.dashboard entity=<yours> project=elastic-cnn
+    python -m experiments.dashboard print=true
+
+The first needs an account and the extra `dashboards`; the second prints the same as JSON. The panels show what `logger=wandb` logs; a test reads it back from a run that was logged offline.
+"""
+
+import sys
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from elastic.module import TrainingError
+from experiments.setup import quiet, run
+
+# By section: the title of each panel, and the keys that it shows.
+LINES: dict[str, dict[str, list[Any]]] = {
+    "Accuracy": {"Accuracy": ["val/acc", "train/acc"], "Loss": ["val/loss", "train/loss"]},
+    "Structure": {
+        "Parameters": ["size/params", "size/params_dense"],
+        "MACs": ["size/macs"],
+        "Engaged": ["engaged/count", "engaged/macs"],
+    },
+}
+MEDIA = {"Structure": ["widths over time"], "Images": ["samples"]}
+HISTOGRAMS = ["gates/score", "engaged/duty"]
+TABLES = ["timeline", "levels", "sets"]
+FRONT = ("params", "test/acc")  # of the summary: size against accuracy, a point a run
+
+
+def workspace(entity: str, project: str) -> Any:
+    """The dashboard as `wandb_workspaces` has it; nothing is sent."""
+    import wandb_workspaces.reports.v2 as panels
+    import wandb_workspaces.workspaces as workspaces
+
+    def lines(section: str) -> list[Any]:
+        held = LINES.get(section, {})
+        return [panels.LinePlot(title=title, x="epoch", y=list(keys)) for title, keys in held.items()]
+
+    x, y = (panels.SummaryMetric(name) for name in FRONT)
+    shown = {
+        "Accuracy": [
+            *lines("Accuracy"),
+            panels.ScatterPlot(title="Accuracy against size", x=x, y=y, log_x=True),
+        ],
+        "Structure": [
+            *lines("Structure"),
+            *(panels.MediaBrowser(media_keys=[key]) for key in MEDIA["Structure"]),
+            *(panels.WeavePanelSummaryTable(table_name=name) for name in TABLES),
+        ],
+        "Gates and kernels": [panels.MediaBrowser(title=key, media_keys=[key]) for key in HISTOGRAMS],
+        "Images": [panels.MediaBrowser(media_keys=MEDIA["Images"])],
+    }
+    return workspaces.Workspace(
+        entity=entity,
+        project=project,
+        name="Elastic CNNs",
+        sections=[workspaces.Section(name=name, panels=held, is_open=True) for name, held in shown.items()],
+    )
+
+
+def main() -> None:
+    quiet()
+    known = {"entity": "", "project": "elastic-cnn", "print": False}
+    given = OmegaConf.merge(known, OmegaConf.from_dotlist(sys.argv[1:]))
+    if set(given) - set(known) or not (given.entity or given.print):
+        raise TrainingError(
+            "usage: python -m experiments.dashboard entity=<yours> [project=<name>] | print=true"
+        )
+    try:
+        made = workspace(str(given.entity or "you"), str(given.project))
+    except ImportError as error:
+        raise TrainingError(
+            "wandb-workspaces is not installed: pip install 'elastic-cnn[dashboards]'"
+        ) from error
+    if given.print:
+        print(made._to_model().model_dump_json(by_alias=True))
+    else:
+        print(made.save().url)
+
+
+if __name__ == "__main__":
+    run(main)
