@@ -3,7 +3,8 @@
     python -m experiments.dashboard entity=<yours> project=elastic-cnn
     python -m experiments.dashboard print=true
 
-The first needs an account and the extra `dashboards`; the second prints the same as JSON. The panels show what `logger=wandb` logs; a test reads it back from a run that was logged offline.
+The first needs an account and the extra `dashboards`; the second prints the same as JSON. The panels show
+what `logger=wandb` logs; a test reads it back from a run that was logged offline.
 """
 
 import sys

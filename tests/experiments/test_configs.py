@@ -164,8 +164,17 @@ class SmallCIFAR10(datasets.CIFAR10):
 def generated(data: str, root: Path) -> tuple[str, ...]:
     """A few random images in the layout of a set, and the overrides that use them."""
     random = np.random.default_rng(0)
-    if data == "digits":
+    if data in ("digits", "shapes"):
         return ("data.batch_size=64",)
+    if data == "folder":
+        for part in ("train", "test"):
+            for name in ("one", "two"):
+                folder = root / part / name
+                folder.mkdir(parents=True)
+                for i in range(20):
+                    pixels = random.integers(0, 256, (40, 40, 3), np.uint8)
+                    Image.fromarray(pixels).save(folder / f"{i}.png")
+        return (f"data.root={root}", "data.batch_size=9", "data.workers=0")
     few = (f"data.root={root}", "data.download=false", "data.batch_size=9")
     if data in ("mnist", "fashion_mnist"):
         raw = root / {"mnist": "MNIST", "fashion_mnist": "FashionMNIST"}[data] / "raw"
