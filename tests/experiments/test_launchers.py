@@ -1,0 +1,84 @@
+"""Sweeps for real, in processes of their own: on the cores of one machine, as jobs, and after a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SWEEP = (
+    *(sys.executable, "-W", "ignore", "-m", "experiments.train", "-m", "experiment=smoke"),
+    *("callbacks.progress=null", "trainer.accelerator=cpu", "trainer.max_epochs=2", "seed=0,1,2"),
+)
+pytestmark = pytest.mark.slow
+
+
+def start(folder: Path, *options: str) -> "subprocess.Popen[str]":
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*SWEEP, f"hydra.sweep.dir={folder / 'sweep'}", *options],
+        cwd=folder,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def finish(process: "subprocess.Popen[str]") -> str:
+    try:
+        said, _ = process.communicate(timeout=250)
+    finally:
+        with_children(process)
+    assert process.returncode == 0, said
+    return said
+
+
+def with_children(process: "subprocess.Popen[str]") -> None:
+    """End a sweep and all that it has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def summaries(folder: Path) -> dict[str, float]:
+    return {path.parent.name: path.stat().st_mtime for path in folder.glob("sweep/*/summary.json")}
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_every_run_of_a_sweep_is_done(tmp_path: Path, launcher: str) -> None:
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher")
+    options = ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else ["hydra.launcher.timeout_min=4"]
+    finish(start(tmp_path, f"hydra/launcher={launcher}", *options))
+    found = list(summaries(tmp_path))
+    assert len(found) == 3 and {name[-1] for name in found} == set("012")
+    assert not list(tmp_path.glob("sweep/*/failed.json"))
+
+
+def test_a_sweep_that_was_killed_does_what_is_missing(tmp_path: Path) -> None:
+    process = start(tmp_path)
+    while not summaries(tmp_path):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    with_children(process)
+    process.communicate()
+    done = summaries(tmp_path)
+    assert 1 <= len(done) < 3
+    said = finish(start(tmp_path))
+    after = summaries(tmp_path)
+    assert len(after) == 3 and all(after[name] == when for name, when in done.items())
+    assert said.rstrip().endswith("3 done, 0 running, 0 failed")
+
+
+def test_a_run_that_fails_takes_no_other_down(tmp_path: Path) -> None:
+    said = finish(start(tmp_path, "optimizer.optimizer.lr=1e-2,-1", "seed=0"))
+    assert len(summaries(tmp_path)) == 1
+    (note,) = tmp_path.glob("sweep/*/failed.json")
+    assert json.loads(note.read_text())["error"] == "Invalid learning rate: -1"
+    assert said.rstrip().endswith("1 done, 0 running, 1 failed")
