@@ -54,7 +54,7 @@ def one_of_many(
     cfg: DictConfig, folder: Path, train: Callable[[DictConfig, Path], dict[str, Any]]
 ) -> dict[str, Any]:
     """The summary of one run of a sweep; empty if it failed, which is noted in its folder."""
-    if "name" in (cfg.logger or {}):
+    if "group" in (cfg.logger or {}):  # W&B's: there the runs of a group are told apart by name
         cfg.logger.name = folder.name
     try:
         if (folder / "config.yaml").exists() and saved_config(folder) != portable(cfg):

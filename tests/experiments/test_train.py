@@ -33,7 +33,7 @@ CHANGING = (
     "callbacks.prune.weight=1e-2",
 )
 FILES = {
-    *("config.yaml", "history.png", "last.ckpt", "metrics"),
+    *("config.yaml", "history.jsonl", "history.png", "last.ckpt", "metrics"),
     *("model.safetensors", "summary.json", "timeline.jsonl"),
 }
 Capture = pytest.CaptureFixture[str]
