@@ -27,6 +27,10 @@ OURS = (DataError, StructureError, TrainingError)  # they say all that is needed
 THEIRS = (*OURS, OmegaConfBaseException, HydraException, OSError)
 
 
+class SweepError(TrainingError):
+    """None of a sweep's runs can be done."""
+
+
 def run(main: Callable[[], Any]) -> None:
     """Call an entry point; what a user can mend is shown as one line, with exit code 1.
 
@@ -149,7 +153,7 @@ def check_processes(trainer: L.Trainer) -> None:
         raise TrainingError("such processes take the result along as they end: set trainer.strategy=ddp")
     relaunches = isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher)
     if relaunches and HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-        raise TrainingError(
+        raise SweepError(
             "a sweep cannot start runs of several processes, each would sweep again: leave out -m, or sweep "
             "with hydra/launcher=submitit_slurm"
         )

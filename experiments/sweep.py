@@ -8,6 +8,7 @@ what it has done.
 import json
 import re
 from collections.abc import Callable, Sequence
+from hashlib import sha256
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from elastic.checkpoint import replace_file
 from elastic.module import TrainingError
-from experiments.setup import one_line, portable, saved_config
+from experiments.setup import SweepError, one_line, portable, saved_config
 
 FAILED = "failed.json"  # in a run's folder: why it failed
+LONGEST = 150  # characters of a name
 
 
 def arm(overrides: str) -> str:
@@ -39,7 +41,10 @@ def arm(overrides: str) -> str:
             continue
         value = re.sub(r"[^\w.+=-]+", "+", value).strip("+")
         parts.append(value if "." not in key else f"{key.rpartition('.')[2]}={value}")
-    return ("-".join(parts) or "run") + (seed or "-seed0")
+    name = "-".join(parts) or "run"
+    if len(name) > LONGEST:  # file systems allow 255 bytes
+        name = f"{name[:LONGEST]}-{sha256(name.encode()).hexdigest()[:8]}"
+    return name + (seed or "-seed0")
 
 
 def _split(overrides: str) -> list[str]:
@@ -64,6 +69,8 @@ def one_of_many(
             return found
         (folder / FAILED).unlink(missing_ok=True)
         return train(cfg, folder)
+    except SweepError:
+        raise
     except Exception as error:  # whatever it is, the others go on
         text = json.dumps({"error": one_line(error), "kind": type(error).__name__}) + "\n"
         replace_file(folder / FAILED, lambda part: part.write_text(text))

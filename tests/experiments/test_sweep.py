@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from elastic.module import TrainingError
 from experiments import sweep
-from experiments.setup import portable
+from experiments.setup import SweepError, portable
 from experiments.sweep import arm, one_of_many, progress, remaining, values
 from tests.runs import TINY, configure
 
@@ -37,6 +37,20 @@ def test_names_are_folders_and_tell_runs_apart(channels: list[int], schedule: st
     assert "/" not in name and name.endswith("-seed0")
     assert not set(name) & set("[]*?,'\" ")
     assert name != arm(f"model.channels={[*channels, 1]},schedule={schedule},seed=0".replace(" ", ""))
+
+
+def test_long_names_are_cut_and_still_tell_runs_apart() -> None:
+    many = ",".join(f"callbacks.prune.option{i}=value{i}" for i in range(40))
+    one, two = arm(f"{many},callbacks.last=1,seed=7"), arm(f"{many},callbacks.last=2,seed=7")
+    assert one != two and len(one) < 200 and one.endswith("-seed7")
+
+
+def test_what_no_run_of_the_sweep_can_do_ends_it(tmp_path: Path) -> None:
+    def refuse(cfg: Any, folder: Path) -> dict[str, Any]:
+        raise SweepError("none")
+
+    with pytest.raises(SweepError):
+        one_of_many(run_of(tmp_path), tmp_path, refuse)
 
 
 def run_of(folder: Path, *overrides: str) -> Any:
