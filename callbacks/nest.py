@@ -34,12 +34,7 @@ class Nest(L.Callback):
         """What cannot be in one run with levels, refused before any process is started."""
         if trainer.world_size > 1:
             raise TrainingError("levels are trained in one process: set trainer.devices=1")
-        changing = [type(c).__name__ for c in trainer.callbacks if type(c).__name__ in CHANGING]  # type: ignore[attr-defined]
-        if changing:
-            raise TrainingError(
-                f"levels and {changing[0]} cannot be in one run: run {changing[0]} first, and start from "
-                "what it saved with init=<its folder>"
-            )
+        refuse_beside(trainer, "levels")
 
     def setup(self, trainer: L.Trainer, pl_module: ElasticModule, stage: str) -> None:  # type: ignore[override]
         self.check(trainer)
@@ -73,6 +68,16 @@ class Nest(L.Callback):
 
 # What changes the network's structure, or keeps copies of it.
 CHANGING = {"GrowOnSaturation", "PruneByGates", "PruneByMagnitude", "AverageWeights"}
+
+
+def refuse_beside(trainer: L.Trainer, what: str) -> None:
+    """Refuse a run in which the structure changes, for the sake of what needs it to stay."""
+    changing = [type(c).__name__ for c in trainer.callbacks if type(c).__name__ in CHANGING]  # type: ignore[attr-defined]
+    if changing:
+        raise TrainingError(
+            f"{what} and {changing[0]} cannot be in one run: run {changing[0]} first, and start from "
+            "what it saved with init=<its folder>"
+        )
 
 
 def levels_of(pl_module: ElasticModule) -> Levels:

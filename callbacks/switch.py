@@ -7,11 +7,11 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from callbacks.nest import CHANGING
+from callbacks.nest import refuse_beside
 from elastic.dynamic import attach
 from elastic.errors import StructureError
 from elastic.kam import Choice, choose, modules
-from elastic.module import ElasticModule, TrainingError
+from elastic.module import ElasticModule
 from elastic.parsimony import By, Engaged, Form, Parsimony
 from elastic.stored import NORMS
 from elastic.widths import discover
@@ -58,12 +58,7 @@ class SwitchKernels(L.Callback):
         self.chosen = 0
 
     def setup(self, trainer: L.Trainer, pl_module: ElasticModule, stage: str) -> None:  # type: ignore[override]
-        changing = [type(c).__name__ for c in trainer.callbacks if type(c).__name__ in CHANGING]  # type: ignore[attr-defined]
-        if changing:
-            raise TrainingError(
-                f"kernel activation modules and {changing[0]} cannot be in one run: run {changing[0]} first, "
-                "and start from what it saved with init=<its folder>"
-            )
+        refuse_beside(trainer, "kernel activation modules")
         if stage != "fit" or pl_module.switched:
             return
         nets = [pl_module.net] if pl_module.levels is None else list(pl_module.levels)

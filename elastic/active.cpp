@@ -243,8 +243,6 @@ void clear(float *y, int64_t pixels, int channels, List out) {
 
 extern "C" {
 
-int active_lanes() { return LANES; }
-
 // Floats that active_convolution needs for its work.
 int64_t active_work(const Shape *s) {
     return s->channels * (s->plane() + (int64_t)std::max(s->taps() * TILE, FEW * LANES)) + TILE;

@@ -41,6 +41,10 @@ class Active(NamedTuple):
         at_BK = torch.where(valid_BK, self.channel_BK.long(), self.channel_BK[:, :1].long())
         return torch.zeros(self.channel_BK.shape).scatter_(1, at_BK, 1.0)
 
+    def shut(self, x_BCHW: Tensor) -> Tensor:
+        """Zero where a map is not active, whatever it holds there."""
+        return torch.where(self.mask()[:, :, None, None] != 0, x_BCHW, 0.0)
+
     @staticmethod
     def of(mask_BK: Tensor) -> "Active":
         """The channels where a mask is not 0."""
@@ -174,11 +178,10 @@ class ActiveConv2d(nn.Module):
             return self._kernel(x_BCHW, reads, writes, residual)
         if self.way == "stock" and len(x_BCHW) == 1 and (reads or writes):
             return self._gathered(x_BCHW, reads, writes, residual)
-        if reads is not None:  # what is not active may be anything
-            x_BCHW = torch.where(reads.mask()[:, :, None, None] != 0, x_BCHW, 0.0)
+        x_BCHW = x_BCHW if reads is None else reads.shut(x_BCHW)
         y_BKHW = F.conv2d(x_BCHW, self.weight, self.bias, self.stride, self.padding)
         y_BKHW = self._finish(y_BKHW, residual)
-        return y_BKHW if writes is None else y_BKHW.mul_(writes.mask()[:, :, None, None])
+        return y_BKHW if writes is None else writes.shut(y_BKHW)
 
     def _finish(self, y_BKHW: Tensor, residual: Tensor | None) -> Tensor:
         y_BKHW = y_BKHW if residual is None else y_BKHW.add_(residual)
@@ -243,10 +246,8 @@ def switch(x_BCHW: Tensor, reads: Active | None, weight_KC: Tensor, bias_K: Tens
     batch, channels, *size = x_BCHW.shape
     library, kernels = compiled(), len(bias_K)
     if library is None:
-        mean_BC = x_BCHW.mean((2, 3))
-        if reads is not None:
-            mean_BC = torch.where(reads.mask() != 0, mean_BC, 0.0)
-        return Active.of(engaged(F.linear(mean_BC, weight_KC, bias_K)))
+        x_BCHW = x_BCHW if reads is None else reads.shut(x_BCHW)
+        return Active.of(engaged(F.linear(x_BCHW.mean((2, 3)), weight_KC, bias_K)))
     x_BCHW = x_BCHW.contiguous()
     found = Active(torch.empty(batch, kernels, dtype=torch.int32), torch.empty(batch, dtype=torch.int32))
     reads = reads or every(batch, channels)
@@ -269,7 +270,7 @@ def max_pool(x_BCHW: Tensor, reads: Active, size: int, stride: int, zeros: bool)
     library = compiled()
     if library is None:
         y_BCHW = F.max_pool2d(x_BCHW, size, stride)
-        return torch.where(reads.mask()[:, :, None, None] != 0, y_BCHW, 0.0) if zeros else y_BCHW
+        return reads.shut(y_BCHW) if zeros else y_BCHW
     x_BCHW = x_BCHW.contiguous()
     batch, channels, height, width = x_BCHW.shape
     out = ((height - size) // stride + 1, (width - size) // stride + 1)

@@ -101,8 +101,7 @@ class KernelActivation(nn.Module):
         if self.choice == "soft":
             return torch.sigmoid(score_BK / self.temperature)
         if self.choice == "gumbel":
-            even_BK = torch.rand_like(score_BK).clamp(1e-6, 1 - 1e-6)
-            score_BK = score_BK + torch.logit(even_BK)
+            score_BK = _noisy(score_BK)
         soft_BK = torch.sigmoid(score_BK)
         return engaged(score_BK.detach()) + soft_BK - soft_BK.detach()
 
@@ -124,11 +123,14 @@ class RandomActivation(ConstantActivation):
 
     kind = "random"
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        score_BK = self.scores(x_BCHW)
-        noise_BK = torch.logit(torch.rand_like(score_BK).clamp(1e-6, 1 - 1e-6))
-        self.gate_BK = self._learn(score_BK) if self.training else engaged(score_BK + noise_BK)
-        return self.gate_BK[:, :, None, None]
+    def scores(self, x_BCHW: Tensor) -> Tensor:
+        score_BK = super().scores(x_BCHW)
+        return score_BK if self.training else _noisy(score_BK)
+
+
+def _noisy(score_BK: Tensor) -> Tensor:
+    """Positive as often as the sigmoid of the score says: logistic noise is added."""
+    return score_BK + torch.logit(torch.rand_like(score_BK).clamp(1e-6, 1 - 1e-6))
 
 
 KINDS = {made.kind: made for made in (KernelActivation, ConstantActivation, RandomActivation)}

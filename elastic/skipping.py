@@ -52,7 +52,7 @@ class ActiveMaxPool2d(nn.Module):
 
 def shut(x_BCHW: Tensor, reads: Active) -> Tensor:
     """Zero where a map is not active."""
-    return x_BCHW * reads.mask()[:, :, None, None]
+    return reads.shut(x_BCHW)
 
 
 def skipping(net: nn.Module, samples: Sequence[Tensor] = (), way: str | None = None) -> fx.GraphModule:

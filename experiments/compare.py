@@ -47,7 +47,7 @@ def read(pattern: str) -> dict[str, list[dict[str, Any]]]:
     arms: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for folder in sorted(Path(found) for found in glob.glob(pattern)):
         if (folder / "summary.json").exists():
-            arm = re.sub(r"-seed\d+$", "", folder.name)
+            arm = _arm(folder)
             summary = _summary(folder / "summary.json")
             arms[arm].append(summary)
             for level in summary.get("levels", [])[:-1]:  # the last one is the network itself
@@ -69,8 +69,12 @@ def histories(pattern: str) -> dict[str, list[list[dict[str, Any]]]]:
     for folder in sorted(Path(name) for name in glob.glob(pattern)):
         if (folder / "history.jsonl").exists():
             lines = (folder / "history.jsonl").read_text().splitlines()
-            found[re.sub(r"-seed\d+$", "", folder.name)].append([json.loads(line) for line in lines])
+            found[_arm(folder)].append([json.loads(line) for line in lines])
     return found
+
+
+def _arm(folder: Path) -> str:
+    return re.sub(r"-seed\d+$", "", folder.name)
 
 
 def _summary(path: Path) -> dict[str, Any]:

@@ -15,12 +15,10 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from elastic.kam import choose
 from elastic.module import TrainingError
-from elastic.saved import load_switched
 from experiments.figure import draw_duty
 from experiments.look import look
-from experiments.restore import restore
+from experiments.restore import chosen
 from experiments.setup import quiet, run
 
 
@@ -31,14 +29,8 @@ def main() -> None:
         raise TrainingError(
             "usage: python -m experiments.duty run=<folder> [level=…] [set=…] [figure=…] [csv=…]"
         )
-    folder = Path(str(given.run))
-    net, data, _ = restore(folder)
-    nets = load_switched(net, folder / "model.safetensors", torch.zeros(1, *data.shape))
-    level = int(given.get("level", len(nets) - 1))
-    if not 0 <= level < len(nets):
-        raise TrainingError(f"there is no level {level}: the run's network has 0 … {len(nets) - 1}")
-    choose(nets[level], int(given.get("set", 0)))
-    seen = look(nets[level], data)
+    _, gated, data = chosen(Path(str(given.run)), given.get("level"), given.get("set", 0))
+    seen = look(gated, data)
     table = Table("convolution", "kernels", "on, mean (%)", "always on", "never on")
     for name, duty_K in seen.duty.items():
         always, never = int((duty_K == 1).sum()), int((duty_K == 0).sum())

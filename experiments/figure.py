@@ -35,8 +35,7 @@ def draw_history(history: list[dict[str, Any]], timeline: list[dict[str, Any]], 
     size.yaxis.set_major_formatter("{x:,.0f}")
     size.yaxis.set_minor_formatter("")
 
-    names = list(dict.fromkeys(name for row in history for name in row["widths"]))  # blocks may come
-    layers = [[row["widths"].get(name, 0) for row in history] for name in names]
+    names, layers = _channels(history)
     widths.stackplot(epochs, layers, labels=names, step="post", alpha=0.8)
     widths.set_ylabel("channels, by width")
     widths.set_xlabel("epoch")
@@ -54,10 +53,15 @@ def draw_history(history: list[dict[str, Any]], timeline: list[dict[str, Any]], 
     plt.close(figure)
 
 
+def _channels(history: Sequence[dict[str, Any]]) -> tuple[list[str], np.ndarray]:
+    """Every width's name, and its channels by (width, epoch), 0 before it came with its block."""
+    names = list(dict.fromkeys(name for row in history for name in row["widths"]))
+    return names, np.array([[row["widths"].get(name, 0) for row in history] for name in names])
+
+
 def heat_map(history: Sequence[dict[str, Any]]) -> np.ndarray:
     """Channels of every width over the epochs, as an image (H, W, 3) in bytes."""
-    names = list(dict.fromkeys(name for row in history for name in row["widths"]))  # blocks may come
-    channels = np.array([[row["widths"].get(name, 0) for row in history] for name in names])
+    names, channels = _channels(history)
     figure, panel = plt.subplots(figsize=(8, 1 + 0.22 * len(names)), layout="constrained")
     edges = (history[0]["epoch"] - 0.5, history[-1]["epoch"] + 0.5, len(names) - 0.5, -0.5)
     shown = panel.imshow(channels, aspect="auto", cmap="viridis", vmin=0, extent=edges, interpolation="none")

@@ -23,15 +23,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx, nn
 
-from elastic.kam import choose
 from elastic.module import TrainingError
-from elastic.nested import Levels
 from elastic.parsimony import Engaged
-from elastic.saved import load_switched
 from elastic.skipping import fold_norms, skipping
 from elastic.trace import trace
 from experiments.look import batches
-from experiments.restore import restore
+from experiments.restore import chosen
 from experiments.setup import quiet, run
 
 BATCHES, THREADS, TUNED_ON, WARM_UP = (1, 8, 64), (1, 2), 8, 3
@@ -86,12 +83,8 @@ def main() -> None:
         raise TrainingError(
             "usage: python -m experiments.latency run=<folder> [set=…] [level=…] [images=…] [csv=…]"
         )
-    folder = Path(str(given.run))
-    net, data, _ = restore(folder)
-    switched = load_switched(net, folder / "model.safetensors", torch.zeros(1, *data.shape))
-    level = int(OmegaConf.select(given, "level", default=len(switched) - 1))
-    gated, plain = switched[level], net[level] if isinstance(net, Levels) else net
-    choose(gated, given.set)
+    level = OmegaConf.select(given, "level")
+    plain, gated, data = chosen(Path(str(given.run)), level, given.set)
     images_NCHW = torch.cat([x_BCHW for x_BCHW, _ in batches(data)])
     some = torch.randperm(len(images_NCHW), generator=torch.Generator().manual_seed(0))[: given.images]
 

@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 
 from elastic.data import ImageData
+from elastic.kam import choose
 from elastic.module import TrainingError
 from elastic.nested import Levels
 from elastic.saved import holds_levels, holds_switched, load_compact, load_levels, load_switched
@@ -40,6 +41,22 @@ def restore_switched(net: nn.Module | Levels, folder: Path, data: ImageData) -> 
     """The network, or each of its levels, with its kernel activation modules; nothing where it has none."""
     weights = folder / "model.safetensors"
     return load_switched(net, weights, torch.zeros(1, *data.shape)) if holds_switched(weights) else []
+
+
+def chosen(folder: Path, level: int | None, chosen_set: int) -> tuple[nn.Module, fx.GraphModule, ImageData]:
+    """A level of a finished run (the largest without a number), with a set of its modules, and its data.
+
+    Raises:
+        TrainingError: there is no such level.
+        StructureError: the run has no kernel activation modules, or no such set of them.
+    """
+    net, data, _ = restore(folder)
+    switched = load_switched(net, folder / "model.safetensors", torch.zeros(1, *data.shape))
+    level = len(switched) - 1 if level is None else level
+    if not 0 <= level < len(switched):
+        raise TrainingError(f"there is no level {level}: the run's network has 0 … {len(switched) - 1}")
+    choose(switched[level], chosen_set)
+    return net[level] if isinstance(net, Levels) else net, switched[level], data
 
 
 def level_of(net: nn.Module | Levels, level: int) -> nn.Module:

@@ -28,11 +28,11 @@ from rich.table import Table
 from torch import Tensor
 
 from elastic.data import ImageData
-from elastic.data.images import to_unit
 from elastic.module import TrainingError
 from elastic.nested import Levels
 from elastic.runtime import Runtime
 from experiments.figure import draw_serving
+from experiments.look import batches
 from experiments.restore import restore
 from experiments.setup import quiet, run
 
@@ -125,10 +125,7 @@ def score(answers: list[Answer]) -> tuple[float, float, float]:
 def images(data: ImageData, batch: int, count: int) -> Batches:
     """Batches of the test split, as the network takes them."""
     data.batch_size = batch
-    data.prepare_data()
-    data.setup("test")
-    whole = [(x, y) for x, y in data.test_dataloader() if len(y) == batch][:count]
-    return [(data.normalise(to_unit(x)), y) for x, y in whole]
+    return [(x_BCHW, y_B) for x_BCHW, y_B in batches(data) if len(y_B) == batch][:count]
 
 
 def main() -> None:

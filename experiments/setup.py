@@ -152,11 +152,16 @@ def check_processes(trainer: L.Trainer) -> None:
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
         raise TrainingError("such processes take the result along as they end: set trainer.strategy=ddp")
     relaunches = isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher)
-    if relaunches and HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+    if relaunches and multirun():
         raise SweepError(
             "a sweep cannot start runs of several processes, each would sweep again: leave out -m, or sweep "
             "with hydra/launcher=submitit_slurm"
         )
+
+
+def multirun() -> bool:
+    """Whether this run is one of a sweep."""
+    return bool(HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN)
 
 
 def portable(cfg: DictConfig) -> DictConfig:

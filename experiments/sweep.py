@@ -13,9 +13,9 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from elastic.checkpoint import replace_file
@@ -93,7 +93,7 @@ class Sweep(Callback):
             config.hydra.sweeper.n_trials = remaining(config.hydra.sweeper)
 
     def on_job_end(self, config: DictConfig, job_return: Any, **_: Any) -> None:
-        if config.hydra.mode is not None and config.hydra.mode.name == "MULTIRUN":
+        if config.hydra.mode == RunMode.MULTIRUN:
             print(progress(Path(config.hydra.sweep.dir)), flush=True)
 
 
@@ -128,7 +128,3 @@ def progress(folder: Path) -> str:
     done = sum((run / "summary.json").exists() for run in runs)
     failed = sum((run / FAILED).exists() for run in runs)
     return f"{folder}: {done} done, {len(runs) - done - failed} running, {failed} failed"
-
-
-def multirun() -> bool:
-    return HydraConfig.get().mode.name == "MULTIRUN"  # type: ignore[union-attr]

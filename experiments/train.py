@@ -29,6 +29,7 @@ from experiments.setup import (
     active,
     check_processes,
     finished,
+    multirun,
     portable,
     precision,
     quiet,
@@ -36,7 +37,7 @@ from experiments.setup import (
     run,
     settings,
 )
-from experiments.sweep import multirun, one_of_many, values
+from experiments.sweep import one_of_many, values
 
 CONF = Path(__file__).parents[1] / "conf"
 
