@@ -13,6 +13,10 @@ class Trigger(Protocol):
 
     def observe(self, value: float) -> bool: ...
 
+    def why(self, metric: str) -> str:
+        """What the timeline says of a growth that this has decided."""
+        ...
+
 
 @dataclass
 class Plateau:
@@ -44,6 +48,9 @@ class Plateau:
         self.waited = 0
         return True
 
+    def why(self, metric: str) -> str:
+        return f"{metric} saturated"
+
 
 @dataclass
 class Periodic:
@@ -59,6 +66,9 @@ class Periodic:
     def observe(self, value: float) -> bool:
         self.seen += 1
         return self.seen % self.every == 0
+
+    def why(self, metric: str) -> str:
+        return "by the clock"
 
 
 @dataclass(frozen=True)

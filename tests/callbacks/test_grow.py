@@ -83,6 +83,7 @@ def test_never_grows_above_the_ceiling(tmp_path: Path) -> None:
     run = fit(tmp_path, *GROWING, "trigger=periodic", "trigger.every=1")
     assert run.module.widths.sizes() == FULL
     assert sorted({event["epoch"] for event in run.module.timeline}) == [1, 2], "no empty events after"
+    assert {event["why"] for event in run.module.timeline} == {"grow: by the clock"}
 
 
 @pytest.mark.parametrize(("until", "last"), [(0.5, 3), (0.26, 2), (0.25, 1), (0.0, None)])

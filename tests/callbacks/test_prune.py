@@ -144,7 +144,7 @@ def test_a_fresh_channel_is_not_removed_as_dead(tmp_path: Path) -> None:
     once = ("trigger=periodic", "trigger.every=2", "callbacks.grow.until=0.7", "callbacks.prune.weight=1e-4")
     options = ("schedule=[growth,gates]", "trainer.max_epochs=4", *once)
     run = fit(tmp_path, *PRUNING, *options)
-    assert {event["why"] for event in run.module.timeline} == {"grow: val/acc saturated"}
+    assert {event["why"] for event in run.module.timeline} == {"grow: by the clock"}
     assert run.module.widths.sizes() == {"0": 6, "3": 9, "7": 9, "10": 12}
 
 
