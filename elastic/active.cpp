@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -239,20 +240,10 @@ void clear(float *y, int64_t pixels, int channels, List out) {
         else std::memset(y + c * pixels, 0, sizeof(float) * pixels);
 }
 
-}  // namespace
-
-extern "C" {
-
-// Floats that active_convolution needs for its work.
-int64_t active_work(const Shape *s) {
-    return s->channels * (s->plane() + (int64_t)std::max(s->taps() * TILE, FEW * LANES)) + TILE;
-}
-
 // Lists are ascending, (batch, channels) with a row's first `count` entries valid.
-void active_convolution(const Shape *shape, const float *weight, const float *bias, const float *x,
-                        const float *residual, float *y, int32_t batch, const int32_t *in, const int32_t *in_count,
-                        const int32_t *out, const int32_t *out_count, int32_t relu, int32_t zeros, float *work,
-                        int32_t threads) {
+void convolution(const Shape *shape, const float *weight, const float *bias, const float *x, const float *residual,
+                 float *y, int32_t batch, const int32_t *in, const int32_t *in_count, const int32_t *out,
+                 const int32_t *out_count, int32_t relu, int32_t zeros, float *work, int32_t threads) {
     const Shape &s = *shape;
     const Layer layer{s, weight, bias, residual, y, relu != 0};
     const bool few = s.pixels() == FEW && s.taps() > 1 && s.taps() <= LANES;
@@ -267,9 +258,9 @@ void active_convolution(const Shape *shape, const float *weight, const float *bi
 }
 
 // The kernels that a module engages: those with a positive score, or the one with the highest.
-void active_switch(const float *x, int32_t batch, int32_t channels, int64_t pixels, const int32_t *in,
-                   const int32_t *in_count, const float *weight, const float *bias, int32_t kernels, int32_t *out,
-                   int32_t *out_count, float *work) {
+void engage(const float *x, int32_t batch, int32_t channels, int64_t pixels, const int32_t *in,
+            const int32_t *in_count, const float *weight, const float *bias, int32_t kernels, int32_t *out,
+            int32_t *out_count, float *work) {
     for (int64_t b = 0; b < batch; b++) {
         const List reads{in + b * channels, in_count[b]};
         for (int a = 0; a < reads.count; a++) {
@@ -294,9 +285,9 @@ void active_switch(const float *x, int32_t batch, int32_t channels, int64_t pixe
 }
 
 // Max pooling, without padding, of the active channels.
-void active_max_pool(const float *x, float *y, int32_t batch, int32_t channels, int32_t height, int32_t width,
-                     int32_t size, int32_t stride, int32_t out_height, int32_t out_width, const int32_t *in,
-                     const int32_t *in_count, int32_t zeros) {
+void max_pool(const float *x, float *y, int32_t batch, int32_t channels, int32_t height, int32_t width, int32_t size,
+              int32_t stride, int32_t out_height, int32_t out_width, const int32_t *in, const int32_t *in_count,
+              int32_t zeros) {
     const int64_t from = (int64_t)height * width, to = (int64_t)out_height * out_width;
     for (int64_t b = 0; b < batch; b++) {
         const List reads{in + b * channels, in_count[b]};
@@ -313,6 +304,40 @@ void active_max_pool(const float *x, float *y, int32_t batch, int32_t channels, 
                 }
         }
         if (zeros) clear(y + b * channels * to, to, channels, reads);
+    }
+}
+
+// Numbers and addresses, as what the function takes.
+template <typename... T, std::size_t... I>
+void call(void (*function)(T...), const int64_t *arguments, std::index_sequence<I...>) {
+    function((T)arguments[I]...);
+}
+
+template <typename... T>
+void call(void (*function)(T...), const int64_t *arguments) {
+    call(function, arguments, std::index_sequence_for<T...>{});
+}
+
+}  // namespace
+
+extern "C" {
+
+// Floats that a convolution needs for its work.
+int64_t active_work(const Shape *s) {
+    return s->channels * (s->plane() + (int64_t)std::max(s->taps() * TILE, FEW * LANES)) + TILE;
+}
+
+struct Step {
+    int64_t function;  // 0 convolution, 1 engage, 2 max_pool
+    int64_t arguments[15];
+};
+
+void active_run(const Step *steps, int32_t count) {
+    for (const Step *step = steps; step < steps + count; step++) {
+        const int64_t *a = step->arguments;
+        if (step->function == 0) call(convolution, a);
+        else if (step->function == 1) call(engage, a);
+        else call(max_pool, a);
     }
 }
 }

@@ -2,29 +2,20 @@
 
 Stock torch has to gather the weights of the active channels for each input, which costs as much as it saves
 where few pixels use them. The kernel (`active.cpp`) is told the channels' numbers and walks the tensors where
-they are. It is compiled on first use, for the processor at hand, and kept in the user's cache; where there is
-no compiler, stock torch is used. Everything here is for inference, in fp32 on the CPU.
+they are; where it cannot be compiled, stock torch is used. All of it is for inference, in fp32 on the CPU.
 """
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-import threading
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SOURCE = Path(__file__).with_suffix(".cpp")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
-CACHE = "ELASTIC_CACHE"  # the environment's name for a folder other than the user's cache
+from elastic.errors import StructureError
+from elastic.native import call, compiled, work
+
 MOST_TAPS = 121
 
 
@@ -76,57 +67,6 @@ class _Size(NamedTuple):
     shape: _Shape
     out: tuple[int, int, int]
     work: int  # floats that it needs
-
-
-@functools.cache
-def compiled() -> ctypes.CDLL | None:
-    """The kernel, or None where it cannot be compiled: there is no compiler, or it does not know a flag."""
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        return None
-    key = hashlib.sha256(
-        SOURCE.read_bytes() + " ".join([compiler, *FLAGS, _processor()]).encode()
-    ).hexdigest()
-    folder = Path(os.environ.get(CACHE) or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "elastic-cnn"))
-    library = folder.expanduser() / f"active-{key[:16]}.so"
-    try:
-        if not library.exists():
-            library.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=library.parent) as part:  # another process may do the same
-                made = Path(part, "active.so")
-                command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
-                subprocess.run(command, check=True, capture_output=True, timeout=300)
-                made.replace(library)
-        found = ctypes.CDLL(str(library))
-    except (OSError, subprocess.SubprocessError):
-        return None
-    # Addresses and sizes are passed as plain numbers: to wrap each would take as long as a small layer.
-    address, number, size = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
-    found.active_work.argtypes, found.active_work.restype = [address], size
-    found.active_convolution.argtypes = [
-        *[address] * 6,
-        number,
-        *[address] * 4,
-        *[number] * 2,
-        address,
-        number,
-    ]
-    found.active_switch.argtypes = [
-        *(address, number, number, size),
-        *[address] * 4,
-        *(number, address, address, address),
-    ]
-    found.active_max_pool.argtypes = [*[address] * 2, *[number] * 8, *[address] * 2, number]
-    return found
-
-
-def _processor() -> str:
-    """What the machine code depends on."""
-    info = Path("/proc/cpuinfo")
-    flags = (
-        [line for line in info.read_text().splitlines() if line.startswith("flags")] if info.exists() else []
-    )
-    return flags[0] if flags else platform.machine() + platform.processor()
 
 
 class ActiveConv2d(nn.Module):
@@ -207,8 +147,10 @@ class ActiveConv2d(nn.Module):
     def _kernel(
         self, x_BCHW: Tensor, reads: Active | None, writes: Active | None, residual: Tensor | None
     ) -> Tensor:
-        library = compiled()
-        assert library is not None
+        if x_BCHW.dtype != torch.float32 or x_BCHW.device.type != "cpu":
+            raise StructureError(
+                f"kernels are skipped for fp32 inputs on the CPU, not {x_BCHW.dtype} on {x_BCHW.device}"
+            )
         x_BCHW = x_BCHW.contiguous()
         batch, _, height, width = x_BCHW.shape
         size = self._sizes.get((height, width)) or self._measure(height, width)
@@ -216,12 +158,9 @@ class ActiveConv2d(nn.Module):
         residual = None if residual is None else residual.contiguous()
         inputs = reads or every(batch, self.weight.shape[1])
         outputs = writes or every(batch, self.weight.shape[0])
-        library.active_convolution(
-            *(ctypes.byref(size.shape), self.weight.data_ptr(), self.bias.data_ptr(), x_BCHW.data_ptr()),
-            *(None if residual is None else residual.data_ptr(), y_BKHW.data_ptr(), batch),
-            *(inputs.channel_BK.data_ptr(), inputs.count_B.data_ptr()),
-            *(outputs.channel_BK.data_ptr(), outputs.count_B.data_ptr()),
-            *(self.relu, self.zeros, _work(size.work), torch.get_num_threads()),
+        call(
+            *("convolution", size.shape, self.weight, self.bias, x_BCHW, residual, y_BKHW, batch),
+            *(*inputs, *outputs, self.relu, self.zeros, work(size.work), torch.get_num_threads()),
         )
         return y_BKHW
 
@@ -244,17 +183,16 @@ def switch(x_BCHW: Tensor, reads: Active | None, weight_KC: Tensor, bias_K: Tens
     The score is linear in the means of the active input maps.
     """
     batch, channels, *size = x_BCHW.shape
-    library, kernels = compiled(), len(bias_K)
-    if library is None:
+    kernels = len(bias_K)
+    if compiled() is None:
         x_BCHW = x_BCHW if reads is None else reads.shut(x_BCHW)
         return Active.of(engaged(F.linear(x_BCHW.mean((2, 3)), weight_KC, bias_K)))
     x_BCHW = x_BCHW.contiguous()
     found = Active(torch.empty(batch, kernels, dtype=torch.int32), torch.empty(batch, dtype=torch.int32))
     reads = reads or every(batch, channels)
-    library.active_switch(
-        *(x_BCHW.data_ptr(), batch, channels, size[0] * size[1]),
-        *(reads.channel_BK.data_ptr(), reads.count_B.data_ptr(), weight_KC.data_ptr(), bias_K.data_ptr()),
-        *(kernels, found.channel_BK.data_ptr(), found.count_B.data_ptr(), _work(channels)),
+    call(
+        *("engage", x_BCHW, batch, channels, size[0] * size[1], *reads),
+        *(weight_KC, bias_K, kernels, *found, work(channels)),
     )
     return found
 
@@ -267,27 +205,12 @@ def engaged(score_BK: Tensor) -> Tensor:
 
 def max_pool(x_BCHW: Tensor, reads: Active, size: int, stride: int, zeros: bool) -> Tensor:
     """Max pooling, without padding, of the active channels; the others are zero, or anything."""
-    library = compiled()
-    if library is None:
+    if compiled() is None:
         y_BCHW = F.max_pool2d(x_BCHW, size, stride)
         return reads.shut(y_BCHW) if zeros else y_BCHW
     x_BCHW = x_BCHW.contiguous()
     batch, channels, height, width = x_BCHW.shape
     out = ((height - size) // stride + 1, (width - size) // stride + 1)
     y_BCHW = torch.empty(batch, channels, *out)
-    library.active_max_pool(
-        *(x_BCHW.data_ptr(), y_BCHW.data_ptr(), batch, channels, height, width, size, stride, *out),
-        *(reads.channel_BK.data_ptr(), reads.count_B.data_ptr(), zeros),
-    )
+    call("max_pool", x_BCHW, y_BCHW, batch, channels, height, width, size, stride, *out, *reads, zeros)
     return y_BCHW
-
-
-_own = threading.local()
-
-
-def _work(floats: int) -> int:
-    """The address of memory of this thread's own, to be used until the next call."""
-    held: Tensor | None = getattr(_own, "work", None)
-    if held is None or held.numel() < floats:
-        held = _own.work = torch.empty(floats)
-    return held.data_ptr()

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from elastic.active import Active, ActiveConv2d, compiled, max_pool, switch
+from elastic.active import Active, ActiveConv2d, max_pool, switch
 from elastic.dynamic import keeps_zero
 from elastic.kam import KernelActivation
+from elastic.native import compiled
+from elastic.replay import fuse
 from elastic.trace import BATCH_NORM, trace
 
 WAYS = ("kernel", "stock", "dense")
@@ -66,15 +68,29 @@ def skipping(net: nn.Module, samples: Sequence[Tensor] = (), way: str | None = N
 
     It has copies of all weights, in evaluation mode. Outputs equal those of `net.eval()`.
     """
+    active = rewrite(net, way)
+    if samples and way is None:
+        tune(active, samples)
+    fuse(active, lambda node: _called(active, node))
+    return active
+
+
+def rewrite(net: nn.Module, way: str | None = None) -> fx.GraphModule:
+    """A network that is told, layer by layer, which channels are active."""
     traced = (
         trace(copy.deepcopy(net).eval()) if not isinstance(net, fx.GraphModule) else copy.deepcopy(net).eval()
     )
     fold_norms(traced)
+    _leave_out_identities(traced)
     best = way or ("stock" if compiled() is None else "kernel")
-    active = _Rewriter(traced, best).run()
-    if samples and way is None:
-        tune(active, samples)
-    return active
+    return _Rewriter(traced, best).run()
+
+
+def _called(active: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node is a call of the kernel, and nothing else."""
+    layer = active.get_submodule(str(node.target)) if node.op == "call_module" else None
+    by_kernel = isinstance(layer, ActiveConv2d) and layer.way == "kernel"
+    return compiled() is not None and (by_kernel or isinstance(layer, ActiveSwitch | ActiveMaxPool2d))
 
 
 def fold_norms(traced: fx.GraphModule) -> None:
@@ -93,6 +109,14 @@ def fold_norms(traced: fx.GraphModule) -> None:
             node.replace_all_uses_with(before)
             traced.graph.erase_node(node)
     traced.recompile()
+
+
+def _leave_out_identities(traced: fx.GraphModule) -> None:
+    for node in list(traced.graph.nodes):
+        layer = traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(layer, nn.Identity | nn.Dropout | nn.Dropout2d):
+            node.replace_all_uses_with(node.args[0])
+            traced.graph.erase_node(node)
 
 
 class _Rewriter:

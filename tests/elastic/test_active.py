@@ -1,7 +1,6 @@
 """Layers of active channels: the same as masks, whoever computes them, and nothing else is looked at."""
 
 import copy
-import ctypes
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from elastic import active
-from elastic.active import Active, ActiveConv2d, compiled, engaged, every, max_pool, switch
+from elastic.active import Active, ActiveConv2d, engaged, every, max_pool, switch
+from elastic.native import CACHE, call, compiled, work
 
 needs_compiler = pytest.mark.skipif(compiled() is None, reason="there is no C++ compiler")
 WAYS = ["kernel", "stock", "dense"] if compiled() else ["stock", "dense"]
@@ -118,16 +118,12 @@ def test_a_copy_has_weights_of_its_own(way: str) -> None:
 @needs_compiler
 def test_only_active_outputs_are_written() -> None:
     """The kernel leaves the others alone: that is the work that is not done."""
-    library = compiled()
-    assert library is not None
     conv = ActiveConv2d(nn.Conv2d(2, 3, 1), relu=False, zeros=False)
     x_BCHW, y_BKHW = torch.ones(1, 2, 4, 4), torch.full((1, 3, 4, 4), 7.0)
-    lists = Active.of(torch.tensor([[1.0, 0, 1]]))
-    size = conv._measure(4, 4)
-    library.active_convolution(
-        *(ctypes.byref(size.shape), conv.weight.data_ptr(), conv.bias.data_ptr(), x_BCHW.data_ptr()),
-        *(None, y_BKHW.data_ptr(), 1, *(t.data_ptr() for t in every(1, 2)), *(t.data_ptr() for t in lists)),
-        *(0, 0, active._work(size.work), 1),
+    lists, size = Active.of(torch.tensor([[1.0, 0, 1]])), conv._measure(4, 4)
+    call(
+        *("convolution", size.shape, conv.weight, conv.bias, x_BCHW, None, y_BKHW, 1),
+        *(*every(1, 2), *lists, 0, 0, work(size.work), 1),
     )
     assert (y_BKHW[:, 1] == 7).all() and (y_BKHW[:, ::2] != 7).all()
 
@@ -188,14 +184,14 @@ def test_without_a_compiler_there_is_no_kernel(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert compiled.__wrapped__() is None
     monkeypatch.setenv("CXX", "false")  # one that fails
-    monkeypatch.setenv(active.CACHE, str(tmp_path))
+    monkeypatch.setenv(CACHE, str(tmp_path))
     assert compiled.__wrapped__() is None
     assert not list(tmp_path.rglob("*.so"))
 
 
 @needs_compiler
 def test_it_is_compiled_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(active.CACHE, str(tmp_path))
+    monkeypatch.setenv(CACHE, str(tmp_path))
     assert compiled.__wrapped__() is not None
     (made,) = tmp_path.iterdir()
     calls: list[object] = []
