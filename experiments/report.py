@@ -1,6 +1,7 @@
 """The end of a run: measured once on the test split, written down, shown."""
 
 import copy
+import functools
 import json
 import subprocess
 from collections.abc import Sequence
@@ -98,7 +99,7 @@ def summarise(
         **measured,
         "macs_training": macs_training,
         "wall_s": round(wall_s, 1),
-        "git": _git(),
+        "git": revision(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "lightning": L.__version__,
@@ -147,8 +148,9 @@ def write_summary(summary: dict[str, Any], folder: Path) -> None:
     replace_file(folder / "summary.json", lambda part: part.write_text(text))
 
 
-def _git() -> str | None:
-    """The commit of the code, with a mark where it has been changed since."""
+@functools.cache
+def revision() -> str | None:
+    """The commit of the code, as it is when first asked, with a mark where it has been changed since."""
     here = Path(__file__).parent
     said = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False

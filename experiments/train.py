@@ -24,7 +24,7 @@ from elastic.module import ElasticModule, TrainingError
 from elastic.saved import holds_levels, load_compact, load_levels, save_compact, save_levels
 from experiments.figure import draw_history
 from experiments.publish import publish
-from experiments.report import measure, measure_levels, show, summarise, write_summary
+from experiments.report import measure, measure_levels, revision, show, summarise, write_summary
 from experiments.setup import (
     active,
     check_processes,
@@ -74,6 +74,7 @@ def build(cfg: DictConfig) -> tuple[ElasticModule, ImageData]:
 def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Carry out a run in its folder, from the start or from its last checkpoint; returns the summary."""
     quiet()
+    revision()  # of the code that trains, not of what is there when it has
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     module, data = build(cfg)
