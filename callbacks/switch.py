@@ -27,7 +27,8 @@ class SwitchKernels(L.Callback):
         form, by, target: see `Parsimony`.
         choice: how gates learn, see `elastic.dynamic.KernelActivation`.
         kind: what modules look at, see `elastic.dynamic.attach`.
-        begin: part of the run from which the loss holds.
+        begin, end: parts of the run; the loss sets in at the first and grows to its full weight, or moves to
+            its target, until the second: kernels that close all at once close whatever they are worth.
         only: train the modules alone, and leave the network as it is to the last bit. A network with levels
             is left so in any case: each level gets modules of its own, and each step trains those of one.
 
@@ -45,17 +46,18 @@ class SwitchKernels(L.Callback):
         choice: Choice = "straight_through",
         kind: str = "input",
         begin: float = 0.1,
+        end: float = 0.5,
         only: bool = False,
     ) -> None:
         gains = [gain] if isinstance(gain, int | float) else list(gain)
-        if not gains or not 0 <= begin < 1:
+        if not gains or not 0 <= begin <= end < 1:
             raise StructureError(
-                f"{len(gains)} gains from {begin} of the run: give one or more, and 0 ≤ begin < 1"
+                f"{len(gains)} gains, from {begin} to {end} of the run: give one or more, 0 ≤ begin ≤ end < 1"
             )
         self.parsimony = [Parsimony(each, form, by, target) for each in gains]
-        self.choice, self.kind, self.begin, self.only = choice, kind, begin, only
+        self.choice, self.kind, self.begin, self.end, self.only = choice, kind, begin, end, only
         self.engaged: list[Engaged] = []
-        self.chosen = 0
+        self.chosen, self.ripe = 0, 1.0
 
     def setup(self, trainer: L.Trainer, pl_module: ElasticModule, stage: str) -> None:  # type: ignore[override]
         refuse_beside(trainer, "kernel activation modules")
@@ -86,6 +88,8 @@ class SwitchKernels(L.Callback):
                     layer.eval()
         pl_module.loss_terms.pop("parsimony", None)
         if progress >= self.begin:
+            rising = progress < self.end
+            self.ripe = (progress - self.begin) / (self.end - self.begin) if rising else 1.0
             pl_module.loss_terms["parsimony"] = lambda *_: self.loss(pl_module)
 
     def on_train_batch_start(  # type: ignore[override]
@@ -103,7 +107,7 @@ class SwitchKernels(L.Callback):
 
     def loss(self, pl_module: ElasticModule) -> Tensor:
         parsimony = self.parsimony[self.chosen]
-        return parsimony.loss(self.engaged[pl_module.level].share(parsimony.by))
+        return parsimony.loss(self.engaged[pl_module.level].share(parsimony.by), self.ripe)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
         pl_module.level = len(pl_module.switched) - 1

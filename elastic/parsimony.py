@@ -96,7 +96,8 @@ class Parsimony:
                 f"a target of {self.target:g}: set it between 0 and 1, a part of the dense network"
             )
 
-    def loss(self, share: Tensor) -> Tensor:
+    def loss(self, share: Tensor, ripe: float = 1.0) -> Tensor:
+        """While `ripe` rises from 0 to 1, so does the gain, or the target falls from 1 to its place."""
         if self.target is not None:
-            return self.gain * (share - self.target).square()
-        return self.gain * (share if self.form == "linear" else share.square())
+            return self.gain * (share - (1 - ripe * (1 - self.target))).square()
+        return ripe * self.gain * (share if self.form == "linear" else share.square())

@@ -29,7 +29,8 @@ from tests.fitted import EXACT, Run, Spy, prepare
 from tests.runs import configure
 from tests.test_resume import killed, same_run
 
-SCHEDULE = ("schedule=dynamic", "callbacks.switch.begin=0.0", "optimizer.optimizer.lr=2e-2")
+AT_ONCE = ("callbacks.switch.begin=0.0", "callbacks.switch.end=0.0")
+SCHEDULE = ("schedule=dynamic", *AT_ONCE, "optimizer.optimizer.lr=2e-2")
 TRAINING = (*EXACT, *SCHEDULE, "data.batch_size=300", "trainer.max_epochs=3")
 
 
@@ -80,11 +81,21 @@ def test_the_loss_is_the_tasks_and_that_of_what_is_engaged(tmp_path: Path) -> No
         assert whole == pytest.approx(task + 7.0 * share, rel=1e-4) and task > 0
 
 
-def test_before_it_begins_only_the_task_counts(tmp_path: Path) -> None:
-    held: list[bool] = []
-    spy = Spy(on_train_batch_end=lambda _, module, *a: held.append("parsimony" in module.loss_terms))
-    prepare(tmp_path, *TRAINING, "callbacks.switch.begin=0.5", "data.batch_size=1000", after=(spy,)).fit()
-    assert held == [False, False, True]
+def test_the_loss_sets_in_at_its_beginning_and_is_whole_at_its_end(tmp_path: Path) -> None:
+    """Of 8 epochs the first two are the task's alone; the loss then grows for four."""
+    held: list[float] = []
+
+    def note(trainer: L.Trainer, module: ElasticModule, *_: Any) -> None:
+        own = run.callbacks["switch"]
+        share = float(own.engaged[0].share("macs").detach())
+        term = module.loss_terms.get("parsimony")
+        held.append(0.0 if term is None else float(term(None, None).detach()) / (2.0 * share))
+
+    options = ("callbacks.switch.begin=0.25", "callbacks.switch.end=0.75", "callbacks.switch.gain=2.0")
+    short = ("data.batch_size=1000", "trainer.max_epochs=8")
+    run = prepare(tmp_path, *TRAINING, *options, *short, after=(Spy(on_train_batch_end=note),))
+    run.fit()
+    assert held == pytest.approx([0, 0, 0, 0.25, 0.5, 0.75, 1, 1])
 
 
 def test_each_step_trains_one_set(tmp_path: Path) -> None:
@@ -266,8 +277,9 @@ def test_controls_do_not_see_the_input(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gain": []}, "0 gains from 0.1 of the run: give one or more"),
-        ({"begin": 1.0}, "from 1.0 of the run"),
+        ({"gain": []}, "0 gains, from 0.1 to 0.5 of the run: give one or more"),
+        ({"begin": 0.6}, "from 0.6 to 0.5 of the run"),
+        ({"end": 1.0}, "to 1.0 of the run"),
         ({"form": "cubic"}, "parsimony cannot be 'cubic'"),
     ],
 )

@@ -293,16 +293,19 @@ def test_macs_are_those_of_the_compacted_network_and_of_the_modules(build: Any) 
 
 
 @pytest.mark.parametrize(
-    ("parsimony", "expected"),
+    ("parsimony", "ripe", "expected"),
     [
-        (Parsimony(2.0), 0.8),
-        (Parsimony(2.0, "square"), 0.32),
-        (Parsimony(10.0, "target", target=0.3), 0.1),
-        (Parsimony(0.0), 0.0),
+        (Parsimony(2.0), 1.0, 0.8),
+        (Parsimony(2.0), 0.5, 0.4),
+        (Parsimony(2.0, "square"), 1.0, 0.32),
+        (Parsimony(10.0, "target", target=0.3), 1.0, 0.1),
+        (Parsimony(10.0, "target", target=0.2), 0.5, 0.4),
+        (Parsimony(10.0, "target", target=0.2), 0.0, 3.6),
+        (Parsimony(0.0), 1.0, 0.0),
     ],
 )
-def test_the_loss_by_hand(parsimony: Parsimony, expected: float) -> None:
-    assert float(parsimony.loss(torch.tensor(0.4))) == pytest.approx(expected)
+def test_the_loss_by_hand(parsimony: Parsimony, ripe: float, expected: float) -> None:
+    assert float(parsimony.loss(torch.tensor(0.4), ripe)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
