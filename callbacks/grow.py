@@ -100,7 +100,8 @@ class GrowOnSaturation(L.Callback):
             fullness = gates.fullness(pl_module.net, pl_module.widths)
             target = self.growth.propose(pl_module.widths.sizes(), pl_module.start, fullness)
             stages = self.growth.deepen(depth(pl_module.net), pl_module.start_depth)
-            self._grow(trainer, pl_module, target, stages, f"grow: {self.trigger.why(self.monitor)}")
+            why = getattr(self.trigger, "why", f"{self.monitor} saturated")
+            self._grow(trainer, pl_module, target, stages, f"grow: {why}")
 
     def _grow(
         self,

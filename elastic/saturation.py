@@ -3,19 +3,18 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil, floor, isfinite
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from elastic.errors import StructureError
 
 
 class Trigger(Protocol):
-    """Decides from one value an epoch whether the network should grow now."""
+    """Decides from one value an epoch whether the network should grow now.
+
+    Where it looks at something else than the value, an attribute `why` tells the timeline.
+    """
 
     def observe(self, value: float) -> bool: ...
-
-    def why(self, metric: str) -> str:
-        """What the timeline says of a growth that this has decided."""
-        ...
 
 
 @dataclass
@@ -48,9 +47,6 @@ class Plateau:
         self.waited = 0
         return True
 
-    def why(self, metric: str) -> str:
-        return f"{metric} saturated"
-
 
 @dataclass
 class Periodic:
@@ -58,6 +54,7 @@ class Periodic:
 
     every: int = 5
     seen: int = 0
+    why: ClassVar[str] = "by the clock"
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -66,9 +63,6 @@ class Periodic:
     def observe(self, value: float) -> bool:
         self.seen += 1
         return self.seen % self.every == 0
-
-    def why(self, metric: str) -> str:
-        return "by the clock"
 
 
 @dataclass(frozen=True)
