@@ -3,7 +3,7 @@ BIN := .venv/bin
 # One thread a process: two processes with two threads each on two cores run several times slower than one.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help setup demo sweep-demo test lint format bench test-slow test-data test-gpu test-peers bench-peers clean
+.PHONY: help setup demo sweep-demo test lint format docs bench test-slow test-data test-gpu test-peers bench-peers clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -15,7 +15,7 @@ setup: .venv/.stamp  ## make .venv with the pinned versions (the other targets d
 .venv/.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q uv
-	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[dev,export,sweeps,dashboards]'
+	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[dev,docs,export,sweeps,dashboards]'
 	@touch $@
 
 demo: setup  ## train with the defaults, no download: make demo ARGS='experiment=... seed=1'
@@ -36,6 +36,9 @@ format: setup  ## let ruff rewrite
 sweep-demo: setup  ## 24 small runs on two cores, and a page about them: multirun/demo/report.html
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m experiments.train -m sweep=demo
 	$(BIN)/python -m experiments.compare runs='multirun/demo/*-seed*' html=multirun/demo/report.html
+
+docs: setup  ## tutorials, how-tos and the API as pages: site/index.html
+	$(BIN)/python -m mkdocs build --strict
 
 bench: setup  ## what elasticity costs and saves, beside the plain way
 	$(BIN)/python -m experiments.bench
@@ -58,5 +61,5 @@ bench-peers: setup  ## switching sub-networks beside once-for-all and ModelOpt; 
 	$(BIN)/python -W ignore -m experiments.switch
 
 clean:  ## remove what runs and builds leave behind (.venv stays)
-	rm -rf outputs multirun wandb build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
-	find conf elastic callbacks experiments tests -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf outputs multirun wandb site build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	find conf docs elastic callbacks experiments tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,5 +1,6 @@
 """One thread a process (xdist runs several side by side) and the same hypothesis examples in every run."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -17,3 +18,12 @@ def denormals() -> Iterator[None]:
     torch.set_flush_denormal(False)
     yield
     torch.set_flush_denormal(False)
+
+
+@pytest.fixture(autouse=True)
+def cores() -> Iterator[None]:
+    """`experiments.serve` keeps its process to one core, for good: undo it, or later tests share that one."""
+    held = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    yield
+    if held is not None:
+        os.sched_setaffinity(0, held)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -35,3 +36,11 @@ def load(path: Path) -> Any:
     import torch
 
     return torch.load(path, weights_only=True)
+
+
+def without_account(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Whatever W&B keeps, it keeps in this folder; and there is no account."""
+    for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        patch.setenv(name, str(folder))
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR"):
+        patch.delenv(name, raising=False)

@@ -113,6 +113,23 @@ def test_control_flow_on_data_is_refused() -> None:
     refusal(r"Net cannot be traced by torch\.fx", model, torch.randn(IMAGE))
 
 
+def even(x: Tensor) -> Tensor:
+    return F.pad(x, (0, 1, 0, 1)) if x.shape[-1] % 2 else x
+
+
+def chosen(x: Tensor) -> Tensor:
+    return torch.where(x.mean((1, 2, 3), keepdim=True) > 0, -x, x)
+
+
+torch.fx.wrap("even")
+
+
+@pytest.mark.parametrize("choice", [lambda x: even(x), chosen])
+def test_what_the_refusal_advises_is_followed(choice: Callable[[Tensor], Tensor]) -> None:
+    net = Net(lambda m, x: m.head(m.last(choice(m.conv(x)))), conv=conv(3, 4), last=conv(4, 5), head=head(5))
+    assert discover(net, torch.randn(IMAGE)).sizes() == {"last": 5}
+
+
 def test_an_example_of_the_wrong_shape_is_refused() -> None:
     refusal(
         r"does not run on an example.*\(2, 4, 6, 6\).*0",

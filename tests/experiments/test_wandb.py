@@ -12,7 +12,7 @@ import experiments.train
 from elastic.module import TrainingError
 from experiments import dashboard
 from experiments.train import train
-from tests.runs import TINY, configure
+from tests.runs import TINY, configure, without_account
 
 CHANGING = (
     *(*TINY, "experiment=smoke", "logger=wandb", "trainer.max_epochs=4"),
@@ -26,10 +26,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Whatever W&B keeps, it keeps here; and there is no account."""
     folder = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
-            patch.setenv(name, str(folder))
-        for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR"):
-            patch.delenv(name, raising=False)
+        without_account(patch, folder)
         patch.setattr(experiments.train, "draw_history", lambda *_: None)
         yield folder
 
