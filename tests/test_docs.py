@@ -14,6 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import callbacks
 import elastic
+import experiments.train
 from tests.fitted import command
 from tests.runs import configure, without_account
 
@@ -57,8 +58,9 @@ def write_files(page: Path) -> None:
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty folder, whose modules can be imported."""
+    """An empty folder, whose modules can be imported; pictures of runs have their own tests."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(experiments.train, "draw_history", lambda *_: None)
     monkeypatch.syspath_prepend(str(tmp_path))
     without_account(monkeypatch, tmp_path)
 
