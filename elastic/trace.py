@@ -47,8 +47,8 @@ def trace(model: nn.Module) -> fx.GraphModule:
         return fx.GraphModule(model, _Tracer().trace(model))
     except Exception as error:
         raise StructureError(
-            f"{type(model).__name__} cannot be traced by torch.fx ({_first(error)}); let torch.where "
-            "choose by data, and hide a function that chooses by shapes behind torch.fx.wrap"
+            f"{type(model).__name__} cannot be traced by torch.fx ({_first(error)}); let torch.where choose "
+            "by data, and hide a function that chooses by shapes behind torch.fx.wrap"
         ) from error
 
 
