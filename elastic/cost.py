@@ -30,16 +30,19 @@ class Census:
 
 
 def census(model: nn.Module, widths: Widths, example: Tensor) -> Census:
+    """Count parameters, MACs (of one input) and channels."""
     return Census(params(model), params_dense(model), macs(model, example), widths.sizes())
 
 
 @torch.no_grad()
 def params(model: nn.Module) -> int:
+    """Scalars that inference needs and that are not zero: weights, biases, norm affine."""
     return sum(int(tensor.count_nonzero()) for tensor in _effective(model))
 
 
 @torch.no_grad()
 def params_dense(model: nn.Module) -> int:
+    """Scalars allocated for inference: gates apply to them, their scores are not counted."""
     return sum(tensor.numel() for tensor in _effective(model))
 
 

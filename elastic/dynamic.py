@@ -84,6 +84,7 @@ def _layer(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
 
 
 def keeps_zero(traced: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether maps of zeros are maps of zeros behind it."""
     layer = _layer(traced, node)
     if layer is not None:
         return isinstance(layer, KEEPS_ZERO)

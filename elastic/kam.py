@@ -137,6 +137,7 @@ KINDS = {made.kind: made for made in (KernelActivation, ConstantActivation, Rand
 
 
 def modules(net: nn.Module) -> Iterator[KernelActivation]:
+    """The kernel activation modules of a network."""
     return (module for module in net.modules() if isinstance(module, KernelActivation))
 
 

@@ -43,6 +43,11 @@ class _Tracer(fx.Tracer):
 
 
 def trace(model: nn.Module) -> fx.GraphModule:
+    """The model as torch.fx has it, with the model's own layers.
+
+    Raises:
+        StructureError: torch.fx cannot trace it.
+    """
     try:
         return fx.GraphModule(model, _Tracer().trace(model))
     except Exception as error:

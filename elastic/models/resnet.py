@@ -49,8 +49,10 @@ def resnet(blocks: int, width: int = 16, in_channels: int = 3, classes: int = 10
 
 
 def resnet20(width: int = 16, in_channels: int = 3, classes: int = 10) -> nn.Sequential:
+    """Three stages of three blocks."""
     return resnet(3, width, in_channels, classes)
 
 
 def resnet56(width: int = 16, in_channels: int = 3, classes: int = 10) -> nn.Sequential:
+    """Three stages of nine blocks."""
     return resnet(9, width, in_channels, classes)
