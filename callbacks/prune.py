@@ -14,7 +14,8 @@ from elastic.gates import Grain
 from elastic.module import ElasticModule
 from elastic.settle import budget_report, compacted_size, refuse_too_small, settle_on
 
-EVERY = 10  # steps between two looks of the budget controller
+EVERY = 10  # steps between two looks at what is open
+LEAST = 0.8  # of the size on the budget's path; below it, gates are opened again
 
 
 class PruneByGates(L.Callback):
@@ -28,6 +29,8 @@ class PruneByGates(L.Callback):
         aim: what is to become small: "params", or "macs" (a weight then costs as often as it is used).
         budget: steers λ to this number of parameters or MACs (of weights that are not zero), and settles the
             gates on it when they are frozen; a number, or an `elastic.budget.Budget`.
+
+    Where gates have shut far below the budget's path, or all of a layer, some are opened again.
 
     Example::
 
@@ -113,11 +116,16 @@ class PruneByGates(L.Callback):
         gates.age(pl_module.net)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: ElasticModule, *_: Any) -> None:  # type: ignore[override]
-        if self.budget is None or "gates" not in pl_module.loss_terms or trainer.global_step % EVERY:
+        if "gates" not in pl_module.loss_terms or trainer.global_step % EVERY:
             return
-        progress, size = trainer.global_step / trainer.estimated_stepping_batches, self.size(pl_module)
-        self.weight = self.budget.steer(self.weight, size, progress)
-        self.above = size > self.budget.path(progress)
+        least = gates.count(pl_module.net)
+        if self.budget is not None:
+            progress, size = trainer.global_step / trainer.estimated_stepping_batches, self.size(pl_module)
+            self.weight = self.budget.steer(self.weight, size, progress)
+            path = self.budget.path(progress)
+            self.above = size > path
+            least *= path / size if size < LEAST * path else 1.0
+        gates.reopen(pl_module.net, least)
 
     def report(self, pl_module: ElasticModule) -> dict[str, Any]:
         """The budget asked for and what was got; empty without one."""

@@ -22,6 +22,7 @@ from elastic.widths import Widths
 
 Grain = Literal["weight", "kernel", "channel"]
 START = 1.0
+AGAIN = 0.3  # the score of a gate that is opened again
 EDGE = 1e-3  # a settled gate is at least so far from the threshold
 
 
@@ -161,6 +162,22 @@ def settle(model: nn.Module, count: float) -> None:
         score = gate.score.detach()
         mask = open_.view(score.shape).to(score.device)
         gate.score.data = torch.where(mask, score.clamp(min=EDGE), score.clamp(max=-EDGE))
+
+
+@torch.no_grad()
+def reopen(model: nn.Module, least: float) -> None:
+    """Open shut gates, of highest score first, until about `least` weights (Σ price) stay, and one a layer.
+
+    Penalties shut gates that are alike in the same few steps. A layer whose gates are all shut passes nothing
+    on, and no gradient comes that could open one again.
+    """
+    held = {gate: gate.score.detach().clone() for _, _, gate in gated(model)}
+    if count(model) >= least and all((score > 0).any() for score in held.values()):
+        return
+    settle(model, least)
+    for gate, score in held.items():
+        again = (score <= 0) & (gate.score > 0)
+        gate.score.data = score.masked_fill_(again, AGAIN)  # in the memory format it had
 
 
 def fold(model: nn.Module) -> nn.Module:

@@ -239,6 +239,24 @@ def test_the_budget_is_met(tmp_path: Path, grain: str) -> None:
     assert 400 - (8 if grain == "weight" else 40) <= cost.params(plain) <= 400
 
 
+@pytest.mark.parametrize("budget", [(), ("callbacks.prune.budget=400",)])
+def test_no_layer_shuts_all_of_its_gates(tmp_path: Path, budget: tuple[str, ...]) -> None:
+    """A penalty a thousand times too strong would shut every channel within a few steps."""
+    held: list[bool] = []
+    steps = ("data.batch_size=32", "trainer.max_epochs=2", "optimizer.optimizer.lr=0.1")
+    look = Spy(
+        on_train_batch_end=lambda trainer, module, *_: (
+            held.append(all((score > 0).any() for score in scores(module)))
+            if trainer.global_step % 10 == 0
+            else None
+        )
+    )
+    strong = ("schedule=gates", "callbacks.prune.grain=channel", "callbacks.prune.weight=1.0")
+    run = prepare(tmp_path, *PRUNING, *strong, *steps, *budget, after=(look,)).fit()
+    assert held and all(held)
+    assert sum(run.module.widths.sizes().values()) < sum(run.module.start.values()), "it has shut some"
+
+
 def test_gates_settle_on_the_budget_when_they_freeze(tmp_path: Path) -> None:
     """After the epoch that froze them begins, what open gates and ungated tensors hold is what was asked."""
     found: dict[int, int] = {}

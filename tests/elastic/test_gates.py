@@ -616,3 +616,34 @@ def test_pruned_channels_leave_and_fresh_ones_come(grain: Grain) -> None:
     before = gate.score.detach().clone()
     step()
     assert not torch.equal(gate.score, before)
+
+
+def test_what_is_opened_again_had_the_highest_scores() -> None:
+    net, _ = gated_network("weight")
+    held = [gate for _, _, gate in gates.gated(net)]
+    for gate in held:
+        gate.score.data = -torch.rand(
+            gate.score.shape, generator=torch.Generator().manual_seed(len(gate.score))
+        )
+    before = [gate.score.detach().clone() for gate in held]
+    gates.reopen(net, 40)
+    was = torch.cat([score.flatten() for score in before])
+    now = torch.cat([gate.score.detach().flatten() for gate in held])
+    opened = now > 0
+    assert all((gate.score > 0).any() for gate in held), "of every layer one"
+    assert (
+        opened.sum() == 40 and (now[opened] == gates.AGAIN).all() and torch.equal(now[~opened], was[~opened])
+    )
+    best = torch.stack([score.max() for score in before])
+    rest = was[opened & ~torch.isin(was, best)]
+    assert rest.min() > was[~opened].max()
+
+
+def test_what_is_open_stays_as_it_is() -> None:
+    net, _ = gated_network("weight")
+    for _, _, gate in gates.gated(net):
+        gate.score.data = torch.linspace(-1, 1, gate.score.numel()).view(gate.score.shape)
+    before = [gate.score.detach().clone() for _, _, gate in gates.gated(net)]
+    gates.reopen(net, gates.count(net))
+    gates.reopen(net, 0)
+    assert all(torch.equal(s, gate.score) for s, (_, _, gate) in zip(before, gates.gated(net), strict=True))
