@@ -78,12 +78,12 @@ def name_points(panel: Axes, named: Sequence[Named]) -> None:
 
 
 def logarithmic(panel: Axes, which: str) -> None:
-    """A logarithmic axis, "x" or "y", whose ticks say 20 k or 5 M, also where it spans less than a decade."""
+    """A logarithmic axis, "x" or "y"; ticks say 0.2, 20 k or 5 M, also where it spans less than a decade."""
     panel.set(**{f"{which}scale": "log"})  # type: ignore[arg-type]
     axis: Axis = {"x": panel.xaxis, "y": panel.yaxis}[which]
     low, high = axis.get_view_interval()
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 5 * low else MaxNLocator(5))
-    axis.set_major_formatter(EngFormatter())
+    axis.set_major_formatter(EngFormatter() if high > 1000 else "{x:g}")
     axis.set_minor_locator(NullLocator())
 
 
@@ -135,6 +135,7 @@ def over_time(arms: Sequence[Arm], key: str, label: str) -> Draw:
         if not named:
             return False
         _finish(panel, "epoch", label, named, "y")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         return True
 
     return draw

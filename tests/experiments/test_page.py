@@ -142,8 +142,8 @@ def test_names_of_a_drawn_figure_do_not_overlap() -> None:
     plt.close(figure)
 
 
-@pytest.mark.parametrize("values", [(1, 10**6), (27_000, 69_000), (5, 5)])
-def test_ticks_of_a_logarithmic_axis_have_labels(values: tuple[int, int]) -> None:
+@pytest.mark.parametrize("values", [(1, 10**6), (27_000, 69_000), (5, 5), (0.2, 0.9)])
+def test_ticks_of_a_logarithmic_axis_have_labels(values: tuple[float, float]) -> None:
     arms = [
         Arm(str(i), "C0", [{"test/acc": 0.5 + i / 10, "params": value}]) for i, value in enumerate(values)
     ]
@@ -153,6 +153,9 @@ def test_ticks_of_a_logarithmic_axis_have_labels(values: tuple[int, int]) -> Non
     low, high = panel.get_xlim()
     inside = [label.get_text() for label in panel.get_xticklabels() if low <= label.get_position()[0] <= high]
     assert 2 <= len(inside) <= 20 and all(inside)
+    assert any("k" in label for label in inside) == (max(values) > 1000) and not any(
+        "m" in label for label in inside
+    )
     plt.close(figure)
 
 
