@@ -58,7 +58,7 @@ def summaries(folder: Path) -> dict[str, float]:
 LAUNCHERS = {  # with Hydra's plugin for each, and what it needs to be told here
     "cores": ("joblib", "hydra.launcher.n_jobs=2"),
     "submitit_local": ("submitit", "hydra.launcher.timeout_min=4"),
-    "slurm": ("submitit", "hydra.launcher.timeout_min=4"),
+    "slurm": ("submitit", "hydra.launcher.timeout_min=30"),
     "ray": ("ray", "+hydra.launcher.ray.init.num_cpus=2"),
 }
 
