@@ -1,9 +1,10 @@
 """One table of many runs, mean ± sd over seeds: `python -m experiments.compare runs='<glob>'`.
 
 `csv=<file>` writes it down, `figure=<file.png>` draws it, `html=<file>` makes a page of it, with more
-figures, that opens anywhere.
+figures, that opens anywhere. `latency=true` measures all networks, and their levels, on this machine.
 
-A run is a folder with a `summary.json`; folders named <arm>-seed<k> are one arm. Runs that failed are listed.
+A run is a folder with a `summary.json`; folders named <arm>-seed<k> beside each other are one arm. Runs that
+failed are listed.
 """
 
 import csv
@@ -13,20 +14,22 @@ import re
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from elastic.checkpoint import replace_file
 from elastic.module import TrainingError
 from experiments.figure import draw_arms
-from experiments.page import against, by_level, failures, over_time, page, picture
-from experiments.setup import run
+from experiments.page import failures, page, picture
+from experiments.panels import Arm, against, by_level, height, over_time, short
+from experiments.setup import quiet, run
 from experiments.sweep import FAILED
+from experiments.timed import time_runs
 
 # By key of the summary: the head of the column, what the value is multiplied by, and its digits in the table.
 COLUMNS = {
@@ -35,6 +38,7 @@ COLUMNS = {
     "params_dense": ("params_dense", 1.0, 0),
     "macs": ("macs", 1.0, 0),
     "macs_training": ("training TMACs", 1e-12, 3),
+    "latency_ms": ("latency (ms)", 1.0, 3),  # of all runs, or of none
     "wall_s": ("wall (s)", 1.0, 0),
 }
 WIDTH = 132  # characters of the table
@@ -42,39 +46,52 @@ NONE = (None, None)
 Cell = tuple[float, float] | None
 
 
-def read(pattern: str) -> dict[str, list[dict[str, Any]]]:
-    """The summaries of all runs that match, by arm."""
-    arms: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for folder in sorted(Path(found) for found in glob.glob(pattern)):
-        if (folder / "summary.json").exists():
-            arm = _arm(folder)
-            summary = _summary(folder / "summary.json")
-            arms[arm].append(summary)
-            for level in summary.get("levels", [])[:-1]:  # the last one is the network itself
-                arms[f"{arm} level {level['level']}"].append(level)
-    if not arms:
+def named(pattern: str) -> dict[Path, str]:
+    """The folders that match, and the arm of each: its name without the seed.
+
+    Where they lie in several folders, with that folder's: the same name may be of different questions.
+    """
+    folders = sorted(Path(found) for found in glob.glob(pattern))
+    several = len({folder.parent for folder in folders}) > 1
+    names = {folder: re.sub(r"-seed\d+$", "", folder.name) for folder in folders}
+    return {folder: f"{folder.parent.name}/{arm}" if several else arm for folder, arm in names.items()}
+
+
+def read(pattern: str) -> dict[Path, dict[str, Any]]:
+    """The summaries of all runs that match, by folder."""
+    files = {folder: folder / "summary.json" for folder in named(pattern)}
+    found = {folder: _summary(file) for folder, file in files.items() if file.exists()}
+    if not found:
         raise TrainingError(f"no summary.json under {pattern}: name finished runs, say runs='outputs/*/*'")
-    return dict(arms)
+    return found
+
+
+def by_arm(
+    found: Mapping[Path, dict[str, Any]], names: Mapping[Path, str]
+) -> dict[str, list[dict[str, Any]]]:
+    """The summaries of each arm, and those of its levels as arms of their own, the smallest network first."""
+    arms: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for folder, summary in found.items():
+        arms[names[folder]].append(summary)
+        for level in summary.get("levels", [])[:-1]:  # the last one is the network itself
+            arms[f"{names[folder]} level {level['level']}"].append(level)
+    return dict(sorted(arms.items(), key=lambda item: row(item[1])["params"] or ()))
 
 
 def failed(pattern: str) -> dict[str, str]:
     """Why runs of a sweep failed, by folder."""
-    notes = (Path(found, FAILED) for found in sorted(glob.glob(pattern)))
+    notes = (folder / FAILED for folder in named(pattern))
     return {note.parent.name: json.loads(note.read_text())["error"] for note in notes if note.exists()}
 
 
 def histories(pattern: str) -> dict[str, list[list[dict[str, Any]]]]:
     """What the census found in each epoch of each run that kept it, by arm."""
     found: dict[str, list[list[dict[str, Any]]]] = defaultdict(list)
-    for folder in sorted(Path(name) for name in glob.glob(pattern)):
+    for folder, arm in named(pattern).items():
         if (folder / "history.jsonl").exists():
             lines = (folder / "history.jsonl").read_text().splitlines()
-            found[_arm(folder)].append([json.loads(line) for line in lines])
+            found[arm].append([json.loads(line) for line in lines])
     return found
-
-
-def _arm(folder: Path) -> str:
-    return re.sub(r"-seed\d+$", "", folder.name)
 
 
 def _summary(path: Path) -> dict[str, Any]:
@@ -100,55 +117,99 @@ def row(summaries: Sequence[dict[str, Any]]) -> dict[str, Cell]:
 
 def main() -> None:
     given = OmegaConf.from_dotlist(sys.argv[1:])
-    if "runs" not in given or set(given) - {"runs", "csv", "figure", "html"}:
+    if "runs" not in given or set(given) - {"runs", "csv", "figure", "html", "latency"}:
         raise TrainingError(
             "usage: python -m experiments.compare runs='<glob of run folders>' [csv=<file>] [figure=<png>] "
-            "[html=<file>]"
+            "[html=<file>] [latency=true]"
         )
-    found = read(str(given.runs))
-    arms = {arm: (len(summaries), row(summaries)) for arm, summaries in found.items()}
-    head = ("arm", "runs", *(head for head, _, _ in COLUMNS.values()))
-    table, rows = Table(*head), []
-    for arm, (count, cells) in sorted(arms.items(), key=lambda item: item[1][1]["params"] or ()):
-        rows.append([arm, str(count), *(_shown(cells[key], d) for key, (_, _, d) in COLUMNS.items())])
+    pattern = str(given.runs)
+    summaries = read(pattern)
+    notes = []
+    if given.get("latency"):
+        quiet()
+        notes.append(time_runs(summaries))
+    found = by_arm(summaries, named(pattern))
+    columns = {key: column for key, column in COLUMNS.items() if key != "latency_ms" or notes}
+    cells = {arm: row(runs) for arm, runs in found.items()}
+    head = ("arm", "runs", *(head for head, _, _ in columns.values()))
+    table, rows = Table(Column("arm", overflow="fold"), *head[1:]), []
+    for arm, runs in found.items():
+        shown = (_shown(cells[arm][key], len(runs), digits) for key, (_, _, digits) in columns.items())
+        rows.append([arm, str(len(runs)), *shown])
         table.add_row(*rows[-1])
     Console(width=WIDTH).print(table)
-    broken = failed(str(given.runs))
-    for name, why in broken.items():
-        print(f"failed: {name}: {why}")
+    broken = failed(pattern)
+    for line in (*notes, *(f"failed: {name}: {why}" for name, why in broken.items())):
+        print(line)
     if "csv" in given:
-        with open(str(given.csv), "w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["arm", "runs", *(f"{c} {part}" for c in COLUMNS for part in ("mean", "sd"))])
-            for arm, (count, cells) in sorted(arms.items()):
-                written = ("" if v is None else f"{v:.6g}" for cell in cells.values() for v in cell or NONE)
-                writer.writerow([arm, count, *written])
+        write_csv(found, cells, columns, Path(str(given.csv)))
     if "figure" in given:
         draw_arms(found, Path(str(given.figure)))
     if "html" in given:
-        best = max(range(len(rows)), key=lambda i: (arms[rows[i][0]][1]["test/acc"] or (0.0,))[0])
-        text = page(str(given.runs), head, rows, best, [*figures(found, str(given.runs)), failures(broken)])
+        parts = [*figures(found, histories(pattern), notes), failures(broken)]
+        text = page(pattern, head, rows, best(rows), parts)
         replace_file(Path(str(given.html)), lambda part: part.write_text(text))
 
 
-def figures(arms: dict[str, list[dict[str, Any]]], pattern: str) -> list[str]:
+def write_csv(
+    found: Mapping[str, Sequence[Any]],
+    cells: Mapping[str, Mapping[str, Cell]],
+    columns: Iterable[str],
+    path: Path,
+) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["arm", "runs", *(f"{key} {part}" for key in columns for part in ("mean", "sd"))])
+        for arm, runs in sorted(found.items()):
+            values = (value for key in columns for value in cells[arm][key] or NONE)
+            written = ("" if value is None else f"{value:.6g}" for value in values)
+            writer.writerow([arm, len(runs), *written])
+
+
+def best(rows: Sequence[Sequence[str]]) -> set[tuple[int, int]]:
+    """Row and column of the best mean of each column as it is shown: accuracy is good, all else costs."""
+    found = set()
+    for column in range(2, len(rows[0])):
+        shown = {i: row[column].partition(" ")[0].replace(",", "") for i, row in enumerate(rows)}
+        means = {i: float(text) for i, text in shown.items() if text != "–"}
+        wanted = (max if column == 2 else min)(means.values(), default=None)
+        found |= {(i, column) for i, mean in means.items() if mean == wanted}
+    return found
+
+
+def figures(
+    found: Mapping[str, list[dict[str, Any]]],
+    past: Mapping[str, list[list[dict[str, Any]]]],
+    notes: Sequence[str],
+) -> list[str]:
     """The figures of the page, as HTML."""
-    edge = "The grey line joins what no other arm beats in both."
-    past = histories(pattern)
-    return [
-        picture("Accuracy against size", edge, against(arms, "params", "parameters that are not zero")),
-        picture("Accuracy against work", edge, against(arms, "macs_dynamic", "MACs an image, mean")),
-        picture("Accuracy against training", edge, against(arms, "macs_training", "MACs of the training")),
-        picture("Levels and sets", "Of one network each, chosen at run time.", by_level(arms)),
-        picture("Size over time", "A line a run.", over_time(past, "params", "parameters that are not zero")),
-        picture(
-            "Allocated over time", "A line a run.", over_time(past, "params_dense", "parameters allocated")
-        ),
+    arms = [
+        Arm(f"{i + 1} {short(arm)}", f"C{i % 10}", runs, past.get(arm, ()))
+        for i, (arm, runs) in enumerate(found.items())
     ]
+    edge, tall = "The grey line joins what no other arm beats in both.", height(len(arms))
+    drawn = {
+        "Accuracy against size": (edge, against(arms, "params", "parameters that are not zero")),
+        "Accuracy against work": (edge, against(arms, "macs_dynamic", "MACs an image, mean")),
+        "Accuracy against latency": (" ".join((edge, *notes)), against(arms, "latency_ms", "ms an image")),
+        "Accuracy against training": (edge, against(arms, "macs_training", "MACs of the training")),
+        "Levels and sets": (
+            "Of one network each, chosen at run time.",
+            by_level(arms, ("macs_dynamic", "macs"), "10⁶ MACs an image, mean", 1e-6),
+        ),
+        "Levels and sets by latency": (" ".join(notes), by_level(arms, ("latency_ms",), "ms an image")),
+        "Size over time": ("A line a run.", over_time(arms, "params", "parameters that are not zero")),
+        "Allocated over time": ("A line a run.", over_time(arms, "params_dense", "parameters allocated")),
+    }
+    return [picture(title, caption, draw, tall) for title, (caption, draw) in drawn.items()]
 
 
-def _shown(cell: Cell, digits: int) -> str:
-    return "–" if cell is None else " ± ".join(f"{value:,.{digits}f}" for value in cell)
+def _shown(cell: Cell, runs: int, digits: int) -> str:
+    """Mean ± sd, or what the only run has; with two digits where the usual ones are all zero."""
+    if cell is None:
+        return "–"
+    form = ".2g" if 0 < abs(cell[0]) < 0.5 * 0.1**digits else f",.{digits}f"
+    return " ± ".join(f"{value:{form}}" for value in cell[: min(runs, 2)])
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx, nn
 
+from elastic.data import ImageData
 from elastic.module import TrainingError
 from elastic.parsimony import Engaged
 from elastic.skipping import fold_norms, skipping
@@ -42,30 +43,44 @@ def folded(net: nn.Module, memory_format: torch.memory_format) -> Network:
     return lambda x_BCHW: made(x_BCHW.contiguous(memory_format=memory_format))
 
 
-def medians_ms(networks: list[Network], inputs: Sequence[Tensor]) -> list[float]:
-    """The median time of each network over all inputs, the networks in turn."""
+def stock(net: nn.Module) -> dict[str, Network]:
+    """The ways of stock PyTorch: the network as it is, and with its norms folded in both memory formats."""
+    return {
+        "stock": net.eval(),
+        "folded": folded(net, torch.contiguous_format),
+        "channels_last": folded(net, torch.channels_last),
+    }
+
+
+def times_ms(networks: Sequence[Network], inputs: Sequence[Sequence[Tensor]]) -> list[list[float]]:
+    """The time of each network for each of its inputs, the networks in turn."""
     took: list[list[float]] = [[] for _ in networks]
     with torch.inference_mode():
-        for network in networks * WARM_UP:
-            network(inputs[0])
-        for x_BCHW in inputs:
-            for network, times in zip(networks, took, strict=True):
+        for network, (x_BCHW, *_) in list(zip(networks, inputs, strict=True)) * WARM_UP:
+            network(x_BCHW)
+        for each in zip(*inputs, strict=True):
+            for network, x_BCHW, times in zip(networks, each, took, strict=True):
                 start = time.perf_counter()
                 network(x_BCHW)
                 times.append(1e3 * (time.perf_counter() - start))
-    return [statistics.median(times) for times in took]
+    return took
+
+
+def medians_ms(networks: Sequence[Network], inputs: Sequence[Tensor]) -> list[float]:
+    """The median time of each network over the same inputs."""
+    return [statistics.median(times) for times in times_ms(networks, [inputs] * len(networks))]
+
+
+def some_images(data: ImageData, count: int) -> Tensor:
+    """Some images of the test split, always the same ones, as networks take them."""
+    images_NCHW = torch.cat([x_BCHW for x_BCHW, _ in batches(data)])
+    return images_NCHW[torch.randperm(len(images_NCHW), generator=torch.Generator().manual_seed(0))[:count]]
 
 
 def compare(net: nn.Module, gated: fx.GraphModule, inputs: Sequence[Tensor]) -> dict[str, float]:
     """Milliseconds of each way for these inputs, and the part of the dense MACs that is engaged."""
     tuned = inputs[:TUNED_ON]
-    ways: dict[str, Network] = {
-        "stock": net.eval(),
-        "folded": folded(net, torch.contiguous_format),
-        "channels_last": folded(net, torch.channels_last),
-        "kernel": skipping(net, tuned),
-        "skipping": skipping(gated, tuned),
-    }
+    ways = stock(net) | {"kernel": skipping(net, tuned), "skipping": skipping(gated, tuned)}
     found = dict(zip(ways, medians_ms(list(ways.values()), inputs), strict=True))
     engaged = Engaged(gated, inputs[0])
     with torch.inference_mode():
@@ -85,8 +100,7 @@ def main() -> None:
         )
     level = OmegaConf.select(given, "level")
     plain, gated, data = chosen(Path(str(given.run)), level, given.set)
-    images_NCHW = torch.cat([x_BCHW for x_BCHW, _ in batches(data)])
-    some = torch.randperm(len(images_NCHW), generator=torch.Generator().manual_seed(0))[: given.images]
+    images_NCHW = some_images(data, given.images)
 
     columns = ("threads", "batch", "stock", "folded", "channels_last", "kernel", "skipping", "macs")
     table = Table(
@@ -101,9 +115,9 @@ def main() -> None:
     for threads in THREADS:
         torch.set_num_threads(threads)
         for size in BATCHES:
-            found = compare(plain, gated, images_NCHW[some].split(size))
-            stock = min(found[name] for name in ("stock", "folded", "channels_last"))
-            ratios = [found["skipping"] / dense for dense in (stock, found["kernel"])]
+            found = compare(plain, gated, images_NCHW.split(size))
+            best = min(found[name] for name in ("stock", "folded", "channels_last"))
+            ratios = [found["skipping"] / dense for dense in (best, found["kernel"])]
             saved = [(1 - ratio) / (1 - found["macs"]) for ratio in ratios]
             rows.append([threads, size, *(found[name] for name in columns[2:])])
             table.add_row(

@@ -70,6 +70,9 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the sets are held in memory
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
+    warnings.filterwarnings(
+        "ignore", ".*`srun` command is available.*"
+    )  # launchers use it, nobody else has to
     warnings.filterwarnings("ignore", ".*sync_dist=True.*")  # what is logged is the same in every process
     warnings.filterwarnings("ignore", ".*exists and is not empty.*")  # a run's folder is its own
     torch.set_flush_denormal(True)

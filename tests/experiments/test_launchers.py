@@ -1,7 +1,11 @@
-"""Sweeps for real, in processes of their own: on the cores of one machine, as jobs, and after a kill."""
+"""Sweeps for real, in processes of their own: on the cores of one machine, as jobs, and after a kill.
+
+Those on SLURM and Ray run where there is a cluster, one node is enough, or the launcher.
+"""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,14 +55,46 @@ def summaries(folder: Path) -> dict[str, float]:
     return {path.parent.name: path.stat().st_mtime for path in folder.glob("sweep/*/summary.json")}
 
 
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+LAUNCHERS = {  # with Hydra's plugin for each, and what it needs to be told here
+    "cores": ("joblib", "hydra.launcher.n_jobs=2"),
+    "submitit_local": ("submitit", "hydra.launcher.timeout_min=4"),
+    "slurm": ("submitit", "hydra.launcher.timeout_min=30"),
+    "ray": ("ray", "+hydra.launcher.ray.init.num_cpus=2"),
+}
+
+
+def launched_by(launcher: str) -> list[str]:
+    plugin, option = LAUNCHERS[launcher]
+    pytest.importorskip(f"hydra_plugins.hydra_{plugin}_launcher")
+    if launcher == "slurm" and shutil.which("sbatch") is None:
+        pytest.skip("no sbatch on PATH: run this on a SLURM cluster")
+    return [f"hydra/launcher={launcher}", option]
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_every_run_of_a_sweep_is_done(tmp_path: Path, launcher: str) -> None:
-    pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher")
-    options = ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else ["hydra.launcher.timeout_min=4"]
-    finish(start(tmp_path, f"hydra/launcher={launcher}", *options))
+    finish(start(tmp_path, *launched_by(launcher)))
     found = list(summaries(tmp_path))
     assert len(found) == 3 and {name[-1] for name in found} == set("012")
     assert not list(tmp_path.glob("sweep/*/failed.json"))
+
+
+@pytest.mark.timeout(600)  # two sweeps, and a queue
+def test_jobs_that_were_cancelled_are_finished_by_the_next_sweep(tmp_path: Path) -> None:
+    options = (*launched_by("slurm"), "trainer.max_epochs=60", "seed=0,1")
+    process = start(tmp_path, *options)
+    while not list(tmp_path.glob("sweep/*/last.ckpt")):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+    (job,) = (path.name for path in tmp_path.glob("sweep/.submitit/*") if path.name.isdigit())
+    subprocess.run(["scancel", job], check=True)
+    with_children(process)
+    process.communicate()
+    while subprocess.run(["squeue", "-h", "-j", job], capture_output=True, check=True).stdout:
+        time.sleep(0.5)
+    assert len(summaries(tmp_path)) < 2 and not list(tmp_path.glob("sweep/*/failed.json"))
+    finish(start(tmp_path, *options))
+    assert len(summaries(tmp_path)) == 2 and not list(tmp_path.glob("sweep/*/failed.json"))
 
 
 def test_a_sweep_that_was_killed_does_what_is_missing(tmp_path: Path) -> None:

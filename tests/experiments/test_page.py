@@ -5,15 +5,18 @@ import json
 import re
 import sys
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments import compare
-from experiments.page import against, by_level, failures, front, over_time, picture
+from experiments.page import failures, picture
+from experiments.panels import LONGEST, Arm, against, apart, by_level, front, height, over_time, short
 
 TITLES = ("Accuracy against size", "Accuracy against work", "Levels and sets", "Size over time")
 
@@ -33,7 +36,7 @@ def made(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 class Tags(HTMLParser):
     """Checks that tags close in order, and collects attributes and the text of bold cells."""
 
-    VOID = {"meta", "img"}
+    VOID = {"meta", "img", "wbr"}
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -82,11 +85,13 @@ def test_the_page_holds_all_that_it_shows(folder: Path, monkeypatch: pytest.Monk
     assert "<td>small</td><td>2</td>" in text and "small level 0" in text
 
 
-def test_the_most_accurate_arm_is_bold_and_what_failed_is_named(
+def test_the_best_of_each_column_is_bold_and_what_failed_is_named(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = made(folder, monkeypatch)
-    assert Tags(text).bold[:2] == ["large & wide", "1"]
+    bold = Tags(text).bold
+    assert bold[:2] == ["10 ± 0", "10 ± 0"], "params and macs of the smallest level, in the first row"
+    assert "95.00" in bold and "90.50 ± 0.71" not in bold and "2,000 ± 0" in bold and "1.000 ± 0.000" in bold
     assert "large &amp; wide" in text and "<b>broken-seed0</b>: lr &lt; 0" in text
     assert "failed: broken-seed0: lr < 0" in capsys.readouterr().out
 
@@ -94,7 +99,7 @@ def test_the_most_accurate_arm_is_bold_and_what_failed_is_named(
 def test_what_there_is_nothing_of_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "alone-seed0", 0.9, 1000)
     text = made(tmp_path, monkeypatch)
-    assert "<h2>" not in text and Tags(text).bold[0] == "alone"
+    assert "<h2>" not in text and Tags(text).bold[0] == "90.00"
     assert failures({}) == ""
 
 
@@ -108,9 +113,74 @@ def test_the_front_is_what_nothing_beats(points: list[tuple[float, float]]) -> N
     assert sizes == sorted(sizes)
 
 
+@given(st.lists(st.floats(-0.5, 1.5, allow_nan=False), min_size=1, max_size=30), st.floats(0.001, 1 / 30))
+def test_names_keep_their_order_and_lie_apart(wanted: list[float], gap: float) -> None:
+    places = apart(wanted, gap)
+    order = sorted(range(len(wanted)), key=lambda i: (wanted[i], i))
+    found = [places[i] for i in order]
+    assert all(after - before >= gap - 1e-9 for before, after in pairwise(found))
+    assert found[0] >= -1e-9 and found[-1] <= 1 + 1e-9
+
+
+def test_names_that_have_room_are_where_they_are_wanted() -> None:
+    assert apart([0.9, 0.1, 0.5], 0.1) == pytest.approx([0.9, 0.1, 0.5])
+    assert apart([0.5, 0.5, 2.0], 0.1) == pytest.approx([0.5, 0.6, 1.0])
+
+
+def test_names_of_a_drawn_figure_do_not_overlap() -> None:
+    """As they are drawn: twelve arms at nearly the same point, one of them with a long name."""
+    names = [short("a very " + "long " * 20 + "name"), *(f"arm {i}" for i in range(11))]
+    arms = [Arm(name, "C0", [{"test/acc": 0.9 + i / 1e4, "params": 100}]) for i, name in enumerate(names)]
+    figure, panel = plt.subplots(figsize=(9, height(len(arms))), layout="constrained")
+    assert against(arms, "params", "x")(panel)
+    figure.canvas.draw()
+    boxes = sorted((text.get_window_extent() for text in panel.texts), key=lambda box: box.y0)
+    shown = figure.get_window_extent()
+    assert len(boxes) == len(arms)
+    assert all(below.y1 <= above.y0 + 1 for below, above in pairwise(boxes))
+    assert all(shown.x0 <= box.x0 and box.x1 <= shown.x1 for box in boxes)
+    plt.close(figure)
+
+
+@pytest.mark.parametrize("values", [(1, 10**6), (27_000, 69_000), (5, 5), (0.2, 0.9)])
+def test_ticks_of_a_logarithmic_axis_have_labels(values: tuple[float, float]) -> None:
+    arms = [
+        Arm(str(i), "C0", [{"test/acc": 0.5 + i / 10, "params": value}]) for i, value in enumerate(values)
+    ]
+    figure, panel = plt.subplots(layout="constrained")
+    assert against(arms, "params", "x")(panel)
+    figure.canvas.draw()
+    low, high = panel.get_xlim()
+    inside = [label.get_text() for label in panel.get_xticklabels() if low <= label.get_position()[0] <= high]
+    assert 2 <= len(inside) <= 20 and all(inside)
+    assert any("k" in label for label in inside) == (max(values) > 1000) and not any(
+        "m" in label for label in inside
+    )
+    plt.close(figure)
+
+
+def test_a_name_is_shortened_in_its_middle() -> None:
+    assert short("x" * LONGEST) == "x" * LONGEST
+    assert len(short("begin" + "x" * 200 + "end")) <= LONGEST
+    assert short("begin" + "x" * 200 + "end").startswith("begin") and short("x" * 200 + "end").endswith("end")
+
+
+def test_arms_of_the_same_name_in_different_folders_are_different(tmp_path: Path) -> None:
+    write(tmp_path / "digits" / "gnap-seed0", 0.9, 1000)
+    write(tmp_path / "cifar" / "gnap-seed0", 0.8, 2000)
+    names = compare.named(f"{tmp_path}/*/*")
+    assert list(compare.by_arm(compare.read(f"{tmp_path}/*/*"), names)) == ["digits/gnap", "cifar/gnap"]
+    assert set(compare.named(f"{tmp_path}/digits/*").values()) == {"gnap"}
+
+
 def test_figures_of_nothing_are_nothing() -> None:
-    assert picture("a", "b", against({"one": [{"test/acc": 0.5, "params": 3}]}, "params", "x")) == ""
-    assert picture("a", "b", over_time({"one": [[]]}, "params", "x")) == ""
-    assert picture("a", "b", by_level({"one": [{"test/acc": 0.5, "levels": []}]})) == ""
-    drawn = picture("<a>", "b & c", by_level({"x": [{"sets": [{"macs_dynamic": 1, "test/acc": 0.1}] * 2}]}))
+    def draw(name: str, run: dict[str, Any]) -> list[Arm]:
+        return [Arm(name, "C0", [run], [[]])]
+
+    assert picture("a", "b", against(draw("one", {"test/acc": 0.5, "params": 3}), "params", "x")) == ""
+    assert picture("a", "b", over_time(draw("one", {}), "params", "x")) == ""
+    assert picture("a", "b", by_level(draw("one", {"test/acc": 0.5, "levels": []}), ["macs"], "x")) == ""
+    sets = {"sets": [{"macs_dynamic": 1, "test/acc": 0.1}, {"macs_dynamic": 2, "test/acc": 0.2}]}
+    assert picture("a", "b", by_level(draw("one", sets), ["latency_ms"], "x")) == ""
+    drawn = picture("<a>", "b & c", by_level(draw("one", sets), ["macs_dynamic", "macs"], "x"))
     assert html.escape("<a>") in drawn and "b &amp; c" in drawn

@@ -45,6 +45,13 @@ def test_long_names_are_cut_and_still_tell_runs_apart() -> None:
     assert one != two and len(one) < 200 and one.endswith("-seed7")
 
 
+@pytest.mark.parametrize(("launcher", "plugin"), [("basic", ""), ("cores", "joblib"), ("slurm", "submitit")])
+def test_the_demo_can_be_given_any_launcher(tmp_path: Path, launcher: str, plugin: str) -> None:
+    if plugin:
+        pytest.importorskip(f"hydra_plugins.hydra_{plugin}_launcher")
+    assert configure(tmp_path, "sweep=demo", f"hydra/launcher={launcher}").trainer.max_epochs == 4
+
+
 def test_what_no_run_of_the_sweep_can_do_ends_it(tmp_path: Path) -> None:
     def refuse(cfg: Any, folder: Path) -> dict[str, Any]:
         raise SweepError("none")
