@@ -40,7 +40,8 @@ def files(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
-GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
+HYDRAS = "hydra"  # its own groups, launchers say, which its own defaults list names
+GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != HYDRAS)
 OPTIONS = [(group, name) for group in GROUPS for name in files(group)]
 
 
