@@ -118,13 +118,14 @@ class PruneByGates(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: ElasticModule, *_: Any) -> None:  # type: ignore[override]
         if "gates" not in pl_module.loss_terms or trainer.global_step % EVERY:
             return
-        least = gates.count(pl_module.net)
+        least = 0.0
         if self.budget is not None:
             progress, size = trainer.global_step / trainer.estimated_stepping_batches, self.size(pl_module)
             self.weight = self.budget.steer(self.weight, size, progress)
             path = self.budget.path(progress)
             self.above = size > path
-            least *= path / size if size < LEAST * path else 1.0
+            if size < LEAST * path:
+                least = gates.count(pl_module.net) * path / size
         gates.reopen(pl_module.net, least)
 
     def report(self, pl_module: ElasticModule) -> dict[str, Any]:

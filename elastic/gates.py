@@ -171,9 +171,9 @@ def reopen(model: nn.Module, least: float) -> None:
     Penalties shut gates that are alike in the same few steps. A layer whose gates are all shut passes nothing
     on, and no gradient comes that could open one again.
     """
-    held = {gate: gate.score.detach().clone() for _, _, gate in gated(model)}
-    if count(model) >= least and all((score > 0).any() for score in held.values()):
+    if least == 0 and all((gate.score > 0).any() for _, _, gate in gated(model)):
         return
+    held = {gate: gate.score.detach().clone() for _, _, gate in gated(model)}
     settle(model, least)
     for gate, score in held.items():
         again = (score <= 0) & (gate.score > 0)
