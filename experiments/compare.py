@@ -24,9 +24,9 @@ from rich.table import Column, Table
 
 from elastic.checkpoint import replace_file
 from elastic.module import TrainingError
+from experiments.charts import Arm, against, by_level, height, over_time, short
 from experiments.figure import draw_arms
 from experiments.page import failures, page, picture
-from experiments.panels import Arm, against, by_level, height, over_time, short
 from experiments.setup import quiet, run
 from experiments.sweep import FAILED
 from experiments.timed import time_runs

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence, Set
 
 import matplotlib.pyplot as plt
 
-from experiments.panels import Draw
+from experiments.charts import Draw
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 70rem; margin: 2rem auto;

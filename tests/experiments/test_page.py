@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from matplotlib.text import Text
 
 from experiments import compare
+from experiments.charts import LONGEST, Arm, against, apart, by_level, front, height, over_time, short
 from experiments.page import failures, picture
-from experiments.panels import LONGEST, Arm, against, apart, by_level, front, height, over_time, short
 
 TITLES = ("Accuracy against size", "Accuracy against work", "Levels and sets", "Size over time")
 
