@@ -7,9 +7,10 @@ what it has done.
 
 import json
 import re
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
-from math import nan
+from math import nan, prod
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from elastic.module import TrainingError
 from experiments.setup import SweepError, one_line, portable, saved_config
 
 FAILED = "failed.json"  # in a run's folder: why it failed
+PLAN = "sweep.json"  # in a sweep's folder: how many runs it has, when it set out, and with how many behind it
 LONGEST = 150  # characters of a name
 
 
@@ -87,14 +89,25 @@ class Sweep(Callback):
     """Lets a search go on where it was killed, and says after each run how far the sweep is."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        storage = OmegaConf.select(config, "hydra.sweeper.storage")
-        Path(config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
-        if storage is not None:
-            config.hydra.sweeper.n_trials = remaining(config.hydra.sweeper)
+        sweeper, folder = config.hydra.sweeper, Path(config.hydra.sweep.dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        runs = sweeper.get("n_trials") or grid(sweeper.get("params") or {}, config.hydra.overrides.task)
+        plan = {"runs": runs, "since": time.time(), "behind": sum(counts(folder)[::2])}
+        replace_file(folder / PLAN, lambda part: part.write_text(json.dumps(plan) + "\n"))
+        if sweeper.get("storage") is not None:
+            sweeper.n_trials = remaining(sweeper)
 
     def on_job_end(self, config: DictConfig, job_return: Any, **_: Any) -> None:
         if config.hydra.mode == RunMode.MULTIRUN:
             print(progress(Path(config.hydra.sweep.dir)), flush=True)
+
+
+def grid(params: Mapping[str, Any], overrides: Sequence[str]) -> int:
+    """How many runs a grid has; what the command line says of a key rules."""
+    given = [*(f"{key}={value}" for key, value in params.items()), *overrides]
+    parsed = {each.get_key_element(): each for each in OverridesParser.create().parse_overrides(given)}
+    swept = (each for each in parsed.values() if each.is_sweep_override())
+    return prod(sum(1 for _ in each.sweep_string_iterator()) for each in swept)
 
 
 def remaining(sweeper: DictConfig) -> int:
@@ -122,9 +135,20 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if OmegaConf.is_list(value) else [value]
 
 
-def progress(folder: Path) -> str:
-    """How many runs of a sweep are done, running and failed."""
+def counts(folder: Path) -> tuple[int, int, int]:
+    """The runs of a sweep that are done, running and failed."""
     runs = [run for run in folder.iterdir() if (run / "config.yaml").exists() or (run / FAILED).exists()]
     done = sum((run / "summary.json").exists() for run in runs)
     failed = sum((run / FAILED).exists() for run in runs)
-    return f"{folder}: {done} done, {len(runs) - done - failed} running, {failed} failed"
+    return done, len(runs) - done - failed, failed
+
+
+def progress(folder: Path) -> str:
+    """How far a sweep is, and how long it takes yet if it goes on as it has since it was started."""
+    done, running, failed = counts(folder)
+    plan = json.loads((folder / PLAN).read_text())
+    ended = done + failed - plan["behind"]
+    left = plan["runs"] - done - failed
+    minutes = (time.time() - plan["since"]) / max(ended, 1) * left / 60
+    said = f"{folder}: {done} of {plan['runs']} done, {running} running, {failed} failed"
+    return f"{said}; about {minutes:.0f} min left" if left > 0 and ended > 0 else said

@@ -109,7 +109,7 @@ def test_a_sweep_that_was_killed_does_what_is_missing(tmp_path: Path) -> None:
     said = finish(start(tmp_path))
     after = summaries(tmp_path)
     assert len(after) == 3 and all(after[name] == when for name, when in done.items())
-    assert said.rstrip().endswith("3 done, 0 running, 0 failed")
+    assert said.rstrip().endswith("3 of 3 done, 0 running, 0 failed")
 
 
 def test_a_run_that_fails_takes_no_other_down(tmp_path: Path) -> None:
@@ -117,4 +117,4 @@ def test_a_run_that_fails_takes_no_other_down(tmp_path: Path) -> None:
     assert len(summaries(tmp_path)) == 1
     (note,) = tmp_path.glob("sweep/*/failed.json")
     assert json.loads(note.read_text())["error"] == "Invalid learning rate: -1"
-    assert said.rstrip().endswith("1 done, 0 running, 1 failed")
+    assert said.rstrip().endswith("1 of 2 done, 0 running, 1 failed")

@@ -1,10 +1,13 @@
 """Sweeps: what their runs are called, that each is done once, and that none takes the others down."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -12,7 +15,7 @@ from omegaconf import OmegaConf
 from elastic.module import TrainingError
 from experiments import sweep
 from experiments.setup import SweepError, portable
-from experiments.sweep import arm, one_of_many, progress, remaining, values
+from experiments.sweep import arm, grid, one_of_many, progress, remaining, values
 from tests.runs import TINY, configure
 
 
@@ -121,7 +124,23 @@ def test_progress_counts_the_folders(tmp_path: Path) -> None:
         for file in files:
             (tmp_path / name / file).write_text("{}")
     (tmp_path / "multirun.yaml").write_text("")
-    assert progress(tmp_path) == f"{tmp_path}: 1 done, 1 running, 2 failed"
+    plan = {"runs": 7, "since": time.time() - 600, "behind": 1}
+    (tmp_path / "sweep.json").write_text(json.dumps(plan))
+    assert progress(tmp_path) == f"{tmp_path}: 1 of 7 done, 1 running, 2 failed; about 20 min left"
+    (tmp_path / "sweep.json").write_text(json.dumps({**plan, "runs": 3}))
+    assert progress(tmp_path) == f"{tmp_path}: 1 of 3 done, 1 running, 2 failed"
+
+
+@given(
+    st.dictionaries(st.sampled_from("abc"), st.lists(st.integers(0, 9), min_size=1, max_size=3, unique=True)),
+    st.dictionaries(st.sampled_from("bcd"), st.lists(st.integers(0, 9), min_size=1, max_size=3, unique=True)),
+)
+def test_a_sweep_knows_how_many_runs_it_has(of_file: dict[str, Any], of_command: dict[str, Any]) -> None:
+    params, given_ = ({k: ",".join(map(str, v)) for k, v in d.items()} for d in (of_file, of_command))
+    line = [f"{key}={value}" for key, value in given_.items()]
+    whole = OverridesParser.create().parse_overrides([*(f"{k}={v}" for k, v in params.items()), *line])
+    (jobs,) = BasicSweeper.split_arguments(whole, None)
+    assert grid(params, line) == len(jobs)
 
 
 def test_a_search_that_was_killed_goes_on_with_what_it_was_doing(tmp_path: Path) -> None:
