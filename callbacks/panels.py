@@ -47,7 +47,7 @@ class LogPanels(L.Callback):
 def spread(pl_module: ElasticModule) -> dict[str, Tensor]:
     """The scores of all gates, and how often each kernel was on in the last batch; empty without any."""
     scores = [gate.score.flatten().float().cpu() for _, _, gate in gates.gated(pl_module.net)]
-    duty = [module.gate_BK.mean(0).float().cpu() for module in modules(pl_module)]
+    duty = [module.on_BK.mean(0).float().cpu() for module in modules(pl_module)]
     return {
         "gates/score": torch.cat(scores) if scores else torch.empty(0),
         "engaged/duty": torch.cat(duty) if duty else torch.empty(0),

@@ -43,7 +43,7 @@ class SwitchKernels(L.Callback):
         form: Form = "linear",
         by: By = "macs",
         target: float | None = None,
-        choice: Choice = "straight_through",
+        choice: Choice = "ramp",
         kind: str = "input",
         begin: float = 0.1,
         end: float = 0.5,

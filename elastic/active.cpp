@@ -44,6 +44,7 @@ struct Layer {
     Shape shape;
     const float *weight, *bias;  // LANES floats may be read behind the weight
     const float *residual;       // of the output's shape, or null
+    const float *gate;           // of each output of each sample
     float *y;
     bool relu;
 };
@@ -137,6 +138,7 @@ void block(const Layer &layer, List in, const int32_t *out, const Source &source
     for (int o = 0; o < NO; o++) {
         const int64_t place = (sample * s.kernels + out[o]) * s.pixels() + from;
         float done[NV * LANES];
+        for (int v = 0; v < NV; v++) sum[o][v] *= layer.gate[sample * s.kernels + out[o]];
         std::memcpy(done, sum[o], sizeof(done));
         for (int p = 0; p < to - from; p++) store(layer, place + p, done[p]);
     }
@@ -209,7 +211,8 @@ void along_kernel(const Layer &layer, List in, List out, Part part, const float 
                 const int channel = out.channel[part.begin + o];
                 float total = layer.bias[channel];
                 for (int j = 0; j < LANES; j++) total += sum[o][p][j];
-                store(layer, (sample * s.kernels + channel) * PIXELS + p, total);
+                const int64_t output = sample * s.kernels + channel;
+                store(layer, output * PIXELS + p, total * layer.gate[output]);
             }
     }
     if constexpr (NO > 1) along_kernel<PIXELS, 1>(layer, in, out, part, seen, sample);
@@ -243,9 +246,10 @@ void clear(float *y, int64_t pixels, int channels, List out) {
 // Lists are ascending, (batch, channels) with a row's first `count` entries valid.
 void convolution(const Shape *shape, const float *weight, const float *bias, const float *x, const float *residual,
                  float *y, int32_t batch, const int32_t *in, const int32_t *in_count, const int32_t *out,
-                 const int32_t *out_count, int32_t relu, int32_t zeros, float *work, int32_t threads) {
+                 const int32_t *out_count, const float *gate, int32_t relu, int32_t zeros, float *work,
+                 int32_t threads) {
     const Shape &s = *shape;
-    const Layer layer{s, weight, bias, residual, y, relu != 0};
+    const Layer layer{s, weight, bias, residual, gate, y, relu != 0};
     const bool few = s.pixels() == FEW && s.taps() > 1 && s.taps() <= LANES;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     for (int64_t b = 0; b < batch; b++) {
@@ -257,10 +261,11 @@ void convolution(const Shape *shape, const float *weight, const float *bias, con
     }
 }
 
-// The kernels that a module engages: those with a positive score, or the one with the highest.
+// The kernels that a module engages: those with a positive score, or the one with the highest. Gates are the scores,
+// 1 at most and 1 for the highest, or just 1; those of other kernels are 0.
 void engage(const float *x, int32_t batch, int32_t channels, int64_t pixels, const int32_t *in,
-            const int32_t *in_count, const float *weight, const float *bias, int32_t kernels, int32_t *out,
-            int32_t *out_count, float *work) {
+            const int32_t *in_count, const float *weight, const float *bias, int32_t kernels, int32_t ramped,
+            int32_t *out, int32_t *out_count, float *gate, float *work) {
     for (int64_t b = 0; b < batch; b++) {
         const List reads{in + b * channels, in_count[b]};
         for (int a = 0; a < reads.count; a++) {
@@ -278,8 +283,10 @@ void engage(const float *x, int32_t batch, int32_t channels, int64_t pixels, con
             for (int a = 0; a < reads.count; a++) score += row[reads.channel[a]] * work[a];
             if (k == 0 || score > highest) highest = score, best = k;
             if (score > 0) out[b * kernels + count++] = k;
+            gate[b * kernels + k] = score > 0 ? (ramped ? std::min(score, 1.0f) : 1.0f) : 0.0f;
         }
         if (count == 0) out[b * kernels + count++] = best;
+        gate[b * kernels + best] = 1;
         out_count[b] = count;
     }
 }
@@ -329,7 +336,7 @@ int64_t active_work(const Shape *s) {
 
 struct Step {
     int64_t function;  // 0 convolution, 1 engage, 2 max_pool
-    int64_t arguments[15];
+    int64_t arguments[16];
 };
 
 void active_run(const Step *steps, int32_t count) {

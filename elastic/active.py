@@ -20,35 +20,37 @@ MOST_TAPS = 121
 
 
 class Active(NamedTuple):
-    """The active channels of each sample: `channel_BK[b, :count_B[b]]`, ascending, both int32."""
+    """The active channels of each sample: `channel_BK[b, :count_B[b]]`, ascending, both int32.
+
+    gate_BK is what their maps have been multiplied by, and 0 where a channel is not active.
+    """
 
     channel_BK: Tensor
     count_B: Tensor
-
-    def mask(self) -> Tensor:
-        """1 where a channel is active, else 0: (B, K)."""
-        place_BK = torch.arange(self.channel_BK.shape[1]).expand_as(self.channel_BK)
-        valid_BK = place_BK < self.count_B[:, None]
-        at_BK = torch.where(valid_BK, self.channel_BK.long(), self.channel_BK[:, :1].long())
-        return torch.zeros(self.channel_BK.shape).scatter_(1, at_BK, 1.0)
+    gate_BK: Tensor
 
     def shut(self, x_BCHW: Tensor) -> Tensor:
         """Zero where a map is not active, whatever it holds there."""
-        return torch.where(self.mask()[:, :, None, None] != 0, x_BCHW, 0.0)
+        return torch.where(self.gate_BK[:, :, None, None] != 0, x_BCHW, 0.0)
+
+    def scale(self, x_BCHW: Tensor) -> Tensor:
+        """Maps times their gates; zero where a map is not active, whatever it holds there."""
+        return self.shut(x_BCHW) * self.gate_BK[:, :, None, None]
 
     @staticmethod
-    def of(mask_BK: Tensor) -> "Active":
-        """The channels where a mask is not 0."""
-        on_BK = mask_BK != 0
-        channel_BK = torch.argsort(~on_BK, dim=1, stable=True).int()
-        return Active(channel_BK, on_BK.sum(1).int())
+    def of(gate_BK: Tensor) -> "Active":
+        """The channels whose gates are not 0."""
+        off_BK = gate_BK == 0
+        channel_BK = torch.argsort(off_BK, dim=1, stable=True).int()
+        return Active(channel_BK, (~off_BK).sum(1).int(), gate_BK)
 
 
 @functools.lru_cache(maxsize=64)
 def every(batch: int, channels: int) -> Active:
     """All channels of all samples."""
     channel_BK = torch.arange(channels, dtype=torch.int32).repeat(batch, 1)
-    return Active(channel_BK, torch.full((batch,), channels, dtype=torch.int32))
+    count_B = torch.full((batch,), channels, dtype=torch.int32)
+    return Active(channel_BK, count_B, torch.ones(batch, channels))
 
 
 class _Shape(ctypes.Structure):
@@ -79,7 +81,8 @@ class ActiveConv2d(nn.Module):
         way: "kernel", "stock" (gathers weights for one sample, masks for several) or "dense" (masks).
 
     `forward(x_BCHW, reads, writes, residual_BKHW)`: `reads` and `writes` are the active channels, None where
-    all are. The residual is added before the ReLU, to active outputs.
+    all are. Active outputs are multiplied by their gates, then the residual is added to them, then comes the
+    ReLU.
     """
 
     def __init__(self, conv: nn.Conv2d, relu: bool, zeros: bool, way: str = "kernel") -> None:
@@ -120,8 +123,9 @@ class ActiveConv2d(nn.Module):
             return self._gathered(x_BCHW, reads, writes, residual)
         x_BCHW = x_BCHW if reads is None else reads.shut(x_BCHW)
         y_BKHW = F.conv2d(x_BCHW, self.weight, self.bias, self.stride, self.padding)
-        y_BKHW = self._finish(y_BKHW, residual)
-        return y_BKHW if writes is None else writes.shut(y_BKHW)
+        if writes is None:
+            return self._finish(y_BKHW, residual)
+        return writes.shut(self._finish(writes.scale(y_BKHW), residual))
 
     def _finish(self, y_BKHW: Tensor, residual: Tensor | None) -> Tensor:
         y_BKHW = y_BKHW if residual is None else y_BKHW.add_(residual)
@@ -138,9 +142,10 @@ class ActiveConv2d(nn.Module):
         if reads is not None:
             channels = reads.channel_BK[0, : reads.count_B[0]]
             weight, x_1CHW = weight.index_select(1, channels), x_1CHW.index_select(1, channels)
-        y_1KHW = self._finish(F.conv2d(x_1CHW, weight, bias, self.stride, self.padding), residual)
+        y_1KHW = F.conv2d(x_1CHW, weight, bias, self.stride, self.padding)
         if writes is None:
-            return y_1KHW
+            return self._finish(y_1KHW, residual)
+        y_1KHW = self._finish(y_1KHW * writes.gate_BK[:, kernels, None, None], residual)
         whole_1KHW = y_1KHW.new_zeros(1, len(self.weight), *y_1KHW.shape[2:])
         return whole_1KHW.index_copy_(1, kernels.long(), y_1KHW)
 
@@ -160,7 +165,8 @@ class ActiveConv2d(nn.Module):
         outputs = writes or every(batch, self.weight.shape[0])
         call(
             *("convolution", size.shape, self.weight, self.bias, x_BCHW, residual, y_BKHW, batch),
-            *(*inputs, *outputs, self.relu, self.zeros, work(size.work), torch.get_num_threads()),
+            *(inputs.channel_BK, inputs.count_B, *outputs, self.relu, self.zeros),
+            *(work(size.work), torch.get_num_threads()),
         )
         return y_BKHW
 
@@ -177,22 +183,28 @@ class ActiveConv2d(nn.Module):
         return found
 
 
-def switch(x_BCHW: Tensor, reads: Active | None, weight_KC: Tensor, bias_K: Tensor) -> Active:
+def switch(
+    x_BCHW: Tensor, reads: Active | None, weight_KC: Tensor, bias_K: Tensor, ramped: bool = False
+) -> Active:
     """The kernels that a kernel activation module engages: a positive score each, or the highest one.
 
-    The score is linear in the means of the active input maps.
+    The score is linear in the means of the active input maps; gates are `ramp` of it, or 1.
     """
     batch, channels, *size = x_BCHW.shape
     kernels = len(bias_K)
     if compiled() is None:
         x_BCHW = x_BCHW if reads is None else reads.shut(x_BCHW)
-        return Active.of(engaged(F.linear(x_BCHW.mean((2, 3)), weight_KC, bias_K)))
+        return Active.of((ramp if ramped else engaged)(F.linear(x_BCHW.mean((2, 3)), weight_KC, bias_K)))
     x_BCHW = x_BCHW.contiguous()
-    found = Active(torch.empty(batch, kernels, dtype=torch.int32), torch.empty(batch, dtype=torch.int32))
+    found = Active(
+        torch.empty(batch, kernels, dtype=torch.int32),
+        torch.empty(batch, dtype=torch.int32),
+        torch.empty(batch, kernels),
+    )
     reads = reads or every(batch, channels)
     call(
-        *("engage", x_BCHW, batch, channels, size[0] * size[1], *reads),
-        *(weight_KC, bias_K, kernels, *found, work(channels)),
+        *("engage", x_BCHW, batch, channels, size[0] * size[1], reads.channel_BK, reads.count_B),
+        *(weight_KC, bias_K, kernels, ramped, *found, work(channels)),
     )
     return found
 
@@ -201,6 +213,12 @@ def engaged(score_BK: Tensor) -> Tensor:
     """1 where a kernel is on: its score is positive, or it is the highest of all; else 0."""
     best_B1 = score_BK.argmax(1, keepdim=True)
     return (score_BK > 0).to(score_BK.dtype).scatter(1, best_B1, 1.0)
+
+
+def ramp(score_BK: Tensor) -> Tensor:
+    """The score between 0 and 1, so that a kernel fades before it is off; 1 for the highest."""
+    best_B1 = score_BK.argmax(1, keepdim=True)
+    return score_BK.clamp(0, 1).scatter(1, best_B1, 1.0)
 
 
 def max_pool(x_BCHW: Tensor, reads: Active, size: int, stride: int, zeros: bool) -> Tensor:
@@ -212,5 +230,6 @@ def max_pool(x_BCHW: Tensor, reads: Active, size: int, stride: int, zeros: bool)
     batch, channels, height, width = x_BCHW.shape
     out = ((height - size) // stride + 1, (width - size) // stride + 1)
     y_BCHW = torch.empty(batch, channels, *out)
-    call("max_pool", x_BCHW, y_BCHW, batch, channels, height, width, size, stride, *out, *reads, zeros)
+    lists = (reads.channel_BK, reads.count_B)
+    call("max_pool", x_BCHW, y_BCHW, batch, channels, height, width, size, stride, *out, *lists, zeros)
     return y_BCHW

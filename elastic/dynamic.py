@@ -32,7 +32,7 @@ def attach(
     widths: Widths,
     names: Iterable[str] | None = None,
     sets: int = 1,
-    choice: Choice = "straight_through",
+    choice: Choice = "ramp",
     kind: str = "input",
 ) -> fx.GraphModule:
     """The network with a kernel activation module for each width; its layers are shared, under their names.

@@ -7,6 +7,11 @@ attaches modules to any CNN, for training and as the reference; `elastic.skippin
 
 The source's module is a 1×1 convolution, global average pooling, a sigmoid and a threshold of one half. The
 first two are linear, so the maps are averaged first here: the same scores for height · width times less work.
+
+How gates learn decides what they are worth. The sigmoid's gradient of a hard gate says what a little more of
+a map would do, not what its absence does, and modules that have learnt from it choose worse than ones that
+see nothing. A ramp fades a map out before it is left out, as feature boosting and suppression does (Gao et
+al., arXiv 1810.05331), so that its gradient is true wherever a kernel is on.
 """
 
 from collections.abc import Iterator
@@ -16,10 +21,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from elastic.active import engaged
+from elastic.active import engaged, ramp
 from elastic.errors import StructureError
 
-Choice = Literal["straight_through", "soft", "gumbel"]
+Choice = Literal["ramp", "straight_through", "soft", "gumbel"]
 START = 2.0  # σ(2) = 0.88: nearly open, or training would collapse before the kernels know anything
 
 
@@ -36,12 +41,14 @@ class Head(nn.Module):
     """Scores of kernels: linear in the means of the maps.
 
     The means are normalised over the batch, without parameters, or the scores would differ little from input
-    to input and a module learn to engage the same kernels for all. In evaluation that is linear, too.
+    to input and a module learn to engage the same kernels for all. In evaluation that is linear, too. Weights
+    start at zero: what is looked at is learnt, not drawn.
     """
 
     def __init__(self, reads: int, kernels: int) -> None:
         super().__init__()
         self.norm, self.linear = nn.BatchNorm1d(reads, affine=False), nn.Linear(reads, kernels)
+        nn.init.zeros_(self.linear.weight)
         nn.init.constant_(self.linear.bias, START)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -57,26 +64,25 @@ class Head(nn.Module):
 
 
 class KernelActivation(nn.Module):
-    """x_BCHW, what the convolution reads → gate_BK11, 1 for the kernels to be executed, else 0.
+    """x_BCHW, what the convolution reads → gate_BK11 of its kernels, 0 for those not to be executed.
 
     Args:
         site: the layers that it concerns.
         reads, kernels: C and K.
         sets: how many sets of weights it has, trained with different gains; `chosen` says which one rules.
-        choice: how it learns. "straight_through": 0 or 1 forward, the sigmoid's gradient backward.
-            "soft": the sigmoid of score / `temperature`, to be annealed. "gumbel": 0 or 1 of the score plus
-            logistic noise (the control; Jang et al., arXiv 1611.01144). In evaluation it is always 0 or 1,
-            and the strongest kernel is never off.
+        choice: what gates are, and so how they learn. "ramp": the score between 0 and 1, and 1 for the
+            strongest kernel. The others are 0 or 1 in evaluation, where the strongest is never off.
+            "straight_through": 0 or 1 forward, the sigmoid's gradient backward. "soft": the sigmoid of score
+            / `temperature`, to be annealed. "gumbel": 0 or 1 of the score plus logistic noise (Jang et al.,
+            arXiv 1611.01144).
 
     Attributes:
-        gate_BK: what it last said, for the loss.
+        on_BK: 1 for the kernels that it last engaged, else 0, for the loss.
     """
 
     kind = "input"  # what it looks at
 
-    def __init__(
-        self, site: Site, reads: int, kernels: int, sets: int = 1, choice: Choice = "straight_through"
-    ) -> None:
+    def __init__(self, site: Site, reads: int, kernels: int, sets: int = 1, choice: Choice = "ramp") -> None:
         super().__init__()
         if choice not in get_args(Choice):
             raise StructureError(
@@ -86,7 +92,7 @@ class KernelActivation(nn.Module):
             raise StructureError(f"{sets} sets of modules: there must be 1 or more")
         self.site, self.choice, self.temperature, self.chosen = site, choice, 1.0, 0
         self.heads = nn.ModuleList(Head(reads, kernels) for _ in range(sets))
-        self.gate_BK = torch.ones(0, kernels)
+        self.on_BK = torch.ones(0, kernels)
 
     def scores(self, x_BCHW: Tensor) -> Tensor:
         score_BK: Tensor = self.heads[self.chosen](x_BCHW)
@@ -94,10 +100,17 @@ class KernelActivation(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         score_BK = self.scores(x_BCHW)
-        self.gate_BK = self._learn(score_BK) if self.training else engaged(score_BK)
-        return self.gate_BK[:, :, None, None]
+        self.on_BK = engaged(score_BK.detach())
+        gate_BK = self._gate(score_BK)
+        if self.training:
+            self.on_BK = _leaning(self.on_BK, score_BK)
+        return gate_BK[:, :, None, None]
 
-    def _learn(self, score_BK: Tensor) -> Tensor:
+    def _gate(self, score_BK: Tensor) -> Tensor:
+        if self.choice == "ramp":
+            return ramp(score_BK)
+        if not self.training:
+            return self.on_BK
         if self.choice == "soft":
             return torch.sigmoid(score_BK / self.temperature)
         if self.choice == "gumbel":
@@ -124,8 +137,18 @@ class RandomActivation(ConstantActivation):
     kind = "random"
 
     def scores(self, x_BCHW: Tensor) -> Tensor:
-        score_BK = super().scores(x_BCHW)
-        return score_BK if self.training else _noisy(score_BK)
+        return _noisy(super().scores(x_BCHW))
+
+
+def _leaning(on_BK: Tensor, score_BK: Tensor) -> Tensor:
+    """The same, with a gradient for the scores: the sigmoid's, of each kernel the mean over the batch.
+
+    Each sample's own would be largest where scores are next to zero. To engage less would then drive the
+    scores of a batch apart, in whatever direction the weights have by chance.
+    """
+    soft_BK = torch.sigmoid(score_BK.detach())
+    slope_1K = (soft_BK * (1 - soft_BK)).mean(0, keepdim=True)
+    return on_BK + slope_1K * (score_BK - score_BK.detach())
 
 
 def _noisy(score_BK: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 SOURCE = Path(__file__).with_name("active.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 CACHE = "ELASTIC_CACHE"  # the environment's name for a folder other than the user's cache
-MOST_ARGUMENTS = 15
+MOST_ARGUMENTS = 16
 
 Argument = Tensor | ctypes.Structure | int | None
 

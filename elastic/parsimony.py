@@ -41,7 +41,7 @@ class Engaged:
         """MACs of each sample; differentiable."""
         parts: dict[str, list[Tensor]] = {}
         for module in modules(self.net):
-            share_B = module.gate_BK.mean(1)
+            share_B = module.on_BK.mean(1)
             for path in (module.site.writer, *module.site.readers, *module.site.each):
                 parts.setdefault(path, []).append(share_B)
         rest = sum(macs for path, macs in self.layers.items() if path not in parts) + self.modules
@@ -50,7 +50,7 @@ class Engaged:
 
     def kernels_B(self) -> Tensor:
         """The part of the kernels that each sample engages; differentiable."""
-        return torch.cat([module.gate_BK for module in modules(self.net)], dim=1).mean(1)
+        return torch.cat([module.on_BK for module in modules(self.net)], dim=1).mean(1)
 
     def share(self, by: By) -> Tensor:
         """The mean part of the kernels, or of the MACs of the dense network; the latter may exceed 1."""

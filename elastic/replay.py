@@ -72,7 +72,7 @@ def _flat(values: tuple[Value, ...]) -> tuple[list[Tensor], list[bool]]:
 
 def _like(tensors: list[Tensor], is_list: list[bool]) -> tuple[Value, ...]:
     each = iter(tensors)
-    return tuple(Active(next(each), next(each)) if a_list else next(each) for a_list in is_list)
+    return tuple(Active(next(each), next(each), next(each)) if a_list else next(each) for a_list in is_list)
 
 
 def fuse(traced: fx.GraphModule, called: Callable[[fx.Node], bool]) -> None:

@@ -40,7 +40,8 @@ class ActiveSwitch(nn.Module):
         self.folded = [head.folded() for head in module.heads]  # type: ignore[operator]
 
     def forward(self, x_BCHW: Tensor, reads: Active | None = None) -> Active:
-        return switch(x_BCHW, reads, *self.folded[self.module.chosen])
+        weight_KC, bias_K = self.folded[self.module.chosen]
+        return switch(x_BCHW, reads, weight_KC, bias_K, self.module.choice == "ramp")
 
 
 class ActiveMaxPool2d(nn.Module):
@@ -52,9 +53,9 @@ class ActiveMaxPool2d(nn.Module):
         return max_pool(x_BCHW, reads, self.size, self.stride, self.zeros)
 
 
-def shut(x_BCHW: Tensor, reads: Active) -> Tensor:
-    """Zero where a map is not active."""
-    return reads.shut(x_BCHW)
+def scale(x_BCHW: Tensor, active: Active) -> Tensor:
+    """Maps times their gates."""
+    return active.scale(x_BCHW)
 
 
 def skipping(net: nn.Module, samples: Sequence[Tensor] = (), way: str | None = None) -> fx.GraphModule:
@@ -138,7 +139,7 @@ class _Rewriter:
                 pool = ActiveMaxPool2d(_one(layer.kernel_size), _one(layer.stride))
                 self._replace(node, node, pool, (node.args[0], self._reads(node)), self._reads(node))
             elif self._shuts(node):
-                node.target, gate = shut, node.args[1]
+                node.target, gate = scale, node.args[1]
                 self.active[node] = gate
             elif node.op.startswith("call") and keeps_zero(self.traced, node) and self._reads(node):
                 self.active[node] = self._reads(node)  # type: ignore[assignment]

@@ -35,13 +35,13 @@ def look(net: fx.GraphModule, data: ImageData) -> Seen:
     net.eval()
     engaged = Engaged(net, torch.zeros(1, *data.shape))
     right, macs, labels = [], [], []
-    duty = {module.site.writer: torch.zeros(module.gate_BK.shape[1]) for module in modules(net)}
+    duty = {module.site.writer: torch.zeros(module.on_BK.shape[1]) for module in modules(net)}
     for x_BCHW, y_B in batches(data):
         right.append(net(x_BCHW).argmax(1) == y_B)
         macs.append(engaged.macs_B())
         labels.append(y_B)
         for module in modules(net):
-            duty[module.site.writer] += module.gate_BK.sum(0)
+            duty[module.site.writer] += module.on_BK.sum(0)
     count = sum(map(len, labels))
     shares = {name: on_K / count for name, on_K in duty.items()}
     return Seen(torch.cat(right), torch.cat(macs), torch.cat(labels), shares)

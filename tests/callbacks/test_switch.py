@@ -44,7 +44,8 @@ def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with two sets of modules."""
     folder = tmp_path_factory.mktemp("switched")
-    more = ("callbacks.switch.gain=[0.1,3.0]", "trainer.max_epochs=8", "data.batch_size=100")
+    more = ("callbacks.switch.gain=[0.1,3.0]", "trainer.max_epochs=8", "data.batch_size=50")
+    more += ("optimizer.optimizer.lr=0.1",)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiments.train, "draw_history", lambda *_: None)
         train(configure(folder, *TRAINING, *more), folder)
@@ -268,7 +269,7 @@ def test_controls_do_not_see_the_input(tmp_path: Path, kind: str) -> None:
     x_BCHW, _ = run.data.sample(64, seed=0)
     with torch.no_grad():
         run.module(x_BCHW[:1].expand(64, -1, -1, -1))
-        same = [m.gate_BK.clone() for m in modules(run.module)]
+        same = [m.on_BK.clone() for m in modules(run.module)]
         run.module(x_BCHW)
     assert all(CONTROLS[kind](gates_BK) for gates_BK in same)
     assert all(float(m.heads[0].linear.weight.abs().max()) == 0 for m in modules(run.module))  # type: ignore[union-attr, operator]

@@ -2,7 +2,7 @@
 
 import copy
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from elastic import active
-from elastic.active import Active, ActiveConv2d, engaged, every, max_pool, switch
+from elastic.active import Active, ActiveConv2d, engaged, every, max_pool, ramp, switch
 from elastic.native import CACHE, call, compiled, work
 
 needs_compiler = pytest.mark.skipif(compiled() is None, reason="there is no C++ compiler")
@@ -38,24 +38,29 @@ def mask(batch: int, channels: int, generator: torch.Generator) -> Tensor:
     return mask_BK
 
 
+def gates(batch: int, channels: int, generator: torch.Generator) -> Tensor:
+    """What active channels are multiplied by, 0 for the others."""
+    return mask(batch, channels, generator) * torch.rand(batch, channels, generator=generator).clamp(min=0.1)
+
+
 def maps(mask_BK: Tensor) -> Tensor:
     return mask_BK[:, :, None, None]
 
 
 @given(seed=st.integers(0, 10**6), batch=st.integers(1, 4), channels=st.integers(1, 40))
 def test_lists_are_masks(seed: int, batch: int, channels: int) -> None:
-    mask_BK = mask(batch, channels, torch.Generator().manual_seed(seed))
-    lists = Active.of(mask_BK)
-    assert torch.equal(lists.mask(), mask_BK)
+    gate_BK = gates(batch, channels, torch.Generator().manual_seed(seed))
+    lists = Active.of(gate_BK)
     for b in range(batch):
-        assert lists.channel_BK[b, : lists.count_B[b]].tolist() == mask_BK[b].nonzero().flatten().tolist()
-    assert torch.equal(every(batch, channels).mask(), torch.ones(batch, channels))
+        assert lists.channel_BK[b, : lists.count_B[b]].tolist() == gate_BK[b].nonzero().flatten().tolist()
+    for held, expected in zip(every(batch, channels), Active.of(torch.ones(batch, channels)), strict=True):
+        assert torch.equal(held, expected)
 
 
 @pytest.mark.parametrize("way", WAYS)
 @given(data=st.data())
 def test_a_convolution_of_active_channels_is_the_masked_one(way: str, data: st.DataObject) -> None:
-    """Any kernel, stride, border and size, with and without a residual; what is off may be anything."""
+    """Any kernel, stride, border, size and gate, with and without a residual; what is off may be anything."""
     size = data.draw(st.sampled_from([1, 2, 3, 5, 7]))
     stride, pad = data.draw(st.integers(1, 3)), data.draw(st.integers(0, size // 2))
     height, width = (data.draw(st.sampled_from([8, 9, 14, 16, 20, 32])) for _ in range(2))
@@ -68,19 +73,19 @@ def test_a_convolution_of_active_channels_is_the_masked_one(way: str, data: st.D
 
     conv = nn.Conv2d(channels, kernels, size, stride, pad, bias=bias)
     x_BCHW = torch.randn(batch, channels, height, width, generator=random)
-    on_BC, on_BK = mask(batch, channels, random), mask(batch, kernels, random)
+    on_BC, gate_BK = mask(batch, channels, random), gates(batch, kernels, random)
     with torch.no_grad():
-        expected = conv(x_BCHW * maps(on_BC))
+        expected = conv(x_BCHW * maps(on_BC)) * maps(gate_BK)
         residual = torch.randn(expected.shape, generator=random) if adds else None
         expected = expected if residual is None else expected + residual
-        expected = (expected.relu() if relu else expected) * maps(on_BK)
+        expected = (expected.relu() if relu else expected) * (maps(gate_BK) != 0)
         junk_BCHW = torch.where(maps(on_BC) != 0, x_BCHW, torch.nan)
         layer = ActiveConv2d(conv, relu, zeros=True, way=way)
-        found = layer(junk_BCHW, Active.of(on_BC), Active.of(on_BK), residual)
+        found = layer(junk_BCHW, Active.of(on_BC), Active.of(gate_BK), residual)
         torch.testing.assert_close(found, expected, **CLOSE)
         layer.zeros = False
-        found = layer(junk_BCHW, Active.of(on_BC), Active.of(on_BK), residual)
-        found = torch.where(maps(on_BK) != 0, found, 0.0)
+        found = layer(junk_BCHW, Active.of(on_BC), Active.of(gate_BK), residual)
+        found = torch.where(maps(gate_BK) != 0, found, 0.0)
         torch.testing.assert_close(found, expected, **CLOSE)
 
 
@@ -123,7 +128,7 @@ def test_only_active_outputs_are_written() -> None:
     lists, size = Active.of(torch.tensor([[1.0, 0, 1]])), conv._measure(4, 4)
     call(
         *("convolution", size.shape, conv.weight, conv.bias, x_BCHW, None, y_BKHW, 1),
-        *(*every(1, 2), *lists, 0, 0, work(size.work), 1),
+        *(*every(1, 2)[:2], *lists, 0, 0, work(size.work), 1),
     )
     assert (y_BKHW[:, 1] == 7).all() and (y_BKHW[:, ::2] != 7).all()
 
@@ -150,24 +155,36 @@ def test_other_layers_are_not_taken(layer: nn.Module) -> None:
 
 @pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("reads_all", [True, False])
-def test_a_switch_engages_what_its_scores_say(reads_all: bool) -> None:
+@pytest.mark.parametrize("gate", [engaged, ramp])
+def test_a_switch_engages_what_its_scores_say(reads_all: bool, gate: Callable[[Tensor], Tensor]) -> None:
     random = torch.Generator().manual_seed(0)
     x_BCHW = torch.randn(5, 6, 7, 9, generator=random)
     on_BC = torch.ones(5, 6) if reads_all else mask(5, 6, random)
-    weight_KC, bias_K = torch.randn(8, 6, generator=random) * 9, torch.randn(8, generator=random)
-    expected = engaged(F.linear((x_BCHW * maps(on_BC)).mean((2, 3)), weight_KC, bias_K))
+    weight_KC, bias_K = torch.randn(8, 6, generator=random) * 4, torch.randn(8, generator=random)
+    expected = gate(F.linear((x_BCHW * maps(on_BC)).mean((2, 3)), weight_KC, bias_K))
     junk_BCHW = torch.where(maps(on_BC) != 0, x_BCHW, torch.nan)
-    found = switch(junk_BCHW, None if reads_all else Active.of(on_BC), weight_KC, bias_K)
-    assert torch.equal(found.mask(), expected)
+    found = switch(junk_BCHW, None if reads_all else Active.of(on_BC), weight_KC, bias_K, gate is ramp)
+    torch.testing.assert_close(found.gate_BK, expected)
+    assert torch.equal(found.gate_BK != 0, expected != 0)
     assert 0 < expected.mean() < 1
+    for b, count in enumerate(found.count_B):
+        assert found.channel_BK[b, :count].tolist() == expected[b].nonzero().flatten().tolist()
 
 
 @pytest.mark.usefixtures("either")
 def test_the_strongest_kernel_is_never_off() -> None:
     bias_K = torch.tensor([-3.0, -1, -2])
     found = switch(torch.randn(2, 4, 3, 3), None, torch.zeros(3, 4), bias_K)
-    assert found.mask().tolist() == [[0, 1, 0]] * 2
-    assert engaged(bias_K[None]).tolist() == [[0, 1, 0]]
+    assert found.gate_BK.tolist() == [[0, 1, 0]] * 2
+    assert engaged(bias_K[None]).tolist() == ramp(bias_K[None]).tolist() == [[0, 1, 0]]
+
+
+def test_a_ramp_fades_kernels_out_and_learns_where_they_are_on() -> None:
+    score_BK = torch.tensor([[-1.0, 0.25, 0.5, 3, 2]], requires_grad=True)
+    gate_BK = ramp(score_BK)
+    assert gate_BK.tolist() == [[0, 0.25, 0.5, 1, 1]]
+    gate_BK.sum().backward()
+    assert score_BK.grad is not None and score_BK.grad.tolist() == [[0, 1, 1, 0, 0]]
 
 
 @pytest.mark.usefixtures("either")
