@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 
 from elastic.module import TrainingError
 from elastic.nested import Levels
-from experiments.report import measure, measure_levels
 from experiments.restore import level_of, restore, restore_switched
 from experiments.setup import quiet, run
+from experiments.summary import measure, measure_levels
 
 
 def evaluate(folder: Path, level: int | None = None) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from elastic.module import ElasticModule, TrainingError
 from elastic.saved import holds_levels, load_compact, load_levels, save_compact, save_levels
 from experiments.figure import draw_history
 from experiments.publish import publish
-from experiments.report import measure, measure_levels, revision, show, summarise, write_summary
 from experiments.setup import (
     active,
     check_processes,
@@ -37,6 +36,7 @@ from experiments.setup import (
     run,
     settings,
 )
+from experiments.summary import measure, measure_levels, revision, show, summarise, write_summary
 from experiments.sweep import one_of_many, values
 
 CONF = Path(__file__).parents[1] / "conf"

@@ -26,7 +26,7 @@ from elastic.reconstruct import Phase
 from elastic.saved import load_compact, load_levels
 from elastic.widths import discover
 from experiments.evaluate import evaluate
-from experiments.report import measure_levels
+from experiments.summary import measure_levels
 from experiments.train import build, train
 from tests.elastic.test_nested import extracted, inside
 from tests.fitted import EXACT, Run, Spy, batch, command, prepare

@@ -11,8 +11,9 @@ from PIL import Image
 
 from elastic.models import convnet
 from elastic.saved import load_compact
-from experiments import report
 from experiments.figure import draw_history
+from experiments.summary import measure, show, summarise, write_summary
+from experiments.summary import test_accuracy as accuracy
 from experiments.train import build, train
 from tests.runs import TINY, configure
 
@@ -110,7 +111,7 @@ def test_the_summary_tells_the_budget_asked_from_what_was_got(tmp_path: Path) ->
     ],
 )
 def test_the_summary_names_the_schedule_in_one_order(tmp_path: Path, schedule: str, named: str) -> None:
-    found = report.summarise(configure(tmp_path, f"schedule={schedule}"), {}, 1.25, 10**12)
+    found = summarise(configure(tmp_path, f"schedule={schedule}"), {}, 1.25, 10**12)
     assert found["schedule"] == named
     assert (found["wall_s"], found["macs_training"]) == (1.2, 10**12)
 
@@ -119,7 +120,7 @@ def test_the_accuracy_is_that_of_the_images_right(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = convnet((4, 4)).eval()
     _, data = build(configure(tmp_path, *PRUNING, "data.batch_size=100"))
-    found = report.test_accuracy(net, data)
+    found = accuracy(net, data)
     x_BCHW, y_B = data.test_set.__getitems__(list(range(360)))  # type: ignore[union-attr]
     with torch.no_grad():
         right = net(data.normalise(x_BCHW.float() / 255)).argmax(1) == y_B
@@ -130,14 +131,14 @@ def test_measuring_leaves_the_network_alone(tmp_path: Path) -> None:
     net = convnet((4, 4)).eval()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     _, data = build(configure(tmp_path, *PRUNING))
-    report.measure(net, data)
+    measure(net, data)
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
 def test_a_summary_that_cannot_be_written_leaves_the_last_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    report.write_summary({"seed": 1}, tmp_path)
+    write_summary({"seed": 1}, tmp_path)
 
     def full(self: Path, text: str, *_: Any, **__: Any) -> int:
         with open(self, "w") as file:
@@ -146,7 +147,7 @@ def test_a_summary_that_cannot_be_written_leaves_the_last_one(
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match="No space left"):
-        report.write_summary({"seed": 2}, tmp_path)
+        write_summary({"seed": 2}, tmp_path)
     monkeypatch.undo()
     assert json.loads((tmp_path / "summary.json").read_text()) == {"seed": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
@@ -166,7 +167,7 @@ def test_the_table_shows_start_largest_and_end(capsys: pytest.CaptureFixture[str
         {"params": 1300, "params_dense": 1400, "macs": 15000},
         {"params": 160, "params_dense": 170, "macs": 1800},
     ]
-    report.show(summary | {"test/acc": 0.98765, "epochs": 3, "wall_s": 4.0}, history, tmp_path)
+    show(summary | {"test/acc": 0.98765, "epochs": 3, "wall_s": 4.0}, history, tmp_path)
     lines = capsys.readouterr().out.splitlines()
     rows = {
         cells[0]: cells[1:] for line in lines if len(cells := [c.strip() for c in line.split("│")[1:-1]]) == 4
