@@ -123,9 +123,8 @@ class ActiveConv2d(nn.Module):
             return self._gathered(x_BCHW, reads, writes, residual)
         x_BCHW = x_BCHW if reads is None else reads.shut(x_BCHW)
         y_BKHW = F.conv2d(x_BCHW, self.weight, self.bias, self.stride, self.padding)
-        if writes is None:
-            return self._finish(y_BKHW, residual)
-        return writes.shut(self._finish(writes.scale(y_BKHW), residual))
+        y_BKHW = self._finish(y_BKHW if writes is None else writes.scale(y_BKHW), residual)
+        return y_BKHW if writes is None or residual is None else writes.shut(y_BKHW)
 
     def _finish(self, y_BKHW: Tensor, residual: Tensor | None) -> Tensor:
         y_BKHW = y_BKHW if residual is None else y_BKHW.add_(residual)
