@@ -37,6 +37,7 @@ COLUMNS = {
     "params": ("params", 1.0, 0),
     "params_dense": ("params_dense", 1.0, 0),
     "macs": ("macs", 1.0, 0),
+    "macs_dynamic": ("macs, mean", 1.0, 0),  # where kernels are switched off
     "macs_training": ("training TMACs", 1e-12, 3),
     "latency_ms": ("latency (ms)", 1.0, 3),  # of all runs, or of none
     "wall_s": ("wall (s)", 1.0, 0),
@@ -69,13 +70,22 @@ def read(pattern: str) -> dict[Path, dict[str, Any]]:
 def by_arm(
     found: Mapping[Path, dict[str, Any]], names: Mapping[Path, str]
 ) -> dict[str, list[dict[str, Any]]]:
-    """The summaries of each arm, and those of its levels as arms of their own, the smallest network first."""
+    """The summaries of each arm; its levels and sets of modules as arms of their own, the smallest first."""
     arms: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for folder, summary in found.items():
         arms[names[folder]].append(summary)
         for level in summary.get("levels", [])[:-1]:  # the last one is the network itself
             arms[f"{names[folder]} level {level['level']}"].append(level)
+        for one in summary.get("sets", [])[1:]:  # the first one is what the summary is of
+            rest = {key: value for key, value in summary.items() if key not in ("levels", "sets")}
+            arms[f"{names[folder]} set {one['set']}"].append(rest | one)
     return dict(sorted(arms.items(), key=lambda item: row(item[1])["params"] or ()))
+
+
+def switched(found: Mapping[str, Sequence[dict[str, Any]]]) -> bool:
+    """Whether a network has kernels that are switched off."""
+    runs = (run for runs in found.values() for run in runs)
+    return any(run.get("macs_dynamic", run.get("macs")) != run.get("macs") for run in runs)
 
 
 def failed(pattern: str) -> dict[str, str]:
@@ -129,13 +139,14 @@ def main() -> None:
         quiet()
         notes.append(time_runs(summaries))
     found = by_arm(summaries, named(pattern))
-    columns = {key: column for key, column in COLUMNS.items() if key != "latency_ms" or notes}
+    shown = {"latency_ms": bool(notes), "macs_dynamic": switched(found)}
+    columns = {key: column for key, column in COLUMNS.items() if shown.get(key, True)}
     cells = {arm: row(runs) for arm, runs in found.items()}
     head = ("arm", "runs", *(head for head, _, _ in columns.values()))
     table, rows = Table(Column("arm", overflow="fold"), *head[1:]), []
     for arm, runs in found.items():
-        shown = (_shown(cells[arm][key], len(runs), digits) for key, (_, _, digits) in columns.items())
-        rows.append([arm, str(len(runs)), *shown])
+        texts = (_shown(cells[arm][key], len(runs), digits) for key, (_, _, digits) in columns.items())
+        rows.append([arm, str(len(runs)), *texts])
         table.add_row(*rows[-1])
     Console(width=WIDTH).print(table)
     broken = failed(pattern)
@@ -144,7 +155,7 @@ def main() -> None:
     if "csv" in given:
         write_csv(found, cells, columns, Path(str(given.csv)))
     if "figure" in given:
-        draw_arms(found, Path(str(given.figure)))
+        draw_arms(found, "macs_dynamic" if switched(found) else "params", Path(str(given.figure)))
     if "html" in given:
         parts = [*figures(found, histories(pattern), notes), failures(broken)]
         text = page(pattern, head, rows, best(rows), parts)

@@ -74,11 +74,15 @@ def heat_map(history: Sequence[dict[str, Any]]) -> np.ndarray:
     return pixels
 
 
-def draw_arms(arms: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> None:
-    """One line an arm, best first: accuracy of every seed with its mean ± sd, params, what training took."""
+def draw_arms(arms: Mapping[str, Sequence[dict[str, Any]]], size: str, path: Path) -> None:
+    """One line an arm, best first: accuracy of every seed with its mean ± sd, its size, what training took.
+
+    Args:
+        size: "params", or "macs_dynamic" where kernels are switched off.
+    """
     panels = {
         "test/acc": ("test accuracy (%)", 100.0),
-        "params": ("params", 1.0),
+        size: ("params" if size == "params" else "MACs an image, mean", 1.0),
         "macs_training": ("training (10¹² MACs)", 1e-12),
     }
     order = sorted(arms, key=lambda arm: np.mean([summary["test/acc"] for summary in arms[arm]]))

@@ -4,6 +4,7 @@ import csv
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,7 +14,7 @@ from elastic.module import TrainingError
 from experiments import compare
 
 
-def write(folder: Path, accuracy: float, params: int, **more: int | None) -> None:
+def write(folder: Path, accuracy: float, params: int, **more: Any) -> None:
     folder.mkdir()
     summary = {"test/acc": accuracy, "params": params, "params_dense": 9, "macs": 7, "wall_s": 1.5, **more}
     (folder / "summary.json").write_text(json.dumps(summary))
@@ -60,6 +61,22 @@ def test_training_macs_are_shown_in_units_of_1e12(
     assert float(rows["new"]["macs_training sd"]) == pytest.approx(0.5**0.5, rel=1e-5)
 
 
+def test_sets_of_modules_are_arms_and_have_mean_macs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    write(tmp_path / "dense-seed0", 0.95, 10, macs_dynamic=7)
+    _, rows = shown(tmp_path, monkeypatch, capsys)
+    assert "macs_dynamic mean" not in rows["dense"], "where nothing is switched off, they say nothing"
+    sets = [
+        {"set": 0, "test/acc": 0.9, "macs_dynamic": 5},
+        {"set": 1, "test/acc": 0.8, "macs_dynamic": 3},
+    ]
+    write(tmp_path / "switched-seed0", 0.9, 11, macs_dynamic=5, sets=sets)
+    _, rows = shown(tmp_path, monkeypatch, capsys)
+    for arm, mean, right in (("dense", 7, 95), ("switched", 5, 90), ("switched set 1", 3, 80)):
+        assert (float(rows[arm]["macs_dynamic mean"]), float(rows[arm]["test/acc mean"])) == (mean, right)
+
+
 def test_what_a_recorded_run_lacks_is_a_dash(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -94,6 +111,10 @@ def test_the_figure_is_drawn_of_old_and_new_runs(tmp_path: Path, monkeypatch: py
     write(tmp_path / "new-seed0", 0.9, 10, macs_training=10**12)
     write(tmp_path / "new-seed1", 0.8, 10, macs_training=10**12)
     write(tmp_path / "old-seed0", 0.7, 20)
-    monkeypatch.setattr(sys, "argv", ["compare", f"runs={tmp_path}/*", f"figure={tmp_path}/arms.png"])
-    compare.main()
-    assert plt.imread(tmp_path / "arms.png").std() > 0.05
+    for name in ("of_params", "of_macs"):
+        monkeypatch.setattr(
+            sys, "argv", ["compare", f"runs={tmp_path}/*-seed*", f"figure={tmp_path}/{name}.png"]
+        )
+        compare.main()
+        assert plt.imread(tmp_path / f"{name}.png").std() > 0.05
+        write(tmp_path / f"{name}-seed0", 0.7, 20, macs_dynamic=3)
