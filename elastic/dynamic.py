@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from elastic.errors import StructureError
 from elastic.kam import KINDS, Choice, Site
@@ -57,6 +57,7 @@ def attach(
         conv = traced.get_submodule(site.writer)
         assert isinstance(conv, nn.Conv2d)
         module = KINDS[kind](site, conv.in_channels, conv.out_channels, sets, choice)
+        module.start(_worth(traced, site, conv.out_channels))
         path = f"{MODULES}.{site.writer.replace('.', '/')}"
         traced.add_submodule(path, module.to(conv.weight.device))
         _insert(traced, site, path)
@@ -125,6 +126,19 @@ def _site(traced: fx.GraphModule, width: Width) -> Site | str:
             elif getattr(user.target, "__name__", user.target) not in ASKS_FOR_SHAPE:
                 return f"{user.name} does more with its maps than to read them"
     return Site(writer, tuple(dict.fromkeys(readers)), tuple(each))
+
+
+@torch.no_grad()
+def _worth(traced: fx.GraphModule, site: Site, kernels: int) -> Tensor:
+    """What each kernel's map moves in its readers: their weights for it, times the gain of its norm."""
+    (call,) = _calls(traced, site.writer)
+    gain = getattr(_layer(traced, _normed(traced, call)), "weight", None)
+    squared_K = torch.zeros(kernels)
+    for layer in (traced.get_submodule(path) for path in site.readers):
+        if getattr(layer, "groups", 1) == 1:
+            of_kernels: Tensor = layer.weight.transpose(0, 1).unflatten(0, (kernels, -1))  # type: ignore[operator, union-attr]
+            squared_K += of_kernels.flatten(1).square().sum(1).cpu()
+    return squared_K if not isinstance(gain, Tensor) or gain.dim() > 1 else squared_K * gain.square().cpu()
 
 
 def _insert(traced: fx.GraphModule, site: Site, path: str) -> None:

@@ -25,7 +25,7 @@ from elastic.active import engaged, ramp
 from elastic.errors import StructureError
 
 Choice = Literal["ramp", "straight_through", "soft", "gumbel"]
-START = 2.0  # σ(2) = 0.88: nearly open, or training would collapse before the kernels know anything
+START, SPREAD = 1.0, 3.0  # all open, or training would collapse before the kernels know anything
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Head(nn.Module):
         super().__init__()
         self.norm, self.linear = nn.BatchNorm1d(reads, affine=False), nn.Linear(reads, kernels)
         nn.init.zeros_(self.linear.weight)
-        nn.init.constant_(self.linear.bias, START)
+        nn.init.constant_(self.linear.bias, START + SPREAD / 2)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         score_BK: Tensor = self.linear(self.norm(x_BCHW.mean((2, 3))))
@@ -93,6 +93,13 @@ class KernelActivation(nn.Module):
         self.site, self.choice, self.temperature, self.chosen = site, choice, 1.0, 0
         self.heads = nn.ModuleList(Head(reads, kernels) for _ in range(sets))
         self.on_BK = torch.ones(0, kernels)
+
+    @torch.no_grad()
+    def start(self, worth_K: Tensor) -> None:
+        """Let scores start in the order of what kernels are worth, so that they do not close all at once."""
+        place_K = worth_K.argsort().argsort() / len(worth_K)
+        for head in self.heads:
+            head.linear.bias.copy_(START + SPREAD * place_K)  # type: ignore[union-attr, operator]
 
     def scores(self, x_BCHW: Tensor) -> Tensor:
         score_BK: Tensor = self.heads[self.chosen](x_BCHW)

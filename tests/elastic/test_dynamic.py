@@ -236,6 +236,19 @@ def test_a_gumbel_gate_is_on_as_often_as_the_sigmoid_says() -> None:
     torch.testing.assert_close(often_K, torch.sigmoid(score_BK[0]), atol=0.02, rtol=0)
 
 
+def test_a_network_starts_as_it_was_with_its_weakest_kernels_next_to_the_threshold() -> None:
+    net = randomised(convnet(in_channels=3)).eval()
+    net[3].weight.data[:, 2] = 0  # type: ignore[index, union-attr, operator]
+    found = attach(net, discover(net, X), sets=2)
+    with torch.no_grad():
+        assert torch.equal(found(X), net(X))
+    (first, *_) = modules(found)
+    assert first.site == Site("0", ("3",), ())
+    for h in first.heads:
+        bias_K = h.linear.bias  # type: ignore[union-attr]
+        assert bias_K.argmin() == 2 and len(bias_K.unique()) == len(bias_K) and bias_K.min() >= 1  # type: ignore[operator, arg-type, union-attr]
+
+
 def test_one_of_several_sets_rules() -> None:
     net = gated(convnet(in_channels=3).eval(), X, sets=3)
     with torch.no_grad():
