@@ -99,7 +99,7 @@ def test_the_table_and_the_page_have_it_where_it_was_asked_for(
     code, out, err = command(experiments.compare.main, monkeypatch, capsys, *asked, "latency=true")
     assert code == 0 and not err and "latency: one image, one thread, median of 100, 5 networks" in out
     rows = {row["arm"]: row for row in csv.DictReader((tmp_path / "table.csv").read_text().splitlines())}
-    assert rows.keys() == {"plain", "joint", "joint level 0", "switched"}
+    assert rows.keys() == {"plain", "joint", "joint level 0", "switched", "switched set 1"}
     assert all(0.01 < float(row["latency_ms mean"]) < 1000 for row in rows.values())
     text = (tmp_path / "page.html").read_text()
     assert "<h2>Accuracy against latency</h2>" in text and "<h2>Levels and sets by latency</h2>" in text
