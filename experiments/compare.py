@@ -139,7 +139,8 @@ def main() -> None:
         quiet()
         notes.append(time_runs(summaries))
     found = by_arm(summaries, named(pattern))
-    shown = {"latency_ms": bool(notes), "macs_dynamic": switched(found)}
+    skips = switched(found)
+    shown = {"latency_ms": bool(notes), "macs_dynamic": skips}
     columns = {key: column for key, column in COLUMNS.items() if shown.get(key, True)}
     cells = {arm: row(runs) for arm, runs in found.items()}
     head = ("arm", "runs", *(head for head, _, _ in columns.values()))
@@ -155,7 +156,7 @@ def main() -> None:
     if "csv" in given:
         write_csv(found, cells, columns, Path(str(given.csv)))
     if "figure" in given:
-        draw_arms(found, "macs_dynamic" if switched(found) else "params", Path(str(given.figure)))
+        draw_arms(found, "macs_dynamic" if skips else "params", Path(str(given.figure)))
     if "html" in given:
         parts = [*figures(found, histories(pattern), notes), failures(broken)]
         text = page(pattern, head, rows, best(rows), parts)
