@@ -92,7 +92,7 @@ class Sweep(Callback):
         sweeper, folder = config.hydra.sweeper, Path(config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         runs = sweeper.get("n_trials") or grid(sweeper.get("params") or {}, config.hydra.overrides.task)
-        done, _, failed = counts(folder)
+        done, _running, failed = counts(folder)
         plan = {"runs": runs, "since": time.time(), "behind": done + failed}
         replace_file(folder / PLAN, lambda part: part.write_text(json.dumps(plan) + "\n"))
         if sweeper.get("storage") is not None:
