@@ -1,9 +1,10 @@
 // Layers of which only some input and output channels exist; see active.py.
 //
 // Tensors are fp32, NCHW, contiguous and of full size; lists name the active channels, so nothing is gathered.
-// The active inputs are padded once. Vectors then run along the pixels of an output row, read in place where rows
-// are long enough, else from columns (im2col); a block of outputs at a time stays in registers. Where an output has
-// so few pixels that they do not fill a vector, vectors run along the kernel instead.
+// The active inputs are padded once, and split by stride, so that what a tap reads for the next pixel is the next
+// float. Vectors then run along the pixels of an output, in place, a block of outputs at a time staying in registers.
+// Where rows are so short that vectors would mostly run over padding, they run along columns (im2col) instead; where
+// an output has so few pixels that they do not fill a vector, along the kernel.
 
 #include <algorithm>
 #include <cstdint>
@@ -29,6 +30,7 @@ constexpr int LANES = 4, SUMS = 12;
 constexpr int WIDE = SUMS == 24 ? 4 : 2, TILE = WIDE * LANES;  // pixels
 constexpr int FEW = 4;                                         // pixels of an output for which columns do not pay
 constexpr int TAPS = 121;                                      // kernels of 11×11 at most
+constexpr double WASTE = 1.3;                                  // vectors in place for one in columns
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
 
@@ -36,8 +38,15 @@ struct Shape {
     int32_t channels, height, width, kernels, kernel_height, kernel_width, stride, pad, out_height, out_width;
     int32_t taps() const { return kernel_height * kernel_width; }
     int32_t pixels() const { return out_height * out_width; }
-    int32_t line() const { return width + 2 * pad; }
-    int64_t plane() const { return (int64_t)(height + 2 * pad) * line(); }
+    // Of padded rows and columns, what taps with the same remainder by stride read lies together, in a phase.
+    int32_t line() const { return (width + 2 * pad + stride - 1) / stride; }
+    int32_t lines() const { return (height + 2 * pad + stride - 1) / stride; }
+    int32_t phases() const { return std::min(stride, std::max(kernel_height, kernel_width)); }
+    int64_t plane() const { return (int64_t)phases() * phases() * lines() * line(); }
+    int32_t tap(int t) const {
+        const int r = t / kernel_width, c = t % kernel_width;
+        return ((r % stride * phases() + c % stride) * lines() + r / stride) * line() + c / stride;
+    }
 };
 
 struct Layer {
@@ -65,58 +74,85 @@ Part share(int count) {
 
 void pad(const Shape &s, const float *x, List in, Part part, float *to) {
     to += part.begin * s.plane();
-    const int above = s.pad * s.line() + s.pad;
-    for (int a = part.begin; a < part.end; a++) {
-        const float *from = x + (int64_t)in.channel[a] * s.height * s.width;
-        std::memset(to, 0, sizeof(float) * above);
-        to += above;
-        for (int y = 0; y < s.height; y++, from += s.width, to += s.line()) {
-            std::memcpy(to, from, sizeof(float) * s.width);
-            std::memset(to + s.width, 0, sizeof(float) * 2 * s.pad);
-        }
-        std::memset(to, 0, sizeof(float) * (s.pad * s.line() - s.pad));
-        to += s.pad * s.line() - s.pad;
-    }
+    std::memset(to, 0, sizeof(float) * (part.end - part.begin) * s.plane());
+    for (int a = part.begin; a < part.end; a++)
+        for (int r = 0; r < s.phases(); r++)
+            for (int c = 0; c < s.phases(); c++, to += (int64_t)s.lines() * s.line()) {
+                // The first row and column of the phase that are not padding.
+                const int y = (s.pad - r + s.stride - 1) / s.stride, x0 = (s.pad - c + s.stride - 1) / s.stride;
+                const int top = y * s.stride + r - s.pad, left = x0 * s.stride + c - s.pad;
+                const float *from = x + ((int64_t)in.channel[a] * s.height + top) * s.width + left;
+                const int count = (s.width - left + s.stride - 1) / s.stride;
+                float *row = to + y * s.line() + x0;
+                for (int i = top; i < s.height; i += s.stride, from += s.stride * s.width, row += s.line())
+                    if (s.stride == 1) std::memcpy(row, from, sizeof(float) * s.width);
+                    else
+                        for (int j = 0; j < count; j++) row[j] = from[j * s.stride];
+            }
 }
 
 // The pixels from:to of what each tap reads, [inputs][taps][wide]. WIDTH: of an output row, where known.
 template <int WIDTH>
-void columns(const Shape &s, const float *padded, Part part, int from, int to, int wide, float *column) {
+void columns(const Shape &s, const int32_t *tap, const float *padded, Part part, int from, int to, int wide,
+             float *column) {
     const int width = WIDTH ? WIDTH : s.out_width;
     padded += part.begin * s.plane();
     column += (int64_t)part.begin * s.taps() * wide;
     for (int a = part.begin; a < part.end; a++, padded += s.plane())
-        for (int r = 0; r < s.kernel_height; r++)
-            for (int c = 0; c < s.kernel_width; c++, column += wide)
-                for (int p = from, y = from / width, x = from % width; p < to; y++, x = 0) {
-                    const float *row = padded + (int64_t)(y * s.stride + r) * s.line() + x * s.stride + c;
-                    const int run = std::min(width - x, to - p);
-                    float *out = column + (p - from);
-                    if (WIDTH && run == WIDTH && s.stride == 1)
-                        std::memcpy(out, row, sizeof(float) * WIDTH);
-                    else if (s.stride == 1)
-                        for (int j = 0; j < run; j++) out[j] = row[j];
-                    else
-                        for (int j = 0; j < run; j++) out[j] = row[j * s.stride];
-                    p += run;
-                }
+        for (int t = 0; t < s.taps(); t++, column += wide)
+            for (int p = from, y = from / width, x = from % width; p < to; y++, x = 0) {
+                const float *row = padded + tap[t] + y * s.line() + x;
+                const int run = std::min(width - x, to - p);
+                if (WIDTH && run == WIDTH) std::memcpy(column + (p - from), row, sizeof(float) * WIDTH);
+                else std::copy(row, row + run, column + (p - from));
+                p += run;
+            }
 }
+
+// Lanes of a tile that are pixels, side by side.
+struct Run {
+    int32_t lane, pixel, count;
+};
 
 // Vector v of tap t of the a-th active input is at data + a·plane + tap[t] + vector[v].
 struct Source {
     const float *data;
     int64_t plane;
-    int32_t tap[TAPS], vector[WIDE];
+    int32_t tap[TAPS], vector[WIDE], runs;
+    Run run[TILE];
+
+    // Vector v is read in place, from row y, column x.
+    void in_place(const Shape &s, int v, int y, int x) {
+        vector[v] = y * s.line() + x;
+        for (int lane = 0; lane < LANES && y < s.out_height; lane += s.line() - x, x = 0, y++)
+            if (x < s.out_width)
+                run[runs++] = {v * LANES + lane, y * s.out_width + x, std::min(s.out_width - x, LANES - lane)};
+    }
 };
 
-inline void store(const Layer &layer, int64_t place, float value) {
-    if (layer.residual) value += layer.residual[place];
-    layer.y[place] = layer.relu && value < 0 ? 0 : value;
+// Vectors are written over the end of a run where more pixels follow: those are written later.
+inline void store(const Layer &layer, int64_t map, const Source &source, const float *sums) {
+    const float *residual = layer.residual ? layer.residual + map : nullptr;
+    float *y = layer.y + map;
+    const int pixels = layer.shape.pixels();
+    for (int r = 0; r < source.runs; r++) {
+        const Run &run = source.run[r];
+        if (run.pixel + LANES <= pixels) {
+            vec sum = *(const vec *)(sums + run.lane);
+            if (residual) sum += *(const vec *)(residual + run.pixel);
+            if (layer.relu) sum = sum > 0 ? sum : vec{};
+            *(vec *)(y + run.pixel) = sum;
+        } else
+            for (int j = 0; j < run.count; j++) {
+                const float sum = sums[run.lane + j] + (residual ? residual[run.pixel + j] : 0);
+                y[run.pixel + j] = layer.relu && sum < 0 ? 0 : sum;
+            }
+    }
 }
 
-// NO outputs at NV vectors of pixels, the first of which is `place` in the sample's outputs.
+// NO outputs at NV vectors.
 template <int NV, int NO>
-void block(const Layer &layer, List in, const int32_t *out, const Source &source, int64_t sample, int from, int to) {
+void block(const Layer &layer, List in, const int32_t *out, const Source &source, int64_t sample) {
     const Shape &s = layer.shape;
     const int taps = s.taps();
     const float *weight[NO];
@@ -136,59 +172,79 @@ void block(const Layer &layer, List in, const int32_t *out, const Source &source
         }
     }
     for (int o = 0; o < NO; o++) {
-        const int64_t place = (sample * s.kernels + out[o]) * s.pixels() + from;
-        float done[NV * LANES];
-        for (int v = 0; v < NV; v++) sum[o][v] *= layer.gate[sample * s.kernels + out[o]];
-        std::memcpy(done, sum[o], sizeof(done));
-        for (int p = 0; p < to - from; p++) store(layer, place + p, done[p]);
+        const int64_t output = sample * s.kernels + out[o];
+        float sums[(NV + 1) * LANES];
+        for (int v = 0; v < NV; v++) *(vec *)(sums + v * LANES) = sum[o][v] * layer.gate[output];
+        store(layer, output * s.pixels(), source, sums);
     }
 }
 
+// Outputs in blocks of NO at most, and all of about one size, as small ones are slow.
 template <int NV, int NO>
-void blocks(const Layer &layer, List in, List out, Part part, const Source &source, int64_t sample, int from, int to) {
-    for (; part.begin + NO <= part.end; part.begin += NO)
-        block<NV, NO>(layer, in, out.channel + part.begin, source, sample, from, to);
-    if constexpr (NO > 1) {
-        constexpr int LESS = NO > 8 ? 8 : NO > 4 ? 4 : NO - 1;
-        blocks<NV, LESS>(layer, in, out, part, source, sample, from, to);
+void blocks(const Layer &layer, List in, List out, Part part, const Source &source, int64_t sample) {
+    auto run = [&](auto self, auto most, int size) -> void {
+        constexpr int MOST = decltype(most)::value;
+        if (size == MOST) block<NV, MOST>(layer, in, out.channel + part.begin, source, sample);
+        else if constexpr (MOST > 1) self(self, std::integral_constant<int, MOST - 1>{}, size);
+    };
+    for (int left = (part.end - part.begin + NO - 1) / NO; left > 0; left--) {
+        const int size = (part.end - part.begin + left - 1) / left;
+        run(run, std::integral_constant<int, NO>{}, size);
+        part.begin += size;
     }
 }
 
-void tile(const Layer &layer, List in, List out, Part part, const Source &source, int64_t sample, int from, int to) {
-    auto run = [&](auto kernel) { kernel(layer, in, out, part, source, sample, from, to); };
-    const int vectors = (to - from + LANES - 1) / LANES;
+void tile(const Layer &layer, List in, List out, Part part, const Source &source, int64_t sample, int vectors) {
+    auto run = [&](auto kernel) { kernel(layer, in, out, part, source, sample); };
     if (vectors == 1) run(blocks<1, SUMS == 24 ? 16 : 8>);
     else if (vectors == 2) run(blocks<2, SUMS / 2>);
-    else if (vectors == 3) run(blocks<3, SUMS / 3>);
-    else run(blocks<4, SUMS / 4>);
+    else if constexpr (WIDE == 4) vectors == 3 ? run(blocks<3, SUMS / 3>) : run(blocks<4, SUMS / 4>);
 }
+
+int vectors(int places) { return (places + LANES - 1) / LANES; }
 
 void by_pixels(const Layer &layer, const float *x, List in, List out, int64_t sample, float *work) {
     const Shape &s = layer.shape;
     const Part mine = share(in.count), outputs = share(out.count);
     float *padded = work, *column = work + in.count * s.plane();
-    const bool direct = s.stride == 1 && s.out_width % LANES == 0;
     pad(s, x, in, mine, padded);
 #pragma omp barrier
+    // In place, vectors begin anew in each row or run on over the padding, whichever takes fewer.
+    const int row = vectors(s.out_width), over = vectors(s.line() * (s.out_height - 1) + s.out_width);
+    const bool anew = row * s.out_height <= over, columned = std::min(row * s.out_height, over) > WASTE * vectors(s.pixels());
+    const int all = columned ? vectors(s.pixels()) : anew ? row * s.out_height : over;
     Source source;
-    for (int from = 0; from < s.pixels(); from += TILE) {
-        const int to = std::min(s.pixels(), from + TILE), wide = (to - from + LANES - 1) / LANES * LANES;
-        source.data = direct ? padded : column;
-        source.plane = direct ? s.plane() : (int64_t)s.taps() * wide;
-        for (int t = 0; t < s.taps(); t++)
-            source.tap[t] = direct ? t / s.kernel_width * s.line() + t % s.kernel_width : t * wide;
-        for (int v = 0, p = from; v < WIDE; v++, p += LANES)
-            source.vector[v] = direct ? p / s.out_width * s.line() + p % s.out_width : v * LANES;
-        if (!direct) {
+    int32_t tap[TAPS];
+    for (int t = 0; t < s.taps(); t++) source.tap[t] = tap[t] = s.tap(t);
+    for (int from = 0; from < all; from += WIDE) {
+        const int count = std::min(all - from, WIDE), wide = count * LANES;
+        source.data = columned ? column : padded;
+        source.plane = columned ? (int64_t)s.taps() * wide : s.plane();
+        source.runs = 0;
+        for (int v = 0; v < count; v++) {
+            const int at = (from + v) * LANES;
+            if (columned) {
+                source.vector[v] = v * LANES;
+                source.run[source.runs++] = {v * LANES, at, std::min(s.pixels() - at, LANES)};
+            } else if (anew) source.in_place(s, v, (from + v) / row, (from + v) % row * LANES);
+            else source.in_place(s, v, at / s.line(), at % s.line());
+        }
+        if (columned) {
             auto lay = s.out_width == 8 ? columns<8> : s.out_width == 4 ? columns<4> : columns<0>;
-            lay(s, padded, mine, from, to, wide, column);
+            lay(s, tap, padded, mine, from * LANES, std::min((from + count) * LANES, s.pixels()), wide, column);
+            for (int t = 0; t < s.taps(); t++) source.tap[t] = t * wide;
 #pragma omp barrier
         }
-        tile(layer, in, out, outputs, source, sample, from, to);
-        if (!direct) {
+        tile(layer, in, out, outputs, source, sample, count);
+        if (columned) {
 #pragma omp barrier
         }
     }
+}
+
+inline void finish(const Layer &layer, int64_t place, float value) {
+    if (layer.residual) value += layer.residual[place];
+    layer.y[place] = layer.relu && value < 0 ? 0 : value;
 }
 
 // NO outputs of PIXELS pixels; what each pixel sees of an input lies in one vector, [inputs][PIXELS][LANES].
@@ -212,7 +268,7 @@ void along_kernel(const Layer &layer, List in, List out, Part part, const float 
                 float total = layer.bias[channel];
                 for (int j = 0; j < LANES; j++) total += sum[o][p][j];
                 const int64_t output = sample * s.kernels + channel;
-                store(layer, output * PIXELS + p, total * layer.gate[output]);
+                finish(layer, output * PIXELS + p, total * layer.gate[output]);
             }
     }
     if constexpr (NO > 1) along_kernel<PIXELS, 1>(layer, in, out, part, seen, sample);
