@@ -67,10 +67,18 @@ struct Part {  // of the active outputs, for one thread
     int begin, end;
 };
 
-Part share(int count) {
-    const int threads = omp_get_num_threads(), me = omp_get_thread_num();
-    return {(int)((int64_t)count * me / threads), (int)((int64_t)count * (me + 1) / threads)};
-}
+// Threads that share the work on a sample.
+struct Team {
+    int me, threads;
+    Part share(int count) const {
+        return {(int)((int64_t)count * me / threads), (int)((int64_t)count * (me + 1) / threads)};
+    }
+    void wait() const {
+        if (threads > 1) {
+#pragma omp barrier
+        }
+    }
+};
 
 void pad(const Shape &s, const float *x, List in, Part part, float *to) {
     to += part.begin * s.plane();
@@ -203,12 +211,12 @@ void tile(const Layer &layer, List in, List out, Part part, const Source &source
 
 int vectors(int places) { return (places + LANES - 1) / LANES; }
 
-void by_pixels(const Layer &layer, const float *x, List in, List out, int64_t sample, float *work) {
+void by_pixels(const Layer &layer, Team team, const float *x, List in, List out, int64_t sample, float *work) {
     const Shape &s = layer.shape;
-    const Part mine = share(in.count), outputs = share(out.count);
+    const Part mine = team.share(in.count), outputs = team.share(out.count);
     float *padded = work, *column = work + in.count * s.plane();
     pad(s, x, in, mine, padded);
-#pragma omp barrier
+    team.wait();
     // In place, vectors begin anew in each row or run on over the padding, whichever takes fewer.
     const int row = vectors(s.out_width), over = vectors(s.line() * (s.out_height - 1) + s.out_width);
     const bool anew = row * s.out_height <= over, columned = std::min(row * s.out_height, over) > WASTE * vectors(s.pixels());
@@ -233,12 +241,10 @@ void by_pixels(const Layer &layer, const float *x, List in, List out, int64_t sa
             auto lay = s.out_width == 8 ? columns<8> : s.out_width == 4 ? columns<4> : columns<0>;
             lay(s, tap, padded, mine, from * LANES, std::min((from + count) * LANES, s.pixels()), wide, column);
             for (int t = 0; t < s.taps(); t++) source.tap[t] = t * wide;
-#pragma omp barrier
+            team.wait();
         }
         tile(layer, in, out, outputs, source, sample, count);
-        if (columned) {
-#pragma omp barrier
-        }
+        if (columned) team.wait();
     }
 }
 
@@ -274,9 +280,9 @@ void along_kernel(const Layer &layer, List in, List out, Part part, const float 
     if constexpr (NO > 1) along_kernel<PIXELS, 1>(layer, in, out, part, seen, sample);
 }
 
-void by_kernel(const Layer &layer, const float *x, List in, List out, int64_t sample, float *work) {
+void by_kernel(const Layer &layer, Team team, const float *x, List in, List out, int64_t sample, float *work) {
     const Shape &s = layer.shape;
-    const Part mine = share(in.count);
+    const Part mine = team.share(in.count);
     for (int a = mine.begin; a < mine.end; a++)
         for (int p = 0; p < FEW; p++) {
             float *seen = work + ((int64_t)a * FEW + p) * LANES;
@@ -288,8 +294,8 @@ void by_kernel(const Layer &layer, const float *x, List in, List out, int64_t sa
                     seen[t] = x[((int64_t)in.channel[a] * s.height + y) * s.width + c];
             }
         }
-#pragma omp barrier
-    along_kernel<FEW, 4>(layer, in, out, share(out.count), work, sample);
+    team.wait();
+    along_kernel<FEW, 4>(layer, in, out, team.share(out.count), work, sample);
 }
 
 // y is left as it is where an output is not active; zeros there where asked for.
@@ -297,6 +303,11 @@ void clear(float *y, int64_t pixels, int channels, List out) {
     for (int c = 0, k = 0; c < channels; c++)
         if (k < out.count && out.channel[k] == c) k++;
         else std::memset(y + c * pixels, 0, sizeof(float) * pixels);
+}
+
+// Floats of work that a thread needs.
+int64_t need(const Shape &s) {
+    return s.channels * (s.plane() + (int64_t)std::max(s.taps() * TILE, FEW * LANES)) + TILE;
 }
 
 // Lists are ascending, (batch, channels) with a row's first `count` entries valid.
@@ -308,12 +319,18 @@ void convolution(const Shape *shape, const float *weight, const float *bias, con
     const Layer layer{s, weight, bias, residual, gate, y, relu != 0};
     const bool few = s.pixels() == FEW && s.taps() > 1 && s.taps() <= LANES;
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    for (int64_t b = 0; b < batch; b++) {
-        const float *sample = x + b * s.channels * s.height * s.width;
-        const List reads{in + b * s.channels, in_count[b]}, writes{out + b * s.kernels, out_count[b]};
-        (few ? by_kernel : by_pixels)(layer, sample, reads, writes, b, work);
-#pragma omp barrier
-        if (zeros && omp_get_thread_num() == 0) clear(y + b * s.kernels * s.pixels(), s.pixels(), s.kernels, writes);
+    {
+        // Each thread has samples of its own, or all share each sample where there are too few.
+        const int me = omp_get_thread_num(), all = omp_get_num_threads();
+        const bool own = batch >= all;
+        const Team team = own ? Team{0, 1} : Team{me, all};
+        for (int64_t b = own ? me : 0; b < batch; b += own ? all : 1) {
+            const float *sample = x + b * s.channels * s.height * s.width;
+            const List reads{in + b * s.channels, in_count[b]}, writes{out + b * s.kernels, out_count[b]};
+            (few ? by_kernel : by_pixels)(layer, team, sample, reads, writes, b, work + (own ? me * need(s) : 0));
+            team.wait();
+            if (zeros && team.me == 0) clear(y + b * s.kernels * s.pixels(), s.pixels(), s.kernels, writes);
+        }
     }
 }
 
@@ -321,22 +338,24 @@ void convolution(const Shape *shape, const float *weight, const float *bias, con
 // 1 at most and 1 for the highest, or just 1; those of other kernels are 0.
 void engage(const float *x, int32_t batch, int32_t channels, int64_t pixels, const int32_t *in,
             const int32_t *in_count, const float *weight, const float *bias, int32_t kernels, int32_t ramped,
-            int32_t *out, int32_t *out_count, float *gate, float *work) {
+            int32_t *out, int32_t *out_count, float *gate, float *means, int32_t threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && batch > 1)
     for (int64_t b = 0; b < batch; b++) {
         const List reads{in + b * channels, in_count[b]};
+        float *mean = means + b * channels;
         for (int a = 0; a < reads.count; a++) {
             const float *plane = x + (b * channels + reads.channel[a]) * pixels;
             float sum = 0;
 #pragma omp simd reduction(+ : sum)
             for (int64_t p = 0; p < pixels; p++) sum += plane[p];
-            work[a] = sum / pixels;
+            mean[a] = sum / pixels;
         }
         int best = 0, count = 0;
         float highest = 0;
         for (int k = 0; k < kernels; k++) {
             float score = bias[k];
             const float *row = weight + (int64_t)k * channels;
-            for (int a = 0; a < reads.count; a++) score += row[reads.channel[a]] * work[a];
+            for (int a = 0; a < reads.count; a++) score += row[reads.channel[a]] * mean[a];
             if (k == 0 || score > highest) highest = score, best = k;
             if (score > 0) out[b * kernels + count++] = k;
             gate[b * kernels + k] = score > 0 ? (ramped ? std::min(score, 1.0f) : 1.0f) : 0.0f;
@@ -350,8 +369,9 @@ void engage(const float *x, int32_t batch, int32_t channels, int64_t pixels, con
 // Max pooling, without padding, of the active channels.
 void max_pool(const float *x, float *y, int32_t batch, int32_t channels, int32_t height, int32_t width, int32_t size,
               int32_t stride, int32_t out_height, int32_t out_width, const int32_t *in, const int32_t *in_count,
-              int32_t zeros) {
+              int32_t zeros, int32_t threads) {
     const int64_t from = (int64_t)height * width, to = (int64_t)out_height * out_width;
+#pragma omp parallel for num_threads(threads) if (threads > 1 && batch > 1)
     for (int64_t b = 0; b < batch; b++) {
         const List reads{in + b * channels, in_count[b]};
         for (int a = 0; a < reads.count; a++) {
@@ -385,10 +405,8 @@ void call(void (*function)(T...), const int64_t *arguments) {
 
 extern "C" {
 
-// Floats that a convolution needs for its work.
-int64_t active_work(const Shape *s) {
-    return s->channels * (s->plane() + (int64_t)std::max(s->taps() * TILE, FEW * LANES)) + TILE;
-}
+// Floats of work that a convolution needs for each thread.
+int64_t active_work(const Shape *s) { return need(*s); }
 
 struct Step {
     int64_t function;  // 0 convolution, 1 engage, 2 max_pool

@@ -68,7 +68,7 @@ class _Size(NamedTuple):
 
     shape: _Shape
     out: tuple[int, int, int]
-    work: int  # floats that it needs
+    work: int  # floats that it needs for each thread
 
 
 class ActiveConv2d(nn.Module):
@@ -162,10 +162,11 @@ class ActiveConv2d(nn.Module):
         residual = None if residual is None else residual.contiguous()
         inputs = reads or every(batch, self.weight.shape[1])
         outputs = writes or every(batch, self.weight.shape[0])
+        threads = torch.get_num_threads()
         call(
             *("convolution", size.shape, self.weight, self.bias, x_BCHW, residual, y_BKHW, batch),
             *(inputs.channel_BK, inputs.count_B, *outputs, self.relu, self.zeros),
-            *(work(size.work), torch.get_num_threads()),
+            *(work(threads * size.work), threads),
         )
         return y_BKHW
 
@@ -203,7 +204,7 @@ def switch(
     reads = reads or every(batch, channels)
     call(
         *("engage", x_BCHW, batch, channels, size[0] * size[1], reads.channel_BK, reads.count_B),
-        *(weight_KC, bias_K, kernels, ramped, *found, work(channels)),
+        *(weight_KC, bias_K, kernels, ramped, *found, work(batch * channels), torch.get_num_threads()),
     )
     return found
 
@@ -230,5 +231,6 @@ def max_pool(x_BCHW: Tensor, reads: Active, size: int, stride: int, zeros: bool)
     out = ((height - size) // stride + 1, (width - size) // stride + 1)
     y_BCHW = torch.empty(batch, channels, *out)
     lists = (reads.channel_BK, reads.count_B)
-    call("max_pool", x_BCHW, y_BCHW, batch, channels, height, width, size, stride, *out, *lists, zeros)
+    sizes = (batch, channels, height, width, size, stride, *out)
+    call("max_pool", x_BCHW, y_BCHW, *sizes, *lists, zeros, torch.get_num_threads())
     return y_BCHW
