@@ -17,7 +17,7 @@ from elastic.errors import StructureError
 from elastic.kam import Choice, Head, KernelActivation, Site, choose, modules
 from elastic.models import convnet, resnet20, vgg16_bn
 from elastic.parsimony import Engaged, Parsimony
-from elastic.skipping import WAYS, rewrite, skipping, tune
+from elastic.skipping import WAYS, fastest, masked, rewrite, skipping, tune
 from elastic.surgery import reindex
 from elastic.widths import discover
 from tests.elastic.zoo import CASES, Case, Net, conv, head, randomised
@@ -70,7 +70,11 @@ def test_what_is_off_is_not_read(name: str, seed: int) -> None:
         torch.testing.assert_close(found, plain(x))
 
 
-@pytest.mark.parametrize("way", WAYS)
+def executed(net: fx.GraphModule, way: str) -> fx.GraphModule:
+    return masked(net) if way == "masked" else skipping(net, way=way)
+
+
+@pytest.mark.parametrize("way", [*WAYS, "masked"])
 @pytest.mark.parametrize("name", CASES)
 @given(seed=st.integers(0, 10**6), batch=st.integers(1, 3), choice=st.sampled_from(["ramp", "soft"]))
 @settings(max_examples=4)
@@ -80,7 +84,7 @@ def test_skipping_says_what_masking_says(name: str, way: str, seed: int, batch: 
     if net is None:
         return
     x = case.example(seed)[:1].repeat(batch, *[1] * (len(case.shape) - 1))
-    random, fast = torch.Generator().manual_seed(seed), skipping(net, way=way)
+    random, fast = torch.Generator().manual_seed(seed), executed(net, way)
     with torch.no_grad():
         for _ in range(2):  # the second time calls are replayed
             x = x + torch.randn(x.shape, generator=random)
@@ -92,7 +96,7 @@ TORCHVISION = ["resnet18", "mobilenet_v2", "vgg11_bn", "densenet121", "shufflene
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TORCHVISION)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS, "masked"])
 def test_so_it_does_in_torchvisions_networks(name: str, way: str) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 64, 64)
@@ -100,7 +104,7 @@ def test_so_it_does_in_torchvisions_networks(name: str, way: str) -> None:
     with torch.no_grad():
         expected = net(x)
         torch.testing.assert_close(
-            skipping(net, way=way)(x), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())
+            executed(net, way)(x), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())
         )
     assert 0.1 < torch.cat([m.on_BK.flatten() for m in modules(net)]).mean() < 0.9
 
@@ -260,9 +264,10 @@ def test_one_of_several_sets_rules() -> None:
     assert not torch.equal(said[1], said[2])
 
 
-def test_a_set_is_chosen_between_requests_of_the_skipping_network_too() -> None:
+@pytest.mark.parametrize("way", ["kernel", "masked"])
+def test_a_set_is_chosen_between_requests_of_the_skipping_network_too(way: str) -> None:
     net = gated(convnet(in_channels=3).eval(), X, sets=2)
-    active = skipping(net)
+    active = executed(net, way)
     with torch.no_grad():
         for chosen in (1, 0, 1):
             choose(net, chosen)
@@ -386,6 +391,26 @@ def test_tuning_gives_every_layer_its_fastest_way(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("elastic.skipping.time.perf_counter", lambda: clock["now"])
     tune(net, [X[:1]])
     assert {layer: layer.way for layer in layers} == fastest
+
+
+def test_the_fastest_network_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The median counts: one slow call is an accident."""
+    clock = {"now": 0.0}
+    calls = {"steady": 0, "shaken": 0}
+
+    def network(name: str, times: list[float]) -> fx.GraphModule:
+        def run(x: Tensor) -> Tensor:
+            clock["now"] += times[calls[name] % len(times)]
+            calls[name] += 1
+            return x
+
+        return run  # type: ignore[return-value]
+
+    steady, shaken = network("steady", [2.0]), network("shaken", [1.0, 9.0, 1.0])
+    monkeypatch.setattr("elastic.skipping.time.perf_counter", lambda: clock["now"])
+    assert fastest([steady, shaken], [X[:1], X[1:2]]) is shaken
+    assert fastest([shaken, steady], [X[:1]]) is shaken
+    assert fastest([steady, network("shaken", [3.0])], [X[:1]]) is steady
 
 
 def test_a_network_without_modules_is_executed_in_full() -> None:
