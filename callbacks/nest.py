@@ -46,9 +46,6 @@ class Nest(L.Callback):
         if self.importance != "taylor":
             importance(net, widths, self.importance)  # what it refuses, it refuses now
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
-        levels_of(pl_module).share()  # the network may have come to another device
-
     def order(self, trainer: L.Trainer, pl_module: ElasticModule, k: int) -> None:
         """Put the channels that matter most to level k first; level k - 1 starts from it."""
         levels = levels_of(pl_module)

@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from callbacks.nest import refuse_beside
 from elastic.dynamic import attach
@@ -13,7 +13,6 @@ from elastic.errors import StructureError
 from elastic.kam import Choice, choose, modules
 from elastic.module import ElasticModule
 from elastic.parsimony import By, Engaged, Form, Parsimony
-from elastic.stored import NORMS
 from elastic.widths import discover
 
 COLD = 0.05  # the temperature at the end of a run, of soft gates
@@ -29,8 +28,9 @@ class SwitchKernels(L.Callback):
         kind: what modules look at, see `elastic.dynamic.attach`.
         begin, end: parts of the run; the loss sets in at the first and grows to its full weight, or moves to
             its target, until the second: kernels that close all at once close whatever they are worth.
-        only: train the modules alone, and leave the network as it is to the last bit. A network with levels
-            is left so in any case: each level gets modules of its own, and each step trains those of one.
+        only: train the modules alone, and leave the network as it is to the last bit.
+
+    Where there are levels, each of them gets modules of its own, and each step trains one, drawn at random.
 
     Example::
 
@@ -70,22 +70,16 @@ class SwitchKernels(L.Callback):
         self.engaged = [Engaged(net, pl_module.example) for net in pl_module.switched]
         pl_module.others = range(len(nets) - 1)
         pl_module.level = len(nets) - 1
-        if self.alone(pl_module):
+        if self.only:
             for net in nets:
                 net.requires_grad_(False)
-
-    def alone(self, pl_module: ElasticModule) -> bool:
-        """Whether the modules alone are trained."""
-        return self.only or pl_module.levels is not None
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
         progress = trainer.current_epoch / (trainer.max_epochs or 1)
         for module in modules(pl_module):
             module.temperature = COLD**progress
-        if self.alone(pl_module):
-            for net in pl_module.levels or [pl_module.net]:
-                for layer in (m for m in net.modules() if isinstance(m, (*NORMS, nn.Dropout))):
-                    layer.eval()
+        if self.only:
+            pl_module.net.eval()
         pl_module.loss_terms.pop("parsimony", None)
         if progress >= self.begin:
             rising = progress < self.end

@@ -87,9 +87,10 @@ class ElasticModule(L.LightningModule):
 
     def run_level(self, k: int, x_BCHW: Tensor) -> Tensor:
         """Level k, or the network where there are no levels; with its modules, if it has any."""
-        if self.switched:
-            return self.switched[k](x_BCHW)  # type: ignore[no-any-return]
-        return self.net(x_BCHW) if self.levels is None else self.levels.forward(k, x_BCHW)  # type: ignore[no-any-return]
+        switched = self.switched[k] if self.switched else None
+        if self.levels is not None:
+            return self.levels.forward(k, x_BCHW, switched)
+        return (self.net if switched is None else switched)(x_BCHW)  # type: ignore[no-any-return]
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x_BCHW, y_B = batch
@@ -122,6 +123,10 @@ class ElasticModule(L.LightningModule):
         if stage == "fit" and on_cpu and self.trainer.precision == "32-true" and _overrun(self.net):
             self.memory_format = torch.contiguous_format
             self.lay_out()
+
+    def on_fit_start(self) -> None:
+        if self.levels is not None:
+            self.levels.share()  # the network may have come to another device
 
     def on_train_epoch_start(self) -> None:
         rank = [self.global_rank] if self.global_rank else []  # each process draws its own augmentation
@@ -223,6 +228,7 @@ class ElasticModule(L.LightningModule):
     def nest(self, levels: Levels) -> None:
         """From here on the network has levels; what it had trained stays the largest."""
         self.levels, self.level, self.level_norms = levels, len(levels) - 1, levels.norms
+        levels.share()
 
     def switch(self, switched: Sequence[fx.GraphModule]) -> None:
         """From here on each level runs with kernel activation modules: `elastic.dynamic.attach`."""

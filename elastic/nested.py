@@ -67,14 +67,21 @@ class Levels(Sequence[nn.Module]):
     def __len__(self) -> int:
         return len(self._levels)
 
-    def forward(self, k: int, x_BCHW: Tensor) -> Tensor:
-        """Level k in training: gradients reach the network's own parameters, and the level's norms."""
+    def forward(self, k: int, x_BCHW: Tensor, traced: nn.Module | None = None) -> Tensor:
+        """Level k in training: gradients reach the network's own parameters, and the level's norms.
+
+        Args:
+            k: the level.
+            x_BCHW: images.
+            traced: what is made of the level's own layers, and is called in its place.
+        """
         level = self._levels[k]
+        called = level if traced is None else traced
         if level is self.net:
-            return level(x_BCHW)  # type: ignore[no-any-return]
+            return called(x_BCHW)  # type: ignore[no-any-return]
         level.train(self.net.training)
         views = {f"{path}.{tensor}".lstrip("."): view for path, tensor, view in self.views(k)}
-        return functional_call(level, views, (x_BCHW,))  # type: ignore[no-any-return]
+        return functional_call(called, views, (x_BCHW,))  # type: ignore[no-any-return]
 
     def views(self, k: int) -> Iterator[tuple[str, str, Tensor]]:
         """The tensors that level k shares, whole or in part: (layer, tensor, the network's part)."""

@@ -199,19 +199,29 @@ def test_what_duty_cannot_show_is_one_line(
         duty.main()
 
 
+@pytest.fixture(scope="module")
+def joint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with three levels."""
+    folder = tmp_path_factory.mktemp("runs") / "joint"
+    levels = ("schedule=joint", "callbacks.levels.levels=[0.5,0.75]", "optimizer.optimizer.lr=2e-2")
+    train(configure(folder, *EXACT, *levels, "data.batch_size=300"), folder)
+    return folder
+
+
 @pytest.mark.parametrize(
     "options",
     [
         ("callbacks.switch.gain=[0.1,1.0]",),
         ("callbacks.switch.choice=gumbel", "callbacks.switch.only=true"),
         ("callbacks.switch.choice=soft", "callbacks.switch.form=target", "callbacks.switch.target=0.5"),
+        ("init={joint}",),
     ],
-    ids=["sets", "gumbel", "soft"],
+    ids=["sets", "gumbel", "soft", "levels"],
 )
 def test_resumed_equals_uninterrupted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+    joint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
 ) -> None:
-    given = (*TRAINING, "trainer.max_epochs=4", *options)
+    given = (*TRAINING, "trainer.max_epochs=4", *(option.format(joint=joint) for option in options))
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train(configure(whole, *given), whole)
     killed(configure(broken, *given), broken, monkeypatch, 2, 1)
@@ -235,19 +245,19 @@ def test_the_modules_alone_may_be_trained(tmp_path: Path) -> None:
     )  # type: ignore[union-attr, arg-type]
 
 
-def test_each_level_has_modules_of_its_own(tmp_path: Path) -> None:
-    """On levels that stay as they are, to the last bit; each is measured with its own."""
-    joint, gated = tmp_path / "joint", tmp_path / "gated"
-    levels = ("schedule=joint", "callbacks.levels.levels=[0.5,0.75]", "optimizer.optimizer.lr=2e-2")
-    train(configure(joint, *EXACT, *levels, "data.batch_size=300"), joint)
-    summary = train(configure(gated, *TRAINING, f"init={joint}", "trainer.max_epochs=6"), gated)
+@pytest.mark.parametrize("only", [True, False])
+def test_each_level_has_modules_of_its_own(joint: Path, tmp_path: Path, only: bool) -> None:
+    """On levels that stay as they are to the last bit, or all learn; each is measured with its own."""
+    gated = tmp_path / "gated"
+    given = (f"init={joint}", "trainer.max_epochs=6", f"callbacks.switch.only={only}")
+    summary = train(configure(gated, *TRAINING, *given), gated)
     old, data, _ = restore(joint)
     new, _, _ = restore(gated)
     assert [row["params"] for row in summary["levels"]] == sorted(row["params"] for row in summary["levels"])
     x_BCHW = batches(data)[0][0]
     with torch.no_grad():
         for before, after in zip(old, new, strict=True):  # type: ignore[arg-type]
-            assert torch.equal(before(x_BCHW), after(x_BCHW))
+            assert torch.equal(before(x_BCHW), after(x_BCHW)) == only
     switched = restore_switched(new, gated, data)
     assert len(switched) == len(summary["levels"]) == 3
     for net, row in zip(switched, summary["levels"], strict=True):
