@@ -135,9 +135,10 @@ def find(model: nn.Module, *example: Tensor) -> Widths:
     twin = on_meta(model)
     # Two samples, so that batch norm in training mode has something to average; sizes stay distinct.
     inputs = [x.new_empty((max(2, len(x)), *x.shape[1:]), device="meta") for x in example]
-    for training in (True, False):
+    traced = {graph.code: graph for graph in (trace(twin.train(mode)) for mode in (True, False))}
+    for graph in traced.values():  # one, where both modes do the same
         with torch.no_grad():
-            Tracker(trace(twin.train(training)), elements, slots).run(*inputs)
+            Tracker(graph, elements, slots).run(*inputs)
     found = _collect(elements, slots)
     found.example = tuple(inputs)
     return found
