@@ -22,7 +22,7 @@ BATCH_NORM = nn.modules.batchnorm._BatchNorm
 def on_meta(model: nn.Module) -> nn.Module:
     """A copy of the model without its data: every tensor on the meta device.
 
-    It is asked for shapes only, so that torch's own batch norms, which are slow there, keep it and do no more.
+    It is asked for shapes only: torch's own batch norms, which are slow there, keep them and do no more.
     """
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
@@ -37,7 +37,7 @@ def on_meta(model: nn.Module) -> nn.Module:
     twin = copy.deepcopy(model, memo)
     for module in twin.modules():
         if isinstance(module, BATCH_NORM) and type(module).__module__.startswith("torch.nn."):
-            module.forward = torch.empty_like
+            module.forward = torch.empty_like  # type: ignore[method-assign]
     return twin
 
 

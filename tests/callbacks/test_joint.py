@@ -84,10 +84,10 @@ def test_the_gradient_of_a_step_is_that_of_the_sandwich(
     held: dict[str, Any] = {}
     forward = Levels.forward
 
-    def counted(self: Levels, k: int, x_BCHW: Tensor) -> Tensor:
+    def counted(self: Levels, k: int, x_BCHW: Tensor, *more: Any) -> Tensor:
         if self[k].training or self.net.training:
             seen.append(k)
-        return forward(self, k, x_BCHW)
+        return forward(self, k, x_BCHW, *more)
 
     def before(trainer: Any, module: Any, given: Any, index: int) -> None:
         if index == 1 and not held:
@@ -142,10 +142,10 @@ def test_the_levels_between_are_drawn_anew_in_each_step(
     drawn: list[list[int]] = []
     forward = Levels.forward
 
-    def counted(self: Levels, k: int, x_BCHW: Tensor) -> Tensor:
+    def counted(self: Levels, k: int, x_BCHW: Tensor, *more: Any) -> Tensor:
         if self.net.training:
             drawn[-1].append(k)
-        return forward(self, k, x_BCHW)
+        return forward(self, k, x_BCHW, *more)
 
     monkeypatch.setattr(Levels, "forward", counted)
     options = (*TRAINING, "data.batch_size=64", "callbacks.levels.between=1", "trainer.max_epochs=2")
