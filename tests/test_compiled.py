@@ -20,6 +20,7 @@ def run(folder: Path, *overrides: str) -> dict[str, Any]:
     return load(folder / "last.ckpt")["state_dict"]
 
 
+@pytest.mark.slow
 def test_every_structure_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a backend that counts and runs the graph as it is: the eager run, bit for bit."""
     counter = CompileCounter()

@@ -127,6 +127,7 @@ def test_two_processes_prune_by_magnitude_as_one(tmp_path: Path) -> None:
     assert found["params"] == summary["params"] == found["budget/got"] <= 150
 
 
+@pytest.mark.slow
 def test_killed_and_continued_is_never_killed(tmp_path: Path) -> None:
     """Growth in width and depth, pruning, a budget and the freeze, with batch norm, bit for bit."""
     more = ("model=resnet20", "model.width=2", "callbacks.grow.growth.blocks=1", "callbacks.prune.weight=0.3")
