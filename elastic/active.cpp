@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #ifdef _OPENMP
@@ -148,7 +149,7 @@ inline void store(const Layer &layer, int64_t map, const Source &source, const f
         if (run.pixel + LANES <= pixels) {
             vec sum = *(const vec *)(sums + run.lane);
             if (residual) sum += *(const vec *)(residual + run.pixel);
-            if (layer.relu) sum = sum > 0 ? sum : vec{};
+            if (layer.relu) sum = sum < 0 ? vec{} : sum;  // NaN stays
             *(vec *)(y + run.pixel) = sum;
         } else
             for (int j = 0; j < run.count; j++) {
@@ -219,8 +220,10 @@ void by_pixels(const Layer &layer, Team team, const float *x, List in, List out,
     team.wait();
     // In place, vectors begin anew in each row or run on over the padding, whichever takes fewer.
     const int row = vectors(s.out_width), over = vectors(s.line() * (s.out_height - 1) + s.out_width);
-    const bool anew = row * s.out_height <= over, columned = std::min(row * s.out_height, over) > WASTE * vectors(s.pixels());
-    const int all = columned ? vectors(s.pixels()) : anew ? row * s.out_height : over;
+    const bool anew = row * s.out_height <= over;
+    const int in_place = anew ? row * s.out_height : over, dense = vectors(s.pixels());
+    const bool columned = in_place > WASTE * dense;
+    const int all = columned ? dense : in_place;
     Source source;
     int32_t tap[TAPS];
     for (int t = 0; t < s.taps(); t++) source.tap[t] = tap[t] = s.tap(t);

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from elastic import active
+from elastic import active, native
 from elastic.active import Active, ActiveConv2d, engaged, every, max_pool, ramp, switch
 from elastic.native import CACHE, call, compiled, work
 
@@ -57,13 +57,11 @@ def test_lists_are_masks(seed: int, batch: int, channels: int) -> None:
         assert torch.equal(held, expected)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@given(data=st.data())
-def test_a_convolution_of_active_channels_is_the_masked_one(way: str, data: st.DataObject) -> None:
+def some_convolution(way: str, data: st.DataObject) -> None:
     """Any kernel, stride, border, size and gate, with and without a residual; what is off may be anything."""
     size = data.draw(st.sampled_from([1, 2, 3, 5, 7]))
     stride, pad = data.draw(st.integers(1, 3)), data.draw(st.integers(0, size // 2))
-    height, width = (data.draw(st.sampled_from([8, 9, 14, 16, 20, 32])) for _ in range(2))
+    height, width = (max(size, data.draw(st.sampled_from([4, 7, 8, 9, 14, 16, 20, 32]))) for _ in range(2))
     if data.draw(st.booleans()):  # outputs of a few pixels take another path
         height, width, size, stride, pad = 2, 2, 3, 1, 1
     batch, channels, kernels = (data.draw(st.integers(1, most)) for most in (3, 20, 40))
@@ -87,6 +85,34 @@ def test_a_convolution_of_active_channels_is_the_masked_one(way: str, data: st.D
         found = layer(junk_BCHW, Active.of(on_BC), Active.of(gate_BK), residual)
         found = torch.where(maps(gate_BK) != 0, found, 0.0)
         torch.testing.assert_close(found, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@given(data=st.data())
+def test_a_convolution_of_active_channels_is_the_masked_one(way: str, data: st.DataObject) -> None:
+    some_convolution(way, data)
+
+
+@needs_compiler
+@pytest.mark.parametrize("flag", ["-D__AVX512F__", "-U__AVX512F__ -U__AVX__"], ids=["sixteen", "four"])
+def test_so_it_is_with_vectors_of_another_length(
+    flag: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As on other processors: the compiler puts vectors together that this one has not."""
+    monkeypatch.setenv(CACHE, str(tmp_path))
+    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, *flag.split()))
+    library = compiled.__wrapped__()
+    assert library is not None
+    for module in (native, active):
+        monkeypatch.setattr(module, "compiled", lambda: library)
+    given(data=st.data())(some_convolution)("kernel")
+
+
+@needs_compiler
+def test_what_is_not_a_number_stays_so() -> None:
+    conv = nn.Conv2d(1, 1, 1)
+    with torch.no_grad():
+        assert ActiveConv2d(conv, relu=True, zeros=True)(torch.full((1, 1, 8, 8), torch.nan)).isnan().all()
 
 
 @pytest.mark.parametrize("way", WAYS)
