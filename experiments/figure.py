@@ -9,7 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import EngFormatter, LogLocator
 
 LEAST = 0.01  # %, where a logarithmic axis has no place for zero
 
@@ -98,7 +98,7 @@ def draw_arms(arms: Mapping[str, Sequence[dict[str, Any]]], size: str, path: Pat
                 panel.plot(values, [line] * len(values), "|", color="0.5", zorder=0)
         panel.set_xlabel(label)
         panel.grid(axis="x", alpha=0.3)
-        panel.xaxis.set_major_formatter("{x:,g}")
+        panel.xaxis.set_major_formatter(EngFormatter(sep="") if key == size else "{x:g}")
         panel.locator_params(axis="x", nbins=5)
     axes[0, 0].set_yticks(range(len(order)), [arm.replace("_", " ") for arm in order])
     for key, panel in zip(panels, axes[0], strict=True):
