@@ -26,13 +26,13 @@ X = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
 def gated(net: nn.Module, x: Tensor, seed: int = 0, **options: Any) -> fx.GraphModule:
-    """A network in which each module has opinions."""
+    """A network in which each module has opinions; not so strong that they enlarge what is rounded."""
     found = attach(net, discover(net, x), **options)
     random = torch.Generator().manual_seed(seed)
     for module in modules(found):
         for h in module.heads:
             assert isinstance(h, Head)
-            h.linear.weight.data.normal_(0, 1, generator=random)
+            h.linear.weight.data.normal_(0, h.linear.in_features**-0.5, generator=random)
             h.linear.bias.data.normal_(0, 1, generator=random)
             h.norm.running_mean.normal_(0.3, 0.1, generator=random)  # type: ignore[union-attr]
             h.norm.running_var.uniform_(0.5, 1.5, generator=random)  # type: ignore[union-attr]
