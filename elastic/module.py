@@ -228,7 +228,7 @@ class ElasticModule(L.LightningModule):
     def nest(self, levels: Levels) -> None:
         """From here on the network has levels; what it had trained stays the largest."""
         self.levels, self.level, self.level_norms = levels, len(levels) - 1, levels.norms
-        levels.share()
+        levels.share()  # the network may have been laid out since they were made
 
     def switch(self, switched: Sequence[fx.GraphModule]) -> None:
         """From here on each level runs with kernel activation modules: `elastic.dynamic.attach`."""

@@ -11,8 +11,8 @@ import copy
 import operator
 import statistics
 import time
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,6 +26,7 @@ from elastic.replay import fuse
 from elastic.trace import BATCH_NORM, trace
 
 WAYS = ("kernel", "stock", "dense")
+Network = TypeVar("Network", bound=Callable[[Tensor], Any])
 ADD = (operator.add, torch.add, operator.iadd)
 
 
@@ -72,12 +73,11 @@ def skipping(net: nn.Module, samples: Sequence[Tensor] = (), way: str | None = N
     It has copies of all weights, in evaluation mode. Outputs equal those of `net.eval()`.
     """
     active = rewrite(net, way)
-    if not samples or way is not None:
-        fuse(active, lambda node: _called(active, node))
-        return active
-    tune(active, samples)
+    measured = len(samples) > 0 and way is None
+    if measured:
+        tune(active, samples)
     fuse(active, lambda node: _called(active, node))
-    return fastest([active, masked(net)], samples)
+    return fastest([active, masked(net)], samples) if measured else active
 
 
 def rewrite(net: nn.Module, way: str | None = None) -> fx.GraphModule:
@@ -88,22 +88,22 @@ def rewrite(net: nn.Module, way: str | None = None) -> fx.GraphModule:
     return _Rewriter(traced, best).run()
 
 
-def masked(net: nn.Module) -> fx.GraphModule:
-    """The network in stock torch as it is fastest in large batches: norms folded, channels last."""
-    traced = _for_inference(net).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+def masked(net: nn.Module, memory_format: torch.memory_format = torch.channels_last) -> fx.GraphModule:
+    """The network in stock torch, its norms folded and nothing left out."""
+    traced = _for_inference(net).to(memory_format=memory_format)  # type: ignore[call-overload]
     for node in list(traced.graph.nodes):
         if node.op == "call_method" and node.target == "view":  # is refused for other memory formats
             node.target = "reshape"
         if node.op == "placeholder":
             with traced.graph.inserting_after(node):
-                last = traced.graph.call_function(channels_last, (node,))
-            node.replace_all_uses_with(last, lambda user, last=last: user is not last)
+                laid = traced.graph.call_function(laid_out, (node, memory_format))
+            node.replace_all_uses_with(laid, lambda user, laid=laid: user is not laid)
     traced.recompile()
     return traced  # type: ignore[no-any-return]
 
 
-def channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+def laid_out(x: Tensor, memory_format: torch.memory_format) -> Tensor:
+    return x.contiguous(memory_format=memory_format) if x.dim() == 4 else x
 
 
 def _for_inference(net: nn.Module) -> fx.GraphModule:
@@ -261,9 +261,7 @@ def tune(active: fx.GraphModule, samples: Iterable[Tensor], repeats: int = 5) ->
         layer.way = min(ways, key=lambda way: statistics.median(took[layer][way]))
 
 
-def fastest(
-    networks: Sequence[fx.GraphModule], samples: Sequence[Tensor], repeats: int = 5
-) -> fx.GraphModule:
+def fastest(networks: Sequence[Network], samples: Sequence[Tensor], repeats: int = 5) -> Network:
     """The network that takes least time for the samples, on this machine as it is now."""
     took: list[list[float]] = [[] for _ in networks]
     with torch.inference_mode():

@@ -8,7 +8,6 @@ with its modules. Ratios are of medians over the batches. The last columns say w
 for each part of the MACs saved, modules counted, against the best of stock PyTorch and against our kernel.
 """
 
-import copy
 import csv
 import statistics
 import sys
@@ -26,8 +25,7 @@ from torch import Tensor, fx, nn
 from elastic.data import ImageData
 from elastic.module import TrainingError
 from elastic.parsimony import Engaged
-from elastic.skipping import fold_norms, skipping
-from elastic.trace import trace
+from elastic.skipping import masked, skipping
 from experiments.look import batches
 from experiments.restore import chosen
 from experiments.setup import quiet, run
@@ -36,19 +34,12 @@ BATCHES, THREADS, TUNED_ON, WARM_UP = (1, 8, 64), (1, 2), 8, 3
 Network = Callable[[Tensor], Any]
 
 
-def folded(net: nn.Module, memory_format: torch.memory_format) -> Network:
-    made = trace(copy.deepcopy(net).eval())
-    fold_norms(made)
-    made = made.to(memory_format=memory_format)  # type: ignore[call-overload]
-    return lambda x_BCHW: made(x_BCHW.contiguous(memory_format=memory_format))
-
-
 def stock(net: nn.Module) -> dict[str, Network]:
     """The ways of stock PyTorch: the network as it is, and with its norms folded in both memory formats."""
     return {
         "stock": net.eval(),
-        "folded": folded(net, torch.contiguous_format),
-        "channels_last": folded(net, torch.channels_last),
+        "folded": masked(net, torch.contiguous_format),
+        "channels_last": masked(net, torch.channels_last),
     }
 
 
