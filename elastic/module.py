@@ -27,6 +27,8 @@ T = TypeVar("T")
 # What torch's schedulers call the number of steps they are to last.
 LENGTH = ("total_steps", "T_max", "total_iters")
 
+ONEDNN_BLOCK = 16  # channels, with AVX-512; 8 with AVX2
+
 
 class TrainingError(RuntimeError):
     """A run that cannot go on; says why and what to change."""
@@ -65,13 +67,15 @@ class ElasticModule(L.LightningModule):
         self.widths = discover(net, self.example)
         self.start, self.start_depth = self.widths.sizes(), depth(net)
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.channels_last, self.overruns = channels_last, False
+        self.memory_format = torch.contiguous_format
         self.loss_terms: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
         self.levels: Levels | None = None
         self.level = 0  # that is trained and evaluated, where there are several
         self.others: Sequence[int] = ()  # levels that are validated beside it
         self.switched: list[fx.GraphModule] = []  # the levels with kernel activation modules
         self.executed: list[tuple[nn.Module, float]] = [(net, 1.0)]  # in a training step, and how often
+        self.asked: list[nn.Module] = []  # in a training step, forward only
         self.timeline: list[dict[str, Any]] = []
         self.copies: list[nn.Module] = []
         self.lr_scale = 1.0
@@ -120,9 +124,8 @@ class ElasticModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         on_cpu = self.trainer.strategy.root_device.type == "cpu"
-        if stage == "fit" and on_cpu and self.trainer.precision == "32-true" and _overrun(self.net):
-            self.memory_format = torch.contiguous_format
-            self.lay_out()
+        self.overruns = stage == "fit" and on_cpu and self.trainer.precision == "32-true"
+        self.lay_out()
 
     def on_fit_start(self) -> None:
         if self.levels is not None:
@@ -213,7 +216,11 @@ class ElasticModule(L.LightningModule):
 
     def lay_out(self) -> None:
         """One memory format for all tensors, whenever they were made: a resumed run must not differ."""
-        self.net.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        nets = [self.net] if self.levels is None else list(self.levels)
+        last = self.channels_last and not (self.overruns and any(_overrun(net) for net in nets))
+        self.memory_format = torch.channels_last if last else torch.contiguous_format
+        for net in (self.net, *self.copies):
+            net.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         if self.levels is not None:
             self.levels.share()
 
@@ -310,8 +317,8 @@ class ElasticModule(L.LightningModule):
 def _overrun(net: nn.Module) -> bool:
     """Whether oneDNN may write where it must not, going back through fp32 tensors laid out channels last.
 
-    It does in 1×1 convolutions of a stride beyond 1 that read fewer channels than its block of 8 or 16, and
-    these may come to read any number: https://github.com/uxlfoundation/oneDNN/issues/6035 (torch 2.14 too).
+    It does in 1×1 convolutions of a stride beyond 1 that read fewer channels than its block of 8 or 16:
+    https://github.com/uxlfoundation/oneDNN/issues/6035 (torch 2.14 too).
     """
     pointwise = (m for m in net.modules() if isinstance(m, nn.Conv2d) and set(m.kernel_size) == {1})
-    return any(max(m.stride) > 1 for m in pointwise)
+    return any(max(m.stride) > 1 and m.in_channels < ONEDNN_BLOCK for m in pointwise)

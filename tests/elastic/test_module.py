@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.nn import Conv2d
 from torch.optim import SGD, AdamW, lr_scheduler
 
@@ -16,7 +17,7 @@ import experiments.train
 from elastic import gates
 from elastic.errors import StructureError
 from elastic.fresh import he_normal
-from elastic.models import convnet
+from elastic.models import convnet, resnet20
 from elastic.module import ElasticModule, TrainingError
 from elastic.surgery import grow_index
 from experiments.train import train
@@ -195,19 +196,44 @@ def test_each_event_of_each_run_has_randomness_of_its_own() -> None:
 
 @pytest.mark.parametrize(
     ("model", "precision", "last"),
-    [("resnet20", "32-true", False), ("resnet20", "bf16-mixed", True), ("convnet", "32-true", True)],
+    [
+        (("schedule=static", "model=resnet20", "model.width=4"), "32-true", False),
+        (("schedule=static", "model=resnet20", "model.width=16"), "32-true", True),
+        (("schedule=joint", "model=resnet20", "model.width=16"), "32-true", False),  # its core reads 8
+        (("schedule=static", "model=resnet20", "model.width=4"), "bf16-mixed", True),
+        (("schedule=static", "model=convnet"), "32-true", True),
+    ],
 )
 def test_no_layout_is_trained_in_that_torch_cannot_differentiate_safely(
-    tmp_path: Path, model: str, precision: str, last: bool
+    tmp_path: Path, model: tuple[str, ...], precision: str, last: bool
 ) -> None:
-    """Strided 1×1 convolutions in fp32: it may crash, or not."""
-    narrow = ("model.width=4",) if model == "resnet20" else ()
+    """Strided 1×1 convolutions in fp32 that read fewer channels than 16: it may crash, or not."""
     run = fit(
-        tmp_path, *STATIC, f"model={model}", *narrow, f"trainer.precision={precision}", "trainer.max_epochs=1"
+        tmp_path,
+        *(*EXACT, "data.batch_size=512", "trainer.max_epochs=1", f"trainer.precision={precision}"),
+        *model,
     )
-    wide = [m.weight for m in run.module.net.modules() if isinstance(m, Conv2d) and m.kernel_size == (3, 3)]
-    assert all(w.is_contiguous(memory_format=torch.channels_last) == last for w in wide if w.shape[1] > 1)
+    assert laid_out_last(run.module.net) == last
+
+
+def laid_out_last(net: nn.Module) -> bool:
+    wide = [m.weight for m in net.modules() if isinstance(m, Conv2d) and m.kernel_size == (3, 3)]
+    (last,) = {w.is_contiguous(memory_format=torch.channels_last) for w in wide if w.shape[1] > 1}
     assert all(w.is_contiguous() != last for w in wide if w.shape[1] > 1)
+    return last
+
+
+def test_the_layout_follows_what_grows() -> None:
+    net = resnet20(8, in_channels=1)
+    made = ElasticModule(net, (1, 8, 8), 10, torch.optim.SGD)
+    made.copies.append(copy.deepcopy(net))
+    made.overruns = True
+    for size, last in ((8, False), (16, True)):
+        (stream,) = (
+            n for n, w in made.widths.items() if "stage1.0.conv1" in {s.module for s in w.role("in")}
+        )
+        made.restructure({stream: grow_index(8, size - 8)}, "test")
+        assert laid_out_last(made.net) == laid_out_last(made.copies[0]) == last
 
 
 def test_channels_last_gives_close_results(tmp_path: Path) -> None:
