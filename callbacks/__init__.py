@@ -2,6 +2,7 @@
 
 from callbacks.average import AverageWeights
 from callbacks.census import Census
+from callbacks.distil import Distil
 from callbacks.grow import GrowOnSaturation
 from callbacks.joint import TrainJointly
 from callbacks.magnitude import PruneByMagnitude
@@ -14,6 +15,7 @@ from callbacks.switch import SwitchKernels
 __all__ = [
     "AverageWeights",
     "Census",
+    "Distil",
     "ElasticProgress",
     "GrowOnSaturation",
     "LogPanels",

@@ -67,7 +67,7 @@ class Census(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
         if self.macs_training is not None:  # structure changes as an epoch begins: this one's is that of now
-            self.macs_training += PASSES * self._samples * self._macs(pl_module)
+            self.macs_training += self._samples * self._macs(pl_module)
         now = time.monotonic()
         self.seconds, self._since = self.seconds + now - self._since, now
         if trainer.is_global_zero:
@@ -75,7 +75,9 @@ class Census(L.Callback):
 
     def _macs(self, pl_module: ElasticModule) -> int:
         """For one input, in this epoch: of all that a training step executes."""
-        return round(sum(often * macs(net, pl_module.example) for net, often in pl_module.executed))
+        example = pl_module.example
+        trained = round(sum(often * macs(net, example) for net, often in pl_module.executed))
+        return PASSES * trained + sum(macs(net, example) for net in pl_module.asked)
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": self.history, "seconds": self.seconds, "macs_training": self.macs_training}
