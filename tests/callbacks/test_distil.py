@@ -1,0 +1,137 @@
+"""Distillation: its gradient against the paper's, a teacher that stays as it is, runs that are killed."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+
+import experiments.train
+from callbacks import Distil
+from elastic.module import TrainingError
+from experiments.train import train
+from tests.fitted import EXACT, Spy, command, prepare
+from tests.runs import configure, load
+from tests.test_resume import killed, same_run
+
+TRAINING = (*EXACT, "data.batch_size=300", "trainer.max_epochs=3", "optimizer.optimizer.lr=2e-2")
+
+
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes as long as the run, and has its own tests."""
+    monkeypatch.setattr(experiments.train, "draw_history", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    train(configure(folder, *TRAINING, "schedule=static"), folder)
+    return folder
+
+
+class Says(nn.Module):
+    """A network that says the same, whatever it sees."""
+
+    def __init__(self, logits_BK: torch.Tensor) -> None:
+        super().__init__()
+        self.logits_BK = logits_BK
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        return self.logits_BK
+
+
+@pytest.mark.parametrize(("weight", "temperature"), [(1.0, 1.0), (0.5, 4.0)])
+def test_the_gradient_is_that_of_the_paper(weight: float, temperature: float) -> None:
+    """Of T² times the cross entropy of soft targets, by the logits: T (q - p), section 2."""
+    torch.manual_seed(0)
+    given_BK, asked_BK = torch.randn(6, 10, dtype=torch.double, requires_grad=True), torch.randn(6, 10)
+    Distil("first", weight, temperature).loss(given_BK, Says(asked_BK), torch.zeros(6, 1)).backward()  # type: ignore[no-untyped-call]
+    q_BK, p_BK = (given_BK / temperature).softmax(1), (asked_BK / temperature).softmax(1)
+    torch.testing.assert_close(given_BK.grad.float(), (weight * temperature * (q_BK - p_BK) / 6).float())
+
+
+@pytest.mark.parametrize("schedule", ["[static,distil]", "[dynamic,distil]", "[gates,distil]"])
+def test_the_teacher_is_what_the_run_starts_from(first: Path, tmp_path: Path, schedule: str) -> None:
+    """Its loss is nothing at the very start, and it is the same network at the very end."""
+    seen: dict[str, Any] = {}
+
+    @torch.no_grad()
+    def start(trainer: L.Trainer, module: Any, batch: Any, index: int) -> None:
+        if trainer.global_step == 0:
+            x_BCHW = batch[0]
+            seen["start"] = copy.deepcopy(module.net).eval()(x_BCHW)
+            seen["x"], seen["term"] = x_BCHW, module.loss_terms["distil"](x_BCHW, seen["start"])
+
+    run = prepare(
+        tmp_path, *TRAINING, f"schedule={schedule}", f"init={first}", after=(Spy(on_train_batch_start=start),)
+    )
+    run.fit()
+    assert abs(float(seen["term"])) < 1e-6
+    teacher = run.callbacks["distil"].teacher
+    assert torch.equal(teacher(seen["x"]), seen["start"]) and not teacher.training
+    run.module.eval()
+    assert not torch.allclose(run.module(seen["x"]), seen["start"])
+    assert not any("teacher" in name for name in load(tmp_path / "last.ckpt")["state_dict"])
+
+
+def test_it_holds_the_network_to_the_teacher(first: Path, tmp_path: Path) -> None:
+    apart = {}
+    for schedule in ("static", "[static,distil]"):
+        run = prepare(tmp_path / schedule, *TRAINING, f"schedule={schedule}", f"init={first}")
+        held = copy.deepcopy(run.module.net).eval()
+        if schedule != "static":
+            run.callbacks["distil"].weight = 100.0
+        run.fit()
+        x_BCHW, _ = run.data.sample(64, seed=0)
+        with torch.no_grad():
+            said_BK = run.module.net.eval()(x_BCHW).softmax(1)
+            apart[schedule] = float((said_BK - held(x_BCHW).softmax(1)).abs().mean())
+    assert apart["[static,distil]"] < 0.5 * apart["static"]
+
+
+@pytest.mark.parametrize("schedule", ["[dynamic,distil]", "[reconstruct,distil]"])
+def test_resumed_equals_uninterrupted(
+    first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str
+) -> None:
+    given = (*TRAINING, f"schedule={schedule}", f"init={first}", "trainer.max_epochs=6")
+    if "reconstruct" in schedule:
+        given += ("callbacks.levels.dense=0", "callbacks.levels.prune=0.5")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(configure(whole, *given), whole)
+    killed(configure(broken, *given), broken, monkeypatch, 4, 1)
+    train(configure(broken, *given), broken)
+    same_run(whole, broken)
+
+
+def test_training_costs_what_the_teacher_costs_too(first: Path, tmp_path: Path) -> None:
+    given = (*TRAINING, "schedule=[static,distil]", f"init={first}")
+    summary = train(configure(tmp_path, *given), tmp_path)
+    alone = json.loads((first / "summary.json").read_text())
+    assert summary["macs"] == alone["macs"]
+    assert summary["macs_training"] * 3 == alone["macs_training"] * 4  # backward is twice forward
+
+
+@pytest.mark.parametrize("options", [{"weight": 0}, {"weight": -1}, {"temperature": 0}])
+def test_options_that_cannot_be_are_refused(options: Any) -> None:
+    with pytest.raises(TrainingError, match=r"distil by .* both must be above 0"):
+        Distil("first", **options)
+
+
+def test_without_a_start_it_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = command(
+        experiments.train.main,
+        monkeypatch,
+        capsys,
+        *EXACT,
+        "schedule=[static,distil]",
+        f"run={tmp_path / 'run'}",
+    )
+    assert code == 1
+    assert err.splitlines()[-1] == "error: there is nobody to learn from: set init=<folder of a finished run>"
