@@ -7,7 +7,7 @@ from torch import Tensor, fx, nn
 
 from elastic.errors import StructureError
 from elastic.kam import KINDS, Choice, Site
-from elastic.trace import BATCH_NORM, trace
+from elastic.trace import BATCH_NORM, trace_modes
 from elastic.widths import Width, Widths
 
 MODULES = "kams"  # where a network holds them
@@ -46,7 +46,7 @@ def attach(
     """
     if kind not in KINDS:
         raise StructureError(f"modules cannot look at '{kind}': set kind to {', '.join(KINDS)}")
-    traced = trace(net)
+    traced = trace_modes(net)
     found = {name: _site(traced, widths[name]) for name in (widths if names is None else names)}
     refused = {name: site for name, site in found.items() if isinstance(site, str)}
     if refused and (names is not None or len(refused) == len(found)):

@@ -60,6 +60,60 @@ def trace(model: nn.Module) -> fx.GraphModule:
         ) from error
 
 
+class Mode(nn.Module):
+    """Says whether it is in training: what `self.training` was before torch.fx made a constant of it."""
+
+    def forward(self) -> bool:
+        return self.training
+
+
+def trace_modes(model: nn.Module) -> fx.GraphModule:
+    """The same, to be trained and evaluated: flags like training=self.training follow its mode.
+
+    Raises:
+        StructureError: torch.fx cannot trace it, or it is another network in training than in evaluation.
+    """
+    modes = {module: module.training for module in model.modules()}
+    training, traced = (trace(model.train(mode)) for mode in (True, False))
+    for module, mode in modes.items():
+        module.training = mode
+    traced.training = model.training
+    if traced.code == training.code:
+        return traced
+    ones, others = list(training.graph.nodes), list(traced.graph.nodes)
+    traced.add_submodule("_mode", Mode().train(model.training))
+    with traced.graph.inserting_before(others[0]):
+        flag = traced.graph.call_module("_mode")
+    try:
+        for one, other in zip(ones, others, strict=True):
+            if one.target != other.target:
+                raise ValueError(f"{_describe(one)} there is {_describe(other)} here")
+            other.args, other.kwargs = (
+                _either(one.args, other.args, flag),
+                _either(one.kwargs, other.kwargs, flag),
+            )
+    except ValueError as error:
+        raise StructureError(
+            f"{type(model).__name__} is another network in training than in evaluation ({error}): only flags "
+            "like F.dropout(x, training=self.training) may differ"
+        ) from error
+    traced.recompile()
+    return traced
+
+
+def _either(one: Any, other: Any, flag: fx.Node) -> Any:
+    """Arguments in evaluation, but for what is true in training and false here: that is as the flag says."""
+    if isinstance(other, tuple | list):
+        return type(other)(_either(a, b, flag) for a, b in zip(one, other, strict=True))
+    if isinstance(other, dict):
+        return {key: _either(one[key], value, flag) for key, value in other.items()}
+    if one is True and other is False:
+        return flag
+    if one != other and str(one) != str(other):  # nodes of two graphs agree by name
+        raise ValueError(f"{one} there is {other} here")
+    return other
+
+
 def norm_after(model: nn.Module) -> dict[str, str]:
     """For each layer that one batch norm and nothing else reads, that norm's path."""
     graph = trace(on_meta(model)).graph

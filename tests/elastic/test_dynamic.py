@@ -10,6 +10,7 @@ import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
+from torchvision.ops import StochasticDepth
 
 from elastic.cost import macs
 from elastic.dynamic import attach
@@ -107,6 +108,58 @@ def test_so_it_does_in_torchvisions_networks(name: str, way: str) -> None:
             executed(net, way)(x), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())
         )
     assert 0.1 < torch.cat([m.on_BK.flatten() for m in modules(net)]).mean() < 0.9
+
+
+class Dropping(nn.Module):
+    """Does by `self.training` what torch.fx takes for constants."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 4)
+        self.depth = StochasticDepth(0.5, "row")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.dropout(self.one(x).relu(), 0.5, self.training)
+        x = self.depth(self.two(x))
+        return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class Otherwise(Dropping):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 2 if self.training else super().forward(x)
+
+
+class OtherNumbers(Dropping):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(super().forward(x), 0.5 if self.training else 0.0, True)
+
+
+@pytest.mark.parametrize("traced_in_training", [True, False])
+def test_what_is_random_in_training_is_so_there_alone(traced_in_training: bool) -> None:
+    torch.manual_seed(0)
+    net, x = Dropping().train(traced_in_training), torch.randn(8, 1, 8, 8)
+    found = attach(net, discover(net, x))
+    assert found.training == net.training == traced_in_training
+    with torch.no_grad():
+        for way in (found, skipping(found), masked(found)):
+            assert torch.allclose(way.eval()(x), net.eval()(x), atol=1e-6)
+        found.train()
+        assert not torch.equal(found(x), found(x))
+        torch.manual_seed(1)
+        expected = net.train()(x)
+        torch.manual_seed(1)
+        assert torch.equal(found(x), expected)
+
+
+@pytest.mark.parametrize("kind", [Otherwise, OtherNumbers])
+def test_a_network_that_training_changes_is_refused(kind: type[Dropping]) -> None:
+    net, x = kind(), torch.randn(2, 1, 8, 8)
+    widths = discover(net, x)
+    with pytest.raises(
+        StructureError, match=f"^{kind.__name__} is another network in training than in eval.*"
+    ) as refusal:
+        attach(net, widths)
+    assert "\n" not in str(refusal.value) and all(module.training for module in net.modules())
 
 
 def test_modules_go_where_kernels_have_one_writer() -> None:
