@@ -10,7 +10,7 @@ from torch import Tensor
 from callbacks.nest import refuse_beside
 from elastic.dynamic import attach
 from elastic.errors import StructureError
-from elastic.kam import Choice, choose, modules
+from elastic.kam import Choice, SetNorm, choose, modules
 from elastic.module import ElasticModule
 from elastic.parsimony import By, Engaged, Form, Parsimony
 from elastic.widths import discover
@@ -79,7 +79,8 @@ class SwitchKernels(L.Callback):
         for module in modules(pl_module):
             module.temperature = COLD**progress
         if self.only:
-            pl_module.net.eval()
+            for held in (pl_module.net, *_norms(pl_module)):
+                held.eval()
         pl_module.loss_terms.pop("parsimony", None)
         if progress >= self.begin:
             rising = progress < self.end
@@ -123,3 +124,10 @@ class SwitchKernels(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
         pl_module.level = len(pl_module.switched) - 1
         choose(pl_module, 0)
+        if not self.only:
+            for norm in _norms(pl_module):
+                norm.hand_over()
+
+
+def _norms(pl_module: ElasticModule) -> list[SetNorm]:
+    return [module for module in pl_module.modules() if isinstance(module, SetNorm)]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from elastic.errors import StructureError
-from elastic.kam import KINDS, Choice, Site
+from elastic.kam import KINDS, Choice, SetNorm, Site
 from elastic.trace import BATCH_NORM, trace_modes
 from elastic.widths import Width, Widths
 
@@ -61,6 +61,8 @@ def attach(
         path = f"{MODULES}.{site.writer.replace('.', '/')}"
         traced.add_submodule(path, module.to(conv.weight.device))
         _insert(traced, site, path)
+    if sets > 1:
+        _give_norms(traced, sets)
     traced.graph.lint()
     traced.recompile()
     return traced
@@ -139,6 +141,17 @@ def _worth(traced: fx.GraphModule, site: Site, kernels: int) -> Tensor:
             of_kernels: Tensor = layer.weight.transpose(0, 1).unflatten(0, (kernels, -1))  # type: ignore[operator, union-attr]
             squared_K += of_kernels.flatten(1).square().sum(1).cpu()
     return squared_K if not isinstance(gain, Tensor) or gain.dim() > 1 else squared_K * gain.square().cpu()
+
+
+def _give_norms(traced: fx.GraphModule, sets: int) -> None:
+    """Statistics of its own for each set of modules, wherever statistics are kept."""
+    for node in traced.graph.nodes:
+        norm = _layer(traced, node)
+        if isinstance(norm, BATCH_NORM) and norm.running_mean is not None:
+            path = f"{MODULES}.{str(node.target).replace('.', '/')}"
+            if not hasattr(traced.get_submodule(MODULES), path.removeprefix(f"{MODULES}.")):
+                traced.add_submodule(path, SetNorm(norm, sets))
+            node.target = path
 
 
 def _insert(traced: fx.GraphModule, site: Site, path: str) -> None:

@@ -19,12 +19,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic.active import engaged, ramp
 from elastic.errors import StructureError
 
 Choice = Literal["ramp", "straight_through", "soft", "gumbel"]
+BatchNorm = nn.modules.batchnorm._BatchNorm
 START, SPREAD = 1.0, 3.0  # all open, or training would collapse before the kernels know anything
 
 
@@ -147,6 +149,48 @@ class RandomActivation(ConstantActivation):
         return _noisy(super().scores(x_BCHW))
 
 
+class SetNorm(nn.Module):
+    """A batch norm with statistics for each set of modules, since sets leave other kernels on.
+
+    Weights and biases are the norm's own. Of the statistics, the chosen set's are used and kept up to date.
+    """
+
+    mean_SC: Tensor
+    var_SC: Tensor
+    seen_S: Tensor
+
+    def __init__(self, norm: BatchNorm, sets: int) -> None:
+        super().__init__()
+        assert norm.running_mean is not None and norm.running_var is not None
+        self._norm = (norm,)  # not registered: the network has it
+        self.eps, self.training, self.chosen = norm.eps, norm.training, 0
+        self.register_buffer("mean_SC", norm.running_mean.repeat(sets, 1))
+        self.register_buffer("var_SC", norm.running_var.repeat(sets, 1))
+        self.register_buffer("seen_S", torch.zeros(sets))  # batches
+
+    weight = property(lambda self: self._norm[0].weight)
+    bias = property(lambda self: self._norm[0].bias)
+    running_mean = property(lambda self: self.mean_SC[self.chosen])
+    running_var = property(lambda self: self.var_SC[self.chosen])
+
+    def forward(self, x: Tensor) -> Tensor:
+        (norm,) = self._norm
+        momentum = norm.momentum
+        if self.training:
+            self.seen_S[self.chosen] += 1
+            momentum = 1 / float(self.seen_S[self.chosen]) if momentum is None else momentum
+        statistics = self.running_mean, self.running_var
+        return F.batch_norm(x, *statistics, norm.weight, norm.bias, self.training, momentum or 0.0, self.eps)
+
+    @torch.no_grad()
+    def hand_over(self) -> None:
+        """Give the norm the chosen set's statistics."""
+        (norm,) = self._norm
+        norm.load_state_dict(
+            {"running_mean": self.running_mean, "running_var": self.running_var}, strict=False
+        )
+
+
 def _leaning(on_BK: Tensor, score_BK: Tensor) -> Tensor:
     """The same, with a gradient for the scores: the sigmoid's, of each kernel the mean over the batch.
 
@@ -182,5 +226,6 @@ def choose(net: nn.Module, chosen: int) -> None:
     if not 0 <= chosen < sets:
         has = f"0 … {sets - 1}" if sets else "none"
         raise StructureError(f"there is no set {chosen} of kernel activation modules: the network has {has}")
-    for module in found:
-        module.chosen = chosen
+    for module in net.modules():
+        if isinstance(module, KernelActivation | SetNorm):
+            module.chosen = chosen

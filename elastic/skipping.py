@@ -20,7 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from elastic.active import Active, ActiveConv2d, max_pool, switch
 from elastic.dynamic import keeps_zero
-from elastic.kam import KernelActivation
+from elastic.kam import KernelActivation, SetNorm, choose, modules
 from elastic.native import compiled
 from elastic.replay import fuse
 from elastic.trace import BATCH_NORM, trace
@@ -60,7 +60,30 @@ def scale(x_BCHW: Tensor, active: Active) -> Tensor:
     return active.scale(x_BCHW)
 
 
-def skipping(net: nn.Module, samples: Sequence[Tensor] = (), way: str | None = None) -> fx.GraphModule:
+class BySet(nn.Module):
+    """One network for each set of modules: norms, which are folded, have statistics for each."""
+
+    def __init__(self, net: nn.Module, make: Callable[[nn.Module], nn.Module], sets: int) -> None:
+        super().__init__()
+        rules = next(modules(net)).chosen
+        self.nets = nn.ModuleList()
+        for k in range(sets):
+            choose(net, k)
+            self.nets.append(make(net))
+        self._first = (next(modules(self.nets[0])),)
+        for held in (net, self):
+            choose(held, rules)
+
+    def forward(self, x_BCHW: Tensor) -> Any:
+        return self.nets[self._first[0].chosen](x_BCHW)
+
+
+def _by_set(net: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    sets = {len(norm.mean_SC) for norm in net.modules() if isinstance(norm, SetNorm)}
+    return BySet(net, make, *sets) if sets else make(net)
+
+
+def skipping(net: nn.Module, samples: Sequence[Tensor] = (), way: str | None = None) -> nn.Module:
     """A network that computes what a network with kernel activation modules engages, and nothing else.
 
     Args:
@@ -70,14 +93,19 @@ def skipping(net: nn.Module, samples: Sequence[Tensor] = (), way: str | None = N
             carried out by the kernel, or by stock torch where that cannot be compiled.
         way: "kernel", "stock" or "dense" for all convolutions, whatever is faster.
 
-    It has copies of all weights, in evaluation mode. Outputs equal those of `net.eval()`.
+    It has copies of all weights, for each set of modules if norms keep statistics for each, in evaluation
+    mode. Outputs equal those of `net.eval()`.
     """
+    return _by_set(net, lambda one: _skipping(one, samples, way))
+
+
+def _skipping(net: nn.Module, samples: Sequence[Tensor], way: str | None) -> nn.Module:
     active = rewrite(net, way)
     measured = len(samples) > 0 and way is None
     if measured:
         tune(active, samples)
     fuse(active, lambda node: _called(active, node))
-    return fastest([active, masked(net)], samples) if measured else active
+    return fastest([active, _masked(net, torch.channels_last)], samples) if measured else active
 
 
 def rewrite(net: nn.Module, way: str | None = None) -> fx.GraphModule:
@@ -88,8 +116,12 @@ def rewrite(net: nn.Module, way: str | None = None) -> fx.GraphModule:
     return _Rewriter(traced, best).run()
 
 
-def masked(net: nn.Module, memory_format: torch.memory_format = torch.channels_last) -> fx.GraphModule:
+def masked(net: nn.Module, memory_format: torch.memory_format = torch.channels_last) -> nn.Module:
     """The network in stock torch, its norms folded and nothing left out."""
+    return _by_set(net, lambda one: _masked(one, memory_format))
+
+
+def _masked(net: nn.Module, memory_format: torch.memory_format) -> fx.GraphModule:
     traced = _for_inference(net).to(memory_format=memory_format)  # type: ignore[call-overload]
     for node in list(traced.graph.nodes):
         if node.op == "call_method" and node.target == "view":  # is refused for other memory formats
@@ -125,7 +157,7 @@ def fold_norms(traced: fx.GraphModule) -> None:
     layers = dict(traced.named_modules())
     for node in list(traced.graph.nodes):
         norm = layers.get(str(node.target)) if node.op == "call_module" else None
-        before = node.args[0] if isinstance(norm, BATCH_NORM) else None
+        before = node.args[0] if isinstance(norm, BATCH_NORM | SetNorm) else None
         if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) != 1:
             continue
         conv = layers.get(str(before.target))

@@ -16,7 +16,7 @@ from torch.optim import AdamW
 import experiments.train
 from callbacks import SwitchKernels
 from elastic.errors import StructureError
-from elastic.kam import modules
+from elastic.kam import SetNorm, modules
 from elastic.module import ElasticModule, TrainingError
 from elastic.parsimony import Engaged
 from elastic.skipping import skipping
@@ -229,13 +229,24 @@ def test_resumed_equals_uninterrupted(
     same_run(whole, broken)
 
 
+def test_the_network_itself_keeps_the_statistics_of_the_first_set(tmp_path: Path) -> None:
+    run = trained(tmp_path, "callbacks.switch.gain=[0.1,1.0]").fit()
+    norms = [module for module in run.module.modules() if isinstance(module, SetNorm)]
+    assert norms
+    for norm in norms:
+        (own,) = norm._norm
+        assert torch.equal(own.running_mean, norm.mean_SC[0]) and torch.equal(own.running_var, norm.var_SC[0])  # type: ignore[arg-type]
+        assert not torch.equal(norm.mean_SC[0], norm.mean_SC[1])
+
+
 def trained(folder: Path, *options: str) -> Run:
     return prepare(folder, *TRAINING, *options)
 
 
-def test_the_modules_alone_may_be_trained(tmp_path: Path) -> None:
+@pytest.mark.parametrize("gain", ["1.0", "[0.1,1.0]"])
+def test_the_modules_alone_may_be_trained(tmp_path: Path, gain: str) -> None:
     """The network keeps every bit, its norms' statistics too."""
-    run = trained(tmp_path, "callbacks.switch.only=true")
+    run = trained(tmp_path, "callbacks.switch.only=true", f"callbacks.switch.gain={gain}")
     before = {name: tensor.clone() for name, tensor in run.module.net.state_dict().items()}
     run.fit()
     assert all(torch.equal(tensor, before[name]) for name, tensor in run.module.net.state_dict().items())

@@ -339,6 +339,32 @@ def test_a_set_that_does_not_exist_is_refused(chosen: int) -> None:
         choose(convnet(), 0)
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_each_set_has_the_statistics_of_what_it_leaves_on(momentum: float | None) -> None:
+    """As if it were the only one, and saw only the batches that it ruled."""
+    plain = randomised(resnet20(4))
+    for layer in plain.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = momentum
+    both = gated(copy.deepcopy(plain), X, sets=2)
+    alone = [attach(copy.deepcopy(plain), discover(plain, X)) for _ in range(2)]
+    for k, net in enumerate(alone):
+        for one, other in zip(modules(net), modules(both), strict=True):
+            one.heads[0].load_state_dict(other.heads[k].state_dict())
+    with torch.no_grad():
+        for step in range(6):
+            k, x = step % 2, torch.randn(8, 3, 16, 16)
+            choose(both, k)
+            torch.testing.assert_close(both.train()(x), alone[k].train()(x))
+        ways = [both.eval(), skipping(both), masked(both)]
+        for k in (0, 1, 0):
+            expected = alone[k].eval()(X)
+            for way in ways:
+                choose(way, k)
+                torch.testing.assert_close(way(X), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(alone[0](X), alone[1](X), rtol=0.1)
+
+
 def test_sets_and_choices_that_cannot_be_are_refused() -> None:
     with pytest.raises(StructureError, match="0 sets of modules: there must be 1 or more"):
         module(sets=0)
