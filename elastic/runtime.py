@@ -4,7 +4,6 @@ Calibration measures each level once; from then on the time that requests really
 the machine has become, and the largest level that is still expected to meet the deadline runs the next one.
 """
 
-import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from elastic.errors import StructureError
+from elastic.timing import WARM_UP, medians_ms
 
 RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
-WARM_UP = 3
 
 
 @dataclass(frozen=True)
@@ -138,15 +137,9 @@ def cost(net: nn.Module, example: Tensor, joules: Callable[[], float] | None = N
 def latency_ms(net: nn.Module, example: Tensor, repeats: int = 30) -> float:
     """The median time of a forward pass in evaluation mode."""
     training = net.training
-    net.eval()
-    times = []
-    with torch.inference_mode():
-        for _ in range(WARM_UP + repeats):
-            start = time.perf_counter()
-            net(example)
-            times.append(time.perf_counter() - start)
+    (median,) = medians_ms([net.eval()], [example] * repeats)
     net.train(training)
-    return 1e3 * statistics.median(times[WARM_UP:])
+    return median
 
 
 def memory_mb(net: nn.Module, example: Tensor) -> float:

@@ -12,7 +12,7 @@ import operator
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,10 +23,10 @@ from elastic.dynamic import keeps_zero
 from elastic.kam import KernelActivation, SetNorm, choose, modules
 from elastic.native import compiled
 from elastic.replay import fuse
+from elastic.timing import fastest
 from elastic.trace import BATCH_NORM, trace
 
 WAYS = ("kernel", "stock", "dense")
-Network = TypeVar("Network", bound=Callable[[Tensor], Any])
 ADD = (operator.add, torch.add, operator.iadd)
 
 
@@ -291,20 +291,6 @@ def tune(active: fx.GraphModule, samples: Iterable[Tensor], repeats: int = 5) ->
             hook.remove()
     for layer in layers:
         layer.way = min(ways, key=lambda way: statistics.median(took[layer][way]))
-
-
-def fastest(networks: Sequence[Network], samples: Sequence[Tensor], repeats: int = 5) -> Network:
-    """The network that takes least time for the samples, on this machine as it is now."""
-    took: list[list[float]] = [[] for _ in networks]
-    with torch.inference_mode():
-        for network in networks:
-            network(samples[0])
-        for x_BCHW in [*samples] * repeats:
-            for network, times in zip(networks, took, strict=True):
-                start = time.perf_counter()
-                network(x_BCHW)
-                times.append(time.perf_counter() - start)
-    return min(zip(networks, took, strict=True), key=lambda each: statistics.median(each[1]))[0]
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

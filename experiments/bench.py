@@ -24,8 +24,9 @@ from elastic.kam import modules
 from elastic.models import convnet, resnet20, vgg16_bn
 from elastic.nested import Levels, extract
 from elastic.sizes import level_sizes
-from elastic.skipping import fastest, skipping
+from elastic.skipping import skipping
 from elastic.surgery import grow_index, reindex
+from elastic.timing import fastest
 from elastic.widths import discover
 from experiments.latency import Network, stock
 

@@ -11,7 +11,6 @@ for each part of the MACs saved, modules counted, against the best of stock PyTo
 import csv
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,12 @@ from elastic.data import ImageData
 from elastic.module import TrainingError
 from elastic.parsimony import Engaged
 from elastic.skipping import masked, skipping
+from elastic.timing import medians_ms
 from experiments.look import batches
 from experiments.restore import chosen
 from experiments.setup import quiet, run
 
-BATCHES, THREADS, TUNED_ON, WARM_UP = (1, 8, 64), (1, 2), 8, 3
+BATCHES, THREADS, TUNED_ON = (1, 8, 64), (1, 2), 8
 Network = Callable[[Tensor], Any]
 
 
@@ -41,25 +41,6 @@ def stock(net: nn.Module) -> dict[str, Network]:
         "folded": masked(net, torch.contiguous_format),
         "channels_last": masked(net, torch.channels_last),
     }
-
-
-def times_ms(networks: Sequence[Network], inputs: Sequence[Sequence[Tensor]]) -> list[list[float]]:
-    """The time of each network for each of its inputs, the networks in turn."""
-    took: list[list[float]] = [[] for _ in networks]
-    with torch.inference_mode():
-        for network, (x_BCHW, *_) in list(zip(networks, inputs, strict=True)) * WARM_UP:
-            network(x_BCHW)
-        for each in zip(*inputs, strict=True):
-            for network, x_BCHW, times in zip(networks, each, took, strict=True):
-                start = time.perf_counter()
-                network(x_BCHW)
-                times.append(1e3 * (time.perf_counter() - start))
-    return took
-
-
-def medians_ms(networks: Sequence[Network], inputs: Sequence[Tensor]) -> list[float]:
-    """The median time of each network over the same inputs."""
-    return [statistics.median(times) for times in times_ms(networks, [inputs] * len(networks))]
 
 
 def some_images(data: ImageData, count: int) -> Tensor:

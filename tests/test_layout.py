@@ -13,7 +13,7 @@ LAYERS = ("elastic", "callbacks", "experiments", "tests")  # each may import its
 CORE = (
     *("errors", "axes", "rules", "trace", "widths", "stored", "surgery", "fresh", "gradmax", "depth"),
     *("gates", "compact", "cost", "saturation", "budget", "settle", "timeline"),
-    *("nested", "importance", "sizes", "reconstruct", "runtime"),
+    *("nested", "importance", "sizes", "reconstruct", "timing", "runtime"),
     *("dynamic", "kam", "native", "active", "replay", "skipping", "parsimony", "compiled"),
 )
 CORE_MAY_IMPORT = {*sys.stdlib_module_names, "torch", "numpy"}

@@ -2,17 +2,14 @@
 
 import csv
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import experiments.compare
-from experiments import latency, timed
-from experiments.latency import medians_ms, times_ms
+from experiments import timed
 from experiments.timed import networks, time_runs
 from experiments.train import train
 from tests.fitted import EXACT, command
@@ -36,28 +33,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def summaries(folder: Path) -> dict[Path, dict[str, Any]]:
     return {run: json.loads((run / "summary.json").read_text()) for run in sorted(folder.iterdir())}
-
-
-def test_networks_take_turns_and_each_has_inputs_of_its_own() -> None:
-    seen: list[tuple[str, float]] = []
-
-    def network(name: str, pause_s: float) -> latency.Network:
-        def call(x: Tensor) -> None:
-            seen.append((name, float(x)))
-            time.sleep(pause_s)
-
-        return call
-
-    inputs = [[torch.tensor(1.0), torch.tensor(2.0)], [torch.tensor(3.0), torch.tensor(4.0)]]
-    fast, slow = times_ms([network("fast", 0), network("slow", 0.02)], inputs)
-    assert seen == [("fast", 1.0), ("slow", 3.0)] * 3 + [
-        ("fast", 1.0),
-        ("slow", 3.0),
-        ("fast", 2.0),
-        ("slow", 4.0),
-    ]
-    assert len(fast) == len(slow) == 2 and min(slow) >= 20 > min(fast)
-    assert medians_ms([network("slow", 0.02)], inputs[0])[0] >= 20
 
 
 def test_every_network_is_measured_with_what_executes_it(folder: Path) -> None:
