@@ -4,17 +4,20 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -29,6 +32,28 @@ THEIRS = (*OURS, OmegaConfBaseException, HydraException, OSError)
 
 class SweepError(TrainingError):
     """None of a sweep's runs can be done."""
+
+
+class BusyError(TrainingError):
+    """Another process trains in the run's folder."""
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """No second run trains in the folder meanwhile; a process that is killed lets go of it.
+
+    Raises:
+        BusyError: one does.
+    """
+    if rank_zero_only.rank:  # type: ignore[attr-defined]  # the first process of the run has it
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise BusyError(f"another process trains in {folder}: wait until it has ended, or stop it") from error
 
 
 def run(main: Callable[[], Any]) -> None:

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from elastic.checkpoint import replace_file
 from elastic.module import TrainingError
-from experiments.setup import SweepError, one_line, portable, saved_config
+from experiments.setup import BusyError, SweepError, one_line, portable, saved_config
 
 FAILED = "failed.json"  # in a run's folder: why it failed
 PLAN = "sweep.json"  # in a sweep's folder: how many runs it has, when it set out, and with how many behind it
@@ -73,6 +73,9 @@ def one_of_many(
         return train(cfg, folder)
     except SweepError:
         raise
+    except BusyError as error:  # an earlier start of this sweep is still at it
+        print(one_line(error), flush=True)
+        return {}
     except Exception as error:  # whatever it is, the others go on
         text = json.dumps({"error": one_line(error), "kind": type(error).__name__}) + "\n"
         replace_file(folder / FAILED, lambda part: part.write_text(text))

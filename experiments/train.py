@@ -26,6 +26,7 @@ from experiments.figure import draw_history
 from experiments.publish import publish
 from experiments.setup import (
     active,
+    alone,
     check_processes,
     finished,
     multirun,
@@ -72,7 +73,16 @@ def build(cfg: DictConfig) -> tuple[ElasticModule, ImageData]:
 
 
 def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
-    """Carry out a run in its folder, from the start or from its last checkpoint; returns the summary."""
+    """Carry out a run in its folder, from the start or from its last checkpoint; returns the summary.
+
+    Raises:
+        BusyError: another process does.
+    """
+    with alone(folder):
+        return _train(cfg, folder)
+
+
+def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     quiet()
     revision()  # of the code that trains, not of what is there when it has
     if cfg.threads is not None:

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from elastic.module import TrainingError
 from experiments import sweep
-from experiments.setup import SweepError, portable
+from experiments.setup import SweepError, alone, portable
 from experiments.sweep import arm, grid, one_of_many, progress, remaining, values
 from tests.runs import TINY, configure
 
@@ -53,6 +53,20 @@ def test_the_demo_can_be_given_any_launcher(tmp_path: Path, launcher: str, plugi
     if plugin:
         pytest.importorskip(f"hydra_plugins.hydra_{plugin}_launcher")
     assert configure(tmp_path, "sweep=demo", f"hydra/launcher={launcher}").trainer.max_epochs == 4
+
+
+def test_a_run_that_another_process_is_at_is_left_to_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A sweep that is started again while jobs of the first start are running: they have not failed."""
+
+    def busy(cfg: Any, folder: Path) -> dict[str, Any]:
+        with alone(folder), alone(folder):
+            raise AssertionError
+
+    assert one_of_many(configure(tmp_path, *TINY), tmp_path / "run", busy) == {}
+    assert "another process trains in" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock"}
 
 
 def test_what_no_run_of_the_sweep_can_do_ends_it(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from filelock import FileLock
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -33,7 +34,7 @@ CHANGING = (
     "callbacks.prune.weight=1e-2",
 )
 FILES = {
-    *("config.yaml", "history.jsonl", "history.png", "last.ckpt", "metrics"),
+    *(".lock", "config.yaml", "history.jsonl", "history.png", "last.ckpt", "metrics"),
     *("model.safetensors", "summary.json", "timeline.jsonl"),
 }
 Capture = pytest.CaptureFixture[str]
@@ -48,6 +49,18 @@ def no_picture(monkeypatch: Patch) -> None:
 
 def by_command(patch: Patch, capsys: Capture, *arguments: str) -> tuple[int, str, str]:
     return command(experiments.train.main, patch, capsys, *arguments)
+
+
+def test_two_processes_do_not_train_in_one_folder(
+    tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    given = (*CHANGING, f"run={tmp_path}")
+    with FileLock(tmp_path / ".lock"):
+        code, _, err = by_command(monkeypatch, capsys, *given)
+    assert code == 1 and {p.name for p in tmp_path.iterdir()} == {".lock"}
+    expected = f"error: another process trains in {tmp_path}: wait until it has ended, or stop it"
+    assert err.splitlines()[-1] == expected
+    assert by_command(monkeypatch, capsys, *given)[0] == 0
 
 
 def test_a_run_leaves_its_files_and_nothing_else(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
