@@ -24,7 +24,7 @@ from elastic.module import TrainingError
 from experiments.setup import BusyError, SweepError, one_line, portable, saved_config
 
 FAILED = "failed.json"  # in a run's folder: why it failed
-PLAN = "sweep.json"  # in a sweep's folder: how many runs it has, when it set out, and with how many behind it
+PLAN = "sweep.json"  # in a sweep's folder: how many runs it has, when it set out, and with how many done
 LONGEST = 150  # characters of a name
 
 
@@ -95,8 +95,9 @@ class Sweep(Callback):
         sweeper, folder = config.hydra.sweeper, Path(config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         runs = sweeper.get("n_trials") or grid(sweeper.get("params") or {}, config.hydra.overrides.task)
-        done, _running, failed = counts(folder)
-        plan = {"runs": runs, "since": time.time(), "behind": done + failed}
+        since = time.time()
+        done, _running, _failed = counts(folder, since)
+        plan = {"runs": runs, "since": since, "behind": done}
         replace_file(folder / PLAN, lambda part: part.write_text(json.dumps(plan) + "\n"))
         if sweeper.get("storage") is not None:
             sweeper.n_trials = remaining(sweeper)
@@ -139,18 +140,18 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if OmegaConf.is_list(value) else [value]
 
 
-def counts(folder: Path) -> tuple[int, int, int]:
-    """The runs of a sweep that are done, running and failed."""
+def counts(folder: Path, since: float) -> tuple[int, int, int]:
+    """The runs that are done, running, and failed since then; what failed before is tried again."""
     runs = [run for run in folder.iterdir() if (run / "config.yaml").exists() or (run / FAILED).exists()]
     done = sum((run / "summary.json").exists() for run in runs)
-    failed = sum((run / FAILED).exists() for run in runs)
-    return done, len(runs) - done - failed, failed
+    failed = [run / FAILED for run in runs if (run / FAILED).exists()]
+    return done, len(runs) - done - len(failed), sum(note.stat().st_mtime >= since for note in failed)
 
 
 def progress(folder: Path) -> str:
     """How far a sweep is, and how long it takes yet if it goes on as it has since it was started."""
-    done, running, failed = counts(folder)
     plan = json.loads((folder / PLAN).read_text())
+    done, running, failed = counts(folder, plan["since"])
     ended = done + failed - plan["behind"]
     left = plan["runs"] - done - failed
     minutes = (time.time() - plan["since"]) / max(ended, 1) * left / 60

@@ -1,6 +1,7 @@
 """Sweeps: what their runs are called, that each is done once, and that none takes the others down."""
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -132,12 +133,14 @@ def test_progress_counts_the_folders(tmp_path: Path) -> None:
         "b": ["config.yaml"],
         "c": ["failed.json"],
         "d": ["config.yaml", "failed.json"],
+        "e": ["config.yaml", "failed.json"],  # before the sweep was started again
         "notes": [],
     }.items():
         (tmp_path / name).mkdir()
         for file in files:
             (tmp_path / name / file).write_text("{}")
     (tmp_path / "multirun.yaml").write_text("")
+    os.utime(tmp_path / "e" / "failed.json", (0, 0))
     plan = {"runs": 7, "since": time.time() - 600, "behind": 1}
     (tmp_path / "sweep.json").write_text(json.dumps(plan))
     assert progress(tmp_path) == f"{tmp_path}: 1 of 7 done, 1 running, 2 failed; about 20 min left"
