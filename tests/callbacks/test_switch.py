@@ -214,7 +214,7 @@ def joint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("callbacks.switch.gain=[0.1,1.0]",),
         ("callbacks.switch.choice=gumbel", "callbacks.switch.only=true"),
         ("callbacks.switch.choice=soft", "callbacks.switch.form=target", "callbacks.switch.target=0.5"),
-        ("init={joint}",),
+        ("init={joint}", "callbacks.switch.gain=[0.1,1.0]"),
     ],
     ids=["sets", "gumbel", "soft", "levels"],
 )
@@ -256,11 +256,12 @@ def test_the_modules_alone_may_be_trained(tmp_path: Path, gain: str) -> None:
     )  # type: ignore[union-attr, arg-type]
 
 
-@pytest.mark.parametrize("only", [True, False])
-def test_each_level_has_modules_of_its_own(joint: Path, tmp_path: Path, only: bool) -> None:
+@pytest.mark.parametrize(("only", "gain"), [(True, "1.0"), (False, "1.0"), (False, "[0.1,1.0]")])
+def test_each_level_has_modules_of_its_own(joint: Path, tmp_path: Path, only: bool, gain: str) -> None:
     """On levels that stay as they are to the last bit, or all learn; each is measured with its own."""
     gated = tmp_path / "gated"
     given = (f"init={joint}", "trainer.max_epochs=6", f"callbacks.switch.only={only}")
+    given += (f"callbacks.switch.gain={gain}",)
     summary = train(configure(gated, *TRAINING, *given), gated)
     old, data, _ = restore(joint)
     new, _, _ = restore(gated)
