@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from elastic.gates import fold, openings
 from elastic.surgery import reindex
-from elastic.trace import norm_after
+from elastic.trace import modes_kept, norm_after
 from elastic.widths import Slot, Width, Widths, find
 
 TINY = torch.finfo(torch.float32).tiny  # smaller numbers are denormal, and many times slower on CPUs
@@ -88,10 +88,8 @@ def _dead(
             if unread.any() or unwritten.any():
                 found[name] = (unread, unwritten, {})
     readers = {slot for name, dead in found.items() if dead[1].any() for slot in widths[name].role("in")}
-    modes = {module: module.training for module in model.modules()}  # some may be frozen
-    seen = _inputs(model.eval(), {slot.module for slot in readers}, example) if readers else {}
-    for module, mode in modes.items():
-        module.training = mode
+    with modes_kept(model):
+        seen = _inputs(model.eval(), {slot.module for slot in readers}, example) if readers else {}
     for name, (_, unwritten, constants) in found.items():
         if unwritten.any():
             for slot in widths[name].role("in"):

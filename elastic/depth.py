@@ -18,7 +18,7 @@ from elastic.errors import StructureError
 from elastic.fresh import he_normal
 from elastic.stored import NORMS, original, stored
 from elastic.surgery import reindex, resize_index
-from elastic.trace import on_meta, trace
+from elastic.trace import modes_kept, on_meta, trace
 from elastic.widths import Widths, find
 
 ADDS = {"add", "iadd"}
@@ -118,13 +118,9 @@ def _outputs(model: nn.Module, widths: Widths) -> list[Tensor]:
     """What the model makes of noise, in evaluation mode."""
     held = next(model.parameters())
     generator = torch.Generator().manual_seed(0)
-    modes = {module: module.training for module in model.modules()}
-    try:
+    with modes_kept(model):
         noise = (torch.randn(x.shape, generator=generator).to(held.device, x.dtype) for x in widths.example)
         out = model.eval().forward(*noise)
-    finally:
-        for module, training in modes.items():
-            module.training = training
     return [out] if isinstance(out, Tensor) else [held for held in out if isinstance(held, Tensor)]
 
 

@@ -145,13 +145,14 @@ def _worth(traced: fx.GraphModule, site: Site, kernels: int) -> Tensor:
 
 def _give_norms(traced: fx.GraphModule, sets: int) -> None:
     """Statistics of its own for each set of modules, wherever statistics are kept."""
+    held = traced.get_submodule(MODULES)
+    assert isinstance(held, nn.ModuleDict)
     for node in traced.graph.nodes:
-        norm = _layer(traced, node)
+        norm, name = _layer(traced, node), str(node.target).replace(".", "/")
         if isinstance(norm, BATCH_NORM) and norm.running_mean is not None:
-            path = f"{MODULES}.{str(node.target).replace('.', '/')}"
-            if not hasattr(traced.get_submodule(MODULES), path.removeprefix(f"{MODULES}.")):
-                traced.add_submodule(path, SetNorm(norm, sets))
-            node.target = path
+            if name not in held:  # it may be called more than once
+                held[name] = SetNorm(norm, sets)
+            node.target = f"{MODULES}.{name}"
 
 
 def _insert(traced: fx.GraphModule, site: Site, path: str) -> None:

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from elastic.active import engaged, ramp
 from elastic.errors import StructureError
+from elastic.trace import BATCH_NORM
 
 Choice = Literal["ramp", "straight_through", "soft", "gumbel"]
-BatchNorm = nn.modules.batchnorm._BatchNorm
 START, SPREAD = 1.0, 3.0  # all open, or training would collapse before the kernels know anything
 
 
@@ -159,15 +159,16 @@ class SetNorm(nn.Module):
     var_SC: Tensor
     seen_S: Tensor
 
-    def __init__(self, norm: BatchNorm, sets: int) -> None:
+    def __init__(self, norm: BATCH_NORM, sets: int) -> None:
         super().__init__()
         assert norm.running_mean is not None and norm.running_var is not None
         self._norm = (norm,)  # not registered: the network has it
-        self.eps, self.training, self.chosen = norm.eps, norm.training, 0
+        self.training, self.chosen = norm.training, 0
         self.register_buffer("mean_SC", norm.running_mean.repeat(sets, 1))
         self.register_buffer("var_SC", norm.running_var.repeat(sets, 1))
         self.register_buffer("seen_S", torch.zeros(sets))  # batches
 
+    eps = property(lambda self: self._norm[0].eps)
     weight = property(lambda self: self._norm[0].weight)
     bias = property(lambda self: self._norm[0].bias)
     running_mean = property(lambda self: self.mean_SC[self.chosen])

@@ -8,13 +8,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-Network = TypeVar("Network", bound=Callable[[Tensor], Any])
+Network = Callable[[Tensor], Any]
+N = TypeVar("N", bound=Network)
 WARM_UP = 3
 
 
-def times_ms(
-    networks: Sequence[Callable[[Tensor], Any]], inputs: Sequence[Sequence[Tensor]]
-) -> list[list[float]]:
+def times_ms(networks: Sequence[Network], inputs: Sequence[Sequence[Tensor]]) -> list[list[float]]:
     """The time of each network for each of its inputs."""
     took: list[list[float]] = [[] for _ in networks]
     with torch.inference_mode():
@@ -28,12 +27,12 @@ def times_ms(
     return took
 
 
-def medians_ms(networks: Sequence[Callable[[Tensor], Any]], inputs: Sequence[Tensor]) -> list[float]:
+def medians_ms(networks: Sequence[Network], inputs: Sequence[Tensor]) -> list[float]:
     """The median time of each network over the same inputs."""
     return [statistics.median(times) for times in times_ms(networks, [inputs] * len(networks))]
 
 
-def fastest(networks: Sequence[Network], inputs: Sequence[Tensor], repeats: int = 5) -> Network:
+def fastest(networks: Sequence[N], inputs: Sequence[Tensor], repeats: int = 5) -> N:
     """The network that takes least time for the inputs."""
     medians = medians_ms(networks, [*inputs] * repeats)
     return networks[medians.index(min(medians))]

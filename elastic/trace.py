@@ -2,7 +2,8 @@
 
 import copy
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -60,6 +61,17 @@ def trace(model: nn.Module) -> fx.GraphModule:
         ) from error
 
 
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Each module is in the mode it was in afterwards, whatever happens: some may be frozen."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 class Mode(nn.Module):
     """Says whether it is in training: what `self.training` was before torch.fx made a constant of it."""
 
@@ -73,10 +85,8 @@ def trace_modes(model: nn.Module) -> fx.GraphModule:
     Raises:
         StructureError: torch.fx cannot trace it, or it is another network in training than in evaluation.
     """
-    modes = {module: module.training for module in model.modules()}
-    training, traced = (trace(model.train(mode)) for mode in (True, False))
-    for module, mode in modes.items():
-        module.training = mode
+    with modes_kept(model):
+        training, traced = (trace(model.train(mode)) for mode in (True, False))
     traced.training = model.training
     if traced.code == training.code:
         return traced

@@ -26,9 +26,9 @@ from elastic.nested import Levels, extract
 from elastic.sizes import level_sizes
 from elastic.skipping import skipping
 from elastic.surgery import grow_index, reindex
-from elastic.timing import fastest
+from elastic.timing import Network, fastest
 from elastic.widths import discover
-from experiments.latency import Network, stock
+from experiments.latency import stock
 
 Work = Callable[[], Any]
 

@@ -11,9 +11,8 @@ for each part of the MACs saved, modules counted, against the best of stock PyTo
 import csv
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -25,13 +24,12 @@ from elastic.data import ImageData
 from elastic.module import TrainingError
 from elastic.parsimony import Engaged
 from elastic.skipping import masked, skipping
-from elastic.timing import medians_ms
+from elastic.timing import Network, medians_ms
 from experiments.look import batches
 from experiments.restore import chosen
 from experiments.setup import quiet, run
 
 BATCHES, THREADS, TUNED_ON = (1, 8, 64), (1, 2), 8
-Network = Callable[[Tensor], Any]
 
 
 def stock(net: nn.Module) -> dict[str, Network]:

@@ -17,8 +17,8 @@ from torch import Tensor
 from elastic.kam import choose
 from elastic.nested import Levels
 from elastic.skipping import skipping
-from elastic.timing import times_ms
-from experiments.latency import TUNED_ON, Network, some_images, stock
+from elastic.timing import Network, times_ms
+from experiments.latency import TUNED_ON, some_images, stock
 from experiments.restore import restore, restore_switched
 
 IMAGES = 100

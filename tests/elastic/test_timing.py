@@ -1,20 +1,18 @@
 """Timing: networks take turns, and the median decides."""
 
 import time
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from elastic.timing import fastest, medians_ms, times_ms
+from elastic.timing import Network, fastest, medians_ms, times_ms
 
 
 def test_networks_take_turns_and_each_has_inputs_of_its_own() -> None:
     seen: list[tuple[str, float]] = []
 
-    def network(name: str, pause_s: float) -> Callable[[Tensor], Any]:
+    def network(name: str, pause_s: float) -> Network:
         def call(x: Tensor) -> None:
             seen.append((name, float(x)))
             time.sleep(pause_s)
@@ -38,7 +36,7 @@ def test_the_fastest_network_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = {"now": 0.0}
     calls = {"steady": 0, "shaken": 0}
 
-    def network(name: str, times: list[float]) -> Callable[[Tensor], Tensor]:
+    def network(name: str, times: list[float]) -> Network:
         def run(x: Tensor) -> Tensor:
             clock["now"] += times[calls[name] % len(times)]
             calls[name] += 1
