@@ -28,6 +28,8 @@ class SwitchKernels(L.Callback):
         kind: what modules look at, see `elastic.dynamic.attach`.
         begin, end: parts of the run; the loss sets in at the first and grows to its full weight, or moves to
             its target, until the second: kernels that close all at once close whatever they are worth.
+        rate: of the modules' learning, times the network's: modules start from nothing, and a trained network
+            is thrown back by steps as large as they need.
         only: train the modules alone, and leave the network as it is to the last bit.
 
     Where there are levels, each of them gets modules of its own, and each step trains one, drawn at random.
@@ -47,6 +49,7 @@ class SwitchKernels(L.Callback):
         kind: str = "input",
         begin: float = 0.1,
         end: float = 0.5,
+        rate: float = 1.0,
         only: bool = False,
     ) -> None:
         gains = [gain] if isinstance(gain, int | float) else list(gain)
@@ -54,8 +57,13 @@ class SwitchKernels(L.Callback):
             raise StructureError(
                 f"{len(gains)} gains, from {begin} to {end} of the run: give one or more, 0 ≤ begin ≤ end < 1"
             )
+        if rate <= 0:
+            raise StructureError(
+                f"modules that learn {rate:g} times as fast as the network: set rate above 0"
+            )
         self.parsimony = [Parsimony(each, form, by, target) for each in gains]
-        self.choice, self.kind, self.begin, self.end, self.only = choice, kind, begin, end, only
+        self.choice, self.kind, self.begin, self.end = choice, kind, begin, end
+        self.rate, self.only = rate, only
         self.engaged: list[Engaged] = []
         self.chosen, self.ripe = 0, 1.0
 
@@ -66,7 +74,7 @@ class SwitchKernels(L.Callback):
         nets = [pl_module.net] if pl_module.levels is None else list(pl_module.levels)
         widths = [discover(net, pl_module.example) for net in nets]
         how = (len(self.parsimony), self.choice, self.kind)
-        pl_module.switch([attach(net, w, None, *how) for net, w in zip(nets, widths, strict=True)])
+        pl_module.switch([attach(net, w, None, *how) for net, w in zip(nets, widths, strict=True)], self.rate)
         self.engaged = [Engaged(net, pl_module.example) for net in pl_module.switched]
         pl_module.others = range(len(nets) - 1)
         pl_module.level = len(nets) - 1

@@ -27,6 +27,8 @@ T = TypeVar("T")
 # What torch's schedulers call the number of steps they are to last.
 LENGTH = ("total_steps", "T_max", "total_iters")
 
+RATE = "rate"  # a parameter group's learning rate, times the scheduled one
+
 ONEDNN_BLOCK = 16  # channels, with AVX-512; 8 with AVX2
 
 
@@ -74,6 +76,7 @@ class ElasticModule(L.LightningModule):
         self.level = 0  # that is trained and evaluated, where there are several
         self.others: Sequence[int] = ()  # levels that are validated beside it
         self.switched: list[fx.GraphModule] = []  # the levels with kernel activation modules
+        self.module_rate = 1.0  # of their learning, times the network's
         self.executed: list[tuple[nn.Module, float]] = [(net, 1.0)]  # in a training step, and how often
         self.asked: list[nn.Module] = []  # in a training step, forward only
         self.timeline: list[dict[str, Any]] = []
@@ -185,8 +188,8 @@ class ElasticModule(L.LightningModule):
         for name in self.widths.keys() - self.start.keys():  # as far from its ceiling as its model
             self.start[name] = self.start[sibling(stage, count, name)]
         for optimizer in self._optimizers():  # in the order that a resumed run will build them in
-            for group, parameters in zip(optimizer.param_groups, self._groups(), strict=True):
-                group["params"] = parameters
+            for group, anew in zip(optimizer.param_groups, self._groups(), strict=True):
+                group["params"] = anew["params"]
         return count
 
     @contextmanager
@@ -237,17 +240,20 @@ class ElasticModule(L.LightningModule):
         self.levels, self.level, self.level_norms = levels, len(levels) - 1, levels.norms
         levels.share()  # the network may have been laid out since they were made
 
-    def switch(self, switched: Sequence[fx.GraphModule]) -> None:
-        """From here on each level runs with kernel activation modules: `elastic.dynamic.attach`."""
-        self.switched = list(switched)
+    def switch(self, switched: Sequence[fx.GraphModule], rate: float = 1.0) -> None:
+        """From here on each level runs with kernel activation modules: `elastic.dynamic.attach`.
+
+        Args:
+            rate: of their learning, times the network's.
+        """
+        self.switched, self.module_rate = list(switched), rate
         self.kams = nn.ModuleList(net.get_submodule(MODULES) for net in switched)
 
     # Optimization.
 
     def configure_optimizers(self) -> Any:
         """Weights decay; norms, biases and gate scores do not."""
-        decayed, free = self._groups()
-        optimizer = self.make_optimizer([{"params": decayed}, {"params": free, "weight_decay": 0.0}])
+        optimizer = self.make_optimizer(self._groups())
         if self.make_scheduler is None:
             return optimizer
         steps = round(self.trainer.estimated_stepping_batches * self.share)
@@ -269,21 +275,28 @@ class ElasticModule(L.LightningModule):
             how = {"scheduler": scheduler, "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": how}
 
-    def _groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """The parameters whose weights decay, and the others."""
-        decayed: list[nn.Parameter] = []
-        free: list[nn.Parameter] = []
+    def _groups(self) -> list[dict[str, Any]]:
+        """The parameters of the network, then of its modules: first those whose weights decay."""
+        groups: dict[tuple[bool, bool], dict[str, Any]] = {
+            (False, True): {"params": []},
+            (False, False): {"params": [], "weight_decay": 0.0},
+        }
+        if self.switched:
+            groups |= {
+                (True, weighs): {**groups[False, weighs], "params": [], RATE: self.module_rate}
+                for weighs in (True, False)
+            }
         for name, parameter in self.named_parameters():
             weighs = parameter.dim() > 1 and not name.endswith("score")
-            (decayed if weighs else free).append(parameter)
-        return decayed, free
+            groups[name.startswith(f"{MODULES}."), weighs]["params"].append(parameter)
+        return list(groups.values())
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """A step at `lr_scale` times the scheduled learning rate, which schedulers never see."""
         groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
         rates = [group["lr"] for group in groups]
         for group in groups:
-            group["lr"] *= self.lr_scale
+            group["lr"] *= self.lr_scale * group.get(RATE, 1.0)
         super().optimizer_step(*args, **kwargs)
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate

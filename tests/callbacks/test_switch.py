@@ -10,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW
 
 import experiments.train
@@ -212,7 +212,7 @@ def joint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "options",
     [
         ("callbacks.switch.gain=[0.1,1.0]",),
-        ("callbacks.switch.choice=gumbel", "callbacks.switch.only=true"),
+        ("callbacks.switch.choice=gumbel", "callbacks.switch.only=true", "callbacks.switch.rate=3.0"),
         ("callbacks.switch.choice=soft", "callbacks.switch.form=target", "callbacks.switch.target=0.5"),
         ("init={joint}", "callbacks.switch.gain=[0.1,1.0]"),
     ],
@@ -254,6 +254,30 @@ def test_the_modules_alone_may_be_trained(tmp_path: Path, gain: str) -> None:
         not torch.equal(m.heads[0].linear.bias, torch.full_like(m.heads[0].linear.bias, 2.0))
         for m in modules(run.module)
     )  # type: ignore[union-attr, arg-type]
+
+
+@pytest.mark.parametrize("rate", [0.5, 4.0])
+def test_modules_move_rate_times_as_far_as_the_network_in_a_step(tmp_path: Path, rate: float) -> None:
+    """Under plain SGD, from the same start and the same batch."""
+    sgd = ("optimizer=sgd", "optimizer.scheduler=null", "optimizer.optimizer.momentum=0.0")
+    plain = ("optimizer.optimizer.nesterov=false", "optimizer.optimizer.weight_decay=0.0", *AT_ONCE)
+    moved: dict[float, dict[str, Tensor]] = {}
+    for each in (1.0, rate):
+        given = (*EXACT, "schedule=dynamic", *sgd, *plain, f"callbacks.switch.rate={each}")
+        run = prepare(tmp_path / str(each), *given)
+        start: dict[str, Tensor] = {}
+
+        def note(trainer: L.Trainer, module: ElasticModule, start: dict[str, Tensor] = start) -> None:
+            start.update({name: p.detach().clone() for name, p in module.named_parameters()})
+
+        run.trainer.callbacks.append(Spy(on_fit_start=note))  # type: ignore[attr-defined]
+        run.trainer.fit_loop.epoch_loop.max_steps = 1
+        run.fit()
+        moved[each] = {name: p.detach() - start[name] for name, p in run.module.named_parameters()}
+    for name, one in moved[1.0].items():
+        factor = rate if name.startswith("kams.") else 1.0
+        torch.testing.assert_close(moved[rate][name], factor * one, rtol=1e-4, atol=1e-6)
+    assert any(one.any() for name, one in moved[1.0].items() if name.startswith("kams."))
 
 
 @pytest.mark.parametrize(("only", "gain"), [(True, "1.0"), (False, "1.0"), (False, "[0.1,1.0]")])
@@ -303,6 +327,7 @@ def test_controls_do_not_see_the_input(tmp_path: Path, kind: str) -> None:
         ({"gain": []}, "0 gains, from 0.1 to 0.5 of the run: give one or more"),
         ({"begin": 0.6}, "from 0.6 to 0.5 of the run"),
         ({"end": 1.0}, "to 1.0 of the run"),
+        ({"rate": 0.0}, "modules that learn 0 times as fast as the network: set rate above 0"),
         ({"form": "cubic"}, "parsimony cannot be 'cubic'"),
     ],
 )
