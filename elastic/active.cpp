@@ -4,7 +4,7 @@
 // The active inputs are padded once, and split by stride, so that what a tap reads for the next pixel is the next
 // float. Vectors then run along the pixels of an output, in place, a block of outputs at a time staying in registers.
 // Where rows are so short that vectors would mostly run over padding, they run along columns (im2col) instead; where
-// an output has so few pixels that they do not fill a vector, along the kernel.
+// there are so few pixels that they do not fill a vector, along the pairs of an output's and an input's pixel.
 
 #include <algorithm>
 #include <cstdint>
@@ -29,14 +29,16 @@ constexpr int LANES = 8, SUMS = 12;
 constexpr int LANES = 4, SUMS = 12;
 #endif
 constexpr int WIDE = SUMS == 24 ? 4 : 2, TILE = WIDE * LANES;  // pixels
-constexpr int FEW = 4;                                         // pixels of an output for which columns do not pay
+constexpr int FEW = 4, PAIRS = FEW * FEW;                      // pixels of maps for which columns do not pay
+constexpr int RANGE = 16, AT_ONCE = 8;                         // kernels, and samples that they do by pairs
 constexpr int TAPS = 121;                                      // kernels of 11×11 at most
-constexpr double WASTE = 1.3;                                  // vectors in place for one in columns
+constexpr double WASTE = 1.2;                                  // vectors in place for one in columns
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
 
 struct Shape {
     int32_t channels, height, width, kernels, kernel_height, kernel_width, stride, pad, out_height, out_width;
+    int32_t pairs;  // maps have FEW pixels, and weights are laid out by pairs
     int32_t taps() const { return kernel_height * kernel_width; }
     int32_t pixels() const { return out_height * out_width; }
     // Of padded rows and columns, what taps with the same remainder by stride read lies together, in a phase.
@@ -62,6 +64,19 @@ struct Layer {
 struct List {
     const int32_t *channel;
     int count;
+};
+
+// Of all samples; a row's first entries are valid.
+struct Lists {
+    const int32_t *channel, *count;
+    int channels;
+    List of(int64_t sample) const { return {channel + sample * channels, count[sample]}; }
+};
+
+struct Samples {
+    int64_t first, step;
+    int count;
+    int64_t at(int i) const { return first + i * step; }
 };
 
 struct Part {  // of the active outputs, for one thread
@@ -256,49 +271,59 @@ inline void finish(const Layer &layer, int64_t place, float value) {
     layer.y[place] = layer.relu && value < 0 ? 0 : value;
 }
 
-// NO outputs of PIXELS pixels; what each pixel sees of an input lies in one vector, [inputs][PIXELS][LANES].
-template <int PIXELS, int NO>
-void along_kernel(const Layer &layer, List in, List out, Part part, const float *seen, int64_t sample) {
+// Outputs of FEW pixels, NO at a time, with a weight for each pair of pixels. [inputs][PAIRS] of what is seen has each
+// input's pixels for each of the output's.
+template <int NO>
+void pairs(const Layer &layer, List in, List out, const float *seen, int64_t sample) {
+    constexpr int NV = PAIRS / LANES;
     const Shape &s = layer.shape;
-    for (; part.begin + NO <= part.end; part.begin += NO) {
+    for (; out.count >= NO; out.channel += NO, out.count -= NO) {
         const float *weight[NO];
-        vec sum[NO][PIXELS] = {};
-        for (int o = 0; o < NO; o++)
-            weight[o] = layer.weight + (int64_t)out.channel[part.begin + o] * s.channels * s.taps();
-        const float *at = seen;
-        for (int a = 0; a < in.count; a++, at += PIXELS * LANES)
-            for (int o = 0; o < NO; o++) {
-                const vec kernel = *(const vec *)(weight[o] + (int64_t)in.channel[a] * s.taps());
-                for (int p = 0; p < PIXELS; p++) sum[o][p] += kernel * *(const vec *)(at + p * LANES);
+        vec sum[NO][NV] = {};
+        for (int o = 0; o < NO; o++) weight[o] = layer.weight + (int64_t)out.channel[o] * s.channels * PAIRS;
+        for (int a = 0; a < in.count; a++)
+            for (int v = 0; v < NV; v++) {
+                const vec x = *(const vec *)(seen + a * PAIRS + v * LANES);
+                for (int o = 0; o < NO; o++)
+                    sum[o][v] += *(const vec *)(weight[o] + in.channel[a] * PAIRS + v * LANES) * x;
             }
-        for (int o = 0; o < NO; o++)
-            for (int p = 0; p < PIXELS; p++) {
-                const int channel = out.channel[part.begin + o];
-                float total = layer.bias[channel];
-                for (int j = 0; j < LANES; j++) total += sum[o][p][j];
-                const int64_t output = sample * s.kernels + channel;
-                finish(layer, output * PIXELS + p, total * layer.gate[output]);
-            }
-    }
-    if constexpr (NO > 1) along_kernel<PIXELS, 1>(layer, in, out, part, seen, sample);
-}
-
-void by_kernel(const Layer &layer, Team team, const float *x, List in, List out, int64_t sample, float *work) {
-    const Shape &s = layer.shape;
-    const Part mine = team.share(in.count);
-    for (int a = mine.begin; a < mine.end; a++)
-        for (int p = 0; p < FEW; p++) {
-            float *seen = work + ((int64_t)a * FEW + p) * LANES;
-            std::memset(seen, 0, sizeof(float) * LANES);
-            for (int t = 0; t < s.taps(); t++) {
-                const int y = p / s.out_width * s.stride + t / s.kernel_width - s.pad;
-                const int c = p % s.out_width * s.stride + t % s.kernel_width - s.pad;
-                if (y >= 0 && y < s.height && c >= 0 && c < s.width)
-                    seen[t] = x[((int64_t)in.channel[a] * s.height + y) * s.width + c];
+        for (int o = 0; o < NO; o++) {
+            const int64_t output = sample * s.kernels + out.channel[o];
+            float parts[PAIRS];
+            std::memcpy(parts, sum[o], sizeof(parts));
+            for (int p = 0; p < FEW; p++) {
+                float total = layer.bias[out.channel[o]];
+                for (int q = 0; q < FEW; q++) total += parts[p * FEW + q];
+                finish(layer, output * FEW + p, total * layer.gate[output]);
             }
         }
+    }
+    if constexpr (NO > 1) pairs<NO / 2>(layer, in, out, seen, sample);
+}
+
+// Of some samples: a few kernels at a time, whose weights stay in the cache from sample to sample.
+void by_pairs(const Layer &layer, Team team, const float *x, Lists in, Lists out, Samples samples, float *work) {
+    const Shape &s = layer.shape;
+    for (int i = 0; i < samples.count; i++) {
+        const int64_t b = samples.at(i);
+        const List reads = in.of(b);
+        const Part mine = team.share(reads.count);
+        for (int a = mine.begin; a < mine.end; a++) {
+            const float *map = x + (b * s.channels + reads.channel[a]) * FEW;
+            for (int p = 0; p < FEW; p++)
+                std::memcpy(work + ((int64_t)i * s.channels + a) * PAIRS + p * FEW, map, sizeof(float) * FEW);
+        }
+    }
     team.wait();
-    along_kernel<FEW, 4>(layer, in, out, team.share(out.count), work, sample);
+    for (int from = team.me * RANGE; from < s.kernels; from += team.threads * RANGE)
+        for (int i = 0; i < samples.count; i++) {
+            const int64_t b = samples.at(i);
+            const List writes = out.of(b);
+            const int32_t *end = writes.channel + writes.count;
+            const int32_t *first = std::lower_bound(writes.channel, end, from);
+            const int count = std::lower_bound(first, end, from + RANGE) - first;
+            pairs<8>(layer, in.of(b), {first, count}, work + (int64_t)i * s.channels * PAIRS, b);
+        }
 }
 
 // y is left as it is where an output is not active; zeros there where asked for.
@@ -310,7 +335,8 @@ void clear(float *y, int64_t pixels, int channels, List out) {
 
 // Floats of work that a thread needs.
 int64_t need(const Shape &s) {
-    return s.channels * (s.plane() + (int64_t)std::max(s.taps() * TILE, FEW * LANES)) + TILE;
+    if (s.pairs) return (int64_t)AT_ONCE * s.channels * PAIRS;
+    return s.channels * (s.plane() + (int64_t)s.taps() * TILE) + TILE;
 }
 
 // Lists are ascending, (batch, channels) with a row's first `count` entries valid.
@@ -320,19 +346,22 @@ void convolution(const Shape *shape, const float *weight, const float *bias, con
                  int32_t threads) {
     const Shape &s = *shape;
     const Layer layer{s, weight, bias, residual, gate, y, relu != 0};
-    const bool few = s.pixels() == FEW && s.taps() > 1 && s.taps() <= LANES;
+    const Lists reads{in, in_count, s.channels}, writes{out, out_count, s.kernels};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         // Each thread has samples of its own, or all share each sample where there are too few.
         const int me = omp_get_thread_num(), all = omp_get_num_threads();
         const bool own = batch >= all;
         const Team team = own ? Team{0, 1} : Team{me, all};
-        for (int64_t b = own ? me : 0; b < batch; b += own ? all : 1) {
-            const float *sample = x + b * s.channels * s.height * s.width;
-            const List reads{in + b * s.channels, in_count[b]}, writes{out + b * s.kernels, out_count[b]};
-            (few ? by_kernel : by_pixels)(layer, team, sample, reads, writes, b, work + (own ? me * need(s) : 0));
+        const int64_t first = own ? me : 0, step = own ? all : 1, most = s.pairs ? AT_ONCE : 1;
+        float *mine = work + (own ? me * need(s) : 0);
+        for (int64_t b = first; b < batch; b += most * step) {
+            const Samples samples{b, step, (int)std::min(most, (batch - b + step - 1) / step)};
+            if (s.pairs) by_pairs(layer, team, x, reads, writes, samples, mine);
+            else by_pixels(layer, team, x + b * s.channels * s.height * s.width, reads.of(b), writes.of(b), b, mine);
             team.wait();
-            if (zeros && team.me == 0) clear(y + b * s.kernels * s.pixels(), s.pixels(), s.kernels, writes);
+            for (int i = 0; zeros && team.me == 0 && i < samples.count; i++)
+                clear(y + samples.at(i) * s.kernels * s.pixels(), s.pixels(), s.kernels, writes.of(samples.at(i)));
         }
     }
 }
@@ -346,19 +375,21 @@ void engage(const float *x, int32_t batch, int32_t channels, int64_t pixels, con
     for (int64_t b = 0; b < batch; b++) {
         const List reads{in + b * channels, in_count[b]};
         float *mean = means + b * channels;
+        std::memset(mean, 0, sizeof(float) * channels);
         for (int a = 0; a < reads.count; a++) {
             const float *plane = x + (b * channels + reads.channel[a]) * pixels;
             float sum = 0;
 #pragma omp simd reduction(+ : sum)
             for (int64_t p = 0; p < pixels; p++) sum += plane[p];
-            mean[a] = sum / pixels;
+            mean[reads.channel[a]] = sum / pixels;
         }
         int best = 0, count = 0;
         float highest = 0;
         for (int k = 0; k < kernels; k++) {
             float score = bias[k];
             const float *row = weight + (int64_t)k * channels;
-            for (int a = 0; a < reads.count; a++) score += row[reads.channel[a]] * mean[a];
+#pragma omp simd reduction(+ : score)
+            for (int c = 0; c < channels; c++) score += row[c] * mean[c];
             if (k == 0 || score > highest) highest = score, best = k;
             if (score > 0) out[b * kernels + count++] = k;
             gate[b * kernels + k] = score > 0 ? (ramped ? std::min(score, 1.0f) : 1.0f) : 0.0f;
@@ -369,25 +400,34 @@ void engage(const float *x, int32_t batch, int32_t channels, int64_t pixels, con
     }
 }
 
-// Max pooling, without padding, of the active channels.
+// Max pooling, without padding, of one map. SIZE and STRIDE: where known, so that pixels fill vectors.
+template <int SIZE, int STRIDE>
+void max_pool_map(const float *plane, float *out, int32_t width, int32_t size, int32_t stride, int32_t out_height,
+                  int32_t out_width) {
+    if (SIZE) size = SIZE, stride = STRIDE;
+    for (int i = 0; i < out_height; i++, out += out_width) {
+        const float *rows = plane + (int64_t)i * stride * width;
+        for (int j = 0; j < out_width; j++) {
+            float most = rows[j * stride];
+            for (int r = 0; r < size; r++)
+                for (int c = 0; c < size; c++) most = std::max(most, rows[r * width + j * stride + c]);
+            out[j] = most;
+        }
+    }
+}
+
+// Of the active channels.
 void max_pool(const float *x, float *y, int32_t batch, int32_t channels, int32_t height, int32_t width, int32_t size,
               int32_t stride, int32_t out_height, int32_t out_width, const int32_t *in, const int32_t *in_count,
               int32_t zeros, int32_t threads) {
     const int64_t from = (int64_t)height * width, to = (int64_t)out_height * out_width;
+    const auto pool = size == 2 && stride == 2 ? max_pool_map<2, 2> : max_pool_map<0, 0>;
 #pragma omp parallel for num_threads(threads) if (threads > 1 && batch > 1)
     for (int64_t b = 0; b < batch; b++) {
         const List reads{in + b * channels, in_count[b]};
         for (int a = 0; a < reads.count; a++) {
-            const float *plane = x + (b * channels + reads.channel[a]) * from;
-            float *out = y + (b * channels + reads.channel[a]) * to;
-            for (int i = 0; i < out_height; i++)
-                for (int j = 0; j < out_width; j++) {
-                    const float *window = plane + (int64_t)i * stride * width + j * stride;
-                    float most = window[0];
-                    for (int r = 0; r < size; r++)
-                        for (int c = 0; c < size; c++) most = std::max(most, window[r * width + c]);
-                    out[i * out_width + j] = most;
-                }
+            const int64_t map = b * channels + reads.channel[a];
+            pool(x + map * from, y + map * to, width, size, stride, out_height, out_width);
         }
         if (zeros) clear(y + b * channels * to, to, channels, reads);
     }

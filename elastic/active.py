@@ -17,6 +17,7 @@ from elastic.errors import StructureError
 from elastic.native import call, compiled, work
 
 MOST_TAPS = 121
+FEW = 4  # pixels of maps, as in active.cpp
 
 
 class Active(NamedTuple):
@@ -58,7 +59,7 @@ class _Shape(ctypes.Structure):
         (name, ctypes.c_int32)
         for name in (
             *("channels", "height", "width", "kernels", "kernel_height", "kernel_width"),
-            *("stride", "pad", "out_height", "out_width"),
+            *("stride", "pad", "out_height", "out_width", "pairs"),
         )
     ]
 
@@ -67,6 +68,7 @@ class _Size(NamedTuple):
     """What a convolution has for one size of its input."""
 
     shape: _Shape
+    weight: Tensor  # as the kernel wants it
     out: tuple[int, int, int]
     work: int  # floats that it needs for each thread
 
@@ -164,7 +166,7 @@ class ActiveConv2d(nn.Module):
         outputs = writes or every(batch, self.weight.shape[0])
         threads = torch.get_num_threads()
         call(
-            *("convolution", size.shape, self.weight, self.bias, x_BCHW, residual, y_BKHW, batch),
+            *("convolution", size.shape, size.weight, self.bias, x_BCHW, residual, y_BKHW, batch),
             *(inputs.channel_BK, inputs.count_B, *outputs, self.relu, self.zeros),
             *(work(threads * size.work), threads),
         )
@@ -177,10 +179,23 @@ class ActiveConv2d(nn.Module):
             (x + 2 * self.padding - k) // self.stride + 1
             for x, k in zip((height, width), kernel, strict=True)
         )
-        shape = _Shape(channels, height, width, kernels, *kernel, self.stride, self.padding, high, wide)
-        found = _Size(shape, (kernels, high, wide), library.active_work(ctypes.byref(shape)))
+        few = height * width == high * wide == FEW and kernel != [1, 1]
+        weight = by_pairs(self.weight, self.stride, self.padding, width, wide) if few else self.weight
+        shape = _Shape(channels, height, width, kernels, *kernel, self.stride, self.padding, high, wide, few)
+        found = _Size(shape, weight, (kernels, high, wide), library.active_work(ctypes.byref(shape)))
         self._sizes[height, width] = found
         return found
+
+
+def by_pairs(weight_KCHW: Tensor, stride: int, padding: int, width: int, out_width: int) -> Tensor:
+    """weight_KCPQ between each pixel of an output and each of an input, 0 where the kernel does not reach."""
+    *_, high, wide = weight_KCHW.shape
+    pixel = torch.arange(FEW)
+    row_PQ = pixel // width - (pixel // out_width * stride - padding)[:, None]
+    column_PQ = pixel % width - (pixel % out_width * stride - padding)[:, None]
+    reached_PQ = (row_PQ >= 0) & (row_PQ < high) & (column_PQ >= 0) & (column_PQ < wide)
+    tap_PQ = torch.where(reached_PQ, row_PQ * wide + column_PQ, 0)
+    return weight_KCHW.flatten(2)[:, :, tap_PQ] * reached_PQ
 
 
 def switch(

@@ -18,6 +18,15 @@ from elastic.native import CACHE, call, compiled, work
 
 needs_compiler = pytest.mark.skipif(compiled() is None, reason="there is no C++ compiler")
 WAYS = ["kernel", "stock", "dense"] if compiled() else ["stock", "dense"]
+# Height, width, kernel, stride, padding: from maps of four pixels to maps of four pixels.
+FOUR_PIXELS = [
+    (2, 2, 3, 1, 1),
+    (2, 2, 1, 1, 0),
+    (2, 2, 5, 1, 2),
+    (2, 2, 3, 2, 2),
+    (1, 4, 3, 1, 1),
+    (4, 1, 1, 1, 0),
+]
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
@@ -62,9 +71,9 @@ def some_convolution(way: str, data: st.DataObject) -> None:
     size = data.draw(st.sampled_from([1, 2, 3, 5, 7]))
     stride, pad = data.draw(st.integers(1, 3)), data.draw(st.integers(0, size // 2))
     height, width = (max(size, data.draw(st.sampled_from([4, 7, 8, 9, 14, 16, 20, 32]))) for _ in range(2))
-    if data.draw(st.booleans()):  # outputs of a few pixels take another path
-        height, width, size, stride, pad = 2, 2, 3, 1, 1
-    batch, channels, kernels = (data.draw(st.integers(1, most)) for most in (3, 20, 40))
+    if data.draw(st.booleans()):  # maps of four pixels take another path, from stride 1 to 3
+        height, width, size, stride, pad = data.draw(st.sampled_from(FOUR_PIXELS))
+    batch, channels, kernels = (data.draw(st.integers(1, most)) for most in (20, 20, 40))
     relu, adds, bias = (data.draw(st.booleans()) for _ in range(3))
     random = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
     torch.manual_seed(data.draw(st.integers(0, 10**6)))
@@ -153,7 +162,7 @@ def test_only_active_outputs_are_written() -> None:
     x_BCHW, y_BKHW = torch.ones(1, 2, 4, 4), torch.full((1, 3, 4, 4), 7.0)
     lists, size = Active.of(torch.tensor([[1.0, 0, 1]])), conv._measure(4, 4)
     call(
-        *("convolution", size.shape, conv.weight, conv.bias, x_BCHW, None, y_BKHW, 1),
+        *("convolution", size.shape, size.weight, conv.bias, x_BCHW, None, y_BKHW, 1),
         *(*every(1, 2)[:2], *lists, 0, 0, work(size.work), 1),
     )
     assert (y_BKHW[:, 1] == 7).all() and (y_BKHW[:, ::2] != 7).all()
