@@ -22,12 +22,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elastic.active import engaged, ramp
 from elastic.errors import StructureError
 from elastic.trace import BATCH_NORM
 
 Choice = Literal["ramp", "straight_through", "soft", "gumbel"]
 START, SPREAD = 1.0, 3.0  # all open, or training would collapse before the kernels know anything
+
+
+def engaged(score_BK: Tensor) -> Tensor:
+    """1 where a kernel is on: its score is positive, or it is the highest of all; else 0."""
+    best_B1 = score_BK.argmax(1, keepdim=True)
+    return (score_BK > 0).to(score_BK.dtype).scatter(1, best_B1, 1.0)
+
+
+def ramp(score_BK: Tensor) -> Tensor:
+    """The score between 0 and 1, so that a kernel fades before it is off; 1 for the highest."""
+    best_B1 = score_BK.argmax(1, keepdim=True)
+    return score_BK.clamp(0, 1).scatter(1, best_B1, 1.0)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ CORE = (
     *("errors", "axes", "rules", "trace", "widths", "stored", "surgery", "fresh", "gradmax", "depth"),
     *("gates", "compact", "cost", "saturation", "budget", "settle", "timeline"),
     *("nested", "importance", "sizes", "reconstruct", "timing", "runtime"),
-    *("dynamic", "kam", "native", "active", "replay", "skipping", "parsimony", "compiled"),
+    *("dynamic", "kam", "parsimony", "skipping", "compiled"),
 )
 CORE_MAY_IMPORT = {*sys.stdlib_module_names, "torch", "numpy"}
 

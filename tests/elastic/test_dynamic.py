@@ -467,7 +467,7 @@ def test_tuning_gives_every_layer_its_fastest_way(monkeypatch: pytest.MonkeyPatc
             return forward(*args)
 
         monkeypatch.setattr(layer, "forward", slow)
-    monkeypatch.setattr("elastic.skipping.time.perf_counter", lambda: clock["now"])
+    monkeypatch.setattr("elastic.skipping.network.time.perf_counter", lambda: clock["now"])
     tune(net, [X[:1]])
     assert {layer: layer.way for layer in layers} == fastest
 

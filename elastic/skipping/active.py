@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic.errors import StructureError
-from elastic.native import call, compiled, work
+from elastic.kam import engaged, ramp
+from elastic.skipping.native import call, compiled, work
 
 MOST_TAPS = 121
 FEW = 4  # pixels of maps, as in active.cpp
@@ -222,18 +223,6 @@ def switch(
         *(weight_KC, bias_K, kernels, ramped, *found, work(batch * channels), torch.get_num_threads()),
     )
     return found
-
-
-def engaged(score_BK: Tensor) -> Tensor:
-    """1 where a kernel is on: its score is positive, or it is the highest of all; else 0."""
-    best_B1 = score_BK.argmax(1, keepdim=True)
-    return (score_BK > 0).to(score_BK.dtype).scatter(1, best_B1, 1.0)
-
-
-def ramp(score_BK: Tensor) -> Tensor:
-    """The score between 0 and 1, so that a kernel fades before it is off; 1 for the highest."""
-    best_B1 = score_BK.argmax(1, keepdim=True)
-    return score_BK.clamp(0, 1).scatter(1, best_B1, 1.0)
 
 
 def max_pool(x_BCHW: Tensor, reads: Active, size: int, stride: int, zeros: bool) -> Tensor:

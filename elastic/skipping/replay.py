@@ -8,9 +8,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, fx, nn
 
-from elastic.active import Active
 from elastic.kam import modules
-from elastic.native import Tape
+from elastic.skipping.active import Active
+from elastic.skipping.native import Tape
 
 MOST_SAMPLES = 8  # with more of them, what Python costs is nothing beside the work
 MOST_TAPES = 8  # of a sequence, in each thread

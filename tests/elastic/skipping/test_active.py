@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from elastic import active, native
-from elastic.active import Active, ActiveConv2d, engaged, every, max_pool, ramp, switch
-from elastic.native import CACHE, call, compiled, work
+from elastic.kam import engaged, ramp
+from elastic.skipping import active, native
+from elastic.skipping.active import Active, ActiveConv2d, every, max_pool, switch
+from elastic.skipping.native import CACHE, call, compiled, work
 
 needs_compiler = pytest.mark.skipif(compiled() is None, reason="there is no C++ compiler")
 WAYS = ["kernel", "stock", "dense"] if compiled() else ["stock", "dense"]

@@ -7,14 +7,13 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from elastic import native
-from elastic.active import ActiveConv2d
 from elastic.errors import StructureError
 from elastic.kam import choose
 from elastic.models import resnet20
-from elastic.native import compiled
-from elastic.replay import MOST_SAMPLES, MOST_TAPES, Replayed
-from elastic.skipping import rewrite, skipping
+from elastic.skipping import native, rewrite, skipping
+from elastic.skipping.active import ActiveConv2d
+from elastic.skipping.native import compiled
+from elastic.skipping.replay import MOST_SAMPLES, MOST_TAPES, Replayed
 from tests.elastic.test_dynamic import gated
 from tests.elastic.zoo import randomised
 

@@ -1,0 +1,169 @@
+"""A network whose layers are told, one by one, which channels of what they read are active.
+
+Convolutions take the addition and the ReLU behind them.
+"""
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from elastic.dynamic import keeps_zero
+from elastic.kam import KernelActivation
+from elastic.skipping.active import Active, ActiveConv2d, max_pool, switch
+from elastic.skipping.folded import for_inference
+from elastic.skipping.native import compiled
+
+ADD = (operator.add, torch.add, operator.iadd)
+
+
+class ActiveSwitch(nn.Module):
+    """A kernel activation module at inference: maps and the active ones among them → the kernels engaged.
+
+    Its set of weights is looked up for each input, so that another one may be chosen between requests.
+    """
+
+    def __init__(self, module: KernelActivation) -> None:
+        super().__init__()
+        self.module = module
+        self.folded = [head.folded() for head in module.heads]  # type: ignore[operator]
+
+    def forward(self, x_BCHW: Tensor, reads: Active | None = None) -> Active:
+        weight_KC, bias_K = self.folded[self.module.chosen]
+        return switch(x_BCHW, reads, weight_KC, bias_K, self.module.choice == "ramp")
+
+
+class ActiveMaxPool2d(nn.Module):
+    def __init__(self, size: int, stride: int) -> None:
+        super().__init__()
+        self.size, self.stride, self.zeros = size, stride, True
+
+    def forward(self, x_BCHW: Tensor, reads: Active) -> Tensor:
+        return max_pool(x_BCHW, reads, self.size, self.stride, self.zeros)
+
+
+def scale(x_BCHW: Tensor, active: Active) -> Tensor:
+    """Maps times their gates."""
+    return active.scale(x_BCHW)
+
+
+def rewrite(net: nn.Module, way: str | None = None) -> fx.GraphModule:
+    """A network that is told, layer by layer, which channels are active."""
+    traced = for_inference(net)
+    best = way or ("stock" if compiled() is None else "kernel")
+    return _Rewriter(traced, best).run()
+
+
+class _Rewriter:
+    """Replaces what a traced network calls by what knows which channels are active."""
+
+    def __init__(self, traced: fx.GraphModule, way: str) -> None:
+        self.traced, self.graph, self.way = traced, traced.graph, way
+        self.active: dict[fx.Node, fx.Node] = {}  # a tensor's node -> that of its active channels
+        self.count = 0
+
+    def run(self) -> fx.GraphModule:
+        for node in list(self.graph.nodes):
+            layer = self._layer(node)
+            if isinstance(layer, KernelActivation):
+                self._replace(node, node, ActiveSwitch(layer), (node.args[0], self._reads(node)))
+            elif isinstance(layer, nn.Conv2d) and ActiveConv2d.takes(layer):
+                self._convolution(node, layer)
+            elif isinstance(layer, nn.MaxPool2d) and _plain(layer) and self._reads(node) is not None:
+                pool = ActiveMaxPool2d(_one(layer.kernel_size), _one(layer.stride))
+                self._replace(node, node, pool, (node.args[0], self._reads(node)), self._reads(node))
+            elif self._shuts(node):
+                node.target, gate = scale, node.args[1]
+                self.active[node] = gate
+            elif node.op.startswith("call") and keeps_zero(self.traced, node) and self._reads(node):
+                self.active[node] = self._reads(node)  # type: ignore[assignment]
+        self.graph.eliminate_dead_code()
+        self._leave_what_nobody_reads()
+        self.traced.delete_all_unused_submodules()
+        self.graph.lint()
+        self.traced.recompile()
+        return self.traced
+
+    def _layer(self, node: fx.Node) -> nn.Module | None:
+        return self.traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+    def _reads(self, node: fx.Node) -> fx.Node | None:
+        read = node.args[0] if node.args else None
+        return self.active.get(read) if isinstance(read, fx.Node) else None
+
+    def _shuts(self, node: fx.Node) -> bool:
+        gate = node.args[1] if node.target is torch.mul else None
+        return isinstance(gate, fx.Node) and isinstance(self._layer(gate), ActiveSwitch)
+
+    def _replace(
+        self,
+        first: fx.Node,
+        last: fx.Node,
+        made: nn.Module,
+        args: tuple[Any, ...],
+        active: fx.Node | None = None,
+    ) -> fx.Node:
+        """Call `made` where `last` was, which ends what began with `first`."""
+        name, self.count = f"active{self.count}", self.count + 1
+        self.traced.add_submodule(name, made)
+        with self.graph.inserting_before(last):
+            node = self.graph.call_module(name, args)
+        last.replace_all_uses_with(node)
+        if active is not None:
+            self.active[node] = active
+        return node
+
+    def _convolution(self, node: fx.Node, conv: nn.Conv2d) -> None:
+        last, writes, residual, relu = node, None, None, False
+        user = _only_user(last)
+        if user is not None and self._shuts(user) and user.args[0] is last:
+            last, writes = user, user.args[1]
+        user = _only_user(last)
+        if user is not None and writes is None and (other := _added(user, last)) is not None:
+            last, residual = user, other
+        user = _only_user(last)
+        if user is not None and _is_relu(self._layer(user), user):
+            last, relu = user, True
+        made = ActiveConv2d(conv, relu, True, self.way)
+        args = (node.args[0], self._reads(node), writes, residual)
+        self._replace(node, last, made, args, writes)  # type: ignore[arg-type]
+
+    def _leave_what_nobody_reads(self) -> None:
+        """Maps that are not active have to be zeros only where something reads them that does not know."""
+        for node in reversed(list(self.graph.nodes)):
+            layer = self._layer(node)
+            if isinstance(layer, ActiveConv2d | ActiveMaxPool2d):
+                layer.zeros = not all(self._knows(user, node) for user in node.users)
+
+    def _knows(self, user: fx.Node, node: fx.Node) -> bool:
+        layer = self._layer(user)
+        known = isinstance(layer, ActiveConv2d | ActiveMaxPool2d | ActiveSwitch)
+        return known and node in self.active and user.args[:2] == (node, self.active[node])
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _added(user: fx.Node, node: fx.Node) -> fx.Node | None:
+    """What else is added, where a node is the sum of two tensors."""
+    if user.op == "call_function" and user.target in ADD and len(user.args) == 2 and not user.kwargs:
+        others = [arg for arg in user.args if arg is not node]
+        if len(others) == 1 and isinstance(others[0], fx.Node):
+            return others[0]
+    return None
+
+
+def _is_relu(layer: nn.Module | None, node: fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return type(layer) is nn.ReLU or (layer is None and name.strip("_") == "relu")
+
+
+def _plain(pool: nn.MaxPool2d) -> bool:
+    square = all(isinstance(value, int) or len(set(value)) == 1 for value in (pool.kernel_size, pool.stride))
+    return square and _one(pool.padding) == 0 and _one(pool.dilation) == 1 and not pool.ceil_mode
+
+
+def _one(value: Any) -> int:
+    return value if isinstance(value, int) else int(value[0])
