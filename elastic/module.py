@@ -276,19 +276,18 @@ class ElasticModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": how}
 
     def _groups(self) -> list[dict[str, Any]]:
-        """The parameters of the network, then of its modules: first those whose weights decay."""
-        groups: dict[tuple[bool, bool], dict[str, Any]] = {
-            (False, True): {"params": []},
-            (False, False): {"params": [], "weight_decay": 0.0},
+        """The parameters by whether they decay and how fast they learn: the network's first, then its modules'."""
+        groups: dict[tuple[bool, float], dict[str, Any]] = {
+            (True, 1.0): {"params": []},
+            (False, 1.0): {"params": [], "weight_decay": 0.0},
         }
-        if self.switched:
-            groups |= {
-                (True, weighs): {**groups[False, weighs], "params": [], RATE: self.module_rate}
-                for weighs in (True, False)
-            }
         for name, parameter in self.named_parameters():
-            weighs = parameter.dim() > 1 and not name.endswith("score")
-            groups[name.startswith(f"{MODULES}."), weighs]["params"].append(parameter)
+            weighs, rate = parameter.dim() > 1 and not name.endswith("score"), 1.0
+            if name.startswith(f"{MODULES}."):
+                # A score sums over all that its module reads, and so it does the noise of their steps.
+                rate = self.module_rate * (parameter.shape[1] ** -0.5 if weighs else 1.0)
+            like = groups.setdefault((weighs, rate), {**groups[weighs, 1.0], "params": [], RATE: rate})
+            like["params"].append(parameter)
         return list(groups.values())
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
