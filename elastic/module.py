@@ -276,7 +276,7 @@ class ElasticModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": how}
 
     def _groups(self) -> list[dict[str, Any]]:
-        """The parameters by whether they decay and how fast they learn: the network's first, then its modules'."""
+        """The parameters by whether they decay and how fast they learn, the network's first."""
         groups: dict[tuple[bool, float], dict[str, Any]] = {
             (True, 1.0): {"params": []},
             (False, 1.0): {"params": [], "weight_decay": 0.0},

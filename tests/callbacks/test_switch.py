@@ -280,6 +280,21 @@ def test_modules_move_rate_times_as_far_as_the_network_in_a_step(tmp_path: Path,
     assert any(one.any() for name, one in moved[1.0].items() if name.startswith("kams."))
 
 
+def test_what_a_step_moves_a_score_does_not_grow_with_what_its_module_reads(tmp_path: Path) -> None:
+    """Steps of Adam are of one size, and the noise of C of them adds up to √C of it."""
+    run = prepare(tmp_path, *EXACT, "schedule=dynamic", "callbacks.switch.rate=3.0").fit()
+    rates = {id(p): g.get("rate", 1.0) for g in run.trainer.optimizers[0].param_groups for p in g["params"]}
+    reads = set()
+    for module in modules(run.module):
+        linear = module.heads[0].linear
+        assert isinstance(linear, nn.Linear)
+        assert rates[id(linear.weight)] * linear.in_features**0.5 == pytest.approx(3.0)
+        assert rates[id(linear.bias)] == 3.0
+        reads.add(linear.in_features)
+    assert len(reads) > 2
+    assert all(rates[id(p)] == 1.0 for p in run.module.net.parameters())
+
+
 @pytest.mark.parametrize(("only", "gain"), [(True, "1.0"), (False, "1.0"), (False, "[0.1,1.0]")])
 def test_each_level_has_modules_of_its_own(joint: Path, tmp_path: Path, only: bool, gain: str) -> None:
     """On levels that stay as they are to the last bit, or all learn; each is measured with its own."""
