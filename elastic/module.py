@@ -284,7 +284,7 @@ class ElasticModule(L.LightningModule):
         for name, parameter in self.named_parameters():
             weighs, rate = parameter.dim() > 1 and not name.endswith("score"), 1.0
             if name.startswith(f"{MODULES}."):
-                # A score sums over all that its module reads, and so it does the noise of their steps.
+                # A score sums over all that its module reads, and so over the noise of their weights' steps.
                 rate = self.module_rate * (parameter.shape[1] ** -0.5 if weighs else 1.0)
             like = groups.setdefault((weighs, rate), {**groups[weighs, 1.0], "params": [], RATE: rate})
             like["params"].append(parameter)

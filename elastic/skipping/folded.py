@@ -10,6 +10,7 @@ from elastic.trace import BATCH_NORM, trace
 
 
 def for_inference(net: nn.Module) -> fx.GraphModule:
+    """A traced copy in evaluation mode, without the layers that do nothing there."""
     copied = copy.deepcopy(net).eval()
     traced = copied if isinstance(copied, fx.GraphModule) else trace(copied)
     _fold_norms(traced)
