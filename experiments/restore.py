@@ -37,6 +37,19 @@ def restore(folder: Path) -> tuple[nn.Module | Levels, ImageData, dict[str, Any]
     return load(module.net, weights, module.example), data, summary
 
 
+def teacher(run: str | None) -> nn.Module:
+    """The network of a finished run, the largest if it has levels, to be learnt from.
+
+    Raises:
+        TrainingError: no run is named, or it is not finished.
+        StructureError: see `restore`.
+    """
+    if run is None:
+        raise TrainingError("there is nobody to learn from: set init=<folder of a finished run>")
+    net, _, _ = restore(Path(run))
+    return net.net if isinstance(net, Levels) else net
+
+
 def restore_switched(net: nn.Module | Levels, folder: Path, data: ImageData) -> list[fx.GraphModule]:
     """The network, or each of its levels, with its kernel activation modules; nothing where it has none."""
     weights = folder / "model.safetensors"

@@ -87,10 +87,10 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     revision()  # of the code that trains, not of what is there when it has
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
+    callbacks = [instantiate(callback) for callback in active(cfg).values()]  # may build networks, too
     module, data = build(cfg)
     if cfg.trainer.max_epochs < 1:
         raise TrainingError(f"trainer.max_epochs is {cfg.trainer.max_epochs}: set it to 1 or more")
-    callbacks = [instantiate(callback) for callback in active(cfg).values()]
     trainer: L.Trainer = instantiate(
         cfg.trainer,
         precision=precision(cfg.trainer.precision),

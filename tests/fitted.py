@@ -61,8 +61,8 @@ def prepare(
     """What `experiments.train.train` would fit, with callbacks of the test around the run's own."""
     quiet()
     cfg = configure(folder, *overrides)
-    module, data = build(cfg)
     own = {name: instantiate(c) for name, c in cfg.callbacks.items() if c is not None}
+    module, data = build(cfg)
     trainer = instantiate(
         cfg.trainer,
         precision=precision(cfg.trainer.precision),

@@ -13,6 +13,7 @@ from torch import nn
 import experiments.train
 from callbacks import Distil
 from elastic.module import TrainingError
+from experiments.restore import teacher
 from experiments.train import train
 from tests.fitted import EXACT, Spy, command, prepare
 from tests.runs import configure, load
@@ -50,7 +51,8 @@ def test_the_gradient_is_that_of_the_paper(weight: float, temperature: float) ->
     """Of T² times the cross entropy of soft targets, by the logits: T (q - p), section 2."""
     torch.manual_seed(0)
     given_BK, asked_BK = torch.randn(6, 10, dtype=torch.double, requires_grad=True), torch.randn(6, 10)
-    Distil("first", weight, temperature).loss(given_BK, Says(asked_BK), torch.zeros(6, 1)).backward()  # type: ignore[no-untyped-call]
+    teacher = Says(asked_BK)
+    Distil(teacher, weight, temperature).loss(given_BK, teacher, torch.zeros(6, 1)).backward()  # type: ignore[no-untyped-call]
     q_BK, p_BK = (given_BK / temperature).softmax(1), (asked_BK / temperature).softmax(1)
     torch.testing.assert_close(given_BK.grad.float(), (weight * temperature * (q_BK - p_BK) / 6).float())
 
@@ -72,11 +74,55 @@ def test_the_teacher_is_what_the_run_starts_from(first: Path, tmp_path: Path, sc
     )
     run.fit()
     assert abs(float(seen["term"])) < 1e-6
-    teacher = run.callbacks["distil"].teacher
-    assert torch.equal(teacher(seen["x"]), seen["start"]) and not teacher.training
+    taught_by = run.callbacks["distil"].teacher
+    torch.testing.assert_close(taught_by(seen["x"]), seen["start"])
+    assert not taught_by.training
     run.module.eval()
     assert not torch.allclose(run.module(seen["x"]), seen["start"])
     assert not any("teacher" in name for name in load(tmp_path / "last.ckpt")["state_dict"])
+
+
+def test_another_run_can_teach(first: Path, tmp_path: Path) -> None:
+    """A network from scratch comes closer to the teacher than one that it does not teach."""
+    longer = (*TRAINING, "trainer.max_epochs=10", "optimizer.optimizer.lr=1e-2", "seed=3")
+    other = tmp_path / "other"
+    train(configure(other, *TRAINING, "schedule=static", "model.channels=[6,6,6]"), other)
+    apart = {}
+    for schedule in ("static", "[static,distil]"):
+        taught = ("callbacks.distil.weight=10", f"callbacks.distil.teacher.run={other}")
+        given = (*longer, f"schedule={schedule}", *(taught if "distil" in schedule else ()))
+        run = prepare(tmp_path / schedule, *given).fit()
+        x_BCHW, _ = run.data.sample(64, seed=0)
+        with torch.no_grad():
+            said_BK, held_BK = (
+                net.eval()(x_BCHW).softmax(1) for net in (run.module.net, teacher(str(other)))
+            )
+        apart[schedule] = float((said_BK - held_BK).abs().mean())
+    assert apart["[static,distil]"] < 0.7 * apart["static"]
+
+
+def test_a_teacher_does_not_move_the_seed(first: Path, tmp_path: Path) -> None:
+    """The run's own seed rules what it draws, whatever seed the teacher's run had."""
+    start = []
+    for name, given in {"alone": ("schedule=static",), "taught": ("schedule=[static,distil]",)}.items():
+        taught = (f"callbacks.distil.teacher.run={first}",) if name == "taught" else ()
+        run = prepare(tmp_path / name, *TRAINING, "seed=5", *given, *taught)
+        start.append((torch.rand(3), next(run.module.net.parameters()).detach().clone()))
+    assert all(torch.equal(a, b) for a, b in zip(*start, strict=True))
+
+
+def test_a_teacher_of_other_classes_or_images_is_refused(first: Path, tmp_path: Path) -> None:
+    run = prepare(tmp_path, *TRAINING, "schedule=[static,distil]", f"init={first}")
+    for asked, says in [
+        (Says(torch.zeros(1, 7)), "the teacher knows 7 classes of 10: name the run of another"),
+        (
+            nn.Conv2d(5, 10, 3),
+            r"the teacher cannot look at images of \(1, 8, 8\): name the run of one that can",
+        ),
+    ]:
+        run.callbacks["distil"].teacher = asked
+        with pytest.raises(TrainingError, match=says):
+            run.fit()
 
 
 def test_it_holds_the_network_to_the_teacher(first: Path, tmp_path: Path) -> None:
@@ -119,7 +165,7 @@ def test_training_costs_what_the_teacher_costs_too(first: Path, tmp_path: Path) 
 @pytest.mark.parametrize("options", [{"weight": 0}, {"weight": -1}, {"temperature": 0}])
 def test_options_that_cannot_be_are_refused(options: Any) -> None:
     with pytest.raises(TrainingError, match=r"distil by .* both must be above 0"):
-        Distil("first", **options)
+        Distil(nn.Identity(), **options)
 
 
 def test_without_a_start_it_is_refused(
