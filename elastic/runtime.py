@@ -37,7 +37,8 @@ class Runtime:
         levels: modules for the same input, smallest first: `elastic.nested.Levels`, or `extract` of each.
         example: an input like those to come; its batch size matters.
         joules: reads a counter of energy, see `rapl_joules`; needed for budgets of energy only.
-        smoothing: weight of the latest request in the running mean of the slow-down.
+        smoothing: weight of the latest request in the running mean of the slow-down. One that was late and
+            slower than the mean is the mean: a deadline missed costs more than a few answers of a smaller level.
         headroom: a larger level must be expected to take at most this part of the deadline …
         patience: … at so many requests in a row, before it is used. A smaller one is used at once.
 
@@ -110,14 +111,16 @@ class Runtime:
         if self.deadline_ms is None:
             return
         with self._lock:
-            self.slowdown += self.smoothing * (took_ms / self.costs[k].latency_ms - self.slowdown)
+            seen = took_ms / self.costs[k].latency_ms
+            late = took_ms > self.deadline_ms and seen > self.slowdown
+            self.slowdown += (1.0 if late else self.smoothing) * (seen - self.slowdown)
             fits = self._largest(self.deadline_ms)
             roomy = self._largest(self.headroom * self.deadline_ms)
             self._calm = self._calm + 1 if roomy > self.level else 0
             if fits < self.level:
                 self.level = fits
             elif self._calm >= self.patience:
-                self.level, self._calm = self.level + 1, 0
+                self.level, self._calm = roomy, 0
 
     def _largest(self, deadline_ms: float) -> int:
         """The largest level expected to meet the deadline now; the smallest if none is."""

@@ -93,14 +93,24 @@ def test_it_steps_down_at_once_and_up_again_with_patience() -> None:
     assert drive(serve, 1.0, 12) == [1] * 5 + [2] * 5 + [2] * 2, "8 ms is not roomy for the largest"
     serve.within(latency_ms=10.1)
     assert drive(serve, 4.0, 2) == [3, 1]
-    assert drive(serve, 1.0, 11) == [1] * 5 + [2] * 5 + [3]
+    assert drive(serve, 1.0, 6) == [1] * 5 + [3], "as far as there is room"
 
 
-def test_one_slow_answer_is_no_load() -> None:
+def test_one_slow_answer_in_time_is_no_load() -> None:
     serve = served()
-    serve.within(latency_ms=10)
+    serve.within(latency_ms=10.1)
     drive(serve, 1.0, 20)
-    assert drive(serve, 1.5, 1) + drive(serve, 1.0, 20) == [3] * 21
+    assert drive(serve, 1.25, 1) + drive(serve, 1.0, 20) == [3] * 21
+
+
+def test_a_deadline_missed_is_believed_at_once() -> None:
+    """However much was in time before; the way back is as slow as ever."""
+    serve = served()
+    serve.within(latency_ms=10.1)
+    drive(serve, 1.0, 1000)
+    assert drive(serve, 2.6, 2) == [3, 1], "of 4 ms 10.4 would come, and of 2 ms 5.2"
+    back = drive(serve, 1.0, 30)
+    assert back.index(3) > serve.patience and back[back.index(3) :] == [3] * len(back[back.index(3) :])
 
 
 def test_without_a_deadline_nothing_is_watched() -> None:
