@@ -14,7 +14,7 @@ from elastic.skipping import native, rewrite, skipping
 from elastic.skipping.active import ActiveConv2d
 from elastic.skipping.native import compiled
 from elastic.skipping.replay import MOST_SAMPLES, MOST_TAPES, Replayed
-from tests.elastic.test_dynamic import gated
+from tests.elastic.gated import gated
 from tests.elastic.zoo import randomised
 
 pytestmark = pytest.mark.skipif(compiled() is None, reason="there is no C++ compiler")
