@@ -38,7 +38,7 @@ class Runtime:
         example: an input like those to come; its batch size matters.
         joules: reads a counter of energy, see `rapl_joules`; needed for budgets of energy only.
         smoothing: weight of the latest request in the running mean of the slow-down. One that was late and
-            slower than the mean is the mean: a deadline missed costs more than a few answers of a smaller level.
+            slower than the mean is the mean: a missed deadline costs more than some answers of a small level.
         headroom: a larger level must be expected to take at most this part of the deadline …
         patience: … at so many requests in a row, before it is used. A smaller one is used at once.
 

@@ -3,8 +3,8 @@
 // Tensors are fp32, NCHW, contiguous and of full size; lists name the active channels, so nothing is gathered.
 // The active inputs are padded once, and split by stride, so that what a tap reads for the next pixel is the next
 // float. Vectors then run along the pixels of an output, in place, a block of outputs at a time staying in registers.
-// Where rows are so short that vectors would mostly run over padding, they run along columns (im2col) instead; where
-// there are so few pixels that they do not fill a vector, along the pairs of an output's and an input's pixel.
+// Where rows are so short that vectors would mostly run over padding, they run along columns (im2col) instead. Kernels of
+// 3×3 are carried out on tiles, in fewer products, where there are channels enough: vectors run along a tile's places.
 
 #include <algorithm>
 #include <cstdint>
@@ -29,16 +29,27 @@ constexpr int LANES = 8, SUMS = 12;
 constexpr int LANES = 4, SUMS = 12;
 #endif
 constexpr int WIDE = SUMS == 24 ? 4 : 2, TILE = WIDE * LANES;  // pixels
-constexpr int FEW = 4, PAIRS = FEW * FEW;                      // pixels of maps for which columns do not pay
-constexpr int RANGE = 16, AT_ONCE = 8;                         // kernels, and samples that they do by pairs
+constexpr int PLACES = 16, AT = SUMS == 24 ? 4 : 2;            // of a tile; tiles that share the load of a weight
+constexpr int STRIP = 64, RANGE = 32, AT_ONCE = 8;             // tiles, kernels and samples that stay in the cache
 constexpr int TAPS = 121;                                      // kernels of 11×11 at most
 constexpr double WASTE = 1.2;                                  // vectors in place for one in columns
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef float four __attribute__((vector_size(16), aligned(4)));
+
+template <int N>
+using Int = std::integral_constant<int, N>;
+
+// Keeps a vector in a register: compilers load it again for each of several products, and loads are what there are most of.
+inline void hold(vec &x) {
+#if defined(__AVX512VL__) || defined(__AVX__) && !defined(__AVX512F__)
+    asm("" : "+v"(x));
+#endif
+}
 
 struct Shape {
     int32_t channels, height, width, kernels, kernel_height, kernel_width, stride, pad, out_height, out_width;
-    int32_t pairs;  // maps have FEW pixels, and weights are laid out by pairs
+    int32_t tiled;  // weights are those of tiles
     int32_t taps() const { return kernel_height * kernel_width; }
     int32_t pixels() const { return out_height * out_width; }
     // Of padded rows and columns, what taps with the same remainder by stride read lies together, in a phase.
@@ -46,6 +57,15 @@ struct Shape {
     int32_t lines() const { return (height + 2 * pad + stride - 1) / stride; }
     int32_t phases() const { return std::min(stride, std::max(kernel_height, kernel_width)); }
     int64_t plane() const { return (int64_t)phases() * phases() * lines() * line(); }
+    int32_t across() const { return (out_width + 1) / 2; }  // tiles
+    int32_t down() const { return (out_height + 1) / 2; }
+    int32_t strip() const { return std::min(down(), std::max(1, STRIP / across())); }  // rows of tiles at once
+    int32_t wide() const { return 2 * across() + 2; }                                  // what they read, with padding
+    int32_t scratch() const { return (2 * strip() + 2) * wide(); }
+    int32_t at_once() const {  // samples
+        const int tiles = strip() * across();
+        return tiled && strip() == down() ? std::max(1, std::min(AT_ONCE, STRIP / 2 / tiles)) : 1;
+    }
     int32_t tap(int t) const {
         const int r = t / kernel_width, c = t % kernel_width;
         return ((r % stride * phases() + c % stride) * lines() + r / stride) * line() + c / stride;
@@ -190,7 +210,7 @@ void block(const Layer &layer, List in, const int32_t *out, const Source &source
         const float *plane = source.data + a * source.plane;
         for (int t = 0; t < taps; t++) {
             vec x[NV];
-            for (int v = 0; v < NV; v++) x[v] = *(const vec *)(plane + source.tap[t] + source.vector[v]);
+            for (int v = 0; v < NV; v++) hold(x[v] = *(const vec *)(plane + source.tap[t] + source.vector[v]));
             for (int o = 0; o < NO; o++)
                 for (int v = 0; v < NV; v++) sum[o][v] += weight[o][at + t] * x[v];
         }
@@ -203,26 +223,30 @@ void block(const Layer &layer, List in, const int32_t *out, const Source &source
     }
 }
 
-// Outputs in blocks of NO at most, and all of about one size, as small ones are slow.
-template <int NV, int NO>
-void blocks(const Layer &layer, List in, List out, Part part, const Source &source, int64_t sample) {
-    auto run = [&](auto self, auto most, int size) -> void {
+// Outputs in blocks of NO at most, and all of about one size, as small ones are slow: run(their number, the first).
+template <int NO, typename Run>
+void blocks(Part part, Run run) {
+    auto one = [&](auto self, auto most, int size) -> void {
         constexpr int MOST = decltype(most)::value;
-        if (size == MOST) block<NV, MOST>(layer, in, out.channel + part.begin, source, sample);
-        else if constexpr (MOST > 1) self(self, std::integral_constant<int, MOST - 1>{}, size);
+        if (size == MOST) run(most, part.begin);
+        else if constexpr (MOST > 1) self(self, Int<MOST - 1>{}, size);
     };
     for (int left = (part.end - part.begin + NO - 1) / NO; left > 0; left--) {
         const int size = (part.end - part.begin + left - 1) / left;
-        run(run, std::integral_constant<int, NO>{}, size);
+        one(one, Int<NO>{}, size);
         part.begin += size;
     }
 }
 
 void tile(const Layer &layer, List in, List out, Part part, const Source &source, int64_t sample, int vectors) {
-    auto run = [&](auto kernel) { kernel(layer, in, out, part, source, sample); };
-    if (vectors == 1) run(blocks<1, SUMS == 24 ? 16 : 8>);
-    else if (vectors == 2) run(blocks<2, SUMS / 2>);
-    else if constexpr (WIDE == 4) vectors == 3 ? run(blocks<3, SUMS / 3>) : run(blocks<4, SUMS / 4>);
+    auto run = [&](auto count, auto most) {
+        blocks<most>(part, [&](auto size, int from) {
+            block<count, size>(layer, in, out.channel + from, source, sample);
+        });
+    };
+    if (vectors == 1) run(Int<1>{}, Int<SUMS == 24 ? 16 : 8>{});
+    else if (vectors == 2) run(Int<2>{}, Int<SUMS / 2>{});
+    else if constexpr (WIDE == 4) vectors == 3 ? run(Int<3>{}, Int<SUMS / 3>{}) : run(Int<4>{}, Int<SUMS / 4>{});
 }
 
 int vectors(int places) { return (places + LANES - 1) / LANES; }
@@ -266,64 +290,126 @@ void by_pixels(const Layer &layer, Team team, const float *x, List in, List out,
     }
 }
 
-inline void finish(const Layer &layer, int64_t place, float value) {
+// Bᵀ d B of some rows of tiles of one map, [tiles][PLACES]. `padded` is zero wherever there is padding.
+void see(const Shape &s, const float *map, int top, int rows, float *padded, float *to) {
+    const int wide = s.wide(), first = 2 * top - s.pad;
+    for (int y = std::max(0, first); y < std::min(s.height, first + 2 * rows + 2); y++)
+        std::memcpy(padded + (y - first) * wide + s.pad, map + y * s.width, sizeof(float) * s.width);
+    for (int i = 0; i < rows; i++, padded += 2 * wide)
+        for (int j = 0; j < s.across(); j++, to += PLACES) {
+            auto line = [&](int r) { return *(const four *)(padded + r * wide + 2 * j); };
+            const four lines[] = {line(0) - line(2), line(1) + line(2), line(2) - line(1), line(1) - line(3)};
+            for (int r = 0; r < 4; r++) {
+                const four d = lines[r];
+                *(four *)(to + 4 * r) = four{d[0], d[1], d[2], d[1]} + four{-1, 1, -1, -1} * four{d[2], d[2], d[1], d[3]};
+            }
+        }
+}
+
+inline void put(const Layer &layer, int64_t place, four value) {
+    if (layer.residual) value += *(const four *)(layer.residual + place);
+    if (layer.relu) value = value < 0 ? four{} : value;  // NaN stays
+    *(four *)(layer.y + place) = value;
+}
+
+inline void put(const Layer &layer, int64_t place, float value) {
     if (layer.residual) value += layer.residual[place];
     layer.y[place] = layer.relu && value < 0 ? 0 : value;
 }
 
-// Outputs of FEW pixels, NO at a time, with a weight for each pair of pixels. [inputs][PAIRS] of what is seen has each
-// input's pixels for each of the output's.
-template <int NO>
-void pairs(const Layer &layer, List in, List out, const float *seen, int64_t sample) {
-    constexpr int NV = PAIRS / LANES;
+// Aᵀ m A of two tiles, side by side, or of the left one: their pixels, or those that are within the map.
+inline void show(const Layer &layer, const float *left, const float *right, bool two, int64_t map, int row,
+                 int column) {
     const Shape &s = layer.shape;
-    for (; out.count >= NO; out.channel += NO, out.count -= NO) {
-        const float *weight[NO];
-        vec sum[NO][NV] = {};
-        for (int o = 0; o < NO; o++) weight[o] = layer.weight + (int64_t)out.channel[o] * s.channels * PAIRS;
-        for (int a = 0; a < in.count; a++)
-            for (int v = 0; v < NV; v++) {
-                const vec x = *(const vec *)(seen + a * PAIRS + v * LANES);
-                for (int o = 0; o < NO; o++)
-                    sum[o][v] += *(const vec *)(weight[o] + in.channel[a] * PAIRS + v * LANES) * x;
-            }
-        for (int o = 0; o < NO; o++) {
-            const int64_t output = sample * s.kernels + out.channel[o];
-            float parts[PAIRS];
-            std::memcpy(parts, sum[o], sizeof(parts));
-            for (int p = 0; p < FEW; p++) {
-                float total = layer.bias[out.channel[o]];
-                for (int q = 0; q < FEW; q++) total += parts[p * FEW + q];
-                finish(layer, output * FEW + p, total * layer.gate[output]);
-            }
-        }
+    const four *l = (const four *)left, *r = (const four *)right;
+    const four lines[][2] = {{l[0] + l[1] + l[2], r[0] + r[1] + r[2]}, {l[1] - l[2] - l[3], r[1] - r[2] - r[3]}};
+    for (int i = 0; i < 2 && row + i < s.out_height; i++) {
+        const four a = lines[i][0], b = lines[i][1], first = {a[0], a[1], b[0], b[1]};
+        const four sum = first + four{1, -1, 1, -1} * (four{a[1], a[2], b[1], b[2]} + four{a[2], a[3], b[2], b[3]});
+        const int64_t place = map * s.pixels() + (row + i) * s.out_width + column;
+        if (two && column + 4 <= s.out_width) put(layer, place, sum);
+        else
+            for (int j = 0; j < (two ? 4 : 2) && column + j < s.out_width; j++) put(layer, place + j, sum[j]);
     }
-    if constexpr (NO > 1) pairs<NO / 2>(layer, in, out, seen, sample);
 }
 
-// Of some samples: a few kernels at a time, whose weights stay in the cache from sample to sample.
-void by_pairs(const Layer &layer, Team team, const float *x, Lists in, Lists out, Samples samples, float *work) {
+// NO outputs at NT tiles, of which `seen` has the first; [inputs][tiles][PLACES].
+template <int NT, int NO>
+void products(const Layer &layer, List in, const int32_t *out, const float *seen, int tiles, int first, int64_t sample) {
+    constexpr int NV = PLACES / LANES;
     const Shape &s = layer.shape;
-    for (int i = 0; i < samples.count; i++) {
-        const int64_t b = samples.at(i);
-        const List reads = in.of(b);
-        const Part mine = team.share(reads.count);
-        for (int a = mine.begin; a < mine.end; a++) {
-            const float *map = x + (b * s.channels + reads.channel[a]) * FEW;
-            for (int p = 0; p < FEW; p++)
-                std::memcpy(work + ((int64_t)i * s.channels + a) * PAIRS + p * FEW, map, sizeof(float) * FEW);
-        }
+    const float *weight[NO];
+    vec sum[NO][NT][NV] = {};
+    for (int o = 0; o < NO; o++) {
+        weight[o] = layer.weight + (int64_t)out[o] * s.channels * PLACES;
+        for (int t = 0; t < NT; t++) sum[o][t][5 / LANES][5 % LANES] = layer.bias[out[o]];  // adds it to each pixel
     }
-    team.wait();
-    for (int from = team.me * RANGE; from < s.kernels; from += team.threads * RANGE)
+    for (int a = 0; a < in.count; a++, seen += (int64_t)tiles * PLACES)
+        for (int v = 0; v < NV; v++) {
+            const int64_t at = in.channel[a] * PLACES + v * LANES;
+            vec x[NT];
+            for (int t = 0; t < NT; t++) hold(x[t] = *(const vec *)(seen + t * PLACES + v * LANES));
+            for (int o = 0; o < NO; o++) {
+                vec w = *(const vec *)(weight[o] + at);
+                hold(w);
+                for (int t = 0; t < NT; t++) sum[o][t][v] += w * x[t];
+            }
+        }
+    for (int t = 0; t < NT;) {
+        const int row = (first + t) / s.across(), column = (first + t) % s.across();
+        const bool two = t + 1 < NT && column + 1 < s.across();
+        for (int o = 0; o < NO; o++) {
+            const int64_t map = sample * s.kernels + out[o];
+            float m[2][PLACES];
+            for (int v = 0; v < NV; v++) {
+                *(vec *)(m[0] + v * LANES) = sum[o][t][v] * layer.gate[map];
+                *(vec *)(m[1] + v * LANES) = sum[o][t + two][v] * layer.gate[map];
+            }
+            show(layer, m[0], m[1], two, map, 2 * row, 2 * column);
+        }
+        t += 1 + two;
+    }
+}
+
+// Winograd's F(2×2, 3×3), Lavin & Gray, arXiv 1509.09308: 16 products for 2×2 pixels instead of 36. Of some samples, a few
+// kernels at a time, whose weights stay in the cache from sample to sample.
+void by_tiles(const Layer &layer, Team team, const float *x, Lists in, Lists out, Samples samples, float *scratch,
+              float *work) {
+    const Shape &s = layer.shape;
+    for (int top = 0; top < s.down(); top += s.strip()) {
+        const int rows = std::min(s.strip(), s.down() - top), tiles = rows * s.across();
+        const int64_t size = (int64_t)s.channels * tiles * PLACES;
+        std::memset(scratch, 0, sizeof(float) * s.scratch());
         for (int i = 0; i < samples.count; i++) {
             const int64_t b = samples.at(i);
-            const List writes = out.of(b);
-            const int32_t *end = writes.channel + writes.count;
-            const int32_t *first = std::lower_bound(writes.channel, end, from);
-            const int count = std::lower_bound(first, end, from + RANGE) - first;
-            pairs<8>(layer, in.of(b), {first, count}, work + (int64_t)i * s.channels * PAIRS, b);
+            const List reads = in.of(b);
+            const Part mine = team.share(reads.count);
+            for (int a = mine.begin; a < mine.end; a++) {
+                const float *map = x + (b * s.channels + reads.channel[a]) * s.height * s.width;
+                see(s, map, top, rows, scratch, work + i * size + (int64_t)a * tiles * PLACES);
+            }
         }
+        team.wait();
+        const int range = std::min(RANGE, (s.kernels + team.threads - 1) / team.threads);
+        for (int from = team.me * range; from < s.kernels; from += team.threads * range)
+            for (int i = 0; i < samples.count; i++) {
+                const int64_t b = samples.at(i);
+                const List reads = in.of(b), writes = out.of(b);
+                const int32_t *all = writes.channel, *end = all + writes.count;
+                const Part mine{(int)(std::lower_bound(all, end, from) - all),
+                                (int)(std::lower_bound(all, end, from + range) - all)};
+                auto run = [&](auto count, auto most, int t) {
+                    blocks<most>(mine, [&](auto number, int o) {
+                        const float *seen = work + i * size + t * PLACES;
+                        products<count, number>(layer, reads, all + o, seen, tiles, top * s.across() + t, b);
+                    });
+                };
+                int t = 0;
+                for (; t + AT <= tiles; t += AT) run(Int<AT>{}, Int<SUMS * LANES / PLACES / AT>{}, t);
+                for (; t < tiles; t++) run(Int<1>{}, Int<8>{}, t);
+            }
+        team.wait();
+    }
 }
 
 // y is left as it is where an output is not active; zeros there where asked for.
@@ -335,7 +421,7 @@ void clear(float *y, int64_t pixels, int channels, List out) {
 
 // Floats of work that a thread needs.
 int64_t need(const Shape &s) {
-    if (s.pairs) return (int64_t)AT_ONCE * s.channels * PAIRS;
+    if (s.tiled) return s.scratch() + (int64_t)s.at_once() * s.channels * s.strip() * s.across() * PLACES;
     return s.channels * (s.plane() + (int64_t)s.taps() * TILE) + TILE;
 }
 
@@ -353,11 +439,11 @@ void convolution(const Shape *shape, const float *weight, const float *bias, con
         const int me = omp_get_thread_num(), all = omp_get_num_threads();
         const bool own = batch >= all;
         const Team team = own ? Team{0, 1} : Team{me, all};
-        const int64_t first = own ? me : 0, step = own ? all : 1, most = s.pairs ? AT_ONCE : 1;
-        float *mine = work + (own ? me * need(s) : 0);
+        const int64_t first = own ? me : 0, step = own ? all : 1, most = s.at_once();
+        float *scratch = work + me * need(s), *mine = own ? scratch : work;
         for (int64_t b = first; b < batch; b += most * step) {
             const Samples samples{b, step, (int)std::min(most, (batch - b + step - 1) / step)};
-            if (s.pairs) by_pairs(layer, team, x, reads, writes, samples, mine);
+            if (s.tiled) by_tiles(layer, team, x, reads, writes, samples, scratch, mine + s.scratch());
             else by_pixels(layer, team, x + b * s.channels * s.height * s.width, reads.of(b), writes.of(b), b, mine);
             team.wait();
             for (int i = 0; zeros && team.me == 0 && i < samples.count; i++)

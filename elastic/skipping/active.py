@@ -7,6 +7,7 @@ they are; where it cannot be compiled, stock torch is used. All of it is for inf
 
 import ctypes
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from elastic.kam import engaged, ramp
 from elastic.skipping.native import call, compiled, work
 
 MOST_TAPS = 121
-FEW = 4  # pixels of maps, as in active.cpp
+TRANSFORMS = 25  # products that a tile's transform for one channel takes as long as, about
 
 
 class Active(NamedTuple):
@@ -60,7 +61,7 @@ class _Shape(ctypes.Structure):
         (name, ctypes.c_int32)
         for name in (
             *("channels", "height", "width", "kernels", "kernel_height", "kernel_width"),
-            *("stride", "pad", "out_height", "out_width", "pairs"),
+            *("stride", "pad", "out_height", "out_width", "tiled"),
         )
     ]
 
@@ -180,23 +181,27 @@ class ActiveConv2d(nn.Module):
             (x + 2 * self.padding - k) // self.stride + 1
             for x, k in zip((height, width), kernel, strict=True)
         )
-        few = height * width == high * wide == FEW and kernel != [1, 1]
-        weight = by_pairs(self.weight, self.stride, self.padding, width, wide) if few else self.weight
-        shape = _Shape(channels, height, width, kernels, *kernel, self.stride, self.padding, high, wide, few)
+        tiled = kernel == [3, 3] and self.stride == 1 and tiles_pay(channels, kernels, high, wide)
+        weight = of_tiles(self.weight) if tiled else self.weight
+        shape = _Shape(
+            channels, height, width, kernels, *kernel, self.stride, self.padding, high, wide, tiled
+        )
         found = _Size(shape, weight, (kernels, high, wide), library.active_work(ctypes.byref(shape)))
         self._sizes[height, width] = found
         return found
 
 
-def by_pairs(weight_KCHW: Tensor, stride: int, padding: int, width: int, out_width: int) -> Tensor:
-    """weight_KCPQ between each pixel of an output and each of an input, 0 where the kernel does not reach."""
-    *_, high, wide = weight_KCHW.shape
-    pixel = torch.arange(FEW)
-    row_PQ = pixel // width - (pixel // out_width * stride - padding)[:, None]
-    column_PQ = pixel % width - (pixel % out_width * stride - padding)[:, None]
-    reached_PQ = (row_PQ >= 0) & (row_PQ < high) & (column_PQ >= 0) & (column_PQ < wide)
-    tap_PQ = torch.where(reached_PQ, row_PQ * wide + column_PQ, 0)
-    return weight_KCHW.flatten(2)[:, :, tap_PQ] * reached_PQ
+def tiles_pay(channels: int, kernels: int, height: int, width: int) -> bool:
+    """Whether a map of so many pixels takes fewer vectors of products by tiles, and of their transforms."""
+    products, tiles = channels * kernels, math.ceil(height / 2) * math.ceil(width / 2)
+    by_pixels = 9 * math.ceil(height * width / 16) * products
+    return tiles * (products + TRANSFORMS * (channels + kernels)) < by_pixels
+
+
+def of_tiles(weight_KC33: Tensor) -> Tensor:
+    """G g Gᵀ of each kernel, of Winograd's F(2×2, 3×3): Lavin & Gray, arXiv 1509.09308, section 4.1."""
+    g_43 = torch.tensor([[2.0, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]]) / 2
+    return (g_43 @ weight_KC33 @ g_43.T).contiguous()
 
 
 def switch(

@@ -14,20 +14,11 @@ from torch import Tensor, nn
 
 from elastic.kam import engaged, ramp
 from elastic.skipping import active, native
-from elastic.skipping.active import Active, ActiveConv2d, every, max_pool, switch
+from elastic.skipping.active import Active, ActiveConv2d, every, max_pool, switch, tiles_pay
 from elastic.skipping.native import CACHE, call, compiled, work
 
 needs_compiler = pytest.mark.skipif(compiled() is None, reason="there is no C++ compiler")
 WAYS = ["kernel", "stock", "dense"] if compiled() else ["stock", "dense"]
-# Height, width, kernel, stride, padding: from maps of four pixels to maps of four pixels.
-FOUR_PIXELS = [
-    (2, 2, 3, 1, 1),
-    (2, 2, 1, 1, 0),
-    (2, 2, 5, 1, 2),
-    (2, 2, 3, 2, 2),
-    (1, 4, 3, 1, 1),
-    (4, 1, 1, 1, 0),
-]
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
@@ -71,9 +62,11 @@ def some_convolution(way: str, data: st.DataObject) -> None:
     """Any kernel, stride, border, size and gate, with and without a residual; what is off may be anything."""
     size = data.draw(st.sampled_from([1, 2, 3, 5, 7]))
     stride, pad = data.draw(st.integers(1, 3)), data.draw(st.integers(0, size // 2))
-    height, width = (max(size, data.draw(st.sampled_from([4, 7, 8, 9, 14, 16, 20, 32]))) for _ in range(2))
-    if data.draw(st.booleans()):  # maps of four pixels take another path, from stride 1 to 3
-        height, width, size, stride, pad = data.draw(st.sampled_from(FOUR_PIXELS))
+    height, width = (data.draw(st.sampled_from([1, 2, 4, 7, 8, 9, 14, 16, 20, 32])) for _ in range(2))
+    tiled = data.draw(st.booleans())  # where a kernel is 3×3
+    if tiled:
+        size, stride, pad = 3, 1, data.draw(st.integers(0, 3))
+    height, width = (max(side, size - 2 * pad) for side in (height, width))
     batch, channels, kernels = (data.draw(st.integers(1, most)) for most in (20, 20, 40))
     relu, adds, bias = (data.draw(st.booleans()) for _ in range(3))
     random = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
@@ -89,7 +82,9 @@ def some_convolution(way: str, data: st.DataObject) -> None:
         expected = (expected.relu() if relu else expected) * (maps(gate_BK) != 0)
         junk_BCHW = torch.where(maps(on_BC) != 0, x_BCHW, torch.nan)
         layer = ActiveConv2d(conv, relu, zeros=True, way=way)
-        found = layer(junk_BCHW, Active.of(on_BC), Active.of(gate_BK), residual)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(active, "tiles_pay", lambda *_: tiled)
+            found = layer(junk_BCHW, Active.of(on_BC), Active.of(gate_BK), residual)
         torch.testing.assert_close(found, expected, **CLOSE)
         layer.zeros = False
         found = layer(junk_BCHW, Active.of(on_BC), Active.of(gate_BK), residual)
@@ -119,8 +114,26 @@ def test_so_it_is_with_vectors_of_another_length(
 
 
 @needs_compiler
-def test_what_is_not_a_number_stays_so() -> None:
-    conv = nn.Conv2d(1, 1, 1)
+@pytest.mark.parametrize("size", [(140, 6), (6, 140)])
+def test_large_maps_are_tiled_in_strips(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    conv, x_BCHW = nn.Conv2d(65, 66, 3, padding=1), torch.randn(2, 65, *size)
+    assert tiles_pay(65, 66, *size)
+    with torch.no_grad():
+        torch.testing.assert_close(ActiveConv2d(conv, False, False)(x_BCHW), conv(x_BCHW), **CLOSE)
+
+
+def test_tiles_pay_where_transforms_are_shared_by_many_channels() -> None:
+    assert tiles_pay(64, 64, 8, 8) and not tiles_pay(3, 64, 8, 8)
+    pays = [tiles_pay(channels, channels, 16, 16) for channels in range(1, 200)]
+    assert pays == sorted(pays) and not pays[0] and pays[-1]
+
+
+@needs_compiler
+@pytest.mark.parametrize("size", [1, 3])
+def test_what_is_not_a_number_stays_so(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(active, "tiles_pay", lambda *_: True)
+    conv = nn.Conv2d(1, 1, size, padding=size // 2)
     with torch.no_grad():
         assert ActiveConv2d(conv, relu=True, zeros=True)(torch.full((1, 1, 8, 8), torch.nan)).isnan().all()
 
@@ -130,7 +143,7 @@ def test_what_is_not_a_number_stays_so() -> None:
 def test_so_it_is_whatever_the_layout_and_the_threads(way: str, threads: int) -> None:
     before = torch.get_num_threads()
     torch.manual_seed(0)
-    conv, x_BCHW = nn.Conv2d(7, 40, 3, padding=1), torch.randn(2, 7, 32, 32)
+    conv, x_BCHW = nn.Conv2d(48, 70, 3, padding=1), torch.randn(2, 48, 32, 32)
     try:
         torch.set_num_threads(threads)
         with torch.no_grad():
