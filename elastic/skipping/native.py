@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("active.cpp")
+SOURCES = Path(__file__).with_name("kernel")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 CACHE = "ELASTIC_CACHE"  # the environment's name for a folder other than the user's cache
 MOST_ARGUMENTS = 16
@@ -43,9 +43,9 @@ def compiled() -> ctypes.CDLL | None:
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         return None
-    key = hashlib.sha256(
-        SOURCE.read_bytes() + " ".join([compiler, *FLAGS, _processor()]).encode()
-    ).hexdigest()
+    texts = [source.read_bytes() for source in sorted(SOURCES.iterdir())]
+    made_with = " ".join([compiler, *FLAGS, _processor()]).encode()
+    key = hashlib.sha256(b"".join([*texts, made_with])).hexdigest()
     folder = Path(os.environ.get(CACHE) or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "elastic-cnn"))
     library = folder.expanduser() / f"active-{key[:16]}.so"
     try:
@@ -53,7 +53,7 @@ def compiled() -> ctypes.CDLL | None:
             library.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=library.parent) as part:  # another process may do the same
                 made = Path(part, "active.so")
-                command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
+                command = [compiler, *FLAGS, str(SOURCES / "active.cpp"), "-o", str(made)]
                 subprocess.run(command, check=True, capture_output=True, timeout=300)
                 made.replace(library)
         found = ctypes.CDLL(str(library))

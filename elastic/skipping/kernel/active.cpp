@@ -1,0 +1,154 @@
+// Layers of which only some input and output channels exist; see ../active.py.
+//
+// Tensors are fp32, NCHW, contiguous and of full size; lists name the active channels, so nothing is gathered.
+
+#include <utility>
+
+#include "pixels.h"
+#include "tiles.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_thread_num() { return 0; }
+static int omp_get_num_threads() { return 1; }
+#endif
+
+namespace {
+
+// y is left as it is where an output is not active; zeros there where asked for.
+void clear(float *y, int64_t pixels, int channels, List out) {
+    for (int c = 0, k = 0; c < channels; c++)
+        if (k < out.count && out.channel[k] == c) k++;
+        else std::memset(y + c * pixels, 0, sizeof(float) * pixels);
+}
+
+// Floats of work that a thread needs.
+int64_t need(const Shape &s) { return s.tiled ? work_by_tiles(Tiles(s)) : work_by_pixels(s); }
+
+// Lists are ascending, (batch, channels) with a row's first `count` entries valid.
+void convolution(const Shape *shape, const float *weight, const float *bias, const float *x, const float *residual,
+                 float *y, int32_t batch, const int32_t *in, const int32_t *in_count, const int32_t *out,
+                 const int32_t *out_count, const float *gate, int32_t relu, int32_t zeros, float *work,
+                 int32_t threads) {
+    const Tiles s(*shape);
+    const Layer layer{s, weight, bias, residual, gate, y, relu != 0};
+    const Lists reads{in, in_count, s.channels}, writes{out, out_count, s.kernels};
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        // Each thread has samples of its own, or all share each sample where there are too few.
+        const int me = omp_get_thread_num(), all = omp_get_num_threads();
+        const bool own = batch >= all;
+        const Team team = own ? Team{0, 1} : Team{me, all};
+        const int64_t first = own ? me : 0, step = own ? all : 1, most = s.tiled ? s.at_once() : 1;
+        float *scratch = work + me * need(s), *mine = own ? scratch : work;
+        for (int64_t b = first; b < batch; b += most * step) {
+            const Samples samples{b, step, (int)std::min(most, (batch - b + step - 1) / step)};
+            if (s.tiled) by_tiles(layer, team, x, reads, writes, samples, scratch, mine + s.scratch());
+            else by_pixels(layer, team, x + b * s.channels * s.height * s.width, reads.of(b), writes.of(b), b, mine);
+            team.wait();
+            for (int i = 0; zeros && team.me == 0 && i < samples.count; i++)
+                clear(y + samples.at(i) * s.kernels * s.pixels(), s.pixels(), s.kernels, writes.of(samples.at(i)));
+        }
+    }
+}
+
+// The kernels that a module engages: those with a positive score, or the one with the highest. Gates are the scores,
+// 1 at most and 1 for the highest, or just 1; those of other kernels are 0.
+void engage(const float *x, int32_t batch, int32_t channels, int64_t pixels, const int32_t *in,
+            const int32_t *in_count, const float *weight, const float *bias, int32_t kernels, int32_t ramped,
+            int32_t *out, int32_t *out_count, float *gate, float *means, int32_t threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && batch > 1)
+    for (int64_t b = 0; b < batch; b++) {
+        const List reads{in + b * channels, in_count[b]};
+        float *mean = means + b * channels;
+        std::memset(mean, 0, sizeof(float) * channels);
+        for (int a = 0; a < reads.count; a++) {
+            const float *plane = x + (b * channels + reads.channel[a]) * pixels;
+            float sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t p = 0; p < pixels; p++) sum += plane[p];
+            mean[reads.channel[a]] = sum / pixels;
+        }
+        int best = 0, count = 0;
+        float highest = 0;
+        for (int k = 0; k < kernels; k++) {
+            float score = bias[k];
+            const float *row = weight + (int64_t)k * channels;
+#pragma omp simd reduction(+ : score)
+            for (int c = 0; c < channels; c++) score += row[c] * mean[c];
+            if (k == 0 || score > highest) highest = score, best = k;
+            if (score > 0) out[b * kernels + count++] = k;
+            gate[b * kernels + k] = score > 0 ? (ramped ? std::min(score, 1.0f) : 1.0f) : 0.0f;
+        }
+        if (count == 0) out[b * kernels + count++] = best;
+        gate[b * kernels + best] = 1;
+        out_count[b] = count;
+    }
+}
+
+// Max pooling, without padding, of one map. SIZE and STRIDE: where known, so that pixels fill vectors.
+template <int SIZE, int STRIDE>
+void max_pool_map(const float *plane, float *out, int32_t width, int32_t size, int32_t stride, int32_t out_height,
+                  int32_t out_width) {
+    if (SIZE) size = SIZE, stride = STRIDE;
+    for (int i = 0; i < out_height; i++, out += out_width) {
+        const float *rows = plane + (int64_t)i * stride * width;
+        for (int j = 0; j < out_width; j++) {
+            float most = rows[j * stride];
+            for (int r = 0; r < size; r++)
+                for (int c = 0; c < size; c++) most = std::max(most, rows[r * width + j * stride + c]);
+            out[j] = most;
+        }
+    }
+}
+
+// Of the active channels.
+void max_pool(const float *x, float *y, int32_t batch, int32_t channels, int32_t height, int32_t width, int32_t size,
+              int32_t stride, int32_t out_height, int32_t out_width, const int32_t *in, const int32_t *in_count,
+              int32_t zeros, int32_t threads) {
+    const int64_t from = (int64_t)height * width, to = (int64_t)out_height * out_width;
+    const auto pool = size == 2 && stride == 2 ? max_pool_map<2, 2> : max_pool_map<0, 0>;
+#pragma omp parallel for num_threads(threads) if (threads > 1 && batch > 1)
+    for (int64_t b = 0; b < batch; b++) {
+        const List reads{in + b * channels, in_count[b]};
+        for (int a = 0; a < reads.count; a++) {
+            const int64_t map = b * channels + reads.channel[a];
+            pool(x + map * from, y + map * to, width, size, stride, out_height, out_width);
+        }
+        if (zeros) clear(y + b * channels * to, to, channels, reads);
+    }
+}
+
+// Numbers and addresses, as what the function takes.
+template <typename... T, std::size_t... I>
+void call(void (*function)(T...), const int64_t *arguments, std::index_sequence<I...>) {
+    function((T)arguments[I]...);
+}
+
+template <typename... T>
+void call(void (*function)(T...), const int64_t *arguments) {
+    call(function, arguments, std::index_sequence_for<T...>{});
+}
+
+}  // namespace
+
+extern "C" {
+
+// Floats of work that a convolution needs for each thread.
+int64_t active_work(const Shape *s) { return need(*s); }
+
+struct Step {
+    int64_t function;  // 0 convolution, 1 engage, 2 max_pool
+    int64_t arguments[16];
+};
+
+void active_run(const Step *steps, int32_t count) {
+    for (const Step *step = steps; step < steps + count; step++) {
+        const int64_t *a = step->arguments;
+        if (step->function == 0) call(convolution, a);
+        else if (step->function == 1) call(engage, a);
+        else call(max_pool, a);
+    }
+}
+}
