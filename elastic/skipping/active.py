@@ -1,7 +1,7 @@
 """Layers of which only the active channels are computed and read, by a small compiled kernel or stock torch.
 
 Stock torch has to gather the weights of the active channels for each input, which costs as much as it saves
-where few pixels use them. The kernel (`kernel/`) is told the channels' numbers and walks the tensors where they
+where few pixels use them. The kernel (`kernel/`) is told the channels' numbers and walks tensors where they
 are; where it cannot be compiled, stock torch is used. All of it is for inference, in fp32 on the CPU.
 """
 
