@@ -34,7 +34,7 @@ class _Step(ctypes.Structure):
     _fields_ = [("function", ctypes.c_int64), ("arguments", ctypes.c_int64 * MOST_ARGUMENTS)]
 
 
-FUNCTIONS = {name: i for i, name in enumerate(("convolution", "engage", "max_pool"))}  # as in active.cpp
+FUNCTIONS = {name: i for i, name in enumerate(("convolution", "engage", "max_pool"))}  # as in the kernel
 
 
 @functools.cache
@@ -43,7 +43,7 @@ def compiled() -> ctypes.CDLL | None:
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         return None
-    texts = [source.read_bytes() for source in sorted(SOURCES.iterdir())]
+    texts = [source.read_bytes() for source in sorted(SOURCES.glob("*.[ch]*"))]
     made_with = " ".join([compiler, *FLAGS, _processor()]).encode()
     key = hashlib.sha256(b"".join([*texts, made_with])).hexdigest()
     folder = Path(os.environ.get(CACHE) or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "elastic-cnn"))

@@ -101,6 +101,7 @@ void by_tiles(const Layer &layer, Team team, const float *x, Lists in, Lists out
     for (int top = 0; top < s.down(); top += s.strip()) {
         const int rows = std::min(s.strip(), s.down() - top), tiles = rows * s.across();
         const int64_t size = (int64_t)s.channels * tiles * PLACES;
+        if (top > 0) team.wait();  // for those who still read the strip before
         std::memset(scratch, 0, sizeof(float) * s.scratch());
         for (int i = 0; i < samples.count; i++) {
             const int64_t b = samples.at(i);
@@ -130,7 +131,6 @@ void by_tiles(const Layer &layer, Team team, const float *x, Lists in, Lists out
                 for (; t + AT <= tiles; t += AT) run(Int<AT>{}, Int<SUMS * LANES / PLACES / AT>{}, t);
                 for (; t < tiles; t++) run(Int<1>{}, Int<8>{}, t);
             }
-        team.wait();
     }
 }
 
