@@ -7,7 +7,7 @@ Shapes: B samples of a batch, C channels, H rows, W columns.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 from elastic.data.imageset import Batch, ImageSet
 from elastic.data.split import stratified_split
+
+Change = Callable[[Tensor], Tensor]
 
 
 class DataError(RuntimeError):
@@ -42,7 +44,8 @@ class ImageData(L.LightningDataModule, ABC):
             validation's place is a tenth of the same images: for runs whose decisions have been taken.
         seed: of the training order.
         split_seed: of the validation split.
-        augment: callables x_BCHW -> x_BCHW on images in [0, 1]; used in order, while training only.
+        augment: callables x_BCHW -> x_BCHW on images in [0, 1], with names or without; used in order, while
+            training only.
         mean, std: one number a channel, of images in [0, 1].
         workers: processes that read batches; sets held in memory are fastest with none.
         download: fetch what is missing.
@@ -63,7 +66,7 @@ class ImageData(L.LightningDataModule, ABC):
         val_fraction: float = 0.1,
         seed: int = 0,
         split_seed: int = 0,
-        augment: Iterable[Callable[[Tensor], Tensor]] = (),
+        augment: Mapping[str, Change] | Iterable[Change] = (),
         mean: Sequence[float] = (0.0,),
         std: Sequence[float] = (1.0,),
         workers: int = 0,
@@ -75,7 +78,8 @@ class ImageData(L.LightningDataModule, ABC):
         if batch_size < 1:
             raise DataError(f"batch_size is {batch_size}: set data.batch_size to 1 or more")
         self.root, self.batch_size, self.val_fraction = root, batch_size, val_fraction
-        self.seed, self.split_seed, self.augment = seed, split_seed, tuple(augment)
+        self.seed, self.split_seed = seed, split_seed
+        self.augment = tuple(augment.values() if isinstance(augment, Mapping) else augment)
         self.mean, self.std = tuple(mean), tuple(std)
         self.workers, self.download = workers, download
         self.train_set: Subset[Batch] | None = None

@@ -13,7 +13,11 @@ POOLS = (0, 1, 4)  # the convolutions that a pooling follows
 def alexnet(
     width: int = 64, in_channels: int = 3, classes: int = 10, hidden: int = 1024, dropout: float = 0.5
 ) -> nn.Sequential:
-    """3×3 convolutions with ReLU and no norm, three 2×2 max-poolings, two hidden linear layers."""
+    """3×3 convolutions with ReLU and no norm, three 2×2 max-poolings, two hidden linear layers.
+
+    Weights start as large as ReLU needs (He et al., arXiv 1502.01852): with torch's, and no norm to make up
+    for it, what the last layers see is so small that they hardly learn at first.
+    """
     net, read = nn.Sequential(), in_channels
     for i, times in enumerate(CHANNELS):
         net.add_module(f"conv{i + 1}", nn.Conv2d(read, times * width, 3, padding=1))
@@ -27,4 +31,8 @@ def alexnet(
         net.add_module(f"fc{i}", nn.Linear(inputs, outputs))
         net.add_module(f"relu{i}", nn.ReLU())
     net.add_module("fc8", nn.Linear(hidden, classes))
+    for layer in net:
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
     return net

@@ -242,14 +242,16 @@ def test_normalisation_inverts_to_the_bytes(cifar):
     torch.testing.assert_close(bytes_again, x.float(), atol=1e-3, rtol=0)
 
 
-def test_augmentation_runs_in_order_on_unit_images_while_training_only():
+@pytest.mark.parametrize("named", [False, True], ids=["in a list", "by name"])
+def test_augmentation_runs_in_order_on_unit_images_while_training_only(named):
     seen = []
 
     def halve(x):
         seen.append(x)
         return x / 2
 
-    data = ready(Digits(augment=[halve, lambda x: x + 1], mean=(0.5,), std=(0.25,)))
+    changes = {"halve": halve, "brighten": lambda x: x + 1}
+    data = ready(Digits(augment=changes if named else changes.values(), mean=(0.5,), std=(0.25,)))
     batch = next(iter(data.val_dataloader()))
     unit = to_unit(batch[0])
     assert unit.min() == 0 and unit.max() == 1

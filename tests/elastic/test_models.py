@@ -124,6 +124,11 @@ def test_alexnet_has_five_convolutions_and_three_linear_layers() -> None:
     }
 
 
+def test_alexnet_tells_images_apart_before_it_has_learnt() -> None:
+    answers_BK = alexnet(32).eval()(torch.randn(16, 3, 32, 32))
+    assert answers_BK.std(0).mean() > 0.1  # 0.0005 with torch's weights
+
+
 def test_torchvisions_models_are_taken_untrained_with_the_classes_asked_for() -> None:
     net = from_torchvision("resnet18", classes=7)
     assert type(net) is ResNet and net.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
