@@ -32,6 +32,7 @@ MORE = {
     "resnet56": ["model.width=4"],
     "resnet20": ["model.width=4"],
     "resnet20_narrow": ["model.model.width=8"],
+    "vgg16_bn_narrow": ["model.model.width=8"],
 }
 
 
