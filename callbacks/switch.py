@@ -66,6 +66,7 @@ class SwitchKernels(L.Callback):
         self.rate, self.only = rate, only
         self.engaged: list[Engaged] = []
         self.chosen, self.ripe = 0, 1.0
+        self.price_LS = torch.zeros(0, len(self.parsimony))  # of each level's and set's share
 
     def setup(self, trainer: L.Trainer, pl_module: ElasticModule, stage: str) -> None:  # type: ignore[override]
         refuse_beside(trainer, "kernel activation modules")
@@ -76,11 +77,15 @@ class SwitchKernels(L.Callback):
         how = (len(self.parsimony), self.choice, self.kind)
         pl_module.switch([attach(net, w, None, *how) for net, w in zip(nets, widths, strict=True)], self.rate)
         self.engaged = [Engaged(net, pl_module.example) for net in pl_module.switched]
+        self.price_LS = torch.zeros(len(nets), len(self.parsimony))
         pl_module.others = range(len(nets) - 1)
         pl_module.level = len(nets) - 1
         if self.only:
             for net in nets:
                 net.requires_grad_(False)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
+        self.price_LS = self.price_LS.to(pl_module.device)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
         progress = trainer.current_epoch / (trainer.max_epochs or 1)
@@ -109,8 +114,22 @@ class SwitchKernels(L.Callback):
             choose(pl_module, self.chosen)
 
     def loss(self, pl_module: ElasticModule) -> Tensor:
-        parsimony = self.parsimony[self.chosen]
-        return parsimony.loss(self.engaged[pl_module.level].share(parsimony.by), self.ripe)
+        parsimony, price = self.parsimony[self.chosen], self.price_LS[pl_module.level, self.chosen]
+        return parsimony.loss(self.engaged[pl_module.level].share(parsimony.by), self.ripe, price)
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: ElasticModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if "parsimony" in pl_module.loss_terms and self.ripe == 1:
+            self._reprice(trainer, pl_module.level)
+
+    @torch.no_grad()
+    def _reprice(self, trainer: L.Trainer, level: int) -> None:
+        parsimony, part = self.parsimony[self.chosen], 1 / trainer.num_training_batches
+        share = trainer.strategy.reduce(self.engaged[level].share(parsimony.by), reduce_op="mean")
+        assert isinstance(share, Tensor)
+        price = self.price_LS[level, self.chosen]
+        self.price_LS[level, self.chosen] = parsimony.reprice(price, share, part)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
         pl_module.level = len(pl_module.switched) - 1
@@ -128,6 +147,12 @@ class SwitchKernels(L.Callback):
         engaged, size = self.engaged[pl_module.level], len(batch[0])
         for by in ("count", "macs"):
             pl_module.log(f"engaged/{by}", engaged.share(by), on_epoch=True, batch_size=size, sync_dist=True)  # type: ignore[arg-type]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"price_LS": self.price_LS}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.price_LS = state_dict["price_LS"]
 
     def on_train_end(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
         pl_module.level = len(pl_module.switched) - 1

@@ -66,7 +66,7 @@ class Parsimony:
 
     Args:
         gain: G; 0 leaves the modules to the task's own loss.
-        form: "linear" G · share, "square" G · share², "target" G · (share - target)².
+        form: "linear" G · share, "square" G · share², "target" G · (share - target)² + price · (share - target).
         by: of the number of kernels ("count") or of the MACs, modules included ("macs").
         target: the share asked for.
 
@@ -96,8 +96,18 @@ class Parsimony:
                 f"a target of {self.target:g}: set it between 0 and 1, a part of the dense network"
             )
 
-    def loss(self, share: Tensor, ripe: float = 1.0) -> Tensor:
+    def loss(self, share: Tensor, ripe: float = 1.0, price: Tensor | float = 0.0) -> Tensor:
         """While `ripe` rises from 0 to 1, so does the gain, or the target falls from 1 to its place."""
         if self.target is not None:
-            return self.gain * (share - (1 - ripe * (1 - self.target))).square()
+            above = share - (1 - ripe * (1 - self.target))
+            return self.gain * above.square() + price * above
         return ripe * self.gain * (share if self.form == "linear" else share.square())
+
+    def reprice(self, price: Tensor, share: Tensor, part: float) -> Tensor:
+        """The price of a share after `part` of an epoch in which it was this: it rises while it is above target.
+
+        The square alone comes to rest where the task's pull balances it, above the target. With a price that
+        has grown as large as that pull it rests at the target (method of multipliers: Nocedal and Wright,
+        Numerical Optimization, 2006, section 17.3).
+        """
+        return price if self.target is None else price + part * 2 * self.gain * (share - self.target)

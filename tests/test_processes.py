@@ -71,7 +71,7 @@ def events(folder: Path) -> list[dict[str, Any]]:
 
 def test_two_processes_follow_one(tmp_path: Path) -> None:
     """The same global batches; sums differ in their order only. Each process leaves its own files alone."""
-    same = (*CHANGING, MODEL, "data.augment=[]", "trainer.max_epochs=4", "callbacks.prune.weight=1e-4")
+    same = (*CHANGING, MODEL, "~data.augment", "trainer.max_epochs=4", "callbacks.prune.weight=1e-4")
     two = start(tmp_path / "two", *same, *TWO, "data.batch_size=100")
     summary = train(configure(tmp_path / "one", *same, "data.batch_size=200"), tmp_path / "one")
     out = finish(two)
@@ -102,7 +102,7 @@ def test_two_processes_prune_by_magnitude_as_one(tmp_path: Path) -> None:
         "callbacks.grow.until=0.3",
         "callbacks.grow.fresh=random",
     )
-    exact = ("experiment=smoke", "trainer.precision=32-true", "data.augment=[]", "trainer.max_epochs=6")
+    exact = ("experiment=smoke", "trainer.precision=32-true", "~data.augment", "trainer.max_epochs=6")
     same = (*TINY, *exact, *smallest, *growing, MODEL)
 
     def witnessed(name: str) -> str:

@@ -361,6 +361,23 @@ def test_parsimony_that_cannot_be_is_refused(options: Any, message: str) -> None
         Parsimony(**options)
 
 
+def test_a_price_brings_the_share_to_its_target_whatever_the_task_gains_by_it() -> None:
+    """The square alone rests where its slope is the task's: at target + slope / (2 · gain)."""
+    parsimony, slope = Parsimony(10.0, "target", target=0.3), 4.0
+
+    def rest(steps: int, part: float) -> float:
+        share, price = torch.tensor(1.0, requires_grad=True), torch.tensor(0.0)
+        for _ in range(steps):
+            (gradient,) = torch.autograd.grad(parsimony.loss(share, 1.0, price) - slope * share, share)
+            share = (share - 0.02 * gradient).detach().requires_grad_()
+            price = parsimony.reprice(price, share.detach(), part)
+        return float(share.detach())
+
+    assert rest(300, part=0.0) == pytest.approx(0.3 + slope / 20, abs=1e-3)
+    assert rest(300, part=1 / 20) == pytest.approx(0.3, abs=1e-3)
+    assert float(Parsimony(1.0).reprice(torch.tensor(0.0), torch.tensor(0.9), 1.0)) == 0
+
+
 @pytest.mark.parametrize("by", ["count", "macs"])
 def test_gradients_close_kernels(by: Any) -> None:
     torch.manual_seed(0)

@@ -282,7 +282,7 @@ def test_a_folder_of_images_is_trained_on(tmp_path: Path) -> None:
                 colour = (200 - 10 * i, 0, 0) if k == 0 else (0, 200 - 10 * i, 0)
                 Image.new("RGB", (20, 20), colour).save(tmp_path / "data" / part / name / f"{i}.png")
     given = (f"data.root={tmp_path / 'data'}", "data.size=16", "data.batch_size=8", "data.workers=0")
-    flips = ("data.augment=[]", "data.val_fraction=0.2")
+    flips = ("~data.augment", "data.val_fraction=0.2")
     folder = tmp_path / "run"
     summary = train(configure(folder, *SMOKE, "data=folder", *given, *flips, "trainer.max_epochs=3"), folder)
     assert summary["data"] == "folder" and 0 <= summary["test/acc"] <= 1
