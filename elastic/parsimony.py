@@ -66,7 +66,8 @@ class Parsimony:
 
     Args:
         gain: G; 0 leaves the modules to the task's own loss.
-        form: "linear" G · share, "square" G · share², "target" G · (share - target)² + price · (share - target).
+        form: "linear" G · share, "square" G · share², "target" G · (share - target)², and a price times the
+            same distance, see `reprice`.
         by: of the number of kernels ("count") or of the MACs, modules included ("macs").
         target: the share asked for.
 
@@ -104,7 +105,7 @@ class Parsimony:
         return ripe * self.gain * (share if self.form == "linear" else share.square())
 
     def reprice(self, price: Tensor, share: Tensor, part: float) -> Tensor:
-        """The price of a share after `part` of an epoch in which it was this: it rises while it is above target.
+        """The price of a share after `part` of an epoch with this one: it rises while that is above target.
 
         The square alone comes to rest where the task's pull balances it, above the target. With a price that
         has grown as large as that pull it rests at the target (method of multipliers: Nocedal and Wright,

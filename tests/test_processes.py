@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from callbacks import SwitchKernels
 from elastic import distributed
 from elastic.distributed import differing
 from experiments.train import main, train
@@ -47,6 +48,15 @@ class Witness(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.folder.mkdir(exist_ok=True)
         torch.save(pl_module.net.state_dict(), self.folder / f"{trainer.global_rank}.pt")  # type: ignore
+
+
+class PriceWitness(Witness):
+    """What each process asks for a kernel in the end."""
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.folder.mkdir(exist_ok=True)
+        (switch,) = (callback for callback in trainer.callbacks if isinstance(callback, SwitchKernels))  # type: ignore
+        torch.save(switch.price_LS, self.folder / f"{trainer.global_rank}.pt")
 
 
 def start(folder: Path, *overrides: str) -> "subprocess.Popen[str]":
@@ -125,6 +135,17 @@ def test_two_processes_prune_by_magnitude_as_one(tmp_path: Path) -> None:
     assert closed > 0
     found = json.loads((tmp_path / "two" / "summary.json").read_text())
     assert found["params"] == summary["params"] == found["budget/got"] <= 150
+
+
+def test_two_processes_ask_one_price(tmp_path: Path) -> None:
+    """Each engages other kernels, on images of its own."""
+    target = ("callbacks.switch.form=target", "callbacks.switch.target=0.3", "callbacks.switch.end=0.3")
+    end = tmp_path / "end"
+    witness = f"+callbacks.witness={{_target_: tests.test_processes.PriceWitness, folder: {end}}}"
+    options = (*TINY, "experiment=smoke", "schedule=dynamic", *target, MODEL, witness)
+    finish(start(tmp_path / "run", *options, *TWO))
+    first, second = (load(end / f"{rank}.pt") for rank in (0, 1))
+    assert first.item() > 0 and torch.equal(first, second)
 
 
 @pytest.mark.slow
