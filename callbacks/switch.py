@@ -149,7 +149,7 @@ class SwitchKernels(L.Callback):
             pl_module.log(f"engaged/{by}", engaged.share(by), on_epoch=True, batch_size=size, sync_dist=True)  # type: ignore[arg-type]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"price_LS": self.price_LS}
+        return {"price_LS": self.price_LS.clone()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.price_LS = state_dict["price_LS"]
