@@ -120,7 +120,8 @@ class SwitchKernels(L.Callback):
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: ElasticModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if "parsimony" in pl_module.loss_terms and self.ripe == 1:
+        asked = self.parsimony[self.chosen].target is not None and "parsimony" in pl_module.loss_terms
+        if asked and self.ripe == 1:
             self._reprice(trainer, pl_module.level)
 
     @torch.no_grad()
