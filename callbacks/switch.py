@@ -121,7 +121,7 @@ class SwitchKernels(L.Callback):
         self, trainer: L.Trainer, pl_module: ElasticModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         asked = self.parsimony[self.chosen].target is not None and "parsimony" in pl_module.loss_terms
-        if asked and self.ripe == 1:
+        if asked:
             self._reprice(trainer, pl_module.level)
 
     @torch.no_grad()
@@ -130,7 +130,7 @@ class SwitchKernels(L.Callback):
         share = trainer.strategy.reduce(self.engaged[level].share(parsimony.by), reduce_op="mean")
         assert isinstance(share, Tensor)
         price = self.price_LS[level, self.chosen]
-        self.price_LS[level, self.chosen] = parsimony.reprice(price, share, part)
+        self.price_LS[level, self.chosen] = parsimony.reprice(price, share, self.ripe, part)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
         pl_module.level = len(pl_module.switched) - 1

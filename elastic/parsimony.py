@@ -100,15 +100,19 @@ class Parsimony:
     def loss(self, share: Tensor, ripe: float = 1.0, price: Tensor | float = 0.0) -> Tensor:
         """While `ripe` rises from 0 to 1, so does the gain, or the target falls from 1 to its place."""
         if self.target is not None:
-            above = share - (1 - ripe * (1 - self.target))
+            above = share - self._asked(ripe)
             return self.gain * above.square() + price * above
         return ripe * self.gain * (share if self.form == "linear" else share.square())
 
-    def reprice(self, price: Tensor, share: Tensor, part: float) -> Tensor:
+    def reprice(self, price: Tensor, share: Tensor, ripe: float, part: float) -> Tensor:
         """The price of a share after `part` of an epoch with this one: it rises while that is above target.
 
         The square alone comes to rest where the task's pull balances it, above the target. With a price that
         has grown as large as that pull it rests at the target (method of multipliers: Nocedal and Wright,
         Numerical Optimization, 2006, section 17.3).
         """
-        return price if self.target is None else price + part * 2 * self.gain * (share - self.target)
+        return price if self.target is None else price + part * 2 * self.gain * (share - self._asked(ripe))
+
+    def _asked(self, ripe: float) -> float:
+        assert self.target is not None
+        return 1 - ripe * (1 - self.target)

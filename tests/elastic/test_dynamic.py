@@ -370,12 +370,12 @@ def test_a_price_brings_the_share_to_its_target_whatever_the_task_gains_by_it() 
         for _ in range(steps):
             (gradient,) = torch.autograd.grad(parsimony.loss(share, 1.0, price) - slope * share, share)
             share = (share - 0.02 * gradient).detach().requires_grad_()
-            price = parsimony.reprice(price, share.detach(), part)
+            price = parsimony.reprice(price, share.detach(), 1.0, part)
         return float(share.detach())
 
     assert rest(300, part=0.0) == pytest.approx(0.3 + slope / 20, abs=1e-3)
     assert rest(300, part=1 / 20) == pytest.approx(0.3, abs=1e-3)
-    assert float(Parsimony(1.0).reprice(torch.tensor(0.0), torch.tensor(0.9), 1.0)) == 0
+    assert float(Parsimony(1.0).reprice(torch.tensor(0.0), torch.tensor(0.9), 1.0, 1.0)) == 0
 
 
 @pytest.mark.parametrize("by", ["count", "macs"])
