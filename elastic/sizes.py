@@ -71,7 +71,7 @@ def narrow(
 ) -> nn.Module:
     """A fresh model whose widths have a fraction of their channels, as a level of another has.
 
-    It is what a level is compared with when it is trained alone.
+    It is what a level is compared with when it is trained alone. Its layers start as torch has them start.
 
     Args:
         model: called with in_channels and classes.

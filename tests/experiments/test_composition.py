@@ -31,8 +31,7 @@ MORE = {
     "alexnet": ["model.width=8"],
     "resnet56": ["model.width=4"],
     "resnet20": ["model.width=4"],
-    "resnet20_narrow": ["model.model.width=8"],
-    "vgg16_bn_narrow": ["model.model.width=8"],
+    "narrow": ["model.model.width=8"],
 }
 
 

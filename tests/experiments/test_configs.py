@@ -79,6 +79,16 @@ def test_every_model_can_be_made(tmp_path: Path, name: str) -> None:
     assert isinstance(net, nn.Module) and net(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
 
 
+@pytest.mark.parametrize("name", [name for name in files("model") if name != "narrow"])
+def test_every_model_can_be_narrow(tmp_path: Path, name: str) -> None:
+    given = ("model=narrow", f"model@model.model={name}", "model.fraction=0.5")
+    whole, narrow = (
+        instantiate(configure(tmp_path, *options).model, in_channels=3, classes=7)
+        for options in ([f"model={name}"], given)
+    )
+    assert sum(p.numel() for p in narrow.parameters()) < 0.6 * sum(p.numel() for p in whole.parameters())
+
+
 @pytest.mark.parametrize("name", files("optimizer"))
 def test_every_optimizer_can_be_made(tmp_path: Path, name: str) -> None:
     cfg = configure(tmp_path, f"optimizer={name}").optimizer
