@@ -57,7 +57,7 @@ def attach(
         conv = traced.get_submodule(site.writer)
         assert isinstance(conv, nn.Conv2d)
         module = KINDS[kind](site, conv.in_channels, conv.out_channels, sets, choice)
-        module.start(_worth(traced, site, conv.out_channels))
+        module.order(_worth(traced, site, conv.out_channels))
         path = f"{MODULES}.{site.writer.replace('.', '/')}"
         traced.add_submodule(path, module.to(conv.weight.device))
         _insert(traced, site, path)

@@ -10,8 +10,11 @@ first two are linear, so the maps are averaged first here: the same scores for h
 
 How gates learn decides what they are worth. The sigmoid's gradient of a hard gate says what a little more of
 a map would do, not what its absence does, and modules that have learnt from it choose worse than ones that
-see nothing. A ramp fades a map out before it is left out, as feature boosting and suppression does (Gao et
-al., arXiv 1810.05331), so that its gradient is true wherever a kernel is on.
+see nothing. A ramp fades a map out before it is left out, so that its gradient is true wherever a kernel is
+on. But what reads a faded map can make up for it, so that no kernel resists until all are next to zero, where
+noise decides which of them are off. A scale has no upper end and stops at one half: kernels that are spared
+alike keep their order and their distances (the gates of feature boosting and suppression: Gao et al., arXiv
+1810.05331, with a threshold in the place of the k highest).
 """
 
 from collections.abc import Iterator
@@ -25,8 +28,11 @@ from torch import Tensor, nn
 from elastic.errors import StructureError
 from elastic.trace import BATCH_NORM
 
-Choice = Literal["ramp", "straight_through", "soft", "gumbel"]
-START, SPREAD = 1.0, 3.0  # all open, or training would collapse before the kernels know anything
+Choice = Literal["scale", "ramp", "straight_through", "soft", "gumbel"]
+LEAST = 0.5  # of a scale's gates that are on
+# The lowest score at the start, and by how much the highest exceeds it: all are open, or training would
+# collapse before the kernels know anything.
+START, START_OF_SCALE = (1.0, 3.0), (0.1, 0.8)  # gates of 1; of 0.6 to 1.4
 
 
 def engaged(score_BK: Tensor) -> Tensor:
@@ -39,6 +45,15 @@ def ramp(score_BK: Tensor) -> Tensor:
     """The score between 0 and 1, so that a kernel fades before it is off; 1 for the highest."""
     best_B1 = score_BK.argmax(1, keepdim=True)
     return score_BK.clamp(0, 1).scatter(1, best_B1, 1.0)
+
+
+def scale(score_BK: Tensor) -> Tensor:
+    """One half more than the score where a kernel is on, one half for the highest if it is not positive."""
+    return engaged(score_BK.detach()) * (score_BK.clamp(min=0) + LEAST)
+
+
+# Gates that are more than 0 or 1, in evaluation too.
+GRADED = {"ramp": ramp, "scale": scale}
 
 
 @dataclass(frozen=True)
@@ -58,11 +73,11 @@ class Head(nn.Module):
     start at zero: what is looked at is learnt, not drawn.
     """
 
-    def __init__(self, reads: int, kernels: int) -> None:
+    def __init__(self, reads: int, kernels: int, start: float) -> None:
         super().__init__()
         self.norm, self.linear = nn.BatchNorm1d(reads, affine=False), nn.Linear(reads, kernels)
         nn.init.zeros_(self.linear.weight)
-        nn.init.constant_(self.linear.bias, START + SPREAD / 2)
+        nn.init.constant_(self.linear.bias, start)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         score_BK: Tensor = self.linear(self.norm(x_BCHW.mean((2, 3))))
@@ -83,8 +98,9 @@ class KernelActivation(nn.Module):
         site: the layers that it concerns.
         reads, kernels: C and K.
         sets: how many sets of weights it has, trained with different gains; `chosen` says which one rules.
-        choice: what gates are, and so how they learn. "ramp": the score between 0 and 1, and 1 for the
-            strongest kernel. The others are 0 or 1 in evaluation, where the strongest is never off.
+        choice: what gates are, and so how they learn. "scale": the score and one half, for kernels that are
+            on. "ramp": the score between 0 and 1, and 1 for the strongest kernel. The others are 0 or 1 in
+            evaluation. The strongest kernel is never off then.
             "straight_through": 0 or 1 forward, the sigmoid's gradient backward. "soft": the sigmoid of score
             / `temperature`, to be annealed. "gumbel": 0 or 1 of the score plus logistic noise (Jang et al.,
             arXiv 1611.01144).
@@ -104,15 +120,17 @@ class KernelActivation(nn.Module):
         if sets < 1:
             raise StructureError(f"{sets} sets of modules: there must be 1 or more")
         self.site, self.choice, self.temperature, self.chosen = site, choice, 1.0, 0
-        self.heads = nn.ModuleList(Head(reads, kernels) for _ in range(sets))
+        self.start, self.spread = START_OF_SCALE if choice == "scale" else START
+        middle = self.start + self.spread / 2
+        self.heads = nn.ModuleList(Head(reads, kernels, middle) for _ in range(sets))
         self.on_BK = torch.ones(0, kernels)
 
     @torch.no_grad()
-    def start(self, worth_K: Tensor) -> None:
+    def order(self, worth_K: Tensor) -> None:
         """Let scores start in the order of what kernels are worth, so that they do not close all at once."""
         place_K = worth_K.argsort().argsort() / len(worth_K)
         for head in self.heads:
-            head.linear.bias.copy_(START + SPREAD * place_K)  # type: ignore[union-attr, operator]
+            head.linear.bias.copy_(self.start + self.spread * place_K)  # type: ignore[union-attr, operator]
 
     def scores(self, x_BCHW: Tensor) -> Tensor:
         score_BK: Tensor = self.heads[self.chosen](x_BCHW)
@@ -127,8 +145,8 @@ class KernelActivation(nn.Module):
         return gate_BK[:, :, None, None]
 
     def _gate(self, score_BK: Tensor) -> Tensor:
-        if self.choice == "ramp":
-            return ramp(score_BK)
+        if self.choice in GRADED:
+            return GRADED[self.choice](score_BK)
         if not self.training:
             return self.on_BK
         if self.choice == "soft":

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic.errors import StructureError
-from elastic.kam import engaged, ramp
+from elastic.kam import GRADED, Choice, engaged
 from elastic.skipping.native import call, compiled, work
 
 MOST_TAPS = 121
@@ -204,18 +204,21 @@ def of_tiles(weight_KC33: Tensor) -> Tensor:
     return (g_43 @ weight_KC33 @ g_43.T).contiguous()
 
 
+GATES = {choice: i for i, choice in enumerate(GRADED, start=1)}  # as in the kernel; 0: gates are 0 or 1
+
+
 def switch(
-    x_BCHW: Tensor, reads: Active | None, weight_KC: Tensor, bias_K: Tensor, ramped: bool = False
+    x_BCHW: Tensor, reads: Active | None, weight_KC: Tensor, bias_K: Tensor, choice: Choice = "soft"
 ) -> Active:
     """The kernels that a kernel activation module engages: a positive score each, or the highest one.
 
-    The score is linear in the means of the active input maps; gates are `ramp` of it, or 1.
+    The score is linear in the means of the active input maps; gates are what `choice` makes of it, or 1.
     """
     batch, channels, *size = x_BCHW.shape
     kernels = len(bias_K)
     if compiled() is None:
         x_BCHW = x_BCHW if reads is None else reads.shut(x_BCHW)
-        return Active.of((ramp if ramped else engaged)(F.linear(x_BCHW.mean((2, 3)), weight_KC, bias_K)))
+        return Active.of(GRADED.get(choice, engaged)(F.linear(x_BCHW.mean((2, 3)), weight_KC, bias_K)))
     x_BCHW = x_BCHW.contiguous()
     found = Active(
         torch.empty(batch, kernels, dtype=torch.int32),
@@ -225,7 +228,8 @@ def switch(
     reads = reads or every(batch, channels)
     call(
         *("engage", x_BCHW, batch, channels, size[0] * size[1], reads.channel_BK, reads.count_B),
-        *(weight_KC, bias_K, kernels, ramped, *found, work(batch * channels), torch.get_num_threads()),
+        *(weight_KC, bias_K, kernels, GATES.get(choice, 0), *found),
+        *(work(batch * channels), torch.get_num_threads()),
     )
     return found
 

@@ -31,7 +31,7 @@ class ActiveSwitch(nn.Module):
 
     def forward(self, x_BCHW: Tensor, reads: Active | None = None) -> Active:
         weight_KC, bias_K = self.folded[self.module.chosen]
-        return switch(x_BCHW, reads, weight_KC, bias_K, self.module.choice == "ramp")
+        return switch(x_BCHW, reads, weight_KC, bias_K, self.module.choice)
 
 
 class ActiveMaxPool2d(nn.Module):

@@ -1,7 +1,7 @@
 """Kernel activation modules: where they go, what they shut, how they learn, what they cost."""
 
 import copy
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -191,7 +191,7 @@ def test_scores_are_those_of_the_sources_module() -> None:
     assert torch.equal(made.on_BK, on_BK.float())
 
 
-@pytest.mark.parametrize("choice", ["ramp", "straight_through", "soft", "gumbel"])
+@pytest.mark.parametrize("choice", get_args(Choice))
 def test_they_start_nearly_open(choice: Choice) -> None:
     assert module(choice).eval()(X).mean() == 1
     assert 0.75 < module(choice)(X).mean() <= 1
@@ -296,7 +296,7 @@ def test_sets_and_choices_that_cannot_be_are_refused() -> None:
     with pytest.raises(StructureError, match="0 sets of modules: there must be 1 or more"):
         module(sets=0)
     with pytest.raises(
-        StructureError, match="kernels cannot be chosen by 'hope': use one of ramp, straight_through"
+        StructureError, match="kernels cannot be chosen by 'hope': use one of scale, ramp, straight_through"
     ):
         module("hope")  # type: ignore[arg-type]
 

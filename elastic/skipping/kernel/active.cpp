@@ -53,10 +53,13 @@ void convolution(const Shape *shape, const float *weight, const float *bias, con
     }
 }
 
-// The kernels that a module engages: those with a positive score, or the one with the highest. Gates are the scores,
-// 1 at most and 1 for the highest, or just 1; those of other kernels are 0.
+enum Gates { HARD, RAMP, SCALE };
+
+// The kernels that a module engages: those with a positive score, or the one with the highest. Gates are the scores, 1
+// at most and 1 for the highest (RAMP), or one half more, at least one half (SCALE), or just 1 (HARD); those of other
+// kernels are 0.
 void engage(const float *x, int32_t batch, int32_t channels, int64_t pixels, const int32_t *in,
-            const int32_t *in_count, const float *weight, const float *bias, int32_t kernels, int32_t ramped,
+            const int32_t *in_count, const float *weight, const float *bias, int32_t kernels, int32_t gates,
             int32_t *out, int32_t *out_count, float *gate, float *means, int32_t threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1 && batch > 1)
     for (int64_t b = 0; b < batch; b++) {
@@ -79,10 +82,11 @@ void engage(const float *x, int32_t batch, int32_t channels, int64_t pixels, con
             for (int c = 0; c < channels; c++) score += row[c] * mean[c];
             if (k == 0 || score > highest) highest = score, best = k;
             if (score > 0) out[b * kernels + count++] = k;
-            gate[b * kernels + k] = score > 0 ? (ramped ? std::min(score, 1.0f) : 1.0f) : 0.0f;
+            const float on = gates == SCALE ? score + 0.5f : gates == RAMP ? std::min(score, 1.0f) : 1.0f;
+            gate[b * kernels + k] = score > 0 ? on : 0.0f;
         }
         if (count == 0) out[b * kernels + count++] = best;
-        gate[b * kernels + best] = 1;
+        gate[b * kernels + best] = gates == SCALE ? std::max(highest, 0.0f) + 0.5f : 1.0f;
         out_count[b] = count;
     }
 }

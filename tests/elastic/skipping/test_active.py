@@ -1,8 +1,10 @@
 """Layers of active channels: the same as masks, whoever computes them, and nothing else is looked at."""
 
 import copy
+import os
+import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,12 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from elastic.kam import engaged, ramp
+from elastic.kam import GRADED, Choice, engaged, ramp, scale
 from elastic.skipping import active, native
 from elastic.skipping.active import Active, ActiveConv2d, every, max_pool, switch, tiles_pay
 from elastic.skipping.native import CACHE, call, compiled, work
 
-needs_compiler = pytest.mark.skipif(compiled() is None, reason="there is no C++ compiler")
+needs_compiler = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "c++")) is None, reason="there is no C++ compiler"
+)
 WAYS = ["kernel", "stock", "dense"] if compiled() else ["stock", "dense"]
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -204,18 +208,18 @@ def test_other_layers_are_not_taken(layer: nn.Module) -> None:
 
 @pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("reads_all", [True, False])
-@pytest.mark.parametrize("gate", [engaged, ramp])
-def test_a_switch_engages_what_its_scores_say(reads_all: bool, gate: Callable[[Tensor], Tensor]) -> None:
+@pytest.mark.parametrize("choice", ["soft", *GRADED])
+def test_a_switch_engages_what_its_scores_say(reads_all: bool, choice: Choice) -> None:
     random = torch.Generator().manual_seed(0)
     x_BCHW = torch.randn(5, 6, 7, 9, generator=random)
     on_BC = torch.ones(5, 6) if reads_all else mask(5, 6, random)
     weight_KC, bias_K = torch.randn(8, 6, generator=random) * 4, torch.randn(8, generator=random)
-    expected = gate(F.linear((x_BCHW * maps(on_BC)).mean((2, 3)), weight_KC, bias_K))
+    expected = GRADED.get(choice, engaged)(F.linear((x_BCHW * maps(on_BC)).mean((2, 3)), weight_KC, bias_K))
     junk_BCHW = torch.where(maps(on_BC) != 0, x_BCHW, torch.nan)
-    found = switch(junk_BCHW, None if reads_all else Active.of(on_BC), weight_KC, bias_K, gate is ramp)
+    found = switch(junk_BCHW, None if reads_all else Active.of(on_BC), weight_KC, bias_K, choice)
     torch.testing.assert_close(found.gate_BK, expected)
     assert torch.equal(found.gate_BK != 0, expected != 0)
-    assert 0 < expected.mean() < 1
+    assert 0 < (expected != 0).float().mean() < 1
     for b, count in enumerate(found.count_B):
         assert found.channel_BK[b, :count].tolist() == expected[b].nonzero().flatten().tolist()
 
@@ -223,9 +227,10 @@ def test_a_switch_engages_what_its_scores_say(reads_all: bool, gate: Callable[[T
 @pytest.mark.usefixtures("either")
 def test_the_strongest_kernel_is_never_off() -> None:
     bias_K = torch.tensor([-3.0, -1, -2])
-    found = switch(torch.randn(2, 4, 3, 3), None, torch.zeros(3, 4), bias_K)
-    assert found.gate_BK.tolist() == [[0, 1, 0]] * 2
-    assert engaged(bias_K[None]).tolist() == ramp(bias_K[None]).tolist() == [[0, 1, 0]]
+    for choice, gate in ("soft", 1.0), ("ramp", 1.0), ("scale", 0.5):
+        found = switch(torch.randn(2, 4, 3, 3), None, torch.zeros(3, 4), bias_K, choice)  # type: ignore[arg-type]
+        assert found.gate_BK.tolist() == [[0, gate, 0]] * 2
+        assert GRADED.get(choice, engaged)(bias_K[None]).tolist() == [[0, gate, 0]]
 
 
 def test_a_ramp_fades_kernels_out_and_learns_where_they_are_on() -> None:
@@ -236,6 +241,14 @@ def test_a_ramp_fades_kernels_out_and_learns_where_they_are_on() -> None:
     assert score_BK.grad is not None and score_BK.grad.tolist() == [[0, 1, 1, 0, 0]]
 
 
+def test_a_scale_moves_maps_by_as_much_as_it_likes_and_learns_where_they_are_on() -> None:
+    score_BK = torch.tensor([[-1.0, 0.25, 0.5, 3, 2]], requires_grad=True)
+    gate_BK = scale(score_BK)
+    assert gate_BK.tolist() == [[0, 0.75, 1, 3.5, 2.5]]
+    gate_BK.sum().backward()
+    assert score_BK.grad is not None and score_BK.grad.tolist() == [[0, 1, 1, 1, 1]]
+
+
 @pytest.mark.usefixtures("either")
 @pytest.mark.parametrize(("size", "stride", "side"), [(2, 2, 8), (2, 2, 9), (3, 2, 11), (3, 1, 5)])
 def test_pooling_of_active_maps(size: int, stride: int, side: int) -> None:
@@ -244,6 +257,12 @@ def test_pooling_of_active_maps(size: int, stride: int, side: int) -> None:
     junk_BCHW = torch.where(maps(on_BC) != 0, x_BCHW, torch.nan)
     found = max_pool(junk_BCHW, Active.of(on_BC), size, stride, zeros=True)
     assert torch.equal(found, F.max_pool2d(x_BCHW, size, stride) * maps(on_BC))
+
+
+@needs_compiler
+def test_where_there_is_a_compiler_it_compiles() -> None:
+    """It would be done without, silently, if it did not."""
+    assert compiled() is not None
 
 
 def test_without_a_compiler_there_is_no_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

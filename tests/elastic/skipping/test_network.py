@@ -25,7 +25,7 @@ def executed(net: fx.GraphModule, way: str) -> fx.GraphModule:
 
 @pytest.mark.parametrize("way", [*WAYS, "masked"])
 @pytest.mark.parametrize("name", CASES)
-@given(seed=st.integers(0, 10**6), batch=st.integers(1, 3), choice=st.sampled_from(["ramp", "soft"]))
+@given(seed=st.integers(0, 10**6), batch=st.integers(1, 3), choice=st.sampled_from(["scale", "ramp", "soft"]))
 @settings(max_examples=4)
 def test_skipping_says_what_masking_says(name: str, way: str, seed: int, batch: int, choice: Choice) -> None:
     case = CASES[name]
