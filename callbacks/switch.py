@@ -120,8 +120,7 @@ class SwitchKernels(L.Callback):
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: ElasticModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        asked = self.parsimony[self.chosen].target is not None and "parsimony" in pl_module.loss_terms
-        if asked:
+        if self.parsimony[self.chosen].target is not None and "parsimony" in pl_module.loss_terms:
             self._reprice(trainer, pl_module.level)
 
     @torch.no_grad()
