@@ -30,6 +30,7 @@ from elastic.trace import BATCH_NORM
 
 Choice = Literal["scale", "ramp", "straight_through", "soft", "gumbel"]
 LEAST = 0.5  # of a scale's gates that are on
+WITHIN = 4.0  # standard deviations
 # The lowest score at the start, and by how much the highest exceeds it: all are open, or training would
 # collapse before the kernels know anything.
 START, START_OF_SCALE = (1.0, 3.0), (0.1, 0.8)  # gates of 1; of 0.6 to 1.4
@@ -69,8 +70,10 @@ class Head(nn.Module):
     """Scores of kernels: linear in the means of the maps.
 
     The means are normalised over the batch, without parameters, or the scores would differ little from input
-    to input and a module learn to engage the same kernels for all. In evaluation that is linear, too. Weights
-    start at zero: what is looked at is learnt, not drawn.
+    to input and a module learn to engage the same kernels for all. In evaluation that is linear, too. Far
+    from the mean they all count as equally far: a map that is off but for one image in thousands has next to
+    no variance, and would decide alone when it is on. Weights start at zero: what is looked at is learnt, not
+    drawn.
     """
 
     def __init__(self, reads: int, kernels: int, start: float) -> None:
@@ -80,15 +83,18 @@ class Head(nn.Module):
         nn.init.constant_(self.linear.bias, start)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        score_BK: Tensor = self.linear(self.norm(x_BCHW.mean((2, 3))))
+        score_BK: Tensor = self.linear(self.norm(x_BCHW.mean((2, 3))).clamp(-WITHIN, WITHIN))
         return score_BK
 
     @torch.no_grad()
-    def folded(self) -> tuple[Tensor, Tensor]:
-        """weight_KC and bias_K of the same scores, from the means as they are."""
-        assert self.norm.running_mean is not None and self.norm.running_var is not None
-        weight_KC = self.linear.weight / (self.norm.running_var + self.norm.eps).sqrt()
-        return weight_KC, self.linear.bias - weight_KC @ self.norm.running_mean
+    def folded(self) -> tuple[Tensor, Tensor, Tensor]:
+        """weight_KC and bias_K of the same scores, from the means as they are, and the bounds of those."""
+        middle_C, var_C = self.norm.running_mean, self.norm.running_var
+        assert middle_C is not None and var_C is not None
+        spread_C = (var_C + self.norm.eps).sqrt()
+        weight_KC = self.linear.weight / spread_C
+        within_2C = torch.stack([middle_C - WITHIN * spread_C, middle_C + WITHIN * spread_C])
+        return weight_KC, self.linear.bias - weight_KC @ middle_C, within_2C
 
 
 class KernelActivation(nn.Module):

@@ -208,17 +208,24 @@ GATES = {choice: i for i, choice in enumerate(GRADED, start=1)}  # as in the ker
 
 
 def switch(
-    x_BCHW: Tensor, reads: Active | None, weight_KC: Tensor, bias_K: Tensor, choice: Choice = "soft"
+    x_BCHW: Tensor,
+    reads: Active | None,
+    weight_KC: Tensor,
+    bias_K: Tensor,
+    within_2C: Tensor,
+    choice: Choice = "soft",
 ) -> Active:
     """The kernels that a kernel activation module engages: a positive score each, or the highest one.
 
-    The score is linear in the means of the active input maps; gates are what `choice` makes of it, or 1.
+    The score is linear in the means of the active input maps, held within the least and the most of each.
+    Gates are what `choice` makes of it, or 1.
     """
     batch, channels, *size = x_BCHW.shape
     kernels = len(bias_K)
     if compiled() is None:
         x_BCHW = x_BCHW if reads is None else reads.shut(x_BCHW)
-        return Active.of(GRADED.get(choice, engaged)(F.linear(x_BCHW.mean((2, 3)), weight_KC, bias_K)))
+        mean_BC = x_BCHW.mean((2, 3)).clamp(*within_2C)
+        return Active.of(GRADED.get(choice, engaged)(F.linear(mean_BC, weight_KC, bias_K)))
     x_BCHW = x_BCHW.contiguous()
     found = Active(
         torch.empty(batch, kernels, dtype=torch.int32),
@@ -228,7 +235,7 @@ def switch(
     reads = reads or every(batch, channels)
     call(
         *("engage", x_BCHW, batch, channels, size[0] * size[1], reads.channel_BK, reads.count_B),
-        *(weight_KC, bias_K, kernels, GATES.get(choice, 0), *found),
+        *(weight_KC, bias_K, within_2C, kernels, GATES.get(choice, 0), *found),
         *(work(batch * channels), torch.get_num_threads()),
     )
     return found

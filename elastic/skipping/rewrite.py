@@ -30,8 +30,8 @@ class ActiveSwitch(nn.Module):
         self.folded = [head.folded() for head in module.heads]  # type: ignore[operator]
 
     def forward(self, x_BCHW: Tensor, reads: Active | None = None) -> Active:
-        weight_KC, bias_K = self.folded[self.module.chosen]
-        return switch(x_BCHW, reads, weight_KC, bias_K, self.module.choice)
+        weight_KC, bias_K, within_2C = self.folded[self.module.chosen]
+        return switch(x_BCHW, reads, weight_KC, bias_K, within_2C, self.module.choice)
 
 
 class ActiveMaxPool2d(nn.Module):

@@ -14,7 +14,7 @@ from torchvision.ops import StochasticDepth
 from elastic.cost import macs
 from elastic.dynamic import attach
 from elastic.errors import StructureError
-from elastic.kam import Choice, Head, KernelActivation, Site, choose, modules
+from elastic.kam import WITHIN, Choice, Head, KernelActivation, Site, choose, modules
 from elastic.models import convnet, resnet20, vgg16_bn
 from elastic.parsimony import Engaged, Parsimony
 from elastic.skipping import masked, skipping
@@ -183,12 +183,23 @@ def test_scores_are_those_of_the_sources_module() -> None:
     assert isinstance(head, Head)
     head.norm.running_mean.normal_()  # type: ignore[union-attr]
     head.norm.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr]
-    weight_KC, bias_K = head.folded()
+    weight_KC, bias_K, _ = head.folded()
     maps_BKHW = F.conv2d(X, weight_KC[:, :, None, None], bias_K)
     torch.testing.assert_close(made.scores(X), maps_BKHW.mean((2, 3)))
     on_BK = torch.sigmoid(made.scores(X)) > 0.5
     assert torch.equal(made(X)[:, :, 0, 0] > 0, on_BK)
     assert torch.equal(made.on_BK, on_BK.float())
+
+
+def test_a_map_that_hardly_varies_does_not_decide_alone() -> None:
+    """Its variance is next to nothing, so that whoever switches it on is billions of deviations off."""
+    made = module().eval()
+    torch.nn.init.ones_(made.heads[0].linear.weight)  # type: ignore[union-attr, arg-type]
+    made.heads[0].norm.running_var.copy_(torch.tensor([1e-20, 1, 1]))  # type: ignore[union-attr, operator]
+    x_BCHW = torch.zeros(2, 3, 4, 4)
+    x_BCHW[0, 0] = 1e3
+    apart_K = made.scores(x_BCHW)[0] - made.scores(x_BCHW)[1]
+    assert torch.equal(apart_K, torch.full((6,), WITHIN))
 
 
 @pytest.mark.parametrize("choice", get_args(Choice))

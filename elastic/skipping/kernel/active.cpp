@@ -57,10 +57,10 @@ enum Gates { HARD, RAMP, SCALE };
 
 // The kernels that a module engages: those with a positive score, or the one with the highest. Gates are the scores, 1
 // at most and 1 for the highest (RAMP), or one half more, at least one half (SCALE), or just 1 (HARD); those of other
-// kernels are 0.
+// kernels are 0. Means count as at least `within`, (2, channels), and at most its second row.
 void engage(const float *x, int32_t batch, int32_t channels, int64_t pixels, const int32_t *in,
-            const int32_t *in_count, const float *weight, const float *bias, int32_t kernels, int32_t gates,
-            int32_t *out, int32_t *out_count, float *gate, float *means, int32_t threads) {
+            const int32_t *in_count, const float *weight, const float *bias, const float *within,
+            int32_t kernels, int32_t gates, int32_t *out, int32_t *out_count, float *gate, float *means, int32_t threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1 && batch > 1)
     for (int64_t b = 0; b < batch; b++) {
         const List reads{in + b * channels, in_count[b]};
@@ -73,6 +73,8 @@ void engage(const float *x, int32_t batch, int32_t channels, int64_t pixels, con
             for (int64_t p = 0; p < pixels; p++) sum += plane[p];
             mean[reads.channel[a]] = sum / pixels;
         }
+        for (int c = 0; c < channels; c++)
+            mean[c] = std::min(std::max(mean[c], within[c]), within[channels + c]);
         int best = 0, count = 0;
         float highest = 0;
         for (int k = 0; k < kernels; k++) {

@@ -214,9 +214,11 @@ def test_a_switch_engages_what_its_scores_say(reads_all: bool, choice: Choice) -
     x_BCHW = torch.randn(5, 6, 7, 9, generator=random)
     on_BC = torch.ones(5, 6) if reads_all else mask(5, 6, random)
     weight_KC, bias_K = torch.randn(8, 6, generator=random) * 4, torch.randn(8, generator=random)
-    expected = GRADED.get(choice, engaged)(F.linear((x_BCHW * maps(on_BC)).mean((2, 3)), weight_KC, bias_K))
+    within_2C = torch.tensor([[-0.05, 0.01], [0.05, 0.1]]).repeat(1, 3)  # some means are beyond them
+    mean_BC = (x_BCHW * maps(on_BC)).mean((2, 3)).clamp(*within_2C)
+    expected = GRADED.get(choice, engaged)(F.linear(mean_BC, weight_KC, bias_K))
     junk_BCHW = torch.where(maps(on_BC) != 0, x_BCHW, torch.nan)
-    found = switch(junk_BCHW, None if reads_all else Active.of(on_BC), weight_KC, bias_K, choice)
+    found = switch(junk_BCHW, None if reads_all else Active.of(on_BC), weight_KC, bias_K, within_2C, choice)
     torch.testing.assert_close(found.gate_BK, expected)
     assert torch.equal(found.gate_BK != 0, expected != 0)
     assert 0 < (expected != 0).float().mean() < 1
@@ -228,7 +230,7 @@ def test_a_switch_engages_what_its_scores_say(reads_all: bool, choice: Choice) -
 def test_the_strongest_kernel_is_never_off() -> None:
     bias_K = torch.tensor([-3.0, -1, -2])
     for choice, gate in ("soft", 1.0), ("ramp", 1.0), ("scale", 0.5):
-        found = switch(torch.randn(2, 4, 3, 3), None, torch.zeros(3, 4), bias_K, choice)  # type: ignore[arg-type]
+        found = switch(torch.randn(2, 4, 3, 3), None, torch.zeros(3, 4), bias_K, torch.zeros(2, 4), choice)  # type: ignore[arg-type]
         assert found.gate_BK.tolist() == [[0, gate, 0]] * 2
         assert GRADED.get(choice, engaged)(bias_K[None]).tolist() == [[0, gate, 0]]
 
