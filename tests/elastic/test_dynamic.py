@@ -386,6 +386,8 @@ def test_a_price_brings_the_share_to_its_target_whatever_the_task_gains_by_it() 
 
     assert rest(300, part=0.0) == pytest.approx(0.3 + slope / 20, abs=1e-3)
     assert rest(300, part=1 / 20) == pytest.approx(0.3, abs=1e-3)
+    halfway = (parsimony.reprice(torch.tensor(2.0), torch.tensor(share), 0.5, 0.1) for share in (0.65, 0.75))
+    assert [float(price) for price in halfway] == pytest.approx([2.0, 2.2])  # the target is still 0.65
     assert float(Parsimony(1.0).reprice(torch.tensor(0.0), torch.tensor(0.9), 1.0, 1.0)) == 0
 
 

@@ -4,7 +4,7 @@ import copy
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -235,20 +235,21 @@ def test_the_strongest_kernel_is_never_off() -> None:
         assert GRADED.get(choice, engaged)(bias_K[None]).tolist() == [[0, gate, 0]]
 
 
-def test_a_ramp_fades_kernels_out_and_learns_where_they_are_on() -> None:
+@pytest.mark.parametrize(
+    ("gate", "expected", "slope"),
+    [
+        (ramp, [0, 0.25, 0.5, 1, 1], [0, 1, 1, 0, 0]),  # fades, and is 1 at most
+        (scale, [0, 0.75, 1, 3.5, 2.5], [0, 1, 1, 1, 1]),  # one half at least, without an upper end
+    ],
+)
+def test_a_graded_gate_learns_where_kernels_are_on(
+    gate: Callable[[Tensor], Tensor], expected: list[float], slope: list[float]
+) -> None:
     score_BK = torch.tensor([[-1.0, 0.25, 0.5, 3, 2]], requires_grad=True)
-    gate_BK = ramp(score_BK)
-    assert gate_BK.tolist() == [[0, 0.25, 0.5, 1, 1]]
+    gate_BK = gate(score_BK)
+    assert gate_BK.tolist() == [expected]
     gate_BK.sum().backward()
-    assert score_BK.grad is not None and score_BK.grad.tolist() == [[0, 1, 1, 0, 0]]
-
-
-def test_a_scale_moves_maps_by_as_much_as_it_likes_and_learns_where_they_are_on() -> None:
-    score_BK = torch.tensor([[-1.0, 0.25, 0.5, 3, 2]], requires_grad=True)
-    gate_BK = scale(score_BK)
-    assert gate_BK.tolist() == [[0, 0.75, 1, 3.5, 2.5]]
-    gate_BK.sum().backward()
-    assert score_BK.grad is not None and score_BK.grad.tolist() == [[0, 1, 1, 1, 1]]
+    assert score_BK.grad is not None and score_BK.grad.tolist() == [slope]
 
 
 @pytest.mark.usefixtures("either")
