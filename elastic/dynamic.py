@@ -59,7 +59,7 @@ def attach(
         module = KINDS[kind](site, conv.in_channels, conv.out_channels, sets, choice)
         module.order(_worth(traced, site, conv.out_channels))
         path = f"{MODULES}.{site.writer.replace('.', '/')}"
-        traced.add_submodule(path, module.to(conv.weight.device))
+        traced.add_submodule(path, module.to(conv.weight))
         _insert(traced, site, path)
     if sets > 1:
         _give_norms(traced, sets)
@@ -119,6 +119,8 @@ def _site(traced: fx.GraphModule, width: Width) -> Site | str:
         for user in waiting.pop().users:
             path, layer = str(user.target), _layer(traced, user)
             if isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels == layer.out_channels > 1:
+                if len(_calls(traced, path)) != 1:
+                    return f"{path} is used {len(_calls(traced, path))} times"
                 each.append(path)
                 waiting.append(_normed(traced, user))
             elif isinstance(layer, nn.Conv2d | nn.Linear):

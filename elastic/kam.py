@@ -83,7 +83,12 @@ class Head(nn.Module):
         nn.init.constant_(self.linear.bias, start)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        score_BK: Tensor = self.linear(self.norm(x_BCHW.mean((2, 3))).clamp(-WITHIN, WITHIN))
+        mean_BC, norm = x_BCHW.mean((2, 3)), self.norm
+        if self.training and len(mean_BC) == 1:  # one input has no spread
+            mean_BC = F.batch_norm(mean_BC, norm.running_mean, norm.running_var, eps=norm.eps)
+        else:
+            mean_BC = norm(mean_BC)
+        score_BK: Tensor = self.linear(mean_BC.clamp(-WITHIN, WITHIN))
         return score_BK
 
     @torch.no_grad()
@@ -130,6 +135,10 @@ class KernelActivation(nn.Module):
         middle = self.start + self.spread / 2
         self.heads = nn.ModuleList(Head(reads, kernels, middle) for _ in range(sets))
         self.on_BK = torch.ones(0, kernels)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: what was engaged in training has a history, which torch does not copy."""
+        return {**self.__dict__, "on_BK": self.on_BK.detach()}
 
     @torch.no_grad()
     def order(self, worth_K: Tensor) -> None:

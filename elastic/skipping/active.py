@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from elastic.errors import StructureError
 from elastic.kam import GRADED, Choice, engaged
-from elastic.skipping.native import call, compiled, work
+from elastic.skipping.native import call, compiled, interrupt, work
 
 MOST_TAPS = 121
 TRANSFORMS = 25  # products that a tile's transform for one channel takes as long as, about
@@ -86,7 +86,10 @@ class ActiveConv2d(nn.Module):
 
     `forward(x_BCHW, reads, writes, residual_BKHW)`: `reads` and `writes` are the active channels, None where
     all are. Active outputs are multiplied by their gates, then the residual is added to them, then comes the
-    ReLU.
+    ReLU. A residual of another shape is added as torch would, and spreads or is spread.
+
+    Raises:
+        StructureError: inputs of another type, or of other channels, than its kernel takes.
     """
 
     def __init__(self, conv: nn.Conv2d, relu: bool, zeros: bool, way: str = "kernel") -> None:
@@ -121,21 +124,45 @@ class ActiveConv2d(nn.Module):
         writes: Active | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
+        if residual is None or residual.shape == (len(x_BCHW), *self._out(*x_BCHW.shape[2:])):
+            return self._run(x_BCHW, reads, writes, residual, self.relu)
+        interrupt()
+        y_BKHW = self._run(x_BCHW, reads, writes, None, False) + residual
+        y_BKHW = y_BKHW.relu_() if self.relu else y_BKHW
+        return y_BKHW if writes is None else writes.shut(y_BKHW)
+
+    def _out(self, height: int, width: int) -> tuple[int, int, int]:
+        kernels, _, *kernel = self.weight.shape
+        high, wide = (
+            (x + 2 * self.padding - k) // self.stride + 1
+            for x, k in zip((height, width), kernel, strict=True)
+        )
+        return kernels, high, wide
+
+    def _run(
+        self,
+        x_BCHW: Tensor,
+        reads: Active | None,
+        writes: Active | None,
+        residual: Tensor | None,
+        relu: bool,
+    ) -> Tensor:
         if self.way == "kernel":
-            return self._kernel(x_BCHW, reads, writes, residual)
+            return self._kernel(x_BCHW, reads, writes, residual, relu)
         if self.way == "stock" and len(x_BCHW) == 1 and (reads or writes):
-            return self._gathered(x_BCHW, reads, writes, residual)
+            return self._gathered(x_BCHW, reads, writes, residual, relu)
         x_BCHW = x_BCHW if reads is None else reads.shut(x_BCHW)
         y_BKHW = F.conv2d(x_BCHW, self.weight, self.bias, self.stride, self.padding)
-        y_BKHW = self._finish(y_BKHW if writes is None else writes.scale(y_BKHW), residual)
+        y_BKHW = _finish(y_BKHW if writes is None else writes.scale(y_BKHW), residual, relu)
         return y_BKHW if writes is None or residual is None else writes.shut(y_BKHW)
 
-    def _finish(self, y_BKHW: Tensor, residual: Tensor | None) -> Tensor:
-        y_BKHW = y_BKHW if residual is None else y_BKHW.add_(residual)
-        return y_BKHW.relu_() if self.relu else y_BKHW
-
     def _gathered(
-        self, x_1CHW: Tensor, reads: Active | None, writes: Active | None, residual: Tensor | None
+        self,
+        x_1CHW: Tensor,
+        reads: Active | None,
+        writes: Active | None,
+        residual: Tensor | None,
+        relu: bool,
     ) -> Tensor:
         weight, bias = self.weight, self.bias
         if writes is not None:
@@ -147,19 +174,20 @@ class ActiveConv2d(nn.Module):
             weight, x_1CHW = weight.index_select(1, channels), x_1CHW.index_select(1, channels)
         y_1KHW = F.conv2d(x_1CHW, weight, bias, self.stride, self.padding)
         if writes is None:
-            return self._finish(y_1KHW, residual)
-        y_1KHW = self._finish(y_1KHW * writes.gate_BK[:, kernels, None, None], residual)
+            return _finish(y_1KHW, residual, relu)
+        y_1KHW = _finish(y_1KHW * writes.gate_BK[:, kernels, None, None], residual, relu)
         whole_1KHW = y_1KHW.new_zeros(1, len(self.weight), *y_1KHW.shape[2:])
         return whole_1KHW.index_copy_(1, kernels.long(), y_1KHW)
 
     def _kernel(
-        self, x_BCHW: Tensor, reads: Active | None, writes: Active | None, residual: Tensor | None
+        self,
+        x_BCHW: Tensor,
+        reads: Active | None,
+        writes: Active | None,
+        residual: Tensor | None,
+        relu: bool,
     ) -> Tensor:
-        if x_BCHW.dtype != torch.float32 or x_BCHW.device.type != "cpu":
-            raise StructureError(
-                f"kernels are skipped for fp32 inputs on the CPU, not {x_BCHW.dtype} on {x_BCHW.device}"
-            )
-        x_BCHW = x_BCHW.contiguous()
+        x_BCHW = _checked(x_BCHW, self.weight.shape[1])
         batch, _, height, width = x_BCHW.shape
         size = self._sizes.get((height, width)) or self._measure(height, width)
         y_BKHW = torch.empty(batch, *size.out)
@@ -169,26 +197,41 @@ class ActiveConv2d(nn.Module):
         threads = torch.get_num_threads()
         call(
             *("convolution", size.shape, size.weight, self.bias, x_BCHW, residual, y_BKHW, batch),
-            *(inputs.channel_BK, inputs.count_B, *outputs, self.relu, self.zeros),
+            *(inputs.channel_BK, inputs.count_B, *outputs, relu, self.zeros),
             *(work(threads * size.work), threads),
         )
         return y_BKHW
 
     def _measure(self, height: int, width: int) -> "_Size":
-        library, (kernels, channels, *kernel) = compiled(), self.weight.shape
+        library, (_, channels, *kernel), out = compiled(), self.weight.shape, self._out(height, width)
         assert library is not None
-        high, wide = (
-            (x + 2 * self.padding - k) // self.stride + 1
-            for x, k in zip((height, width), kernel, strict=True)
-        )
+        kernels, high, wide = out
         tiled = kernel == [3, 3] and self.stride == 1 and tiles_pay(channels, kernels, high, wide)
         weight = of_tiles(self.weight) if tiled else self.weight
         shape = _Shape(
             channels, height, width, kernels, *kernel, self.stride, self.padding, high, wide, tiled
         )
-        found = _Size(shape, weight, (kernels, high, wide), library.active_work(ctypes.byref(shape)))
+        found = _Size(shape, weight, out, library.active_work(ctypes.byref(shape)))
         self._sizes[height, width] = found
         return found
+
+
+def _finish(y_BKHW: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    y_BKHW = y_BKHW if residual is None else y_BKHW.add_(residual)
+    return y_BKHW.relu_() if relu else y_BKHW
+
+
+def _checked(x_BCHW: Tensor, channels: int) -> Tensor:
+    """The maps as the kernel wants them, which would read whatever is there."""
+    if x_BCHW.dtype != torch.float32 or x_BCHW.device.type != "cpu":
+        raise StructureError(
+            f"kernels are skipped for fp32 inputs on the CPU, not {x_BCHW.dtype} on {x_BCHW.device}"
+        )
+    if x_BCHW.dim() != 4 or x_BCHW.shape[1] != channels:
+        raise StructureError(
+            f"a layer reads {channels} channels of batches of images, not a tensor of {tuple(x_BCHW.shape)}"
+        )
+    return x_BCHW.contiguous()
 
 
 def tiles_pay(channels: int, kernels: int, height: int, width: int) -> bool:
@@ -220,13 +263,13 @@ def switch(
     The score is linear in the means of the active input maps, held within the least and the most of each.
     Gates are what `choice` makes of it, or 1.
     """
-    batch, channels, *size = x_BCHW.shape
-    kernels = len(bias_K)
+    kernels, channels = weight_KC.shape
     if compiled() is None:
         x_BCHW = x_BCHW if reads is None else reads.shut(x_BCHW)
         mean_BC = x_BCHW.mean((2, 3)).clamp(*within_2C)
         return Active.of(GRADED.get(choice, engaged)(F.linear(mean_BC, weight_KC, bias_K)))
-    x_BCHW = x_BCHW.contiguous()
+    x_BCHW = _checked(x_BCHW, channels)
+    batch, _, *size = x_BCHW.shape
     found = Active(
         torch.empty(batch, kernels, dtype=torch.int32),
         torch.empty(batch, dtype=torch.int32),
@@ -246,7 +289,7 @@ def max_pool(x_BCHW: Tensor, reads: Active, size: int, stride: int, zeros: bool)
     if compiled() is None:
         y_BCHW = F.max_pool2d(x_BCHW, size, stride)
         return reads.shut(y_BCHW) if zeros else y_BCHW
-    x_BCHW = x_BCHW.contiguous()
+    x_BCHW = _checked(x_BCHW, reads.channel_BK.shape[1])
     batch, channels, height, width = x_BCHW.shape
     out = ((height - size) // stride + 1, (width - size) // stride + 1)
     y_BCHW = torch.empty(batch, channels, *out)

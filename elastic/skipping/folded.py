@@ -29,7 +29,7 @@ def _fold_norms(traced: fx.GraphModule) -> None:
             continue
         conv = layers.get(str(before.target))
         calls = [n for n in traced.graph.nodes if n.op == "call_module" and n.target == before.target]
-        if isinstance(conv, nn.Conv2d) and len(calls) == 1:
+        if isinstance(conv, nn.Conv2d) and len(calls) == 1 and norm.running_mean is not None:  # type: ignore[union-attr]
             owner, _, name = str(before.target).rpartition(".")
             setattr(traced.get_submodule(owner), name, fuse_conv_bn_eval(conv, norm))  # type: ignore[arg-type]
             node.replace_all_uses_with(before)

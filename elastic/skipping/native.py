@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -40,24 +41,25 @@ FUNCTIONS = {name: i for i, name in enumerate(("convolution", "engage", "max_poo
 @functools.cache
 def compiled() -> ctypes.CDLL | None:
     """The kernel, or None where it cannot be compiled: there is no compiler, or it does not know a flag."""
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    program, *flags = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    compiler = shutil.which(program)
     if compiler is None:
         return None
     texts = [source.read_bytes() for source in sorted(SOURCES.glob("*.[ch]*"))]
-    made_with = " ".join([compiler, *FLAGS, _processor()]).encode()
+    made_with = " ".join([compiler, *flags, *FLAGS, _processor()]).encode()
     key = hashlib.sha256(b"".join([*texts, made_with])).hexdigest()
     folder = Path(os.environ.get(CACHE) or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "elastic-cnn"))
-    library = folder.expanduser() / f"active-{key[:16]}.so"
     try:
+        library = folder.expanduser().absolute() / f"active-{key[:16]}.so"
         if not library.exists():
             library.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=library.parent) as part:  # another process may do the same
                 made = Path(part, "active.so")
-                command = [compiler, *FLAGS, str(SOURCES / "active.cpp"), "-o", str(made)]
+                command = [compiler, *flags, *FLAGS, str(SOURCES / "active.cpp"), "-o", str(made)]
                 subprocess.run(command, check=True, capture_output=True, timeout=300)
                 made.replace(library)
         found = ctypes.CDLL(str(library))
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, subprocess.SubprocessError, RuntimeError):  # of the last kind: there is no home folder
         return None
     found.active_work.argtypes, found.active_work.restype = [ctypes.c_void_p], ctypes.c_int64
     found.active_run.argtypes, found.active_run.restype = [ctypes.c_void_p, ctypes.c_int32], None
@@ -83,6 +85,7 @@ class Tape:
 
     def __init__(self, inputs: Sequence[Tensor], layers: Callable[[list[Tensor]], list[Tensor]]) -> None:
         self.calls: list[tuple[int, tuple[Argument, ...]]] = []  # they hold what the addresses are of
+        self.plays = True  # if nothing but calls was done
         with torch.inference_mode(False):
             self.inputs = [x.detach().clone(memory_format=torch.contiguous_format) for x in inputs]
             _own.tape = self
@@ -106,6 +109,12 @@ def call(name: str, *arguments: Argument) -> None:
     _run((_Step * 1)(_step(*made)))
     if (tape := getattr(_own, "tape", None)) is not None:
         tape.calls.append(made)
+
+
+def interrupt() -> None:
+    """Note that torch computes between the calls: what is being recorded cannot be played."""
+    if (tape := getattr(_own, "tape", None)) is not None:
+        tape.plays = False
 
 
 def work(floats: int) -> Tensor:

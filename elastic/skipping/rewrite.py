@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from elastic.dynamic import keeps_zero
-from elastic.kam import KernelActivation
+from elastic.errors import StructureError
+from elastic.kam import KernelActivation, RandomActivation, modules
 from elastic.skipping.active import Active, ActiveConv2d, max_pool, switch
 from elastic.skipping.folded import for_inference
 from elastic.skipping.native import compiled
 
-ADD = (operator.add, torch.add, operator.iadd)
+ADD = (operator.add, torch.add)
+IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+RESHAPING = {"flatten", "view", "reshape"}  # what keeps zeros, but not the places of channels
 
 
 class ActiveSwitch(nn.Module):
@@ -49,10 +52,31 @@ def scale(x_BCHW: Tensor, active: Active) -> Tensor:
 
 
 def rewrite(net: nn.Module, way: str | None = None) -> fx.GraphModule:
-    """A network that is told, layer by layer, which channels are active."""
+    """A network that is told, layer by layer, which channels are active.
+
+    Raises:
+        StructureError: it is not in fp32 on the CPU, its modules decide at random, or they are out of sight.
+    """
+    _check(net)
     traced = for_inference(net)
     best = way or ("stock" if compiled() is None else "kernel")
     return _Rewriter(traced, best).run()
+
+
+def _check(net: nn.Module) -> None:
+    held = list(modules(net))
+    if held and not isinstance(net, fx.GraphModule):
+        raise StructureError(
+            f"{type(net).__name__} only contains a network with kernel activation modules: give that itself"
+        )
+    if any(isinstance(module, RandomActivation) for module in held):
+        raise StructureError("modules that decide at random are a control, and are not skipped by")
+    for parameter in net.parameters():
+        if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
+            raise StructureError(
+                f"kernels are skipped in fp32 on the CPU, not in {parameter.dtype} on {parameter.device}: "
+                "convert the network with .float().cpu()"
+            )
 
 
 class _Rewriter:
@@ -61,24 +85,26 @@ class _Rewriter:
     def __init__(self, traced: fx.GraphModule, way: str) -> None:
         self.traced, self.graph, self.way = traced, traced.graph, way
         self.active: dict[fx.Node, fx.Node] = {}  # a tensor's node -> that of its active channels
+        self.gone: set[fx.Node] = set()
         self.count = 0
 
     def run(self) -> fx.GraphModule:
-        for node in list(self.graph.nodes):
+        for node in [*self.graph.nodes]:
+            if node in self.gone:
+                continue
             layer = self._layer(node)
             if isinstance(layer, KernelActivation):
-                self._replace(node, node, ActiveSwitch(layer), (node.args[0], self._reads(node)))
+                self._replace([node], ActiveSwitch(layer), (node.args[0], self._reads(node)))
             elif isinstance(layer, nn.Conv2d) and ActiveConv2d.takes(layer):
                 self._convolution(node, layer)
             elif isinstance(layer, nn.MaxPool2d) and _plain(layer) and self._reads(node) is not None:
                 pool = ActiveMaxPool2d(_one(layer.kernel_size), _one(layer.stride))
-                self._replace(node, node, pool, (node.args[0], self._reads(node)), self._reads(node))
+                self._replace([node], pool, (node.args[0], self._reads(node)), self._reads(node))
             elif self._shuts(node):
                 node.target, gate = scale, node.args[1]
                 self.active[node] = gate
-            elif node.op.startswith("call") and keeps_zero(self.traced, node) and self._reads(node):
+            elif keeps_zero(self.traced, node) and not self._reshapes(node) and self._reads(node):
                 self.active[node] = self._reads(node)  # type: ignore[assignment]
-        self.graph.eliminate_dead_code()
         self._leave_what_nobody_reads()
         self.traced.delete_all_unused_submodules()
         self.graph.lint()
@@ -96,38 +122,50 @@ class _Rewriter:
         gate = node.args[1] if node.target is torch.mul else None
         return isinstance(gate, fx.Node) and isinstance(self._layer(gate), ActiveSwitch)
 
+    def _reshapes(self, node: fx.Node) -> bool:
+        return isinstance(self._layer(node), nn.Flatten) or _name(node) in RESHAPING
+
     def _replace(
-        self,
-        first: fx.Node,
-        last: fx.Node,
-        made: nn.Module,
-        args: tuple[Any, ...],
-        active: fx.Node | None = None,
-    ) -> fx.Node:
-        """Call `made` where `last` was, which ends what began with `first`."""
+        self, chain: list[fx.Node], made: nn.Module, args: tuple[Any, ...], active: fx.Node | None = None
+    ) -> None:
+        """Call `made` in the place of nodes of which each alone reads the one before."""
         name, self.count = f"active{self.count}", self.count + 1
         self.traced.add_submodule(name, made)
-        with self.graph.inserting_before(last):
+        with self.graph.inserting_before(chain[-1]):
             node = self.graph.call_module(name, args)
-        last.replace_all_uses_with(node)
+        chain[-1].replace_all_uses_with(node)
+        for old in reversed(chain):
+            self.graph.erase_node(old)
+        self.gone.update(chain)
         if active is not None:
             self.active[node] = active
-        return node
 
     def _convolution(self, node: fx.Node, conv: nn.Conv2d) -> None:
-        last, writes, residual, relu = node, None, None, False
-        user = _only_user(last)
-        if user is not None and self._shuts(user) and user.args[0] is last:
-            last, writes = user, user.args[1]
-        user = _only_user(last)
-        if user is not None and writes is None and (other := _added(user, last)) is not None:
-            last, residual = user, other
-        user = _only_user(last)
+        chain, writes, residual, relu = [node], None, None, False
+        user = self._next(chain)
+        if user is not None and self._shuts(user) and user.args[0] is node:
+            chain, writes = [*chain, user], user.args[1]
+        user = self._next(chain)
+        if user is not None and writes is None and (other := _added(user, node)) is not None:
+            chain, residual = [*chain, user], other
+        user = self._next(chain)
         if user is not None and _is_relu(self._layer(user), user):
-            last, relu = user, True
+            chain, relu = [*chain, user], True
         made = ActiveConv2d(conv, relu, True, self.way)
         args = (node.args[0], self._reads(node), writes, residual)
-        self._replace(node, last, made, args, writes)  # type: ignore[arg-type]
+        self._replace(chain, made, args, writes)  # type: ignore[arg-type]
+
+    def _next(self, chain: list[fx.Node]) -> fx.Node | None:
+        """Who alone reads what a chain ends with, if all of it may be carried out as late as that."""
+        if len(chain[-1].users) != 1:
+            return None
+        (user,) = chain[-1].users
+        between = chain[0].next
+        while between is not user:
+            if between not in chain and _in_place(self._layer(between), between):
+                return None  # it might change what the chain reads
+            between = between.next
+        return user
 
     def _leave_what_nobody_reads(self) -> None:
         """Maps that are not active have to be zeros only where something reads them that does not know."""
@@ -142,27 +180,37 @@ class _Rewriter:
         return known and node in self.active and user.args[:2] == (node, self.active[node])
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
 def _added(user: fx.Node, node: fx.Node) -> fx.Node | None:
     """What else is added, where a node is the sum of two tensors."""
-    if user.op == "call_function" and user.target in ADD and len(user.args) == 2 and not user.kwargs:
+    adds = user.target in ADD or (user.target is operator.iadd and user.args[0] is node)
+    if user.op == "call_function" and adds and len(user.args) == 2 and not user.kwargs:
         others = [arg for arg in user.args if arg is not node]
         if len(others) == 1 and isinstance(others[0], fx.Node):
             return others[0]
     return None
 
 
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
 def _is_relu(layer: nn.Module | None, node: fx.Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return type(layer) is nn.ReLU or (layer is None and name.strip("_") == "relu")
+    return type(layer) is nn.ReLU or (layer is None and _name(node).strip("_") == "relu")
+
+
+def _in_place(layer: nn.Module | None, node: fx.Node) -> bool:
+    """Whether a node may change what it reads: by its layer, its name (`relu_`, `iadd`) or a flag."""
+    if layer is not None:
+        return bool(getattr(layer, "inplace", False))
+    flags = any(value is True for value in (*node.args, *node.kwargs.values()))
+    return node.target in IN_PLACE or _name(node).endswith("_") or flags
 
 
 def _plain(pool: nn.MaxPool2d) -> bool:
-    square = all(isinstance(value, int) or len(set(value)) == 1 for value in (pool.kernel_size, pool.stride))
-    return square and _one(pool.padding) == 0 and _one(pool.dilation) == 1 and not pool.ceil_mode
+    sizes = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+    square = all(isinstance(value, int) or len(set(value)) == 1 for value in sizes)
+    simple = _one(pool.padding) == 0 and _one(pool.dilation) == 1
+    return square and simple and not pool.ceil_mode and not pool.return_indices
 
 
 def _one(value: Any) -> int:

@@ -1,6 +1,7 @@
 """Networks that skip: the same as masked ones, by whatever way, chosen by measuring."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,13 +9,17 @@ import torch
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
+from elastic.dynamic import attach
+from elastic.errors import StructureError
 from elastic.kam import Choice, choose, modules
 from elastic.models import convnet, resnet20
 from elastic.skipping import WAYS, masked, rewrite, skipping, tune
+from elastic.widths import discover
 from tests.elastic.gated import case_or_none, gated
-from tests.elastic.zoo import CASES, randomised
+from tests.elastic.zoo import CASES, Net, conv, head, randomised
 
 X = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
@@ -56,6 +61,113 @@ def test_so_it_does_in_torchvisions_networks(name: str, way: str) -> None:
             executed(net, way)(x), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())
         )
     assert 0.1 < torch.cat([m.on_BK.flatten() for m in modules(net)]).mean() < 0.9
+
+
+def two(forward: Callable[[Any, Tensor], Tensor], **more: Any) -> nn.Module:
+    """Two convolutions, a module between them that a forward says, and a third one."""
+    return Net(forward, a=conv(3, 8, 3), b=conv(8, 6, 3), c=conv(6, 6, 3), h=head(6, 5), **more)
+
+
+def spreading(n: Any, x: Tensor) -> Tensor:
+    y = n.a(x).relu()
+    return n.h((n.b(y) + n.t(y.mean((2, 3), keepdim=True))).relu())  # type: ignore[no-any-return]
+
+
+def before_it_changes(n: Any, x: Tensor) -> Tensor:
+    """A shortcut's convolution reads what is changed in place before its maps are added."""
+    y = n.a(x)
+    shortcut = n.t(y)
+    return n.h(n.c(n.b(n.change(y)).relu()) + shortcut)  # type: ignore[no-any-return]
+
+
+def changed_and_not_returned(n: Any, x: Tensor) -> Tensor:
+    y = n.a(x)
+    n.change(y)
+    return n.h(n.b(y))  # type: ignore[no-any-return]
+
+
+AWKWARD: dict[str, Callable[[], nn.Module]] = {
+    "a parameter is added": lambda: two(
+        lambda n, x: n.h(n.c((n.b(n.a(x).relu()) + n.shift).relu())),
+        shift=nn.Parameter(torch.randn(1, 6, 1, 1)),
+    ),
+    "one pixel is added to all": lambda: two(spreading, t=conv(8, 6)),
+    "all are added to one pixel": lambda: two(
+        lambda n, x: n.h(n.t(n.b(n.a(x).relu()).mean((2, 3), keepdim=True)) + n.s(x)),
+        t=conv(6, 6),
+        s=conv(3, 6),
+    ),
+    "pixels become channels": lambda: two(
+        lambda n, x: n.h(n.t(F.max_pool2d(n.a(x).relu(), 8).view(x.size(0), -1, 1, 1))), t=conv(32, 6)
+    ),
+    "a pool has a border on one side": lambda: two(
+        lambda n, x: n.h(n.b(n.pool(n.a(x).relu()))), pool=nn.MaxPool2d(3, 2, padding=(0, 1))
+    ),
+    "a pool is spread on one side": lambda: two(
+        lambda n, x: n.h(n.b(n.pool(n.a(x).relu()))), pool=nn.MaxPool2d(2, 2, dilation=(1, 2))
+    ),
+    "a layer works in place": lambda: two(before_it_changes, t=conv(8, 6), change=nn.ReLU(inplace=True)),
+    "a function works in place": lambda: two(
+        before_it_changes, t=conv(8, 6), change=lambda y: F.relu(y, True)
+    ),
+    "a method works in place": lambda: two(before_it_changes, t=conv(8, 6), change=lambda y: y.relu_()),
+    "nobody reads what works in place": lambda: two(changed_and_not_returned, change=nn.ReLU(inplace=True)),
+    "a norm has no statistics": lambda: two(
+        lambda n, x: n.h(n.b(n.norm(n.a(x)).relu())), norm=nn.BatchNorm2d(8, track_running_stats=False)
+    ),
+}
+
+
+@pytest.mark.parametrize("way", [*WAYS, "masked"])
+@pytest.mark.parametrize("name", AWKWARD)
+def test_so_it_does_where_layers_cannot_be_joined(name: str, way: str) -> None:
+    torch.manual_seed(0)
+    net = gated(randomised(AWKWARD[name]()).eval(), X)
+    with torch.no_grad():
+        expected, fast = net(X), executed(net, way)
+        for _ in range(2):  # the second time calls are replayed
+            torch.testing.assert_close(fast(X), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(fast(X[:1]), net(X[:1]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda net: net.double(), r"in fp32 on the CPU, not in torch\.float64 on cpu: convert the network"),
+        (lambda net: net.to("meta"), "in fp32 on the CPU, not in torch.float32 on meta"),
+        (
+            nn.Sequential,
+            "Sequential only contains a network with kernel activation modules: give that itself",
+        ),
+    ],
+)
+def test_networks_that_cannot_skip_are_refused(make: Callable[[nn.Module], nn.Module], message: str) -> None:
+    net = make(gated(resnet20().eval(), X))
+    with pytest.raises(StructureError, match=message):
+        skipping(net)
+
+
+def test_a_network_of_random_modules_is_refused() -> None:
+    net = resnet20()
+    with pytest.raises(StructureError, match="modules that decide at random are a control"):
+        skipping(attach(net, discover(net, X), kind="random"))
+
+
+@pytest.mark.parametrize("x", [X[:, :1], X.repeat(1, 2, 1, 1), X[0]])
+def test_inputs_of_other_channels_are_refused(x: Tensor) -> None:
+    net = skipping(gated(resnet20().eval(), X))
+    with torch.no_grad(), pytest.raises((StructureError, RuntimeError), match="3 channels"):
+        net(x)
+
+
+def test_a_network_in_training_can_be_looked_at() -> None:
+    """What it engaged last has a history, which cannot be copied."""
+    net = convnet(in_channels=3)
+    switched = attach(net, discover(net, X))
+    switched(X).sum().backward()
+    fast = skipping(switched)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(X), switched.eval()(X), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("way", ["kernel", "masked"])
