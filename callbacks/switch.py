@@ -11,7 +11,7 @@ from callbacks.nest import refuse_beside
 from elastic.dynamic import attach
 from elastic.errors import StructureError
 from elastic.kam import Choice, SetNorm, choose, modules
-from elastic.module import ElasticModule
+from elastic.module import ElasticModule, TrainingError
 from elastic.parsimony import By, Engaged, Form, Parsimony
 from elastic.widths import discover
 
@@ -70,8 +70,14 @@ class SwitchKernels(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: ElasticModule, stage: str) -> None:  # type: ignore[override]
         refuse_beside(trainer, "kernel activation modules")
-        if stage != "fit" or pl_module.switched:
+        if stage != "fit" or (pl_module.switched and self.engaged):
             return
+        if pl_module.switched:
+            raise TrainingError(
+                "the network has kernel activation modules, of another SwitchKernels: continue with that one"
+            )
+        if trainer.world_size > 1 and (pl_module.levels is not None or len(self.parsimony) > 1):
+            raise TrainingError("several sets, or levels, are trained in one process: set trainer.devices=1")
         nets = [pl_module.net] if pl_module.levels is None else list(pl_module.levels)
         widths = [discover(net, pl_module.example) for net in nets]
         how = (len(self.parsimony), self.choice, self.kind)
@@ -132,8 +138,8 @@ class SwitchKernels(L.Callback):
         self.price_LS[level, self.chosen] = parsimony.reprice(price, share, self.ripe, part)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
-        pl_module.level = len(pl_module.switched) - 1
-        choose(pl_module, 0)
+        if pl_module.switched:  # not so where a network is looked at before it is trained
+            self._first(pl_module)
 
     def on_validation_batch_end(  # type: ignore[override]
         self,
@@ -144,6 +150,8 @@ class SwitchKernels(L.Callback):
         batch_idx: int,
         _: int = 0,
     ) -> None:
+        if not pl_module.switched:
+            return
         engaged, size = self.engaged[pl_module.level], len(batch[0])
         for by in ("count", "macs"):
             pl_module.log(f"engaged/{by}", engaged.share(by), on_epoch=True, batch_size=size, sync_dist=True)  # type: ignore[arg-type]
@@ -154,12 +162,17 @@ class SwitchKernels(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.price_LS = state_dict["price_LS"]
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
-        pl_module.level = len(pl_module.switched) - 1
-        choose(pl_module, 0)
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
+        """The network is as the first set leaves it, whenever it is saved."""
+        self._first(pl_module)
         if not self.only:
             for norm in _norms(pl_module):
                 norm.hand_over()
+
+    def _first(self, pl_module: ElasticModule) -> None:
+        """The largest level, and the first set."""
+        pl_module.level = len(pl_module.switched) - 1
+        choose(pl_module, 0)
 
 
 def _norms(pl_module: ElasticModule) -> list[SetNorm]:

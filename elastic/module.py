@@ -20,6 +20,7 @@ from elastic.dynamic import MODULES
 from elastic.fresh import Fresh, zero_out
 from elastic.nested import Levels
 from elastic.surgery import Index, reindex
+from elastic.trace import follow
 from elastic.widths import discover
 
 T = TypeVar("T")
@@ -95,9 +96,23 @@ class ElasticModule(L.LightningModule):
     def run_level(self, k: int, x_BCHW: Tensor) -> Tensor:
         """Level k, or the network where there are no levels; with its modules, if it has any."""
         switched = self.switched[k] if self.switched else None
+        if switched is not None:
+            follow(switched, self._level(k), self.net.training)
         if self.levels is not None:
             return self.levels.forward(k, x_BCHW, switched)
         return (self.net if switched is None else switched)(x_BCHW)  # type: ignore[no-any-return]
+
+    def _level(self, k: int) -> nn.Module:
+        return self.net if self.levels is None else self.levels[k]
+
+    def _apply(self, *args: Any, **options: Any) -> Any:
+        """Moved or converted: what shares tensors with the network, or holds its buffers, looks again."""
+        super()._apply(*args, **options)
+        if self.levels is not None:
+            self.levels.share()
+        for k, switched in enumerate(self.switched):
+            follow(switched, self._level(k), self.net.training)
+        return self
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x_BCHW, y_B = batch
@@ -129,10 +144,6 @@ class ElasticModule(L.LightningModule):
         on_cpu = self.trainer.strategy.root_device.type == "cpu"
         self.overruns = stage == "fit" and on_cpu and self.trainer.precision == "32-true"
         self.lay_out()
-
-    def on_fit_start(self) -> None:
-        if self.levels is not None:
-            self.levels.share()  # the network may have come to another device
 
     def on_train_epoch_start(self) -> None:
         rank = [self.global_rank] if self.global_rank else []  # each process draws its own augmentation

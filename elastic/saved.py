@@ -92,6 +92,19 @@ def holds_switched(path: Path) -> bool:
     return "switched" in _read(path)[1]
 
 
+def refuse_switched(path: Path) -> None:
+    """Refuse a file's network to those who know nothing of kernel activation modules.
+
+    Raises:
+        StructureError: it has some; or the file is missing or damaged.
+    """
+    if holds_switched(path):
+        raise StructureError(
+            f"{path} holds a network that is another one without its kernel activation modules: take the run "
+            "that it started from"
+        )
+
+
 def _write(state: Mapping[str, Tensor], path: Path, about: Mapping[str, Any]) -> None:
     tensors: dict[str, Tensor] = {}
     shapes: dict[str, list[int]] = {}

@@ -18,6 +18,7 @@ from elastic.stored import original
 Role = Literal["out", "in", "along", "each"]
 Recorded = dict[tuple[str, str, int], tuple[Role, Axis]]  # (module, tensor, dim) -> what lies there
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
+MODE = "_mode"  # where a traced network holds its own
 
 
 def on_meta(model: nn.Module) -> nn.Module:
@@ -79,6 +80,17 @@ class Mode(nn.Module):
         return self.training
 
 
+def follow(traced: fx.GraphModule, model: nn.Module, training: bool) -> None:
+    """Give what `trace_modes` made of a model a mode, and the model's buffers, which moving it replaces."""
+    if isinstance(mode := traced._modules.get(MODE), Mode):
+        mode.training = training
+    for node in traced.graph.find_nodes(op="get_attr"):
+        path, _, name = str(node.target).rpartition(".")
+        held = model.get_submodule(path)._buffers
+        if name in held:
+            traced.get_submodule(path)._buffers[name] = held[name]
+
+
 def trace_modes(model: nn.Module) -> fx.GraphModule:
     """The same, to be trained and evaluated: flags like training=self.training follow its mode.
 
@@ -91,9 +103,9 @@ def trace_modes(model: nn.Module) -> fx.GraphModule:
     if traced.code == training.code:
         return traced
     ones, others = list(training.graph.nodes), list(traced.graph.nodes)
-    traced.add_submodule("_mode", Mode().train(model.training))
+    traced.add_submodule(MODE, Mode().train(model.training))
     with traced.graph.inserting_before(others[0]):
-        flag = traced.graph.call_module("_mode")
+        flag = traced.graph.call_module(MODE)
     try:
         for one, other in zip(ones, others, strict=True):
             if one.target != other.target:

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from elastic.export import export
 from elastic.module import TrainingError
 from elastic.nested import Levels
-from experiments.restore import level_of, restore
+from experiments.restore import level_of, restore_plain
 from experiments.setup import quiet, run
 
 
@@ -25,7 +25,7 @@ def main() -> None:
         raise TrainingError(
             "usage: python -m experiments.export run=<finished run> to=<file.pt2 or .onnx> [level=<number>]"
         )
-    net, data, _ = restore(Path(str(given.run)))
+    net, data = restore_plain(Path(str(given.run)))
     chosen = level_of(net, level) if level is not None else net.net if isinstance(net, Levels) else net
     path = Path(str(given.to))
     export(chosen, torch.zeros(1, *data.shape), path)

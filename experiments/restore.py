@@ -11,7 +11,14 @@ from elastic.data import ImageData
 from elastic.kam import choose
 from elastic.module import TrainingError
 from elastic.nested import Levels
-from elastic.saved import holds_levels, holds_switched, load_compact, load_levels, load_switched
+from elastic.saved import (
+    holds_levels,
+    holds_switched,
+    load_compact,
+    load_levels,
+    load_switched,
+    refuse_switched,
+)
 from experiments.setup import finished, saved_config
 from experiments.train import build
 
@@ -37,8 +44,20 @@ def restore(folder: Path) -> tuple[nn.Module | Levels, ImageData, dict[str, Any]
     return load(module.net, weights, module.example), data, summary
 
 
+def restore_plain(folder: Path) -> tuple[nn.Module | Levels, ImageData]:
+    """The network of a finished run and its data, for those who know nothing of kernel activation modules.
+
+    Raises:
+        TrainingError: see `restore`.
+        StructureError: see there; or it has such modules.
+    """
+    net, data, _ = restore(folder)
+    refuse_switched(folder / "model.safetensors")
+    return net, data
+
+
 def teacher(run: str | None) -> nn.Module:
-    """The network of a finished run, the largest if it has levels, to be learnt from.
+    """The network of a finished run, the largest if it has levels, to be learnt from; with its modules.
 
     Raises:
         TrainingError: no run is named, or it is not finished.
@@ -46,8 +65,9 @@ def teacher(run: str | None) -> nn.Module:
     """
     if run is None:
         raise TrainingError("there is nobody to learn from: set init=<folder of a finished run>")
-    net, _, _ = restore(Path(run))
-    return net.net if isinstance(net, Levels) else net
+    net, data, _ = restore(Path(run))
+    switched = restore_switched(net, Path(run), data)
+    return switched[-1] if switched else net.net if isinstance(net, Levels) else net
 
 
 def restore_switched(net: nn.Module | Levels, folder: Path, data: ImageData) -> list[fx.GraphModule]:

@@ -33,7 +33,7 @@ from elastic.nested import Levels
 from elastic.runtime import Runtime
 from experiments.figure import draw_serving
 from experiments.look import batches
-from experiments.restore import restore
+from experiments.restore import restore_plain
 from experiments.setup import quiet, run
 
 PHASES = (False, True, False, True, False)  # whether the rival runs
@@ -136,7 +136,7 @@ def main() -> None:
         raise TrainingError(
             f"usage: {(__doc__ or '').strip().partition(chr(10) * 2)[2].strip().splitlines()[0]} …"
         )
-    net, data, _ = restore(Path(str(given.run)))
+    net, data = restore_plain(Path(str(given.run)))
     if not isinstance(net, Levels):
         raise TrainingError(f"{given.run} holds a network without levels: train some with schedule=joint")
     if hasattr(os, "sched_setaffinity"):

@@ -21,7 +21,7 @@ from elastic.compact import compact
 from elastic.compiled import compile_whole
 from elastic.data import ImageData
 from elastic.module import ElasticModule, TrainingError
-from elastic.saved import holds_levels, load_compact, load_levels, save_compact, save_levels
+from elastic.saved import holds_levels, load_compact, load_levels, refuse_switched, save_compact, save_levels
 from experiments.figure import draw_history
 from experiments.publish import publish
 from experiments.setup import (
@@ -51,6 +51,7 @@ def build(cfg: DictConfig) -> tuple[ElasticModule, ImageData]:
     levels = None
     if cfg.get("init") is not None:
         weights, example = finished(Path(cfg.init)) / "model.safetensors", torch.zeros(1, *data.shape)
+        refuse_switched(weights)
         if "switch" in active(cfg) and holds_levels(weights):  # each gets modules of its own
             levels = load_levels(net, weights, example)
         else:

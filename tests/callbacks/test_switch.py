@@ -1,9 +1,11 @@
 """Runs with kernel activation modules: what is trained, what is measured, what a killed run goes on with."""
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -20,10 +22,10 @@ from elastic.kam import SetNorm, modules
 from elastic.module import ElasticModule, TrainingError
 from elastic.parsimony import Engaged
 from elastic.skipping import skipping
-from experiments import duty, latency
+from experiments import duty, export, latency
 from experiments.evaluate import evaluate
 from experiments.look import batches, look
-from experiments.restore import restore, restore_switched
+from experiments.restore import restore, restore_switched, teacher
 from experiments.train import train
 from tests.fitted import EXACT, Run, Spy, prepare
 from tests.runs import configure
@@ -239,6 +241,22 @@ def test_the_network_itself_keeps_the_statistics_of_the_first_set(tmp_path: Path
         assert not torch.equal(norm.mean_SC[0], norm.mean_SC[1])
 
 
+@pytest.mark.parametrize("options", [("callbacks.switch.gain=[0.1,1.0]",), ("init={joint}",)])
+def test_killed_when_all_is_trained_nothing_is_missing(
+    joint: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    given = (*TRAINING, *(option.format(joint=joint) for option in options))
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(configure(broken, *given), broken)
+    shutil.copytree(broken, whole)
+    for name in ("model.safetensors", "summary.json"):
+        (broken / name).unlink()
+    train(configure(broken, *given), broken)
+    same_run(whole, broken)
+    measured = [summary_of(folder) for folder in (whole, broken)]
+    assert measured[0]["sets"] == measured[1]["sets"] and measured[0]["levels"] == measured[1]["levels"]
+
+
 def trained(folder: Path, *options: str) -> Run:
     return prepare(folder, *TRAINING, *options)
 
@@ -317,6 +335,26 @@ def test_each_level_has_modules_of_its_own(joint: Path, tmp_path: Path, only: bo
     assert evaluate(gated, 1)["macs_dynamic"] == summary["levels"][1]["macs_dynamic"]
 
 
+def test_what_others_start_from_or_learn_from_has_its_modules(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without them it is another network: a run or a file of it is refused, a teacher has them."""
+    net, data, _ = restore(finished)
+    (switched,) = restore_switched(net, finished, data)  # type: ignore[arg-type]
+    x_BCHW = batches(data)[0][0]
+    with torch.no_grad():
+        assert torch.equal(teacher(str(finished)).eval()(x_BCHW), switched(x_BCHW))
+        assert not torch.equal(switched(x_BCHW), net(x_BCHW))  # type: ignore[operator]
+    taught = ("schedule=[static,distil]", f"callbacks.distil.teacher.run={finished}", "trainer.max_epochs=2")
+    train(configure(tmp_path / "taught", *EXACT, *taught), tmp_path / "taught")
+    refused = "another one without its kernel activation modules: take the run that it started from"
+    with pytest.raises(StructureError, match=refused):
+        train(configure(tmp_path / "next", *TRAINING, f"init={finished}"), tmp_path / "next")
+    monkeypatch.setattr("sys.argv", ["export", f"run={finished}", f"to={tmp_path / 'net.pt2'}"])
+    with pytest.raises(StructureError, match=refused):
+        export.main()
+
+
 CONTROLS: dict[str, Callable[[torch.Tensor], bool]] = {
     "constant": lambda gates_BK: bool((gates_BK == gates_BK[0]).all()),
     "random": lambda gates_BK: not bool((gates_BK == gates_BK[0]).all()),
@@ -363,20 +401,85 @@ def test_what_attach_refuses_is_refused_before_training(tmp_path: Path, option: 
         train(configure(tmp_path, *TRAINING, f"callbacks.switch.{option}"), tmp_path)
 
 
-def test_in_any_lightning_program(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2))
-    module = ElasticModule(net, (1, 6, 6), 2, partial(AdamW, lr=1e-2))
-    x_NCHW = torch.randn(64, 1, 6, 6)
-    data = torch.utils.data.TensorDataset(x_NCHW, (x_NCHW.mean((1, 2, 3)) > 0).long())
-    loader = torch.utils.data.DataLoader(data, batch_size=32)
-    trainer = L.Trainer(
+class Centred(nn.Module):
+    """It has a buffer of its own, and does by `self.training` what torch.fx takes for a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Conv2d(1, 6, 3), nn.Conv2d(6, 6, 3), nn.Linear(6, 2)
+        self.register_buffer("mean", torch.full((1, 1, 1, 1), 0.1))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        y_BCHW = F.dropout(self.one(x_BCHW - self.mean).relu(), 0.5, self.training)
+        return self.head(self.two(y_BCHW).relu().mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def program(*callbacks: L.Callback) -> L.Trainer:
+    return L.Trainer(
         max_epochs=2,
-        callbacks=[SwitchKernels(0.5)],
+        callbacks=list(callbacks),
+        num_sanity_val_steps=0,
         **{"logger": False, "enable_checkpointing": False, "enable_progress_bar": False},
         **{"enable_model_summary": False, "accelerator": "cpu"},
     )
-    trainer.fit(module, loader, loader)
+
+
+def its_module() -> tuple[ElasticModule, Tensor, torch.utils.data.DataLoader[Any]]:
+    """And images, and a loader of them whose last batch has one only."""
+    torch.manual_seed(0)
+    x_NCHW = torch.randn(65, 1, 6, 6)
+    data = torch.utils.data.TensorDataset(x_NCHW, (x_NCHW.mean((1, 2, 3)) > 0).long())
+    module = ElasticModule(Centred(), (1, 6, 6), 2, partial(AdamW, lr=1e-2))
+    return module, x_NCHW, torch.utils.data.DataLoader(data, batch_size=32)
+
+
+@pytest.mark.parametrize("only", [True, False])
+def test_a_network_is_validated_as_it_is_in_evaluation(only: bool) -> None:
+    """Nothing is dropped, though what its modules are attached to has been traced; nor where it is frozen."""
+    module, x_NCHW, loader = its_module()
+    seen: list[bool] = []
+
+    def twice(trainer: L.Trainer, module: ElasticModule, *_: Any) -> None:
+        with torch.no_grad():
+            seen.append(torch.equal(module(x_NCHW), module(x_NCHW)))
+
+    spy = Spy(on_train_batch_end=twice, on_validation_batch_end=twice)
+    program(SwitchKernels(0.5, only=only), spy).fit(module, loader, loader)
+    assert seen == ([only] * 3 + [True] * 3) * 2
+
+
+def test_what_is_moved_is_moved_with_what_was_traced_of_it() -> None:
+    module, x_NCHW, loader = its_module()
+    program(SwitchKernels(0.5)).fit(module, loader, loader)
+    with torch.no_grad():
+        expected = module.eval()(x_NCHW)
+        module.double()
+        assert module.switched[0].mean is module.net.mean
+        torch.testing.assert_close(module(x_NCHW.double()).float(), expected)
+
+
+def test_it_may_be_validated_before_it_is_trained_and_trained_twice_but_not_switched_twice() -> None:
+    module, _, loader = its_module()
+    own = SwitchKernels(0.5)
+    program(own).validate(module, loader, verbose=False)
+    program(own).fit(module, loader, loader)
+    program(own).fit(module, loader, loader)
+    with pytest.raises(TrainingError, match="of another SwitchKernels: continue with that one"):
+        program(SwitchKernels(0.5)).fit(module, loader, loader)
+
+
+def test_several_sets_are_trained_in_one_process() -> None:
+    """Each process would draw another set."""
+    module, _, _ = its_module()
+    trainer: Any = SimpleNamespace(world_size=2, callbacks=[])
+    with pytest.raises(TrainingError, match="several sets, or levels, are trained in one process"):
+        SwitchKernels([0.5, 1.0]).setup(trainer, module, "fit")
+    SwitchKernels(0.5).setup(trainer, module, "fit")
+
+
+def test_in_any_lightning_program() -> None:
+    module, x_NCHW, loader = its_module()
+    program(SwitchKernels(0.5)).fit(module, loader, loader)
     with torch.no_grad():
         expected = module.eval()(x_NCHW)
         torch.testing.assert_close(skipping(module.switched[0])(x_NCHW), expected, rtol=1e-4, atol=1e-5)

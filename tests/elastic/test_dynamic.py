@@ -162,6 +162,19 @@ def test_a_network_without_any_is_refused() -> None:
         attach(net, discover(net, X))
 
 
+def test_a_depthwise_convolution_that_is_used_twice_is_no_follower() -> None:
+    layers = {"first": conv(3, 6), "depth": conv(6, 6, 3, groups=6), "last": conv(6, 4), "head": head(4)}
+    net = Net(lambda m, x: m.head(m.last(m.depth(m.depth(m.first(x)).relu()).relu())), **layers)
+    with pytest.raises(StructureError, match="'first' cannot be switched off: depth is used 2 times"):
+        attach(net, discover(net, X), ["first"])
+
+
+def test_modules_are_of_the_networks_type() -> None:
+    net = resnet20().double()
+    found = attach(net, discover(net, X.double()))
+    assert found(X.double()).dtype == torch.float64
+
+
 def test_only_the_widths_asked_for() -> None:
     net = resnet20()
     found = attach(net, discover(net, X), ["stage2.1.conv1"])
@@ -189,6 +202,17 @@ def test_scores_are_those_of_the_sources_module() -> None:
     on_BK = torch.sigmoid(made.scores(X)) > 0.5
     assert torch.equal(made(X)[:, :, 0, 0] > 0, on_BK)
     assert torch.equal(made.on_BK, on_BK.float())
+
+
+def test_one_image_in_training_is_looked_at_as_in_evaluation() -> None:
+    """The last batch of an epoch may have no more, and no spread."""
+    torch.manual_seed(0)
+    one = gated(convnet(in_channels=3).eval(), X)
+    head = next(modules(one)).heads[0]
+    with torch.no_grad():
+        expected = head(X[:1])
+        assert torch.equal(head.train()(X[:1]), expected) and not torch.equal(head(X)[:1], expected)
+    assert one.train()(X[:1]).isfinite().all()
 
 
 def test_a_map_that_hardly_varies_does_not_decide_alone() -> None:

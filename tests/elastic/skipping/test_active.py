@@ -278,6 +278,25 @@ def test_without_a_compiler_there_is_no_kernel(tmp_path: Path, monkeypatch: pyte
 
 
 @needs_compiler
+def test_a_compiler_may_come_with_flags_and_a_cache_be_relative(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CXX", f"{os.environ.get('CXX', 'c++')} -DNOTHING")
+    monkeypatch.setenv(CACHE, ".")
+    assert compiled.__wrapped__() is not None and list(tmp_path.glob("active-*.so"))
+
+
+def test_without_a_place_to_keep_it_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv(CACHE, raising=False)
+    monkeypatch.setattr(Path, "expanduser", nobody)
+    assert compiled.__wrapped__() is None
+
+
+@needs_compiler
 def test_it_is_compiled_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CACHE, str(tmp_path))
     assert compiled.__wrapped__() is not None
