@@ -84,6 +84,7 @@ class SwitchKernels(L.Callback):
         pl_module.switch([attach(net, w, None, *how) for net, w in zip(nets, widths, strict=True)], self.rate)
         self.engaged = [Engaged(net, pl_module.example) for net in pl_module.switched]
         self.price_LS = torch.zeros(len(nets), len(self.parsimony))
+        pl_module.executed = [(net, 1 / len(nets)) for net in nets]
         pl_module.others = range(len(nets) - 1)
         pl_module.level = len(nets) - 1
         if self.only:

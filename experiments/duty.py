@@ -25,7 +25,9 @@ from experiments.setup import quiet, run
 def main() -> None:
     quiet()
     given = OmegaConf.from_dotlist(sys.argv[1:])
-    if "run" not in given or set(given) - {"run", "level", "set", "figure", "csv"}:
+    numbers = (given.get("level", 0), given.get("set", 0))
+    known = {"run", "level", "set", "figure", "csv"}
+    if "run" not in given or set(given) - known or not all(isinstance(number, int) for number in numbers):
         raise TrainingError(
             "usage: python -m experiments.duty run=<folder> [level=…] [set=…] [figure=…] [csv=…]"
         )

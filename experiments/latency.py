@@ -58,18 +58,24 @@ def compare(net: nn.Module, gated: fx.GraphModule, inputs: Sequence[Tensor]) -> 
         for x_BCHW in inputs:
             gated(x_BCHW)
             shares.append(float(engaged.share("macs")))
-    return found | {"macs": statistics.mean(shares)}
+    sizes = [len(x_BCHW) for x_BCHW in inputs]  # the last may be smaller
+    return found | {"macs": statistics.fmean(shares, sizes)}
 
 
 def main() -> None:
     quiet()
     given = OmegaConf.merge({"images": 256, "set": 0}, OmegaConf.from_dotlist(sys.argv[1:]))
-    if "run" not in given or set(given) - {"run", "set", "level", "images", "csv"}:
+    numbers = (OmegaConf.select(given, "level", default=0), given.set, given.images)
+    if (
+        "run" not in given
+        or set(given) - {"run", "set", "level", "images", "csv"}
+        or not all(isinstance(number, int) for number in numbers)
+        or given.images < 1
+    ):
         raise TrainingError(
             "usage: python -m experiments.latency run=<folder> [set=…] [level=…] [images=…] [csv=…]"
         )
-    level = OmegaConf.select(given, "level")
-    plain, gated, data = chosen(Path(str(given.run)), level, given.set)
+    plain, gated, data = chosen(Path(str(given.run)), OmegaConf.select(given, "level"), given.set)
     images_NCHW = some_images(data, given.images)
 
     columns = ("threads", "batch", "stock", "folded", "channels_last", "kernel", "skipping", "macs")

@@ -17,6 +17,7 @@ from torch.optim import AdamW
 
 import experiments.train
 from callbacks import SwitchKernels
+from elastic.cost import macs
 from elastic.errors import StructureError
 from elastic.kam import SetNorm, modules
 from elastic.module import ElasticModule, TrainingError
@@ -175,7 +176,7 @@ def test_time_is_measured_beside_macs(
     monkeypatch.setattr(latency, "BATCHES", (1, 4))
     monkeypatch.setattr(latency, "THREADS", (1,))
     table = tmp_path / "latency.csv"
-    monkeypatch.setattr("sys.argv", ["latency", f"run={finished}", "images=8", "set=1", f"csv={table}"])
+    monkeypatch.setattr("sys.argv", ["latency", f"run={finished}", "images=6", "set=1", f"csv={table}"])
     latency.main()
     rows = [line.split(",") for line in table.read_text().splitlines()]
     assert [row[:2] for row in rows[1:]] == [["1", "1"], ["1", "4"]]
@@ -189,6 +190,8 @@ def test_time_is_measured_beside_macs(
     [
         ((), "usage: python -m experiments.duty"),
         (("run={run}", "colour=1"), "usage: python -m experiments.duty"),
+        (("run={run}", "set=last"), "usage: python -m experiments.duty"),
+        (("run={run}", "level=0.5"), "usage: python -m experiments.duty"),
         (("run={run}", "set=9"), "there is no set 9 of kernel activation modules: the network has 0 … 1"),
         (("run={run}", "level=3"), "there is no level 3: the run's network has 0 … 0"),
     ],
@@ -199,6 +202,15 @@ def test_what_duty_cannot_show_is_one_line(
     monkeypatch.setattr("sys.argv", ["duty", *(text.format(run=finished) for text in given)])
     with pytest.raises((TrainingError, StructureError), match=message):
         duty.main()
+
+
+@pytest.mark.parametrize("given", [(), ("run={run}", "images=0"), ("run={run}", "set=x")])
+def test_what_latency_cannot_measure_is_one_line(
+    finished: Path, given: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["latency", *(text.format(run=finished) for text in given)])
+    with pytest.raises(TrainingError, match=r"usage: python -m experiments\.latency"):
+        latency.main()
 
 
 @pytest.fixture(scope="module")
@@ -241,11 +253,9 @@ def test_the_network_itself_keeps_the_statistics_of_the_first_set(tmp_path: Path
         assert not torch.equal(norm.mean_SC[0], norm.mean_SC[1])
 
 
-@pytest.mark.parametrize("options", [("callbacks.switch.gain=[0.1,1.0]",), ("init={joint}",)])
-def test_killed_when_all_is_trained_nothing_is_missing(
-    joint: Path, tmp_path: Path, options: tuple[str, ...]
-) -> None:
-    given = (*TRAINING, *(option.format(joint=joint) for option in options))
+@pytest.mark.parametrize("init", ["null", "{joint}"])
+def test_killed_when_all_is_trained_nothing_is_missing(joint: Path, tmp_path: Path, init: str) -> None:
+    given = (*TRAINING, f"init={init.format(joint=joint)}", "callbacks.switch.gain=[0.1,1.0]")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train(configure(broken, *given), broken)
     shutil.copytree(broken, whole)
@@ -333,6 +343,9 @@ def test_each_level_has_modules_of_its_own(joint: Path, tmp_path: Path, only: bo
         seen = look(net, data)
         assert (seen.accuracy, round(seen.macs)) == (row["test/acc"], row["macs_dynamic"])
     assert evaluate(gated, 1)["macs_dynamic"] == summary["levels"][1]["macs_dynamic"]
+    executed = sum(macs(level, torch.zeros(1, *data.shape)) for level in old) / 3  # type: ignore[union-attr]
+    images = 6 * (len(data.train_set) // 300 * 300)  # type: ignore[arg-type]
+    assert summary["macs_training"] == pytest.approx(3 * executed * images, rel=1e-6)
 
 
 def test_what_others_start_from_or_learn_from_has_its_modules(
