@@ -124,12 +124,14 @@ class ActiveConv2d(nn.Module):
         writes: Active | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        if residual is None or residual.shape == (len(x_BCHW), *self._out(*x_BCHW.shape[2:])):
-            return self._run(x_BCHW, reads, writes, residual, self.relu)
-        interrupt()
-        y_BKHW = self._run(x_BCHW, reads, writes, None, False) + residual
+        alike = residual is None or residual.shape == (len(x_BCHW), *self._out(*x_BCHW.shape[2:]))
+        if self.way == "kernel" and alike:
+            return self._kernel(x_BCHW, reads, writes, residual, self.relu)
+        y_BKHW = self._convolved(x_BCHW, reads, writes)
+        if residual is not None:
+            y_BKHW = y_BKHW.add_(residual) if alike else y_BKHW + residual
         y_BKHW = y_BKHW.relu_() if self.relu else y_BKHW
-        return y_BKHW if writes is None else writes.shut(y_BKHW)
+        return y_BKHW if writes is None or residual is None else writes.shut(y_BKHW)
 
     def _out(self, height: int, width: int) -> tuple[int, int, int]:
         kernels, _, *kernel = self.weight.shape
@@ -139,45 +141,30 @@ class ActiveConv2d(nn.Module):
         )
         return kernels, high, wide
 
-    def _run(
-        self,
-        x_BCHW: Tensor,
-        reads: Active | None,
-        writes: Active | None,
-        residual: Tensor | None,
-        relu: bool,
-    ) -> Tensor:
+    def _convolved(self, x_BCHW: Tensor, reads: Active | None, writes: Active | None) -> Tensor:
         if self.way == "kernel":
-            return self._kernel(x_BCHW, reads, writes, residual, relu)
+            interrupt()
+            return self._kernel(x_BCHW, reads, writes, None, relu=False)
         if self.way == "stock" and len(x_BCHW) == 1 and (reads or writes):
-            return self._gathered(x_BCHW, reads, writes, residual, relu)
+            return self._gathered(x_BCHW, reads, writes)
         x_BCHW = x_BCHW if reads is None else reads.shut(x_BCHW)
         y_BKHW = F.conv2d(x_BCHW, self.weight, self.bias, self.stride, self.padding)
-        y_BKHW = _finish(y_BKHW if writes is None else writes.scale(y_BKHW), residual, relu)
-        return y_BKHW if writes is None or residual is None else writes.shut(y_BKHW)
+        return y_BKHW if writes is None else writes.scale(y_BKHW)
 
-    def _gathered(
-        self,
-        x_1CHW: Tensor,
-        reads: Active | None,
-        writes: Active | None,
-        residual: Tensor | None,
-        relu: bool,
-    ) -> Tensor:
+    def _gathered(self, x_1CHW: Tensor, reads: Active | None, writes: Active | None) -> Tensor:
         weight, bias = self.weight, self.bias
         if writes is not None:
             kernels = writes.channel_BK[0, : writes.count_B[0]]
             weight, bias = weight.index_select(0, kernels), bias.index_select(0, kernels)
-            residual = residual if residual is None else residual.index_select(1, kernels)
         if reads is not None:
             channels = reads.channel_BK[0, : reads.count_B[0]]
             weight, x_1CHW = weight.index_select(1, channels), x_1CHW.index_select(1, channels)
         y_1KHW = F.conv2d(x_1CHW, weight, bias, self.stride, self.padding)
         if writes is None:
-            return _finish(y_1KHW, residual, relu)
-        y_1KHW = _finish(y_1KHW * writes.gate_BK[:, kernels, None, None], residual, relu)
+            return y_1KHW
         whole_1KHW = y_1KHW.new_zeros(1, len(self.weight), *y_1KHW.shape[2:])
-        return whole_1KHW.index_copy_(1, kernels.long(), y_1KHW)
+        gated_1KHW = y_1KHW * writes.gate_BK[:, kernels, None, None]
+        return whole_1KHW.index_copy_(1, kernels.long(), gated_1KHW)
 
     def _kernel(
         self,
@@ -214,11 +201,6 @@ class ActiveConv2d(nn.Module):
         found = _Size(shape, weight, out, library.active_work(ctypes.byref(shape)))
         self._sizes[height, width] = found
         return found
-
-
-def _finish(y_BKHW: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    y_BKHW = y_BKHW if residual is None else y_BKHW.add_(residual)
-    return y_BKHW.relu_() if relu else y_BKHW
 
 
 def _checked(x_BCHW: Tensor, channels: int) -> Tensor:
