@@ -14,7 +14,7 @@ from elastic.errors import StructureError
 from elastic.kam import KernelActivation, RandomActivation, modules
 from elastic.skipping.active import Active, ActiveConv2d, max_pool, switch
 from elastic.skipping.folded import for_inference
-from elastic.skipping.native import compiled
+from elastic.skipping.native import compiled, interrupt
 
 ADD = (operator.add, torch.add)
 IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
@@ -33,6 +33,10 @@ class ActiveSwitch(nn.Module):
         self.folded = [head.folded() for head in module.heads]  # type: ignore[operator]
 
     def forward(self, x_BCHW: Tensor, reads: Active | None = None) -> Active:
+        if isinstance(self.module, RandomActivation):
+            interrupt()  # what it draws is drawn anew each time
+            x_BCHW = x_BCHW if reads is None else reads.shut(x_BCHW)
+            return Active.of(self.module(x_BCHW).flatten(1))
         weight_KC, bias_K, within_2C = self.folded[self.module.chosen]
         return switch(x_BCHW, reads, weight_KC, bias_K, within_2C, self.module.choice)
 
@@ -55,7 +59,7 @@ def rewrite(net: nn.Module, way: str | None = None) -> fx.GraphModule:
     """A network that is told, layer by layer, which channels are active.
 
     Raises:
-        StructureError: it is not in fp32 on the CPU, its modules decide at random, or they are out of sight.
+        StructureError: it is not in fp32 on the CPU, or it only contains a network with modules.
     """
     _check(net)
     traced = for_inference(net)
@@ -64,13 +68,10 @@ def rewrite(net: nn.Module, way: str | None = None) -> fx.GraphModule:
 
 
 def _check(net: nn.Module) -> None:
-    held = list(modules(net))
-    if held and not isinstance(net, fx.GraphModule):
+    if any(modules(net)) and not isinstance(net, fx.GraphModule):
         raise StructureError(
             f"{type(net).__name__} only contains a network with kernel activation modules: give that itself"
         )
-    if any(isinstance(module, RandomActivation) for module in held):
-        raise StructureError("modules that decide at random are a control, and are not skipped by")
     for parameter in net.parameters():
         if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
             raise StructureError(

@@ -147,10 +147,20 @@ def test_networks_that_cannot_skip_are_refused(make: Callable[[nn.Module], nn.Mo
         skipping(net)
 
 
-def test_a_network_of_random_modules_is_refused() -> None:
-    net = resnet20()
-    with pytest.raises(StructureError, match="modules that decide at random are a control"):
-        skipping(attach(net, discover(net, X), kind="random"))
+@pytest.mark.parametrize("way", WAYS)
+def test_modules_that_decide_at_random_decide_anew_each_time(way: str) -> None:
+    net = gated(randomised(resnet20()).eval(), X, kind="random")
+    fast = skipping(net, way=way)
+
+    def drawn(one: nn.Module, seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return one(X)  # type: ignore[no-any-return]
+
+    with torch.no_grad():
+        fast(X)
+        assert not torch.equal(drawn(net, 1), drawn(net, 2))
+        for seed in (1, 2):
+            torch.testing.assert_close(drawn(fast, seed), drawn(net, seed), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("x", [X[:, :1], X.repeat(1, 2, 1, 1), X[0]])
