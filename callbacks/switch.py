@@ -70,7 +70,8 @@ class SwitchKernels(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: ElasticModule, stage: str) -> None:  # type: ignore[override]
         refuse_beside(trainer, "kernel activation modules")
-        if stage != "fit" or (pl_module.switched and self.engaged):
+        own = self.engaged[0].net if self.engaged else None
+        if stage != "fit" or (pl_module.switched and pl_module.switched[0] is own):
             return
         if pl_module.switched:
             raise TrainingError(
@@ -151,7 +152,7 @@ class SwitchKernels(L.Callback):
         batch_idx: int,
         _: int = 0,
     ) -> None:
-        if not pl_module.switched:
+        if not self.engaged:
             return
         engaged, size = self.engaged[pl_module.level], len(batch[0])
         for by in ("count", "macs"):

@@ -110,6 +110,8 @@ def _site(traced: fx.GraphModule, width: Width) -> Site | str:
         return f"{writer} ({type(layer).__name__}) is no ordinary convolution"
     if len(calls) != 1:
         return f"{writer} is used {len(calls)} times"
+    if not calls[0].args:
+        return f"{writer} is given what it reads by name"
     if width.size != layer.out_channels:
         return f"it is a part of the channels of {writer}"
     each: list[str] = []

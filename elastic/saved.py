@@ -100,8 +100,8 @@ def refuse_switched(path: Path) -> None:
     """
     if holds_switched(path):
         raise StructureError(
-            f"{path} holds a network that is another one without its kernel activation modules: take the run "
-            "that it started from"
+            f"{path} holds a network that is another one without its kernel activation modules: take a run "
+            "that has none, such as the one that it started from"
         )
 
 

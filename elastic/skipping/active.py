@@ -124,7 +124,10 @@ class ActiveConv2d(nn.Module):
         writes: Active | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        alike = residual is None or residual.shape == (len(x_BCHW), *self._out(*x_BCHW.shape[2:]))
+        alike = residual is None or (
+            residual.dtype == torch.float32
+            and residual.shape == (len(x_BCHW), *self._out(*x_BCHW.shape[-2:]))
+        )
         if self.way == "kernel" and alike:
             return self._kernel(x_BCHW, reads, writes, residual, self.relu)
         y_BKHW = self._convolved(x_BCHW, reads, writes)
@@ -139,6 +142,7 @@ class ActiveConv2d(nn.Module):
             (x + 2 * self.padding - k) // self.stride + 1
             for x, k in zip((height, width), kernel, strict=True)
         )
+        _fits(high, wide, "kernel", height, width)
         return kernels, high, wide
 
     def _convolved(self, x_BCHW: Tensor, reads: Active | None, writes: Active | None) -> Tensor:
@@ -216,6 +220,11 @@ def _checked(x_BCHW: Tensor, channels: int) -> Tensor:
     return x_BCHW.contiguous()
 
 
+def _fits(high: int, wide: int, what: str, height: int, width: int) -> None:
+    if min(high, wide) < 1:
+        raise StructureError(f"maps of {height}×{width} are too small for a {what}: give larger images")
+
+
 def tiles_pay(channels: int, kernels: int, height: int, width: int) -> bool:
     """Whether a map of so many pixels takes fewer vectors of products by tiles, and of their transforms."""
     products, tiles = channels * kernels, math.ceil(height / 2) * math.ceil(width / 2)
@@ -274,6 +283,7 @@ def max_pool(x_BCHW: Tensor, reads: Active, size: int, stride: int, zeros: bool)
     x_BCHW = _checked(x_BCHW, reads.channel_BK.shape[1])
     batch, channels, height, width = x_BCHW.shape
     out = ((height - size) // stride + 1, (width - size) // stride + 1)
+    _fits(*out, "pool", height, width)
     y_BCHW = torch.empty(batch, channels, *out)
     lists = (reads.channel_BK, reads.count_B)
     sizes = (batch, channels, height, width, size, stride, *out)

@@ -26,12 +26,14 @@ class BySet(nn.Module):
         super().__init__()
         rules = next(modules(net)).chosen
         self.nets = nn.ModuleList()
-        for k in range(sets):
-            choose(net, k)
-            self.nets.append(make(net))
+        try:
+            for k in range(sets):
+                choose(net, k)
+                self.nets.append(make(net))
+        finally:
+            choose(net, rules)
         self._first = (next(modules(self.nets[0])),)
-        for held in (net, self):
-            choose(held, rules)
+        choose(self, rules)
 
     def forward(self, x_BCHW: Tensor) -> Any:
         return self.nets[self._first[0].chosen](x_BCHW)

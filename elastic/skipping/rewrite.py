@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from elastic.dynamic import keeps_zero
+from elastic.dynamic import ASKS_FOR_SHAPE, keeps_zero
 from elastic.errors import StructureError
 from elastic.kam import KernelActivation, RandomActivation, modules
 from elastic.skipping.active import Active, ActiveConv2d, max_pool, switch
@@ -96,7 +96,7 @@ class _Rewriter:
             layer = self._layer(node)
             if isinstance(layer, KernelActivation):
                 self._replace([node], ActiveSwitch(layer), (node.args[0], self._reads(node)))
-            elif isinstance(layer, nn.Conv2d) and ActiveConv2d.takes(layer):
+            elif isinstance(layer, nn.Conv2d) and node.args and ActiveConv2d.takes(layer):
                 self._convolution(node, layer)
             elif isinstance(layer, nn.MaxPool2d) and _plain(layer) and self._reads(node) is not None:
                 pool = ActiveMaxPool2d(_one(layer.kernel_size), _one(layer.stride))
@@ -120,7 +120,7 @@ class _Rewriter:
         return self.active.get(read) if isinstance(read, fx.Node) else None
 
     def _shuts(self, node: fx.Node) -> bool:
-        gate = node.args[1] if node.target is torch.mul else None
+        gate = node.args[1] if node.target is torch.mul and len(node.args) == 2 else None
         return isinstance(gate, fx.Node) and isinstance(self._layer(gate), ActiveSwitch)
 
     def _reshapes(self, node: fx.Node) -> bool:
@@ -186,9 +186,16 @@ def _added(user: fx.Node, node: fx.Node) -> fx.Node | None:
     adds = user.target in ADD or (user.target is operator.iadd and user.args[0] is node)
     if user.op == "call_function" and adds and len(user.args) == 2 and not user.kwargs:
         others = [arg for arg in user.args if arg is not node]
-        if len(others) == 1 and isinstance(others[0], fx.Node):
+        if len(others) == 1 and isinstance(others[0], fx.Node) and not _counts(others[0]):
             return others[0]
     return None
+
+
+def _counts(node: fx.Node) -> bool:
+    """Whether a node is a number, made of a tensor's shape."""
+    made_of = node.all_input_nodes
+    made = node.op == "call_function" and bool(made_of) and all(map(_counts, made_of))
+    return made or _name(node) in ASKS_FOR_SHAPE
 
 
 def _name(node: fx.Node) -> str:
@@ -200,18 +207,18 @@ def _is_relu(layer: nn.Module | None, node: fx.Node) -> bool:
 
 
 def _in_place(layer: nn.Module | None, node: fx.Node) -> bool:
-    """Whether a node may change what it reads: by its layer, its name (`relu_`, `iadd`) or a flag."""
+    """Whether a node may change what it reads: by its layer, its name (`relu_`, `iadd`), a flag or `out`."""
     if layer is not None:
         return bool(getattr(layer, "inplace", False))
     flags = any(value is True for value in (*node.args, *node.kwargs.values()))
-    return node.target in IN_PLACE or _name(node).endswith("_") or flags
+    return node.target in IN_PLACE or _name(node).endswith("_") or flags or "out" in node.kwargs
 
 
 def _plain(pool: nn.MaxPool2d) -> bool:
     sizes = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
     square = all(isinstance(value, int) or len(set(value)) == 1 for value in sizes)
     simple = _one(pool.padding) == 0 and _one(pool.dilation) == 1
-    return square and simple and not pool.ceil_mode and not pool.return_indices
+    return square and simple and not pool.ceil_mode
 
 
 def _one(value: Any) -> int:

@@ -360,7 +360,7 @@ def test_what_others_start_from_or_learn_from_has_its_modules(
         assert not torch.equal(switched(x_BCHW), net(x_BCHW))  # type: ignore[operator]
     taught = ("schedule=[static,distil]", f"callbacks.distil.teacher.run={finished}", "trainer.max_epochs=2")
     train(configure(tmp_path / "taught", *EXACT, *taught), tmp_path / "taught")
-    refused = "another one without its kernel activation modules: take the run that it started from"
+    refused = "another one without its kernel activation modules: take a run that has none"
     with pytest.raises(StructureError, match=refused):
         train(configure(tmp_path / "next", *TRAINING, f"init={finished}"), tmp_path / "next")
     monkeypatch.setattr("sys.argv", ["export", f"run={finished}", f"to={tmp_path / 'net.pt2'}"])
@@ -427,11 +427,12 @@ class Centred(nn.Module):
         return self.head(self.two(y_BCHW).relu().mean((2, 3)))  # type: ignore[no-any-return]
 
 
-def program(*callbacks: L.Callback) -> L.Trainer:
+def program(*callbacks: L.Callback, **options: Any) -> L.Trainer:
     return L.Trainer(
         max_epochs=2,
         callbacks=list(callbacks),
         num_sanity_val_steps=0,
+        **options,
         **{"logger": False, "enable_checkpointing": False, "enable_progress_bar": False},
         **{"enable_model_summary": False, "accelerator": "cpu"},
     )
@@ -477,8 +478,20 @@ def test_it_may_be_validated_before_it_is_trained_and_trained_twice_but_not_swit
     program(own).validate(module, loader, verbose=False)
     program(own).fit(module, loader, loader)
     program(own).fit(module, loader, loader)
-    with pytest.raises(TrainingError, match="of another SwitchKernels: continue with that one"):
-        program(SwitchKernels(0.5)).fit(module, loader, loader)
+    program(SwitchKernels(0.5)).validate(module, loader, verbose=False)
+    program(own).fit(its_module()[0], loader, loader)
+    for other in (own, SwitchKernels(0.5)):  # its own has gone to another network
+        with pytest.raises(TrainingError, match="of another SwitchKernels: continue with that one"):
+            program(other).fit(module, loader, loader)
+
+
+def test_without_validation_the_first_set_rules_in_the_end() -> None:
+    module, _, loader = its_module()
+    drawn: list[int] = []
+    spy = Spy(on_train_batch_end=lambda *_: drawn.append(next(modules(module)).chosen))
+    program(SwitchKernels([0.1, 1.0, 2.0]), spy, limit_val_batches=0).fit(module, loader, loader)
+    assert drawn[-1] != 0 and {m.chosen for m in modules(module)} == {0}
+    assert {norm.chosen for norm in module.modules() if isinstance(norm, SetNorm)} <= {0}
 
 
 def test_several_sets_are_trained_in_one_process() -> None:

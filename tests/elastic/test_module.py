@@ -19,6 +19,7 @@ from elastic.errors import StructureError
 from elastic.fresh import he_normal
 from elastic.models import convnet, resnet20
 from elastic.module import ElasticModule, TrainingError
+from elastic.nested import Levels
 from elastic.surgery import grow_index
 from experiments.train import train
 from tests.fitted import EXACT, Run, Spy, batch, fit, outputs, prepare
@@ -234,6 +235,21 @@ def test_the_layout_follows_what_grows() -> None:
         )
         made.restructure({stream: grow_index(8, size - 8)}, "test")
         assert laid_out_last(made.net) == laid_out_last(made.copies[0]) == last
+
+
+def test_levels_are_moved_with_their_network() -> None:
+    torch.manual_seed(0)
+    own = module()
+    half = {name: max(1, width.size // 2) for name, width in own.widths.items()}
+    own.nest(Levels(own.net, own.widths, [half]))
+    x_BCHW = torch.randn(2, *own.example.shape[1:])
+    with torch.no_grad():
+        expected = own.eval().run_level(0, x_BCHW)
+        own.double()
+        assert own.levels is not None
+        torch.testing.assert_close(own.levels[0](x_BCHW.double()).float(), expected)
+        next(own.net.parameters()).zero_()
+        assert not torch.allclose(own.levels[0](x_BCHW.double()).float(), expected)
 
 
 def test_channels_last_gives_close_results(tmp_path: Path) -> None:

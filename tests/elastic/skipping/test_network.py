@@ -1,6 +1,7 @@
 """Networks that skip: the same as masked ones, by whatever way, chosen by measuring."""
 
 import copy
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from elastic.errors import StructureError
 from elastic.kam import Choice, choose, modules
 from elastic.models import convnet, resnet20
 from elastic.skipping import WAYS, masked, rewrite, skipping, tune
+from elastic.skipping.native import compiled
 from elastic.widths import discover
 from tests.elastic.gated import case_or_none, gated
 from tests.elastic.zoo import CASES, Net, conv, head, randomised
@@ -111,6 +113,17 @@ AWKWARD: dict[str, Callable[[], nn.Module]] = {
         before_it_changes, t=conv(8, 6), change=lambda y: F.relu(y, True)
     ),
     "a method works in place": lambda: two(before_it_changes, t=conv(8, 6), change=lambda y: y.relu_()),
+    "a sum works in place": lambda: two(
+        before_it_changes, t=conv(8, 6), change=lambda y: operator.iadd(y, 0.5)
+    ),
+    "what is changed is named": lambda: two(
+        before_it_changes, t=conv(8, 6), change=lambda y: torch.clamp(y, min=0.2, out=y)
+    ),
+    "a truth is added": lambda: two(lambda n, x: n.h(n.b(n.a(x).relu()) + (n.t(x) > 0)), t=conv(3, 6)),
+    "a number is added": lambda: two(lambda n, x: n.h(n.b(n.a(x).relu()) + x.shape[1] * 2)),
+    "things are named": lambda: two(
+        lambda n, x: n.h(torch.mul(n.b(n.a(x).relu()), other=n.t(input=x))), t=conv(3, 6)
+    ),
     "nobody reads what works in place": lambda: two(changed_and_not_returned, change=nn.ReLU(inplace=True)),
     "a norm has no statistics": lambda: two(
         lambda n, x: n.h(n.b(n.norm(n.a(x)).relu())), norm=nn.BatchNorm2d(8, track_running_stats=False)
@@ -124,10 +137,9 @@ def test_so_it_does_where_layers_cannot_be_joined(name: str, way: str) -> None:
     torch.manual_seed(0)
     net = gated(randomised(AWKWARD[name]()).eval(), X)
     with torch.no_grad():
-        expected, fast = net(X), executed(net, way)
-        for _ in range(2):  # the second time calls are replayed
-            torch.testing.assert_close(fast(X), expected, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(fast(X[:1]), net(X[:1]), rtol=1e-4, atol=1e-5)
+        fast = executed(net, way)
+        for x in (X, X.flip(0), X[:1]):  # the second time calls are replayed
+            torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -163,11 +175,39 @@ def test_modules_that_decide_at_random_decide_anew_each_time(way: str) -> None:
             torch.testing.assert_close(drawn(fast, seed), drawn(net, seed), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("x", [X[:, :1], X.repeat(1, 2, 1, 1), X[0]])
-def test_inputs_of_other_channels_are_refused(x: Tensor) -> None:
-    net = skipping(gated(resnet20().eval(), X))
-    with torch.no_grad(), pytest.raises((StructureError, RuntimeError), match="3 channels"):
-        net(x)
+@pytest.mark.skipif(compiled() is None, reason="there is no C++ compiler")
+@pytest.mark.parametrize("seen", [False, True])
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (X[:1, :1], "3 channels"),
+        (X[:1].repeat(1, 2, 1, 1), "3 channels"),
+        (X[0], "3 channels"),
+        (X[:1].double(), "fp32 inputs"),
+        (X[:1].int(), "fp32 inputs"),
+        (X[:1, :, :3, :3], "maps of 1×1 are too small for a kernel"),
+        (X[:1, :, :2], "maps of 2×16 are too small for a kernel"),
+        (X[:1, :, :5, :5], "maps of 1×1 are too small for a pool"),
+    ],
+)
+def test_inputs_that_are_no_images_are_refused(x: Tensor, message: str, seen: bool) -> None:
+    """Also when what images call for has been recorded."""
+    layers = {"a": nn.Conv2d(3, 8, 3), "b": nn.Conv2d(8, 6, 3), "pool": nn.MaxPool2d(2), "h": head(6)}
+    net = Net(lambda n, x: n.h(n.pool(n.b(n.a(x).relu())).relu()), **layers)
+    fast = skipping(gated(randomised(net).eval(), X), way="kernel")
+    with torch.no_grad():
+        if seen:
+            fast(X[:1])
+        with pytest.raises(StructureError, match=message):
+            fast(x)
+
+
+def test_a_network_that_is_refused_keeps_its_set() -> None:
+    net = gated(resnet20().eval(), X, sets=2).double()
+    choose(net, 1)
+    with pytest.raises(StructureError, match="fp32"):
+        skipping(net)
+    assert {module.chosen for module in modules(net)} == {1}
 
 
 def test_a_network_in_training_can_be_looked_at() -> None:
