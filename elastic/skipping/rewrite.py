@@ -90,7 +90,7 @@ class _Rewriter:
         self.count = 0
 
     def run(self) -> fx.GraphModule:
-        for node in [*self.graph.nodes]:
+        for node in list(self.graph.nodes):
             if node in self.gone:
                 continue
             layer = self._layer(node)
