@@ -18,7 +18,7 @@ from elastic.errors import StructureError
 from elastic.fresh import he_normal
 from elastic.stored import NORMS, original, stored
 from elastic.surgery import reindex, resize_index
-from elastic.trace import modes_kept, on_meta, trace
+from elastic.trace import layer_of, modes_kept, name_of, on_meta, trace
 from elastic.widths import Widths, find
 
 ADDS = {"add", "iadd"}
@@ -156,7 +156,7 @@ def _last_norm(block: nn.Module) -> str | None:
     except StructureError:
         return None
     inputs = graph.find_nodes(op="placeholder")
-    adds = [node for node in graph.nodes if _name(node) in ADDS and node.op != "call_module"]
+    adds = [node for node in graph.nodes if name_of(node).strip("_") in ADDS and node.op != "call_module"]
     if len(inputs) != 1 or not adds:
         return None
     branches = [_source(node, block) for node in adds[-1].all_input_nodes]
@@ -183,13 +183,8 @@ def _affine_norm(node: fx.Node, block: nn.Module) -> bool:
 def _idempotent(node: fx.Node, block: nn.Module) -> bool:
     """Whether all that follows the node leaves alone what it has given."""
     for user in node.users:
-        layer = block.get_submodule(str(user.target)) if user.op == "call_module" else None
-        known = isinstance(layer, IDEMPOTENT) if layer else _name(user) in IDEMPOTENT_CALLS
+        layer = layer_of(block, user)
+        known = isinstance(layer, IDEMPOTENT) if layer else name_of(user).strip("_") in IDEMPOTENT_CALLS
         if not known or not _idempotent(user, block):
             return False
     return True
-
-
-def _name(node: fx.Node) -> str:
-    target: Any = node.target
-    return (target if isinstance(target, str) else target.__name__).strip("_")

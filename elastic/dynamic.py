@@ -7,7 +7,7 @@ from torch import Tensor, fx, nn
 
 from elastic.errors import StructureError
 from elastic.kam import KINDS, Choice, SetNorm, Site
-from elastic.trace import BATCH_NORM, trace_modes
+from elastic.trace import BATCH_NORM, layer_of, name_of, trace_modes
 from elastic.widths import Width, Widths
 
 MODULES = "kams"  # where a network holds them
@@ -79,20 +79,15 @@ def _normed(traced: fx.GraphModule, node: fx.Node) -> fx.Node:
     """The batch norm that alone reads a layer, or the layer."""
     after = next(iter(node.users), None)
     alone = len(node.users) == 1 and after is not None and after.op == "call_module"
-    return after if alone and isinstance(_layer(traced, after), BATCH_NORM) else node  # type: ignore[return-value, arg-type]
-
-
-def _layer(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return after if alone and isinstance(layer_of(traced, after), BATCH_NORM) else node  # type: ignore[return-value, arg-type]
 
 
 def keeps_zero(traced: fx.GraphModule, node: fx.Node) -> bool:
     """Whether maps of zeros are maps of zeros behind it."""
-    layer = _layer(traced, node)
+    layer = layer_of(traced, node)
     if layer is not None:
         return isinstance(layer, KEEPS_ZERO)
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.op in ("call_function", "call_method") and name.strip("_") in KEEPS_ZERO_BY_NAME
+    return node.op in ("call_function", "call_method") and name_of(node).strip("_") in KEEPS_ZERO_BY_NAME
 
 
 def _site(traced: fx.GraphModule, width: Width) -> Site | str:
@@ -119,17 +114,17 @@ def _site(traced: fx.GraphModule, width: Width) -> Site | str:
     waiting = [_normed(traced, calls[0])]
     while waiting:
         for user in waiting.pop().users:
-            path, layer = str(user.target), _layer(traced, user)
+            path, layer = str(user.target), layer_of(traced, user)
             if isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels == layer.out_channels > 1:
-                if len(_calls(traced, path)) != 1:
-                    return f"{path} is used {len(_calls(traced, path))} times"
+                if (count := len(_calls(traced, path))) != 1:
+                    return f"{path} is used {count} times"
                 each.append(path)
                 waiting.append(_normed(traced, user))
             elif isinstance(layer, nn.Conv2d | nn.Linear):
                 readers.append(path)
             elif keeps_zero(traced, user):
                 waiting.append(user)
-            elif getattr(user.target, "__name__", user.target) not in ASKS_FOR_SHAPE:
+            elif name_of(user) not in ASKS_FOR_SHAPE:
                 return f"{user.name} does more with its maps than to read them"
     return Site(writer, tuple(dict.fromkeys(readers)), tuple(each))
 
@@ -138,7 +133,7 @@ def _site(traced: fx.GraphModule, width: Width) -> Site | str:
 def _worth(traced: fx.GraphModule, site: Site, kernels: int) -> Tensor:
     """What each kernel's map moves in its readers: their weights for it, times the gain of its norm."""
     (call,) = _calls(traced, site.writer)
-    gain = getattr(_layer(traced, _normed(traced, call)), "weight", None)
+    gain = getattr(layer_of(traced, _normed(traced, call)), "weight", None)
     squared_K = torch.zeros(kernels)
     for layer in (traced.get_submodule(path) for path in site.readers):
         if getattr(layer, "groups", 1) == 1:
@@ -152,7 +147,7 @@ def _give_norms(traced: fx.GraphModule, sets: int) -> None:
     held = traced.get_submodule(MODULES)
     assert isinstance(held, nn.ModuleDict)
     for node in traced.graph.nodes:
-        norm, name = _layer(traced, node), str(node.target).replace(".", "/")
+        norm, name = layer_of(traced, node), str(node.target).replace(".", "/")
         if isinstance(norm, BATCH_NORM) and norm.running_mean is not None:
             if name not in held:  # it may be called more than once
                 held[name] = SetNorm(norm, sets)

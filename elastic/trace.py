@@ -62,6 +62,16 @@ def trace(model: nn.Module) -> fx.GraphModule:
         ) from error
 
 
+def layer_of(traced: nn.Module, node: fx.Node) -> nn.Module | None:
+    """The layer that a node calls, if it calls one."""
+    return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def name_of(node: fx.Node) -> str:
+    """The name of the function, the method or the layer that a node calls: `relu_`, `add`, `stage1.0`."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
     """Each module is in the mode it was in afterwards, whatever happens: some may be frozen."""

@@ -6,7 +6,7 @@ from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from elastic.kam import SetNorm
-from elastic.trace import BATCH_NORM, trace
+from elastic.trace import BATCH_NORM, layer_of, trace
 
 
 def for_inference(net: nn.Module) -> fx.GraphModule:
@@ -38,7 +38,7 @@ def _fold_norms(traced: fx.GraphModule) -> None:
 
 def _leave_out_identities(traced: fx.GraphModule) -> None:
     for node in list(traced.graph.nodes):
-        layer = traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+        layer = layer_of(traced, node)
         if isinstance(layer, nn.Identity | nn.Dropout | nn.Dropout2d):
             node.replace_all_uses_with(node.args[0])
             traced.graph.erase_node(node)

@@ -15,6 +15,7 @@ from elastic.skipping.native import compiled
 from elastic.skipping.replay import fuse
 from elastic.skipping.rewrite import ActiveMaxPool2d, ActiveSwitch, rewrite
 from elastic.timing import fastest
+from elastic.trace import layer_of
 
 WAYS = ("kernel", "stock", "dense")
 
@@ -93,7 +94,7 @@ def laid_out(x: Tensor, memory_format: torch.memory_format) -> Tensor:
 
 def _called(active: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node is a call of the kernel, and nothing else."""
-    layer = active.get_submodule(str(node.target)) if node.op == "call_module" else None
+    layer = layer_of(active, node)
     by_kernel = isinstance(layer, ActiveConv2d) and layer.way == "kernel"
     return compiled() is not None and (by_kernel or isinstance(layer, ActiveSwitch | ActiveMaxPool2d))
 

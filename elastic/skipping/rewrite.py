@@ -15,6 +15,7 @@ from elastic.kam import KernelActivation, RandomActivation, modules
 from elastic.skipping.active import Active, ActiveConv2d, max_pool, switch
 from elastic.skipping.folded import for_inference
 from elastic.skipping.native import compiled, interrupt
+from elastic.trace import layer_of, name_of
 
 ADD = (operator.add, torch.add)
 IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
@@ -113,7 +114,7 @@ class _Rewriter:
         return self.traced
 
     def _layer(self, node: fx.Node) -> nn.Module | None:
-        return self.traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+        return layer_of(self.traced, node)
 
     def _reads(self, node: fx.Node) -> fx.Node | None:
         read = node.args[0] if node.args else None
@@ -124,7 +125,7 @@ class _Rewriter:
         return isinstance(gate, fx.Node) and isinstance(self._layer(gate), ActiveSwitch)
 
     def _reshapes(self, node: fx.Node) -> bool:
-        return isinstance(self._layer(node), nn.Flatten) or _name(node) in RESHAPING
+        return isinstance(self._layer(node), nn.Flatten) or name_of(node) in RESHAPING
 
     def _replace(
         self, chain: list[fx.Node], made: nn.Module, args: tuple[Any, ...], active: fx.Node | None = None
@@ -195,15 +196,11 @@ def _counts(node: fx.Node) -> bool:
     """Whether a node is a number, made of a tensor's shape."""
     made_of = node.all_input_nodes
     made = node.op == "call_function" and bool(made_of) and all(map(_counts, made_of))
-    return made or _name(node) in ASKS_FOR_SHAPE
-
-
-def _name(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return made or name_of(node) in ASKS_FOR_SHAPE
 
 
 def _is_relu(layer: nn.Module | None, node: fx.Node) -> bool:
-    return type(layer) is nn.ReLU or (layer is None and _name(node).strip("_") == "relu")
+    return type(layer) is nn.ReLU or (layer is None and name_of(node).strip("_") == "relu")
 
 
 def _in_place(layer: nn.Module | None, node: fx.Node) -> bool:
@@ -211,7 +208,7 @@ def _in_place(layer: nn.Module | None, node: fx.Node) -> bool:
     if layer is not None:
         return bool(getattr(layer, "inplace", False))
     flags = any(value is True for value in (*node.args, *node.kwargs.values()))
-    return node.target in IN_PLACE or _name(node).endswith("_") or flags or "out" in node.kwargs
+    return node.target in IN_PLACE or name_of(node).endswith("_") or flags or "out" in node.kwargs
 
 
 def _plain(pool: nn.MaxPool2d) -> bool:

@@ -65,8 +65,8 @@ def test_so_it_does_in_torchvisions_networks(name: str, way: str) -> None:
     assert 0.1 < torch.cat([m.on_BK.flatten() for m in modules(net)]).mean() < 0.9
 
 
-def two(forward: Callable[[Any, Tensor], Tensor], **more: Any) -> nn.Module:
-    """Two convolutions, a module between them that a forward says, and a third one."""
+def three(forward: Callable[[Any, Tensor], Tensor], **more: Any) -> nn.Module:
+    """Three convolutions, a head and whatever else a forward joins."""
     return Net(forward, a=conv(3, 8, 3), b=conv(8, 6, 3), c=conv(6, 6, 3), h=head(6, 5), **more)
 
 
@@ -89,43 +89,43 @@ def changed_and_not_returned(n: Any, x: Tensor) -> Tensor:
 
 
 AWKWARD: dict[str, Callable[[], nn.Module]] = {
-    "a parameter is added": lambda: two(
+    "a parameter is added": lambda: three(
         lambda n, x: n.h(n.c((n.b(n.a(x).relu()) + n.shift).relu())),
         shift=nn.Parameter(torch.randn(1, 6, 1, 1)),
     ),
-    "one pixel is added to all": lambda: two(spreading, t=conv(8, 6)),
-    "all are added to one pixel": lambda: two(
+    "one pixel is added to all": lambda: three(spreading, t=conv(8, 6)),
+    "all are added to one pixel": lambda: three(
         lambda n, x: n.h(n.t(n.b(n.a(x).relu()).mean((2, 3), keepdim=True)) + n.s(x)),
         t=conv(6, 6),
         s=conv(3, 6),
     ),
-    "pixels become channels": lambda: two(
+    "pixels become channels": lambda: three(
         lambda n, x: n.h(n.t(F.max_pool2d(n.a(x).relu(), 8).view(x.size(0), -1, 1, 1))), t=conv(32, 6)
     ),
-    "a pool has a border on one side": lambda: two(
+    "a pool has a border on one side": lambda: three(
         lambda n, x: n.h(n.b(n.pool(n.a(x).relu()))), pool=nn.MaxPool2d(3, 2, padding=(0, 1))
     ),
-    "a pool is spread on one side": lambda: two(
+    "a pool is spread on one side": lambda: three(
         lambda n, x: n.h(n.b(n.pool(n.a(x).relu()))), pool=nn.MaxPool2d(2, 2, dilation=(1, 2))
     ),
-    "a layer works in place": lambda: two(before_it_changes, t=conv(8, 6), change=nn.ReLU(inplace=True)),
-    "a function works in place": lambda: two(
+    "a layer works in place": lambda: three(before_it_changes, t=conv(8, 6), change=nn.ReLU(inplace=True)),
+    "a function works in place": lambda: three(
         before_it_changes, t=conv(8, 6), change=lambda y: F.relu(y, True)
     ),
-    "a method works in place": lambda: two(before_it_changes, t=conv(8, 6), change=lambda y: y.relu_()),
-    "a sum works in place": lambda: two(
+    "a method works in place": lambda: three(before_it_changes, t=conv(8, 6), change=lambda y: y.relu_()),
+    "a sum works in place": lambda: three(
         before_it_changes, t=conv(8, 6), change=lambda y: operator.iadd(y, 0.5)
     ),
-    "what is changed is named": lambda: two(
+    "what is changed is named": lambda: three(
         before_it_changes, t=conv(8, 6), change=lambda y: torch.clamp(y, min=0.2, out=y)
     ),
-    "a truth is added": lambda: two(lambda n, x: n.h(n.b(n.a(x).relu()) + (n.t(x) > 0)), t=conv(3, 6)),
-    "a number is added": lambda: two(lambda n, x: n.h(n.b(n.a(x).relu()) + x.shape[1] * 2)),
-    "things are named": lambda: two(
+    "a truth is added": lambda: three(lambda n, x: n.h(n.b(n.a(x).relu()) + (n.t(x) > 0)), t=conv(3, 6)),
+    "a number is added": lambda: three(lambda n, x: n.h(n.b(n.a(x).relu()) + x.shape[1] * 2)),
+    "things are named": lambda: three(
         lambda n, x: n.h(torch.mul(n.b(n.a(x).relu()), other=n.t(input=x))), t=conv(3, 6)
     ),
-    "nobody reads what works in place": lambda: two(changed_and_not_returned, change=nn.ReLU(inplace=True)),
-    "a norm has no statistics": lambda: two(
+    "nobody reads what works in place": lambda: three(changed_and_not_returned, change=nn.ReLU(inplace=True)),
+    "a norm has no statistics": lambda: three(
         lambda n, x: n.h(n.b(n.norm(n.a(x)).relu())), norm=nn.BatchNorm2d(8, track_running_stats=False)
     ),
 }
