@@ -1,16 +1,16 @@
 """Lightning callbacks: one behaviour a file. Hooks adapt; functions in `elastic` decide."""
 
-from callbacks.average import AverageWeights
-from callbacks.census import Census
-from callbacks.distil import Distil
-from callbacks.grow import GrowOnSaturation
-from callbacks.joint import TrainJointly
-from callbacks.magnitude import PruneByMagnitude
-from callbacks.panels import LogPanels
-from callbacks.progress import ElasticProgress
-from callbacks.prune import PruneByGates
-from callbacks.reconstruct import Reconstruct
-from callbacks.switch import SwitchKernels
+from elastic.callbacks.census import Census
+from elastic.callbacks.distil import Distil
+from elastic.callbacks.dynamic import PruneDynamically
+from elastic.callbacks.ema import AverageWeights
+from elastic.callbacks.gates import PruneByGates
+from elastic.callbacks.growth import GrowOnSaturation
+from elastic.callbacks.joint import TrainJointly
+from elastic.callbacks.magnitude import PruneByMagnitude
+from elastic.callbacks.panels import LogPanels
+from elastic.callbacks.progress import ElasticProgress
+from elastic.callbacks.reconstruct import Reconstruct
 
 __all__ = [
     "AverageWeights",
@@ -21,7 +21,7 @@ __all__ = [
     "LogPanels",
     "PruneByGates",
     "PruneByMagnitude",
+    "PruneDynamically",
     "Reconstruct",
-    "SwitchKernels",
     "TrainJointly",
 ]

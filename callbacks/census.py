@@ -7,9 +7,9 @@ from typing import Any
 
 import lightning as L
 
-from elastic.checkpoint import replace_file
-from elastic.cost import census, macs
-from elastic.module import ElasticModule
+from elastic.files.atomic import write_atomically
+from elastic.measure.counts import census, count_macs
+from elastic.training.classifier import ElasticClassifier
 
 PASSES = 3  # of a training step, in forward passes: a backward pass has two products for the forward's one
 
@@ -38,19 +38,19 @@ class Census(L.Callback):
         self._since = time.monotonic()
         self._samples = 0  # of this epoch, in all processes
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
+    def on_fit_start(self, trainer: L.Trainer, pl_module: ElasticClassifier) -> None:  # type: ignore[override]
         self._since = time.monotonic()
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: ElasticClassifier) -> None:  # type: ignore[override]
         self._samples = 0
 
     def on_train_batch_end(  # type: ignore[override]
-        self, trainer: L.Trainer, pl_module: ElasticModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: ElasticClassifier, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         x_BCHW, _ = batch
         self._samples += len(x_BCHW) * trainer.world_size  # samplers give every process as many
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: ElasticClassifier) -> None:  # type: ignore[override]
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         now = census(pl_module.net, pl_module.widths, pl_module.example)
@@ -60,12 +60,12 @@ class Census(L.Callback):
             self.history.pop()  # an epoch may be validated several times: its end counts
         self.history.append({"epoch": trainer.current_epoch, **counts, "widths": now.widths})
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
+    def on_validation_end(self, trainer: L.Trainer, pl_module: ElasticClassifier) -> None:  # type: ignore[override]
         if self.history and trainer.state.fn == "fit" and not trainer.sanity_checking:
             metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
             self.history[-1] |= {n: v for n, v in metrics.items() if n.startswith(("train/", "val/"))}
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: ElasticClassifier) -> None:  # type: ignore[override]
         if self.macs_training is not None:  # structure changes as an epoch begins: this one's is that of now
             self.macs_training += self._samples * self._macs(pl_module)
         now = time.monotonic()
@@ -73,11 +73,11 @@ class Census(L.Callback):
         if trainer.is_global_zero:
             write_lines(self.folder / "timeline.jsonl", pl_module.timeline)
 
-    def _macs(self, pl_module: ElasticModule) -> int:
+    def _macs(self, pl_module: ElasticClassifier) -> int:
         """For one input, in this epoch: of all that a training step executes."""
         example = pl_module.example
-        trained = round(sum(often * macs(net, example) for net, often in pl_module.executed))
-        return PASSES * trained + sum(macs(net, example) for net in pl_module.asked)
+        trained = round(sum(often * count_macs(net, example) for net, often in pl_module.executed))
+        return PASSES * trained + sum(count_macs(net, example) for net in pl_module.asked)
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": self.history, "seconds": self.seconds, "macs_training": self.macs_training}
@@ -90,4 +90,4 @@ class Census(L.Callback):
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     """One JSON object a line, put in place at once."""
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    replace_file(path, lambda part: part.write_text(text))
+    write_atomically(path, lambda part: part.write_text(text))

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elastic.module import ElasticModule, TrainingError
+from elastic.errors import TrainingError
+from elastic.training.classifier import ElasticClassifier
 
 
 class Distil(L.Callback):
@@ -33,11 +34,11 @@ class Distil(L.Callback):
         self.weight, self.temperature = weight, temperature
         self.teacher = teacher.eval().requires_grad_(False)
 
-    def setup(self, trainer: L.Trainer, pl_module: ElasticModule, stage: str) -> None:  # type: ignore[override]
+    def setup(self, trainer: L.Trainer, pl_module: ElasticClassifier, stage: str) -> None:  # type: ignore[override]
         if stage == "fit":
             self._check(pl_module)
 
-    def _check(self, pl_module: ElasticModule) -> None:
+    def _check(self, pl_module: ElasticClassifier) -> None:
         shape, classes = tuple(pl_module.example.shape[1:]), pl_module.val_acc.num_classes
         try:
             knows = self.teacher.cpu()(torch.zeros(1, *shape)).shape[1]
@@ -48,7 +49,7 @@ class Distil(L.Callback):
         if knows != classes:
             raise TrainingError(f"the teacher knows {knows} classes of {classes}: name the run of another")
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: L.Trainer, pl_module: ElasticClassifier) -> None:  # type: ignore[override]
         teacher = self.teacher.to(pl_module.device, memory_format=pl_module.memory_format)  # type: ignore[call-overload]
         pl_module.asked = [teacher]
         pl_module.loss_terms["distil"] = lambda x_BCHW, logits_BK: self.loss(logits_BK, teacher, x_BCHW)

@@ -4,12 +4,18 @@ from math import inf
 from typing import Any
 
 import lightning as L
+from elastic.callbacks.gates import PruneByGates, attach_once, check_budget, remove_dead_channels
 
-from callbacks.prune import PruneByGates, attach_once, check_budget, drop_silent
-from elastic import cost, gates
-from elastic.budget import Budget
-from elastic.module import ElasticModule, TrainingError
-from elastic.settle import budget_report, compacted_size, keep_largest, settle_on
+from elastic.errors import TrainingError
+from elastic.pruning import gates, live
+from elastic.pruning.budget import Budget
+from elastic.pruning.fitting import (
+    fit_gates_to_budget,
+    keep_largest_weights,
+    measure_compacted,
+    report_budget,
+)
+from elastic.training.classifier import ElasticClassifier
 
 
 class PruneByMagnitude(L.Callback):
@@ -42,26 +48,26 @@ class PruneByMagnitude(L.Callback):
         self.every = every
         self.done = False
 
-    def setup(self, trainer: L.Trainer, pl_module: ElasticModule, stage: str) -> None:  # type: ignore[override]
+    def setup(self, trainer: L.Trainer, pl_module: ElasticClassifier, stage: str) -> None:  # type: ignore[override]
         if any(isinstance(other, PruneByGates) for other in trainer.callbacks):  # type: ignore[attr-defined]
             raise TrainingError(
                 "the network is pruned by gates and by magnitude: leave one of them out of the schedule"
             )
         attach_once(pl_module, "weight")
-        gates.freeze(pl_module.net)
+        gates.freeze_gates(pl_module.net)
 
-    def size(self, pl_module: ElasticModule) -> int:
+    def size(self, pl_module: ElasticClassifier) -> int:
         """The network's parameters as its gates tell them: for the steps on the way, ten times as fast."""
-        return cost.live_params(pl_module.net, pl_module.widths)
+        return live.count_live_params(pl_module.net, pl_module.widths)
 
-    def measure(self, pl_module: ElasticModule) -> int:
+    def measure(self, pl_module: ElasticClassifier) -> int:
         """The same, of the network as compaction would leave it."""
-        return compacted_size(pl_module.net, pl_module.example, trained=False)
+        return measure_compacted(pl_module.net, pl_module.example, trained=False)
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
-        check_budget(trainer, pl_module, self.budget.asked, self.budget.end)
+    def on_fit_start(self, trainer: L.Trainer, pl_module: ElasticClassifier) -> None:  # type: ignore[override]
+        check_budget(trainer, pl_module, self.budget.target, self.budget.end)
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: ElasticClassifier) -> None:  # type: ignore[override]
         net, epoch, epochs = pl_module.net, trainer.current_epoch, trainer.max_epochs or 1
         progress = epoch / epochs
         last = progress >= self.budget.end or epoch + 1 >= epochs
@@ -73,12 +79,12 @@ class PruneByMagnitude(L.Callback):
             allowed = self.budget.path(1.0 if last else progress)
             if size > allowed:
                 with pl_module.changing():
-                    settle_on(net, allowed, keep_largest, lambda: measure(pl_module))
-        drop_silent(pl_module)
+                    fit_gates_to_budget(net, allowed, keep_largest_weights, lambda: measure(pl_module))
+        remove_dead_channels(pl_module)
 
-    def report(self, pl_module: ElasticModule) -> dict[str, Any]:
+    def report(self, pl_module: ElasticClassifier) -> dict[str, Any]:
         """The budget asked for and what was got, both in params."""
-        return budget_report(pl_module.net, pl_module.example, self.budget.asked)
+        return report_budget(pl_module.net, pl_module.example, self.budget.target)
 
     def state_dict(self) -> dict[str, Any]:
         return {"done": self.done, "budget": dict(vars(self.budget))}

@@ -5,9 +5,9 @@ import torch
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
-from elastic import gates
-from elastic.kam import modules
-from elastic.module import ElasticModule
+from elastic.dynamic.modules import iterate_modules
+from elastic.pruning import gates
+from elastic.training.classifier import ElasticClassifier
 
 SAMPLES = 16
 
@@ -20,14 +20,14 @@ class LogPanels(L.Callback):
     for which each kernel was on.
     """
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: L.Trainer, pl_module: ElasticClassifier) -> None:  # type: ignore[override]
         if isinstance(trainer.logger, WandbLogger) and trainer.is_global_zero and trainer.current_epoch == 0:
             x_BCHW, y_B = trainer.datamodule.sample(SAMPLES, pl_module.seed)  # type: ignore[attr-defined]
             low, high = x_BCHW.amin((2, 3), keepdim=True), x_BCHW.amax((2, 3), keepdim=True)
             shown = list(((x_BCHW - low) / (high - low).clamp(min=1e-6)).unbind())
             trainer.logger.log_image("samples", shown, caption=[str(int(y)) for y in y_B])
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
+    def on_validation_end(self, trainer: L.Trainer, pl_module: ElasticClassifier) -> None:  # type: ignore[override]
         if (
             not isinstance(trainer.logger, WandbLogger)
             or trainer.sanity_checking
@@ -44,10 +44,10 @@ class LogPanels(L.Callback):
 
 
 @torch.no_grad()
-def spread(pl_module: ElasticModule) -> dict[str, Tensor]:
+def spread(pl_module: ElasticClassifier) -> dict[str, Tensor]:
     """The scores of all gates, and how often each kernel was on in the last batch; empty without any."""
-    scores = [gate.score.flatten().float().cpu() for _, _, gate in gates.gated(pl_module.net)]
-    duty = [module.on_BK.mean(0).float().cpu() for module in modules(pl_module)]
+    scores = [gate.score.flatten().float().cpu() for _, _, gate in gates.iterate_gates(pl_module.net)]
+    duty = [module.active_BK.mean(0).float().cpu() for module in iterate_modules(pl_module)]
     return {
         "gates/score": torch.cat(scores) if scores else torch.empty(0),
         "engaged/duty": torch.cat(duty) if duty else torch.empty(0),

@@ -3,16 +3,16 @@
 from typing import Any
 
 import lightning as L
+from elastic.callbacks.gates import PruneByGates
 from lightning.pytorch.callbacks import RichProgressBar
 
-from callbacks.prune import PruneByGates
-from elastic.module import ElasticModule
+from elastic.training.classifier import ElasticClassifier
 
 
 class ElasticProgress(RichProgressBar):
     """Lightning's rich bar, with the parameters left of those allocated, the widths and λ."""
 
-    def get_metrics(self, trainer: L.Trainer, pl_module: ElasticModule) -> dict[str, Any]:  # type: ignore[override]
+    def get_metrics(self, trainer: L.Trainer, pl_module: ElasticClassifier) -> dict[str, Any]:  # type: ignore[override]
         shown = {n: v for n, v in super().get_metrics(trainer, pl_module).items() if n != "v_num"}
         metrics = trainer.callback_metrics
         if "size/params" in metrics:

@@ -3,13 +3,13 @@
 from typing import Any
 
 import lightning as L
+from elastic.callbacks.levels import TrainLevels, get_levels
 
-from callbacks.nest import Nest, levels_of
-from elastic.module import ElasticModule
-from elastic.reconstruct import Frozen, Phase, phases
+from elastic.levels.freezing import FrozenPart, Phase, plan_phases
+from elastic.training.classifier import ElasticClassifier
 
 
-class Reconstruct(Nest):
+class Reconstruct(TrainLevels):
     """Prune-and-grow, arXiv 2505.11569, with a core that is frozen to the last bit: `elastic.reconstruct`.
 
     Each phase orders, trains and validates one level, with an optimizer and a learning rate schedule of its
@@ -29,33 +29,33 @@ class Reconstruct(Nest):
         super().__init__(*args, **nest)
         self.dense, self.prune = dense, prune
         self.phases: list[Phase] = []
-        self.frozen: Frozen | None = None
+        self.frozen: FrozenPart | None = None
 
-    def setup(self, trainer: L.Trainer, pl_module: ElasticModule, stage: str) -> None:  # type: ignore[override]
+    def setup(self, trainer: L.Trainer, pl_module: ElasticClassifier, stage: str) -> None:  # type: ignore[override]
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self.phases = phases(len(self.levels) + 1, trainer.max_epochs or 1, self.dense, self.prune)
+            self.phases = plan_phases(len(self.levels) + 1, trainer.max_epochs or 1, self.dense, self.prune)
             if pl_module.levels is not None:
                 self._enter(trainer, pl_module, 0)
 
     def on_load_checkpoint(  # type: ignore[override]
-        self, trainer: L.Trainer, pl_module: ElasticModule, checkpoint: dict[str, Any]
+        self, trainer: L.Trainer, pl_module: ElasticClassifier, checkpoint: dict[str, Any]
     ) -> None:
         if self.phases:  # its optimizer is made next
             self._enter(trainer, pl_module, checkpoint["epoch"])
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: ElasticModule) -> None:  # type: ignore[override]
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: ElasticClassifier) -> None:  # type: ignore[override]
         if trainer.current_epoch == (phase := self._phase(trainer.current_epoch)).epochs.start:
             self._begin(trainer, pl_module, phase)
         elif self.frozen is None:  # the run was interrupted
             self.frozen = self._freeze(pl_module, phase)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: ElasticModule, *_: Any) -> None:  # type: ignore[override]
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: ElasticClassifier, *_: Any) -> None:  # type: ignore[override]
         assert self.frozen is not None
         self.frozen.restore()
 
-    def _begin(self, trainer: L.Trainer, pl_module: ElasticModule, phase: Phase) -> None:
-        levels = levels_of(pl_module)
+    def _begin(self, trainer: L.Trainer, pl_module: ElasticClassifier, phase: Phase) -> None:
+        levels = get_levels(pl_module)
         epoch = trainer.current_epoch
         before = levels.sizes[self._phase(epoch - 1).level if epoch else -1]
         if phase.level < len(levels) - 1 and not phase.grown:
@@ -72,14 +72,14 @@ class Reconstruct(Nest):
                     {**place, "why": why, "width": name, "before": before[name], "after": size}
                 )
 
-    def _enter(self, trainer: L.Trainer, pl_module: ElasticModule, epoch: int) -> None:
+    def _enter(self, trainer: L.Trainer, pl_module: ElasticClassifier, epoch: int) -> None:
         phase = self._phase(epoch)
         pl_module.level = phase.level
-        pl_module.executed = [(levels_of(pl_module)[phase.level], 1.0)]
+        pl_module.executed = [(get_levels(pl_module)[phase.level], 1.0)]
         pl_module.share = len(phase.epochs) / (trainer.max_epochs or 1)
 
     def _phase(self, epoch: int) -> Phase:
         return next(phase for phase in self.phases if epoch in phase.epochs)
 
-    def _freeze(self, pl_module: ElasticModule, phase: Phase) -> Frozen:
-        return Frozen(levels_of(pl_module), phase)
+    def _freeze(self, pl_module: ElasticClassifier, phase: Phase) -> FrozenPart:
+        return FrozenPart(get_levels(pl_module), phase)

@@ -12,23 +12,23 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from elastic.experiments.latency import stock
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from elastic import gates
-from elastic.compact import compact
-from elastic.compiled import compile_whole
-from elastic.dynamic import attach
-from elastic.kam import modules
+from elastic.dynamic.attaching import attach_modules
+from elastic.dynamic.modules import iterate_modules
+from elastic.dynamic.skipping import make_skipping
+from elastic.levels.nested import Levels, extract_level
+from elastic.levels.sizes import level_sizes
+from elastic.measure.timing import Network, choose_fastest
 from elastic.models import convnet, resnet20, vgg16_bn
-from elastic.nested import Levels, extract
-from elastic.sizes import level_sizes
-from elastic.skipping import skipping
-from elastic.surgery import grow_index, reindex
-from elastic.timing import Network, fastest
-from elastic.widths import discover
-from experiments.latency import stock
+from elastic.pruning import gates
+from elastic.pruning.compaction import compact
+from elastic.surgery.reindexing import grow_index, reindex
+from elastic.training.compilation import compile_network
+from elastic.widths.discovery import discover
 
 Work = Callable[[], Any]
 
@@ -48,13 +48,13 @@ def paired(ours: Work, theirs: Work, repeats: int) -> tuple[float, float, list[f
 
 
 def training_step(net: nn.Module, optimizer: torch.optim.Optimizer, x_BCHW: Tensor) -> Work:
-    penalised = any(gates.gated(net))
+    penalised = any(gates.iterate_gates(net))
     y_B = torch.zeros(len(x_BCHW), dtype=torch.long)
 
     def step() -> None:
         loss = F.cross_entropy(net(x_BCHW), y_B)
         if penalised:
-            loss = loss + 1e-4 * gates.penalty(net)
+            loss = loss + 1e-4 * gates.compute_penalty(net)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -64,7 +64,7 @@ def training_step(net: nn.Module, optimizer: torch.optim.Optimizer, x_BCHW: Tens
 
 def gated_step(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work]:
     gated = copy.deepcopy(net)
-    gates.attach(gated, discover(gated, x_BCHW), "weight")
+    gates.attach_gates(gated, discover(gated, x_BCHW), "weight")
     ours, theirs = (
         training_step(model, torch.optim.AdamW(model.parameters()), x_BCHW) for model in (gated, net)
     )
@@ -74,10 +74,10 @@ def gated_step(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work]:
 def compacted_forward(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work]:
     """Half of every layer's channels gated off: removed, against masked."""
     widths = discover(net, x_BCHW)
-    gates.attach(net, widths, "channel")
-    for _, _, gate in gates.gated(net):
+    gates.attach_gates(net, widths, "channel")
+    for _, _, gate in gates.iterate_gates(net):
         gate.score.data[::2] = -1
-    return forward(compact(net, x_BCHW), x_BCHW), forward(gates.fold(net).eval(), x_BCHW)
+    return forward(compact(net, x_BCHW), x_BCHW), forward(gates.fold_gates(net).eval(), x_BCHW)
 
 
 def growth(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work]:
@@ -96,7 +96,7 @@ def growth(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work]:
 def compiled_step(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work]:
     """Compiled against eager, once that is done."""
     compiled = copy.deepcopy(net)
-    compile_whole(compiled)
+    compile_network(compiled)
     ours, theirs = (
         training_step(model, torch.optim.AdamW(model.parameters()), x_BCHW) for model in (compiled, net)
     )
@@ -106,7 +106,7 @@ def compiled_step(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work]:
 def recompilation(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work]:
     """The first compiled step after a growth, against an eager step."""
     compiled = copy.deepcopy(net)
-    compile_whole(compiled)
+    compile_network(compiled)
     grow, step = growth(compiled, x_BCHW)
 
     def regrown() -> None:
@@ -130,14 +130,14 @@ def level_in_place(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work]:
     widths = discover(net, x_BCHW)
     levels = Levels(net.eval(), widths, level_sizes(net, widths, x_BCHW, [0.512, 0.64, 0.8]))
     core = levels[0].eval()
-    return forward(core, x_BCHW), forward(extract(core), x_BCHW)
+    return forward(core, x_BCHW), forward(extract_level(core), x_BCHW)
 
 
 def joint_step(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work]:
     """Gradients of all four levels through the network's tensors, against those of four networks."""
     widths = discover(net, x_BCHW)
     levels = Levels(net, widths, level_sizes(net, widths, x_BCHW, [0.512, 0.64, 0.8]))
-    alone = [extract(level).requires_grad_() for level in levels]
+    alone = [extract_level(level).requires_grad_() for level in levels]
 
     def together() -> None:
         losses = [levels.forward(k, x_BCHW).square().mean() for k in range(len(levels))]
@@ -152,12 +152,12 @@ def joint_step(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work]:
 
 def skipped_forward(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work]:
     """About half of the kernels that modules switch are on, against the fastest way of stock torch."""
-    gated = attach(net.eval(), discover(net, x_BCHW))
-    for module in modules(gated):
+    gated = attach_modules(net.eval(), discover(net, x_BCHW))
+    for module in iterate_modules(gated):
         for parameter in module.heads.parameters():
             nn.init.normal_(parameter)
-    dense = fastest(list(stock(net).values()), [x_BCHW])
-    return forward(skipping(gated, [x_BCHW]), x_BCHW), forward(dense, x_BCHW)
+    dense = choose_fastest(list(stock(net).values()), [x_BCHW])
+    return forward(make_skipping(gated, [x_BCHW]), x_BCHW), forward(dense, x_BCHW)
 
 
 def discovery(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work] | None:

@@ -18,18 +18,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from elastic.experiments.tools.charts import Arm, against, by_level, height, over_time, short
+from elastic.experiments.tools.figure import draw_arms
+from elastic.experiments.tools.html import failures, page, picture
+from elastic.experiments.tools.setup import quiet, run
+from elastic.experiments.tools.sweep import FAILED
+from elastic.experiments.tools.timing import time_runs
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Column, Table
 
-from elastic.checkpoint import replace_file
-from elastic.module import TrainingError
-from experiments.charts import Arm, against, by_level, height, over_time, short
-from experiments.figure import draw_arms
-from experiments.page import failures, page, picture
-from experiments.setup import quiet, run
-from experiments.sweep import FAILED
-from experiments.timed import time_runs
+from elastic.errors import TrainingError
+from elastic.files.atomic import write_atomically
 
 # By key of the summary: the head of the column, what the value is multiplied by, and its digits in the table.
 COLUMNS = {
@@ -160,7 +160,7 @@ def main() -> None:
     if "html" in given:
         parts = [*figures(found, histories(pattern), notes), failures(broken)]
         text = page(pattern, head, rows, best(rows), parts)
-        replace_file(Path(str(given.html)), lambda part: part.write_text(text))
+        write_atomically(Path(str(given.html)), lambda part: part.write_text(text))
 
 
 def write_csv(

@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from elastic.experiments.tools.restore import level_of, restore, restore_switched
+from elastic.experiments.tools.setup import quiet, run
+from elastic.experiments.tools.summary import measure, measure_levels
 from omegaconf import OmegaConf
 
-from elastic.module import TrainingError
-from elastic.nested import Levels
-from experiments.restore import level_of, restore, restore_switched
-from experiments.setup import quiet, run
-from experiments.summary import measure, measure_levels
+from elastic.errors import TrainingError
+from elastic.levels.nested import Levels
 
 
 def evaluate(folder: Path, level: int | None = None) -> dict[str, Any]:

@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 import torch
+from elastic.experiments.tools.restore import level_of, restore_plain
+from elastic.experiments.tools.setup import quiet, run
 from omegaconf import OmegaConf
 
-from elastic.export import export
-from elastic.module import TrainingError
-from elastic.nested import Levels
-from experiments.restore import level_of, restore_plain
-from experiments.setup import quiet, run
+from elastic.errors import TrainingError
+from elastic.files.exporting import export
+from elastic.levels.nested import Levels
 
 
 def main() -> None:

@@ -15,19 +15,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from elastic.experiments.tools.per_image import batches
+from elastic.experiments.tools.restore import chosen
+from elastic.experiments.tools.setup import quiet, run
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx, nn
 
 from elastic.data import ImageData
-from elastic.module import TrainingError
-from elastic.parsimony import Engaged
-from elastic.skipping import masked, skipping
-from elastic.timing import Network, medians_ms
-from experiments.look import batches
-from experiments.restore import chosen
-from experiments.setup import quiet, run
+from elastic.dynamic.loss import ActivationCost
+from elastic.dynamic.skipping import make_masked, make_skipping
+from elastic.errors import TrainingError
+from elastic.measure.timing import Network, measure_medians_ms
 
 BATCHES, THREADS, TUNED_ON = (1, 8, 64), (1, 2), 8
 
@@ -36,8 +36,8 @@ def stock(net: nn.Module) -> dict[str, Network]:
     """The ways of stock PyTorch: the network as it is, and with its norms folded in both memory formats."""
     return {
         "stock": net.eval(),
-        "folded": masked(net, torch.contiguous_format),
-        "channels_last": masked(net, torch.channels_last),
+        "folded": make_masked(net, torch.contiguous_format),
+        "channels_last": make_masked(net, torch.channels_last),
     }
 
 
@@ -50,9 +50,9 @@ def some_images(data: ImageData, count: int) -> Tensor:
 def compare(net: nn.Module, gated: fx.GraphModule, inputs: Sequence[Tensor]) -> dict[str, float]:
     """Milliseconds of each way for these inputs, and the part of the dense MACs that is engaged."""
     tuned = inputs[:TUNED_ON]
-    ways = stock(net) | {"kernel": skipping(net, tuned), "skipping": skipping(gated, tuned)}
-    found = dict(zip(ways, medians_ms(list(ways.values()), inputs), strict=True))
-    engaged = Engaged(gated, inputs[0])
+    ways = stock(net) | {"kernel": make_skipping(net, tuned), "skipping": make_skipping(gated, tuned)}
+    found = dict(zip(ways, measure_medians_ms(list(ways.values()), inputs), strict=True))
+    engaged = ActivationCost(gated, inputs[0])
     with torch.inference_mode():
         shares = []
         for x_BCHW in inputs:

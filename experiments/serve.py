@@ -22,19 +22,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from elastic.experiments.tools.figure import draw_serving
+from elastic.experiments.tools.per_image import batches
+from elastic.experiments.tools.restore import restore_plain
+from elastic.experiments.tools.setup import quiet, run
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from elastic.data import ImageData
-from elastic.module import TrainingError
-from elastic.nested import Levels
-from elastic.runtime import Runtime
-from experiments.figure import draw_serving
-from experiments.look import batches
-from experiments.restore import restore_plain
-from experiments.setup import quiet, run
+from elastic.errors import TrainingError
+from elastic.levels.nested import Levels
+from elastic.levels.runtime import Runtime
 
 PHASES = (False, True, False, True, False)  # whether the rival runs
 DEFAULTS = {"batch": 32, "deadline": 1.3, "seconds": 3.0, "repeats": 5}

@@ -10,21 +10,12 @@ from typing import Any
 import hydra
 import lightning as L
 import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
-
-from callbacks import Census, PruneByGates, PruneByMagnitude
-from callbacks.census import write_lines
-from callbacks.nest import Nest
-from elastic.compact import compact
-from elastic.compiled import compile_whole
-from elastic.data import ImageData
-from elastic.module import ElasticModule, TrainingError
-from elastic.saved import holds_levels, load_compact, load_levels, refuse_switched, save_compact, save_levels
-from experiments.figure import draw_history
-from experiments.publish import publish
-from experiments.setup import (
+from elastic.callbacks import Census, PruneByGates, PruneByMagnitude
+from elastic.callbacks.census import write_lines
+from elastic.callbacks.levels import TrainLevels
+from elastic.experiments.tools.figure import draw_history
+from elastic.experiments.tools.publish import publish
+from elastic.experiments.tools.setup import (
     active,
     alone,
     check_processes,
@@ -37,13 +28,37 @@ from experiments.setup import (
     run,
     settings,
 )
-from experiments.summary import measure, measure_levels, revision, show, summarise, write_summary
-from experiments.sweep import one_of_many, values
+from elastic.experiments.tools.summary import (
+    measure,
+    measure_levels,
+    revision,
+    show,
+    summarise,
+    write_summary,
+)
+from elastic.experiments.tools.sweep import one_of_many, values
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from elastic.data import ImageData
+from elastic.errors import TrainingError
+from elastic.files.network import (
+    holds_levels,
+    load_compact,
+    load_levels,
+    refuse_switched,
+    save_compact,
+    save_levels,
+)
+from elastic.pruning.compaction import compact
+from elastic.training.classifier import ElasticClassifier
+from elastic.training.compilation import compile_network
 
 CONF = Path(__file__).parents[1] / "conf"
 
 
-def build(cfg: DictConfig) -> tuple[ElasticModule, ImageData]:
+def build(cfg: DictConfig) -> tuple[ElasticClassifier, ImageData]:
     """The data and the network, as the configuration describes them before anything has changed."""
     L.seed_everything(cfg.seed, verbose=False)
     data: ImageData = instantiate(cfg.data)
@@ -57,7 +72,7 @@ def build(cfg: DictConfig) -> tuple[ElasticModule, ImageData]:
         else:
             load_compact(net, weights, example)
         net.train()
-    module = ElasticModule(
+    module = ElasticClassifier(
         net,
         data.shape,
         data.classes,
@@ -101,13 +116,13 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         default_root_dir=folder,
     )
     check_processes(trainer)
-    for nest in (callback for callback in callbacks if isinstance(callback, Nest)):
+    for nest in (callback for callback in callbacks if isinstance(callback, TrainLevels)):
         nest.check(trainer)
     last = readable(folder / "last.ckpt")
     if trainer.is_global_zero and last is None:
         OmegaConf.save(portable(cfg), folder / "config.yaml")
     if cfg.get("compile"):
-        compile_whole(module.net)
+        compile_network(module.net)
     trainer.ckpt_path = last  # given to `fit`, callbacks would not know of it while they are set up
     trainer.fit(module, data)
     if torch.distributed.is_initialized():
@@ -151,6 +166,8 @@ def main(cfg: DictConfig) -> float | tuple[float, ...]:
 
 
 if __name__ == "__main__":
-    from experiments.train import main as importable  # what `__main__` holds, no other process could import
+    from elastic.experiments.train import (
+        main as importable,  # what `__main__` holds, no other process could import
+    )
 
     run(importable)

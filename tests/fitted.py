@@ -10,14 +10,14 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from elastic.experiments.tools.setup import precision, quiet, run
+from elastic.experiments.train import build
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from torch import Tensor
 
 from elastic.data import ImageData
-from elastic.module import ElasticModule
-from experiments.setup import precision, quiet, run
-from experiments.train import build
+from elastic.training.classifier import ElasticClassifier
 from tests.runs import TINY, configure
 
 EXACT = (*TINY, "experiment=smoke", "trainer.precision=32-true", "~data.augment")  # the same in every pass
@@ -44,7 +44,7 @@ class Script(L.Callback):
 class Run:
     """A run that is ready to be fitted."""
 
-    module: ElasticModule
+    module: ElasticClassifier
     data: ImageData
     trainer: L.Trainer
     callbacks: dict[str, Any]
@@ -84,7 +84,7 @@ def batch(data: ImageData) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def outputs(module: ElasticModule, x_BCHW: Tensor) -> Tensor:
+def outputs(module: ElasticClassifier, x_BCHW: Tensor) -> Tensor:
     """The network's logits in evaluation mode; the network itself is left alone."""
     return copy.deepcopy(module.net).eval()(x_BCHW)
 

@@ -4,13 +4,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import elastic.experiments.train
 import pytest
 import torch
+from elastic.experiments.train import train
 from torch._dynamo.testing import CompileCounter
 
-import experiments.train
-from elastic.compiled import compile_whole
-from experiments.train import train
+from elastic.training.compilation import compile_network
 from tests.runs import configure, load
 from tests.test_resume import CHANGING
 
@@ -30,7 +30,7 @@ def run(folder: Path, *overrides: str) -> dict[str, Any]:
 def test_every_structure_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a backend that counts and runs the graph as it is: the eager run, bit for bit."""
     counter = CompileCounter()
-    monkeypatch.setattr(experiments.train, "compile_whole", partial(compile_whole, backend=counter))
+    monkeypatch.setattr(elastic.experiments.train, "compile_whole", partial(compile_network, backend=counter))
     more = ("callbacks.grow.until=1.0", "trigger.every=1", "trainer.max_epochs=12")  # eight would be too many
     eager = run(tmp_path / "eager", *more)
     assert counter.frame_count == 0

@@ -9,12 +9,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
+import elastic.callbacks
+import elastic.experiments.train
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-import callbacks
 import elastic
-import experiments.train
 from tests.fitted import command
 from tests.runs import configure, without_account
 
@@ -60,7 +60,7 @@ def write_files(page: Path) -> None:
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty folder, whose modules can be imported; pictures of runs have their own tests."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(experiments.train, "draw_history", lambda *_: None)
+    monkeypatch.setattr(elastic.experiments.train, "draw_history", lambda *_: None)
     monkeypatch.syspath_prepend(str(tmp_path))
     without_account(monkeypatch, tmp_path)
 
@@ -122,6 +122,6 @@ def test_the_site_is_complete_and_fetches_nothing(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for page in tmp_path.rglob("*.html"):
         assert not re.search(r"<(script|link|img)[^>]* (src|href)=.?(https?:)?//", page.read_text()), page
-    for package in (elastic, callbacks):
+    for package in (elastic, elastic.callbacks):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             assert f'id="{module.name}"' in (tmp_path / f"api/{module.name}.html").read_text()

@@ -1,6 +1,8 @@
-"""Imports go one way: elastic core <- elastic <- callbacks <- experiments."""
+"""Imports go one way, from room to room, and most rooms need torch alone."""
 
 import ast
+import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,15 +10,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LAYERS = ("elastic", "callbacks", "experiments", "tests")  # each may import itself and what stands before it
-# The part of elastic/ that needs torch alone. A new file there that needs no more is added here.
-CORE = (
-    *("errors", "axes", "rules", "trace", "widths", "stored", "surgery", "fresh", "gradmax", "depth"),
-    *("gates", "compact", "cost", "saturation", "budget", "settle", "timeline"),
-    *("nested", "importance", "sizes", "reconstruct", "timing", "runtime"),
-    *("dynamic", "kam", "parsimony", "skipping", "compiled"),
+# Each may import itself and what stands before it; rooms in one row may import each other.
+LAYERS = (
+    ("elastic.errors",),
+    ("elastic.widths", "elastic.surgery", "elastic.measure"),
+    ("elastic.growth", "elastic.pruning", "elastic.levels", "elastic.dynamic"),
+    ("elastic.training", "elastic.files", "elastic.data", "elastic.models"),
+    ("elastic.callbacks",),
+    ("elastic.experiments",),
 )
-CORE_MAY_IMPORT = {*sys.stdlib_module_names, "torch", "numpy"}
+LEVEL = {room: i for i, rooms in enumerate(LAYERS) for room in rooms}
+# What needs more than torch; all else has to run without.
+WITH_LIBRARIES = ("training", "files", "data", "models", "callbacks", "experiments")
+ALONE = {*sys.stdlib_module_names, "torch", "numpy", "elastic"}
 
 
 def imported(source: str, package: str) -> Iterator[str]:
@@ -34,45 +40,55 @@ def imports_of(path: Path) -> set[str]:
     return set(imported(path.read_text(encoding="utf-8"), ".".join(path.relative_to(ROOT).parent.parts)))
 
 
-def files(layer: str) -> list[Path]:
-    return sorted((ROOT / layer).rglob("*.py"))
+def sources() -> list[Path]:
+    folders = ("elastic", "callbacks", "experiments")
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
-def is_core(path: Path) -> bool:
-    return path.relative_to(ROOT / "elastic").parts[0].removesuffix(".py") in CORE
+def room_of(name: str) -> str:
+    """The room of a dotted name: `elastic.widths` of `elastic.widths.tracing.trace`."""
+    return ".".join(name.split(".")[:2])
 
 
-def allowed_in_core(name: str) -> bool:
-    top, _, rest = name.partition(".")
-    return top in CORE_MAY_IMPORT or (top == "elastic" and rest.partition(".")[0] in CORE)
+def installed_name(path: Path) -> str:
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return name if name.startswith("elastic") else f"elastic.{name}"
 
 
-@pytest.mark.parametrize("layer", LAYERS[:-1])
-def test_a_layer_imports_nothing_above_it(layer: str) -> None:
-    above = LAYERS[LAYERS.index(layer) + 1 :]
-    bad = [
-        f"{path.relative_to(ROOT)} imports {name}"
-        for path in files(layer)
-        for name in sorted(imports_of(path))
-        if name.partition(".")[0] in above
-    ]
-    assert not bad, bad
+def test_every_room_has_its_place() -> None:
+    rooms = {room_of(installed_name(path)) for path in sources()} - {"elastic.__init__"}
+    assert rooms == set(LEVEL)
 
 
-def test_the_core_needs_torch_alone() -> None:
-    bad = [
-        f"{path.relative_to(ROOT)} imports {name}"
-        for path in files("elastic")
-        if is_core(path)
-        for name in sorted(imports_of(path))
-        if not allowed_in_core(name)
-    ]
-    assert not bad, bad
+@pytest.mark.parametrize("path", sources(), ids=installed_name)
+def test_imports_go_one_way(path: Path) -> None:
+    room = room_of(installed_name(path))
+    if room == "elastic.__init__":  # the face of the torch-only rooms
+        return
+    above = {name for name in imports_of(path) if LEVEL.get(room_of(name), -1) > LEVEL[room]}
+    assert not above, f"{path.relative_to(ROOT)} imports {sorted(above)}"
 
 
-def test_every_core_name_is_a_module() -> None:
-    found = {path.stem for path in (ROOT / "elastic").iterdir()}
-    assert not set(CORE) - found, "renamed or removed: mend CORE, or nothing holds that file"
+@pytest.mark.parametrize("path", sources(), ids=installed_name)
+def test_most_rooms_need_torch_alone(path: Path) -> None:
+    if path.relative_to(ROOT).parts[-2] in WITH_LIBRARIES or room_of(installed_name(path)).endswith(
+        WITH_LIBRARIES
+    ):
+        return
+    other = {name for name in imports_of(path) if name.partition(".")[0] not in ALONE}
+    assert not other, f"{path.relative_to(ROOT)} imports {sorted(other)}"
+
+
+def test_importing_the_face_loads_torch_alone() -> None:
+    code = "import sys, elastic; print(*(m for m in ('lightning', 'hydra', 'wandb', 'torchvision') if m in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("test_*.py")), ids=lambda path: path.stem)
+def test_no_test_module_imports_another(path: Path) -> None:
+    others = {name for name in imports_of(path) if re.search(r"(^|\.)test_", name.rpartition(".")[0])}
+    assert not others, f"{path.relative_to(ROOT)} imports {sorted(others)}"
 
 
 @pytest.mark.parametrize(
@@ -81,11 +97,10 @@ def test_every_core_name_is_a_module() -> None:
         ("import lightning.pytorch as pl", "lightning.pytorch"),
         ("from . import data", "elastic.data"),
         ("from .widths import Width", "elastic.widths.Width"),
-        ("from ..callbacks import grow", "callbacks.grow"),
-        ("def f():\n    from experiments.train import main", "experiments.train.main"),
-        ("if TYPE_CHECKING:\n    import callbacks", "callbacks"),
+        ("from ..callbacks import growth", "callbacks.growth"),
+        ("def f():\n    from elastic.experiments.train import main", "elastic.experiments.train.main"),
+        ("if TYPE_CHECKING:\n    import elastic.callbacks", "elastic.callbacks"),
     ],
 )
 def test_an_import_is_seen_in_every_form(source: str, name: str) -> None:
     assert list(imported(source, "elastic")) == [name]
-    assert allowed_in_core(name) == (name == "elastic.widths.Width")

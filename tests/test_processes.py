@@ -13,12 +13,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from elastic.callbacks import PruneDynamically
+from elastic.experiments.train import main, train
 from torch import nn
 
-from callbacks import SwitchKernels
-from elastic import distributed
-from elastic.distributed import differing
-from experiments.train import main, train
+from elastic.training import processes
+from elastic.training.processes import find_differing_processes
 from tests.fitted import command
 from tests.runs import TINY, configure, load
 
@@ -55,7 +55,7 @@ class PriceWitness(Witness):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.folder.mkdir(exist_ok=True)
-        (switch,) = (callback for callback in trainer.callbacks if isinstance(callback, SwitchKernels))  # type: ignore
+        (switch,) = (callback for callback in trainer.callbacks if isinstance(callback, PruneDynamically))  # type: ignore
         torch.save(switch.price_LS, self.folder / f"{trainer.global_rank}.pt")
 
 
@@ -198,16 +198,16 @@ def test_processes_that_differ_are_named(monkeypatch: pytest.MonkeyPatch, change
         digests.append(mine)
         found[:] = [digests[0], digests[-1]]
 
-    monkeypatch.setattr(distributed.torch.distributed, "all_gather_object", gather)
+    monkeypatch.setattr(processes.torch.distributed, "all_gather_object", gather)
     net = nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(net.parameters())
     net(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     trainer: Any = SimpleNamespace(world_size=2, optimizers=[optimizer])
-    assert differing(trainer, net) == []
+    assert find_differing_processes(trainer, net) == []
     if changed == "a weight":
         net.weight.data[0, 0] += 1e-6
     if changed == "a moment":
         optimizer.state[net.bias]["exp_avg"][0] += 1e-6
-    assert differing(trainer, net) == ([] if changed == "nothing" else [1])
-    assert differing(SimpleNamespace(world_size=1), net) == []  # type: ignore[arg-type]
+    assert find_differing_processes(trainer, net) == ([] if changed == "nothing" else [1])
+    assert find_differing_processes(SimpleNamespace(world_size=1), net) == []  # type: ignore[arg-type]

@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import elastic.experiments.train
 import lightning as L
 import pytest
 import torch
+from elastic.experiments.train import train
 from omegaconf import DictConfig
 
-import experiments.train
-from experiments.train import train
 from tests.runs import TINY, configure, load
 
 CHANGING = (
@@ -49,9 +49,9 @@ class Kill(L.Callback):
 def killed(cfg: DictConfig, folder: Path, monkeypatch: pytest.MonkeyPatch, epoch: int, batch: int) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(
-            experiments.train,
+            elastic.experiments.train,
             "instantiate",
-            lambda *a, _real=experiments.train.instantiate, **k: _real(
+            lambda *a, _real=elastic.experiments.train.instantiate, **k: _real(
                 *a, **(k | {"callbacks": [*k["callbacks"], Kill(epoch, batch)]} if "callbacks" in k else k)
             ),
         )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from elastic.data.images import DataError
+from elastic.errors import DataError
 
 SILENCE_S = 15.0
 """A download that receives nothing for so long has failed; torchvision itself would wait for ever."""

@@ -10,8 +10,9 @@ from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
 from elastic.data.fetch import fetching
-from elastic.data.images import DataError, ImageData
+from elastic.data.images import ImageData
 from elastic.data.imageset import Batch, ImageSet
+from elastic.errors import DataError
 
 
 class ImageFiles(ImageSet):

@@ -18,17 +18,9 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 from elastic.data.imageset import Batch, ImageSet
 from elastic.data.split import stratified_split
+from elastic.errors import DataError
 
 Change = Callable[[Tensor], Tensor]
-
-
-class DataError(RuntimeError):
-    """Data that cannot be used, and what to do about it, on one line."""
-
-    def __init__(self, message: str) -> None:
-        # A loader's worker process hands its whole traceback over as the message; the last line is the error.
-        last = message.strip().splitlines()[-1]
-        super().__init__(last.removeprefix(f"{DataError.__module__}.DataError: "))
 
 
 class ImageData(L.LightningDataModule, ABC):

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from elastic.callbacks import Census
+from elastic.callbacks.census import write_lines
 from torch.utils.data import DataLoader
 
-from callbacks import Census
-from callbacks.census import write_lines
-from elastic import cost
+from elastic.measure import counts
 from tests.fitted import EXACT, Spy, fit, prepare
 
 CHANGING = (
@@ -53,8 +53,8 @@ def test_the_history_has_a_row_an_epoch_with_that_epochs_figures(tmp_path: Path)
     def look(trainer: Any, module: Any) -> None:
         if trainer.sanity_checking:
             return
-        macs = cost.macs(module.net, module.example)
-        counted.append((cost.params(module.net), cost.params_dense(module.net), macs))
+        macs = counts.count_macs(module.net, module.example)
+        counted.append((counts.count_params(module.net), counts.count_params_dense(module.net), macs))
 
     run = fit(tmp_path, *CHANGING, after=(Spy(on_validation_start=look),))
     history = run.callbacks["census"].history
@@ -123,8 +123,8 @@ def test_training_macs_are_those_of_every_step(tmp_path: Path, options: tuple[st
 
     def step(trainer: Any, module: Any, out: Any, given: Any, index: int) -> None:
         if index == 0:
-            sizes.add(cost.macs(module.net, module.example))
-        steps.append(3 * len(given[1]) * cost.macs(module.net, module.example))
+            sizes.add(counts.count_macs(module.net, module.example))
+        steps.append(3 * len(given[1]) * counts.count_macs(module.net, module.example))
 
     run = fit(tmp_path, *options, after=(Spy(on_train_batch_end=step),))
     assert len(sizes) > 1, "nothing has changed: the test shows nothing"
@@ -139,7 +139,7 @@ def test_a_last_batch_counts_for_what_it_holds(tmp_path: Path) -> None:
     loader = DataLoader(part, batch_size=500, collate_fn=lambda batch: batch)
     run.data.train_dataloader = lambda: loader  # type: ignore[method-assign]
     run.fit()
-    once = cost.macs(run.module.net, run.module.example)
+    once = counts.count_macs(run.module.net, run.module.example)
     assert run.callbacks["census"].macs_training == 3 * len(part) * once
 
 

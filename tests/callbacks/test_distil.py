@@ -5,16 +5,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import elastic.experiments.train
 import lightning as L
 import pytest
 import torch
+from elastic.callbacks import Distil
+from elastic.experiments.tools.restore import teacher
+from elastic.experiments.train import train
 from torch import nn
 
-import experiments.train
-from callbacks import Distil
-from elastic.module import TrainingError
-from experiments.restore import teacher
-from experiments.train import train
+from elastic.errors import TrainingError
 from tests.fitted import EXACT, Spy, command, prepare
 from tests.runs import configure, load
 from tests.test_resume import killed, same_run
@@ -25,7 +25,7 @@ TRAINING = (*EXACT, "data.batch_size=300", "trainer.max_epochs=3", "optimizer.op
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes as long as the run, and has its own tests."""
-    monkeypatch.setattr(experiments.train, "draw_history", lambda *_: None)
+    monkeypatch.setattr(elastic.experiments.train, "draw_history", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ def test_without_a_start_it_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, _, err = command(
-        experiments.train.main,
+        elastic.experiments.train.main,
         monkeypatch,
         capsys,
         *EXACT,

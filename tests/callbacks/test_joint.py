@@ -6,21 +6,22 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import elastic.experiments.train
 import pytest
 import torch
 import torch.nn.functional as F
+from elastic.callbacks import TrainJointly
+from elastic.experiments.evaluate import evaluate
+from elastic.experiments.train import build, train
 from torch import Tensor, nn
 
-import experiments.train
-from callbacks import TrainJointly
-from elastic import cost
-from elastic.importance import importance
-from elastic.module import ElasticModule, TrainingError
-from elastic.nested import Levels
-from elastic.saved import load_levels
-from experiments.evaluate import evaluate
-from experiments.train import build, train
-from tests.elastic.test_nested import extracted, inside, norms, placed
+from elastic.errors import TrainingError
+from elastic.files.network import load_levels
+from elastic.levels.importance import score_channels
+from elastic.levels.nested import Levels
+from elastic.measure import counts
+from elastic.training.classifier import ElasticClassifier
+from tests.elastic.levels.test_nested import extracted, inside, norms, placed
 from tests.elastic.zoo import randomised
 from tests.fitted import EXACT, Run, Spy, outputs, prepare
 from tests.runs import TINY, configure
@@ -34,10 +35,10 @@ RESNET = ("model=resnet20", "model.width=4", "optimizer=sgd", "optimizer.optimiz
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes as long as the run, and has its own tests."""
-    monkeypatch.setattr(experiments.train, "draw_history", lambda *_: None)
+    monkeypatch.setattr(elastic.experiments.train, "draw_history", lambda *_: None)
 
 
-def levels_of(module: ElasticModule) -> Levels:
+def levels_of(module: ElasticClassifier) -> Levels:
     assert module.levels is not None
     return module.levels
 
@@ -128,7 +129,7 @@ def test_the_gradient_of_a_step_is_that_of_the_sandwich(
             assert gradient is None
 
 
-def snapshot(module: ElasticModule) -> Levels:
+def snapshot(module: ElasticClassifier) -> Levels:
     """The levels as they are now, apart from those that go on training."""
     levels = levels_of(module)
     twin = Levels(copy.deepcopy(levels.net), copy.deepcopy(levels.widths), levels.sizes[:-1])
@@ -155,7 +156,7 @@ def test_the_levels_between_are_drawn_anew_in_each_step(
     assert set(third) == {1, 2} and 0.25 < third.count(1) / len(third) < 0.75
     half = len(third) // 2
     assert third[:half] != third[half:], "each epoch draws its own"
-    counted_macs = [cost.macs(level, run.module.example) for level in levels_of(run.module)]
+    counted_macs = [counts.count_macs(level, run.module.example) for level in levels_of(run.module)]
     per_step = counted_macs[3] + counted_macs[0] + (counted_macs[1] + counted_macs[2]) / 2
     samples = 64 * len(drawn)
     assert run.callbacks["census"].macs_training == pytest.approx(3 * samples * per_step, rel=1e-6)
@@ -201,7 +202,7 @@ class Watch:
         if trainer.global_step == 0:
             levels = levels_of(module)
             self.first.append(outputs(module, self.x_BCHW))
-            self.scores = importance(levels.net, levels.widths)
+            self.scores = score_channels(levels.net, levels.widths)
             self.inherited: list[bool] = [
                 torch.equal(value, net_value[: len(value)])
                 for level in levels[:-1]
@@ -231,7 +232,7 @@ def _batch_norms(net: nn.Module) -> list[nn.BatchNorm2d]:
     return [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
-def states(module: ElasticModule) -> dict[str, Tensor]:
+def states(module: ElasticClassifier) -> dict[str, Tensor]:
     kept = ("net.", "level_norms.")
     return {n: t.clone() for n, t in module.state_dict().items() if n.startswith(kept)}
 
@@ -290,7 +291,9 @@ def test_all_levels_learn(tmp_path: Path) -> None:
     assert evaluate(tmp_path) == found
     module, _ = build(configure(tmp_path / "again", *options))
     levels = load_levels(module.net, tmp_path / "model.safetensors", module.example)
-    assert [cost.macs(level, module.example) for level in levels] == [row["macs"] for row in found["levels"]]
+    assert [counts.count_macs(level, module.example) for level in levels] == [
+        row["macs"] for row in found["levels"]
+    ]
 
 
 @pytest.mark.parametrize(

@@ -4,18 +4,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import elastic.experiments.train
 import pytest
 import torch
 import torch.nn.functional as F
+from elastic.callbacks import PruneByMagnitude
+from elastic.experiments.train import train
 from torch import Tensor
 
-import experiments.train
-from callbacks import PruneByMagnitude
-from elastic import cost, gates
-from elastic.compact import compact
-from elastic.errors import StructureError
-from elastic.module import ElasticModule, TrainingError
-from experiments.train import train
+from elastic.errors import StructureError, TrainingError
+from elastic.measure import counts
+from elastic.pruning import gates
+from elastic.pruning.compaction import compact
+from elastic.training.classifier import ElasticClassifier
 from tests.fitted import EXACT, Spy, batch, fit, outputs, prepare
 from tests.runs import configure
 from tests.test_resume import killed, same_run
@@ -26,18 +27,18 @@ SMALLEST = ("schedule=[magnitude]", "callbacks.magnitude.begin=0.25", "callbacks
 PRUNING = (*EXACT, *SMALLEST, "data.batch_size=512", "trainer.max_epochs=8", "optimizer.optimizer.lr=2e-2")
 
 
-def compacted(module: ElasticModule) -> int:
-    return cost.params(compact(module.net, module.example))
+def compacted(module: ElasticClassifier) -> int:
+    return counts.count_params(compact(module.net, module.example))
 
 
-def masks(module: ElasticModule) -> list[Tensor]:
-    return [gate.score.detach() > 0 for _, _, gate in gates.gated(module.net)]
+def masks(module: ElasticClassifier) -> list[Tensor]:
+    return [gate.score.detach() > 0 for _, _, gate in gates.iterate_gates(module.net)]
 
 
-def magnitudes(module: ElasticModule) -> list[Tensor]:
+def magnitudes(module: ElasticClassifier) -> list[Tensor]:
     return [
         layer.parametrizations.weight.original.detach().abs()  # type: ignore[union-attr,index]
-        for _, layer, _ in gates.gated(module.net)
+        for _, layer, _ in gates.iterate_gates(module.net)
     ]
 
 
@@ -113,8 +114,8 @@ def test_nothing_trains_the_gates_and_the_loss_is_the_tasks(tmp_path: Path) -> N
     def before_step(trainer: Any, module: Any, given: Any, index: int) -> None:
         x_BCHW, y_B = given
         if index == 0:
-            task.append(F.cross_entropy(gates.fold(module.net).train()(x_BCHW), y_B).item())
-        assert all(not gate.score.requires_grad for _, _, gate in gates.gated(module.net))
+            task.append(F.cross_entropy(gates.fold_gates(module.net).train()(x_BCHW), y_B).item())
+        assert all(not gate.score.requires_grad for _, _, gate in gates.iterate_gates(module.net))
 
     def after_step(trainer: Any, module: Any, out: Any, given: Any, index: int) -> None:
         if index == 0:
@@ -123,7 +124,9 @@ def test_nothing_trains_the_gates_and_the_loss_is_the_tasks(tmp_path: Path) -> N
     spy = Spy(on_train_batch_start=before_step, on_train_batch_end=after_step)
     run = fit(tmp_path, *PRUNING, "callbacks.magnitude.budget=500", "optimizer=sgd", after=(spy,))
     assert total == pytest.approx(task, rel=1e-5) and len(total) == 8
-    found = {value for _, _, gate in gates.gated(run.module.net) for value in gate.score.unique().tolist()}
+    found = {
+        value for _, _, gate in gates.iterate_gates(run.module.net) for value in gate.score.unique().tolist()
+    }
     assert found == {-1.0, 1.0}
 
 
@@ -170,7 +173,7 @@ def test_dead_channels_leave_and_the_output_stays(tmp_path: Path) -> None:
     plain = compact(run.module.net, run.module.example)
     x_BCHW, _ = batch(run.data)
     assert torch.allclose(plain(x_BCHW), outputs(run.module, x_BCHW), atol=1e-5)
-    assert cost.params(plain) <= 150
+    assert counts.count_params(plain) <= 150
 
 
 def test_a_network_that_has_grown_is_pruned_from_its_full_size(tmp_path: Path) -> None:
@@ -184,7 +187,7 @@ def test_a_network_that_has_grown_is_pruned_from_its_full_size(tmp_path: Path) -
 
 def test_a_run_killed_and_continued_is_the_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit: killed between the steps and after the last."""
-    monkeypatch.setattr(experiments.train, "draw_history", lambda *_: None)  # takes as long as the run
+    monkeypatch.setattr(elastic.experiments.train, "draw_history", lambda *_: None)
     growing = (
         "schedule=[growth,magnitude]",
         "trigger=periodic",

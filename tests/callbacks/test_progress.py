@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from elastic import cost
+from elastic.measure import counts
 from tests.fitted import EXACT, Spy, fit, prepare
 
 BAR = "callbacks.progress={_target_: callbacks.ElasticProgress}"
@@ -17,7 +17,7 @@ def shown(folder: Path, *options: str) -> list[dict[str, Any]]:
 
     def look(trainer: Any, module: Any) -> None:
         rows.append(trainer.progress_bar_callback.get_metrics(trainer, module))
-        rows[-1]["counted"] = f"{cost.params(module.net):,}/{cost.params_dense(module.net):,}"
+        rows[-1]["counted"] = f"{counts.count_params(module.net):,}/{counts.count_params_dense(module.net):,}"
 
     fit(folder, *EXACT, BAR, *options, after=(Spy(on_train_epoch_end=look),))
     return rows

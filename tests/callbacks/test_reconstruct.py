@@ -9,26 +9,27 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import elastic.callbacks.levels
+import elastic.experiments.evaluate
+import elastic.experiments.train
 import pytest
 import torch
+from elastic.callbacks import Reconstruct, TrainJointly
+from elastic.experiments.evaluate import evaluate
+from elastic.experiments.tools.summary import measure_levels
+from elastic.experiments.train import build, train
 from torch import Tensor, nn
 
-import callbacks.nest
-import experiments.evaluate
-import experiments.train
-from callbacks import Reconstruct, TrainJointly
-from elastic import cost, gates
-from elastic.errors import StructureError
-from elastic.importance import importance
-from elastic.module import ElasticModule, TrainingError
-from elastic.nested import Levels
-from elastic.reconstruct import Phase
-from elastic.saved import load_compact, load_levels
-from elastic.widths import discover
-from experiments.evaluate import evaluate
-from experiments.summary import measure_levels
-from experiments.train import build, train
-from tests.elastic.test_nested import extracted, inside
+from elastic.errors import StructureError, TrainingError
+from elastic.files.network import load_compact, load_levels
+from elastic.levels.freezing import Phase
+from elastic.levels.importance import score_channels
+from elastic.levels.nested import Levels
+from elastic.measure import counts
+from elastic.pruning import gates
+from elastic.training.classifier import ElasticClassifier
+from elastic.widths.discovery import discover
+from tests.elastic.levels.test_nested import extracted, inside
 from tests.fitted import EXACT, Run, Spy, batch, command, prepare
 from tests.runs import TINY, configure
 from tests.test_resume import killed, same_run
@@ -50,7 +51,7 @@ Capture = pytest.CaptureFixture[str]
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes as long as the run, and has its own tests."""
-    monkeypatch.setattr(experiments.train, "draw_history", lambda *_: None)
+    monkeypatch.setattr(elastic.experiments.train, "draw_history", lambda *_: None)
 
 
 def snapshot(levels: Levels) -> list[dict[str, Tensor]]:
@@ -93,7 +94,7 @@ class Witness:
         self.starts.append(snapshot(self.levels))
         self.rates.append([])
         above = self.levels[min(phase.level + 1, len(self.levels) - 1)]
-        self.scores.append(importance(above, discover(above, module.example)))
+        self.scores.append(score_channels(above, discover(above, module.example)))
 
         self.first.append(self._says(trainer))
 
@@ -274,7 +275,7 @@ def test_the_timeline_replayed_goes_down_to_the_core_and_up_to_the_network(seen:
 
 def test_the_census_counts_the_level_that_is_trained(seen: Witness) -> None:
     module = seen.run.module
-    macs = {k: cost.macs(extracted(seen.levels, k), module.example) for k in range(3)}
+    macs = {k: counts.count_macs(extracted(seen.levels, k), module.example) for k in range(3)}
     expected = sum(3 * seen.samples * len(phase.epochs) * macs[phase.level] for phase in PHASES)
     assert seen.run.callbacks["census"].macs_training == expected
     assert {row["macs"] for row in seen.run.callbacks["census"].history} == {macs[2]}
@@ -290,7 +291,7 @@ def test_importance_may_come_from_gradients(tmp_path: Path) -> None:
         if phase in PHASES[1:3] and trainer.current_epoch == phase.epochs[0]:
             level = module.levels[phase.level + 1]
             given = [trainer.datamodule.sample(256, module.seed)]
-            for scores in importance(level, discover(level, module.example), "taylor", given).values():
+            for scores in score_channels(level, discover(level, module.example), "taylor", given).values():
                 assert (scores[:-1] >= scores[1:] * (1 - 1e-3) - 1e-7).all()
             checked.append(phase.level)
 
@@ -338,7 +339,7 @@ def test_resumed_equals_uninterrupted(
 
 
 def fake_ms(scale: float) -> Callable[..., float]:
-    return lambda net, example: scale * cost.macs(net, example) / 28_304
+    return lambda net, example: scale * counts.count_macs(net, example) / 28_304
 
 
 def test_a_run_that_was_cut_by_latency_goes_on_with_the_sizes_it_began_with(
@@ -347,12 +348,12 @@ def test_a_run_that_was_cut_by_latency_goes_on_with_the_sizes_it_began_with(
     """Whatever the machine says when it goes on: slower, faster, too slow and too fast for the budgets."""
     given = (*RESUMED, "callbacks.levels.by=latency_ms", "callbacks.levels.levels=[0.3,0.6]")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    monkeypatch.setattr(callbacks.nest, "latency_ms", fake_ms(1.0))
+    monkeypatch.setattr(elastic.callbacks.levels, "measure_latency_ms", fake_ms(1.0))
     train(configure(whole, *given), whole)
     for scale, epoch, index in ((1.0, 3, 1), (1.3, 5, 1), (100.0, 9, 1)):
-        monkeypatch.setattr(callbacks.nest, "latency_ms", fake_ms(scale))
+        monkeypatch.setattr(elastic.callbacks.levels, "measure_latency_ms", fake_ms(scale))
         killed(configure(broken, *given), broken, monkeypatch, epoch, index)
-    monkeypatch.setattr(callbacks.nest, "latency_ms", fake_ms(1e-3))
+    monkeypatch.setattr(elastic.callbacks.levels, "measure_latency_ms", fake_ms(1e-3))
     train(configure(broken, *given), broken)
     same_run(whole, broken)
     levels = load_levels(
@@ -372,7 +373,7 @@ FINISHED = (*RECONSTRUCTING, "seed=3", "channels_last=false")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiments.train, "draw_history", lambda *_: None)
+        patch.setattr(elastic.experiments.train, "draw_history", lambda *_: None)
         train(configure(folder, *FINISHED), folder)
     return folder
 
@@ -391,7 +392,7 @@ def test_the_summary_has_a_row_a_level(finished: Path) -> None:
     assert [row["level"] for row in found["levels"]] == [0, 1, 2] and found["schedule"] == "levels"
     for k, row in enumerate(found["levels"]):
         own = extracted(levels, k).eval()
-        assert row["macs"] == cost.macs(own, module.example)
+        assert row["macs"] == counts.count_macs(own, module.example)
         assert row["params"] == sum(int(p.count_nonzero()) for p in own.parameters())
         assert row["test/acc"] == pytest.approx(accuracy_by_hand(own, data))
     last = found["levels"][-1]
@@ -417,7 +418,7 @@ def test_a_level_is_measured_again(
     finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, level: int
 ) -> None:
     given = (f"run={finished}", f"level={level}")
-    code, out, err = command(experiments.evaluate.main, monkeypatch, capsys, *given)
+    code, out, err = command(elastic.experiments.evaluate.main, monkeypatch, capsys, *given)
     again = json.loads(out.strip().splitlines()[-1])
     assert (code, err) == (0, "")
     row = summary(finished)["levels"][level]
@@ -450,7 +451,7 @@ def test_a_level_that_does_not_exist_is_refused(
     finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, level: int
 ) -> None:
     given = (f"run={finished}", f"level={level}")
-    code, out, err = command(experiments.evaluate.main, monkeypatch, capsys, *given)
+    code, out, err = command(elastic.experiments.evaluate.main, monkeypatch, capsys, *given)
     refused(err, code, f"no level {level}", "0 … 2")
     assert out == ""
 
@@ -460,7 +461,7 @@ def test_a_level_that_is_no_number_is_refused(
     finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, level: str
 ) -> None:
     given = (f"run={finished}", f"level={level}")
-    code, _, err = command(experiments.evaluate.main, monkeypatch, capsys, *given)
+    code, _, err = command(elastic.experiments.evaluate.main, monkeypatch, capsys, *given)
     refused(err, code, "level=<number>")
 
 
@@ -469,7 +470,7 @@ def test_a_network_without_levels_has_none_to_measure(
 ) -> None:
     train(configure(tmp_path, *EXACT, "schedule=static"), tmp_path)
     given = (f"run={tmp_path}", "level=0")
-    code, out, err = command(experiments.evaluate.main, monkeypatch, capsys, *given)
+    code, out, err = command(elastic.experiments.evaluate.main, monkeypatch, capsys, *given)
     refused(err, code, "no level 0", "has none")
     assert out == ""
 
@@ -541,9 +542,9 @@ def tried(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, *optio
     """Exit code and stderr; nothing may have been trained, and nothing half-finished may be left."""
     trained: list[int] = []
     with monkeypatch.context() as patch:
-        step = ElasticModule.training_step
-        patch.setattr(ElasticModule, "training_step", lambda *a: [trained.append(1), step(*a)][1])
-        code, _, err = command(experiments.train.main, monkeypatch, capsys, f"run={folder}", *options)
+        step = ElasticClassifier.training_step
+        patch.setattr(ElasticClassifier, "training_step", lambda *a: [trained.append(1), step(*a)][1])
+        code, _, err = command(elastic.experiments.train.main, monkeypatch, capsys, f"run={folder}", *options)
     assert not trained
     left = {path.name for path in folder.rglob("*")}
     assert not left & {"summary.json", "model.safetensors", "last.ckpt"}
@@ -593,6 +594,6 @@ def test_they_are_refused_however_they_came(way: type[Reconstruct | TrainJointly
 
 def test_a_gated_network_is_refused(tmp_path: Path) -> None:
     run = prepare(tmp_path, *RECONSTRUCTING)
-    gates.attach(run.module.net, run.module.widths, "weight")
+    gates.attach_gates(run.module.net, run.module.widths, "weight")
     with pytest.raises(StructureError, match="a gated network has no levels"):
         run.fit()

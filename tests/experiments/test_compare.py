@@ -9,9 +9,9 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from elastic.experiments import compare
 
-from elastic.module import TrainingError
-from experiments import compare
+from elastic.errors import TrainingError
 
 
 def write(folder: Path, accuracy: float, params: int, **more: Any) -> None:

@@ -7,11 +7,11 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
+import elastic.experiments.train
 import pytest
+from elastic.experiments.tools.setup import THEIRS, one_line
+from elastic.experiments.train import train
 
-import experiments.train
-from experiments.setup import THEIRS, one_line
-from experiments.train import train
 from tests.experiments.test_configs import files, generated
 from tests.runs import configure
 
@@ -65,7 +65,7 @@ def test_every_pair_is_covered() -> None:
 def test_it_runs_or_is_refused_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: str, model: str, schedule: str
 ) -> None:
-    monkeypatch.setattr(experiments.train, "draw_history", lambda *_: None)
+    monkeypatch.setattr(elastic.experiments.train, "draw_history", lambda *_: None)
     more = [option for choice in (data, model, schedule) for option in MORE.get(choice, [])]
     given = [
         *(f"data={data}", f"model={model}", f"schedule={schedule}", "trainer.max_epochs=1"),

@@ -6,10 +6,13 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import elastic.experiments.train
 import lightning as L
 import numpy as np
 import pytest
 import torch
+from elastic.callbacks import Census, ElasticProgress, GrowOnSaturation, PruneByGates
+from elastic.experiments.train import train
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
@@ -17,11 +20,9 @@ from PIL import Image
 from torch import nn
 from torchvision import datasets
 
-import experiments.train
-from callbacks import Census, ElasticProgress, GrowOnSaturation, PruneByGates
 from elastic.data import ImageData
-from elastic.saturation import Growth, Periodic, Plateau
-from experiments.train import train
+from elastic.growth.amount import Growth
+from elastic.growth.triggers import Periodic, Plateau
 from tests.runs import CONF, configure, load
 
 QUICK = (
@@ -33,7 +34,7 @@ QUICK = (
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes as long as the run, and has its own tests."""
-    monkeypatch.setattr(experiments.train, "draw_history", lambda *_: None)
+    monkeypatch.setattr(elastic.experiments.train, "draw_history", lambda *_: None)
 
 
 def files(group: str) -> list[str]:

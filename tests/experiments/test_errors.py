@@ -11,13 +11,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import elastic.experiments.compare
+import elastic.experiments.train
 import pytest
 import torch
+from elastic.experiments.tools.setup import run
 from hydra.core.global_hydra import GlobalHydra
 
-import experiments.compare
-import experiments.train
-from experiments.setup import run
 from tests.fitted import EXACT, Spy, command, fit
 from tests.runs import load
 from tests.test_resume import same_run
@@ -29,7 +29,7 @@ SMOKE = ("experiment=smoke", "trainer.accelerator=cpu", "trainer.log_every_n_ste
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes as long as the run, and has its own tests."""
-    monkeypatch.setattr(experiments.train, "draw_history", lambda *_: None)
+    monkeypatch.setattr(elastic.experiments.train, "draw_history", lambda *_: None)
 
 
 def told(err: str, code: int) -> str:
@@ -80,7 +80,7 @@ def test_a_setting_that_is_wrong_is_named(
     given = [*SMOKE, f"run={tmp_path / 'run'}", *wrong]
     if what == "an unknown experiment":
         given.remove("experiment=smoke")
-    code, _, err = command(experiments.train.main, monkeypatch, capsys, *given)
+    code, _, err = command(elastic.experiments.train.main, monkeypatch, capsys, *given)
     assert named in told(err, code)
     left = {p.name for p in (tmp_path / "run").rglob("*")} if (tmp_path / "run").exists() else set()
     assert not left & {"summary.json", "model.safetensors", "last.ckpt"}
@@ -91,7 +91,7 @@ def test_an_unknown_key_comes_with_the_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = (f"run={tmp_path}", "data.nonsense=1")
-    code, _, err = command(experiments.train.main, monkeypatch, capsys, *given)
+    code, _, err = command(elastic.experiments.train.main, monkeypatch, capsys, *given)
     assert "+data.nonsense=1" in told(err, code), "Hydra's own message says so"
 
 
@@ -115,9 +115,9 @@ def test_a_folder_that_holds_a_run_is_not_given_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = (*SMOKE, f"run={tmp_path}")
-    assert command(experiments.train.main, monkeypatch, capsys, *given)[0] == 0
+    assert command(elastic.experiments.train.main, monkeypatch, capsys, *given)[0] == 0
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    code, _, err = command(experiments.train.main, monkeypatch, capsys, f"run={tmp_path}", "seed=1")
+    code, _, err = command(elastic.experiments.train.main, monkeypatch, capsys, f"run={tmp_path}", "seed=1")
     assert f"{tmp_path} holds a run already" in told(err, code)
     assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
 
@@ -125,10 +125,10 @@ def test_a_folder_that_holds_a_run_is_not_given_another(
 def test_the_whole_traceback_is_there_for_the_asking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     GlobalHydra.instance().clear()
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    monkeypatch.setattr(experiments.train.main.__wrapped__, "__module__", "__main__")
+    monkeypatch.setattr(elastic.experiments.train.main.__wrapped__, "__module__", "__main__")
     monkeypatch.setattr(sys, "argv", ["train", f"run={tmp_path}", "callbacks.grow.growth.ceiling=0.5"])
     with pytest.raises(Exception, match=r"ceiling is 0\.5"):
-        run(experiments.train.main)
+        run(elastic.experiments.train.main)
 
 
 SUMMARY = '{"test/acc": 0.9, "params": 10, "params_dense": 20, "macs": 30, "wall_s": 1.5}'
@@ -155,12 +155,12 @@ def test_a_damaged_summary_is_named_and_nothing_is_compared(
     damaged = tmp_path / "arm-seed1" / "summary.json"
     damaged.write_bytes(DAMAGED[what])
     given = (f"runs={tmp_path}/arm-*", f"csv={tmp_path / 'all.csv'}", f"figure={tmp_path / 'all.png'}")
-    code, out, err = command(experiments.compare.main, monkeypatch, capsys, *given)
+    code, out, err = command(elastic.experiments.compare.main, monkeypatch, capsys, *given)
     said = f"{damaged} is damaged: finish its run again, or leave it out of runs"
     assert told(err, code) == said and err.count("\n") == 1 and out == ""
     assert not list(tmp_path.glob("all.*"))
     damaged.unlink()
-    code, out, err = command(experiments.compare.main, monkeypatch, capsys, *given)
+    code, out, err = command(elastic.experiments.compare.main, monkeypatch, capsys, *given)
     assert (code, err) == (0, "") and "90.00 ± 0.00" in out and len(list(tmp_path.glob("all.*"))) == 2
 
 

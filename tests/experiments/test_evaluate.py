@@ -3,12 +3,12 @@
 import json
 from pathlib import Path
 
+import elastic.experiments.evaluate
 import pytest
+from elastic.experiments.evaluate import evaluate
+from elastic.experiments.train import train
 
-import experiments.evaluate
-from elastic.module import TrainingError
-from experiments.evaluate import evaluate
-from experiments.train import train
+from elastic.errors import TrainingError
 from tests.fitted import command
 from tests.runs import TINY, configure
 
@@ -56,7 +56,7 @@ def test_it_ends_with_one_line_of_json(
     finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
-    code, out, _ = command(experiments.evaluate.main, monkeypatch, capsys, f"run={finished}")
+    code, out, _ = command(elastic.experiments.evaluate.main, monkeypatch, capsys, f"run={finished}")
     assert code == 0
     assert json.loads(out.strip().splitlines()[-1]) == json.loads((finished / "summary.json").read_text())
     assert before == {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}, "it only looks"
@@ -84,7 +84,7 @@ def test_a_run_that_is_not_finished_is_refused(finished: Path, tmp_path: Path, n
 def test_what_is_wrong_is_said_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: Capture, arguments: tuple[str, ...], named: str
 ) -> None:
-    code, out, err = command(experiments.evaluate.main, monkeypatch, capsys, *arguments)
+    code, out, err = command(elastic.experiments.evaluate.main, monkeypatch, capsys, *arguments)
     assert code == 1 and out == ""
     assert err.startswith("error: ") and err.count("\n") == 1 and named in err
 
@@ -96,5 +96,5 @@ def test_a_damaged_file_is_named(
     for other in ("config.yaml", "model.safetensors", "summary.json"):
         content = (finished / other).read_bytes()
         (tmp_path / other).write_bytes(content[: len(content) // 2] + b"\n}{[" if other == name else content)
-    code, _, err = command(experiments.evaluate.main, monkeypatch, capsys, f"run={tmp_path}")
+    code, _, err = command(elastic.experiments.evaluate.main, monkeypatch, capsys, f"run={tmp_path}")
     assert code == 1 and err.strip().splitlines()[-1].startswith("error: ") and name in err

@@ -6,18 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import elastic.experiments.compare
+import elastic.experiments.export
+import elastic.experiments.serve
 import pytest
 import torch
+from elastic.experiments import serve
+from elastic.experiments.serve import PHASES, Answer, score, stream
+from elastic.experiments.tools.restore import restore
+from elastic.experiments.train import train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import experiments.compare
-import experiments.export
-import experiments.serve
-from experiments import serve
-from experiments.restore import restore
-from experiments.serve import PHASES, Answer, score, stream
-from experiments.train import train
 from tests.fitted import EXACT, command
 from tests.runs import configure
 
@@ -43,7 +43,7 @@ def test_a_level_is_exported_as_it_is_in_its_network(
 ) -> None:
     chosen = [] if level is None else [f"level={level}"]
     code, out, err = command(
-        experiments.export.main, *fixtures, f"run={finished}", f"to={tmp_path / 'net.pt2'}", *chosen
+        elastic.experiments.export.main, *fixtures, f"run={finished}", f"to={tmp_path / 'net.pt2'}", *chosen
     )
     assert code == 0 and not err and out.startswith(f"{tmp_path / 'net.pt2'}: ")
     x = torch.randn(3, 1, 8, 8)
@@ -66,7 +66,7 @@ def test_what_cannot_be_exported_is_one_line(
     finished: Path, tmp_path: Path, fixtures: Fixtures, arguments: list[str], named: str
 ) -> None:
     fixtures[0].chdir(tmp_path)
-    code, out, err = command(experiments.export.main, *fixtures, f"run={finished}", *arguments)
+    code, out, err = command(elastic.experiments.export.main, *fixtures, f"run={finished}", *arguments)
     assert code == 1 and not out and named in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
@@ -77,7 +77,7 @@ def test_levels_are_arms_of_a_comparison(finished: Path, tmp_path: Path, fixture
     runs.mkdir()
     (runs / "joint-seed0").symlink_to(finished)
     table = tmp_path / "table.csv"
-    code, out, _ = command(experiments.compare.main, *fixtures, f"runs={runs}/*", f"csv={table}")
+    code, out, _ = command(elastic.experiments.compare.main, *fixtures, f"runs={runs}/*", f"csv={table}")
     assert code == 0 and "joint level 0" in out
     rows = {row["arm"]: row for row in csv.DictReader(table.read_text().splitlines())}
     assert set(rows) == {"joint", "joint level 0"}
@@ -150,7 +150,7 @@ def test_a_stream_is_served_by_the_elastic_network_and_by_every_level(
 ) -> None:
     options = ("batch=8", "seconds=0.1", "repeats=2")
     options += (f"csv={tmp_path / 's.csv'}", f"figure={tmp_path / 's.png'}")
-    code, out, err = command(experiments.serve.main, *fixtures, f"run={finished}", *options)
+    code, out, err = command(elastic.experiments.serve.main, *fixtures, f"run={finished}", *options)
     assert code == 0 and not err, err
     rows = list(csv.DictReader((tmp_path / "s.csv").read_text().splitlines()))
     assert [row["server"] for row in rows] == [n for n in ("elastic", "level 0", "level 1") for _ in range(2)]
@@ -161,5 +161,5 @@ def test_a_stream_is_served_by_the_elastic_network_and_by_every_level(
 
 def test_a_network_without_levels_cannot_compete(tmp_path: Path, fixtures: Fixtures) -> None:
     train(configure(tmp_path, *EXACT, "schedule=static"), tmp_path)
-    code, _, err = command(experiments.serve.main, *fixtures, f"run={tmp_path}")
+    code, _, err = command(elastic.experiments.serve.main, *fixtures, f"run={tmp_path}")
     assert code == 1 and "without levels: train some with schedule=joint" in err and err.count("\n") == 1

@@ -11,13 +11,22 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pytest
+from elastic.experiments import compare
+from elastic.experiments.tools.charts import (
+    LONGEST,
+    Arm,
+    against,
+    apart,
+    by_level,
+    front,
+    height,
+    over_time,
+    short,
+)
+from elastic.experiments.tools.html import failures, picture
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.text import Text
-
-from experiments import compare
-from experiments.charts import LONGEST, Arm, against, apart, by_level, front, height, over_time, short
-from experiments.page import failures, picture
 
 TITLES = ("Accuracy against size", "Accuracy against work", "Levels and sets", "Size over time")
 

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from elastic.experiments.tools.figure import draw_history
+from elastic.experiments.tools.summary import measure, show, summarise, write_summary
+from elastic.experiments.tools.summary import test_accuracy as accuracy
+from elastic.experiments.train import build, train
 from PIL import Image
 
+from elastic.files.network import load_compact
 from elastic.models import convnet
-from elastic.saved import load_compact
-from experiments.figure import draw_history
-from experiments.summary import measure, show, summarise, write_summary
-from experiments.summary import test_accuracy as accuracy
-from experiments.train import build, train
 from tests.runs import TINY, configure
 
 PRUNING = (

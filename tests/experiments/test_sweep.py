@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from elastic.experiments.tools import sweep
+from elastic.experiments.tools.setup import alone, portable
+from elastic.experiments.tools.sweep import arm, grid, one_of_many, progress, remaining, values
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from elastic.module import TrainingError
-from experiments import sweep
-from experiments.setup import SweepError, alone, portable
-from experiments.sweep import arm, grid, one_of_many, progress, remaining, values
+from elastic.errors import SweepError, TrainingError
 from tests.runs import TINY, configure
 
 

@@ -5,13 +5,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import elastic.experiments.compare
 import pytest
 import torch
+from elastic.experiments.tools import timing
+from elastic.experiments.tools.timing import networks, time_runs
+from elastic.experiments.train import train
 
-import experiments.compare
-from experiments import timed
-from experiments.timed import networks, time_runs
-from experiments.train import train
 from tests.fitted import EXACT, command
 from tests.runs import configure
 
@@ -55,7 +55,7 @@ def test_the_median_of_the_fastest_way_is_written_down(folder: Path, monkeypatch
         assert len(ways) == len(inputs) and torch.get_num_threads() == 1
         return [[n + 1.0] * 9 + [1000.0] * 3 for n in range(len(ways))]
 
-    monkeypatch.setattr(timed, "times_ms", pretend)
+    monkeypatch.setattr(timing, "times_ms", pretend)
     given = summaries(folder)
     said = time_runs(given)
     joint, plain, switched = given.values()  # in the order of their names
@@ -69,9 +69,9 @@ def test_the_table_and_the_page_have_it_where_it_was_asked_for(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = (f"runs={folder}/*", f"csv={tmp_path}/table.csv", f"html={tmp_path}/page.html")
-    code, out, err = command(experiments.compare.main, monkeypatch, capsys, *asked)
+    code, out, err = command(elastic.experiments.compare.main, monkeypatch, capsys, *asked)
     assert code == 0 and not err and "latency" not in out + (tmp_path / "table.csv").read_text()
-    code, out, err = command(experiments.compare.main, monkeypatch, capsys, *asked, "latency=true")
+    code, out, err = command(elastic.experiments.compare.main, monkeypatch, capsys, *asked, "latency=true")
     assert code == 0 and not err and "latency: one image, one thread, median of 100, 5 networks" in out
     rows = {row["arm"]: row for row in csv.DictReader((tmp_path / "table.csv").read_text().splitlines())}
     assert rows.keys() == {"plain", "joint", "joint level 0", "switched", "switched set 1"}
@@ -88,6 +88,6 @@ def test_a_run_without_weights_is_named(
     for name in ("summary.json", "config.yaml"):
         (tmp_path / "bare-seed0" / name).write_text((folder / "plain-seed0" / name).read_text())
     code, _, err = command(
-        experiments.compare.main, monkeypatch, capsys, f"runs={tmp_path}/*", "latency=true"
+        elastic.experiments.compare.main, monkeypatch, capsys, f"runs={tmp_path}/*", "latency=true"
     )
     assert code == 1 and "bare-seed0/model.safetensors is missing" in err and err.count("\n") == 1

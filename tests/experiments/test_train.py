@@ -9,15 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import elastic.experiments.train
 import lightning as L
 import pytest
 import torch
+from elastic.experiments.train import build, train
 from filelock import FileLock
 from omegaconf import OmegaConf
 from PIL import Image
 
-import experiments.train
-from experiments.train import build, train
 from tests.fitted import command
 from tests.runs import TINY, configure, load
 from tests.test_resume import same
@@ -44,11 +44,11 @@ Patch = pytest.MonkeyPatch
 @pytest.fixture
 def no_picture(monkeypatch: Patch) -> None:
     """It takes as long as the run, and has its own tests."""
-    monkeypatch.setattr(experiments.train, "draw_history", lambda *_: None)
+    monkeypatch.setattr(elastic.experiments.train, "draw_history", lambda *_: None)
 
 
 def by_command(patch: Patch, capsys: Capture, *arguments: str) -> tuple[int, str, str]:
-    return command(experiments.train.main, patch, capsys, *arguments)
+    return command(elastic.experiments.train.main, patch, capsys, *arguments)
 
 
 def test_two_processes_do_not_train_in_one_folder(
@@ -107,7 +107,7 @@ def test_what_was_measured_is_the_last_epochs_network(tmp_path: Path) -> None:
     cfg = configure(tmp_path, *CHANGING)
     summary = train(cfg, tmp_path)
     module, data = build(cfg)
-    from elastic import gates
+    from elastic.pruning import gates
 
     gates.attach(module.net, module.widths, "weight")
     module.load_state_dict(load(tmp_path / "last.ckpt")["state_dict"])
@@ -126,9 +126,11 @@ def test_the_test_split_is_looked_at_once_at_the_end(tmp_path: Path, monkeypatch
     asked: list[str] = []
     fits = L.Trainer.fit
     monkeypatch.setattr(L.Trainer, "fit", lambda *a, **k: (fits(*a, **k), asked.append("fitted"))[0])
-    loader = experiments.train.ImageData.test_dataloader
+    loader = elastic.experiments.train.ImageData.test_dataloader
     monkeypatch.setattr(
-        experiments.train.ImageData, "test_dataloader", lambda self: (asked.append("test"), loader(self))[1]
+        elastic.experiments.train.ImageData,
+        "test_dataloader",
+        lambda self: (asked.append("test"), loader(self))[1],
     )
     train(configure(tmp_path, *SMOKE), tmp_path)
     assert asked == ["fitted", "test"]

@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import elastic.experiments.train
 import pytest
+from elastic.experiments import dashboard
+from elastic.experiments.train import train
 
-import experiments.train
-from elastic.module import TrainingError
-from experiments import dashboard
-from experiments.train import train
+from elastic.errors import TrainingError
 from tests.runs import TINY, configure, without_account
 
 CHANGING = (
@@ -27,7 +27,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         without_account(patch, folder)
-        patch.setattr(experiments.train, "draw_history", lambda *_: None)
+        patch.setattr(elastic.experiments.train, "draw_history", lambda *_: None)
         yield folder
 
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import vgg16_bn
 
-from elastic import cost
-from elastic.importance import importance, order
+from elastic.levels.importance import rank_channels, score_channels
+from elastic.levels.nested import Levels
+from elastic.levels.sizes import level_sizes
+from elastic.measure import counts
 from elastic.models import resnet20, resnet56
-from elastic.nested import Levels
-from elastic.sizes import level_sizes
-from elastic.surgery import reindex
-from elastic.widths import Widths, discover
+from elastic.surgery.reindexing import reindex
+from elastic.widths.discovery import Widths, discover
 from tests.elastic.zoo import randomised
 
 tp = pytest.importorskip("torch_pruning")
@@ -96,17 +96,17 @@ def test_both_keep_the_same_channels(name: str, fraction: float) -> None:
     pruner(theirs, ratios).step()
     left = kept(theirs, widths)
 
-    scores = importance(net, widths, "l2")
-    index = {n: order(scores[n]) for n in widths}
+    scores = score_channels(net, widths, "l2")
+    index = {n: rank_channels(scores[n]) for n in widths}
     assert left == {n: sorted(index[n][: sizes[n]].tolist()) for n in widths}
 
     ours = copy.deepcopy(net)
     reindex(ours, widths, index)
     level = Levels(ours, widths, [sizes])[0]
-    assert cost.params_dense(level) == sum(p.numel() for p in theirs.parameters())
+    assert counts.count_params_dense(level) == sum(p.numel() for p in theirs.parameters())
     macs, params = tp.utils.count_ops_and_params(theirs, X)
-    assert cost.params_dense(level) == params
-    assert cost.macs(level, X) == cost.macs(theirs, X)
+    assert counts.count_params_dense(level) == params
+    assert counts.count_macs(level, X) == counts.count_macs(theirs, X)
     # They count norms, activations and biases, too: so does their count of the level.
     assert tp.utils.count_ops_and_params(copy.deepcopy(level), X) == (macs, params)
 
@@ -117,8 +117,8 @@ def test_a_level_says_what_their_pruned_network_says(name: str) -> None:
     net, widths = built(name)
     theirs = copy.deepcopy(net)
     pruner(theirs, 0.25).step()
-    scores = importance(net, widths, "l2")
-    reindex(net, widths, {n: order(scores[n]) for n in widths})
+    scores = score_channels(net, widths, "l2")
+    reindex(net, widths, {n: rank_channels(scores[n]) for n in widths})
     level = Levels(net, widths, level_sizes(net, widths, X, [0.75]))[0].eval()
     with torch.no_grad():
         expected = theirs.eval()(X)

@@ -8,8 +8,8 @@ from torch import nn
 from torchvision import models
 
 from elastic.models import resnet20
-from elastic.surgery import reindex
-from elastic.widths import Width, discover
+from elastic.surgery.reindexing import reindex
+from elastic.widths.discovery import Width, discover
 
 tp = pytest.importorskip("torch_pruning")
 pytestmark = pytest.mark.peers

@@ -1,0 +1,7 @@
+"""Kernels that are switched on and off for each input, and the execution that leaves them out."""
+
+from elastic.dynamic.attaching import attach_modules
+from elastic.dynamic.modules import select_set
+from elastic.dynamic.skipping import make_skipping
+
+__all__ = ["attach_modules", "make_skipping", "select_set"]

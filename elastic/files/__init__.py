@@ -1,0 +1,1 @@
+"""What a run leaves: files of networks, and their export."""

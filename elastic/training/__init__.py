@@ -1,0 +1,1 @@
+"""What training needs of Lightning: the classifier, checkpoints, processes, the timeline."""

@@ -1,0 +1,51 @@
+"""What a change of structure means for a run of several processes (DistributedDataParallel)."""
+
+import gc
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@contextmanager
+def unwrapped(trainer: L.Trainer) -> Iterator[None]:
+    """Take the model out of its wrapper for a change, and wrap it anew.
+
+    The wrapper's buckets and hooks are made for the parameters it has seen: it would go on with those. With
+    the new one the first process's parameters and buffers go to all others.
+    """
+    strategy: Any = trainer.strategy
+    wrapped = isinstance(strategy.model, DistributedDataParallel)
+    if wrapped:
+        strategy.model = strategy.lightning_module
+        gc.collect()  # the old one holds on to an autograd graph
+    yield
+    if wrapped:
+        strategy.configure_ddp()
+
+
+def find_differing_processes(trainer: L.Trainer, net: nn.Module) -> list[int]:
+    """The processes whose network or optimizer state is not, bit for bit, that of the first."""
+    if trainer.world_size == 1:
+        return []
+    digest = hashlib.sha256()
+    for name, tensor in net.state_dict().items():
+        _add(digest, name, tensor)
+    for optimizer in trainer.optimizers:
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            for name, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    _add(digest, name, value)
+    found: list[str] = [""] * trainer.world_size
+    torch.distributed.all_gather_object(found, digest.hexdigest())
+    return [rank for rank, other in enumerate(found) if other != found[0]]
+
+
+def _add(digest: Any, name: str, tensor: Tensor) -> None:
+    digest.update(f"{name} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

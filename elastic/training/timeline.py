@@ -1,0 +1,43 @@
+"""The structural events of a run, one a line of JSON; growth that is read off another run's.
+
+A row has epoch, step, why, before and after, and either `width` (channels) or `stage` (blocks).
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from elastic.errors import StructureError
+
+
+def read_timeline(path: Path) -> list[dict[str, Any]]:
+    """The rows of a `timeline.jsonl`.
+
+    Raises:
+        StructureError: there is no such file, or it is none of a run.
+    """
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        cause = str(error).splitlines()[0]
+        raise StructureError(f"{path} cannot be read ({cause}): name the timeline.jsonl of a run") from error
+    for row in rows:
+        counts = [row.get(key) for key in ("epoch", "before", "after")] if isinstance(row, dict) else [None]
+        if not all(isinstance(n, int) for n in counts) or not isinstance(
+            row.get("width", row.get("stage")), str
+        ):
+            raise StructureError(f"{path} is no timeline of a run: name a timeline.jsonl")
+    return rows
+
+
+def select_growth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of growth. Pruning is not replayed: what is dead in one run may be alive in another."""
+    return [row for row in rows if row["after"] > row["before"]]
+
+
+def find_growth_at(rows: Sequence[dict[str, Any]], epoch: int) -> tuple[dict[str, int], list[str]]:
+    """What grew at the start of an epoch: the channels that widths then had, and the stages deepened."""
+    grown = [row for row in select_growth(rows) if row["epoch"] == epoch]
+    sizes = {row["width"]: row["after"] for row in grown if "width" in row}
+    return sizes, [row["stage"] for row in grown if "stage" in row]

@@ -1,0 +1,513 @@
+"""Runs with kernel activation modules: what is trained, what is measured, what a killed run goes on with."""
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import elastic.experiments.train
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from elastic.callbacks import PruneDynamically
+from elastic.experiments import export, kernel_usage, latency
+from elastic.experiments.evaluate import evaluate
+from elastic.experiments.tools.per_image import batches, run_per_image
+from elastic.experiments.tools.restore import restore, restore_switched, teacher
+from elastic.experiments.train import train
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from elastic.dynamic.loss import ActivationCost
+from elastic.dynamic.modules import SetNorm, iterate_modules
+from elastic.dynamic.skipping import make_skipping
+from elastic.errors import StructureError, TrainingError
+from elastic.measure.counts import count_macs
+from elastic.training.classifier import ElasticClassifier
+from tests.fitted import EXACT, Run, Spy, prepare
+from tests.runs import configure
+from tests.test_resume import killed, same_run
+
+AT_ONCE = ("callbacks.switch.begin=0.0", "callbacks.switch.end=0.0")
+SCHEDULE = ("schedule=dynamic", *AT_ONCE, "optimizer.optimizer.lr=2e-2")
+TRAINING = (*EXACT, *SCHEDULE, "data.batch_size=300", "trainer.max_epochs=3")
+
+
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes as long as the run, and has its own tests."""
+    monkeypatch.setattr(elastic.experiments.train, "draw_history", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with two sets of modules."""
+    folder = tmp_path_factory.mktemp("switched")
+    more = ("callbacks.switch.gain=[0.1,3.0]", "trainer.max_epochs=8", "data.batch_size=50")
+    more += ("optimizer.optimizer.lr=0.1",)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(elastic.experiments.train, "draw_history", lambda *_: None)
+        train(configure(folder, *TRAINING, *more), folder)
+    return folder
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return found
+
+
+def test_the_loss_is_the_tasks_and_that_of_what_is_engaged(tmp_path: Path) -> None:
+    seen: list[tuple[float, float]] = []
+
+    def compare(trainer: L.Trainer, module: ElasticClassifier, outputs: Any, batch: Any, _: int) -> None:
+        own = run.callbacks["switch"]
+        share = float(own.engaged[0].share("macs").detach())
+        seen.append((float(outputs["loss"].detach()), share))
+
+    run = prepare(tmp_path, *TRAINING, "callbacks.switch.gain=7.0", after=(Spy(on_train_batch_end=compare),))
+    losses: list[float] = []
+    step = run.module.training_step
+
+    def plain(batch: Any, batch_idx: int) -> Any:
+        loss = step(batch, batch_idx)
+        with torch.no_grad():
+            losses.append(float(loss) - 7.0 * float(run.callbacks["switch"].engaged[0].share("macs")))
+        return loss
+
+    run.module.training_step = plain  # type: ignore[method-assign]
+    run.fit()
+    assert len(seen) == len(losses) > 3
+    for (whole, share), task in zip(seen, losses, strict=True):
+        assert whole == pytest.approx(task + 7.0 * share, rel=1e-4) and task > 0
+
+
+def test_the_loss_sets_in_at_its_beginning_and_is_whole_at_its_end(tmp_path: Path) -> None:
+    """Of 8 epochs the first two are the task's alone; the loss then grows for four."""
+    held: list[float] = []
+
+    def note(trainer: L.Trainer, module: ElasticClassifier, *_: Any) -> None:
+        own = run.callbacks["switch"]
+        share = float(own.engaged[0].share("macs").detach())
+        term = module.loss_terms.get("parsimony")
+        held.append(0.0 if term is None else float(term(None, None).detach()) / (2.0 * share))
+
+    options = ("callbacks.switch.begin=0.25", "callbacks.switch.end=0.75", "callbacks.switch.gain=2.0")
+    short = ("data.batch_size=1000", "trainer.max_epochs=8")
+    run = prepare(tmp_path, *TRAINING, *options, *short, after=(Spy(on_train_batch_end=note),))
+    run.fit()
+    assert held == pytest.approx([0, 0, 0, 0.25, 0.5, 0.75, 1, 1])
+
+
+def test_each_step_trains_one_set(tmp_path: Path) -> None:
+    drawn: list[int] = []
+
+    def note(trainer: L.Trainer, module: ElasticClassifier, *_: Any) -> None:
+        (first, *others) = iterate_modules(module)
+        assert all(m.active_set == first.active_set for m in others)
+        for k, head in enumerate(first.heads):
+            assert (head.linear.weight.grad is not None) == (k == first.active_set)  # type: ignore[union-attr]
+        drawn.append(first.active_set)
+
+    spy = Spy(on_before_optimizer_step=note)
+    more = ("callbacks.switch.gain=[0.1,0.5,2.0]", "trainer.max_epochs=6")
+    run = prepare(tmp_path, *TRAINING, *more, after=(spy,)).fit()
+    assert set(drawn) == {0, 1, 2}
+    assert {m.active_set for m in iterate_modules(run.module)} == {0}
+
+
+def test_a_greater_gain_engages_less(finished: Path) -> None:
+    sparing, greedy = (row["macs_dynamic"] for row in reversed(summary_of(finished)["sets"]))
+    assert sparing < 0.9 * greedy
+
+
+def test_the_summary_is_what_the_skipping_network_does(finished: Path) -> None:
+    """Accuracy by counting its answers; MACs from the kernels that it engages."""
+    summary = summary_of(finished)
+    net, data, _ = restore(finished)
+    (switched,) = restore_switched(net, finished, data)  # type: ignore[arg-type]
+    active, right, count = make_skipping(switched), 0, 0
+    with torch.no_grad():
+        for x_BCHW, y_B in batches(data):
+            right += int((active(x_BCHW).argmax(1) == y_B).sum())
+            count += len(y_B)
+    assert right / count == pytest.approx(summary["test/acc"], abs=1.5 / count)
+    seen = run_per_image(switched, data)
+    assert round(seen.macs) == summary["macs_dynamic"] == summary["sets"][0]["macs_dynamic"]
+    plain = sum(p.numel() for p in net.parameters())  # type: ignore[union-attr]
+    own = sum(p.numel() for m in iterate_modules(switched) for p in m.heads[0].parameters())
+    assert summary["params"] == summary["params_dense"] == plain + own
+    engaged = ActivationCost(switched, torch.zeros(1, *data.shape))
+    assert summary["macs"] == engaged.dense + engaged.modules
+    assert evaluate(finished) == summary
+
+
+def test_what_is_seen_adds_up(finished: Path) -> None:
+    net, data, _ = restore(finished)
+    (switched,) = restore_switched(net, finished, data)  # type: ignore[arg-type]
+    seen = run_per_image(switched, data)
+    assert len(seen.right_N) == len(seen.macs_N) == len(seen.label_N) == 360
+    kernels = torch.cat(list(seen.duty.values()))
+    assert ((kernels >= 0) & (kernels <= 1)).all() and kernels.mean() < 1
+    assert seen.macs_N.max() <= summary_of(finished)["macs"]
+
+
+def test_duty_is_shown_and_drawn(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture, table = tmp_path / "duty.png", tmp_path / "duty.csv"
+    given = [f"run={finished}", "set=1", f"figure={picture}", f"csv={table}"]
+    monkeypatch.setattr("sys.argv", ["duty", *given])
+    kernel_usage.main()
+    row = summary_of(finished)["sets"][1]
+    assert f"test accuracy {row['test/acc']:.2%}, {row['macs_dynamic']:,} MACs" in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    net, _, _ = restore(finished)
+    kernels = sum(m.out_channels for m in net.modules() if isinstance(m, nn.Conv2d))  # type: ignore[union-attr]
+    assert len(table.read_text().splitlines()) == 1 + kernels
+
+
+def test_time_is_measured_beside_macs(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latency, "BATCHES", (1, 4))
+    monkeypatch.setattr(latency, "THREADS", (1,))
+    table = tmp_path / "latency.csv"
+    monkeypatch.setattr("sys.argv", ["latency", f"run={finished}", "images=6", "set=1", f"csv={table}"])
+    latency.main()
+    rows = [line.split(",") for line in table.read_text().splitlines()]
+    assert [row[:2] for row in rows[1:]] == [["1", "1"], ["1", "4"]]
+    assert all(float(value) > 0 for row in rows[1:] for value in row)
+    assert rows[1][-1] == rows[2][-1], "the same images engage the same MACs, however they are batched"
+    assert "saved" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((), "usage: python -m experiments.kernel_usage"),
+        (("run={run}", "colour=1"), "usage: python -m experiments.kernel_usage"),
+        (("run={run}", "set=last"), "usage: python -m experiments.kernel_usage"),
+        (("run={run}", "level=0.5"), "usage: python -m experiments.kernel_usage"),
+        (("run={run}", "set=9"), "there is no set 9 of kernel activation modules: the network has 0 … 1"),
+        (("run={run}", "level=3"), "there is no level 3: the run's network has 0 … 0"),
+    ],
+)
+def test_what_duty_cannot_show_is_one_line(
+    finished: Path, given: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["duty", *(text.format(run=finished) for text in given)])
+    with pytest.raises((TrainingError, StructureError), match=message):
+        kernel_usage.main()
+
+
+@pytest.mark.parametrize("given", [(), ("run={run}", "images=0"), ("run={run}", "set=x")])
+def test_what_latency_cannot_measure_is_one_line(
+    finished: Path, given: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["latency", *(text.format(run=finished) for text in given)])
+    with pytest.raises(TrainingError, match=r"usage: python -m experiments\.latency"):
+        latency.main()
+
+
+@pytest.fixture(scope="module")
+def joint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with three levels."""
+    folder = tmp_path_factory.mktemp("runs") / "joint"
+    levels = ("schedule=joint", "callbacks.levels.levels=[0.5,0.75]", "optimizer.optimizer.lr=2e-2")
+    train(configure(folder, *EXACT, *levels, "data.batch_size=300"), folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("callbacks.switch.gain=[0.1,1.0]",),
+        ("callbacks.switch.choice=gumbel", "callbacks.switch.only=true", "callbacks.switch.rate=3.0"),
+        ("callbacks.switch.choice=soft", "callbacks.switch.form=target", "callbacks.switch.target=0.5"),
+        ("init={joint}", "callbacks.switch.gain=[0.1,1.0]"),
+    ],
+    ids=["sets", "gumbel", "soft", "levels"],
+)
+def test_resumed_equals_uninterrupted(
+    joint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    given = (*TRAINING, "trainer.max_epochs=4", *(option.format(joint=joint) for option in options))
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(configure(whole, *given), whole)
+    killed(configure(broken, *given), broken, monkeypatch, 2, 1)
+    train(configure(broken, *given), broken)
+    same_run(whole, broken)
+
+
+def test_the_network_itself_keeps_the_statistics_of_the_first_set(tmp_path: Path) -> None:
+    run = trained(tmp_path, "callbacks.switch.gain=[0.1,1.0]").fit()
+    norms = [module for module in run.module.modules() if isinstance(module, SetNorm)]
+    assert norms
+    for norm in norms:
+        (own,) = norm._norm
+        assert torch.equal(own.running_mean, norm.mean_SC[0]) and torch.equal(own.running_var, norm.var_SC[0])  # type: ignore[arg-type]
+        assert not torch.equal(norm.mean_SC[0], norm.mean_SC[1])
+
+
+@pytest.mark.parametrize("init", ["null", "{joint}"])
+def test_killed_when_all_is_trained_nothing_is_missing(joint: Path, tmp_path: Path, init: str) -> None:
+    given = (*TRAINING, f"init={init.format(joint=joint)}", "callbacks.switch.gain=[0.1,1.0]")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(configure(broken, *given), broken)
+    shutil.copytree(broken, whole)
+    for name in ("model.safetensors", "summary.json"):
+        (broken / name).unlink()
+    train(configure(broken, *given), broken)
+    same_run(whole, broken)
+    measured = [summary_of(folder) for folder in (whole, broken)]
+    assert measured[0]["sets"] == measured[1]["sets"] and measured[0]["levels"] == measured[1]["levels"]
+
+
+def trained(folder: Path, *options: str) -> Run:
+    return prepare(folder, *TRAINING, *options)
+
+
+@pytest.mark.parametrize("gain", ["1.0", "[0.1,1.0]"])
+def test_the_modules_alone_may_be_trained(tmp_path: Path, gain: str) -> None:
+    """The network keeps every bit, its norms' statistics too."""
+    run = trained(tmp_path, "callbacks.switch.only=true", f"callbacks.switch.gain={gain}")
+    before = {name: tensor.clone() for name, tensor in run.module.net.state_dict().items()}
+    run.fit()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in run.module.net.state_dict().items())
+    assert any(
+        not torch.equal(m.heads[0].linear.bias, torch.full_like(m.heads[0].linear.bias, 2.0))
+        for m in iterate_modules(run.module)
+    )  # type: ignore[union-attr, arg-type]
+
+
+@pytest.mark.parametrize("rate", [0.5, 4.0])
+def test_modules_move_rate_times_as_far_as_the_network_in_a_step(tmp_path: Path, rate: float) -> None:
+    """Under plain SGD, from the same start and the same batch."""
+    sgd = ("optimizer=sgd", "optimizer.scheduler=null", "optimizer.optimizer.momentum=0.0")
+    plain = ("optimizer.optimizer.nesterov=false", "optimizer.optimizer.weight_decay=0.0", *AT_ONCE)
+    moved: dict[float, dict[str, Tensor]] = {}
+    for each in (1.0, rate):
+        given = (*EXACT, "schedule=dynamic", *sgd, *plain, f"callbacks.switch.rate={each}")
+        run = prepare(tmp_path / str(each), *given)
+        start: dict[str, Tensor] = {}
+
+        def note(trainer: L.Trainer, module: ElasticClassifier, start: dict[str, Tensor] = start) -> None:
+            start.update({name: p.detach().clone() for name, p in module.named_parameters()})
+
+        run.trainer.callbacks.append(Spy(on_fit_start=note))  # type: ignore[attr-defined]
+        run.trainer.fit_loop.epoch_loop.max_steps = 1
+        run.fit()
+        moved[each] = {name: p.detach() - start[name] for name, p in run.module.named_parameters()}
+    for name, one in moved[1.0].items():
+        factor = rate if name.startswith("kams.") else 1.0
+        torch.testing.assert_close(moved[rate][name], factor * one, rtol=1e-4, atol=1e-6)
+    assert any(one.any() for name, one in moved[1.0].items() if name.startswith("kams."))
+
+
+def test_what_a_step_moves_a_score_does_not_grow_with_what_its_module_reads(tmp_path: Path) -> None:
+    """Steps of Adam are of one size, and the noise of C of them adds up to √C of it."""
+    run = prepare(tmp_path, *EXACT, "schedule=dynamic", "callbacks.switch.rate=3.0").fit()
+    rates = {id(p): g.get("rate", 1.0) for g in run.trainer.optimizers[0].param_groups for p in g["params"]}
+    reads = set()
+    for module in iterate_modules(run.module):
+        linear = module.heads[0].linear
+        assert isinstance(linear, nn.Linear)
+        assert rates[id(linear.weight)] * linear.in_features**0.5 == pytest.approx(3.0)
+        assert rates[id(linear.bias)] == 3.0
+        reads.add(linear.in_features)
+    assert len(reads) > 2
+    assert all(rates[id(p)] == 1.0 for p in run.module.net.parameters())
+
+
+@pytest.mark.parametrize(("only", "gain"), [(True, "1.0"), (False, "1.0"), (False, "[0.1,1.0]")])
+def test_each_level_has_modules_of_its_own(joint: Path, tmp_path: Path, only: bool, gain: str) -> None:
+    """On levels that stay as they are to the last bit, or all learn; each is measured with its own."""
+    gated = tmp_path / "gated"
+    given = (f"init={joint}", "trainer.max_epochs=6", f"callbacks.switch.only={only}")
+    given += (f"callbacks.switch.gain={gain}",)
+    summary = train(configure(gated, *TRAINING, *given), gated)
+    old, data, _ = restore(joint)
+    new, _, _ = restore(gated)
+    assert [row["params"] for row in summary["levels"]] == sorted(row["params"] for row in summary["levels"])
+    x_BCHW = batches(data)[0][0]
+    with torch.no_grad():
+        for before, after in zip(old, new, strict=True):  # type: ignore[arg-type]
+            assert torch.equal(before(x_BCHW), after(x_BCHW)) == only
+    switched = restore_switched(new, gated, data)
+    assert len(switched) == len(summary["levels"]) == 3
+    for net, row in zip(switched, summary["levels"], strict=True):
+        seen = run_per_image(net, data)
+        assert (seen.accuracy, round(seen.macs)) == (row["test/acc"], row["macs_dynamic"])
+    assert evaluate(gated, 1)["macs_dynamic"] == summary["levels"][1]["macs_dynamic"]
+    executed = sum(count_macs(level, torch.zeros(1, *data.shape)) for level in old) / 3  # type: ignore[union-attr]
+    images = 6 * (len(data.train_set) // 300 * 300)  # type: ignore[arg-type]
+    assert summary["macs_training"] == pytest.approx(3 * executed * images, rel=1e-6)
+
+
+def test_what_others_start_from_or_learn_from_has_its_modules(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without them it is another network: a run or a file of it is refused, a teacher has them."""
+    net, data, _ = restore(finished)
+    (switched,) = restore_switched(net, finished, data)  # type: ignore[arg-type]
+    x_BCHW = batches(data)[0][0]
+    with torch.no_grad():
+        assert torch.equal(teacher(str(finished)).eval()(x_BCHW), switched(x_BCHW))
+        assert not torch.equal(switched(x_BCHW), net(x_BCHW))  # type: ignore[operator]
+    taught = ("schedule=[static,distil]", f"callbacks.distil.teacher.run={finished}", "trainer.max_epochs=2")
+    train(configure(tmp_path / "taught", *EXACT, *taught), tmp_path / "taught")
+    refused = "another one without its kernel activation modules: take a run that has none"
+    with pytest.raises(StructureError, match=refused):
+        train(configure(tmp_path / "next", *TRAINING, f"init={finished}"), tmp_path / "next")
+    monkeypatch.setattr("sys.argv", ["export", f"run={finished}", f"to={tmp_path / 'net.pt2'}"])
+    with pytest.raises(StructureError, match=refused):
+        export.main()
+
+
+CONTROLS: dict[str, Callable[[torch.Tensor], bool]] = {
+    "constant": lambda gates_BK: bool((gates_BK == gates_BK[0]).all()),
+    "random": lambda gates_BK: not bool((gates_BK == gates_BK[0]).all()),
+}
+
+
+@pytest.mark.parametrize("kind", CONTROLS)
+def test_controls_do_not_see_the_input(tmp_path: Path, kind: str) -> None:
+    run = trained(tmp_path, f"callbacks.switch.kind={kind}", "callbacks.switch.gain=3.0").fit()
+    run.module.eval()
+    x_BCHW, _ = run.data.sample(64, seed=0)
+    with torch.no_grad():
+        run.module(x_BCHW[:1].expand(64, -1, -1, -1))
+        same = [m.active_BK.clone() for m in iterate_modules(run.module)]
+        run.module(x_BCHW)
+    assert all(CONTROLS[kind](gates_BK) for gates_BK in same)
+    assert all(float(m.heads[0].linear.weight.abs().max()) == 0 for m in iterate_modules(run.module))  # type: ignore[union-attr, operator]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gain": []}, "0 gains, from 0.1 to 0.5 of the run: give one or more"),
+        ({"begin": 0.6}, "from 0.6 to 0.5 of the run"),
+        ({"end": 1.0}, "to 1.0 of the run"),
+        ({"rate": 0.0}, "modules that learn 0 times as fast as the network: set rate above 0"),
+        ({"form": "cubic"}, "parsimony cannot be 'cubic'"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options: Any, message: str) -> None:
+    with pytest.raises(StructureError, match=message):
+        PruneDynamically(**options)
+
+
+@pytest.mark.parametrize("schedule", ["[growth,dynamic]", "[gates,dynamic]", "[ema,dynamic]"])
+def test_other_ways_of_changing_the_network_are_refused(tmp_path: Path, schedule: str) -> None:
+    with pytest.raises(TrainingError, match=r"cannot be in one run: run .* first, and start from"):
+        train(configure(tmp_path, *EXACT, f"schedule={schedule}"), tmp_path)
+
+
+@pytest.mark.parametrize("option", ["kind=smell", "choice=hope"])
+def test_what_attach_refuses_is_refused_before_training(tmp_path: Path, option: str) -> None:
+    with pytest.raises(StructureError, match=r"modules cannot look at 'smell'|cannot be chosen by 'hope'"):
+        train(configure(tmp_path, *TRAINING, f"callbacks.switch.{option}"), tmp_path)
+
+
+class Centred(nn.Module):
+    """It has a buffer of its own, and does by `self.training` what torch.fx takes for a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Conv2d(1, 6, 3), nn.Conv2d(6, 6, 3), nn.Linear(6, 2)
+        self.norm = nn.BatchNorm2d(6)
+        self.register_buffer("mean", torch.full((1, 1, 1, 1), 0.1))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        y_BCHW = F.dropout(self.norm(self.one(x_BCHW - self.mean)).relu(), 0.5, self.training)
+        return self.head(self.two(y_BCHW).relu().mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def program(*callbacks: L.Callback, **options: Any) -> L.Trainer:
+    return L.Trainer(
+        max_epochs=2,
+        callbacks=list(callbacks),
+        num_sanity_val_steps=0,
+        **options,
+        **{"logger": False, "enable_checkpointing": False, "enable_progress_bar": False},
+        **{"enable_model_summary": False, "accelerator": "cpu"},
+    )
+
+
+def its_module() -> tuple[ElasticClassifier, Tensor, torch.utils.data.DataLoader[Any]]:
+    """And images, and a loader of them whose last batch has one only."""
+    torch.manual_seed(0)
+    x_NCHW = torch.randn(65, 1, 6, 6)
+    data = torch.utils.data.TensorDataset(x_NCHW, (x_NCHW.mean((1, 2, 3)) > 0).long())
+    module = ElasticClassifier(Centred(), (1, 6, 6), 2, partial(AdamW, lr=1e-2))
+    return module, x_NCHW, torch.utils.data.DataLoader(data, batch_size=32)
+
+
+@pytest.mark.parametrize("only", [True, False])
+def test_a_network_is_validated_as_it_is_in_evaluation(only: bool) -> None:
+    """Nothing is dropped, though what its modules are attached to has been traced; nor where it is frozen."""
+    module, x_NCHW, loader = its_module()
+    seen: list[bool] = []
+
+    def twice(trainer: L.Trainer, module: ElasticClassifier, *_: Any) -> None:
+        with torch.no_grad():
+            seen.append(torch.equal(module(x_NCHW), module(x_NCHW)))
+
+    spy = Spy(on_train_batch_end=twice, on_validation_batch_end=twice)
+    program(PruneDynamically(0.5, only=only), spy).fit(module, loader, loader)
+    assert seen == ([only] * 3 + [True] * 3) * 2
+
+
+def test_what_is_moved_is_moved_with_what_was_traced_of_it() -> None:
+    module, x_NCHW, loader = its_module()
+    program(PruneDynamically(0.5)).fit(module, loader, loader)
+    with torch.no_grad():
+        expected = module.eval()(x_NCHW)
+        module.double()
+        assert module.switched[0].mean is module.net.mean
+        torch.testing.assert_close(module(x_NCHW.double()).float(), expected)
+
+
+def test_it_may_be_validated_before_it_is_trained_and_trained_twice_but_not_switched_twice() -> None:
+    module, _, loader = its_module()
+    own = PruneDynamically(0.5)
+    program(own).validate(module, loader, verbose=False)
+    program(own).fit(module, loader, loader)
+    program(own).fit(module, loader, loader)
+    program(PruneDynamically(0.5)).validate(module, loader, verbose=False)
+    program(own).fit(its_module()[0], loader, loader)
+    for other in (own, PruneDynamically(0.5)):  # its own has gone to another network
+        with pytest.raises(TrainingError, match="of another SwitchKernels: continue with that one"):
+            program(other).fit(module, loader, loader)
+
+
+def test_without_validation_the_first_set_rules_in_the_end() -> None:
+    module, _, loader = its_module()
+    drawn: list[int] = []
+    spy = Spy(on_train_batch_end=lambda *_: drawn.append(next(iterate_modules(module)).active_set))
+    program(PruneDynamically([0.1, 1.0, 2.0]), spy, limit_val_batches=0).fit(module, loader, loader)
+    assert drawn[-1] != 0 and {m.active_set for m in iterate_modules(module)} == {0}
+    assert {norm.active_set for norm in module.modules() if isinstance(norm, SetNorm)} == {0}
+
+
+def test_several_sets_are_trained_in_one_process() -> None:
+    """Each process would draw another set."""
+    module, _, _ = its_module()
+    trainer: Any = SimpleNamespace(world_size=2, callbacks=[])
+    with pytest.raises(TrainingError, match="several sets, or levels, are trained in one process"):
+        PruneDynamically([0.5, 1.0]).setup(trainer, module, "fit")
+    PruneDynamically(0.5).setup(trainer, module, "fit")
+
+
+def test_in_any_lightning_program() -> None:
+    module, x_NCHW, loader = its_module()
+    program(PruneDynamically(0.5)).fit(module, loader, loader)
+    with torch.no_grad():
+        expected = module.eval()(x_NCHW)
+        torch.testing.assert_close(make_skipping(module.switched[0])(x_NCHW), expected, rtol=1e-4, atol=1e-5)
+        assert not F.softmax(expected, 1).isnan().any()

@@ -1,0 +1,264 @@
+"""Networks that skip: the same as masked ones, by whatever way, chosen by measuring."""
+
+import copy
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from elastic.dynamic.attaching import attach_modules
+from elastic.dynamic.modules import Choice, iterate_modules, select_set
+from elastic.dynamic.skipping import WAYS, make_masked, make_skipping, rewrite, tune
+from elastic.dynamic.skipping.native import compiled
+from elastic.errors import StructureError
+from elastic.models import convnet, resnet20
+from elastic.widths.discovery import discover
+from tests.elastic.dynamic.gated import case_or_none, gated
+from tests.elastic.zoo import CASES, Net, conv, head, randomised
+
+X = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def executed(net: fx.GraphModule, way: str) -> fx.GraphModule:
+    return make_masked(net) if way == "masked" else make_skipping(net, way=way)
+
+
+@pytest.mark.parametrize("way", [*WAYS, "masked"])
+@pytest.mark.parametrize("name", CASES)
+@given(seed=st.integers(0, 10**6), batch=st.integers(1, 3), choice=st.sampled_from(["scale", "ramp", "soft"]))
+@settings(max_examples=4)
+def test_skipping_says_what_masking_says(name: str, way: str, seed: int, batch: int, choice: Choice) -> None:
+    case = CASES[name]
+    net = case_or_none(case, seed, choice)
+    if net is None:
+        return
+    x = case.example(seed)[:1].repeat(batch, *[1] * (len(case.shape) - 1))
+    random, fast = torch.Generator().manual_seed(seed), executed(net, way)
+    with torch.no_grad():
+        for _ in range(2):  # the second time calls are replayed
+            x = x + torch.randn(x.shape, generator=random)
+            torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+TORCHVISION = ["resnet18", "mobilenet_v2", "vgg11_bn", "densenet121", "shufflenet_v2_x0_5", "squeezenet1_1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TORCHVISION)
+@pytest.mark.parametrize("way", [*WAYS, "masked"])
+def test_so_it_does_in_torchvisions_networks(name: str, way: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 64, 64)
+    net = gated(randomised(torchvision.models.get_model(name)).eval(), x)
+    with torch.no_grad():
+        expected = net(x)
+        torch.testing.assert_close(
+            executed(net, way)(x), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())
+        )
+    assert 0.1 < torch.cat([m.active_BK.flatten() for m in iterate_modules(net)]).mean() < 0.9
+
+
+def three(forward: Callable[[Any, Tensor], Tensor], **more: Any) -> nn.Module:
+    """Three convolutions, a head and whatever else a forward joins."""
+    return Net(forward, a=conv(3, 8, 3), b=conv(8, 6, 3), c=conv(6, 6, 3), h=head(6, 5), **more)
+
+
+def spreading(n: Any, x: Tensor) -> Tensor:
+    y = n.a(x).relu()
+    return n.h((n.b(y) + n.t(y.mean((2, 3), keepdim=True))).relu())  # type: ignore[no-any-return]
+
+
+def before_it_changes(n: Any, x: Tensor) -> Tensor:
+    """A shortcut's convolution reads what is changed in place before its maps are added."""
+    y = n.a(x)
+    shortcut = n.t(y)
+    return n.h(n.c(n.b(n.change(y)).relu()) + shortcut)  # type: ignore[no-any-return]
+
+
+def changed_and_not_returned(n: Any, x: Tensor) -> Tensor:
+    y = n.a(x)
+    n.change(y)
+    return n.h(n.b(y))  # type: ignore[no-any-return]
+
+
+AWKWARD: dict[str, Callable[[], nn.Module]] = {
+    "a parameter is added": lambda: three(
+        lambda n, x: n.h(n.c((n.b(n.a(x).relu()) + n.shift).relu())),
+        shift=nn.Parameter(torch.randn(1, 6, 1, 1)),
+    ),
+    "one pixel is added to all": lambda: three(spreading, t=conv(8, 6)),
+    "all are added to one pixel": lambda: three(
+        lambda n, x: n.h(n.t(n.b(n.a(x).relu()).mean((2, 3), keepdim=True)) + n.s(x)),
+        t=conv(6, 6),
+        s=conv(3, 6),
+    ),
+    "pixels become channels": lambda: three(
+        lambda n, x: n.h(n.t(F.max_pool2d(n.a(x).relu(), 8).view(x.size(0), -1, 1, 1))), t=conv(32, 6)
+    ),
+    "a pool has a border on one side": lambda: three(
+        lambda n, x: n.h(n.b(n.pool(n.a(x).relu()))), pool=nn.MaxPool2d(3, 2, padding=(0, 1))
+    ),
+    "a pool is spread on one side": lambda: three(
+        lambda n, x: n.h(n.b(n.pool(n.a(x).relu()))), pool=nn.MaxPool2d(2, 2, dilation=(1, 2))
+    ),
+    "a layer works in place": lambda: three(before_it_changes, t=conv(8, 6), change=nn.ReLU(inplace=True)),
+    "a function works in place": lambda: three(
+        before_it_changes, t=conv(8, 6), change=lambda y: F.relu(y, True)
+    ),
+    "a method works in place": lambda: three(before_it_changes, t=conv(8, 6), change=lambda y: y.relu_()),
+    "a sum works in place": lambda: three(
+        before_it_changes, t=conv(8, 6), change=lambda y: operator.iadd(y, 0.5)
+    ),
+    "what is changed is named": lambda: three(
+        before_it_changes, t=conv(8, 6), change=lambda y: torch.clamp(y, min=0.2, out=y)
+    ),
+    "a truth is added": lambda: three(lambda n, x: n.h(n.b(n.a(x).relu()) + (n.t(x) > 0)), t=conv(3, 6)),
+    "a number is added": lambda: three(lambda n, x: n.h(n.b(n.a(x).relu()) + x.shape[1] * 2)),
+    "things are named": lambda: three(
+        lambda n, x: n.h(torch.mul(n.b(n.a(x).relu()), other=n.t(input=x))), t=conv(3, 6)
+    ),
+    "nobody reads what works in place": lambda: three(changed_and_not_returned, change=nn.ReLU(inplace=True)),
+    "a norm has no statistics": lambda: three(
+        lambda n, x: n.h(n.b(n.norm(n.a(x)).relu())), norm=nn.BatchNorm2d(8, track_running_stats=False)
+    ),
+}
+
+
+@pytest.mark.parametrize("way", [*WAYS, "masked"])
+@pytest.mark.parametrize("name", AWKWARD)
+def test_so_it_does_where_layers_cannot_be_joined(name: str, way: str) -> None:
+    torch.manual_seed(0)
+    net = gated(randomised(AWKWARD[name]()).eval(), X)
+    with torch.no_grad():
+        fast = executed(net, way)
+        for x in (X, X.flip(0), X[:1]):  # the second time calls are replayed
+            torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda net: net.double(), r"in fp32 on the CPU, not in torch\.float64 on cpu: convert the network"),
+        (lambda net: net.to("meta"), "in fp32 on the CPU, not in torch.float32 on meta"),
+        (
+            nn.Sequential,
+            "Sequential only contains a network with kernel activation modules: give that itself",
+        ),
+    ],
+)
+def test_networks_that_cannot_skip_are_refused(make: Callable[[nn.Module], nn.Module], message: str) -> None:
+    net = make(gated(resnet20().eval(), X))
+    with pytest.raises(StructureError, match=message):
+        make_skipping(net)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_modules_that_decide_at_random_decide_anew_each_time(way: str) -> None:
+    net = gated(randomised(resnet20()).eval(), X, kind="random")
+    fast = make_skipping(net, way=way)
+
+    def drawn(one: nn.Module, seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return one(X)  # type: ignore[no-any-return]
+
+    with torch.no_grad():
+        fast(X)
+        assert not torch.equal(drawn(net, 1), drawn(net, 2))
+        for seed in (1, 2):
+            torch.testing.assert_close(drawn(fast, seed), drawn(net, seed), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(compiled() is None, reason="there is no C++ compiler")
+@pytest.mark.parametrize("seen", [False, True])
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (X[:1, :1], "3 channels"),
+        (X[:1].repeat(1, 2, 1, 1), "3 channels"),
+        (X[0], "3 channels"),
+        (X[:1].double(), "fp32 inputs"),
+        (X[:1].int(), "fp32 inputs"),
+        (X[:1, :, :3, :3], "maps of 1×1 are too small for a kernel"),
+        (X[:1, :, :2], "maps of 2×16 are too small for a kernel"),
+        (X[:1, :, :5, :5], "maps of 1×1 are too small for a pool"),
+    ],
+)
+def test_inputs_that_are_no_images_are_refused(x: Tensor, message: str, seen: bool) -> None:
+    """Also when what images call for has been recorded."""
+    layers = {"a": nn.Conv2d(3, 8, 3), "b": nn.Conv2d(8, 6, 3), "pool": nn.MaxPool2d(2), "h": head(6)}
+    net = Net(lambda n, x: n.h(n.pool(n.b(n.a(x).relu())).relu()), **layers)
+    fast = make_skipping(gated(randomised(net).eval(), X), way="kernel")
+    with torch.no_grad():
+        if seen:
+            fast(X[:1])
+        with pytest.raises(StructureError, match=message):
+            fast(x)
+
+
+def test_a_network_that_is_refused_keeps_its_set() -> None:
+    net = gated(resnet20().eval(), X, sets=2).double()
+    select_set(net, 1)
+    with pytest.raises(StructureError, match="fp32"):
+        make_skipping(net)
+    assert {module.active_set for module in iterate_modules(net)} == {1}
+
+
+def test_a_network_in_training_can_be_looked_at() -> None:
+    """What it engaged last has a history, which cannot be copied."""
+    net = convnet(in_channels=3)
+    switched = attach_modules(net, discover(net, X))
+    switched(X).sum().backward()
+    fast = make_skipping(switched)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(X), switched.eval()(X), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["kernel", "masked"])
+def test_a_set_is_chosen_between_requests_of_the_skipping_network_too(way: str) -> None:
+    net = gated(convnet(in_channels=3).eval(), X, sets=2)
+    active = executed(net, way)
+    with torch.no_grad():
+        for chosen in (1, 0, 1):
+            select_set(net, chosen)
+            select_set(active, chosen)
+            torch.testing.assert_close(active(X), net(X), rtol=1e-4, atol=1e-5)
+
+
+def test_tuning_gives_every_layer_its_fastest_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = rewrite(gated(convnet(in_channels=3).eval(), X))
+    layers = [m for m in net.modules() if type(m).__name__ == "ActiveConv2d"]
+    fastest = dict(zip(layers, ["dense", "stock", "dense", "stock"], strict=True))
+    clock = {"now": 0.0}
+    for layer in layers:
+        forward = layer.forward
+
+        def slow(*args: Any, layer: Any = layer, forward: Any = forward) -> Tensor:
+            clock["now"] += 1.0 if layer.way == fastest[layer] else 2.0
+            return forward(*args)
+
+        monkeypatch.setattr(layer, "forward", slow)
+    monkeypatch.setattr("elastic.skipping.network.time.perf_counter", lambda: clock["now"])
+    tune(net, [X[:1]])
+    assert {layer: layer.way for layer in layers} == fastest
+
+
+def test_a_network_without_modules_is_executed_in_full() -> None:
+    net = randomised(resnet20()).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(make_skipping(net, [X])(X), net(X), rtol=1e-4, atol=1e-4)
+
+
+def test_the_network_itself_is_left_as_it_is() -> None:
+    net = gated(resnet20().eval(), X)
+    before = copy.deepcopy(net.state_dict())
+    names = list(before)
+    make_skipping(net, [X[:1]])
+    assert list(net.state_dict()) == names
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())

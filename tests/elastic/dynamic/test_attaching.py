@@ -1,0 +1,432 @@
+"""Kernel activation modules: where they go, what they shut, how they learn, what they cost."""
+
+import copy
+from typing import Any, get_args
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+from torchvision.ops import StochasticDepth
+
+from elastic.dynamic.attaching import attach_modules
+from elastic.dynamic.loss import ActivationCost, ActivationLoss
+from elastic.dynamic.modules import WITHIN, Choice, Head, KernelActivation, Site, iterate_modules, select_set
+from elastic.dynamic.skipping import make_masked, make_skipping
+from elastic.errors import StructureError
+from elastic.measure.counts import count_macs
+from elastic.models import convnet, resnet20, vgg16_bn
+from elastic.surgery.reindexing import reindex
+from elastic.widths.discovery import discover
+from tests.elastic.dynamic.gated import case_or_none, gated
+from tests.elastic.zoo import CASES, Net, conv, head, randomised
+
+X = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", CASES)
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=4)
+def test_what_is_off_is_not_read(name: str, seed: int) -> None:
+    """The network, with those columns of its weights zeroed that read what the modules have switched off."""
+    case = CASES[name]
+    net = case_or_none(case, seed, "straight_through")
+    if net is None:
+        return
+    plain, x = case.model().eval(), case.example()[:1]
+    with torch.no_grad():
+        found = net(x)
+        for module in iterate_modules(net):
+            off_K = module.active_BK[0] == 0
+            for path in module.site.readers:
+                layer: Any = plain.get_submodule(path)
+                grouped = getattr(layer, "groups", 1) > 1
+                columns = layer.weight if grouped else layer.weight.transpose(0, 1)
+                columns.unflatten(0, (len(off_K), -1))[off_K] = 0
+        torch.testing.assert_close(found, plain(x))
+
+
+class Dropping(nn.Module):
+    """Does by `self.training` what torch.fx takes for constants."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 4)
+        self.depth = StochasticDepth(0.5, "row")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.dropout(self.one(x).relu(), 0.5, self.training)
+        x = self.depth(self.two(x))
+        return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class Otherwise(Dropping):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 2 if self.training else super().forward(x)
+
+
+class OtherNumbers(Dropping):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(super().forward(x), 0.5 if self.training else 0.0, True)
+
+
+@pytest.mark.parametrize("traced_in_training", [True, False])
+def test_what_is_random_in_training_is_so_there_alone(traced_in_training: bool) -> None:
+    torch.manual_seed(0)
+    net, x = Dropping().train(traced_in_training), torch.randn(8, 1, 8, 8)
+    found = attach_modules(net, discover(net, x))
+    assert found.training == net.training == traced_in_training
+    with torch.no_grad():
+        for way in (found, make_skipping(found), make_masked(found)):
+            assert torch.allclose(way.eval()(x), net.eval()(x), atol=1e-6)
+        found.train()
+        assert not torch.equal(found(x), found(x))
+        torch.manual_seed(1)
+        expected = net.train()(x)
+        torch.manual_seed(1)
+        assert torch.equal(found(x), expected)
+
+
+@pytest.mark.parametrize("kind", [Otherwise, OtherNumbers])
+def test_a_network_that_training_changes_is_refused(kind: type[Dropping]) -> None:
+    net, x = kind(), torch.randn(2, 1, 8, 8)
+    widths = discover(net, x)
+    with pytest.raises(
+        StructureError, match=f"^{kind.__name__} is another network in training than in eval.*"
+    ) as refusal:
+        attach_modules(net, widths)
+    assert "\n" not in str(refusal.value) and all(module.training for module in net.modules())
+
+
+def test_modules_go_where_kernels_have_one_writer() -> None:
+    """All of a plain network; in a residual one the widths inside the branches."""
+    for build, expected in [(convnet, 4), (vgg16_bn, 13), (resnet20, 9)]:
+        net = build(in_channels=3)
+        x = torch.zeros(2, 3, 32, 32)
+        found = attach_modules(net, discover(net, x))
+        assert len(list(iterate_modules(found))) == expected
+        assert {*net.state_dict()} <= {*found.state_dict()}, "layers keep their names"
+        for path, layer in net.named_modules():
+            if not list(layer.children()):
+                assert found.get_submodule(path) is layer
+    sites = {module.site.writer: module.site.readers for module in iterate_modules(found)}
+    assert sites["stage1.0.conv1"] == ("stage1.0.conv2",)
+
+
+def test_a_depthwise_convolution_follows_its_maps() -> None:
+    """What it makes of a map that is off (its bias, its norm's shift) is off, too."""
+    layers = {
+        "expand": conv(3, 6),
+        "depth": conv(6, 6, 3, groups=6),
+        "norm": nn.BatchNorm2d(6),
+        "project": conv(6, 4),
+    }
+    net = Net(
+        lambda m, x: m.head(m.project(F.relu(m.norm(m.depth(F.relu(m.expand(x))))))), **layers, head=head(4)
+    )
+    net = gated(randomised(net).eval(), X)
+    (module, _) = iterate_modules(net)
+    assert module.site == Site("expand", ("project",), ("depth",))
+    seen: list[Tensor] = []
+    net.get_submodule("project").register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        net(X)
+    off_BK = module.active_BK == 0
+    assert off_BK.any() and (seen[0][off_BK] == 0).all() and (seen[0][~off_BK] != 0).any()
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ["conv"],
+            "the kernels of 'conv' cannot be switched off: its maps are sums, conv and stage1.0.conv2",
+        ),
+        (["fc"], "width 'fc' cannot change: it is the model's output"),
+        (["nothing"], "width 'nothing' cannot change: there is none"),
+    ],
+)
+def test_kernels_that_cannot_be_switched_are_refused(names: list[str], message: str) -> None:
+    net = resnet20()
+    with pytest.raises(StructureError, match=message):
+        attach_modules(net, discover(net, X), names)
+
+
+def test_a_network_without_any_is_refused() -> None:
+    net = nn.Sequential(conv(3, 8), nn.GroupNorm(2, 8), nn.ReLU(), head(8))
+    with pytest.raises(
+        StructureError, match=r"cannot be switched off: 1 .GroupNorm. normalises over its channels"
+    ):
+        attach_modules(net, discover(net, X))
+
+
+def test_a_depthwise_convolution_that_is_used_twice_is_no_follower() -> None:
+    layers = {"first": conv(3, 6), "depth": conv(6, 6, 3, groups=6), "last": conv(6, 4), "head": head(4)}
+    net = Net(lambda m, x: m.head(m.last(m.depth(m.depth(m.first(x)).relu()).relu())), **layers)
+    with pytest.raises(StructureError, match="'first' cannot be switched off: depth is used 2 times"):
+        attach_modules(net, discover(net, X), ["first"])
+
+
+def test_modules_are_of_the_networks_type() -> None:
+    net = resnet20().double()
+    found = attach_modules(net, discover(net, X.double()))
+    assert found(X.double()).dtype == torch.float64
+
+
+def test_only_the_widths_asked_for() -> None:
+    net = resnet20()
+    found = attach_modules(net, discover(net, X), ["stage2.1.conv1"])
+    assert [module.site.writer for module in iterate_modules(found)] == ["stage2.1.conv1"]
+
+
+# --- how they learn ---------------------------------------------------------------------------------------
+
+
+def module(choice: Choice = "ramp", sets: int = 1) -> KernelActivation:
+    torch.manual_seed(0)
+    return KernelActivation(Site("a", ("b",), ()), 3, 6, sets, choice)
+
+
+def test_scores_are_those_of_the_sources_module() -> None:
+    """A 1×1 convolution, then global average pooling."""
+    made = module().eval()
+    head = made.heads[0]
+    assert isinstance(head, Head)
+    head.norm.running_mean.normal_()  # type: ignore[union-attr]
+    head.norm.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr]
+    weight_KC, bias_K, _ = head.folded()
+    maps_BKHW = F.conv2d(X, weight_KC[:, :, None, None], bias_K)
+    torch.testing.assert_close(made.scores(X), maps_BKHW.mean((2, 3)))
+    active_BK = torch.sigmoid(made.scores(X)) > 0.5
+    assert torch.equal(made(X)[:, :, 0, 0] > 0, active_BK)
+    assert torch.equal(made.active_BK, active_BK.float())
+
+
+def test_one_image_in_training_is_looked_at_as_in_evaluation() -> None:
+    """The last batch of an epoch may have no more, and no spread."""
+    torch.manual_seed(0)
+    one = gated(convnet(in_channels=3).eval(), X)
+    head = next(iterate_modules(one)).heads[0]
+    with torch.no_grad():
+        expected = head(X[:1])
+        assert torch.equal(head.train()(X[:1]), expected) and not torch.equal(head(X)[:1], expected)
+    assert one.train()(X[:1]).isfinite().all()
+
+
+def test_a_map_that_hardly_varies_does_not_decide_alone() -> None:
+    """Its variance is next to nothing, so that whoever switches it on is billions of deviations off."""
+    made = module().eval()
+    torch.nn.init.ones_(made.heads[0].linear.weight)  # type: ignore[union-attr, arg-type]
+    made.heads[0].norm.running_var.copy_(torch.tensor([1e-20, 1, 1]))  # type: ignore[union-attr, operator]
+    x_BCHW = torch.zeros(2, 3, 4, 4)
+    x_BCHW[0, 0] = 1e3
+    apart_K = made.scores(x_BCHW)[0] - made.scores(x_BCHW)[1]
+    assert torch.equal(apart_K, torch.full((6,), WITHIN))
+
+
+@pytest.mark.parametrize("choice", get_args(Choice))
+def test_they_start_nearly_open(choice: Choice) -> None:
+    assert module(choice).eval()(X).mean() == 1
+    assert 0.75 < module(choice)(X).mean() <= 1
+
+
+def test_the_straight_gradient_is_that_of_the_sigmoid() -> None:
+    made, score_BK = module("straight_through"), torch.tensor([[-1.0, 0.5, 2]], requires_grad=True)
+    gate_BK = made._gate(score_BK)
+    assert gate_BK.tolist() == [[0, 1, 1]]
+    gate_BK.sum().backward()
+    soft = torch.sigmoid(score_BK.detach())
+    torch.testing.assert_close(score_BK.grad, soft * (1 - soft))
+
+
+def test_sparing_drives_no_scores_apart() -> None:
+    """What asks for fewer kernels moves the scores of all samples alike: weights are the task's to learn."""
+    made = module()
+    torch.nn.init.normal_(made.heads[0].linear.weight)  # type: ignore[union-attr, arg-type]
+    made(X.repeat(4, 1, 1, 1) + torch.randn(12, 3, 16, 16))
+    assert torch.equal(made.active_BK.detach(), (made.active_BK > 0.5).float())
+    made.active_BK.sum().backward()
+    learnt = made.heads[0].linear
+    assert (learnt.bias.grad > 0).all()  # type: ignore[union-attr, operator]
+    torch.testing.assert_close(learnt.weight.grad, torch.zeros(6, 3), atol=1e-5, rtol=0)  # type: ignore[union-attr]
+
+
+def test_a_soft_gate_becomes_hard_as_it_cools() -> None:
+    made, score_BK = module("soft"), torch.tensor([[-1.0, 0.5, 2]])
+    torch.testing.assert_close(made._gate(score_BK), torch.sigmoid(score_BK))
+    made.temperature = 1e-3
+    assert made._gate(score_BK).tolist() == [[0, 1, 1]]
+
+
+def test_a_gumbel_gate_is_on_as_often_as_the_sigmoid_says() -> None:
+    made, score_BK = module("gumbel"), torch.tensor([[-1.0, 0.5, 2, 0]]).expand(20_000, -1)
+    often_K = made._gate(score_BK).mean(0)
+    torch.testing.assert_close(often_K, torch.sigmoid(score_BK[0]), atol=0.02, rtol=0)
+
+
+def test_a_network_starts_as_it_was_with_its_weakest_kernels_next_to_the_threshold() -> None:
+    net = randomised(convnet(in_channels=3)).eval()
+    net[3].weight.data[:, 2] = 0  # type: ignore[index, union-attr, operator]
+    found = attach_modules(net, discover(net, X), sets=2)
+    with torch.no_grad():
+        assert torch.equal(found(X), net(X))
+    (first, *_) = iterate_modules(found)
+    assert first.site == Site("0", ("3",), ())
+    for h in first.heads:
+        bias_K = h.linear.bias  # type: ignore[union-attr]
+        assert bias_K.argmin() == 2 and len(bias_K.unique()) == len(bias_K) and bias_K.min() >= 1  # type: ignore[operator, arg-type, union-attr]
+
+
+def test_one_of_several_sets_rules() -> None:
+    net = gated(convnet(in_channels=3).eval(), X, sets=3)
+    with torch.no_grad():
+        said = []
+        for chosen in (0, 1, 2, 0):
+            select_set(net, chosen)
+            said.append(net(X))
+    assert torch.equal(said[0], said[3]) and not torch.equal(said[0], said[1])
+    assert not torch.equal(said[1], said[2])
+
+
+@pytest.mark.parametrize("chosen", [-1, 2, 7])
+def test_a_set_that_does_not_exist_is_refused(chosen: int) -> None:
+    net = gated(convnet(in_channels=3), X, sets=2)
+    with pytest.raises(
+        StructureError, match=rf"there is no set {chosen} of kernel activation modules: .* has 0 … 1"
+    ):
+        select_set(net, chosen)
+    with pytest.raises(StructureError, match="the network has none"):
+        select_set(convnet(), 0)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_each_set_has_the_statistics_of_what_it_leaves_on(momentum: float | None) -> None:
+    """As if it were the only one, and saw only the batches that it ruled."""
+    plain = randomised(resnet20(4))
+    for layer in plain.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = momentum
+    both = gated(copy.deepcopy(plain), X, sets=2)
+    alone = [attach_modules(copy.deepcopy(plain), discover(plain, X)) for _ in range(2)]
+    for k, net in enumerate(alone):
+        for one, other in zip(iterate_modules(net), iterate_modules(both), strict=True):
+            one.heads[0].load_state_dict(other.heads[k].state_dict())
+    with torch.no_grad():
+        for step in range(6):
+            k, x = step % 2, torch.randn(8, 3, 16, 16)
+            select_set(both, k)
+            torch.testing.assert_close(both.train()(x), alone[k].train()(x))
+        ways = [both.eval(), make_skipping(both), make_masked(both)]
+        for k in (0, 1, 0):
+            expected = alone[k].eval()(X)
+            for way in ways:
+                select_set(way, k)
+                torch.testing.assert_close(way(X), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(alone[0](X), alone[1](X), rtol=0.1)
+
+
+def test_sets_and_choices_that_cannot_be_are_refused() -> None:
+    with pytest.raises(StructureError, match="0 sets of modules: there must be 1 or more"):
+        module(sets=0)
+    with pytest.raises(
+        StructureError, match="kernels cannot be chosen by 'hope': use one of scale, ramp, straight_through"
+    ):
+        module("hope")  # type: ignore[arg-type]
+
+
+# --- what they cost ---------------------------------------------------------------------------------------
+
+
+def by_compaction(net: fx.GraphModule, plain: nn.Module, b: int) -> int:
+    """MACs of the network that has only the kernels that sample b engages."""
+    small = copy.deepcopy(plain)
+    keep = {m.site.writer: m.active_BK[b].nonzero().flatten() for m in iterate_modules(net)}
+    reindex(small, discover(small, X), keep)
+    return count_macs(small, X[:1])
+
+
+@pytest.mark.parametrize("build", [convnet, resnet20])
+def test_macs_are_those_of_the_compacted_network_and_of_the_modules(build: Any) -> None:
+    plain = build(in_channels=3).eval()
+    net = gated(plain, X)
+    engaged = ActivationCost(net, X)
+    assert engaged.dense == count_macs(plain, X)
+    heads = sum(h.linear.weight.numel() for m in iterate_modules(net) for h in m.heads)  # type: ignore[misc, union-attr, operator]
+    assert engaged.modules == heads
+    with torch.no_grad():
+        net(X)
+    expected = [by_compaction(net, plain, b) + heads for b in range(len(X))]
+    assert engaged.macs_B().round().int().tolist() == expected
+    on = torch.cat([m.active_BK for m in iterate_modules(net)], 1)
+    torch.testing.assert_close(engaged.kernels_B(), on.sum(1) / on.shape[1])
+    torch.testing.assert_close(engaged.share("macs"), torch.tensor(expected).float().mean() / engaged.dense)
+
+
+@pytest.mark.parametrize(
+    ("parsimony", "ripe", "expected"),
+    [
+        (ActivationLoss(2.0), 1.0, 0.8),
+        (ActivationLoss(2.0), 0.5, 0.4),
+        (ActivationLoss(2.0, "square"), 1.0, 0.32),
+        (ActivationLoss(10.0, "target", target=0.3), 1.0, 0.1),
+        (ActivationLoss(10.0, "target", target=0.2), 0.5, 0.4),
+        (ActivationLoss(10.0, "target", target=0.2), 0.0, 3.6),
+        (ActivationLoss(0.0), 1.0, 0.0),
+    ],
+)
+def test_the_loss_by_hand(parsimony: ActivationLoss, ripe: float, expected: float) -> None:
+    assert float(parsimony.loss(torch.tensor(0.4), ripe)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"form": "cubic"}, "set form to linear, square, target and by to count or macs"),
+        ({"by": "time"}, "set form to"),
+        ({"gain": -1.0}, "a gain of -1 would reward kernels that are on"),
+        ({"form": "target"}, "has a target where its form is 'target'"),
+        ({"target": 0.5}, "has a target where its form is 'target'"),
+        ({"form": "target", "target": 1.5}, "a target of 1.5: set it between 0 and 1"),
+    ],
+)
+def test_parsimony_that_cannot_be_is_refused(options: Any, message: str) -> None:
+    with pytest.raises(StructureError, match=message):
+        ActivationLoss(**options)
+
+
+def test_a_price_brings_the_share_to_its_target_whatever_the_task_gains_by_it() -> None:
+    """The square alone rests where its slope is the task's: at target + slope / (2 · gain)."""
+    parsimony, slope = ActivationLoss(10.0, "target", target=0.3), 4.0
+
+    def rest(steps: int, part: float) -> float:
+        share, price = torch.tensor(1.0, requires_grad=True), torch.tensor(0.0)
+        for _ in range(steps):
+            (gradient,) = torch.autograd.grad(parsimony.loss(share, 1.0, price) - slope * share, share)
+            share = (share - 0.02 * gradient).detach().requires_grad_()
+            price = parsimony.reprice(price, share.detach(), 1.0, part)
+        return float(share.detach())
+
+    assert rest(300, part=0.0) == pytest.approx(0.3 + slope / 20, abs=1e-3)
+    assert rest(300, part=1 / 20) == pytest.approx(0.3, abs=1e-3)
+    halfway = (parsimony.reprice(torch.tensor(2.0), torch.tensor(share), 0.5, 0.1) for share in (0.65, 0.75))
+    assert [float(price) for price in halfway] == pytest.approx([2.0, 2.2])  # the target is still 0.65
+    assert float(ActivationLoss(1.0).reprice(torch.tensor(0.0), torch.tensor(0.9), 1.0, 1.0)) == 0
+
+
+@pytest.mark.parametrize("by", ["count", "macs"])
+def test_gradients_close_kernels(by: Any) -> None:
+    torch.manual_seed(0)
+    net = attach_modules(plain := convnet(in_channels=3), discover(plain, X)).train()
+    engaged, optimizer = ActivationCost(net, X), torch.optim.SGD(net.parameters(), lr=20.0)
+    shares = []
+    for _ in range(60):
+        net(X)
+        loss = ActivationLoss(1.0, by=by).loss(engaged.share(by))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        shares.append(float(engaged.share(by).detach()))
+    assert shares[0] > 0.95 and shares[-1] < 0.5
+    assert all((m.active_BK.sum(1) > 0.99).all() for m in iterate_modules(net)), "never to no kernel at all"

@@ -1,0 +1,613 @@
+"""Levels against networks cut out by re-indexing, against arithmetic by hand, and against their storage."""
+
+import copy
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models import MobileNetV2, densenet
+from torchvision.models.convnext import CNBlock
+from torchvision.models.resnet import Bottleneck
+from torchvision.ops import Permute
+
+from elastic.errors import StructureError
+from elastic.levels.nested import Levels, extract_level, find_nestable
+from elastic.levels.sizes import make_resized
+from elastic.models import convnet, resnet20
+from elastic.pruning import gates
+from elastic.surgery.layers import NORMS
+from elastic.surgery.reindexing import reindex
+from elastic.widths.discovery import Widths, discover
+from tests.elastic.zoo import CASES, Case, conv, head, randomised
+
+WHOLE = {"split", "sliced_halves", "channel_shuffle", "grouped"}  # all widths lie between others' channels
+case_with_levels = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def alexnet_like() -> nn.Sequential:
+    """Two convolutions, a flatten that repeats channels, two hidden linear layers with dropout."""
+    return nn.Sequential(
+        *(conv(3, 6, 3), nn.ReLU(), nn.MaxPool2d(2), conv(6, 8, 3), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Dropout(0.5), nn.Linear(32, 12), nn.ReLU(), nn.Dropout(0.5)),
+        *(nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 5)),
+    )
+
+
+def resnext_like() -> nn.Sequential:
+    stem = conv(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU()
+    return nn.Sequential(*stem, *(Bottleneck(16, 4, groups=2) for _ in range(2)), head(16))
+
+
+def convnext_like() -> nn.Sequential:
+    """Depthwise convolutions, layer norms over channels that stand last, a scale a channel."""
+    return nn.Sequential(conv(3, 6, 3), CNBlock(6, 0.5, 0.0), conv(6, 8, 3), CNBlock(8, 0.5, 0.0), head(8))
+
+
+NETS: dict[str, Callable[[], nn.Module]] = {
+    "convnet": lambda: convnet((6, 8, 8, 10), in_channels=3, classes=5),
+    "resnet20": lambda: resnet20(4, classes=5),
+    "mobilenet_v2": lambda: MobileNetV2(5, 0.25, [[1, 8, 1, 1], [3, 12, 2, 2], [3, 16, 1, 2]]),
+    "densenet": lambda: densenet.DenseNet(4, (2, 2), 8, 2, num_classes=5),
+    "resnext": resnext_like,
+    "convnext": convnext_like,
+    "alexnet": alexnet_like,
+    "layer_norm_over_maps": lambda: nn.Sequential(
+        *(conv(3, 6, 3), nn.LayerNorm((6, 8, 8)), nn.ReLU(), conv(6, 5, 3)), head(5)
+    ),
+    "channels_last_in_a_layer_norm": lambda: nn.Sequential(
+        *(
+            conv(3, 6, 3),
+            Permute([0, 2, 3, 1]),
+            nn.LayerNorm((8, 8, 6)),
+            Permute([0, 3, 1, 2]),
+            conv(6, 5, 3),
+        ),
+        head(5),
+    ),
+}
+SHAPE = {"mobilenet_v2": (2, 3, 24, 24), "densenet": (2, 3, 32, 32)}
+every_net = pytest.mark.parametrize("name", NETS)
+some_nets = pytest.mark.parametrize("name", ["convnet", "densenet", "convnext", "alexnet"])
+
+
+def example(name: str, seed: int = 1) -> Tensor:
+    return torch.randn(SHAPE.get(name, (2, 3, 8, 8)), generator=torch.Generator().manual_seed(seed))
+
+
+def built(name: str) -> tuple[nn.Module, Tensor, Widths]:
+    torch.manual_seed(0)
+    net, x = randomised(NETS[name]()), example(name)
+    return net, x, discover(net, x)
+
+
+@st.composite
+def ascending(draw: Any, widths: Widths, most: int = 3) -> list[dict[str, int]]:
+    """Sizes of one level or more below the network, each a part of the next."""
+    count = draw(st.integers(1, most))
+    names = find_nestable(widths)
+    columns = {n: sorted(draw(_columns(widths[n].size, count))) for n in names}
+    rows = [{n: columns[n][k] for n in names} for k in range(count)]
+    full = {n: widths[n].size for n in names}
+    rows = [row for k, row in enumerate(rows) if row != full and row not in rows[:k]]
+    assume(rows)
+    return rows
+
+
+def _columns(size: int, count: int) -> st.SearchStrategy[list[int]]:
+    return st.lists(st.integers(1, size), min_size=count, max_size=count)
+
+
+def halves(widths: Widths, *fractions: float) -> list[dict[str, int]]:
+    return [{n: max(1, int(widths[n].size * f)) for n in find_nestable(widths)} for f in fractions or (0.5,)]
+
+
+def norms(net: nn.Module) -> dict[str, nn.Module]:
+    return {path: module for path, module in net.named_modules() if isinstance(module, NORMS)}
+
+
+def nested(net: nn.Module, widths: Widths, sizes: list[dict[str, int]]) -> Levels:
+    """Levels whose norms are unlike the network's, so that one that is not the level's own is noticed."""
+    levels = Levels(net, widths, sizes)
+    torch.manual_seed(7)
+    randomised(levels.norms)
+    return levels
+
+
+def extracted(levels: Levels, k: int) -> nn.Module:
+    """Level k as a network of its own: cut out by re-indexing, with the level's norms put in by name."""
+    net = make_resized(levels.net, levels.widths, levels.sizes[k])
+    if k < len(levels) - 1:
+        own: Any = levels.norms[k]
+        for path, norm in norms(net).items():
+            norm.load_state_dict(own[path.replace(".", "/")].state_dict())
+    return net.train(levels.net.training)
+
+
+def evaluated(levels: Levels) -> Levels:
+    for level in levels:
+        level.eval()
+    return levels
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * (1 + float(b.detach().abs().max())))
+
+
+def shared(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that are not a norm's, by name."""
+    for path, module in net.named_modules():
+        if not isinstance(module, NORMS):
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None:
+                    yield f"{path}.{name}", tensor
+
+
+def inside(levels: Levels) -> None:
+    """Every level's tensors begin where the network's do, step as they do, and are a part of the next's."""
+    whole = dict(shared(levels.net))
+    for k, level in enumerate(levels[:-1]):
+        larger = dict(shared(levels[k + 1]))
+        assert larger.keys() == whole.keys()
+        for name, tensor in shared(level):
+            held = whole[name]
+            assert tensor.data_ptr() == held.data_ptr() and tensor.dtype == held.dtype, name
+            steps = [
+                (n, s, t)
+                for n, s, t in zip(tensor.shape, tensor.stride(), held.stride(), strict=True)
+                if n > 1
+            ]
+            assert all(s == t for _, s, t in steps), name
+            assert all(a <= b for a, b in zip(tensor.shape, larger[name].shape, strict=True)), name
+
+
+# --- what a level is -------------------------------------------------------------------------------------
+
+
+@case_with_levels
+@given(data=st.data())
+@settings(max_examples=3)
+def test_a_level_says_what_a_network_of_its_size_and_norms_says(case: Case, data: st.DataObject) -> None:
+    net, x = case.model(), case.example()
+    widths = discover(net, x)
+    if not find_nestable(widths):
+        return
+    levels = evaluated(nested(net, widths, data.draw(ascending(widths))))
+    inside(levels)
+    for k, level in enumerate(levels):
+        own = extracted(levels, k)
+        assert repr(level) == repr(own) and type(level) is type(net)
+        close(level(x), own(x))
+        close(levels.forward(k, x), own(x))
+
+
+@every_net
+@given(data=st.data())
+@settings(max_examples=2)
+def test_so_it_is_in_networks_of_many_kinds(name: str, data: st.DataObject) -> None:
+    net, x, widths = built(name)
+    levels = evaluated(nested(net, widths, data.draw(ascending(widths))))
+    inside(levels)
+    for k, level in enumerate(levels):
+        own = extracted(levels, k)
+        assert repr(level) == repr(own)
+        close(level(x), own(x))
+        close(levels.forward(k, x), own(x))
+
+
+def test_all_cases_but_those_named_have_widths_to_cut() -> None:
+    found = {n for n, c in CASES.items() if not find_nestable(discover(c.model(), c.example()))}
+    assert found == WHOLE
+
+
+def test_by_hand_on_two_convolutions() -> None:
+    torch.manual_seed(0)
+    net = randomised(nn.Sequential(conv(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), conv(6, 5, 3), head(5)))
+    levels = evaluated(nested(net, discover(net, example("convnet")), [{"0": 2, "3": 3}, {"0": 4}]))
+    x = example("convnet")
+    for k, (first, second) in enumerate([(2, 3), (4, 5)]):
+        a, b = torch.arange(first), torch.arange(second)
+        own: Any = levels.norms[k]["1"]  # type: ignore[index]
+        h = F.conv2d(x, net[0].weight.index_select(0, a), net[0].bias.index_select(0, a), padding=1)
+        h = F.batch_norm(h, own.running_mean, own.running_var, own.weight, own.bias).relu()
+        weight = net[3].weight.index_select(0, b).index_select(1, a)
+        h = F.conv2d(h, weight, net[3].bias.index_select(0, b), padding=1).mean((2, 3))
+        close(levels[k](x), F.linear(h, net[4][2].weight.index_select(1, b), net[4][2].bias))
+
+
+@every_net
+def test_a_level_costs_the_memory_of_its_norms(name: str) -> None:
+    net, _, widths = built(name)
+
+    def storage(*tensors: Tensor) -> int:
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    before = storage(*net.parameters(), *net.buffers())
+    levels = Levels(net, widths, halves(widths, 0.4, 0.8))
+    own = sum(t.nbytes for t in (*levels.norms.parameters(), *levels.norms.buffers()))
+    held = [t for level in levels for t in (*level.parameters(), *level.buffers())]
+    assert storage(*held) == before + own
+
+
+@every_net
+def test_what_the_network_learns_the_levels_have(name: str) -> None:
+    net, x, widths = built(name)
+    levels = evaluated(nested(net, widths, halves(widths, 0.4, 0.8)))
+    before = [level(x) for level in levels]
+    with torch.no_grad():
+        for parameter in (
+            p for m in net.modules() if not isinstance(m, NORMS) for p in m._parameters.values()
+        ):
+            if parameter is not None:
+                parameter.mul_(1.5).add_(0.01)
+    for k, level in enumerate(levels):
+        assert not torch.allclose(level(x), before[k], rtol=1e-3)
+        close(level(x), extracted(levels, k)(x))
+
+
+def test_a_sequence_of_modules_the_last_one_the_network_itself() -> None:
+    net, _, widths = built("convnet")
+    levels = Levels(net, widths, halves(widths, 0.4, 0.8))
+    assert len(levels) == len(list(levels)) == 3 and levels[-1] is levels[2] is net
+    assert levels[:2] == [levels[0], levels[1]] and levels.sizes[-1] == widths.sizes()
+    assert not any(p.requires_grad for _, p in shared(levels[0]) if p.shape != (5,)), (
+        "train through `forward`"
+    )
+    assert all(p.requires_grad for p in levels.norms.parameters())
+    again = Levels(net, widths, levels.sizes[:-1])
+    assert again.norms.state_dict().keys() == levels.norms.state_dict().keys()
+    for a, b in zip(again.norms.parameters(), levels.norms.parameters(), strict=True):
+        assert torch.equal(a, b) and a is not b
+
+
+def test_a_width_that_is_left_out_stays_whole() -> None:
+    net, _, widths = built("convnet")
+    levels = Levels(net, widths, [{"0": 3}])
+    assert levels.sizes[0] == widths.sizes() | {"0": 3}
+    assert levels[0][0].out_channels == 3 and levels[0][3].out_channels == net[3].out_channels
+
+
+def test_a_network_without_norms() -> None:
+    net, x, widths = built("alexnet")
+    levels = evaluated(Levels(net, widths, halves(widths, 0.3, 0.6)))
+    assert not list(levels.norms.parameters()) and len(levels.norms) == 2
+    for k, level in enumerate(levels):
+        close(level(x), extracted(levels, k)(x))
+
+
+# --- training ----------------------------------------------------------------------------------------------
+
+
+def step(net: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A loss whose gradient reaches every logit differently; dropout draws the same each time."""
+    torch.manual_seed(5)
+    logits = net(x)
+    loss = (logits * torch.arange(1, logits.shape[1] + 1)).square().mean()
+    loss.backward()
+    return loss.detach()
+
+
+def placed(gradient: Tensor, like: Tensor) -> Tensor:
+    """A gradient of the first channels among zeros."""
+    whole = torch.zeros_like(like)
+    whole[tuple(map(slice, gradient.shape))] = gradient
+    return whole
+
+
+def check_gradients(net: nn.Module, x: Tensor, sizes: list[dict[str, int]]) -> None:
+    """Those of `Levels.forward` are the extracted network's, in the prefix, and zero elsewhere."""
+    levels = nested(net.double().train(), discover(net, x.double()), sizes)
+    levels.norms.double()
+    x = x.double()
+    for k in range(len(levels) - 1):
+        net.zero_grad()
+        levels.norms.zero_grad()
+        own = extracted(levels, k)
+        assert torch.allclose(step(lambda x, k=k: levels.forward(k, x), x), step(own, x), rtol=1e-9)
+        theirs = {name: p.grad for name, p in own.named_parameters()}
+        for path, norm in norms(net).items():
+            for name, parameter in norm.named_parameters():
+                assert parameter.grad is None, "the network's own norms take no part"
+                its: Any = levels.norms[k][path.replace(".", "/")].get_parameter(name)  # type: ignore[index]
+                torch.testing.assert_close(its.grad, theirs.pop(f"{path}.{name}"), rtol=1e-8, atol=1e-12)
+        for name, parameter in net.named_parameters():
+            if name in theirs:
+                assert parameter.grad is not None, name
+                expected = placed(theirs[name], parameter)  # type: ignore[arg-type]
+                torch.testing.assert_close(parameter.grad, expected, rtol=1e-8, atol=1e-12)
+        others = [levels.norms[j] for j in range(len(levels) - 1) if j != k]
+        assert all(p.grad is None for norm in others for p in norm.parameters())
+
+
+@case_with_levels
+@given(data=st.data())
+@settings(max_examples=2)
+def test_gradients_are_those_of_the_extracted_network(case: Case, data: st.DataObject) -> None:
+    net, x = case.model(), case.example()
+    if widths := find_nestable(found := discover(net, x)):
+        assert widths
+        check_gradients(net, x, data.draw(ascending(found, most=2)))
+
+
+@every_net
+def test_gradients_are_so_in_networks_of_many_kinds(name: str) -> None:
+    net, x, widths = built(name)
+    check_gradients(net, torch.cat([x, example(name, 2)]), halves(widths, 0.3, 0.7))
+
+
+def test_the_networks_own_gradient_is_plain() -> None:
+    net, x, widths = built("convnet")
+    twin = copy.deepcopy(net)
+    levels = Levels(net, widths, halves(widths))
+    assert torch.equal(step(lambda x: levels.forward(1, x), x), step(twin, x))
+    for a, b in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["convnet", "resnet20", "densenet", "mobilenet_v2", "layer_norm_over_maps"])
+def test_training_updates_only_the_levels_own_statistics(name: str) -> None:
+    net, x, widths = built(name)
+    levels = nested(net.train(), widths, halves(widths, 0.3, 0.7))
+
+    def states() -> list[dict[str, Tensor]]:
+        found = [{n: t.clone() for n, t in its.state_dict().items()} for its in levels.norms]
+        return [*found, {n: t.clone() for n, t in net.state_dict().items()}]
+
+    for k in range(len(levels)):
+        before, own = states(), extracted(levels, k)
+        levels.forward(k, x)
+        own(x)
+        after = states()
+        for j, (then, now) in enumerate(zip(before, after, strict=True)):
+            moved = {n for n in then if not torch.equal(then[n], now[n])}
+            statistics = {n for n in then if "running" in n or "num_batches" in n}
+            assert moved == (statistics if j == k else set()), (k, j)
+        for path, norm in norms(own).items():
+            for tensor, value in norm.state_dict().items():
+                at = f"{path}.{tensor}" if k == len(levels) - 1 else f"{path.replace('.', '/')}.{tensor}"
+                close(after[k][at].float(), value.float())
+
+
+def test_a_level_follows_the_networks_mode() -> None:
+    net, x, widths = built("alexnet")
+    levels = Levels(net, widths, halves(widths))
+    net.eval()
+    assert torch.equal(levels.forward(0, x), levels.forward(0, x))
+    net.train()
+    torch.manual_seed(0)
+    assert not torch.equal(levels.forward(0, x), levels.forward(0, x)), "dropout"
+
+
+# --- running ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["convnet", "densenet", "mobilenet_v2", "convnext"])
+def test_threads_may_run_different_levels_at_once(name: str) -> None:
+    net, _, widths = built(name)
+    levels = evaluated(nested(net, widths, halves(widths, 0.25, 0.5, 0.75)))
+    work = [(k, example(name, seed)) for seed in range(12) for k in range(len(levels))]
+    with torch.inference_mode(), ThreadPoolExecutor(4, "level", torch.set_num_threads, (1,)) as pool:
+        expected = [levels[k](x) for k, x in work]
+        for got, its in zip(pool.map(lambda given: levels[given[0]](given[1]), work), expected, strict=True):
+            assert torch.equal(got, its)
+
+
+def test_running_in_evaluation_mode_writes_nothing() -> None:
+    net, x, widths = built("densenet")
+    levels = evaluated(nested(net, widths, halves(widths, 0.5)))
+    held = [t for level in levels for t in (*level.parameters(), *level.buffers())]
+    before = [t.detach().clone() for t in held]
+    versions = [t._version for t in held]
+    for level in levels:
+        level(x)
+    assert versions == [t._version for t in held]
+    assert all(torch.equal(a, b) for a, b in zip(before, held, strict=True))
+
+
+@every_net
+def test_channels_last(name: str) -> None:
+    net, x, widths = built(name)
+    net.to(memory_format=torch.channels_last)
+    levels = evaluated(nested(net, widths, halves(widths, 0.4)))
+    inside(levels)
+    x = x.contiguous(memory_format=torch.channels_last)
+    close(levels[0](x), extracted(levels, 0)(x))
+    close(levels.forward(0, x), extracted(levels, 0)(x))
+
+
+@some_nets
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_level_may_leave_as_a_network_of_its_own(name: str, memory_format: torch.memory_format) -> None:
+    """It shares nothing, lies in memory as the network does, and says the same whatever becomes of it."""
+    net, x, widths = built(name)
+    net.to(memory_format=memory_format)
+    levels = evaluated(nested(net, widths, halves(widths, 0.4, 0.8)))
+    x = x.contiguous(memory_format=memory_format)
+    expected = [level(x) for level in levels]
+    own = [extract_level(level) for level in levels]
+    held = [{t.untyped_storage().data_ptr() for t in (*n.parameters(), *n.buffers())} for n in (net, *own)]
+    assert sum(map(len, held)) == len(set().union(*held))
+    for level, twin in zip(levels, own, strict=True):
+        assert repr(level) == repr(twin)
+        for a, b in zip(level.state_dict().values(), twin.state_dict().values(), strict=True):
+            assert torch.equal(a, b)
+            assert b.dim() != 4 or b.is_contiguous(memory_format=memory_format)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+    for twin, says in zip(own, expected, strict=True):
+        close(twin(x), says)
+
+
+# --- storage that moves ----------------------------------------------------------------------------------
+
+
+@some_nets
+@pytest.mark.parametrize("move", ["reindex", "double", "channels_last", "load"])
+def test_share_finds_the_storage_again(name: str, move: str) -> None:
+    net, x, widths = built(name)
+    levels = evaluated(nested(net, widths, halves(widths, 0.4, 0.8)))
+    before = [level(x).detach() for level in levels]
+    if move == "reindex":
+        reindex(net, widths, {n: range(w.size) for n, w in widths.items()})
+    elif move == "double":
+        net.double()
+        levels.norms.double()
+        x = x.double()
+    elif move == "channels_last":
+        net.to(memory_format=torch.channels_last)
+    else:
+        net.load_state_dict({n: t.clone() for n, t in net.state_dict().items()}, assign=True)
+    levels.refresh()
+    inside(levels)
+    for level, expected in zip(levels, before, strict=True):
+        close(level(x).float(), expected)
+        close(levels.forward(levels.index(level), x).float(), expected)
+    with torch.no_grad():
+        for _, tensor in shared(net):
+            tensor.mul_(1.5)
+    for k, level in enumerate(levels):
+        close(level(x), extracted(levels, k)(x))
+
+
+# --- order -----------------------------------------------------------------------------------------------
+
+
+def permutation(drawn: torch.Generator, *ends: int) -> Tensor:
+    """Each stretch of channels, up to the next end, in an order of its own."""
+    stretches = zip((0, *ends), ends, strict=False)
+    return torch.cat([a + torch.randperm(b - a, generator=drawn) for a, b in stretches])
+
+
+def closed(index: dict[str, Tensor], sizes: dict[str, int]) -> bool:
+    return all(set(i[: sizes[n]].tolist()) == set(range(sizes[n])) for n, i in index.items())
+
+
+def check_order(net: nn.Module, x: Tensor, widths: Widths, sizes: list[dict[str, int]], seed: int) -> None:
+    """Permute within every level, or within one only: what the permutation is closed on says the same."""
+    levels = evaluated(nested(net, widths, sizes))
+    drawn = torch.Generator().manual_seed(seed)
+    for top in range(len(levels)):
+        ends = [levels.sizes[top], levels.sizes[-1]]
+        index = {n: permutation(drawn, *(e[n] for e in ends)) for n in widths}
+        before = [level(x).detach() for level in levels]
+        held = [{n: t.clone() for n, t in its.state_dict().items()} for its in levels.norms]
+        reindex(net, widths, index)
+        levels.permute(index)
+        inside(levels)
+        kept = [k for k in range(len(levels)) if closed(index, levels.sizes[k])]
+        assert {top, len(levels) - 1} <= set(kept)
+        for k in kept:
+            close(levels[k](x), before[k])
+        for k in set(range(len(levels) - 1)) - set(kept):
+            if not any(closed({n: i}, levels.sizes[k]) for n, i in index.items()):
+                now = levels.norms[k].state_dict()
+                assert all(torch.equal(now[n], t) for n, t in held[k].items()), "left for `inherit`"
+
+
+@case_with_levels
+@given(data=st.data())
+@settings(max_examples=2)
+def test_order_keeps_the_network_and_every_level_it_is_closed_on(case: Case, data: st.DataObject) -> None:
+    net, x = case.model(), case.example()
+    widths = discover(net, x)
+    if find_nestable(widths):
+        check_order(net, x, widths, data.draw(ascending(widths)), data.draw(st.integers(0, 99)))
+
+
+@every_net
+def test_order_is_so_in_networks_of_many_kinds(name: str) -> None:
+    net, x, widths = built(name)
+    check_order(net, x, widths, halves(widths, 0.3, 0.6), seed=3)
+
+
+@every_net
+def test_norms_are_inherited_from_the_next_level(name: str) -> None:
+    """Their first channels, to the last bit; nothing else changes."""
+    net, _, widths = built(name)
+    levels = nested(net, widths, halves(widths, 0.3, 0.7))
+    for k in (1, 0):
+        others = [copy.deepcopy(its.state_dict()) for j, its in enumerate(levels.norms) if j != k]
+        above = copy.deepcopy(levels[k + 1].state_dict())
+        levels.copy_norms(k)
+        for path, norm in norms(levels[k]).items():
+            for tensor, value in norm.state_dict().items():
+                source = above[f"{path}.{tensor}"]
+                assert torch.equal(value, source[tuple(map(slice, value.shape))]), path
+        assert all(torch.equal(above[n], t) for n, t in levels[k + 1].state_dict().items())
+        left = [its.state_dict() for j, its in enumerate(levels.norms) if j != k]
+        assert all(torch.equal(a[n], b[n]) for a, b in zip(others, left, strict=True) for n in a)
+
+
+# --- widths that lie between others ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_width_can_be_cut_where_all_that_is_left_lies_in_front(case: Case) -> None:
+    """Against dropping its last channels, one number after another, from a list of positions."""
+    widths = discover(case.model(), case.example())
+
+    def in_front(name: str) -> bool:
+        for slot in widths[name].slots:
+            own, total = widths.positions(slot, name), sum(widths.extents(slot))
+            for size in range(widths[name].size):
+                left = sorted(set(range(total)) - set(own[size:].flatten().tolist()))
+                if left != list(range(len(left))):
+                    return False
+        return True
+
+    assert find_nestable(widths) == [name for name in widths if in_front(name)]
+
+
+def test_of_a_concatenation_only_the_last_part_can_be_cut() -> None:
+    net = CASES["dense"].model()
+    widths = discover(net, CASES["dense"].example())
+    assert find_nestable(widths) == ["two"]
+    for name in ("stem", "one"):
+        with pytest.raises(StructureError, match=f"width '{name}' lies between others' channels") as caught:
+            Levels(net, widths, [{name: 1}])
+        assert "\n" not in str(caught.value)
+    assert Levels(net, widths, [{"stem": 4, "one": 3, "two": 1}]).sizes[0] == {"stem": 4, "one": 3, "two": 1}
+
+
+# --- refusals --------------------------------------------------------------------------------------------
+
+WRONG: dict[str, tuple[list[dict[str, int]], str]] = {
+    "from large to small": ([{"0": 5}, {"0": 3}], "level 0 has 5 channels of '0', level 1 has 3"),
+    "larger than the network": ([{"0": 7}], "level 0 has 7 channels of '0', level 1 has 6"),
+    "one up, one down": ([{"0": 3, "3": 4}, {"0": 4, "3": 3}], "from small to large"),
+    "equal": ([{"0": 3}, {"0": 3}], "levels 0 and 1 are the same"),
+    "the network itself": ([{"0": 6}], "levels 0 and 1 are the same"),
+    "nothing cut": ([{}], "levels 0 and 1 are the same"),
+    "no channel": ([{"0": 0}], "level 0 leaves width '0' without a channel"),
+    "less than none": ([{"0": -2}], "level 0 leaves width '0' without a channel"),
+    "an unknown width": ([{"nonsense": 2}], "'nonsense'"),
+    "a fixed width": ([{"16": 2}], "width '16' cannot change: it is the model's output"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_sizes_that_cannot_be_are_refused(what: str) -> None:
+    net, _, widths = built("convnet")
+    sizes, named = WRONG[what]
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(StructureError) as caught:
+        Levels(net, widths, sizes)
+    assert named in str(caught.value) and "\n" not in str(caught.value)
+    assert all(torch.equal(before[n], t) for n, t in net.state_dict().items())
+
+
+@pytest.mark.parametrize("grain", ["weight", "channel"])
+def test_a_gated_network_is_refused(grain: Any) -> None:
+    net, x, widths = built("convnet")
+    gates.attach_gates(net, widths, grain)
+    with pytest.raises(StructureError, match="a gated network has no levels") as caught:
+        Levels(net, widths, halves(widths))
+    assert "\n" not in str(caught.value)
+    folded = gates.fold_gates(net)
+    assert len(Levels(folded, discover(folded, x), halves(widths))) == 2

@@ -1,0 +1,533 @@
+"""Compaction against the gated network itself, on random networks with random gates and statistics."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+from elastic.errors import StructureError
+from elastic.measure.counts import count_macs, count_params
+from elastic.models import convnet, resnet20
+from elastic.pruning import gates
+from elastic.pruning.compaction import TINY, compact, find_removable_channels
+from elastic.surgery.reindexing import reindex
+from elastic.widths.discovery import discover
+from elastic.widths.parameters import get_original
+from tests.elastic.zoo import CASES, Case, Net, conv, differences, head, states
+
+X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+ACTIVATIONS: tuple[Callable[[], nn.Module], ...] = (nn.ReLU, nn.SiLU, nn.Sigmoid, nn.Identity)
+slow_to_draw = settings(suppress_health_check=[HealthCheck.too_slow])
+
+
+# --- random networks ----------------------------------------------------------------------------------
+
+
+class Draw:
+    """Small decisions, and a network's blocks made of them."""
+
+    def __init__(self, draw: Any) -> None:
+        self.draw = draw
+
+    def of(self, *options: Any) -> Any:
+        return self.draw(st.sampled_from(options))
+
+    def conv(self, read: int, written: int, **options: Any) -> nn.Conv2d:
+        kernel, stride, mode = self.of((3, 1, "zeros"), (1, 1, "zeros"), (3, 2, "zeros"), (3, 1, "reflect"))
+        padding = options.pop("padding", self.of(kernel // 2, 0) if stride == 1 else kernel // 2)
+        return nn.Conv2d(
+            read, written, kernel, options.pop("stride", stride), padding, bias=self.of(False, True),
+            padding_mode=mode if padding else "zeros", **options,
+        )  # fmt: skip
+
+    def same_size(self, read: int, written: int, **options: Any) -> nn.Conv2d:
+        return conv(read, written, self.of(1, 3), bias=self.of(False, True), **options)
+
+    def norm(self, channels: int) -> nn.Module:
+        return self.of(nn.BatchNorm2d, nn.BatchNorm2d, lambda _: nn.Identity())(channels)
+
+    def activation(self) -> nn.Module:
+        return self.of(*ACTIVATIONS)()
+
+    def block(self, read: int) -> tuple[nn.Module, int]:
+        kinds = (
+            self.plain, self.residual, self.projection, self.preactivation, self.depthwise, self.grouped,
+            self.squeeze_excite, self.concatenation, self.group_norm, self.pooling,
+        )  # fmt: skip
+        return self.of(*kinds)(read)
+
+    def plain(self, read: int) -> tuple[nn.Module, int]:
+        written = self.of(2, 3, 4)
+        return nn.Sequential(self.conv(read, written), self.norm(written), self.activation()), written
+
+    def residual(self, read: int) -> tuple[nn.Module, int]:
+        between = self.of(2, 3)
+        body = nn.Sequential(
+            *(self.same_size(read, between), self.norm(between), self.activation()),
+            *(self.same_size(between, read), self.norm(read)),
+        )
+        return Net(lambda m, x: m.act(x + m.body(x)), body=body, act=self.activation()), read
+
+    def projection(self, read: int) -> tuple[nn.Module, int]:
+        written, kinds = self.of(2, 4), dict(stride=self.of(1, 2))
+        layers = dict(
+            body=nn.Sequential(conv(read, written, 3, **kinds), self.norm(written)),
+            short=nn.Sequential(conv(read, written, 1, **kinds), self.norm(written)),
+        )
+        return Net(lambda m, x: m.act(m.short(x) + m.body(x)), act=self.activation(), **layers), written
+
+    def preactivation(self, read: int) -> tuple[nn.Module, int]:
+        """Two readers of one width, each behind a norm of its own."""
+        layers = dict(
+            one=nn.Sequential(nn.BatchNorm2d(read), nn.ReLU(), self.same_size(read, 3)),
+            two=nn.Sequential(nn.BatchNorm2d(read), self.activation(), self.same_size(read, 3)),
+        )
+        return Net(lambda m, x: m.one(x) + m.two(x), **layers), 3
+
+    def depthwise(self, read: int) -> tuple[nn.Module, int]:
+        times, written = self.of(1, 2), self.of(2, 3)
+        return nn.Sequential(
+            *(self.same_size(read, read * times, groups=read), self.norm(read * times), self.activation()),
+            self.same_size(read * times, written),
+        ), written
+
+    def grouped(self, read: int) -> tuple[nn.Module, int]:
+        return nn.Sequential(
+            *(self.same_size(read, 4), self.activation()),
+            *(self.same_size(4, 4, groups=2), self.norm(4), self.activation()),
+        ), 4
+
+    def squeeze_excite(self, read: int) -> tuple[nn.Module, int]:
+        excite = nn.Sequential(
+            *(nn.AdaptiveAvgPool2d(1), nn.Conv2d(read, 2, 1), nn.ReLU(), nn.Conv2d(2, read, 1)),
+            self.of(nn.Sigmoid, nn.Hardsigmoid)(),
+        )
+        return Net(lambda m, x: x * m.excite(x), excite=excite), read
+
+    def concatenation(self, read: int) -> tuple[nn.Module, int]:
+        between = self.of(2, 3)
+        new = nn.Sequential(self.same_size(read, between), self.norm(between), self.activation())
+        return Net(lambda m, x: torch.cat([x, m.new(x)], 1), new=new), read + between
+
+    def group_norm(self, read: int) -> tuple[nn.Module, int]:
+        return nn.Sequential(self.same_size(read, 4), nn.GroupNorm(self.of(1, 2, 4), 4), self.activation()), 4
+
+    def pooling(self, read: int) -> tuple[nn.Module, int]:
+        return self.of(
+            lambda: nn.AvgPool2d(3, 1, 1), lambda: nn.MaxPool2d(3, 1, 1), lambda: nn.Dropout(0.5)
+        )(), read
+
+    def head(self, read: int) -> nn.Module:
+        kind = self.of("average", "flatten", "alexnet", "convolution")
+        if kind == "average":
+            return head(read)
+        if kind == "convolution":
+            return nn.Sequential(nn.Conv2d(read, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        flat = (nn.AdaptiveAvgPool2d(2), nn.Flatten())
+        if kind == "flatten":
+            return nn.Sequential(*flat, nn.Linear(4 * read, 5))
+        hidden = (
+            nn.Linear(4 * read, 6),
+            nn.ReLU(),
+            nn.Linear(6, 4, bias=False),
+            nn.BatchNorm1d(4),
+            nn.ReLU(),
+        )
+        return nn.Sequential(nn.Dropout(0.5), *flat, *hidden, nn.Dropout(0.5), nn.Linear(4, 5))
+
+
+@st.composite
+def networks(draw: Any) -> nn.Module:
+    """A gated network of random blocks, statistics and gates; whole filters and columns are shut."""
+    made = Draw(draw)
+    torch.manual_seed(draw(st.integers(0, 10_000)))
+    read = made.of(2, 4)
+    layers: list[nn.Module] = [made.conv(3, read), made.norm(read), made.activation()]
+    for _ in range(draw(st.integers(0, 3))):
+        block, read = made.block(read)
+        layers.append(block)
+    net = nn.Sequential(*layers, made.head(read))
+    shaken(net)
+    grain = made.of("weight", "kernel", "channel", None)
+    try:
+        widths = discover(net, X)
+    except StructureError:
+        assume(False)
+    if grain is not None:
+        gates.attach_gates(net, widths, grain)
+    shut(net, made.of(0.0, 0.3, 0.6, 1.0))
+    return net.train(draw(st.booleans()))
+
+
+def shaken(net: nn.Module) -> None:
+    """Random norms and biases; a third of the shifts is zero, so that some dead channels are silent."""
+    with torch.no_grad():
+        for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+            if name.endswith("running_var"):
+                tensor.uniform_(0.5, 2)
+            elif tensor.dim() == 1 and name.endswith("weight"):
+                tensor.uniform_(0.5, 1.5)
+            elif tensor.dim() == 1:
+                tensor.normal_().mul_(torch.rand_like(tensor) > 1 / 3)
+
+
+def shut(net: nn.Module, rate: float) -> None:
+    """Close gates (or zero weights, where there are none): single ones, whole rows and whole columns."""
+    gated = {id(layer): gate for _, layer, gate in gates.iterate_gates(net)}
+    with torch.no_grad():
+        for layer in net.modules():
+            if not isinstance(layer, (nn.Conv2d, nn.Linear)):
+                continue
+            gate = gated.get(id(layer))
+            held = get_original(layer, "weight") if gate is None else gate.score
+            assert held is not None
+            closed = torch.zeros_like(held, dtype=torch.bool) if gate is None else torch.rand_like(held) < 0.3
+            closed[torch.rand(len(held)) < rate] = True
+            closed[:, torch.rand(held.shape[1]) < rate / 2] = True
+            held.masked_fill_(closed, 0.0 if gate is None else -1.0)
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    scale = max(1.0, float(expected.detach().abs().max()))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * scale)
+
+
+@torch.no_grad()
+def evaluated(net: nn.Module, x: Tensor = X) -> Tensor:
+    return copy.deepcopy(net).eval()(x)  # type: ignore[no-any-return]
+
+
+# --- properties -----------------------------------------------------------------------------------------
+
+
+@given(net=networks())
+@settings(slow_to_draw, max_examples=80)
+def test_a_compacted_network_computes_the_same(net: nn.Module) -> None:
+    small = compact(net, X)
+    close(evaluated(small), evaluated(net))
+    close(evaluated(small, 3 * X + 1), evaluated(net, 3 * X + 1))
+
+
+@given(net=networks())
+@settings(slow_to_draw, max_examples=20)
+def test_a_compacted_network_is_plain_and_never_larger(net: nn.Module) -> None:
+    before, drawn = states(net), torch.get_rng_state()
+    small = compact(net, X)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert not differences(before, states(net))
+    assert not any(module._forward_pre_hooks for module in (*net.modules(), *small.modules()))
+    assert not any(parametrize.is_parametrized(module) for module in small.modules())
+    assert not any(module.training for module in small.modules())
+    assert count_params(small) <= count_params(net)
+    assert count_macs(small, X) <= count_macs(net, X)
+    for parameter in small.parameters():
+        assert not ((parameter != 0) & (parameter.abs() < TINY)).any()
+
+
+@given(net=networks())
+@settings(slow_to_draw, max_examples=20)
+def test_compacting_twice_changes_nothing_more(net: nn.Module) -> None:
+    once = compact(net, X)
+    twice = compact(once, X)
+    assert repr(twice) == repr(once)
+    for (name, tensor), its in zip(twice.state_dict().items(), once.state_dict().values(), strict=True):
+        assert torch.equal(tensor, its), name
+
+
+@given(net=networks())
+@settings(slow_to_draw, max_examples=10)
+def test_a_compacted_network_trains(net: nn.Module) -> None:
+    small = compact(net, X).train()
+    optimizer = torch.optim.Adam(small.parameters(), lr=1e-3)
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.cross_entropy(small(X), torch.arange(4)).backward()
+        optimizer.step()
+    assert all(p.requires_grad and p.is_leaf for p in small.parameters())
+    assert torch.isfinite(evaluated(small)).all()
+
+
+@given(net=networks())
+@settings(slow_to_draw, max_examples=25)
+def test_dropping_what_is_silent_changes_nothing(net: nn.Module) -> None:
+    widths = discover(net, X)
+    before, drawn, sizes = states(net), torch.get_rng_state(), widths.sizes()
+    keep = find_removable_channels(net, widths, X)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert not differences(before, states(net))
+    assert not any(module._forward_pre_hooks for module in net.modules())
+    for name, index in keep.items():
+        assert 0 < len(index) < sizes[name]
+        assert index.tolist() == sorted(set(index.tolist()))
+    expected = evaluated(net)
+    reindex(net, widths, keep)
+    close(evaluated(net), expected)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("grain", ["weight", "kernel", "channel"])
+def test_every_structure_that_can_be_followed_can_be_compacted(case: Case, grain: gates.Grain) -> None:
+    x = case.example()
+    for seed, rate in ((0, 0.3), (1, 0.8)):
+        net = case.model(seed)
+        shaken(net)
+        gates.attach_gates(net, discover(net, x), grain)
+        shut(net, rate)
+        close(evaluated(compact(net, x), x), evaluated(net, x))
+        widths = discover(net, x)
+        expected = evaluated(net, x)
+        reindex(net, widths, find_removable_channels(net, widths, x))
+        close(evaluated(net, x), expected)
+
+
+# --- by hand ---------------------------------------------------------------------------------------------
+
+
+def two_convs(kernel: int = 1, norm: bool = False, written: int = 4) -> Any:
+    """Width "0" is read by "2", whose width "2" (5 channels) the logits read."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(conv(3, written), nn.ReLU(), conv(written, 5, kernel, bias=not norm)),
+        *(nn.BatchNorm2d(5) if norm else nn.Identity(), nn.ReLU(), head(5)),
+    ).eval()
+
+
+def dead(net: Any, channels: list[int], constant: float) -> None:
+    with torch.no_grad():
+        net[0].weight[channels] = 0
+        net[0].bias[channels] = constant
+
+
+def sizes(net: nn.Module) -> dict[str, int]:
+    return discover(net, X).sizes()
+
+
+def test_unread_channels_leave() -> None:
+    net = two_convs()
+    with torch.no_grad():
+        net[2].weight[:, [0, 3]] = 0
+    small = compact(net, X)
+    assert sizes(small) == {"0": 2, "2": 5}
+    close(small(X), net(X))
+
+
+@pytest.mark.parametrize("norm", [True, False], ids=["into the norm", "into the bias"])
+@pytest.mark.parametrize("constant", [0.0, 2.0, -2.0])
+def test_unwritten_channels_leave_and_their_constant_stays(norm: bool, constant: float) -> None:
+    net = two_convs(norm=norm)
+    dead(net, [1, 2], constant)
+    small: Any = compact(net, X)
+    assert sizes(small) == {"0": 2, "2": 5}
+    assert (small[2].bias is None) == norm
+    close(small(X), net(X))
+
+
+def test_behind_padding_one_channel_carries_all_constants() -> None:
+    net = two_convs(kernel=3)
+    dead(net, [0, 1, 3], 1.5)
+    net[0].bias.data[0] = 0.5
+    small = compact(net, X)
+    assert sizes(small) == {"0": 2, "2": 5}
+    close(small(X), net(X))
+
+
+def test_behind_padding_a_silent_channel_leaves_all_the_same() -> None:
+    net = two_convs(kernel=3)
+    dead(net, [0, 1], -1.0)
+    small = compact(net, X)
+    assert sizes(small) == {"0": 2, "2": 5}
+    close(small(X), net(X))
+
+
+@pytest.mark.parametrize("constant", [0.0, 2.0])
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("written", [1, 4])
+def test_a_width_that_is_dead_as_a_whole_keeps_one_channel(
+    constant: float, kernel: int, norm: bool, written: int
+) -> None:
+    net = two_convs(kernel, norm, written)
+    dead(net, list(range(written)), constant)
+    small = compact(net, X)
+    assert sizes(small)["0"] == 1
+    close(small(X), net(X))
+    again = compact(small, X)
+    close(again(X), net(X))
+
+
+def test_nothing_is_left_but_a_constant() -> None:
+    net = convnet((4, 6, 6, 8), in_channels=3)
+    gates.attach_gates(net, discover(net, X), "weight")
+    shaken(net)
+    for _, _, gate in gates.iterate_gates(net):
+        gate.score.data.fill_(-1)
+    small = compact(net, X)
+    assert set(sizes(small).values()) == {1}
+    close(evaluated(small), evaluated(net))
+
+
+def test_a_death_spreads_up_and_down() -> None:
+    """What only dead channels read, or write, dies with them."""
+    net: Any = convnet((4, 6, 6, 8), in_channels=3)
+    with torch.no_grad():
+        net[7].weight[:, :5] = 0  # five of the second convolution's six are unread
+        net[3].weight[:5].normal_()
+        net[3].weight[5, 1:] = 0  # the sixth reads one of four
+    small = compact(net, X)
+    assert list(sizes(small).values()) == [1, 1, 6, 8]
+    close(evaluated(small), evaluated(net))
+
+
+def test_a_shortcut_writes_its_width_too() -> None:
+    """A channel is dead where no writer of a residual width is left, and only there."""
+    case = CASES["projection"]
+    net: Any = case.model().eval()
+    x = case.example()
+    with torch.no_grad():
+        net.two.weight[[0, 1]] = 0
+        net.short.weight[[1, 2]] = 0
+    small = compact(net, x)
+    assert discover(small, x).sizes()["short"] == 4
+    close(small(x), net(x))
+
+
+@pytest.mark.parametrize("kind", ["group_norm", "layer_norm"])
+def test_channels_normalised_together_stay(kind: str) -> None:
+    case = CASES[kind]
+    net, x = case.model(), case.example()
+    first = next(module for module in net.modules() if isinstance(module, nn.Conv2d))
+    with torch.no_grad():
+        first.weight[0] = 0
+        first.bias[0] = 0  # type: ignore[index]
+    small = compact(net, x)
+    assert discover(small, x).sizes() == case.sizes
+    close(evaluated(small, x), evaluated(net, x))
+
+
+def test_denormals_are_flushed() -> None:
+    net = two_convs()
+    with torch.no_grad():
+        net[2].weight[0] = 1e-40
+        net[0].weight[1] = -1e-41
+        net[0].bias[1] = 0
+    small: Any = compact(net, X)
+    assert sizes(small) == {"0": 3, "2": 4}
+    for parameter in small.parameters():
+        assert not ((parameter != 0) & (parameter.abs() < TINY)).any()
+    close(small(X), net(X))
+
+
+def test_other_types_than_float32() -> None:
+    net, x = two_convs().double(), X.double()
+    dead(net, [1], 2.0)
+    small = compact(net, x)
+    assert {p.dtype for p in small.parameters()} == {torch.float64}
+    torch.testing.assert_close(small(x), net(x))
+
+
+def test_a_constant_is_not_judged_by_the_noise_alone() -> None:
+    """The map saturates at 1 on inputs of size 1; on larger ones it does not, and channel 1 varies."""
+    torch.manual_seed(0)
+    net: Any = Net(
+        lambda m, x: m.head(m.last((y := m.conv(x)) * F.hardsigmoid(m.map(y)))),
+        **dict(conv=conv(3, 4), map=conv(4, 1), last=conv(4, 5), head=head(5)),
+    ).eval()
+    with torch.no_grad():
+        net.conv.weight[1], net.conv.bias[1] = 0, 1
+        net.map.bias.fill_(8)
+    small = compact(net, X)
+    close(small(30 * X), net(30 * X))
+
+
+def test_resnet20_shrinks_and_stays_equal() -> None:
+    torch.manual_seed(0)
+    net = resnet20(width=8)
+    x = torch.randn(2, 3, 16, 16)
+    shaken(net)
+    widths = discover(net, x)
+    gates.attach_gates(net, widths, "weight")
+    shut(net, 0.4)
+    small = compact(net, x)
+    after = discover(small, x).sizes()
+    assert all(after[name] <= size for name, size in widths.sizes().items())
+    assert sum(after.values()) < 0.8 * sum(widths.sizes().values())
+    close(evaluated(small, x), evaluated(net, x))
+
+
+# --- silent -----------------------------------------------------------------------------------------------
+
+
+def test_only_gates_silence() -> None:
+    """Zeros that no gate made may yet be trained: fresh channels are read by zeros."""
+    net = two_convs()
+    with torch.no_grad():
+        net[2].weight[:, 0] = 0
+        net[0].weight[1] = 0
+        net[0].bias[1] = 0
+    widths = discover(net, X)
+    assert find_removable_channels(net, widths, X) == {}
+    gates.attach_gates(net, widths, "weight")
+    assert find_removable_channels(net, widths, X) == {}
+    for path, _, gate in gates.iterate_gates(net):
+        if path == "2":
+            gate.score.data[:, 0] = -1
+    assert {n: i.tolist() for n, i in find_removable_channels(net, widths, X).items()} == {"0": [1, 2, 3]}
+
+
+@pytest.mark.parametrize(("constant", "kept"), [(-1.0, [0, 2, 3]), (1.0, None)])
+def test_a_channel_with_a_constant_is_not_silent(constant: float, kept: list[int] | None) -> None:
+    net = two_convs()
+    widths = discover(net, X)
+    gates.attach_gates(net, widths, "kernel")
+    gate = next(gate for path, _, gate in gates.iterate_gates(net) if path == "0")
+    gate.score.data[1] = -1
+    net[0].bias.data[1] = constant
+    found = find_removable_channels(net, widths, X)
+    assert found == {} if kept is None else found["0"].tolist() == kept
+
+
+def test_a_channel_is_silent_in_training_too() -> None:
+    """A norm whose running mean lags hides in evaluation mode what its shift shows in training mode."""
+    net: Any = nn.Sequential(conv(3, 4, bias=False), nn.BatchNorm2d(4), nn.ReLU(), head(4))
+    widths = discover(net, X)
+    gates.attach_gates(net, widths, "weight")
+    gate = next(gate for path, _, gate in gates.iterate_gates(net) if path == "0")
+    gate.score.data[1] = -1
+    net[1].bias.data[1] = 0.5
+    net[1].running_mean[1] = 3.0
+    with torch.no_grad():
+        expected = copy.deepcopy(net)(X)
+        reindex(net, widths, find_removable_channels(net, widths, X))
+        close(net(X), expected)
+
+
+def test_silence_never_empties_a_width() -> None:
+    net = two_convs()
+    widths = discover(net, X)
+    gates.attach_gates(net, widths, "weight")
+    for _, _, gate in gates.iterate_gates(net):
+        gate.score.data.fill_(-1)
+    keep = find_removable_channels(net, widths, X)
+    assert {name: len(index) for name, index in keep.items()} == {"0": 1, "2": 1}
+    expected = evaluated(net)
+    reindex(net, widths, keep)
+    assert find_removable_channels(net, widths, X) == {}
+    close(evaluated(net), expected)
+
+
+def test_looking_for_silent_channels_leaves_every_modules_mode_alone() -> None:
+    net = nn.Sequential(conv(3, 4), nn.BatchNorm2d(4), nn.ReLU(), head(4))
+    widths = discover(net, X)
+    gates.attach_gates(net, widths, "channel")
+    next(gate for _, _, gate in gates.iterate_gates(net)).score.data[1] = -1
+    net[1].eval()  # a norm that its owner has frozen
+    before = [module.training for module in net.modules()]
+    assert find_removable_channels(net, widths, X)["0"].tolist() == [0, 2, 3]
+    assert [module.training for module in net.modules()] == before

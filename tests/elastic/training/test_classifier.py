@@ -1,0 +1,390 @@
+"""The LightningModule: steps, seeds, schedules, structure, and runs that go wrong."""
+
+import copy
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import elastic.experiments.train
+import pytest
+import torch
+import torch.nn.functional as F
+from elastic.experiments.train import train
+from torch import nn
+from torch.nn import Conv2d
+from torch.optim import SGD, AdamW, lr_scheduler
+
+from elastic.errors import StructureError, TrainingError
+from elastic.levels.nested import Levels
+from elastic.models import convnet, resnet20
+from elastic.pruning import gates
+from elastic.surgery.fresh import draw_he_normal
+from elastic.surgery.reindexing import grow_index
+from elastic.training.classifier import ElasticClassifier
+from tests.fitted import EXACT, Run, Spy, batch, fit, outputs, prepare
+from tests.runs import TINY, configure, load
+from tests.test_resume import same
+
+STATIC = (*EXACT, "schedule=static", "data.batch_size=512")
+PLAIN_SGD = (
+    *("optimizer=sgd", "optimizer.scheduler=null", "optimizer.optimizer.lr=0.1"),
+    *("optimizer.optimizer.momentum=0", "optimizer.optimizer.nesterov=false"),
+    "optimizer.optimizer.weight_decay=0",
+)
+CHANGING = (
+    *TINY,
+    "experiment=smoke",
+    "trainer.max_epochs=4",
+    "trigger=periodic",
+    "trigger.every=2",
+    "callbacks.grow.until=0.9",
+    "callbacks.prune.begin=0.0",
+)
+
+
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes as long as the run, and has its own tests."""
+    monkeypatch.setattr(elastic.experiments.train, "draw_history", lambda *_: None)
+
+
+def module(seed: int = 0, **options: Any) -> ElasticClassifier:
+    torch.manual_seed(0)
+    optimizer = options.pop("optimizer", partial(AdamW, lr=1e-3, weight_decay=0.1))
+    return ElasticClassifier(convnet((4, 6, 6, 8)), (1, 8, 8), 10, optimizer, seed=seed, **options)
+
+
+def attached(**options: Any) -> ElasticClassifier:
+    """As if in a run of 40 steps."""
+    made = module(**options)
+    made._trainer = SimpleNamespace(estimated_stepping_batches=40)  # type: ignore[assignment]
+    return made
+
+
+# --- steps --------------------------------------------------------------------------------------------------
+
+
+def test_a_step_is_lr_scale_times_the_learning_rate(tmp_path: Path) -> None:
+    moved = {}
+    for scale in (1.0, 0.25, 0.0):
+        run = prepare(tmp_path / str(scale), *STATIC, *PLAIN_SGD, "trainer.max_epochs=1")
+        run.trainer.fit_loop.epoch_loop.max_steps = 1
+        start = run.module.net[0].weight.detach().clone()
+        run.module.lr_scale = scale
+        run.fit()
+        moved[scale] = run.module.net[0].weight.detach() - start
+        assert run.trainer.optimizers[0].param_groups[0]["lr"] == 0.1
+    assert moved[1.0].abs().max() > 1e-3
+    assert torch.allclose(moved[0.25], 0.25 * moved[1.0], atol=1e-6)
+    assert not moved[0.0].any()
+
+
+def test_the_first_step_is_that_of_plain_torch(tmp_path: Path) -> None:
+    """-lr times the gradient of the smoothed cross entropy plus the loss terms."""
+    held: dict[str, Any] = {}
+
+    def look(trainer: Any, m: ElasticClassifier, given: Any, index: int) -> None:
+        m.loss_terms["pull"] = lambda *_: 0.1 * m.net[0].weight.square().sum()
+        held.update(batch=given, net=copy.deepcopy(m.net))
+
+    options = ("trainer.max_epochs=1", "label_smoothing=0.1")
+    run = prepare(tmp_path, *STATIC, *PLAIN_SGD, *options, after=(Spy(on_train_batch_start=look),))
+    run.trainer.fit_loop.epoch_loop.max_steps = 1
+    run.fit()
+    net, (x_BCHW, y_B) = held["net"].train(), held["batch"]
+    loss = F.cross_entropy(net(x_BCHW), y_B, label_smoothing=0.1) + 0.1 * net[0].weight.square().sum()
+    gradients = torch.autograd.grad(loss, list(net.parameters()))
+    for old, gradient, new in zip(net.parameters(), gradients, run.module.net.parameters(), strict=True):
+        assert torch.allclose(new, old - 0.1 * gradient, atol=1e-6)
+
+
+def test_validation_loss_is_the_plain_cross_entropy_of_all_images(tmp_path: Path) -> None:
+    """Neither smoothing nor penalties; batches of unequal size weigh by their images."""
+    options = ("label_smoothing=0.2", "data.batch_size=100", "trainer.max_epochs=1")
+    run = fit(tmp_path, *EXACT, "schedule=[gates]", "callbacks.prune.begin=0.0", *options)
+    x_BCHW, y_B = run.data.val_set.__getitems__(list(range(len(run.data.val_set))))  # type: ignore[union-attr]
+    logits_BK = outputs(run.module, run.data.normalise(x_BCHW.float() / 255))
+    metrics = run.trainer.callback_metrics
+    assert float(metrics["val/loss"]) == pytest.approx(F.cross_entropy(logits_BK, y_B).item(), rel=1e-5)
+    assert float(metrics["val/acc"]) == pytest.approx((logits_BK.argmax(1) == y_B).float().mean().item())
+
+
+def test_weights_decay_and_nothing_else_does() -> None:
+    made = attached()
+    gates.attach_gates(made.net, made.widths, "weight")
+    decayed, free = made.configure_optimizers().param_groups
+    names = {id(p): name for name, p in made.net.named_parameters()}
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
+    assert [names[id(p)] for p in decayed["params"]] == [
+        f"{i}.parametrizations.weight.original" for i in (0, 3, 7, 10, 16)
+    ]
+    assert len(free["params"]) + len(decayed["params"]) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "length"),
+    [
+        (partial(lr_scheduler.OneCycleLR, max_lr=0.1), "total_steps"),
+        (lr_scheduler.CosineAnnealingLR, "T_max"),
+        (lr_scheduler.PolynomialLR, "total_iters"),
+        (lr_scheduler.LinearLR, "total_iters"),
+    ],
+)
+def test_a_scheduler_is_told_the_steps_where_it_asks(scheduler: Any, length: str) -> None:
+    made = attached(scheduler=scheduler).configure_optimizers()
+    assert getattr(made["lr_scheduler"]["scheduler"], length) == 40
+    assert made["lr_scheduler"]["interval"] == "step"
+
+
+def test_a_scheduler_keeps_the_length_it_was_given() -> None:
+    """A warm-up of 5 steps is one of 5 steps."""
+    made = attached(scheduler=partial(lr_scheduler.LinearLR, total_iters=5)).configure_optimizers()
+    assert made["lr_scheduler"]["scheduler"].total_iters == 5
+
+
+def test_a_scheduler_that_asks_for_no_length_gets_none() -> None:
+    made = attached(scheduler=partial(lr_scheduler.StepLR, step_size=7)).configure_optimizers()
+    assert made["lr_scheduler"]["scheduler"].step_size == 7
+    assert isinstance(attached().configure_optimizers(), AdamW)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_the_default_optimizers_learn(tmp_path: Path, optimizer: str) -> None:
+    rate = {"adamw": 3e-2, "sgd": 0.3}[optimizer]
+    options = (f"optimizer={optimizer}", f"optimizer.optimizer.lr={rate}", "trainer.max_epochs=6")
+    run = fit(tmp_path, *EXACT, "schedule=static", "data.batch_size=64", *options)
+    assert float(run.trainer.callback_metrics["val/acc"]) > 0.8
+    scheduler: Any = run.trainer.lr_scheduler_configs[0].scheduler
+    assert scheduler.total_steps == run.trainer.global_step == scheduler.last_epoch
+
+
+# --- seeds --------------------------------------------------------------------------------------------------
+
+
+def end_of(folder: Path, *options: str) -> dict[str, Any]:
+    train(configure(folder, *CHANGING, *options), folder)
+    return load(folder / "last.ckpt")
+
+
+def test_the_same_seed_gives_the_same_run_bit_for_bit(tmp_path: Path) -> None:
+    one, two, other = (end_of(tmp_path / str(i), f"seed={seed}") for i, seed in enumerate((0, 0, 1)))
+    assert one["elastic"]["timeline"]
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "elastic"):
+        same(one[key], two[key], key)
+    files = [(tmp_path / str(i) / "model.safetensors").read_bytes() for i in range(3)]
+    assert files[0] == files[1] != files[2]
+    assert not torch.equal(one["state_dict"]["net.1.running_mean"], other["state_dict"]["net.1.running_mean"])
+
+
+def test_what_was_drawn_before_does_not_matter(tmp_path: Path) -> None:
+    """The global generator's state when a run starts is no part of it."""
+    one = end_of(tmp_path / "a", "trainer.max_epochs=2")
+    torch.rand(100)
+    same(one["state_dict"], end_of(tmp_path / "b", "trainer.max_epochs=2")["state_dict"])
+
+
+def test_each_event_of_each_run_has_randomness_of_its_own() -> None:
+    def drawn(made: ElasticClassifier) -> list[float]:
+        return torch.rand(4, generator=made.generator()).tolist()
+
+    zero, again, one = module(0), module(0), module(1)
+    assert drawn(zero) == drawn(zero) == drawn(again) != drawn(one)
+    first = drawn(zero)
+    zero.restructure({"0": grow_index(4, 1)}, "grow: test")
+    assert drawn(zero) not in (first, drawn(one))
+
+
+@pytest.mark.parametrize(
+    ("model", "precision", "last"),
+    [
+        (("schedule=static", "model=resnet20", "model.width=4"), "32-true", False),
+        (("schedule=static", "model=resnet20", "model.width=16"), "32-true", True),
+        (("schedule=joint", "model=resnet20", "model.width=16"), "32-true", False),  # its core reads 8
+        (("schedule=static", "model=resnet20", "model.width=4"), "bf16-mixed", True),
+        (("schedule=static", "model=convnet"), "32-true", True),
+    ],
+)
+def test_no_layout_is_trained_in_that_torch_cannot_differentiate_safely(
+    tmp_path: Path, model: tuple[str, ...], precision: str, last: bool
+) -> None:
+    """Strided 1×1 convolutions in fp32 that read fewer channels than 16: it may crash, or not."""
+    run = fit(
+        tmp_path,
+        *(*EXACT, "data.batch_size=512", "trainer.max_epochs=1", f"trainer.precision={precision}"),
+        *model,
+    )
+    assert laid_out_last(run.module.net) == last
+
+
+def laid_out_last(net: nn.Module) -> bool:
+    wide = [m.weight for m in net.modules() if isinstance(m, Conv2d) and m.kernel_size == (3, 3)]
+    (last,) = {w.is_contiguous(memory_format=torch.channels_last) for w in wide if w.shape[1] > 1}
+    assert all(w.is_contiguous() != last for w in wide if w.shape[1] > 1)
+    return last
+
+
+def test_the_layout_follows_what_grows() -> None:
+    net = resnet20(8, in_channels=1)
+    made = ElasticClassifier(net, (1, 8, 8), 10, torch.optim.SGD)
+    made.copies.append(copy.deepcopy(net))
+    made.overruns = True
+    for size, last in ((8, False), (16, True)):
+        (stream,) = (
+            n for n, w in made.widths.items() if "stage1.0.conv1" in {s.module for s in w.slots_with("in")}
+        )
+        made.restructure({stream: grow_index(8, size - 8)}, "test")
+        assert laid_out_last(made.net) == laid_out_last(made.copies[0]) == last
+
+
+def test_levels_are_moved_with_their_network() -> None:
+    torch.manual_seed(0)
+    own = module()
+    half = {name: max(1, width.size // 2) for name, width in own.widths.items()}
+    own.nest(Levels(own.net, own.widths, [half]))
+    x_BCHW = torch.randn(2, *own.example.shape[1:])
+    with torch.no_grad():
+        expected = own.eval().run_level(0, x_BCHW)
+        own.double()
+        assert own.levels is not None
+        torch.testing.assert_close(own.levels[0](x_BCHW.double()).float(), expected)
+        next(own.net.parameters()).zero_()
+        assert not torch.allclose(own.levels[0](x_BCHW.double()).float(), expected)
+
+
+def test_channels_last_gives_close_results(tmp_path: Path) -> None:
+    found = []
+    for layout in ("true", "false"):
+        run = fit(tmp_path / layout, *STATIC, "trainer.max_epochs=2", f"channels_last={layout}")
+        found.append(outputs(run.module, batch(run.data)[0]))
+        held: Any = run.module.net[3].weight
+        assert held.is_contiguous(memory_format=torch.channels_last) == (layout == "true")
+    assert torch.allclose(*found, atol=1e-3 * float(found[0].abs().max()))
+
+
+# --- structure ----------------------------------------------------------------------------------------------
+
+
+def test_restructure_notes_every_width_and_takes_copies_along() -> None:
+    made = module()
+    twin = copy.deepcopy(made.net)
+    made.copies.append(twin)
+    made.restructure(
+        {"0": grow_index(4, 2), "7": [5, 0, 1]}, "test", lambda p, g: draw_he_normal(p.weight, g)
+    )
+    place = {"epoch": 0, "step": 0, "why": "test"}
+    assert made.timeline == [
+        {**place, "width": "0", "before": 4, "after": 6},
+        {**place, "width": "7", "before": 6, "after": 3},
+    ]
+    x_BCHW = torch.randn(3, 1, 8, 8)
+    assert twin(x_BCHW).shape == made(x_BCHW).shape
+    assert [p.shape for p in twin.parameters()] == [p.shape for p in made.net.parameters()]
+    assert made.start == {"0": 4, "3": 6, "7": 6, "10": 8}
+
+
+def test_a_restructuring_that_fails_leaves_no_event() -> None:
+    made = module()
+    with pytest.raises(StructureError):
+        made.restructure({"0": [0, 7]}, "test")
+    assert made.timeline == [] and made.widths.sizes() == made.start
+
+
+def test_a_state_of_other_widths_is_taken() -> None:
+    one, two = module(), module()
+    for made in (one, two):
+        gates.attach_gates(made.net, made.widths, "kernel")
+    one.restructure({"0": grow_index(4, 3), "3": [0, 2]}, "test")
+    two.load_state_dict(one.state_dict())
+    assert two.widths.sizes() == {"0": 7, "3": 2, "7": 6, "10": 8}
+    same(one.state_dict(), two.state_dict())
+    x_BCHW = torch.randn(3, 1, 8, 8)
+    assert torch.equal(one.eval()(x_BCHW), two.eval()(x_BCHW))
+
+
+def test_parameters_stay_the_same_objects_when_a_state_is_loaded() -> None:
+    """Optimizers have been built on them by then."""
+    one, two = module(), module()
+    one.restructure({"0": grow_index(4, 3)}, "test")
+    before = [id(p) for p in two.parameters()]
+    two.load_state_dict(one.state_dict())
+    assert [id(p) for p in two.parameters()] == before
+
+
+def test_a_checkpoint_of_another_start_is_refused(tmp_path: Path) -> None:
+    fit(tmp_path, *STATIC, "trainer.max_epochs=1")
+    run = prepare(tmp_path / "other", *STATIC, "trainer.max_epochs=2", "model.channels=[5,6,6,8]")
+    with pytest.raises(TrainingError, match=r"started as .*'0': 4.*starts as .*'0': 5") as caught:
+        run.fit(ckpt_path=tmp_path / "last.ckpt")
+    assert "\n" not in str(caught.value)
+
+
+# --- runs that go wrong -------------------------------------------------------------------------------------
+
+
+def broken(folder: Path, epoch: int, *options: str) -> str:
+    """The message of a run whose weights become NaN in an epoch."""
+
+    def spoil(trainer: Any, m: ElasticClassifier, *_: Any) -> None:
+        if trainer.current_epoch == epoch:
+            m.net[0].weight.data.fill_(float("nan"))
+
+    spy = Spy(on_train_batch_start=spoil)
+    with pytest.raises(TrainingError) as caught:
+        fit(folder, *STATIC, "trainer.max_epochs=4", *options, after=(spy,))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def continued(folder: Path) -> Run:
+    run = prepare(folder, *STATIC, "trainer.max_epochs=4")
+    return run.fit(ckpt_path=folder / "last.ckpt")
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_and_the_epochs_before_are_kept(tmp_path: Path) -> None:
+    message = broken(tmp_path / "broken", 2)
+    assert "epoch 2" in message and "nan" in message
+    held = load(tmp_path / "broken" / "last.ckpt")
+    assert held["epoch"] == 1
+    assert all(t.isfinite().all() for t in held["state_dict"].values())
+    whole = fit(tmp_path / "whole", *STATIC, "trainer.max_epochs=4")
+    same(whole.module.state_dict(), continued(tmp_path / "broken").module.state_dict())
+
+
+def test_the_remedy_names_a_setting_that_exists(tmp_path: Path) -> None:
+    """`optimizer.lr` would be answered by 'Could not override'."""
+    assert "optimizer.optimizer.lr" in broken(tmp_path, 1)
+
+
+def test_nothing_is_promised_where_no_epoch_was_saved(tmp_path: Path) -> None:
+    message = broken(tmp_path, 0)
+    assert not (tmp_path / "last.ckpt").exists()
+    assert "continues" not in message
+
+
+def test_one_batch_that_is_not_a_number_is_enough(tmp_path: Path) -> None:
+    """Its loss must not drop out of the epoch's mean."""
+
+    def spoil(trainer: Any, m: ElasticClassifier, given: Any, index: int) -> None:
+        if trainer.current_epoch == 1 and index == 1:
+            m.net[0].weight.data.fill_(float("nan"))
+
+    with pytest.raises(TrainingError, match=r"nan in epoch 1"):
+        fit(tmp_path, *STATIC, "trainer.max_epochs=2", after=(Spy(on_train_batch_start=spoil),))
+
+
+def test_a_gradient_of_nan_in_the_last_batch_is_not_saved(tmp_path: Path) -> None:
+    """The epoch's losses were finite; its last step spoilt the weights. What is saved must be sound."""
+
+    def spoil(trainer: Any, m: ElasticClassifier, optimizer: Any) -> None:
+        if trainer.current_epoch == 1 and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            m.net[0].weight.grad.fill_(float("nan"))  # type: ignore[union-attr]
+
+    with pytest.raises(TrainingError):
+        fit(tmp_path, *STATIC, "trainer.max_epochs=4", after=(Spy(on_before_optimizer_step=spoil),))
+    held = load(tmp_path / "last.ckpt")["state_dict"]
+    assert all(tensor.isfinite().all() for tensor in held.values())
+
+
+def test_the_module_takes_any_torch_optimizer() -> None:
+    assert isinstance(attached(optimizer=partial(SGD, lr=0.1)).configure_optimizers(), SGD)
