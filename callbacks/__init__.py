@@ -1,5 +1,6 @@
 """Lightning callbacks: one behaviour a file. Hooks adapt; functions in `elastic` decide."""
 
+from elastic.callbacks.base import ElasticCallback, FollowNetwork
 from elastic.callbacks.census import Census
 from elastic.callbacks.distil import Distil
 from elastic.callbacks.dynamic import PruneDynamically
@@ -16,7 +17,9 @@ __all__ = [
     "AverageWeights",
     "Census",
     "Distil",
+    "ElasticCallback",
     "ElasticProgress",
+    "FollowNetwork",
     "GrowOnSaturation",
     "LogPanels",
     "PruneByGates",

@@ -1,16 +1,19 @@
-"""The network also learns from what another network says."""
+"""Let the network also learn from what another network says."""
+
+from collections.abc import Sequence
 
 import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elastic.errors import TrainingError
-from elastic.training.classifier import ElasticClassifier
+from elastic.callbacks.base import ElasticCallback, StepNetwork
+from elastic.errors import OptionError, TrainingError
+from elastic.widths.tracing import preserve_modes
 
 
-class Distil(L.Callback):
-    """Knowledge distillation: Hinton et al., arXiv 1503.02531. For runs that make a trained network cheaper.
+class Distil(ElasticCallback):
+    """Distil knowledge: Hinton et al., arXiv 1503.02531. For runs that make a trained network cheaper.
 
     Adds weight · T² · KL(teacher ‖ network) of the classes' probabilities at temperature T to the loss.
 
@@ -20,8 +23,8 @@ class Distil(L.Callback):
         temperature: T; the higher it is, the more the classes count that the teacher thinks unlikely.
 
     Raises:
-        TrainingError: no weight or no temperature; a teacher that knows another number of classes, or cannot
-            look at the images.
+        OptionError: no weight or no temperature.
+        TrainingError: a teacher that knows another number of classes, or cannot look at the images.
 
     Example::
 
@@ -30,33 +33,41 @@ class Distil(L.Callback):
 
     def __init__(self, teacher: nn.Module, weight: float = 1.0, temperature: float = 4.0) -> None:
         if weight <= 0 or temperature <= 0:
-            raise TrainingError(f"distil by {weight:g} at temperature {temperature:g}: both must be above 0")
+            raise OptionError(f"distil by {weight:g} at temperature {temperature:g}: both must be above 0")
         self.weight, self.temperature = weight, temperature
         self.teacher = teacher.eval().requires_grad_(False)
 
-    def setup(self, trainer: L.Trainer, pl_module: ElasticClassifier, stage: str) -> None:  # type: ignore[override]
-        if stage == "fit":
-            self._check(pl_module)
+    def list_step_networks(self) -> Sequence[StepNetwork]:
+        """List the teacher, which is executed in a training step and not trained."""
+        return [StepNetwork(self.teacher, trained=False)]
 
-    def _check(self, pl_module: ElasticClassifier) -> None:
-        shape, classes = tuple(pl_module.example.shape[1:]), pl_module.val_acc.num_classes
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._check()
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        net, example = self.structure.net, self.structure.example
+        x = torch.zeros(1, *example.shape[1:], dtype=example.dtype)
         try:
-            knows = self.teacher.cpu()(torch.zeros(1, *shape)).shape[1]
+            known = self.teacher.cpu()(x).shape[1]
         except RuntimeError as error:
             raise TrainingError(
-                f"the teacher cannot look at images of {shape}: name the run of one that can"
+                f"the teacher cannot look at images of {tuple(x.shape[1:])}: name the run of one that can"
             ) from error
-        if knows != classes:
-            raise TrainingError(f"the teacher knows {knows} classes of {classes}: name the run of another")
+        with preserve_modes(net):
+            classes = net.eval().forward(x.to(next(net.parameters()).device)).shape[1]
+        if known != classes:
+            raise TrainingError(f"the teacher knows {known} classes of {classes}: name the run of another")
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: ElasticClassifier) -> None:  # type: ignore[override]
-        teacher = self.teacher.to(pl_module.device, memory_format=pl_module.memory_format)  # type: ignore[call-overload]
-        pl_module.asked = [teacher]
-        pl_module.loss_terms["distil"] = lambda x_BCHW, logits_BK: self.loss(logits_BK, teacher, x_BCHW)
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.teacher.to(pl_module.device, memory_format=self.structure.memory_format)  # type: ignore[call-overload]
 
-    def loss(self, logits_BK: Tensor, teacher: nn.Module, x_BCHW: Tensor) -> Tensor:
+    def compute_loss(self, x: Tensor, output: Tensor) -> Tensor:
+        """Return the loss against the teacher's output for the same images."""
         with torch.no_grad():
-            asked_BK = F.log_softmax(teacher(x_BCHW).float() / self.temperature, dim=1)
-        given_BK = F.log_softmax(logits_BK.float() / self.temperature, dim=1)
-        apart = F.kl_div(given_BK, asked_BK, reduction="batchmean", log_target=True)
-        return self.weight * self.temperature**2 * apart
+            teacher_BK = F.log_softmax(self.teacher(x).float() / self.temperature, dim=1)
+        network_BK = F.log_softmax(output.float() / self.temperature, dim=1)
+        divergence = F.kl_div(network_BK, teacher_BK, reduction="batchmean", log_target=True)
+        return self.weight * self.temperature**2 * divergence

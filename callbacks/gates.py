@@ -1,176 +1,173 @@
-"""The network prunes itself by gradient descent: gates, their penalty, and the channels they leave dead."""
+"""Let the network prune itself by gradient descent: gates, their penalty, channels that they leave dead."""
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import lightning as L
-from elastic.callbacks.growth import refuse_growth_after
+from torch import nn
 
-from elastic.errors import StructureError
-from elastic.measure import counts
+from elastic.callbacks.base import ElasticCallback
+from elastic.callbacks.pruning import attach_once, check_budget, remove_dead_channels
+from elastic.errors import OptionError
+from elastic.measure.counts import count_macs_per_weight
 from elastic.pruning import gates, live
 from elastic.pruning.budget import Budget
-from elastic.pruning.compaction import find_removable_channels
-from elastic.pruning.fitting import (
-    check_budget_reachable,
-    fit_gates_to_budget,
-    measure_compacted,
-    report_budget,
-)
+from elastic.pruning.fitting import fit_gates_to_budget, measure_compacted, report_budget
 from elastic.pruning.gates import Grain
-from elastic.training.classifier import ElasticClassifier
+from elastic.pruning.penalty import add_penalty_gradient
+from elastic.training.progress import is_last_epoch, measure_epoch_progress, measure_step_progress
 
-EVERY = 10  # steps between two looks at what is open
+EVERY = 10  # batches between two looks at what is open
 LEAST = 0.8  # of the size on the budget's path; below it, gates are opened again
 
 
-class PruneByGates(L.Callback):
-    """Gates the network and adds λ · Σ σ(score) to the loss; dead channels leave at the start of an epoch.
+class PruneByGates(ElasticCallback):
+    """Gate the network and penalise open gates; dead channels leave at the start of an epoch.
+
+    The penalty λ · Σ σ(score) enters by its gradient, so that the loss stays the user's own.
 
     Args:
         grain: one gate a "weight", "kernel" or "channel".
-        weight: λ, per parameter that a gate means to keep (for "macs": per average parameter).
+        penalty: λ, per parameter that a gate means to keep (for "macs": per average parameter).
         begin, end: parts of the run between which the penalty holds; then the gates are frozen.
         grace: epochs for which the gates of fresh channels are spared the penalty.
-        aim: what is to become small: "params", or "macs" (a weight then costs as often as it is used).
-        budget: steers λ to this number of parameters or MACs (of weights that are not zero), and settles the
-            gates on it when they are frozen; a number, or an `elastic.budget.Budget`.
+        by: what is to become small: "params", or "macs" (a weight then costs as often as it is used).
+        budget: steers λ to this number of parameters or MACs (of weights that are not zero), and fits the
+            gates to it when they are frozen; a number, or an `elastic.Budget`.
 
     Where gates have shut far below the budget's path, or all of a layer, some are opened again.
 
+    Raises:
+        OptionError: options that cannot be.
+        StructureError: a budget that cannot be reached, found before training.
+
     Example::
 
-        PruneByGates(grain="weight", weight=1e-4, budget=2000)
+        PruneByGates(grain="weight", penalty=1e-4, budget=2000)
     """
+
+    changes_structure = True
 
     def __init__(
         self,
         grain: Grain = "weight",
-        weight: float = 1e-4,
+        penalty: float = 1e-4,
         begin: float = 0.05,
         end: float = 0.85,
         grace: int = 2,
-        aim: Literal["params", "macs"] = "params",
+        by: Literal["params", "macs"] = "params",
         budget: Budget | int | None = None,
     ) -> None:
-        if aim not in ("params", "macs"):
-            raise StructureError(f"gates cannot aim at '{aim}': set aim to params or macs")
-        if not 0 <= begin < end <= 1 or weight < 0 or grace < 0:
-            raise StructureError(
-                f"gates from {begin} to {end} of the run with λ {weight} and grace {grace}: "
-                "set 0 ≤ begin < end ≤ 1, weight and grace to 0 or more"
+        if by not in ("params", "macs"):
+            raise OptionError(f"gates cannot prune by '{by}': set by to params or macs")
+        if not 0 <= begin < end <= 1 or penalty < 0 or grace < 0:
+            raise OptionError(
+                f"gates from {begin} to {end} of the run with λ {penalty} and grace {grace}: "
+                "set 0 ≤ begin < end ≤ 1, penalty and grace to 0 or more"
             )
-        self.grain, self.weight, self.begin, self.end = grain, weight, begin, end
-        self.grace, self.aim = grace, aim
-        self.budget = Budget(budget) if isinstance(budget, int) else budget
-        self.frozen = False
-        self.above = True  # the budget's path
+        self.grain, self.penalty, self.begin, self.end = grain, penalty, begin, end
+        self.grace, self.by = grace, by
+        self.budget = budget if isinstance(budget, Budget) or budget is None else Budget(budget)
+        self.is_frozen = False
+        self.is_above_path = True
         self.uses: dict[str, float] = {}  # of each weight, by layer
+        self._is_active = False
 
-    def setup(self, trainer: L.Trainer, pl_module: ElasticClassifier, stage: str) -> None:  # type: ignore[override]
-        attach_once(pl_module, self.grain, self.grace)
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        attach_once(self.structure, self.grain, self.grace)
 
-    def _price(self, pl_module: ElasticClassifier) -> None:
-        """What a weight of each layer costs, relative to the average."""
-        if self.aim == "macs":
-            self.uses = counts.count_macs_per_weight(pl_module.net, pl_module.example)
-            average = sum(self.uses.values()) / len(self.uses)
-            for path, _, gate in gates.iterate_gates(pl_module.net):
-                gate.price = self.uses[path] / average
-
-    def size(self, pl_module: ElasticClassifier) -> float:
-        """What the budget is about, params or MACs, estimated from the gates: for every few steps."""
-        if self.aim == "macs":
-            return live.count_live_macs(pl_module.net, pl_module.widths, self.uses)
-        return live.count_live_params(pl_module.net, pl_module.widths)
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: ElasticClassifier) -> None:  # type: ignore[override]
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
         if self.budget is not None:
-            check_budget(trainer, pl_module, self.budget.target, self.end, self.aim)
+            check_budget(trainer, self.structure, self.budget.target, self.end, self.by)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: ElasticClassifier) -> None:  # type: ignore[override]
-        self._price(pl_module)  # a run that goes on may settle before its first batch
-        if self.frozen:
-            with pl_module.changing():
-                gates.freeze_gates(pl_module.net)
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._set_prices()  # a run that goes on may fit its gates before its first batch
+        if self.is_frozen:
+            with self.structure.changing():
+                gates.freeze_gates(self.structure.net)
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: ElasticClassifier) -> None:  # type: ignore[override]
-        net, epochs = pl_module.net, trainer.max_epochs or 1
-        progress = trainer.current_epoch / epochs
-        last = self.budget is not None and trainer.current_epoch + 1 >= epochs
-        if (progress >= self.end or last) and not self.frozen:
-            self.frozen = True
-            with pl_module.changing():
-                if self.budget is not None:  # its controller has come near to it
-                    size = partial(measure_compacted, net, pl_module.example, self.aim, trained=False)
-                    fit_gates_to_budget(net, self.budget.target, gates.keep_best_gates, size)
-                gates.freeze_gates(net)
-        pl_module.loss_terms.pop("gates", None)
-        if self.begin <= progress and not self.frozen:
-            pl_module.loss_terms["gates"] = lambda *_: self.weight * self.above * gates.compute_penalty(net)
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        ends = measure_epoch_progress(trainer) >= self.end
+        if not self.is_frozen and (ends or (self.budget is not None and is_last_epoch(trainer))):
+            self._freeze()
         # Below the budget's path, gates have to re-open: what they have shut stays at hand.
-        if self.above or self.frozen:
-            remove_dead_channels(pl_module)
+        if self.is_above_path or self.is_frozen:
+            remove_dead_channels(self.structure)
 
-    def on_train_batch_start(  # type: ignore[override]
-        self, trainer: L.Trainer, pl_module: ElasticClassifier, batch: Any, batch_idx: int
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        # Told anew for each batch, so that it holds after a restart in the middle of an epoch, too.
+        self._is_active = not self.is_frozen and self.begin <= measure_epoch_progress(trainer)
         if batch_idx == 0:  # layers may have come since the last epoch
-            self._price(pl_module)
+            self._set_prices()
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: ElasticClassifier) -> None:  # type: ignore[override]
-        gates.advance_grace(pl_module.net)
+    def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Add the penalty's gradient to the scores."""
+        if self._is_active and self.is_above_path and parameters:
+            add_penalty_gradient(gates.iterate_gates(self.structure.net), self.penalty)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: ElasticClassifier, *_: Any) -> None:  # type: ignore[override]
-        if "gates" not in pl_module.loss_terms or trainer.global_step % EVERY:
-            return
-        least = 0.0
-        if self.budget is not None:
-            progress, size = trainer.global_step / trainer.estimated_stepping_batches, self.size(pl_module)
-            self.weight = self.budget.steer(self.weight, size, progress)
-            path = self.budget.path(progress)
-            self.above = size > path
-            if size < LEAST * path:
-                least = gates.count_open(pl_module.net) * path / size
-        gates.reopen_gates(pl_module.net, least)
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._is_active and (trainer.fit_loop.total_batch_idx + 1) % EVERY == 0:
+            self._steer(trainer)
+        pl_module.log("gates/penalty", self.penalty if self._is_active else 0.0)
 
-    def report(self, pl_module: ElasticClassifier) -> dict[str, Any]:
-        """The budget asked for and what was got; empty without one."""
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        gates.advance_grace(self.structure.net)
+
+    def measure_size(self) -> float:
+        """Estimate from the gates what the budget is about, params or MACs: for every few steps."""
+        if self.by == "macs":
+            return live.count_live_macs(self.structure.net, self.structure.widths, self.uses)
+        return live.count_live_params(self.structure.net, self.structure.widths)
+
+    def report(self) -> Mapping[str, Any]:
+        """Return the budget and what has become of it; empty without one."""
         if self.budget is None:
             return {}
-        return report_budget(pl_module.net, pl_module.example, self.budget.target, self.aim)
+        return report_budget(self.structure.net, self.structure.example, self.budget.target, self.by)
+
+    def _freeze(self) -> None:
+        self.is_frozen = True
+        net = self.structure.net
+        with self.structure.changing():
+            if self.budget is not None:  # its controller has come near to it
+                size = partial(measure_compacted, net, self.structure.example, self.by, trained=False)
+                fit_gates_to_budget(net, self.budget.target, gates.keep_best_gates, size)
+            gates.freeze_gates(net)
+
+    def _steer(self, trainer: L.Trainer) -> None:
+        """Follow the budget's path, and open gates again where too many have shut."""
+        net, least = self.structure.net, 0.0
+        if self.budget is not None:
+            progress, size = measure_step_progress(trainer), self.measure_size()
+            self.penalty = self.budget.steer(self.penalty, size, progress)
+            path = self.budget.path(progress)
+            self.is_above_path = size > path
+            if size < LEAST * path:
+                least = gates.count_open(net) * path / size
+        gates.reopen_gates(net, least)
+
+    def _set_prices(self) -> None:
+        """Set what a weight of each layer costs, relative to the average."""
+        if self.by == "macs":
+            self.uses = count_macs_per_weight(self.structure.net, self.structure.example)
+            average = sum(self.uses.values()) / len(self.uses)
+            for path, _, gate in gates.iterate_gates(self.structure.net):
+                gate.price = self.uses[path] / average
 
     def state_dict(self) -> dict[str, Any]:
         budget = None if self.budget is None else dict(vars(self.budget))
-        return {"weight": self.weight, "frozen": self.frozen, "above": self.above, "budget": budget}
+        state = {"penalty": self.penalty, "is_frozen": self.is_frozen, "is_above_path": self.is_above_path}
+        return {**state, "budget": budget}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.weight, self.frozen = state_dict["weight"], state_dict["frozen"]
-        self.above = state_dict["above"]
+        self.penalty, self.is_frozen = state_dict["penalty"], state_dict["is_frozen"]
+        self.is_above_path = state_dict["is_above_path"]
         if self.budget is not None:
             vars(self.budget).update(state_dict["budget"])
-
-
-# What every way of pruning by gates does.
-
-
-def attach_once(pl_module: ElasticClassifier, grain: Grain, grace: int = 0) -> None:
-    """Gate the network, unless an earlier fit has done so."""
-    if not any(gates.iterate_gates(pl_module.net)):
-        gates.attach_gates(pl_module.net, pl_module.widths, grain, grace)
-        pl_module.lay_out()
-
-
-def check_budget(
-    trainer: L.Trainer, pl_module: ElasticClassifier, asked: int, end: float, aim: str = "params"
-) -> None:
-    """Refuse, before a run begins, a budget for `end` of it that cannot be met; see what it calls."""
-    if trainer.ckpt_path is None:
-        refuse_growth_after(end, trainer)
-        check_budget_reachable(pl_module.net, pl_module.example, asked, aim)
-
-
-def remove_dead_channels(pl_module: ElasticClassifier) -> None:
-    """Remove the channels that gates have shut off, in all processes alike."""
-    if keep := pl_module.agree(find_removable_channels(pl_module.net, pl_module.widths, pl_module.example)):
-        pl_module.restructure(keep, "prune: channels without effect")

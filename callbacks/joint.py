@@ -1,59 +1,61 @@
-"""All levels are trained at once."""
+"""Train all levels at once."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
 import torch
 import torch.nn.functional as F
-from elastic.callbacks.levels import TrainLevels, get_levels
 from torch import Tensor
 
-from elastic.errors import TrainingError
-from elastic.training.classifier import ElasticClassifier
+from elastic.callbacks.base import StepNetwork
+from elastic.callbacks.levels import TrainLevels
+from elastic.errors import OptionError
 
 
 class TrainJointly(TrainLevels):
-    """Sandwich rule with in-place distillation: Yu & Huang, arXiv 1903.05134, sections 3.1 and 3.3.
+    """Train by the sandwich rule with in-place distillation: Yu & Huang, arXiv 1903.05134, 3.1 and 3.3.
 
     In every step the network learns from the labels; the smallest level and `between` others, drawn at
     random, learn from what the network says. Their losses are summed.
 
     Args:
         between: levels a step that are neither the smallest nor the network.
-        **nest: see `Nest`.
+        **levels: see `TrainLevels`.
 
     Raises:
-        TrainingError: `between` is no number of levels.
+        OptionError: `between` is no number of levels.
 
     Example::
 
         TrainJointly([0.512, 0.64, 0.8])
     """
 
-    def __init__(self, *args: Any, between: int = 2, **nest: Any) -> None:
-        super().__init__(*args, **nest)
+    def __init__(self, *args: Any, between: int = 2, **levels: Any) -> None:
+        super().__init__(*args, **levels)
         if between < 0:
-            raise TrainingError(f"there cannot be {between} levels between: set between to 0 or more")
+            raise OptionError(f"there cannot be {between} levels between: set between to 0 or more")
         self.between = between
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: ElasticClassifier) -> None:  # type: ignore[override]
-        levels = get_levels(pl_module)
-        pl_module.loss_terms["levels"] = lambda x_BCHW, logits_BK: self._distil(pl_module, x_BCHW, logits_BK)
-        pl_module.others = range(len(levels) - 1)
-        often = min(1.0, self.between / max(1, len(levels) - 2))
-        pl_module.executed = [(net, 1.0 if k == 0 else often) for k, net in enumerate(levels[:-1])]
-        pl_module.executed.append((levels.net, 1.0))
+    def list_step_networks(self) -> Sequence[StepNetwork]:
+        """List all levels; those between are executed in a part of the steps."""
+        smallest, *between, _ = self.levels if len(self.levels) > 1 else (None, self.levels[0])
+        often = min(1.0, self.between / max(1, len(between)))
+        small = [] if smallest is None else [StepNetwork(smallest)]
+        return [*small, *(StepNetwork(level, often) for level in between), StepNetwork(self.structure.net)]
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: ElasticClassifier) -> None:  # type: ignore[override]
-        levels = get_levels(pl_module)
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.structure.extra_levels = range(len(self.levels) - 1)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step == 0:
-            self.order(trainer, pl_module, len(levels) - 1)
-            for k in reversed(range(len(levels) - 1)):
-                levels.copy_norms(k)
+            self.rank_level(trainer, len(self.levels) - 1)
+            for k in reversed(range(len(self.levels) - 1)):
+                self.levels.copy_norms(k)
 
-    def _distil(self, pl_module: ElasticClassifier, x_BCHW: Tensor, logits_BK: Tensor) -> Tensor:
-        levels = get_levels(pl_module)
-        soft_BK = logits_BK.detach().softmax(1)
-        chosen = [0, *(1 + torch.randperm(len(levels) - 2)[: self.between]).tolist()]
-        losses = [F.cross_entropy(levels.forward(k, x_BCHW), soft_BK) for k in chosen]
+    def compute_loss(self, x: Tensor, output: Tensor) -> Tensor:
+        """Return what the levels drawn for this step lose against the network's own output."""
+        soft_BK = output.detach().softmax(1)
+        drawn = [0, *(1 + torch.randperm(len(self.levels) - 2)[: self.between]).tolist()]
+        losses = [F.cross_entropy(self.levels.run(k, x), soft_BK) for k in drawn]
         return torch.stack(losses).sum()

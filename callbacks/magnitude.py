@@ -1,13 +1,15 @@
-"""The control for learned gates: the smallest weights are closed, step by step."""
+"""Close the smallest weights step by step: the control for learned gates."""
 
+from collections.abc import Mapping
 from math import inf
 from typing import Any
 
 import lightning as L
-from elastic.callbacks.gates import PruneByGates, attach_once, check_budget, remove_dead_channels
 
+from elastic.callbacks.base import ElasticCallback, list_elastic
+from elastic.callbacks.gates import PruneByGates
+from elastic.callbacks.pruning import attach_once, check_budget, remove_dead_channels
 from elastic.errors import TrainingError
-from elastic.pruning import gates, live
 from elastic.pruning.budget import Budget
 from elastic.pruning.fitting import (
     fit_gates_to_budget,
@@ -15,11 +17,13 @@ from elastic.pruning.fitting import (
     measure_compacted,
     report_budget,
 )
-from elastic.training.classifier import ElasticClassifier
+from elastic.pruning.gates import freeze_gates
+from elastic.pruning.live import count_live_params
+from elastic.training.progress import is_last_epoch, measure_epoch_progress
 
 
-class PruneByMagnitude(L.Callback):
-    """Gradual magnitude pruning (Zhu & Gupta, arXiv 1710.01878), ranked over all layers at once.
+class PruneByMagnitude(ElasticCallback):
+    """Prune gradually by magnitude (Zhu & Gupta, arXiv 1710.01878), ranked over all layers at once.
 
     At the start of an epoch the smallest |w| are closed, until the network has the parameters that a cubic
     path allows: from all it has at `begin` to `budget` at `end`, or in the last epoch where that comes first;
@@ -30,65 +34,68 @@ class PruneByMagnitude(L.Callback):
     Args:
         budget: parameters (scalars that are not zero) of the compacted network.
         begin, end: parts of the run.
-        every: epochs from one step to the next.
 
     Raises:
-        StructureError: a budget or a path that cannot be.
-        TrainingError: `every` is no number of epochs; `PruneByGates` prunes the same network.
+        OptionError: a budget or a path that cannot be.
+        TrainingError: `PruneByGates` prunes the same network.
 
     Example::
 
         PruneByMagnitude(budget=2000, begin=0.2, end=0.75)
     """
 
-    def __init__(self, budget: int, begin: float = 0.2, end: float = 0.75, every: int = 1) -> None:
-        if every < 1:
-            raise TrainingError(f"magnitude pruning every {every} epochs: set every to 1 or more")
-        self.budget = Budget(budget, begin, end, headroom=inf)  # the path falls from the full size
-        self.every = every
-        self.done = False
+    changes_structure = True
 
-    def setup(self, trainer: L.Trainer, pl_module: ElasticClassifier, stage: str) -> None:  # type: ignore[override]
-        if any(isinstance(other, PruneByGates) for other in trainer.callbacks):  # type: ignore[attr-defined]
+    def __init__(self, budget: int, begin: float = 0.2, end: float = 0.75) -> None:
+        self.budget = Budget(budget, begin, end, headroom=inf)  # the path falls from the full size
+        self.is_done = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if any(type(other) is PruneByGates for other in list_elastic(trainer)):
             raise TrainingError(
                 "the network is pruned by gates and by magnitude: leave one of them out of the schedule"
             )
-        attach_once(pl_module, "weight")
-        gates.freeze_gates(pl_module.net)
+        attach_once(self.structure, "weight")
+        freeze_gates(self.structure.net)
 
-    def size(self, pl_module: ElasticClassifier) -> int:
-        """The network's parameters as its gates tell them: for the steps on the way, ten times as fast."""
-        return live.count_live_params(pl_module.net, pl_module.widths)
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        check_budget(trainer, self.structure, self.budget.target, self.budget.end)
 
-    def measure(self, pl_module: ElasticClassifier) -> int:
-        """The same, of the network as compaction would leave it."""
-        return measure_compacted(pl_module.net, pl_module.example, trained=False)
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        progress = measure_epoch_progress(trainer)
+        is_last = progress >= self.budget.end or is_last_epoch(trainer)
+        if not self.is_done and (is_last or progress >= self.budget.begin):
+            self.is_done = is_last
+            self._prune(progress)
+        remove_dead_channels(self.structure)
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: ElasticClassifier) -> None:  # type: ignore[override]
-        check_budget(trainer, pl_module, self.budget.target, self.budget.end)
+    def _prune(self, progress: float) -> None:
+        # On the way there the gates tell the size, ten times as fast as compaction.
+        measure = self.measure_exactly if self.is_done else self.measure_size
+        size = measure()
+        self.budget.peak = self.budget.peak or size
+        allowed = self.budget.path(1.0 if self.is_done else progress)
+        if size > allowed:
+            with self.structure.changing():
+                fit_gates_to_budget(self.structure.net, allowed, keep_largest_weights, measure)
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: ElasticClassifier) -> None:  # type: ignore[override]
-        net, epoch, epochs = pl_module.net, trainer.current_epoch, trainer.max_epochs or 1
-        progress = epoch / epochs
-        last = progress >= self.budget.end or epoch + 1 >= epochs
-        if not self.done and (last or (progress >= self.budget.begin and epoch % self.every == 0)):
-            self.done = last
-            measure = self.measure if last else self.size
-            size = measure(pl_module)
-            self.budget.peak = self.budget.peak or size
-            allowed = self.budget.path(1.0 if last else progress)
-            if size > allowed:
-                with pl_module.changing():
-                    fit_gates_to_budget(net, allowed, keep_largest_weights, lambda: measure(pl_module))
-        remove_dead_channels(pl_module)
+    def measure_size(self) -> int:
+        """Count the network's parameters as its gates tell them."""
+        return count_live_params(self.structure.net, self.structure.widths)
 
-    def report(self, pl_module: ElasticClassifier) -> dict[str, Any]:
-        """The budget asked for and what was got, both in params."""
-        return report_budget(pl_module.net, pl_module.example, self.budget.target)
+    def measure_exactly(self) -> int:
+        """Count the parameters of the network as compaction would leave it."""
+        return measure_compacted(self.structure.net, self.structure.example, trained=False)
+
+    def report(self) -> Mapping[str, Any]:
+        """Return the budget and what has become of it, both in params."""
+        return report_budget(self.structure.net, self.structure.example, self.budget.target)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"done": self.done, "budget": dict(vars(self.budget))}
+        return {"is_done": self.is_done, "budget": dict(vars(self.budget))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.done = state_dict["done"]
+        self.is_done = state_dict["is_done"]
         vars(self.budget).update(state_dict["budget"])

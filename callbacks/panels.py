@@ -1,54 +1,68 @@
-"""What a dashboard wants to see beside scalars: sample images, and how gates and kernels are spread."""
+"""Log what a dashboard wants to see beside scalars: sample images, and how gates and kernels are spread."""
 
 import lightning as L
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
+from elastic.callbacks.base import ElasticCallback
 from elastic.dynamic.modules import iterate_modules
-from elastic.pruning import gates
-from elastic.training.classifier import ElasticClassifier
+from elastic.pruning.gates import iterate_gates
+from elastic.training.samples import sample_batch
+from elastic.training.structure import Structure
 
 SAMPLES = 16
+PIXELS = 64  # smaller images are enlarged, so that they can be seen
 
 
-class LogPanels(L.Callback):
-    """Logs to W&B what `experiments.dashboard` has panels for; with another logger it does nothing.
+class LogPanels(ElasticCallback):
+    """Log to W&B what `experiments.dashboard` has panels for; with another logger do nothing.
 
     Once: training images as the network sees them before augmentation. In every epoch: histograms of the
     gates' scores (a gate is open where its score is positive), and of the part of the last validation batch
     for which each kernel was on.
     """
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: ElasticClassifier) -> None:  # type: ignore[override]
-        if isinstance(trainer.logger, WandbLogger) and trainer.is_global_zero and trainer.current_epoch == 0:
-            x_BCHW, y_B = trainer.datamodule.sample(SAMPLES, pl_module.seed)  # type: ignore[attr-defined]
-            low, high = x_BCHW.amin((2, 3), keepdim=True), x_BCHW.amax((2, 3), keepdim=True)
-            shown = list(((x_BCHW - low) / (high - low).clamp(min=1e-6)).unbind())
-            trainer.logger.log_image("samples", shown, caption=[str(int(y)) for y in y_B])
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for logger in self._list_loggers(trainer):
+            if trainer.current_epoch == 0:
+                x_BCHW, y_B = sample_batch(trainer, SAMPLES, self.structure.seed)
+                logger.log_image("samples", make_visible(x_BCHW), caption=[str(int(y)) for y in y_B])
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: ElasticClassifier) -> None:  # type: ignore[override]
-        if (
-            not isinstance(trainer.logger, WandbLogger)
-            or trainer.sanity_checking
-            or not trainer.is_global_zero
-        ):
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking:
             return
-        import wandb
+        for logger in self._list_loggers(trainer):
+            import wandb
 
-        found = {name: values for name, values in spread(pl_module).items() if len(values)}
-        if found:
-            histograms = {name: wandb.Histogram(values.tolist()) for name, values in found.items()}
-            place = {"epoch": trainer.current_epoch, "trainer/global_step": trainer.global_step}
-            trainer.logger.experiment.log({**histograms, **place})
+            spread = {name: values for name, values in collect_spread(self.structure).items() if len(values)}
+            if spread:
+                histograms = {name: wandb.Histogram(values.tolist()) for name, values in spread.items()}
+                place = {"epoch": trainer.current_epoch, "trainer/global_step": trainer.global_step}
+                logger.experiment.log({**histograms, **place})
+
+    def _list_loggers(self, trainer: L.Trainer) -> list[WandbLogger]:
+        return [
+            logger for logger in trainer.loggers if isinstance(logger, WandbLogger) and trainer.is_global_zero
+        ]
+
+
+def make_visible(x_BCHW: Tensor) -> list[Tensor]:
+    """Return images scaled to [0, 1], small ones enlarged pixel by pixel."""
+    low, high = x_BCHW.amin((2, 3), keepdim=True), x_BCHW.amax((2, 3), keepdim=True)
+    shown = (x_BCHW - low) / (high - low).clamp(min=1e-6)
+    factor = max(1, PIXELS // max(shown.shape[2:]))
+    return list(F.interpolate(shown, scale_factor=factor, mode="nearest").unbind())
 
 
 @torch.no_grad()
-def spread(pl_module: ElasticClassifier) -> dict[str, Tensor]:
-    """The scores of all gates, and how often each kernel was on in the last batch; empty without any."""
-    scores = [gate.score.flatten().float().cpu() for _, _, gate in gates.iterate_gates(pl_module.net)]
-    duty = [module.active_BK.mean(0).float().cpu() for module in iterate_modules(pl_module)]
+def collect_spread(structure: Structure) -> dict[str, Tensor]:
+    """Collect the scores of all gates, and how often each kernel was on in the last batch."""
+    scores = [gate.score.flatten().float().cpu() for _, _, gate in iterate_gates(structure.net)]
+    modules = iterate_modules(structure.kernel_modules) if structure.dynamic_nets else ()
+    usage = [module.active_BK.mean(0).float().cpu() for module in modules]
     return {
         "gates/score": torch.cat(scores) if scores else torch.empty(0),
-        "engaged/duty": torch.cat(duty) if duty else torch.empty(0),
+        "dynamic/usage": torch.cat(usage) if usage else torch.empty(0),
     }

@@ -1,26 +1,28 @@
-"""A progress bar that also shows what the network is made of now."""
+"""Show what the network is made of now in the progress bar."""
 
 from typing import Any
 
 import lightning as L
-from elastic.callbacks.gates import PruneByGates
 from lightning.pytorch.callbacks import RichProgressBar
 
-from elastic.training.classifier import ElasticClassifier
+from elastic.training.joining import find_structure
+
+MOST_WIDTHS = 8  # that are shown one by one
 
 
 class ElasticProgress(RichProgressBar):
-    """Lightning's rich bar, with the parameters left of those allocated, the widths and λ."""
+    """Extend Lightning's rich bar by the parameters left of those allocated, the widths and λ."""
 
-    def get_metrics(self, trainer: L.Trainer, pl_module: ElasticClassifier) -> dict[str, Any]:  # type: ignore[override]
-        shown = {n: v for n, v in super().get_metrics(trainer, pl_module).items() if n != "v_num"}
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        hidden = ("v_num",)
+        shown = {n: v for n, v in super().get_metrics(trainer, pl_module).items() if n not in hidden}
         metrics = trainer.callback_metrics
         if "size/params" in metrics:
             dense = float(metrics["size/params_dense"])
             shown["params"] = f"{float(metrics['size/params']):,.0f}/{dense:,.0f}"
-        sizes = list(pl_module.widths.sizes().values())
-        shown["widths"] = "-".join(map(str, sizes)) if len(sizes) <= 8 else f"Σ{sum(sizes)}"
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, PruneByGates):
-                shown["λ"] = "frozen" if callback.frozen else f"{callback.weight:.1e}"
+        if structure := find_structure(pl_module):
+            sizes = list(structure.widths.sizes().values())
+            shown["widths"] = "-".join(map(str, sizes)) if len(sizes) <= MOST_WIDTHS else f"Σ{sum(sizes)}"
+        if "gates/penalty" in metrics:
+            shown["λ"] = f"{float(metrics['gates/penalty']):.1e}"
         return shown

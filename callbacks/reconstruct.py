@@ -1,85 +1,98 @@
-"""The network is pruned to a core, which is then frozen, and grown back around it level by level."""
+"""Prune the network to a core, which is then frozen, and grow it back level by level."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
-from elastic.callbacks.levels import TrainLevels, get_levels
 
+from elastic.callbacks.base import StepNetwork
+from elastic.callbacks.levels import TrainLevels
 from elastic.levels.freezing import FrozenPart, Phase, plan_phases
-from elastic.training.classifier import ElasticClassifier
 
 
 class Reconstruct(TrainLevels):
-    """Prune-and-grow, arXiv 2505.11569, with a core that is frozen to the last bit: `elastic.reconstruct`.
+    """Prune and grow, arXiv 2505.11569, with a core that is frozen to the last bit.
 
-    Each phase orders, trains and validates one level, with an optimizer and a learning rate schedule of its
+    Each phase ranks, trains and validates one level, with an optimizer and a learning rate schedule of its
     own. Channels that are grown back start from the values that they had when they were pruned.
 
     Args:
         dense, prune: parts of the run for the whole network, and for pruning step by step to the core; the
             rest grows back. Set `dense` to 0 for a network that is trained already.
-        **nest: see `Nest`.
+        **levels: see `TrainLevels`.
+
+    Raises:
+        OptionError: a phase would have no epoch.
 
     Example::
 
         Reconstruct([0.512, 0.64, 0.8], dense=0.4, prune=0.3)
     """
 
-    def __init__(self, *args: Any, dense: float = 0.4, prune: float = 0.3, **nest: Any) -> None:
-        super().__init__(*args, **nest)
+    def __init__(self, *args: Any, dense: float = 0.4, prune: float = 0.3, **levels: Any) -> None:
+        super().__init__(*args, **levels)
         self.dense, self.prune = dense, prune
         self.phases: list[Phase] = []
-        self.frozen: FrozenPart | None = None
+        self.frozen_part: FrozenPart | None = None
 
-    def setup(self, trainer: L.Trainer, pl_module: ElasticClassifier, stage: str) -> None:  # type: ignore[override]
+    def list_step_networks(self) -> Sequence[StepNetwork]:
+        """List the one level that is trained."""
+        return [StepNetwork(self.levels[self.structure.level])]
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self.phases = plan_phases(len(self.levels) + 1, trainer.max_epochs or 1, self.dense, self.prune)
-            if pl_module.levels is not None:
-                self._enter(trainer, pl_module, 0)
+            self.phases = plan_phases(
+                len(self.fractions) + 1, trainer.max_epochs or 1, self.dense, self.prune
+            )
+            if self.structure.levels is not None:
+                self._enter(trainer, 0)
 
-    def on_load_checkpoint(  # type: ignore[override]
-        self, trainer: L.Trainer, pl_module: ElasticClassifier, checkpoint: dict[str, Any]
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
         if self.phases:  # its optimizer is made next
-            self._enter(trainer, pl_module, checkpoint["epoch"])
+            self._enter(trainer, checkpoint["epoch"])
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: ElasticClassifier) -> None:  # type: ignore[override]
-        if trainer.current_epoch == (phase := self._phase(trainer.current_epoch)).epochs.start:
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch == (phase := self._find_phase(trainer.current_epoch)).epochs.start:
             self._begin(trainer, pl_module, phase)
-        elif self.frozen is None:  # the run was interrupted
-            self.frozen = self._freeze(pl_module, phase)
+        elif self.frozen_part is None:  # the run was interrupted between two epochs
+            self.frozen_part = FrozenPart(self.levels, phase)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: ElasticClassifier, *_: Any) -> None:  # type: ignore[override]
-        assert self.frozen is not None
-        self.frozen.restore()
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self.frozen_part is None:  # the run was interrupted in the middle of an epoch
+            self.frozen_part = FrozenPart(self.levels, self._find_phase(trainer.current_epoch))
 
-    def _begin(self, trainer: L.Trainer, pl_module: ElasticClassifier, phase: Phase) -> None:
-        levels = get_levels(pl_module)
-        epoch = trainer.current_epoch
-        before = levels.sizes[self._phase(epoch - 1).level if epoch else -1]
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert self.frozen_part is not None
+        self.frozen_part.restore()
+
+    def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule, phase: Phase) -> None:
+        """Begin a phase: rank the channels of the level to be cut, make an optimizer, freeze the rest."""
+        structure, levels, epoch = self.structure, self.levels, trainer.current_epoch
+        before = levels.sizes[self._find_phase(epoch - 1).level if epoch else -1]
         if phase.level < len(levels) - 1 and not phase.grown:
-            self.order(trainer, pl_module, phase.level + 1)
-        self._enter(trainer, pl_module, epoch)
-        self.frozen = self._freeze(pl_module, phase)
+            self.rank_level(trainer, phase.level + 1)
+        self._enter(trainer, epoch)
+        self.frozen_part = FrozenPart(levels, phase)
         pl_module.zero_grad(set_to_none=True)  # of the level before
         trainer.strategy.setup_optimizers(trainer)
-        place = {"epoch": epoch, "step": trainer.global_step}
-        why = f"{'grow' if phase.grown else 'prune'}: level {phase.level}"
+        structure.take_own_parameters()
+        reason = f"{'grow' if phase.grown else 'prune'}: level {phase.level}"
         for name, size in levels.sizes[phase.level].items():
             if size != before[name]:
-                pl_module.timeline.append(
-                    {**place, "why": why, "width": name, "before": before[name], "after": size}
-                )
+                structure.record(reason, width=name, before=before[name], after=size)
 
-    def _enter(self, trainer: L.Trainer, pl_module: ElasticClassifier, epoch: int) -> None:
-        phase = self._phase(epoch)
-        pl_module.level = phase.level
-        pl_module.executed = [(get_levels(pl_module)[phase.level], 1.0)]
-        pl_module.share = len(phase.epochs) / (trainer.max_epochs or 1)
+    def _enter(self, trainer: L.Trainer, epoch: int) -> None:
+        phase = self._find_phase(epoch)
+        self.structure.level = phase.level
+        self.structure.schedule_fraction = len(phase.epochs) / (trainer.max_epochs or 1)
 
-    def _phase(self, epoch: int) -> Phase:
+    def _find_phase(self, epoch: int) -> Phase:
         return next(phase for phase in self.phases if epoch in phase.epochs)
-
-    def _freeze(self, pl_module: ElasticClassifier, phase: Phase) -> FrozenPart:
-        return FrozenPart(get_levels(pl_module), phase)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from elastic.experiments.latency import stock
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from elastic.dynamic.attaching import attach_modules
 from elastic.dynamic.modules import iterate_modules
 from elastic.dynamic.skipping import make_skipping
+from elastic.experiments.latency import stock
 from elastic.levels.nested import Levels, extract_level
 from elastic.levels.sizes import level_sizes
 from elastic.measure.timing import Network, choose_fastest

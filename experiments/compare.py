@@ -18,17 +18,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Column, Table
+
+from elastic.errors import TrainingError
 from elastic.experiments.tools.charts import Arm, against, by_level, height, over_time, short
 from elastic.experiments.tools.figure import draw_arms
 from elastic.experiments.tools.html import failures, page, picture
 from elastic.experiments.tools.setup import quiet, run
 from elastic.experiments.tools.sweep import FAILED
 from elastic.experiments.tools.timing import time_runs
-from omegaconf import OmegaConf
-from rich.console import Console
-from rich.table import Column, Table
-
-from elastic.errors import TrainingError
 from elastic.files.atomic import write_atomically
 
 # By key of the summary: the head of the column, what the value is multiplied by, and its digits in the table.

@@ -10,10 +10,10 @@ what `logger=wandb` logs; a test reads it back from a run that was logged offlin
 import sys
 from typing import Any
 
-from elastic.experiments.tools.setup import quiet, run
 from omegaconf import OmegaConf
 
 from elastic.errors import TrainingError
+from elastic.experiments.tools.setup import quiet, run
 
 # By section: the title of each panel, and the keys that it shows.
 LINES: dict[str, dict[str, list[Any]]] = {

@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from elastic.experiments.tools.restore import level_of, restore, restore_switched
-from elastic.experiments.tools.setup import quiet, run
-from elastic.experiments.tools.summary import measure, measure_levels
 from omegaconf import OmegaConf
 
 from elastic.errors import TrainingError
+from elastic.experiments.tools.restore import level_of, restore, restore_switched
+from elastic.experiments.tools.setup import quiet, run
+from elastic.experiments.tools.summary import measure, measure_levels
 from elastic.levels.nested import Levels
 
 

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import torch
-from elastic.experiments.tools.restore import level_of, restore_plain
-from elastic.experiments.tools.setup import quiet, run
 from omegaconf import OmegaConf
 
 from elastic.errors import TrainingError
+from elastic.experiments.tools.restore import level_of, restore_plain
+from elastic.experiments.tools.setup import quiet, run
 from elastic.files.exporting import export
 from elastic.levels.nested import Levels
 

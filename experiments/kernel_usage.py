@@ -11,15 +11,15 @@ import sys
 from pathlib import Path
 
 import torch
-from elastic.experiments.tools.figure import draw_duty
-from elastic.experiments.tools.per_image import run_per_image
-from elastic.experiments.tools.restore import chosen
-from elastic.experiments.tools.setup import quiet, run
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
 from elastic.errors import TrainingError
+from elastic.experiments.tools.figure import draw_duty
+from elastic.experiments.tools.per_image import run_per_image
+from elastic.experiments.tools.restore import chosen
+from elastic.experiments.tools.setup import quiet, run
 
 
 def main() -> None:

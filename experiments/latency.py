@@ -15,9 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from elastic.experiments.tools.per_image import batches
-from elastic.experiments.tools.restore import chosen
-from elastic.experiments.tools.setup import quiet, run
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -27,6 +24,9 @@ from elastic.data import ImageData
 from elastic.dynamic.loss import ActivationCost
 from elastic.dynamic.skipping import make_masked, make_skipping
 from elastic.errors import TrainingError
+from elastic.experiments.tools.per_image import batches
+from elastic.experiments.tools.restore import chosen
+from elastic.experiments.tools.setup import quiet, run
 from elastic.measure.timing import Network, measure_medians_ms
 
 BATCHES, THREADS, TUNED_ON = (1, 8, 64), (1, 2), 8

@@ -22,10 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from elastic.experiments.tools.figure import draw_serving
-from elastic.experiments.tools.per_image import batches
-from elastic.experiments.tools.restore import restore_plain
-from elastic.experiments.tools.setup import quiet, run
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -33,6 +29,10 @@ from torch import Tensor
 
 from elastic.data import ImageData
 from elastic.errors import TrainingError
+from elastic.experiments.tools.figure import draw_serving
+from elastic.experiments.tools.per_image import batches
+from elastic.experiments.tools.restore import restore_plain
+from elastic.experiments.tools.setup import quiet, run
 from elastic.levels.nested import Levels
 from elastic.levels.runtime import Runtime
 

@@ -15,12 +15,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from elastic.experiments.bench import forward, paired
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from elastic.experiments.bench import forward, paired
 from elastic.levels.nested import Levels, extract_level
 from elastic.levels.runtime import Runtime
 from elastic.levels.sizes import level_sizes

@@ -10,9 +10,15 @@ from typing import Any
 import hydra
 import lightning as L
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
 from elastic.callbacks import Census, PruneByGates, PruneByMagnitude
 from elastic.callbacks.census import write_lines
 from elastic.callbacks.levels import TrainLevels
+from elastic.data import ImageData
+from elastic.errors import TrainingError
 from elastic.experiments.tools.figure import draw_history
 from elastic.experiments.tools.publish import publish
 from elastic.experiments.tools.setup import (
@@ -37,12 +43,6 @@ from elastic.experiments.tools.summary import (
     write_summary,
 )
 from elastic.experiments.tools.sweep import one_of_many, values
-from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
-
-from elastic.data import ImageData
-from elastic.errors import TrainingError
 from elastic.files.network import (
     holds_levels,
     load_compact,

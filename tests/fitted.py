@@ -10,13 +10,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from elastic.experiments.tools.setup import precision, quiet, run
-from elastic.experiments.train import build
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from torch import Tensor
 
 from elastic.data import ImageData
+from elastic.experiments.tools.setup import precision, quiet, run
+from elastic.experiments.train import build
 from elastic.training.classifier import ElasticClassifier
 from tests.runs import TINY, configure
 

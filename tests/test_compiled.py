@@ -4,12 +4,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import elastic.experiments.train
 import pytest
 import torch
-from elastic.experiments.train import train
 from torch._dynamo.testing import CompileCounter
 
+import elastic.experiments.train
+from elastic.experiments.train import train
 from elastic.training.compilation import compile_network
 from tests.runs import configure, load
 from tests.test_resume import CHANGING

@@ -9,12 +9,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-import elastic.callbacks
-import elastic.experiments.train
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import elastic
+import elastic.callbacks
+import elastic.experiments.train
 from tests.fitted import command
 from tests.runs import configure, without_account
 

@@ -13,10 +13,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from elastic.callbacks import PruneDynamically
-from elastic.experiments.train import main, train
 from torch import nn
 
+from elastic.callbacks import PruneDynamically
+from elastic.experiments.train import main, train
 from elastic.training import processes
 from elastic.training.processes import find_differing_processes
 from tests.fitted import command

@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import elastic.experiments.train
 import lightning as L
 import pytest
 import torch
-from elastic.experiments.train import train
 from omegaconf import DictConfig
 
+import elastic.experiments.train
+from elastic.experiments.train import train
 from tests.runs import TINY, configure, load
 
 CHANGING = (

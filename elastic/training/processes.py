@@ -2,7 +2,7 @@
 
 import gc
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,14 +29,20 @@ def unwrapped(trainer: L.Trainer) -> Iterator[None]:
         strategy.configure_ddp()
 
 
-def find_differing_processes(trainer: L.Trainer, net: nn.Module) -> list[int]:
-    """The processes whose network or optimizer state is not, bit for bit, that of the first."""
+def find_differing_processes(
+    trainer: L.Trainer, net: nn.Module, optimizers: Sequence[torch.optim.Optimizer] = ()
+) -> list[int]:
+    """List the processes whose network or optimizer state is not, bit for bit, that of the first.
+
+    Args:
+        optimizers: beside those of the trainer.
+    """
     if trainer.world_size == 1:
         return []
     digest = hashlib.sha256()
     for name, tensor in net.state_dict().items():
         _add(digest, name, tensor)
-    for optimizer in trainer.optimizers:
+    for optimizer in (*trainer.optimizers, *optimizers):
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
             for name, value in optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):

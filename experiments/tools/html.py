@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence, Set
 
 import matplotlib.pyplot as plt
+
 from elastic.experiments.tools.charts import Draw
 
 STYLE = """

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from elastic.experiments.tools.figure import heat_map
 from lightning.pytorch.loggers import Logger, WandbLogger
+
+from elastic.experiments.tools.figure import heat_map
 
 FILES = ("model.safetensors", "config.yaml", "summary.json", "timeline.jsonl", "history.jsonl")
 EVENT = ("epoch", "step", "why", "width", "stage", "before", "after")

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from elastic.experiments.tools.setup import finished, saved_config
-from elastic.experiments.train import build
 from torch import fx, nn
 
 from elastic.data import ImageData
 from elastic.dynamic.modules import select_set
 from elastic.errors import TrainingError
+from elastic.experiments.tools.setup import finished, saved_config
+from elastic.experiments.train import build
 from elastic.files.network import (
     holds_levels,
     holds_switched,

@@ -11,8 +11,6 @@ from typing import Any
 import lightning as L
 import torch
 import torchvision
-from elastic.experiments.tools.per_image import run_per_image
-from elastic.experiments.tools.setup import active
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -21,6 +19,8 @@ from torch import fx, nn
 from elastic.data import ImageData
 from elastic.dynamic.loss import ActivationCost
 from elastic.dynamic.modules import iterate_modules, select_set
+from elastic.experiments.tools.per_image import run_per_image
+from elastic.experiments.tools.setup import active
 from elastic.files.atomic import write_atomically
 from elastic.levels.nested import Levels
 from elastic.measure import counts

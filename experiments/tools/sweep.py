@@ -14,13 +14,13 @@ from math import nan, prod
 from pathlib import Path
 from typing import Any
 
-from elastic.experiments.tools.setup import one_line, portable, saved_config
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from elastic.errors import BusyError, SweepError, TrainingError
+from elastic.experiments.tools.setup import one_line, portable, saved_config
 from elastic.files.atomic import write_atomically
 
 FAILED = "failed.json"  # in a run's folder: why it failed

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from elastic.experiments.latency import TUNED_ON, some_images, stock
-from elastic.experiments.tools.restore import restore, restore_switched
 from torch import Tensor
 
 from elastic.dynamic.modules import select_set
 from elastic.dynamic.skipping import make_skipping
+from elastic.experiments.latency import TUNED_ON, some_images, stock
+from elastic.experiments.tools.restore import restore, restore_switched
 from elastic.levels.nested import Levels
 from elastic.measure.timing import Network, measure_times_ms
 

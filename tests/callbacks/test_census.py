@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from elastic.callbacks import Census
-from elastic.callbacks.census import write_lines
 from torch.utils.data import DataLoader
 
+from elastic.callbacks import Census
+from elastic.callbacks.census import write_lines
 from elastic.measure import counts
 from tests.fitted import EXACT, Spy, fit, prepare
 

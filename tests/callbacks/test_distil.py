@@ -5,16 +5,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import elastic.experiments.train
 import lightning as L
 import pytest
 import torch
-from elastic.callbacks import Distil
-from elastic.experiments.tools.restore import teacher
-from elastic.experiments.train import train
 from torch import nn
 
+import elastic.experiments.train
+from elastic.callbacks import Distil
 from elastic.errors import TrainingError
+from elastic.experiments.tools.restore import teacher
+from elastic.experiments.train import train
 from tests.fitted import EXACT, Spy, command, prepare
 from tests.runs import configure, load
 from tests.test_resume import killed, same_run

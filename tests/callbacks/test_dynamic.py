@@ -8,24 +8,24 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import elastic.experiments.train
 import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+import elastic.experiments.train
 from elastic.callbacks import PruneDynamically
+from elastic.dynamic.loss import ActivationCost
+from elastic.dynamic.modules import SetNorm, iterate_modules
+from elastic.dynamic.skipping import make_skipping
+from elastic.errors import StructureError, TrainingError
 from elastic.experiments import export, kernel_usage, latency
 from elastic.experiments.evaluate import evaluate
 from elastic.experiments.tools.per_image import batches, run_per_image
 from elastic.experiments.tools.restore import restore, restore_switched, teacher
 from elastic.experiments.train import train
-from torch import Tensor, nn
-from torch.optim import AdamW
-
-from elastic.dynamic.loss import ActivationCost
-from elastic.dynamic.modules import SetNorm, iterate_modules
-from elastic.dynamic.skipping import make_skipping
-from elastic.errors import StructureError, TrainingError
 from elastic.measure.counts import count_macs
 from elastic.training.classifier import ElasticClassifier
 from tests.fitted import EXACT, Run, Spy, prepare

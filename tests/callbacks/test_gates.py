@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from elastic.callbacks import PruneByGates
-from elastic.experiments.train import train
 from torch import Tensor, nn
 
+from elastic.callbacks import PruneByGates
 from elastic.errors import StructureError, TrainingError
+from elastic.experiments.train import train
 from elastic.measure import counts
 from elastic.pruning.budget import Budget
 from elastic.pruning.compaction import compact

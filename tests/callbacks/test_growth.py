@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from elastic.callbacks import GrowOnSaturation
 from hydra.errors import InstantiationException
 from torch.optim.lr_scheduler import OneCycleLR
 
+from elastic.callbacks import GrowOnSaturation
 from elastic.data import Digits
 from elastic.errors import TrainingError
 from elastic.growth.amount import Growth

@@ -6,16 +6,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import elastic.experiments.train
 import pytest
 import torch
 import torch.nn.functional as F
-from elastic.callbacks import TrainJointly
-from elastic.experiments.evaluate import evaluate
-from elastic.experiments.train import build, train
 from torch import Tensor, nn
 
+import elastic.experiments.train
+from elastic.callbacks import TrainJointly
 from elastic.errors import TrainingError
+from elastic.experiments.evaluate import evaluate
+from elastic.experiments.train import build, train
 from elastic.files.network import load_levels
 from elastic.levels.importance import score_channels
 from elastic.levels.nested import Levels

@@ -4,15 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import elastic.experiments.train
 import pytest
 import torch
 import torch.nn.functional as F
-from elastic.callbacks import PruneByMagnitude
-from elastic.experiments.train import train
 from torch import Tensor
 
+import elastic.experiments.train
+from elastic.callbacks import PruneByMagnitude
 from elastic.errors import StructureError, TrainingError
+from elastic.experiments.train import train
 from elastic.measure import counts
 from elastic.pruning import gates
 from elastic.pruning.compaction import compact

@@ -9,18 +9,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+import torch
+from torch import Tensor, nn
+
 import elastic.callbacks.levels
 import elastic.experiments.evaluate
 import elastic.experiments.train
-import pytest
-import torch
 from elastic.callbacks import Reconstruct, TrainJointly
+from elastic.errors import StructureError, TrainingError
 from elastic.experiments.evaluate import evaluate
 from elastic.experiments.tools.summary import measure_levels
 from elastic.experiments.train import build, train
-from torch import Tensor, nn
-
-from elastic.errors import StructureError, TrainingError
 from elastic.files.network import load_compact, load_levels
 from elastic.levels.freezing import Phase
 from elastic.levels.importance import score_channels

@@ -9,9 +9,9 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from elastic.experiments import compare
 
 from elastic.errors import TrainingError
+from elastic.experiments import compare
 
 
 def write(folder: Path, accuracy: float, params: int, **more: Any) -> None:

@@ -7,11 +7,11 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
-import elastic.experiments.train
 import pytest
+
+import elastic.experiments.train
 from elastic.experiments.tools.setup import THEIRS, one_line
 from elastic.experiments.train import train
-
 from tests.experiments.test_configs import files, generated
 from tests.runs import configure
 

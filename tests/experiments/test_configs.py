@@ -6,13 +6,10 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-import elastic.experiments.train
 import lightning as L
 import numpy as np
 import pytest
 import torch
-from elastic.callbacks import Census, ElasticProgress, GrowOnSaturation, PruneByGates
-from elastic.experiments.train import train
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
@@ -20,7 +17,10 @@ from PIL import Image
 from torch import nn
 from torchvision import datasets
 
+import elastic.experiments.train
+from elastic.callbacks import Census, ElasticProgress, GrowOnSaturation, PruneByGates
 from elastic.data import ImageData
+from elastic.experiments.train import train
 from elastic.growth.amount import Growth
 from elastic.growth.triggers import Periodic, Plateau
 from tests.runs import CONF, configure, load

@@ -11,13 +11,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import elastic.experiments.compare
-import elastic.experiments.train
 import pytest
 import torch
-from elastic.experiments.tools.setup import run
 from hydra.core.global_hydra import GlobalHydra
 
+import elastic.experiments.compare
+import elastic.experiments.train
+from elastic.experiments.tools.setup import run
 from tests.fitted import EXACT, Spy, command, fit
 from tests.runs import load
 from tests.test_resume import same_run

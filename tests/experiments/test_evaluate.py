@@ -3,12 +3,12 @@
 import json
 from pathlib import Path
 
-import elastic.experiments.evaluate
 import pytest
+
+import elastic.experiments.evaluate
+from elastic.errors import TrainingError
 from elastic.experiments.evaluate import evaluate
 from elastic.experiments.train import train
-
-from elastic.errors import TrainingError
 from tests.fitted import command
 from tests.runs import TINY, configure
 

@@ -6,18 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 import elastic.experiments.compare
 import elastic.experiments.export
 import elastic.experiments.serve
-import pytest
-import torch
 from elastic.experiments import serve
 from elastic.experiments.serve import PHASES, Answer, score, stream
 from elastic.experiments.tools.restore import restore
 from elastic.experiments.train import train
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from tests.fitted import EXACT, command
 from tests.runs import configure
 

@@ -11,6 +11,10 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.text import Text
+
 from elastic.experiments import compare
 from elastic.experiments.tools.charts import (
     LONGEST,
@@ -24,9 +28,6 @@ from elastic.experiments.tools.charts import (
     short,
 )
 from elastic.experiments.tools.html import failures, picture
-from hypothesis import given
-from hypothesis import strategies as st
-from matplotlib.text import Text
 
 TITLES = ("Accuracy against size", "Accuracy against work", "Levels and sets", "Size over time")
 

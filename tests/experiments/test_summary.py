@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from elastic.experiments.tools.figure import draw_history
 from elastic.experiments.tools.summary import measure, show, summarise, write_summary
 from elastic.experiments.tools.summary import test_accuracy as accuracy
 from elastic.experiments.train import build, train
-from PIL import Image
-
 from elastic.files.network import load_compact
 from elastic.models import convnet
 from tests.runs import TINY, configure

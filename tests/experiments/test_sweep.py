@@ -7,9 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from elastic.experiments.tools import sweep
-from elastic.experiments.tools.setup import alone, portable
-from elastic.experiments.tools.sweep import arm, grid, one_of_many, progress, remaining, values
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
@@ -17,6 +14,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from elastic.errors import SweepError, TrainingError
+from elastic.experiments.tools import sweep
+from elastic.experiments.tools.setup import alone, portable
+from elastic.experiments.tools.sweep import arm, grid, one_of_many, progress, remaining, values
 from tests.runs import TINY, configure
 
 

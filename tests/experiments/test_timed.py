@@ -5,13 +5,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import elastic.experiments.compare
 import pytest
 import torch
+
+import elastic.experiments.compare
 from elastic.experiments.tools import timing
 from elastic.experiments.tools.timing import networks, time_runs
 from elastic.experiments.train import train
-
 from tests.fitted import EXACT, command
 from tests.runs import configure
 

@@ -9,15 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import elastic.experiments.train
 import lightning as L
 import pytest
 import torch
-from elastic.experiments.train import build, train
 from filelock import FileLock
 from omegaconf import OmegaConf
 from PIL import Image
 
+import elastic.experiments.train
+from elastic.experiments.train import build, train
 from tests.fitted import command
 from tests.runs import TINY, configure, load
 from tests.test_resume import same

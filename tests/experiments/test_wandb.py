@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import elastic.experiments.train
 import pytest
+
+import elastic.experiments.train
+from elastic.errors import TrainingError
 from elastic.experiments import dashboard
 from elastic.experiments.train import train
-
-from elastic.errors import TrainingError
 from tests.runs import TINY, configure, without_account
 
 CHANGING = (

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from elastic.errors import StructureError
+from elastic.levels import runtime
 from elastic.levels.nested import Levels
 from elastic.levels.runtime import Runtime
 from elastic.levels.sizes import level_sizes

@@ -6,16 +6,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import elastic.experiments.train
 import pytest
 import torch
 import torch.nn.functional as F
-from elastic.experiments.train import train
 from torch import nn
 from torch.nn import Conv2d
 from torch.optim import SGD, AdamW, lr_scheduler
 
+import elastic.experiments.train
 from elastic.errors import StructureError, TrainingError
+from elastic.experiments.train import train
 from elastic.levels.nested import Levels
 from elastic.models import convnet, resnet20
 from elastic.pruning import gates

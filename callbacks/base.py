@@ -1,0 +1,169 @@
+"""Connect a callback to the structure of the network that it is about, and ask callbacks what they answer."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, StochasticWeightAveraging
+from torch import Tensor, nn
+
+from elastic.errors import TrainingError
+from elastic.training.joining import join_structure
+from elastic.training.structure import Structure, get_scaler
+
+# Lightning's own callbacks that hold on to parameters, or copies of them, as they were.
+STATIC = (StochasticWeightAveraging, BaseFinetuning, ModelPruning)
+
+
+@dataclass(frozen=True)
+class StepNetwork:
+    """Name a network that a training step executes, for the count of what training takes.
+
+    Attributes:
+        times: how often, on average over steps.
+        trained: whether gradients go through it.
+    """
+
+    net: nn.Module
+    times: float = 1.0
+    trained: bool = True
+
+
+class ElasticCallback(L.Callback):
+    """Follow the structure of any LightningModule's network.
+
+    The first such callback of a run makes the `Structure`, and sees to what is common to all. A callback asks
+    the structure, and answers questions; it writes into no attribute of the user's module.
+
+    Attributes:
+        changes_structure: whether the network's parameters may change their shapes, or copies follow them;
+            levels and kernel activation modules need a network that stays as it is.
+    """
+
+    changes_structure: ClassVar[bool] = False
+    structure: Structure
+    _own_states: Sequence[dict[str, Any]] | None = None
+
+    # Questions.
+
+    def compute_loss(self, x: Tensor, output: Any) -> Tensor | None:
+        """Return what a call of the network in training adds to the loss, if anything."""
+        return None
+
+    def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Add gradients that need no loss to those among the parameters, which are about to be stepped."""
+
+    def list_step_networks(self) -> Sequence[StepNetwork]:
+        """List what a training step executes, in place of the network once; empty where that is so."""
+        return ()
+
+    def find_last_growth(self, trainer: L.Trainer) -> float:
+        """Return the part of the run after which this callback lets nothing grow."""
+        return 0.0
+
+    def report(self) -> Mapping[str, Any]:
+        """Return entries for the run's summary."""
+        return {}
+
+    # Hooks.
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.structure = join_structure(trainer, pl_module)
+        static = [callback for callback in trainer.callbacks if isinstance(callback, STATIC)]  # type: ignore[attr-defined]
+        if self.changes_structure and static:
+            raise TrainingError(
+                f"{type(static[0]).__name__} cannot follow a network that changes, as "
+                f"{type(self).__name__} needs it to: leave one of them out (AverageWeights follows)"
+            )
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._leads(trainer):
+            self.structure.take_own_parameters()
+            if self._own_states is not None:
+                self.structure.own.load_state_dict(self._own_states)
+                self._own_states = None
+            self._route(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._route(trainer)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._route(trainer)
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if self._leads(trainer):
+            own = self.structure.own
+            parameters = own.list_parameters(optimizer)
+            finite = own.unscale(optimizer, get_scaler(trainer))
+            for callback in list_elastic(trainer):
+                callback.add_gradients(parameters)
+            own.step(optimizer, skip=not finite)
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._leads(trainer):
+            checkpoint["elastic"] = {"own_optimizers": self.structure.own.state_dict()}
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._leads(trainer) and trainer.state.fn == "fit":
+            self._own_states = checkpoint.get("elastic", {}).get("own_optimizers")
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self._leads(trainer):
+            self.structure.unroute()
+
+    def _leads(self, trainer: L.Trainer) -> bool:
+        """Tell whether this is the callback that sees to what is common to all."""
+        return next(iter(list_elastic(trainer)), None) is self
+
+    def _route(self, trainer: L.Trainer) -> None:
+        if self._leads(trainer):
+            answering = [
+                c for c in list_elastic(trainer) if type(c).compute_loss is not ElasticCallback.compute_loss
+            ]
+            self.structure.route([callback.compute_loss for callback in answering])
+
+
+class FollowNetwork(ElasticCallback):
+    """Name the network that is to be elastic, where a module has several children; put it first.
+
+    Args:
+        network: its path in the module, say "backbone" or "model.encoder".
+
+    Example::
+
+        trainer = L.Trainer(callbacks=[FollowNetwork("backbone"), PruneByGates(budget=100_000)])
+    """
+
+    def __init__(self, network: str) -> None:
+        self.network = network
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        join_structure(trainer, pl_module, self.network)
+        super().setup(trainer, pl_module, stage)
+
+
+def list_elastic(trainer: L.Trainer) -> list[ElasticCallback]:
+    """List the callbacks of a run that follow its network."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, ElasticCallback)]  # type: ignore[attr-defined]
+
+
+def refuse_changes_beside(trainer: L.Trainer, what: str) -> None:
+    """Refuse a run in which the structure changes, for the sake of what needs it to stay.
+
+    Raises:
+        TrainingError: a callback changes it.
+    """
+    changing = [type(c).__name__ for c in list_elastic(trainer) if c.changes_structure]
+    if changing:
+        raise TrainingError(
+            f"{what} and {changing[0]} cannot be in one run: run {changing[0]} first, and start from "
+            "what it saved with init=<its folder>"
+        )

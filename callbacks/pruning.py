@@ -1,0 +1,43 @@
+"""Do what every way of pruning by gates does."""
+
+import lightning as L
+
+from elastic.callbacks.base import list_elastic
+from elastic.errors import TrainingError
+from elastic.pruning.compaction import find_removable_channels
+from elastic.pruning.fitting import check_budget_reachable
+from elastic.pruning.gates import Grain, attach_gates, iterate_gates
+from elastic.training.structure import Structure
+
+
+def attach_once(structure: Structure, grain: Grain, grace: int = 0) -> None:
+    """Gate the network, unless an earlier fit has done so."""
+    if not any(iterate_gates(structure.net)):
+        attach_gates(structure.net, structure.widths, grain, grace)
+        structure.lay_out()
+
+
+def check_budget(
+    trainer: L.Trainer, structure: Structure, target: int, end: float, by: str = "params"
+) -> None:
+    """Refuse, before a run begins, a budget for `end` of it that cannot be met.
+
+    Raises:
+        TrainingError: the network may grow later.
+        StructureError: less than what stays when every layer keeps one gate open.
+    """
+    if trainer.ckpt_path is not None:
+        return
+    last = max(callback.find_last_growth(trainer) for callback in list_elastic(trainer))
+    if last > end:
+        raise TrainingError(
+            f"growth goes on to {last:.0%} of the run, but the budget is met at {end:.0%}: lower "
+            "callbacks.growth.until, or let pruning end later"
+        )
+    check_budget_reachable(structure.net, structure.example, target, by)
+
+
+def remove_dead_channels(structure: Structure) -> None:
+    """Remove the channels that gates have shut off, in all processes alike."""
+    if keep := structure.agree(find_removable_channels(structure.net, structure.widths, structure.example)):
+        structure.restructure(keep, "prune: channels without effect")

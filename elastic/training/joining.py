@@ -1,0 +1,118 @@
+"""Find the network of any LightningModule, and give the module a `Structure` of it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from elastic.errors import TrainingError
+from elastic.training.structure import Structure, find_path
+
+ATTRIBUTE = "elastic_structure"  # the name of the child that a foreign module is given
+
+
+def find_structure(module: nn.Module) -> Structure | None:
+    """Return the structure that a module has, if it has one."""
+    return next((child for child in module.children() if isinstance(child, Structure)), None)
+
+
+def join_structure(trainer: L.Trainer, module: L.LightningModule, network: str | None = None) -> Structure:
+    """Return the structure of a module; the first to ask makes it.
+
+    Args:
+        network: the path of the network in the module; where it is left out, the module's one child.
+
+    Raises:
+        TrainingError: it cannot be told which child is the network, or what its input is.
+        StructureError: nothing of the network can change.
+    """
+    structure = find_structure(module)
+    if structure is None:
+        net = find_network(module, network)
+        structure = Structure(net, find_example(trainer, module, net), seed=torch.initial_seed() % 2**32)
+        module.add_module(ATTRIBUTE, structure)
+    if structure.trainer is not trainer:
+        structure.trainer = trainer
+        hooks = module._load_state_dict_pre_hooks.values()
+        if not any(getattr(hook.hook, "__self__", None) is structure for hook in hooks):
+            module.register_load_state_dict_pre_hook(structure.prepare_load)
+    return structure
+
+
+def find_network(module: L.LightningModule, network: str | None = None) -> nn.Module:
+    """Return the one child of a module that has layers, or the one that is named.
+
+    Raises:
+        TrainingError: there is none, or more than one to choose from.
+    """
+    if network is not None:
+        try:
+            return module.get_submodule(network)
+        except AttributeError as error:
+            names = ", ".join(name for name, _ in module.named_children())
+            raise TrainingError(f"the module has no '{network}': name its network, one of {names}") from error
+    candidates = {name: child for name, child in module.named_children() if list(child.parameters())}
+    if len(candidates) != 1:
+        names = ", ".join(candidates) or "none"
+        raise TrainingError(
+            f"{type(module).__name__} has {len(candidates)} children with parameters ({names}): "
+            "name the one that is to be elastic with callbacks=[FollowNetwork('…'), …]"
+        )
+    return next(iter(candidates.values()))
+
+
+def find_example(trainer: L.Trainer, module: L.LightningModule, net: nn.Module) -> Tensor:
+    """Return an input of the network: from the module's `example_input_array`, or a batch of the data.
+
+    Raises:
+        TrainingError: there is no such input, or it does not reach the network.
+    """
+    example = module.example_input_array
+    inputs = example if example is not None else _take_batch(trainer, module)
+    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    if not tensors:
+        raise TrainingError(f"an input cannot be told: give {type(module).__name__} an example_input_array")
+    first = tensors[0]
+    if len(list(module.children())) == 1 or find_path(module, net) == "":
+        return first
+    return _capture(module, net, first)
+
+
+def _capture(module: L.LightningModule, net: nn.Module, inputs: Tensor) -> Tensor:
+    """Return what reaches the network when the module's forward is given inputs; these where it has none."""
+    captured: list[Tensor] = []
+    hook = net.register_forward_pre_hook(lambda _, args: captured.extend(args[:1]))
+    modes = {child: child.training for child in module.modules()}
+    try:
+        with torch.no_grad():
+            module.eval().forward(inputs)
+    except NotImplementedError:  # Lightning's, of modules without a forward
+        return inputs
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TrainingError(
+            f"the network's input cannot be told ({reason}): give "
+            f"{type(module).__name__} an example_input_array"
+        ) from error
+    finally:
+        hook.remove()
+        for child, training in modes.items():
+            child.training = training
+    return captured[0].detach() if captured else inputs
+
+
+def _take_batch(trainer: L.Trainer, module: L.LightningModule) -> Any:
+    """Return a training batch as the module sees it, without moving any random state."""
+    source = trainer.fit_loop._data_source
+    with isolate_rng():
+        loader = source.dataloader() if source.is_defined() else None
+        loaders: Sequence[Any] = tree_leaves(loader)
+        if not loaders:
+            raise TrainingError(f"there is no data yet: give {type(module).__name__} an example_input_array")
+        batch = next(iter(loaders[0]))
+        hooks = trainer.datamodule if trainer.datamodule is not None else module  # type: ignore[attr-defined]
+        return hooks.on_after_batch_transfer(batch, 0)

@@ -1,0 +1,145 @@
+"""Step the parameters that elastic methods add to a network, beside the user's own optimizers.
+
+Gate scores, the norms of levels and kernel activation modules are parameters like others, so that a user's
+`configure_optimizers` finds them. But scores want no weight decay, modules a learning rate of their own, and
+a parameter group more would break resuming and schedulers such as OneCycleLR. So they are taken out of the
+user's groups, and an optimizer of the same kind follows the learning rate of the group that they came from.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elastic.errors import TrainingError
+from elastic.training.groups import remove_parameters
+
+FOLLOWED = ("lr", "betas", "momentum")  # what schedulers change
+
+
+@dataclass(frozen=True)
+class OwnParameter:
+    """Say how a parameter that an elastic method has added learns.
+
+    Attributes:
+        rate: of its learning, times the network's.
+        decays: whether the weight decay of the group it came from holds for it.
+    """
+
+    parameter: nn.Parameter
+    rate: float = 1.0
+    decays: bool = True
+
+
+class OwnOptimizers:
+    """Step own parameters with optimizers that follow the user's, one for each of them.
+
+    Args:
+        homes: the user's optimizers; own parameters are taken out of their groups.
+        parameters: a parameter in no group learns like the first group of the first optimizer.
+
+    Raises:
+        TrainingError: an optimizer that has no parameter groups to follow.
+    """
+
+    def __init__(self, homes: Sequence[torch.optim.Optimizer], parameters: Iterable[OwnParameter]) -> None:
+        waiting = list(parameters)
+        self.optimizers: list[torch.optim.Optimizer] = []
+        self._homes = list(homes)
+        if not self._homes or not waiting:
+            return
+        for home in self._homes:
+            groups = remove_parameters(home, [own.parameter for own in waiting])
+            members = [(own, groups[id(own.parameter)]) for own in waiting if id(own.parameter) in groups]
+            waiting = [own for own in waiting if id(own.parameter) not in groups]
+            self.optimizers.append(_make_follower(home, members))
+        if waiting:
+            self.optimizers[0].param_groups += _make_groups(self._homes[0], [(own, 0) for own in waiting])
+
+    def list_parameters(self, home: torch.optim.Optimizer) -> list[nn.Parameter]:
+        """List the own parameters that are stepped with one of the user's optimizers."""
+        follower = self._find_follower(home)
+        return [] if follower is None else [p for group in follower.param_groups for p in group["params"]]
+
+    def step(self, home: torch.optim.Optimizer, skip: bool = False) -> None:
+        """Take the step that goes with one of the user's optimizers, and drop the gradients.
+
+        Args:
+            skip: only drop them.
+        """
+        follower = self._find_follower(home)
+        if follower is None:
+            return
+        for group in follower.param_groups:
+            source = home.param_groups[group["home"]]
+            group.update({name: source[name] for name in FOLLOWED if name in source})
+            group["lr"] = group["lr"] * group["rate"]
+        if not skip:
+            follower.step()
+        follower.zero_grad(set_to_none=True)
+
+    def unscale(self, home: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> bool:
+        """Divide gradients by what a scaler has multiplied the loss with; return whether all are finite."""
+        grads = [p.grad for p in self.list_parameters(home) if p.grad is not None]
+        if scaler is None or not scaler.is_enabled() or not grads:
+            return True
+        overflow = torch.zeros(1, device=grads[0].device)
+        inverse = torch.full_like(overflow, 1 / scaler.get_scale())
+        torch._amp_foreach_non_finite_check_and_unscale_(grads, overflow, inverse)
+        return not bool(overflow)
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Return the state of each optimizer."""
+        return [optimizer.state_dict() for optimizer in self.optimizers]
+
+    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
+        """Take up the state of each optimizer."""
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+
+    def _find_follower(self, home: torch.optim.Optimizer) -> torch.optim.Optimizer | None:
+        pairs = zip(self._homes, self.optimizers, strict=False)
+        return next((follower for optimizer, follower in pairs if optimizer is home), None)
+
+
+def _make_follower(
+    home: torch.optim.Optimizer, members: list[tuple[OwnParameter, int]]
+) -> torch.optim.Optimizer:
+    """Make an optimizer of the same class and options, whatever its constructor takes."""
+    if isinstance(home, torch.optim.LBFGS):
+        raise TrainingError("LBFGS has no parameter groups, which gates and levels need: take another")
+    follower = object.__new__(type(home))
+    state = {
+        "defaults": home.defaults,
+        "state": defaultdict(dict),
+        "param_groups": _make_groups(home, members),
+    }
+    follower.__setstate__(state)
+    return follower
+
+
+def _make_groups(
+    home: torch.optim.Optimizer, members: list[tuple[OwnParameter, int]]
+) -> list[dict[str, Any]]:
+    """Make one group for each group of the user's, rate and decay that there is."""
+    groups: dict[tuple[int, float, bool], dict[str, Any]] = {}
+    for own, i in members:
+        options = {name: value for name, value in home.param_groups[i].items() if name != "params"}
+        if not own.decays and "weight_decay" in options:
+            options["weight_decay"] = 0.0
+        key = (i, own.rate, own.decays)
+        group = groups.setdefault(key, {**options, "home": i, "rate": own.rate, "params": []})
+        group["params"].append(own.parameter)
+    return list(groups.values())
+
+
+def scale_module_rate(parameter: Tensor, rate: float) -> float:
+    """Return the learning rate of a kernel activation module's parameter, times the network's.
+
+    A score sums over all that its module reads, and so over the noise of their weights' steps.
+    """
+    return rate / math.sqrt(parameter.shape[1]) if parameter.dim() > 1 else rate

@@ -1,0 +1,59 @@
+"""Measure how far a run is, whatever bounds it."""
+
+import math
+
+import lightning as L
+from lightning.pytorch.callbacks import Timer
+
+from elastic.errors import TrainingError
+
+
+def measure_epoch_progress(trainer: L.Trainer, epoch: int | None = None) -> float:
+    """Return the part of the run (0 … 1) that has passed as an epoch begins, by default the present one.
+
+    Raises:
+        TrainingError: nothing bounds the run, so that no part of it can be told.
+    """
+    return max(_list_bounds(trainer, trainer.current_epoch if epoch is None else epoch))
+
+
+def measure_step_progress(trainer: L.Trainer) -> float:
+    """Return the part of the run (0 … 1) that has passed, batches of the present epoch included.
+
+    Batches are counted, not optimizer steps, of which manual optimization may take several a batch.
+
+    Raises:
+        TrainingError: nothing bounds the run, so that no part of it can be told.
+    """
+    batches = trainer.num_training_batches
+    part = (trainer.fit_loop.batch_idx + 1) / batches if math.isfinite(batches) and batches else 0.0
+    return min(1.0, max(_list_bounds(trainer, trainer.current_epoch + part)))
+
+
+def is_last_epoch(trainer: L.Trainer) -> bool:
+    """Tell whether the present epoch is the last one, as far as that is known when it begins."""
+    if _has_epochs(trainer) and trainer.current_epoch + 1 >= (trainer.max_epochs or 1):
+        return True
+    batches = trainer.num_training_batches / trainer.accumulate_grad_batches
+    return trainer.max_steps > 0 and trainer.global_step + batches >= trainer.max_steps
+
+
+def _has_epochs(trainer: L.Trainer) -> bool:
+    return trainer.max_epochs is not None and trainer.max_epochs > 0
+
+
+def _list_bounds(trainer: L.Trainer, epochs: float) -> list[float]:
+    """List the part of each bound of the run that `epochs` of it have used up."""
+    parts = []
+    if _has_epochs(trainer):
+        parts.append(epochs / (trainer.max_epochs or 1))
+    if trainer.max_steps > 0:
+        parts.append(trainer.global_step / trainer.max_steps)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Timer) and callback._duration is not None:
+            parts.append(callback.time_elapsed() / callback._duration)
+    if not parts:
+        raise TrainingError(
+            "the run has no end, so that no part of it can be told: set max_epochs or max_steps"
+        )
+    return parts

@@ -1,0 +1,75 @@
+"""Let a network's calls run what a run trains: a level, its kernel activation modules, further loss terms.
+
+A user's `training_step` stays as it is. `nn.Module.__call__` looks for a compiled call first: that is where a
+`Router` stands. Copies of the network do not have it (torch leaves it out of what it copies), tracing does
+not see it.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+LossTerm = Callable[[Tensor, Any], Tensor | None]
+
+
+class Runner(Protocol):
+    """Execute a network as it is to be trained now."""
+
+    net: nn.Module
+
+    def run_active(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def compute_loss_scale(self) -> float | None: ...
+
+
+class _AddLoss(torch.autograd.Function):
+    """Return a value as it is; backward, the loss gets the gradient that the run's own loss has."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, loss: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        ctx.like = loss
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grad, torch.full_like(ctx.like, ctx.scale), None
+
+
+def add_loss(output: Any, loss: Tensor, scale: float) -> Any:
+    """Return a network's output such that the gradient of `loss` comes with the output's own.
+
+    Args:
+        output: a tensor, or a structure of tensors; the first that needs a gradient carries the loss.
+        scale: what the run multiplies its own loss with (a gradient scaler, 1 / accumulated batches).
+    """
+    leaves, spec = tree_flatten(output)
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            leaves[i] = _AddLoss.apply(leaf, loss, scale)
+            return tree_unflatten(leaves, spec)
+    return output
+
+
+class Router:
+    """Stand in for a network's call.
+
+    Args:
+        runner: executes the network as it is to be trained now.
+        terms: what each call in training adds to the loss, from the first input and the output.
+    """
+
+    def __init__(self, runner: Runner, terms: Iterable[LossTerm]) -> None:
+        self.runner, self.terms = runner, list(terms)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.runner.run_active(*args, **kwargs)
+        scale = self.runner.compute_loss_scale() if torch.is_grad_enabled() else None
+        if scale is None:
+            return output
+        x = args[0] if args else next(iter(kwargs.values()))
+        losses = [loss for term in self.terms if (loss := term(x, output)) is not None]
+        return add_loss(output, torch.stack(losses).sum(), scale) if losses else output

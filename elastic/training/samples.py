@@ -1,0 +1,44 @@
+"""Take a few training samples for a decision, on the device of the network."""
+
+from itertools import islice
+from typing import Any, Protocol, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from elastic.errors import TrainingError
+
+
+class Sampler(Protocol):
+    """Give training samples as validation would see them, as `elastic.data.ImageData` does."""
+
+    train_set: Any
+
+    def sample(self, n: int, seed: int) -> tuple[Tensor, Tensor]: ...
+
+
+def sample_batch(trainer: L.Trainer, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return x_BCHW and y_B of about `count` training samples.
+
+    A data module with a `sample` method is asked; from any other data the first batches are taken.
+
+    Raises:
+        TrainingError: batches are no pairs of tensors.
+    """
+    device = trainer.strategy.root_device
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if hasattr(data, "sample"):
+        sampler = cast(Sampler, data)
+        x_BCHW, y_B = sampler.sample(min(count, len(sampler.train_set)), seed)
+        return x_BCHW.to(device), y_B.to(device)
+    with isolate_rng():
+        loader = trainer.fit_loop._data_source.dataloader()
+        batch = next(iter(loader))
+        size = len(batch[0]) if isinstance(batch, list | tuple) and len(batch) == 2 else 0
+        if not size:
+            raise TrainingError("samples are taken from pairs (inputs, targets), which the batches are not")
+        batches = [batch, *islice(loader, max(0, count // size - 1))]
+    x_BCHW, y_B = (torch.cat([batch[i] for batch in batches])[:count] for i in (0, 1))
+    return x_BCHW.to(device), y_B.to(device)

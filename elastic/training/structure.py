@@ -1,0 +1,326 @@
+"""Hold what has happened to a network in a run; every change of it goes through here.
+
+Callbacks talk to a `Structure`, not to attributes of the user's module. It is a child of that module, so that
+what elastic methods add (norms of levels, kernel activation modules) is trained, moved and saved with it, and
+what has happened is in the module's `state_dict`: any way of loading one rebuilds the network first.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, TypeVar
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from elastic.dynamic.attaching import MODULES
+from elastic.dynamic.modules import select_set
+from elastic.errors import TrainingError
+from elastic.levels.nested import Levels
+from elastic.pruning.gates import iterate_gates
+from elastic.surgery.depth import count_blocks, deepen, get_template_name
+from elastic.surgery.fresh import Fresh, zero_out
+from elastic.surgery.rebuilding import rebuild
+from elastic.surgery.reindexing import Index, reindex
+from elastic.training.groups import adopt_parameters
+from elastic.training.layout import choose_memory_format
+from elastic.training.own_parameters import OwnOptimizers, OwnParameter, scale_module_rate
+from elastic.training.processes import find_differing_processes, unwrapped
+from elastic.training.routing import LossTerm, Router
+from elastic.widths.discovery import discover
+from elastic.widths.tracing import sync_traced
+
+T = TypeVar("T")
+
+
+class Structure(nn.Module):
+    """Follow one network through a run: its widths, levels, kernel activation modules, and their history.
+
+    Args:
+        net: a child of the user's module, at any depth.
+        example: an input of it, batch first; only its shape and type matter.
+        seed: of all randomness in changes of structure.
+        channels_last: keep the network in that memory format, as far as its kernels can be trusted with it;
+            else tensors keep the format that they have.
+
+    Attributes:
+        widths: of the network as it is now.
+        start_sizes, start_depth: channels of each width and blocks of each stage that it began with; a block
+            that has been added counts as its template.
+        timeline: one row a structural event: epoch, step, why, width or stage, before, after.
+        copies: networks of the same structure (averaged weights), which follow each change.
+        levels: nested sub-networks, where there are any; `level` is the one that is trained and evaluated,
+            `extra_levels` are validated beside it.
+        dynamic_nets: the network, or each of its levels, with kernel activation modules.
+        schedule_fraction: the part of the run that an optimizer and its schedule last.
+
+    Raises:
+        StructureError: nothing of the network can change.
+    """
+
+    def __init__(self, net: nn.Module, example: Tensor, seed: int = 0, channels_last: bool = False) -> None:
+        super().__init__()
+        self._net = (net,)  # not a child: the user's module has it
+        self.example = example
+        self.seed, self.channels_last = seed, channels_last
+        self.memory_format = torch.contiguous_format
+        self.widths = discover(net, example)
+        self.start_sizes, self.start_depth = self.widths.sizes(), count_blocks(net)
+        self.timeline: list[dict[str, Any]] = []
+        self.copies: list[nn.Module] = []
+        self.levels: Levels | None = None
+        self.level, self.extra_levels = 0, range(0)
+        self.dynamic_nets: list[fx.GraphModule] = []
+        self.module_rate = 1.0
+        self.schedule_fraction = 1.0
+        self.own = OwnOptimizers((), ())
+        self.trainer: L.Trainer | None = None
+        self._inner_call: Callable[..., Any] | None = None
+
+    @property
+    def net(self) -> nn.Module:
+        return self._net[0]
+
+    @property
+    def nets(self) -> list[nn.Module]:
+        """The levels, the smallest first, or the network alone."""
+        return [self.net] if self.levels is None else list(self.levels)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to the run, not to the network, where a module is copied or sent."""
+        own = {"copies": [], "trainer": None, "own": OwnOptimizers((), ()), "_inner_call": None}
+        return {**super().__getstate__(), **own}  # type: ignore[misc]
+
+    # Change.
+
+    def restructure(
+        self, changes: Mapping[str, Index], why: str, fresh: Fresh = zero_out, stages: Iterable[str] = ()
+    ) -> None:
+        """Re-index widths of the network and of all that follows it, deepen stages, and note it.
+
+        Call it as a training epoch begins; in several processes in each, with the same arguments (`agree`).
+
+        Raises:
+            StructureError: the change cannot be followed; nothing has changed then.
+            TrainingError: the processes of the run no longer agree.
+        """
+        before = self.widths.sizes()
+        with self.changing():
+            reindex(
+                self.net,
+                self.widths,
+                changes,
+                optimizers=self._list_optimizers(),
+                copies=self.copies,
+                fresh=fresh,
+                generator=self.make_generator(),
+            )
+            for name in changes:
+                self.record(why, width=name, before=before[name], after=self.widths[name].size)
+            for stage in stages:
+                count = self._deepen(stage)
+                self.record(why, stage=stage, before=count, after=count + 1)
+
+    def record(self, why: str, **event: Any) -> None:
+        """Note a structural event in the timeline."""
+        trainer = self.trainer
+        epoch, step = (trainer.current_epoch, trainer.global_step) if trainer else (0, 0)
+        self.timeline.append({"epoch": epoch, "step": step, "why": why, **event})
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Surround a change of structure, or of what is trained: whoever knows the network looks again.
+
+        Raises:
+            TrainingError: the processes of the run no longer agree.
+        """
+        with unwrapped(self.trainer) if self.trainer else nullcontext():
+            yield
+            self.lay_out()
+        if self.net._compiled_call_impl is not None:
+            torch.compiler.reset()  # or it would fall back to eager, silently, after eight shapes
+        if self.trainer and (ranks := find_differing_processes(self.trainer, self.net, self.own.optimizers)):
+            raise TrainingError(
+                f"processes {ranks} no longer hold the network of process 0: all of them must run the same "
+                "code on the same data; continue from the last checkpoint"
+            )
+
+    def agree(self, decision: T) -> T:
+        """Return the decision of the first process, in all of them; to be called in each."""
+        return decision if self.trainer is None else self.trainer.strategy.broadcast(decision)
+
+    def lay_out(self) -> None:
+        """Bring all tensors into one memory format: a resumed run must not differ from one that went on."""
+        if self.channels_last:
+            trainer = self.trainer
+            on_cpu = trainer is not None and trainer.strategy.root_device.type == "cpu"
+            fp32_on_cpu = on_cpu and trainer is not None and trainer.precision == "32-true"
+            self.memory_format = choose_memory_format(self.nets, fp32_on_cpu)
+            for net in (self.net, *self.copies):
+                net.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        if self.levels is not None:
+            self.levels.refresh()
+
+    def make_generator(self) -> torch.Generator:
+        """Make randomness for the next structural event: of its own, or a resumed run would differ."""
+        epoch = self.trainer.current_epoch if self.trainer else 0
+        return torch.Generator().manual_seed(self.make_seed(epoch, 1 + len(self.timeline)))
+
+    def make_seed(self, *key: int) -> int:
+        """Make a seed for each (run seed, key); neighbouring run seeds must not repeat each other's."""
+        return int(np.random.SeedSequence([self.seed, *key]).generate_state(1)[0])
+
+    def _deepen(self, stage: str) -> int:
+        """Append a block to a stage; return how many it had."""
+        deepen(self.net, self.widths, stage, copies=self.copies, generator=self.make_generator())
+        count = len(self.net.get_submodule(stage)) - 1  # type: ignore[arg-type]
+        for name in self.widths.keys() - self.start_sizes.keys():  # as far from its ceiling as its template
+            self.start_sizes[name] = self.start_sizes[get_template_name(stage, count, name)]
+        head = f"{stage}.{count}." if stage else f"{count}."
+        named = dict(self.net.named_parameters())
+        new = [name for name in named if name.startswith(head)]
+        siblings = {named[name]: named[get_template_name(stage, count, name)] for name in new}
+        adopt_parameters(self._list_optimizers(), siblings, list(named.values()))
+        return count
+
+    def _list_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [] if self.trainer is None else [*self.trainer.optimizers, *self.own.optimizers]
+
+    # Levels and kernel activation modules.
+
+    def nest(self, levels: Levels) -> None:
+        """Give the network levels; what it had trained stays the largest."""
+        self.levels, self.level, self.level_norms = levels, len(levels) - 1, levels.norms
+        levels.refresh()  # the network may have been laid out since they were made
+
+    def attach_dynamic(self, nets: Sequence[fx.GraphModule], rate: float = 1.0) -> None:
+        """Let each level run with kernel activation modules: `elastic.dynamic.attach_modules`.
+
+        Args:
+            rate: of their learning, times the network's.
+        """
+        self.dynamic_nets, self.module_rate = list(nets), rate
+        self.kernel_modules = nn.ModuleList(net.get_submodule(MODULES) for net in nets)
+
+    def select_first(self) -> None:
+        """Select the largest level and the first set of its kernel activation modules."""
+        self.level = len(self.nets) - 1
+        if self.dynamic_nets:
+            select_set(self.kernel_modules, 0)
+
+    def run(self, level: int, *args: Any, **kwargs: Any) -> Any:
+        """Execute a level, the network itself where there are none; with its modules, if it has any."""
+        dynamic = self.dynamic_nets[level] if self.dynamic_nets else None
+        if dynamic is not None:
+            sync_traced(dynamic, self.nets[level], self.net.training)
+        if self.levels is not None and level < len(self.levels) - 1:
+            return self.levels.run(level, *args, dynamic)
+        return (dynamic or self._inner_call or self.net)(*args, **kwargs)
+
+    def run_active(self, *args: Any, **kwargs: Any) -> Any:
+        """Execute the active level."""
+        return self.run(self.level, *args, **kwargs)
+
+    # Training.
+
+    def list_own_parameters(self) -> list[OwnParameter]:
+        """List the parameters that elastic methods have added: scores, norms of levels, modules."""
+        scores = [OwnParameter(gate.score, decays=False) for _, _, gate in iterate_gates(self.net)]
+        norms = [OwnParameter(p) for p in (self.level_norms.parameters() if self.levels else ())]
+        modules = [
+            OwnParameter(p, scale_module_rate(p, self.module_rate))
+            for p in (self.kernel_modules.parameters() if self.dynamic_nets else ())
+        ]
+        return [*scores, *norms, *modules]
+
+    def take_own_parameters(self) -> None:
+        """Take what elastic methods have added out of the user's optimizers, which must exist by now."""
+        assert self.trainer is not None
+        self.own = OwnOptimizers(self.trainer.optimizers, self.list_own_parameters())
+
+    def route(self, terms: Sequence[LossTerm]) -> None:
+        """Let calls of the network run the active level and its modules, and add terms to the loss."""
+        self.unroute()
+        if terms or self.levels is not None or self.dynamic_nets:
+            self._inner_call = self.net._compiled_call_impl or self.net._call_impl
+            self.net._compiled_call_impl = Router(self, terms)
+
+    def unroute(self) -> None:
+        """Let calls of the network run the network again."""
+        router = self.net._compiled_call_impl
+        if isinstance(router, Router) and router.runner is self:
+            plain = self._inner_call == self.net._call_impl
+            self.net._compiled_call_impl = None if plain else self._inner_call
+        self._inner_call = None
+
+    def compute_loss_scale(self) -> float | None:
+        """Return what the run multiplies its loss with, or None where nothing is trained now."""
+        trainer = self.trainer
+        if trainer is None or not trainer.training or not self.net.training:
+            return None
+        automatic = trainer.lightning_module.automatic_optimization
+        scaler = get_scaler(trainer)
+        batches = trainer.accumulate_grad_batches if automatic else 1
+        return (scaler.get_scale() if scaler is not None else 1.0) / batches
+
+    # Checkpoints.
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return what has happened, for the module's `state_dict`: plain containers alone."""
+        return {
+            "start_sizes": dict(self.start_sizes),
+            "sizes": self.widths.sizes(),
+            "timeline": list(self.timeline),
+            "levels": None if self.levels is None else self.levels.sizes[:-1],
+            "example": list(self.example.shape),
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take up what has happened; `prepare_load` has done so before the network was loaded."""
+
+    def prepare_load(self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
+        """Rebuild the network as a state dict has it, before its values are loaded.
+
+        Raises:
+            TrainingError: the state is of a network that began otherwise.
+            StructureError: the state is of another architecture.
+        """
+        own, of_net = (find_path(module, child) for child in (self, self.net))
+        net_prefix = f"{prefix}{of_net}." if of_net else prefix
+        state = {name: value for name, value in state_dict.items() if name.startswith(net_prefix)}
+        history = state_dict.get(f"{prefix}{own}._extra_state")
+        if history is not None:
+            self._take_history(history)
+        rebuild(self.net, self.widths, state, net_prefix)
+        if history is not None and history["levels"] is not None and self.levels is None:
+            self.nest(Levels(self.net, self.widths, history["levels"]))
+        self.lay_out()
+
+    def _take_history(self, history: dict[str, Any]) -> None:
+        start = history["start_sizes"]
+        if not self.start_sizes.items() <= start.items():  # blocks may have been added
+            raise TrainingError(
+                f"the checkpoint started as {start}, this model starts as {self.start_sizes}: "
+                "continue with the configuration the run was started with"
+            )
+        self.start_sizes, self.timeline = dict(start), list(history["timeline"])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Structure":
+        """Look again where tensors are moved or converted, which the network shares or holds buffers of."""
+        super()._apply(fn, recurse)
+        if self.levels is not None:
+            self.levels.refresh()
+        for net, level in zip(self.dynamic_nets, self.nets, strict=False):
+            sync_traced(net, level, self.net.training)
+        return self
+
+
+def find_path(module: nn.Module, child: nn.Module) -> str:
+    """Return the dotted path of a module in another."""
+    return next(path for path, candidate in module.named_modules() if candidate is child)
+
+
+def get_scaler(trainer: L.Trainer) -> torch.amp.GradScaler | None:
+    """Return the gradient scaler of a run in fp16, None in any other precision."""
+    return getattr(trainer.precision_plugin, "scaler", None)
