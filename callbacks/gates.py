@@ -10,7 +10,7 @@ from elastic.errors import StructureError
 from elastic.measure import counts
 from elastic.pruning import gates, live
 from elastic.pruning.budget import Budget
-from elastic.pruning.compaction import find_removable_channels
+from elastic.pruning.dead import find_removable_channels
 from elastic.pruning.fitting import (
     check_budget_reachable,
     fit_gates_to_budget,

@@ -11,7 +11,6 @@ from elastic.errors import TrainingError
 from elastic.growth.amount import Growth
 from elastic.growth.gradmax import gradmax
 from elastic.growth.triggers import Trigger
-from elastic.pruning import gates
 from elastic.surgery.depth import count_blocks
 from elastic.surgery.fresh import STRATEGIES, Fresh, zero_out
 from elastic.surgery.reindexing import grow_index, split_index
@@ -101,10 +100,9 @@ class GrowOnSaturation(L.Callback):
             )
         elif self.due:
             self.due = False
-            fullness = gates.measure_openness(pl_module.net, pl_module.widths)
-            target = self.growth.propose(pl_module.widths.sizes(), pl_module.start, fullness)
+            target = self.growth.propose(pl_module.widths.sizes(), pl_module.start)
             stages = self.growth.deepen(count_blocks(pl_module.net), pl_module.start_depth)
-            why = getattr(self.trigger, "why", f"{self.monitor} saturated")
+            why = getattr(self.trigger, "reason", f"{self.monitor} saturated")
             self._grow(trainer, pl_module, target, stages, f"grow: {why}")
 
     def _grow(
