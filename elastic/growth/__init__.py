@@ -1,4 +1,4 @@
-"""When a network grows, how far and where, and how fresh channels start."""
+"""Decide when a network grows, how far and where, and how fresh channels start."""
 
 from elastic.growth.amount import Growth
 from elastic.growth.gradmax import gradmax

@@ -1,235 +1,227 @@
-"""Compaction: gates folded, dead channels removed, a plain module out, equal in output.
+"""Compact a network: gates folded, dead channels removed, a plain module out, equal in output.
 
-A channel is dead where nothing reads it, or where nothing writes it. The latter may still carry a constant
-(a norm's shift, a bias). The network itself is asked for that constant at every reader, and the reader takes
-it over: in its norm or bias where that is exact, else (behind zero padding, a constant map does not sum to a
-constant) in one channel of the width that stays and carries the constants of all.
+A channel is dead where nothing reads it, or where nothing writes it. The constant that the latter may carry is
+taken over by what reads it: by its norm or bias where that is exact, else (behind zero padding, a constant map
+does not sum to a constant) by one channel of the width that stays and carries the constants of all.
 """
 
-import copy
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from elastic.pruning.gates import compute_mask, fold_gates
+from elastic.pruning.dead import (
+    Reading,
+    find_unread,
+    find_unwritten,
+    is_stock,
+    observe_constants,
+    read_constants,
+)
+from elastic.pruning.gates import fold_gates
 from elastic.surgery.reindexing import reindex
-from elastic.widths.discovery import Slot, Width, Widths, find_widths
-from elastic.widths.tracing import find_following_norms, preserve_modes
+from elastic.widths.discovery import Width, Widths, find_widths
+from elastic.widths.tracing import Role, find_following_norms
 
 TINY = torch.finfo(torch.float32).tiny  # smaller numbers are denormal, and many times slower on CPUs
+CONVOLUTIONS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
 
 @torch.no_grad()
 def compact(model: nn.Module, example: Tensor) -> nn.Module:
-    """A plain copy of a (gated) model without its dead channels, in evaluation mode.
+    """Make a plain copy of a (gated) model without its dead channels, in evaluation mode.
 
     Args:
         example: an input, batch first; its shape and type matter.
     """
     plain = fold_gates(model).eval()
+    norms = find_following_norms(plain)  # the same whatever is removed
     while True:
-        for tensor in plain.parameters():
-            tensor[tensor.abs() < TINY] = 0
+        flush_denormals(plain)
+        # Discovered anew: a grouped convolution with one channel left in each group is a depthwise one.
         widths = find_widths(plain, example)
-        keep = {}
-        for name, (unread, unwritten, constants) in _dead(plain, widths, example).items():
-            dead = _carry(plain, widths, widths[name], unread, unwritten, constants)
-            if dead.any():
-                keep[name] = (~dead).nonzero().flatten()
+        keep = Emptying(plain, widths, norms, example).empty_dead_channels()
         if not keep:
             return plain
-        reindex(plain, find_widths(plain, example), keep)  # found anew: a constant may have made a bias
+        reindex(plain, widths, keep)
 
 
-@torch.no_grad()
-def find_removable_channels(model: nn.Module, widths: Widths, example: Tensor) -> dict[str, Tensor]:
-    """For each width that has any, the channels to keep when those that gates have shut off are dropped.
+def flush_denormals(model: nn.Module) -> None:
+    """Set to zero what is so small that CPUs take many times as long for it."""
+    for tensor in model.parameters():
+        tensor.masked_fill_(tensor.abs() < TINY, 0)
 
-    Shut off: all gates of what reads them are closed; or all of what writes them, and they are exactly zero
-    wherever they are read. Dropping them leaves the function as it is, so it can be done in the middle of
-    training. A fresh channel, whose weights are zero but whose gates are open, stays; so does the last one.
+
+class Move(NamedTuple):
+    """Say where the constants of unwritten channels go: channels by number."""
+
+    into_bias: Tensor
+    into_carrier: Tensor
+    carrier: int = 0
+
+
+@dataclass
+class Emptying:
+    """Empty the dead channels of a plain model: all that they still tell is moved, all that reads them is zero.
+
+    Emptying a channel may leave another one unread or unwritten, so widths whose tensors have changed are looked
+    at again, until nothing changes. No step changes the function, so the constants are observed once.
     """
-    keep = {}
-    found = _dead(model, widths, example, compute_mask)
-    readers = {slot.module for _, _, constants in found.values() for slot in constants}
-    with torch.random.fork_rng(devices=[]):  # dropout draws
-        training = _inputs(copy.deepcopy(model).train(), readers, example) if readers else {}
-    for name, (unread, unwritten, constants) in found.items():
-        for slot, values in constants.items():  # silent by the batch's statistics, too
-            batch = training[slot.module][widths.positions(slot, name)]
-            unwritten = unwritten & (batch == 0).all(1) & (values == 0).all(1)
-        dead = unread | unwritten
-        if dead.all():
-            dead[0] = False
-        if dead.any():
-            keep[name] = (~dead).nonzero().flatten()
-    return keep
+
+    model: nn.Module
+    widths: Widths
+    norms: dict[str, str]
+    example: Tensor
+    dead: dict[str, Tensor] = field(default_factory=dict)  # by width: (channels,)
+
+    def empty_dead_channels(self) -> dict[str, Tensor]:
+        """Empty all dead channels; give, for each width that has any, those to keep, one at least."""
+        pending = {name: None for name, width in self.widths.items() if width.mixed is None}
+        self.dead = {name: torch.zeros(self.widths[name].size, dtype=torch.bool) for name in pending}
+        while pending:
+            name = next(iter(pending))
+            del pending[name]
+            if self._empty(self.widths[name]):
+                pending |= dict.fromkeys(self._neighbours[name])
+        keep = {}
+        for name, dead in self.dead.items():
+            if dead.all():
+                dead[0] = False  # it is empty, and does no harm
+            if dead.any():
+                keep[name] = (~dead).nonzero().flatten()
+        return keep
+
+    def _empty(self, width: Width) -> bool:
+        """Empty the channels of one width that are dead by now; tell whether there were any new ones."""
+        dead = self.dead[width.name]
+        unread = find_unread(self.widths, width, self._entries) & ~dead
+        self._clear(width, "out", unread)
+        dead |= unread
+        unwritten = find_unwritten(self.widths, width, self._entries) & ~dead
+        if not unwritten.any() or self._is_tied(width):
+            return bool(unread.any())
+        readings = read_constants(self.widths, width, self._constants)
+        move = plan_move(self.model, unwritten, readings)
+        moved = torch.zeros_like(dead)
+        moved[torch.cat([move.into_bias, move.into_carrier])] = True
+        for reading in readings:
+            self._apply(move, width, reading)
+        self._clear(width, "in", moved)
+        dead |= moved
+        return bool((unread | moved).any())
+
+    def _entries(self, module: str, tensor: str) -> Tensor:
+        value: Tensor = getattr(self.model.get_submodule(module), tensor)
+        return value.detach()
+
+    @cached_property
+    def _constants(self) -> dict[str, Tensor]:
+        readers = {slot.module for width in self.widths.values() for slot in width.slots_with("in")}
+        return observe_constants(self.model, readers, self.example)
+
+    @cached_property
+    def _neighbours(self) -> dict[str, list[str]]:
+        """List, for each width, those that lie on the same layers."""
+        by_layer = defaultdict(list)
+        for name in self.dead:
+            for module in {slot.module for slot in self.widths[name].slots if slot.role in ("in", "out")}:
+                by_layer[module].append(name)
+        found: dict[str, dict[str, None]] = defaultdict(dict)
+        for names in by_layer.values():
+            for name in names:
+                found[name] |= dict.fromkeys(names)
+        return {name: list(others) for name, others in found.items()}
+
+    def _is_tied(self, width: Width) -> bool:
+        """Tell whether two readers share their weight: what one takes over, the other would take over too."""
+        weights = [self._entries(slot.module, slot.tensor) for slot in width.slots_with("in")]
+        return len({weight.data_ptr() for weight in weights}) < len(weights)
+
+    def _clear(self, width: Width, role: Role, channels: Tensor) -> None:
+        """Set to zero what writes, or what reads, the channels."""
+        if channels.any():
+            for slot in width.slots_with(role):
+                weight = self._entries(slot.module, slot.tensor)
+                positions = self.widths.positions(slot, width.name)[channels].flatten()
+                weight.index_fill_(slot.dim, positions.to(weight.device), 0)
+
+    def _apply(self, move: Move, width: Width, reading: Reading) -> None:
+        """Let one reader take over what the moved channels tell it."""
+        slot, values = reading
+        positions = self.widths.positions(slot, width.name)
+        layer = self.model.get_submodule(slot.module)
+        weight = self._entries(slot.module, slot.tensor).movedim(slot.dim, 0)  # a line a channel that is read
+        alone = move.into_bias
+        if keeps_constants(layer):
+            alone = torch.cat([alone, move.into_carrier])
+        elif len(move.into_carrier):
+            constant = values[move.carrier]
+            ratio = torch.where(constant == 0, 0.0, values[move.into_carrier] / constant)
+            lines = weight[positions[move.into_carrier]]  # (channels, copies, …)
+            scaled = lines * ratio.to(lines).view(*ratio.shape, *[1] * (lines.dim() - 2))
+            weight[positions[move.carrier]] += scaled.sum(0)
+        if values[alone].any():
+            lines = weight[positions[alone].flatten()]  # (channels × copies, written, kernel …)
+            sums = lines.reshape(*lines.shape[:2], -1).sum(2)
+            self._add_constants(slot.module, values[alone].flatten().to(sums) @ sums)
+
+    def _add_constants(self, path: str, added: Tensor) -> None:
+        """Add to what a layer writes: in the norm that follows, else in its bias."""
+        layer = self.model.get_submodule(path)
+        norm = self.norms.get(path)
+        mean = None if norm is None else self.model.get_submodule(norm).running_mean
+        if mean is not None:
+            mean.sub_(added)
+        elif layer.bias is not None:
+            layer.bias.add_(added)
+        else:
+            layer.bias = nn.Parameter(added)
+            self._list_bias(path)
+
+    def _list_bias(self, path: str) -> None:
+        """Let a new bias follow the channels that its layer writes."""
+        for width in self.widths.values():
+            for slot in width.slots:
+                if (slot.module, slot.tensor, slot.dim) == (path, "weight", 0):
+                    bias = replace(slot, tensor="bias", role="per_channel")
+                    width.slots = (*width.slots, bias)
 
 
-Dead = tuple[Tensor, Tensor, dict[Slot, Tensor]]
+def plan_move(model: nn.Module, unwritten: Tensor, readings: list[Reading]) -> Move:
+    """Decide where the constants of unwritten channels go; those that vary for some reader stay.
 
-
-def _weights(layer: nn.Module, tensor: str) -> Tensor:
-    value: Tensor = getattr(layer, tensor)
-    return value.detach()
-
-
-def _dead(
-    model: nn.Module, widths: Widths, example: Tensor, what: Callable[[nn.Module, str], Tensor] = _weights
-) -> dict[str, Dead]:
-    """Per width with dead channels: which nothing reads, which nothing writes, the constants they carry."""
-    found: dict[str, Dead] = {}
-    for name, width in widths.items():
-        if width.mixed is None:  # a norm over channels feels the dead ones too
-            unread = _zero(model, widths, width, width.slots_with("in"), what)
-            unwritten = _zero(model, widths, width, width.slots_with("out"), what) & ~unread
-            if unread.any() or unwritten.any():
-                found[name] = (unread, unwritten, {})
-    readers = {
-        slot for name, dead in found.items() if dead[1].any() for slot in widths[name].slots_with("in")
-    }
-    with preserve_modes(model):
-        seen = _inputs(model.eval(), {slot.module for slot in readers}, example) if readers else {}
-    for name, (_, unwritten, constants) in found.items():
-        if unwritten.any():
-            for slot in widths[name].slots_with("in"):
-                constants[slot] = seen[slot.module][widths.positions(slot, name)]
-    return found
-
-
-def _zero(
-    model: nn.Module,
-    widths: Widths,
-    width: Width,
-    slots: Iterable[Slot],
-    what: Callable[[nn.Module, str], Tensor],
-) -> Tensor:
-    """Whether each channel's entries are all zero in all of the slots: (channels,)."""
-    zero = torch.ones(width.size, dtype=torch.bool)
-    for slot in slots:
-        value = what(model.get_submodule(slot.module), slot.tensor).cpu()
-        by_position = (value == 0).transpose(0, slot.dim).flatten(1).all(1)
-        zero &= by_position[widths.positions(slot, width.name)].all(1)
-    return zero
-
-
-def _inputs(model: nn.Module, readers: Iterable[str], example: Tensor) -> dict[str, Tensor]:
-    """For each layer, the constant that each of its input channels holds, or NaN where it varies.
-
-    Found by running the model, in the mode it is in, on noise of the example's shape.
+    What no padding reader tells from zero goes into biases. The others go into the one of them whose constant
+    is the largest where it is smallest, so that the ratios to it are well defined.
     """
-    seen: dict[str, Tensor] = {}
-
-    def look(path: str, layer: Any, x: Tensor) -> None:
-        channel = x.dim() - 1 if isinstance(layer, nn.Linear) else 1
-        x = x.detach().transpose(0, channel).flatten(1)
-        low, high = x.amin(1), x.amax(1)
-        value = torch.where(high - low <= 1e-6 * (1 + high.abs()), (low + high) / 2, torch.nan)
-        if getattr(layer, "groups", 1) > 1:  # one column of the weight reads a channel of every group
-            value = value.view(layer.groups, -1)
-            value = torch.where((value == 0).all(0), 0.0, torch.nan)
-        held = seen.get(path)
-        seen[path] = value.cpu() if held is None else torch.where(held == value.cpu(), held, torch.nan)
-
-    hooks = [
-        model.get_submodule(path).register_forward_pre_hook(
-            lambda layer, args, path=path: look(path, layer, args[0])
-        )
-        for path in readers
-    ]
-    # Noise of many scales, so that what saturates on one of them varies on another.
-    scales = torch.tensor([0, 0.1, 0.3, 1, 3, 10, 30, 100]).view(-1, *[1] * (example.dim() - 1))
-    noise = torch.randn((8, *example.shape[1:]), generator=torch.Generator().manual_seed(0)) * scales
-    try:
-        model(noise.to(next(model.parameters()).device, example.dtype))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return seen
+    is_constant, affects_padding = unwritten.clone(), torch.zeros_like(unwritten)
+    padding = [r.values for r in readings if not keeps_constants(model.get_submodule(r.slot.module))]
+    for reading in readings:
+        is_constant &= ~reading.values.isnan().any(1)
+    for values in padding:
+        affects_padding |= (values != 0).any(1)
+    into_bias, rest = (
+        (is_constant & mask).nonzero().flatten() for mask in (~affects_padding, affects_padding)
+    )
+    # A reader that finds zeros on all of them does not mind which one carries.
+    magnitudes = [values[rest].abs().amin(1) for values in padding if values[rest].any()]
+    if not magnitudes:
+        return Move(into_bias, rest[:0])
+    magnitude = torch.stack(magnitudes).amin(0)
+    best = int(magnitude.argmax())
+    if magnitude[best] == 0:
+        return Move(into_bias, rest[:0])
+    return Move(into_bias, rest[rest != rest[best]], int(rest[best]))
 
 
-def _carry(
-    model: nn.Module,
-    widths: Widths,
-    width: Width,
-    unread: Tensor,
-    unwritten: Tensor,
-    constants: dict[Slot, Tensor],
-) -> Tensor:
-    """Move the constants of unwritten channels into what reads them; which channels can go: (channels,)."""
-    into_bias, into_channel, carrier = _plan(model, unwritten, constants)
-    dead = unread.clone()
-    dead[into_bias + into_channel] = True
-    if dead.all():  # one stays, with its constant
-        last = int(unread.nonzero()[0]) if unread.any() else into_bias[0]
-        dead[last] = False
-        into_bias = [channel for channel in into_bias if channel != last]
-    for channel in into_bias + into_channel:
-        for slot, values in constants.items():
-            if channel in into_channel and _pads(model.get_submodule(slot.module)):
-                ratio = torch.where(values[carrier] == 0, 0.0, values[channel] / values[carrier])
-                _into_channel(model, widths, width, slot, channel, carrier, ratio)
-            else:
-                _into_bias(model, widths, width, slot, channel, values[channel])
-    return dead
-
-
-def _plan(
-    model: nn.Module, unwritten: Tensor, constants: dict[Slot, Tensor]
-) -> tuple[list[int], list[int], int]:
-    """Which channels' constants go into biases, which into one channel of their own, and into which one."""
-    steady = unwritten.clone()
-    for values in constants.values():
-        steady &= ~values.isnan().any(1)
-    padded = [values for slot, values in constants.items() if _pads(model.get_submodule(slot.module))]
-    felt = torch.zeros_like(steady)
-    for values in padded:
-        felt |= (values != 0).any(1)
-    into_bias, rest = ((steady & mask).nonzero().flatten().tolist() for mask in (~felt, felt))
-    readers = [values[rest] for values in padded if len(rest) and (values[rest] != 0).any()]
-    if not readers:
-        return into_bias, [], 0
-    strength = torch.stack([values.abs().amin(1) for values in readers]).amin(0)
-    best = int(strength.argmax())
-    if strength[best] == 0:
-        return into_bias, [], 0
-    return into_bias, [channel for channel in rest if channel != rest[best]], rest[best]
-
-
-def _pads(layer: nn.Module) -> bool:
-    """Whether a reader sees zeros beyond a constant map's border."""
-    if not isinstance(layer, nn.modules.conv._ConvNd) or layer.padding_mode != "zeros":
-        return False
-    wide = any(size > 1 for size in layer.kernel_size)
-    return layer.padding == "same" and wide if isinstance(layer.padding, str) else any(layer.padding)
-
-
-def _into_bias(
-    model: nn.Module, widths: Widths, width: Width, slot: Slot, channel: int, values: Tensor
-) -> None:
-    """Add what the constant contributes to the norm that follows the reader, else to its bias."""
-    if not values.any():
-        return
-    layer: Any = model.get_submodule(slot.module)
-    weight: Tensor = layer.weight
-    columns = weight[:, widths.positions(slot, width.name)[channel]]
-    added = columns.reshape(*columns.shape[:2], -1).sum(2) @ values.to(columns)
-    norm = find_following_norms(model).get(slot.module)
-    mean = None if norm is None else model.get_submodule(norm).running_mean
-    if isinstance(mean, Tensor):
-        mean.sub_(added)
-    elif layer.bias is None:
-        layer.bias = nn.Parameter(added)
-    else:
-        layer.bias.data.add_(added)
-
-
-def _into_channel(
-    model: nn.Module, widths: Widths, width: Width, slot: Slot, channel: int, carrier: int, ratio: Tensor
-) -> None:
-    weight: Tensor = model.get_submodule(slot.module).weight  # type: ignore[assignment]
-    places = widths.positions(slot, width.name)
-    shape = (1, -1, *[1] * (weight.dim() - 2))
-    weight[:, places[carrier]] += weight[:, places[channel]] * ratio.to(weight).view(shape)
+def keeps_constants(layer: nn.Module) -> bool:
+    """Tell whether a layer makes constant maps of constant maps; beyond a border of zeros they are none."""
+    if is_stock(layer, CONVOLUTIONS):
+        if layer.padding_mode != "zeros":
+            return True
+        if layer.padding == "same":
+            return all(size == 1 for size in layer.kernel_size)
+        return layer.padding == "valid" or not any(layer.padding)
+    return is_stock(layer, (nn.Linear.forward,))

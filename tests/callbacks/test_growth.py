@@ -102,7 +102,7 @@ def test_the_sanity_check_and_later_validation_are_not_observed(tmp_path: Path) 
         tmp_path, *GROWING, "trainer.num_sanity_val_steps=1", "trainer.max_epochs=3", "trigger=periodic"
     )
     run.trainer.validate(run.module, run.data, verbose=False)
-    assert run.callbacks["grow"].trigger.seen == 3
+    assert run.callbacks["grow"].trigger.observations == 3
 
 
 def test_optimizer_scheduler_and_parameters_are_the_same_objects(tmp_path: Path) -> None:

@@ -123,11 +123,11 @@ def run(
 @pytest.mark.parametrize("lag", [10, 50])
 @pytest.mark.parametrize(("median", "spread"), [(1e-3, 1.5), (1e-2, 1.0), (1e-4, 2.0)])
 def test_a_run_lands_on_its_budget(
-    asked: int, start: float, lag: float, median: float, spread: float
+    target: int, start: float, lag: float, median: float, spread: float
 ) -> None:
     """30,000 steps (3,000 looks)."""
-    size = run(Budget(asked), start, 3000, lag, median, spread)
-    assert size == pytest.approx(asked, rel=0.05)
+    size = run(Budget(target), start, 3000, lag, median, spread)
+    assert size == pytest.approx(target, rel=0.05)
 
 
 def test_a_short_run_lands_if_it_starts_near() -> None:

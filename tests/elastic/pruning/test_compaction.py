@@ -16,7 +16,8 @@ from elastic.errors import StructureError
 from elastic.measure.counts import count_macs, count_params
 from elastic.models import convnet, resnet20
 from elastic.pruning import gates
-from elastic.pruning.compaction import TINY, compact, find_removable_channels
+from elastic.pruning.compaction import TINY, compact
+from elastic.pruning.dead import find_removable_channels
 from elastic.surgery.reindexing import reindex
 from elastic.widths.discovery import discover
 from elastic.widths.parameters import get_original

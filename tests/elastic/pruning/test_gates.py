@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from elastic.pruning import gates
-from elastic.pruning.compaction import compact, find_removable_channels
+from elastic.pruning.compaction import compact
+from elastic.pruning.dead import find_removable_channels
 from elastic.pruning.gates import START, Gate, Grain
 from elastic.surgery.reindexing import FRESH, grow_index, reindex
 from elastic.widths.discovery import Widths, discover
