@@ -4,7 +4,7 @@ import lightning as L
 
 from elastic.callbacks.base import list_elastic
 from elastic.errors import TrainingError
-from elastic.pruning.compaction import find_removable_channels
+from elastic.pruning.dead import find_removable_channels
 from elastic.pruning.fitting import check_budget_reachable
 from elastic.pruning.gates import Grain, attach_gates, iterate_gates
 from elastic.training.structure import Structure
