@@ -114,5 +114,6 @@ def count_step_macs(networks: Sequence[StepNetwork], example: Tensor) -> int:
 
 def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write one JSON object a line, put in place at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row) + "\n" for row in rows)
     write_atomically(path, lambda part: part.write_text(text))

@@ -13,6 +13,7 @@ from elastic.growth.amount import Growth
 from elastic.growth.gradmax import gradmax
 from elastic.growth.triggers import Trigger
 from elastic.surgery.depth import count_blocks
+from elastic.surgery.freezing import find_frozen_widths, is_frozen
 from elastic.surgery.fresh import STRATEGIES, Fresh, zero_out
 from elastic.surgery.reindexing import grow_index, split_index
 from elastic.training.progress import measure_epoch_progress
@@ -79,7 +80,7 @@ class GrowOnSaturation(ElasticCallback):
             return
         if trainer.limit_val_batches == 0:
             raise TrainingError(
-                f"growth watches '{self.monitor}', but trainer.limit_val_batches=0 leaves validation out: let "
+                f"growth watches '{self.monitor}', but trainer.limit_val_batches=0 leaves it out: let "
                 "it run, or watch a metric of training with callbacks.growth.monitor"
             )
         if trainer.val_check_interval != 1.0:
@@ -128,8 +129,15 @@ class GrowOnSaturation(ElasticCallback):
             self._grow(trainer, *find_growth_at(self.script, trainer.current_epoch), "grow: timeline")
         elif self.is_due:
             self.is_due = False
-            sizes = self.amount.propose(structure.widths.sizes(), structure.start_sizes)
-            stages = self.amount.deepen(count_blocks(structure.net), structure.start_depth)
+            frozen = find_frozen_widths(structure.net, structure.widths)
+            now = {name: size for name, size in structure.widths.sizes().items() if name not in frozen}
+            blocks = {
+                s: n
+                for s, n in count_blocks(structure.net).items()
+                if not is_frozen(structure.net.get_submodule(s))
+            }
+            sizes = self.amount.propose(now, structure.start_sizes)
+            stages = self.amount.deepen(blocks, structure.start_depth)
             reason = getattr(self.trigger, "why", f"{self.monitor} saturated")
             self._grow(trainer, sizes, stages, f"grow: {reason}")
 

@@ -7,6 +7,7 @@ from elastic.errors import TrainingError
 from elastic.pruning.dead import find_removable_channels
 from elastic.pruning.fitting import check_budget_reachable
 from elastic.pruning.gates import Grain, attach_gates, iterate_gates
+from elastic.surgery.freezing import find_frozen_widths
 from elastic.training.structure import Structure
 
 
@@ -39,5 +40,8 @@ def check_budget(
 
 def remove_dead_channels(structure: Structure) -> None:
     """Remove the channels that gates have shut off, in all processes alike."""
-    if keep := structure.agree(find_removable_channels(structure.net, structure.widths, structure.example)):
+    removable = find_removable_channels(structure.net, structure.widths, structure.example)
+    frozen = find_frozen_widths(structure.net, structure.widths)
+    keep = structure.agree({name: index for name, index in removable.items() if name not in frozen})
+    if keep:
         structure.restructure(keep, "prune: channels without effect")

@@ -80,7 +80,8 @@ def test_most_rooms_need_torch_alone(path: Path) -> None:
 
 
 def test_importing_the_face_loads_torch_alone() -> None:
-    code = "import sys, elastic; print(*(m for m in ('lightning', 'hydra', 'wandb', 'torchvision') if m in sys.modules))"
+    libraries = ("lightning", "hydra", "wandb", "torchvision")
+    code = f"import sys, elastic; print(*(m for m in {libraries} if m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
 

@@ -82,6 +82,8 @@ def attach_gates(model: nn.Module, widths: Widths, grain: Grain, grace: int = 0)
     followers = find_following_norms(model) if grain == "channel" else {}
     for path in slots:
         layer = model.get_submodule(path)
+        if not get_weight(layer).requires_grad:  # a user has frozen it
+            continue
         gate = Gate(get_weight(layer), grain, grace)
         parametrize.register_parametrization(layer, "weight", gate)
         tied = [(layer, "bias")] if grain == "channel" else []

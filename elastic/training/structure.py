@@ -269,6 +269,7 @@ class Structure(nn.Module):
     def get_extra_state(self) -> dict[str, Any]:
         """Return what has happened, for the module's `state_dict`: plain containers alone."""
         return {
+            "seed": self.seed,
             "start_sizes": dict(self.start_sizes),
             "sizes": self.widths.sizes(),
             "timeline": list(self.timeline),
@@ -305,6 +306,7 @@ class Structure(nn.Module):
                 "continue with the configuration the run was started with"
             )
         self.start_sizes, self.timeline = dict(start), list(history["timeline"])
+        self.seed = history["seed"]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Structure":
         """Look again where tensors are moved or converted, which the network shares or holds buffers of."""

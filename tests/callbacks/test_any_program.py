@@ -1,0 +1,257 @@
+"""Two lines make a module elastic that knows nothing of this library, whatever its training loop does."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from torch import nn
+
+from elastic import Growth, Periodic
+from elastic.callbacks import (
+    AverageWeights,
+    Census,
+    Distil,
+    FollowNetwork,
+    GrowOnSaturation,
+    PruneByGates,
+    PruneByMagnitude,
+    PruneDynamically,
+    Reconstruct,
+    TrainJointly,
+)
+from elastic.errors import TrainingError
+from elastic.models import resnet20
+from elastic.pruning import compact
+from elastic.pruning.gates import iterate_gates
+from elastic.training.joining import find_structure
+from elastic.training.structure import Structure
+from tests.programs import BATCH, Adversary, Killed, Program, Spy, fit, kill_at, make_data, make_network
+
+Callbacks = Callable[[Path], Sequence[L.Callback]]
+SEED = 3
+
+
+def grow() -> GrowOnSaturation:
+    return GrowOnSaturation(Periodic(2), Growth(factor=1.5, ceiling=2), until=0.7)
+
+
+SCHEDULES: dict[str, Callbacks] = {
+    "growth": lambda _: [grow()],
+    "gates": lambda _: [PruneByGates(budget=250, penalty=1e-2)],
+    "growth+gates": lambda folder: [Census(str(folder)), grow(), PruneByGates(grain="channel", penalty=1e-2)],
+    "magnitude": lambda _: [PruneByMagnitude(budget=250)],
+    "joint": lambda _: [TrainJointly([0.5])],
+    "reconstruct": lambda _: [Reconstruct([0.5], dense=0.34, prune=0.33)],
+    "dynamic": lambda _: [PruneDynamically(gain=0.5)],
+    "ema+growth+gates": lambda _: [AverageWeights(decay=0.9), grow(), PruneByGates(penalty=1e-2)],
+    "distil": lambda _: [Distil(make_network().eval())],
+}
+
+
+# Lightning's advice to those who continue a run in its folder, or within an epoch.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:.*resuming from a checkpoint that ended before the epoch"),
+]
+
+
+def structure_of(module: L.LightningModule) -> Structure:
+    structure = find_structure(module)
+    assert structure is not None
+    return structure
+
+
+def make_program(kind: type[Program] = Program, net: nn.Module | None = None) -> Program:
+    torch.manual_seed(SEED)
+    return kind() if net is None else kind(net)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_run_killed_and_continued_is_the_whole_run(name: str, tmp_path: Path) -> None:
+    """Bit for bit, by a fresh module and fresh callbacks, killed within an epoch."""
+
+    def run(folder: Path, *more: L.Callback, checkpoint: str | None = None) -> Program:
+        module = make_program()
+        torch.manual_seed(SEED + (checkpoint is not None))
+        callbacks = SCHEDULES[name](folder)  # a teacher, too, is the same in each
+        seeds = Spy(on_train_epoch_start=lambda t, m: torch.manual_seed(t.current_epoch))
+        fit(module, [seeds, *callbacks, *more], folder, checkpoint)
+        return module
+
+    if name == "distil":
+        teacher = make_network().eval()
+        SCHEDULES[name] = lambda _: [Distil(teacher)]
+    whole = run(tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(tmp_path / "parts", kill_at(18))
+    again = run(tmp_path / "parts", checkpoint=str(tmp_path / "parts" / "last.ckpt"))
+    expected, result = whole.state_dict(), again.state_dict()
+    assert list(expected) == list(result)
+    for key, value in expected.items():
+        same = torch.equal(value, result[key]) if isinstance(value, torch.Tensor) else value == result[key]
+        assert same, key
+    assert structure_of(whole).timeline == structure_of(again).timeline
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_network_changes_as_asked_and_still_learns(name: str, tmp_path: Path) -> None:
+    module = make_program()
+    fit(module, SCHEDULES[name](tmp_path), max_epochs=8)
+    structure = structure_of(module)
+    if "growth" in name:
+        assert any(event["why"].startswith("grow") for event in structure.timeline)
+    x_NCHW, y_N = make_data(1).tensors
+    net = (
+        compact(structure.net, structure.example)
+        if any(iterate_gates(structure.net))
+        else structure.net.eval()
+    )
+    assert (net(x_NCHW).argmax(1) == y_N).float().mean() > 0.6
+
+
+def test_a_penalty_holds_from_the_first_step_after_a_restart_within_an_epoch(tmp_path: Path) -> None:
+    penalties: list[tuple[int, float]] = []
+    spy = Spy(
+        on_train_batch_end=lambda t, m, *_: penalties.append(
+            (t.global_step, float(t.callback_metrics["gates/penalty"]))
+        )
+    )
+    pruning = PruneByGates(penalty=1e-2, begin=0.0)
+    with pytest.raises(Killed):
+        fit(make_program(), [pruning, kill_at(7)], tmp_path, every=6)
+    last = str(tmp_path / "last.ckpt")
+    fit(make_program(), [PruneByGates(penalty=1e-2, begin=0.0), spy], tmp_path, last, every=6)
+    assert penalties[0] == (7, 1e-2)
+
+
+def test_every_parameter_keeps_its_group_through_growth_in_width_and_depth() -> None:
+    class Grouped(Program):
+        def configure_optimizers(self) -> Any:
+            stem = list(self.net.conv.parameters())
+            rest = [p for p in self.net.parameters() if all(p is not s for s in stem)]
+            return torch.optim.SGD([{"params": stem, "lr": 1e-4}, {"params": rest}], lr=1e-2, momentum=0.9)
+
+    module = make_program(Grouped, resnet20(width=2, in_channels=1, classes=4))
+    growth = GrowOnSaturation(Periodic(1), Growth(factor=1.5, ceiling=1.5, blocks=1), until=0.7)
+    trainer = fit(module, [growth], max_epochs=3)
+    stem, rest = trainer.optimizers[0].param_groups
+    assert [id(p) for p in stem["params"]] == [id(module.net.conv.weight)]
+    expected = [id(p) for p in module.net.parameters() if p is not module.net.conv.weight]
+    assert [id(p) for p in rest["params"]] == expected, (
+        "new blocks are in it, in the order of a network made so"
+    )
+    assert len(module.net.stage1) == 4
+
+
+def test_the_clock_of_a_budget_ends_at_one_with_two_optimizers_by_hand() -> None:
+    clock: list[float] = []
+    pruning = PruneByGates(budget=250, penalty=1e-2, begin=0.0, end=1.0)
+    assert pruning.budget is not None
+    spy = Spy(on_train_end=lambda *_: clock.append(pruning.budget.last_progress))
+    fit(make_program(Adversary), [pruning, spy], max_epochs=11)  # of 4 batches; the last settles the gates
+    assert clock == [pytest.approx(40 / 44)], "two steps a batch"
+    assert pruning.report()["budget/target"] == 250
+
+
+def test_frozen_layers_are_neither_pruned_nor_grown() -> None:
+    module = make_program()
+    module.net[0].requires_grad_(False)
+    before = module.net[0].weight.clone()
+    fit(module, [grow(), PruneByGates(penalty=1.0, begin=0.0)], max_epochs=8)
+    assert torch.equal(module.net[0].weight, before)
+    structure = structure_of(module)
+    assert structure.widths["0"].size == 6
+    assert not any(path == "0" for path, _, _ in iterate_gates(structure.net))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"limit_val_batches": 0}, "limit_val_batches=0 leaves validation out"),
+        ({"val_check_interval": 0.25}, "leave trainer.val_check_interval at 1.0"),
+    ],
+)
+def test_growth_without_its_validation_is_refused_before_training(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(TrainingError, match=said) as refusal:
+        fit(make_program(), [grow()], **options)
+    assert "\n" not in str(refusal.value)
+
+
+def test_what_cannot_follow_growth_is_refused_before_training() -> None:
+    with pytest.raises(
+        TrainingError, match=r"StochasticWeightAveraging cannot follow .* leave one"
+    ):
+        fit(make_program(), [grow(), StochasticWeightAveraging(1e-3)])
+
+
+def test_a_module_of_several_networks_is_asked_for_one_by_name() -> None:
+    class Two(Program):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.head = nn.Sequential(*make_network()[:8]), nn.Linear(32, 4)
+
+        def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+            logits_BK: torch.Tensor = self.head(self.net(x_BCHW))
+            return logits_BK
+
+    with pytest.raises(TrainingError, match=r"2 children with parameters \(net, head\).*FollowNetwork"):
+        fit(make_program(Two), [grow()])
+    module = make_program(Two)
+    fit(module, [FollowNetwork("net"), grow()])
+    assert structure_of(module).widths.sizes() == {"0": 12}, "what the head reads stays as it is"
+    with pytest.raises(TrainingError, match="no 'body': name its network, one of net, head"):
+        fit(make_program(Two), [FollowNetwork("body"), grow()])
+
+
+def test_the_input_of_a_network_inside_a_module_is_what_reaches_it() -> None:
+    class Inner(Program):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.net = nn.Conv2d(1, 5, 2, stride=2), make_network()
+            self.net[0] = nn.Conv2d(5, 6, 3, padding=1)
+            self.example_input_array = torch.zeros(2, 1, 8, 8)
+
+        def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+            logits_BK: torch.Tensor = self.net(self.stem(x_BCHW))
+            return logits_BK
+
+    module = make_program(Inner)
+    fit(module, [FollowNetwork("net"), grow()], max_epochs=3)
+    assert tuple(structure_of(module).example.shape) == (2, 5, 4, 4)
+
+
+def test_accumulated_batches_take_the_penalty_once_a_step() -> None:
+    """With SGD, scores that get no other gradient move by lr · λ · Σ σ' over the steps."""
+
+    class Deaf(Program):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return 0.0 * super().training_step(batch, batch_idx)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def end(accumulated: int) -> torch.Tensor:
+        module = make_program(Deaf)
+        pruning = PruneByGates(penalty=1e-2, begin=0.0, end=1.0)
+        fit(module, [pruning], max_epochs=2 * accumulated, accumulate_grad_batches=accumulated)
+        return torch.cat([gate.score.flatten() for _, _, gate in iterate_gates(module.net)])
+
+    assert (end(1) < 1).all()
+    torch.testing.assert_close(end(2), end(1))
+
+
+def test_scores_do_not_decay_and_the_users_optimizer_does_not_hold_them() -> None:
+    module = make_program()
+    trainer = fit(module, [PruneByGates(penalty=0.0)], max_epochs=1)
+    scores = {id(gate.score) for _, _, gate in iterate_gates(module.net)}
+    stepped = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    assert scores and not scores & stepped
+    own = structure_of(module).own.optimizers[0]
+    assert isinstance(own, torch.optim.AdamW)
+    assert {group["weight_decay"] for group in own.param_groups} == {0.0}
+    assert {id(p) for group in own.param_groups for p in group["params"]} == scores
+    assert BATCH

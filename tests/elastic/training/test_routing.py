@@ -1,0 +1,77 @@
+"""A network's calls run what a run trains, and bring further losses with them."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from elastic.training.routing import Router, add_loss
+
+
+class Plain:
+    """Run a network as it is."""
+
+    def __init__(self, net: nn.Module, scale: float | None = 1.0) -> None:
+        self.net, self.scale = net, scale
+
+    def run_active(self, *args: Any, **kwargs: Any) -> Any:
+        return self.net._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def compute_loss_scale(self) -> float | None:
+        return self.scale
+
+
+def penalise(x: Tensor, output: Tensor) -> Tensor:
+    return (output * x.mean()).square().mean()
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5, 1024.0])
+def test_the_gradient_is_that_of_the_sum_of_losses(scale: float) -> None:
+    """The oracle adds the term to the loss, which is multiplied as a gradient scaler does."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(5, 3)
+    other = copy.deepcopy(net)
+    net._compiled_call_impl = Router(Plain(net, scale), [penalise])
+    (scale * net(x).sum()).backward()
+    output = other(x)
+    (scale * (output.sum() + penalise(x, output))).backward()
+    for a, b in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_a_term_that_needs_other_parameters_reaches_them() -> None:
+    output, weight = torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)
+    add_loss(output * 2, (weight**2).sum(), 1.0).sum().backward()
+    assert weight.grad is not None and weight.grad.tolist() == [2, 2, 2]
+    assert output.grad is not None and output.grad.tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("wrap", [lambda x: {"out": x}, lambda x: (torch.ones(1), [x]), lambda x: [x]])
+def test_outputs_of_any_form_carry_it(wrap: Any) -> None:
+    leaf, weight = torch.ones(2, requires_grad=True), torch.ones(1, requires_grad=True)
+    output = add_loss(wrap(2 * leaf), weight.sum(), 1.0)
+    assert type(output) is type(wrap(leaf))
+    torch.utils._pytree.tree_leaves(output)[-1].sum().backward()
+    assert weight.grad is not None
+
+
+def test_outside_of_training_no_term_is_asked_for() -> None:
+    net = nn.Linear(2, 2)
+
+    def refuse(x: Tensor, output: Tensor) -> Tensor:
+        raise AssertionError
+
+    net._compiled_call_impl = Router(Plain(net, None), [refuse])
+    net(torch.ones(1, 2))
+    net._compiled_call_impl = Router(Plain(net, 1.0), [refuse])
+    with torch.no_grad():
+        net(torch.ones(1, 2))
+
+
+def test_copies_and_traces_of_a_network_are_without_it() -> None:
+    net = nn.Sequential(nn.Linear(2, 2))
+    net._compiled_call_impl = Router(Plain(net), [])
+    assert copy.deepcopy(net)._compiled_call_impl is None
+    assert "router" not in torch.fx.symbolic_trace(net).code.lower()
