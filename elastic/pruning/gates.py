@@ -106,6 +106,16 @@ def iterate_gates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Gate]]:
                     yield path, module, gate
 
 
+def find_grain(model: nn.Module) -> Grain | None:
+    """Return the grain of a model's gates, None where there are none."""
+    dims = [(len(gate.dims), get_weight(layer).dim()) for _, layer, gate in iterate_gates(model)]
+    if not dims:
+        return None
+    if all(kept == 1 for kept, _ in dims):
+        return "channel"
+    return "kernel" if all(kept == 2 < of_weight for kept, of_weight in dims if of_weight > 2) else "weight"
+
+
 def compute_penalty(model: nn.Module) -> Tensor:
     """Σ price · size · σ(score): how many weights (at price 1) or MACs the gates mean to keep.
 

@@ -33,7 +33,8 @@ def join_structure(trainer: L.Trainer, module: L.LightningModule, network: str |
     structure = find_structure(module)
     if structure is None:
         net = find_network(module, network)
-        structure = Structure(net, find_example(trainer, module, net), seed=torch.initial_seed() % 2**32)
+        seed, path = torch.initial_seed() % 2**32, find_path(module, net)
+        structure = Structure(net, find_example(trainer, module, net), seed, path=path)
         module.add_module(ATTRIBUTE, structure)
     if structure.trainer is not trainer:
         structure.trainer = trainer

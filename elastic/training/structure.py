@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from elastic.dynamic.attaching import MODULES
-from elastic.dynamic.modules import select_set
+from elastic.dynamic.modules import iterate_modules, select_set
 from elastic.errors import TrainingError
 from elastic.levels.nested import Levels
-from elastic.pruning.gates import iterate_gates
+from elastic.pruning.gates import find_grain, iterate_gates
 from elastic.surgery.depth import count_blocks, deepen, get_template_name
 from elastic.surgery.fresh import Fresh, zero_out
 from elastic.surgery.rebuilding import rebuild
@@ -43,6 +43,7 @@ class Structure(nn.Module):
         seed: of all randomness in changes of structure.
         channels_last: keep the network in that memory format, as far as its kernels can be trusted with it;
             else tensors keep the format that they have.
+        path: of the network in the module.
 
     Attributes:
         widths: of the network as it is now.
@@ -59,11 +60,13 @@ class Structure(nn.Module):
         StructureError: nothing of the network can change.
     """
 
-    def __init__(self, net: nn.Module, example: Tensor, seed: int = 0, channels_last: bool = False) -> None:
+    def __init__(
+        self, net: nn.Module, example: Tensor, seed: int = 0, channels_last: bool = False, path: str = "net"
+    ) -> None:
         super().__init__()
         self._net = (net,)  # not a child: the user's module has it
         self.example = example
-        self.seed, self.channels_last = seed, channels_last
+        self.seed, self.channels_last, self.path = seed, channels_last, path
         self.memory_format = torch.contiguous_format
         self.widths = discover(net, example)
         self.start_sizes, self.start_depth = self.widths.sizes(), count_blocks(net)
@@ -275,7 +278,17 @@ class Structure(nn.Module):
             "timeline": list(self.timeline),
             "levels": None if self.levels is None else self.levels.sizes[:-1],
             "example": list(self.example.shape),
+            "network": self.path,
+            "grain": find_grain(self.net),
+            "modules": self._describe_modules(),
         }
+
+    def _describe_modules(self) -> dict[str, Any] | None:
+        """Return what `attach_modules` has to be told to make the kernel activation modules again."""
+        if not self.dynamic_nets:
+            return None
+        first = next(iterate_modules(self.kernel_modules))
+        return {"sets": len(first.heads), "activation": first.choice, "kind": first.kind}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take up what has happened; `prepare_load` has done so before the network was loaded."""
@@ -287,8 +300,7 @@ class Structure(nn.Module):
             TrainingError: the state is of a network that began otherwise.
             StructureError: the state is of another architecture.
         """
-        own, of_net = (find_path(module, child) for child in (self, self.net))
-        net_prefix = f"{prefix}{of_net}." if of_net else prefix
+        own, net_prefix = find_path(module, self), f"{prefix}{self.path}."
         state = {name: value for name, value in state_dict.items() if name.startswith(net_prefix)}
         history = state_dict.get(f"{prefix}{own}._extra_state")
         if history is not None:

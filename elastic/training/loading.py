@@ -1,0 +1,91 @@
+"""Load a module whose network has grown, been gated, nested or given modules, without its callbacks."""
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lightning as L
+import torch
+from torch import nn
+
+from elastic.dynamic.attaching import attach_modules
+from elastic.errors import FileError
+from elastic.levels.nested import Levels
+from elastic.pruning.gates import attach_gates
+from elastic.surgery.rebuilding import rebuild
+from elastic.training.joining import ATTRIBUTE, find_structure
+from elastic.training.structure import Structure
+from elastic.widths.discovery import discover
+
+M = TypeVar("M", bound=L.LightningModule)
+HISTORY = "._extra_state"
+
+
+def load_module(module_class: type[M], checkpoint: Path | str, **arguments: Any) -> M:
+    """Load a module from a checkpoint that a run with elastic callbacks has left.
+
+    `load_from_checkpoint` makes the network as its class does, which is not as large as the one that is saved.
+
+    Args:
+        module_class: the class that was trained.
+        checkpoint: the file; only tensors and plain containers are read from it.
+        arguments: of the class, where its hyperparameters were not saved.
+
+    Returns:
+        The module in evaluation mode, on the CPU.
+
+    Raises:
+        FileError: the file cannot be read, or is no checkpoint of such a run.
+        StructureError: it is of another architecture.
+    """
+    saved = _read(Path(checkpoint))
+    state: dict[str, Any] = saved["state_dict"]
+    key = next((name for name in state if name.endswith(HISTORY) and "start_sizes" in state[name]), None)
+    if key is None:
+        raise FileError(f"{checkpoint} has no elastic network: load it with {module_class.__name__}.load_from_checkpoint")
+    module = module_class(**{**saved.get("hyper_parameters", {}), **arguments})
+    structure = find_structure(module) or _join(module, state[key])
+    _restore(structure, state, state[key])
+    module.load_state_dict(state)
+    structure.route([])
+    return module.eval()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        saved["state_dict"]
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FileError(f"{path} cannot be read ({reason}): name a checkpoint of Lightning's") from error
+    return saved
+
+
+def _join(module: nn.Module, history: dict[str, Any]) -> Structure:
+    path = history["network"]
+    structure = Structure(module.get_submodule(path), torch.zeros(history["example"]), history["seed"], path=path)
+    module.add_module(ATTRIBUTE, structure)
+    module.register_load_state_dict_pre_hook(structure.prepare_load)
+    return structure
+
+
+def _restore(structure: Structure, state: dict[str, Any], history: dict[str, Any]) -> None:
+    """Give the network what callbacks had given it: gates, levels, kernel activation modules."""
+    net, prefix = structure.net, f"{structure.path}."
+    if history["grain"] is not None:
+        attach_gates(net, structure.widths, history["grain"])
+    if history["levels"] is None and history["modules"] is None:
+        return
+    rebuild(net, structure.widths, {n: v for n, v in state.items() if n.startswith(prefix)}, prefix)
+    if history["levels"] is not None:
+        structure.nest(Levels(net, structure.widths, history["levels"]))
+    if history["modules"] is not None:
+        nets = structure.nets
+        widths = [discover(level, structure.example) for level in nets]
+        options = history["modules"]
+        dynamic = [attach_modules(level, own, **_rename(options)) for level, own in zip(nets, widths, strict=True)]
+        structure.attach_dynamic(dynamic)
+        structure.select_first()
+
+
+def _rename(options: dict[str, Any]) -> dict[str, Any]:
+    return {"choice" if name == "activation" else name: value for name, value in options.items()}
