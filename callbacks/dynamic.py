@@ -24,19 +24,19 @@ class PruneDynamically(L.Callback):
     Args:
         gain: G; several give as many sets of modules, of which each step trains one, drawn at random.
         form, by, target: see `Parsimony`.
-        choice: how gates learn, see `elastic.dynamic.KernelActivation`.
+        activation: how gates learn, see `elastic.dynamic.KernelActivation`.
         kind: what modules look at, see `elastic.dynamic.attach`.
         begin, end: parts of the run; the loss sets in at the first and grows to its full weight, or moves to
             its target, until the second: kernels that close all at once close whatever they are worth.
         rate: of the modules' learning, times the network's: modules start from nothing, and a trained network
             is thrown back by steps as large as they need.
-        only: train the modules alone, and leave the network as it is to the last bit.
+        modules_only: train the modules alone, and leave the network as it is to the last bit.
 
     Where there are levels, each of them gets modules of its own, and each step trains one, drawn at random.
 
     Example::
 
-        SwitchKernels(gain=0.5, form="square")
+        PruneDynamically(gain=0.5, form="square")
     """
 
     def __init__(
@@ -45,12 +45,12 @@ class PruneDynamically(L.Callback):
         form: Form = "linear",
         by: By = "macs",
         target: float | None = None,
-        choice: Choice = "ramp",
+        activation: Choice = "ramp",
         kind: str = "input",
         begin: float = 0.1,
         end: float = 0.5,
         rate: float = 1.0,
-        only: bool = False,
+        modules_only: bool = False,
     ) -> None:
         gains = [gain] if isinstance(gain, int | float) else list(gain)
         if not gains or not 0 <= begin <= end < 1:
@@ -62,8 +62,8 @@ class PruneDynamically(L.Callback):
                 f"modules that learn {rate:g} times as fast as the network: set rate above 0"
             )
         self.parsimony = [ActivationLoss(each, form, by, target) for each in gains]
-        self.choice, self.kind, self.begin, self.end = choice, kind, begin, end
-        self.rate, self.only = rate, only
+        self.activation, self.kind, self.begin, self.end = activation, kind, begin, end
+        self.rate, self.modules_only = rate, modules_only
         self.engaged: list[ActivationCost] = []
         self.active_set, self.ripe = 0, 1.0
         self.price_LS = torch.zeros(0, len(self.parsimony))  # of each level's and set's share
@@ -75,13 +75,13 @@ class PruneDynamically(L.Callback):
             return
         if pl_module.switched:
             raise TrainingError(
-                "the network has kernel activation modules, of another SwitchKernels: continue with that one"
+                "the network has kernel activation modules, of another PruneDynamically: continue with that one"
             )
         if trainer.world_size > 1 and (pl_module.levels is not None or len(self.parsimony) > 1):
             raise TrainingError("several sets, or levels, are trained in one process: set trainer.devices=1")
         nets = [pl_module.net] if pl_module.levels is None else list(pl_module.levels)
         widths = [discover(net, pl_module.example) for net in nets]
-        how = (len(self.parsimony), self.choice, self.kind)
+        how = (len(self.parsimony), self.activation, self.kind)
         pl_module.switch(
             [attach_modules(net, w, None, *how) for net, w in zip(nets, widths, strict=True)], self.rate
         )
@@ -90,7 +90,7 @@ class PruneDynamically(L.Callback):
         pl_module.executed = [(net, 1 / len(nets)) for net in nets]
         pl_module.others = range(len(nets) - 1)
         pl_module.level = len(nets) - 1
-        if self.only:
+        if self.modules_only:
             for net in nets:
                 net.requires_grad_(False)
 
@@ -101,7 +101,7 @@ class PruneDynamically(L.Callback):
         progress = trainer.current_epoch / (trainer.max_epochs or 1)
         for module in iterate_modules(pl_module):
             module.temperature = COLD**progress
-        if self.only:
+        if self.modules_only:
             for held in (pl_module.net, *_norms(pl_module)):
                 held.eval()
         pl_module.loss_terms.pop("parsimony", None)
@@ -169,7 +169,7 @@ class PruneDynamically(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: ElasticClassifier) -> None:  # type: ignore[override]
         """The network is as the first set leaves it, whenever it is saved."""
         self._first(pl_module)
-        if not self.only:
+        if not self.modules_only:
             for norm in _norms(pl_module):
                 norm.hand_over()
 

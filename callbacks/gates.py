@@ -29,10 +29,10 @@ class PruneByGates(L.Callback):
 
     Args:
         grain: one gate a "weight", "kernel" or "channel".
-        weight: λ, per parameter that a gate means to keep (for "macs": per average parameter).
+        penalty: λ, per parameter that a gate means to keep (for "macs": per average parameter).
         begin, end: parts of the run between which the penalty holds; then the gates are frozen.
         grace: epochs for which the gates of fresh channels are spared the penalty.
-        aim: what is to become small: "params", or "macs" (a weight then costs as often as it is used).
+        by: what is to become small: "params", or "macs" (a weight then costs as often as it is used).
         budget: steers λ to this number of parameters or MACs (of weights that are not zero), and settles the
             gates on it when they are frozen; a number, or an `elastic.budget.Budget`.
 
@@ -40,29 +40,29 @@ class PruneByGates(L.Callback):
 
     Example::
 
-        PruneByGates(grain="weight", weight=1e-4, budget=2000)
+        PruneByGates(grain="weight", penalty=1e-4, budget=2000)
     """
 
     def __init__(
         self,
         grain: Grain = "weight",
-        weight: float = 1e-4,
+        penalty: float = 1e-4,
         begin: float = 0.05,
         end: float = 0.85,
         grace: int = 2,
-        aim: Literal["params", "macs"] = "params",
-        budget: Budget | int | None = None,
+        by: Literal["params", "macs"] = "params",
+        budget: Budget | float | None = None,
     ) -> None:
-        if aim not in ("params", "macs"):
-            raise StructureError(f"gates cannot aim at '{aim}': set aim to params or macs")
-        if not 0 <= begin < end <= 1 or weight < 0 or grace < 0:
+        if by not in ("params", "macs"):
+            raise StructureError(f"gates cannot prune by '{by}': set by to params or macs")
+        if not 0 <= begin < end <= 1 or penalty < 0 or grace < 0:
             raise StructureError(
-                f"gates from {begin} to {end} of the run with λ {weight} and grace {grace}: "
-                "set 0 ≤ begin < end ≤ 1, weight and grace to 0 or more"
+                f"gates from {begin} to {end} of the run with λ {penalty} and grace {grace}: "
+                "set 0 ≤ begin < end ≤ 1, penalty and grace to 0 or more"
             )
-        self.grain, self.weight, self.begin, self.end = grain, weight, begin, end
-        self.grace, self.aim = grace, aim
-        self.budget = Budget(budget) if isinstance(budget, int) else budget
+        self.grain, self.penalty, self.begin, self.end = grain, penalty, begin, end
+        self.grace, self.by = grace, by
+        self.budget = Budget(budget) if isinstance(budget, int | float) else budget
         self.frozen = False
         self.above = True  # the budget's path
         self.uses: dict[str, float] = {}  # of each weight, by layer
@@ -72,7 +72,7 @@ class PruneByGates(L.Callback):
 
     def _price(self, pl_module: ElasticClassifier) -> None:
         """What a weight of each layer costs, relative to the average."""
-        if self.aim == "macs":
+        if self.by == "macs":
             self.uses = counts.count_macs_per_weight(pl_module.net, pl_module.example)
             average = sum(self.uses.values()) / len(self.uses)
             for path, _, gate in gates.iterate_gates(pl_module.net):
@@ -80,13 +80,13 @@ class PruneByGates(L.Callback):
 
     def size(self, pl_module: ElasticClassifier) -> float:
         """What the budget is about, params or MACs, estimated from the gates: for every few steps."""
-        if self.aim == "macs":
+        if self.by == "macs":
             return live.count_live_macs(pl_module.net, pl_module.widths, self.uses)
         return live.count_live_params(pl_module.net, pl_module.widths)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: ElasticClassifier) -> None:  # type: ignore[override]
         if self.budget is not None:
-            check_budget(trainer, pl_module, self.budget.target, self.end, self.aim)
+            check_budget(trainer, pl_module, self.budget.target, self.end, self.by)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: ElasticClassifier) -> None:  # type: ignore[override]
         self._price(pl_module)  # a run that goes on may settle before its first batch
@@ -102,12 +102,12 @@ class PruneByGates(L.Callback):
             self.frozen = True
             with pl_module.changing():
                 if self.budget is not None:  # its controller has come near to it
-                    size = partial(measure_compacted, net, pl_module.example, self.aim, trained=False)
+                    size = partial(measure_compacted, net, pl_module.example, self.by, trained=False)
                     fit_gates_to_budget(net, self.budget.target, gates.keep_best_gates, size)
                 gates.freeze_gates(net)
         pl_module.loss_terms.pop("gates", None)
         if self.begin <= progress and not self.frozen:
-            pl_module.loss_terms["gates"] = lambda *_: self.weight * self.above * gates.compute_penalty(net)
+            pl_module.loss_terms["gates"] = lambda *_: self.penalty * self.above * gates.compute_penalty(net)
         # Below the budget's path, gates have to re-open: what they have shut stays at hand.
         if self.above or self.frozen:
             remove_dead_channels(pl_module)
@@ -122,12 +122,13 @@ class PruneByGates(L.Callback):
         gates.advance_grace(pl_module.net)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: ElasticClassifier, *_: Any) -> None:  # type: ignore[override]
+        pl_module.log("gates/penalty", self.penalty)
         if "gates" not in pl_module.loss_terms or trainer.global_step % EVERY:
             return
         least = 0.0
         if self.budget is not None:
             progress, size = trainer.global_step / trainer.estimated_stepping_batches, self.size(pl_module)
-            self.weight = self.budget.steer(self.weight, size, progress)
+            self.penalty = self.budget.steer(self.penalty, size, progress)
             path = self.budget.path(progress)
             self.above = size > path
             if size < LEAST * path:
@@ -138,14 +139,14 @@ class PruneByGates(L.Callback):
         """The budget asked for and what was got; empty without one."""
         if self.budget is None:
             return {}
-        return report_budget(pl_module.net, pl_module.example, self.budget.target, self.aim)
+        return report_budget(pl_module.net, pl_module.example, self.budget.target, self.by)
 
     def state_dict(self) -> dict[str, Any]:
         budget = None if self.budget is None else dict(vars(self.budget))
-        return {"weight": self.weight, "frozen": self.frozen, "above": self.above, "budget": budget}
+        return {"penalty": self.penalty, "frozen": self.frozen, "above": self.above, "budget": budget}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.weight, self.frozen = state_dict["weight"], state_dict["frozen"]
+        self.penalty, self.frozen = state_dict["penalty"], state_dict["frozen"]
         self.above = state_dict["above"]
         if self.budget is not None:
             vars(self.budget).update(state_dict["budget"])

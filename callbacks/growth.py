@@ -27,13 +27,12 @@ class GrowOnSaturation(L.Callback):
 
     Args:
         trigger: decides from the metric, e.g. `elastic.saturation.Plateau`.
-        growth: how far and where, in width and in depth, `elastic.saturation.Growth`.
+        amount: how far and where, in width and in depth, `elastic.saturation.Growth`.
         monitor: the metric's name.
         fresh: how new channels start: zero_out, random, split (`elastic.fresh`) or gradmax
             (`elastic.gradmax`; needs a data module with `sample`).
         until: part of the run after which nothing grows any more.
         timeline: a `timeline.jsonl`: growth is then replayed from it, epoch by epoch, and nothing is watched.
-        rewarm: epochs over which the learning rate rises again from a tenth after each growth; 0 keeps it.
 
     Example::
 
@@ -43,20 +42,18 @@ class GrowOnSaturation(L.Callback):
     def __init__(
         self,
         trigger: Trigger,
-        growth: Growth,
+        amount: Growth,
         monitor: str = "val/acc",
         fresh: str = "zero_out",
         until: float = 0.6,
-        rewarm: int = 0,
         timeline: str | None = None,
     ) -> None:
         if fresh not in STARTS:
             raise TrainingError(f"fresh channels cannot start by '{fresh}': choose {', '.join(STARTS)}")
-        self.trigger, self.growth, self.monitor = trigger, growth, monitor
-        self.fresh, self.until, self.rewarm = fresh, until, rewarm
+        self.trigger, self.amount, self.monitor = trigger, amount, monitor
+        self.fresh, self.until = fresh, until
         self.script = None if timeline is None else select_growth(read_timeline(Path(timeline)))
         self.due = False
-        self.grown_at: int | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: ElasticClassifier) -> None:  # type: ignore[override]
         """Refuse a timeline of another network before anything is trained."""
@@ -102,8 +99,8 @@ class GrowOnSaturation(L.Callback):
         elif self.due:
             self.due = False
             fullness = gates.measure_openness(pl_module.net, pl_module.widths)
-            target = self.growth.propose(pl_module.widths.sizes(), pl_module.start, fullness)
-            stages = self.growth.deepen(count_blocks(pl_module.net), pl_module.start_depth)
+            target = self.amount.propose(pl_module.widths.sizes(), pl_module.start, fullness)
+            stages = self.amount.deepen(count_blocks(pl_module.net), pl_module.start_depth)
             why = getattr(self.trigger, "why", f"{self.monitor} saturated")
             self._grow(trainer, pl_module, target, stages, f"grow: {why}")
 
@@ -126,7 +123,6 @@ class GrowOnSaturation(L.Callback):
             changes = {name: split_index(widths[name].size, by, source) for name, by in added.items()}
         strategy = self._strategy(trainer, pl_module, added)
         pl_module.restructure(changes, why, strategy, stages)
-        self.grown_at = trainer.global_step
 
     def _strategy(self, trainer: L.Trainer, pl_module: ElasticClassifier, added: Mapping[str, int]) -> Fresh:
         if self.fresh != "gradmax" or not added:
@@ -142,17 +138,12 @@ class GrowOnSaturation(L.Callback):
             pl_module.generator(),
         )
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: ElasticClassifier, *_: Any) -> None:  # type: ignore[override]
-        if self.rewarm and self.grown_at is not None:
-            steps = self.rewarm * trainer.num_training_batches / trainer.accumulate_grad_batches
-            pl_module.lr_scale = min(1.0, 0.1 + 0.9 * (trainer.global_step - self.grown_at) / steps)
-
     def state_dict(self) -> dict[str, Any]:
-        return {"trigger": dict(vars(self.trigger)), "due": self.due, "grown_at": self.grown_at}
+        return {"trigger": dict(vars(self.trigger)), "due": self.due}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         vars(self.trigger).update(state_dict["trigger"])
-        self.due, self.grown_at = state_dict["due"], state_dict["grown_at"]
+        self.due = state_dict["due"]
 
 
 def refuse_growth_after(end: float, trainer: L.Trainer) -> None:
@@ -165,5 +156,5 @@ def refuse_growth_after(end: float, trainer: L.Trainer) -> None:
         if isinstance(callback, GrowOnSaturation) and (last := callback.last(trainer.max_epochs or 1)) > end:
             raise TrainingError(
                 f"growth goes on to {last:.0%} of the run, but the budget is met at {end:.0%}: lower "
-                "callbacks.grow.until, or let pruning end later"
+                "callbacks.growth.until, or let pruning end later"
             )

@@ -20,7 +20,7 @@ class TrainJointly(TrainLevels):
 
     Args:
         between: levels a step that are neither the smallest nor the network.
-        **nest: see `Nest`.
+        **nest: see `TrainLevels`.
 
     Raises:
         TrainingError: `between` is no number of levels.

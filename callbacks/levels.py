@@ -20,16 +20,17 @@ class TrainLevels(L.Callback):
     """Gives the network levels before anything is trained; abstract, see its subclasses.
 
     Args:
-        levels: those below the network itself, ascending: fractions of the channels, or budgets.
-        by: what `levels` are: fraction, macs or latency_ms (measured here, one image on the CPU).
+        fractions: of the levels below the network itself, ascending: of its channels, or budgets.
+        by: what `fractions` are: fraction, macs or latency_ms (measured here, one image on the CPU).
         multiple: channels are rounded to a multiple of it.
         importance: which channels come first, see `elastic.importance.importance`.
     """
 
     def __init__(
-        self, levels: Sequence[float], by: By = "fraction", multiple: int = 1, importance: Importance = "l2"
+        self, fractions: Sequence[float], by: By = "fraction", multiple: int = 1, importance: Importance = "l2"
     ) -> None:
-        self.levels, self.by, self.multiple, self.importance = list(levels), by, multiple, importance
+        self.fractions, self.by, self.multiple = list(fractions), by, multiple
+        self.importance = importance
 
     def check(self, trainer: L.Trainer) -> None:
         """What cannot be in one run with levels, refused before any process is started."""
@@ -42,7 +43,7 @@ class TrainLevels(L.Callback):
         net, widths, example = pl_module.net, pl_module.widths, pl_module.example
         if pl_module.levels is None and trainer.ckpt_path is None:  # a checkpoint brings its own
             measure = (lambda cut: measure_latency_ms(cut, example)) if self.by == "latency_ms" else None
-            sizes = level_sizes(net, widths, example, self.levels, self.by, self.multiple, measure)
+            sizes = level_sizes(net, widths, example, self.fractions, self.by, self.multiple, measure)
             pl_module.nest(Levels(net, widths, sizes))
         if self.importance != "taylor":
             score_channels(net, widths, self.importance)  # what it refuses, it refuses now

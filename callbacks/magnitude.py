@@ -30,22 +30,18 @@ class PruneByMagnitude(L.Callback):
     Args:
         budget: parameters (scalars that are not zero) of the compacted network.
         begin, end: parts of the run.
-        every: epochs from one step to the next.
 
     Raises:
         StructureError: a budget or a path that cannot be.
-        TrainingError: `every` is no number of epochs; `PruneByGates` prunes the same network.
+        TrainingError: `PruneByGates` prunes the same network.
 
     Example::
 
         PruneByMagnitude(budget=2000, begin=0.2, end=0.75)
     """
 
-    def __init__(self, budget: int, begin: float = 0.2, end: float = 0.75, every: int = 1) -> None:
-        if every < 1:
-            raise TrainingError(f"magnitude pruning every {every} epochs: set every to 1 or more")
+    def __init__(self, budget: float, begin: float = 0.2, end: float = 0.75) -> None:
         self.budget = Budget(budget, begin, end, headroom=inf)  # the path falls from the full size
-        self.every = every
         self.done = False
 
     def setup(self, trainer: L.Trainer, pl_module: ElasticClassifier, stage: str) -> None:  # type: ignore[override]
@@ -71,7 +67,7 @@ class PruneByMagnitude(L.Callback):
         net, epoch, epochs = pl_module.net, trainer.current_epoch, trainer.max_epochs or 1
         progress = epoch / epochs
         last = progress >= self.budget.end or epoch + 1 >= epochs
-        if not self.done and (last or (progress >= self.budget.begin and epoch % self.every == 0)):
+        if not self.done and (last or progress >= self.budget.begin):
             self.done = last
             measure = self.measure if last else self.size
             size = measure(pl_module)

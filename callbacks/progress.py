@@ -22,5 +22,5 @@ class ElasticProgress(RichProgressBar):
         shown["widths"] = "-".join(map(str, sizes)) if len(sizes) <= 8 else f"Σ{sum(sizes)}"
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, PruneByGates):
-                shown["λ"] = "frozen" if callback.frozen else f"{callback.weight:.1e}"
+                shown["λ"] = "frozen" if callback.frozen else f"{callback.penalty:.1e}"
         return shown

@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from elastic.experiments.tools.setup import precision, quiet, run
+from elastic.experiments.tools.setup import make_loggers, precision, quiet, run
 from elastic.experiments.train import build
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
@@ -67,7 +67,7 @@ def prepare(
         cfg.trainer,
         precision=precision(cfg.trainer.precision),
         callbacks=[*before, *own.values(), *after],
-        logger=instantiate(cfg.logger),
+        logger=make_loggers(cfg),
         enable_progress_bar="progress" in own,
         default_root_dir=folder,
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from elastic.experiments.tools.composition import settle
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -39,7 +40,8 @@ def _composed(overrides: tuple[str, ...]) -> DictConfig:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         given = ["run=.", "hydra.runtime.output_dir=.", *overrides]
-        return compose("config", given, return_hydra_config=True)
+        cfg = compose("config", given, return_hydra_config=True)
+        return settle(cfg, overrides, cfg.hydra.runtime.choices)
 
 
 def load(path: Path) -> Any:

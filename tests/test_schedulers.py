@@ -19,9 +19,9 @@ STEPS = EPOCHS * PER_EPOCH
 GROWING = (
     *EXACT,
     *("schedule=[growth]", "data.batch_size=400", f"trainer.max_epochs={EPOCHS}"),
-    *("trigger=periodic", f"trigger.every={GROWTH}", "callbacks.grow.until=0.5"),
-    *("optimizer=sgd", "optimizer.scheduler=null"),
-    *(f"optimizer.optimizer.lr={LR}", "optimizer.optimizer.weight_decay=0"),
+    *("trigger=periodic", f"trigger.every={GROWTH}", "callbacks.growth.until=0.5"),
+    *("optimizer=sgd", "lr_scheduler=constant"),
+    *(f"optimizer.lr={LR}", "optimizer.weight_decay=0"),
 )
 
 Make = Callable[..., Any]  # optimizer -> scheduler

@@ -28,6 +28,8 @@ T = TypeVar("T")
 
 # What torch's schedulers call the number of steps they are to last.
 LENGTH = ("total_steps", "T_max", "total_iters")
+# Those that count batches by their own documentation; all others count epochs, unless told the run's steps.
+BY_BATCH = (torch.optim.lr_scheduler.OneCycleLR, torch.optim.lr_scheduler.CyclicLR)
 
 RATE = "rate"  # a parameter group's learning rate, times the scheduled one
 
@@ -46,7 +48,8 @@ class ElasticClassifier(L.LightningModule):
         shape: (C, H, W) of an input.
         classes: K.
         optimizer: parameter groups -> optimizer.
-        scheduler: optimizer -> scheduler, stepped every batch; told the number of steps where it asks.
+        scheduler: optimizer -> scheduler. One that asks for its length and is not given any is told the
+            number of steps and stepped every batch, like those that cycle; all others are stepped every epoch.
         seed: all randomness of an epoch follows from it and the epoch, so that a resumed run is the same.
     """
 
@@ -59,7 +62,6 @@ class ElasticClassifier(L.LightningModule):
         scheduler: Callable[..., Any] | None = None,
         seed: int = 0,
         label_smoothing: float = 0.0,
-        channels_last: bool = True,
     ) -> None:
         super().__init__()
         self.net, self.seed, self.label_smoothing = net, seed, label_smoothing
@@ -67,7 +69,7 @@ class ElasticClassifier(L.LightningModule):
         self.widths = discover(net, self.example)
         self.start, self.start_depth = self.widths.sizes(), count_blocks(net)
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
-        self.channels_last, self.overruns = channels_last, False
+        self.overruns = False
         self.memory_format = torch.contiguous_format
         self.loss_terms: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
         self.levels: Levels | None = None
@@ -118,7 +120,9 @@ class ElasticClassifier(L.LightningModule):
         loss = F.cross_entropy(logits_BK, y_B, label_smoothing=self.label_smoothing)
         self.train_loss.update(loss.detach())
         self.train_acc.update(logits_BK.detach(), y_B)
-        return sum((term(x_BCHW, logits_BK) for term in self.loss_terms.values()), start=loss)
+        loss = sum((term(x_BCHW, logits_BK) for term in self.loss_terms.values()), start=loss)
+        self.log("train/loss_step", loss.detach())
+        return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._evaluate(batch, "val", self.val_acc)
@@ -157,7 +161,7 @@ class ElasticClassifier(L.LightningModule):
             saved = "; the epochs before are saved" if self.current_epoch else ""
             raise TrainingError(
                 f"training diverged, the loss is {loss.item():.3g} in epoch {self.current_epoch}: "
-                f"lower optimizer.optimizer.lr{saved}"
+                f"lower optimizer.lr{saved}"
             )
         self.log_dict({"train/loss": loss, "train/acc": accuracy}, prog_bar=True)
 
@@ -228,7 +232,7 @@ class ElasticClassifier(L.LightningModule):
     def lay_out(self) -> None:
         """One memory format for all tensors, whenever they were made: a resumed run must not differ."""
         nets = [self.net] if self.levels is None else list(self.levels)
-        last = self.channels_last and not (self.overruns and any(_overrun(net) for net in nets))
+        last = not (self.overruns and any(_overrun(net) for net in nets))
         self.memory_format = torch.channels_last if last else torch.contiguous_format
         for net in (self.net, *self.copies):
             net.to(memory_format=self.memory_format)  # type: ignore[call-overload]
@@ -273,14 +277,15 @@ class ElasticClassifier(L.LightningModule):
         except ZeroDivisionError as error:  # OneCycleLR, where its warm-up is of one step
             raise TrainingError(
                 f"the scheduler cannot be spread over {steps} steps: raise trainer.max_epochs, lower "
-                "data.batch_size or set optimizer.scheduler=null"
+                "data.batch_size or set lr_scheduler=constant"
             ) from error
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             # By steps: by epochs Lightning does it after the checkpoint, and a resumed run would lose one.
             every = int(self.trainer.num_training_batches)
             how = {"scheduler": scheduler, "interval": "step", "frequency": every, "monitor": "val/loss"}
         else:
-            how = {"scheduler": scheduler, "interval": "step"}
+            by_batch = bool(length) or isinstance(scheduler, BY_BATCH)
+            how = {"scheduler": scheduler, "interval": "step" if by_batch else "epoch"}
         return {"optimizer": optimizer, "lr_scheduler": how}
 
     def _groups(self) -> list[dict[str, Any]]:

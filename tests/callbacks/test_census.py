@@ -22,12 +22,12 @@ CHANGING = (
     "data.batch_size=128",
     "trigger=periodic",
     "trigger.every=2",
-    "callbacks.grow.until=0.9",
-    "callbacks.prune.begin=0.0",
-    "callbacks.prune.grain=kernel",
-    "callbacks.prune.grace=1",
-    "callbacks.prune.weight=0.3",
-    "optimizer.optimizer.lr=3e-2",
+    "callbacks.growth.until=0.9",
+    "callbacks.gates.begin=0.0",
+    "callbacks.gates.grain=kernel",
+    "callbacks.gates.grace=1",
+    "callbacks.gates.penalty=0.3",
+    "optimizer.lr=3e-2",
 )
 
 

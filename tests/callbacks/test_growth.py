@@ -23,9 +23,9 @@ GROWING = (
     "schedule=[growth]",
     "data.batch_size=512",
     "trainer.max_epochs=8",
-    "callbacks.grow.until=1.0",
-    "callbacks.grow.growth.factor=1.5",
-    "callbacks.grow.growth.ceiling=2",
+    "callbacks.growth.until=1.0",
+    "callbacks.growth.amount.factor=1.5",
+    "callbacks.growth.amount.ceiling=2",
 )
 START = {"0": 4, "3": 6, "7": 6, "10": 8}
 GROWN = {"0": 6, "3": 9, "7": 9, "10": 12}
@@ -34,7 +34,7 @@ FULL = {"0": 8, "3": 12, "7": 12, "10": 16}
 
 def scripted(patience: int) -> tuple[str, ...]:
     trigger = ("trigger.min_gain=0.1", f"trigger.patience={patience}")
-    return (*GROWING, "trigger=plateau", *trigger, "callbacks.grow.monitor=fake")
+    return (*GROWING, "trigger=plateau", *trigger, "callbacks.growth.monitor=fake")
 
 
 def saved_sizes(folder: Path) -> dict[str, int]:
@@ -90,9 +90,9 @@ def test_never_grows_above_the_ceiling(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("until", "last"), [(0.5, 3), (0.26, 2), (0.25, 1), (0.0, None)])
 def test_nothing_grows_after_until(tmp_path: Path, until: float, last: int | None) -> None:
     """Epoch e of 8 may grow where e / 8 is less than `until`."""
-    growth = ("callbacks.grow.growth.factor=1.01", "callbacks.grow.growth.ceiling=4")
+    growth = ("callbacks.growth.amount.factor=1.01", "callbacks.growth.amount.ceiling=4")
     run = fit(
-        tmp_path, *GROWING, "trigger=periodic", "trigger.every=1", *growth, f"callbacks.grow.until={until}"
+        tmp_path, *GROWING, "trigger=periodic", "trigger.every=1", *growth, f"callbacks.growth.until={until}"
     )
     assert max((event["epoch"] for event in run.module.timeline), default=None) == last
 
@@ -102,7 +102,7 @@ def test_the_sanity_check_and_later_validation_are_not_observed(tmp_path: Path) 
         tmp_path, *GROWING, "trainer.num_sanity_val_steps=1", "trainer.max_epochs=3", "trigger=periodic"
     )
     run.trainer.validate(run.module, run.data, verbose=False)
-    assert run.callbacks["grow"].trigger.seen == 3
+    assert run.callbacks["growth"].trigger.seen == 3
 
 
 def test_optimizer_scheduler_and_parameters_are_the_same_objects(tmp_path: Path) -> None:
@@ -142,9 +142,9 @@ def test_growth_preserves_the_function(tmp_path: Path, fresh: str, preserved: bo
 
         return Spy(on_train_epoch_start=record)
 
-    options = ("optimizer.optimizer.lr=3e-2", "trigger=periodic", "trigger.every=3", "trainer.max_epochs=4")
+    options = ("optimizer.lr=3e-2", "trigger=periodic", "trigger.every=3", "trainer.max_epochs=4")
     schedule = ("schedule=[growth,gates]",) if gated else ()
-    chosen = (*GROWING, *schedule, *options, f"callbacks.grow.fresh={fresh}")
+    chosen = (*GROWING, *schedule, *options, f"callbacks.growth.fresh={fresh}")
     run = fit(tmp_path, *chosen, before=(look("before"),), after=(look("after"),))
     assert {event["epoch"] for event in run.module.timeline if "grow" in event["why"]} == {3}
     assert any(isinstance(m, Gate) for m in run.module.modules()) == gated
@@ -164,8 +164,8 @@ def test_rewarm_scales_what_the_optimizer_sees_and_not_the_schedule(tmp_path: Pa
         scheduled.append(trainer.optimizers[0].param_groups[0]["lr"])
 
     spy = Spy(on_train_start=start, on_train_batch_start=before_step)
-    options = ("trigger=periodic", "trigger.every=2", "callbacks.grow.until=0.5", "trainer.max_epochs=6")
-    run = fit(tmp_path, *GROWING, "data.batch_size=256", *options, "callbacks.grow.rewarm=2", after=(spy,))
+    options = ("trigger=periodic", "trigger.every=2", "callbacks.growth.until=0.5", "trainer.max_epochs=6")
+    run = fit(tmp_path, *GROWING, "data.batch_size=256", *options, "callbacks.growth.rewarm=2", after=(spy,))
     assert {event["epoch"] for event in run.module.timeline} == {2}
     per_epoch = len(seen) // 6
     ramp = [1.0] * (2 * per_epoch) + [0.1 + 0.9 * i / (2 * per_epoch) for i in range(2 * per_epoch)]
@@ -185,8 +185,8 @@ def test_rewarm_scales_what_the_optimizer_sees_and_not_the_schedule(tmp_path: Pa
 def test_rewarm_counts_epochs_where_batches_are_accumulated(tmp_path: Path) -> None:
     scales: list[tuple[int, float]] = []
     spy = Spy(on_train_batch_start=lambda t, m, *_: scales.append((t.current_epoch, m.lr_scale)))
-    options = ("trigger=periodic", "trigger.every=1", "callbacks.grow.until=0.3", "trainer.max_epochs=4")
-    several = ("data.batch_size=128", "+trainer.accumulate_grad_batches=2", "callbacks.grow.rewarm=1")
+    options = ("trigger=periodic", "trigger.every=1", "callbacks.growth.until=0.3", "trainer.max_epochs=4")
+    several = ("data.batch_size=128", "+trainer.accumulate_grad_batches=2", "callbacks.growth.rewarm=1")
     fit(tmp_path, *GROWING, *options, *several, after=(spy,))
     assert {scale for epoch, scale in scales if epoch in (0, 2, 3)} == {1.0}
     assert min(scale for epoch, scale in scales if epoch == 1) == 0.1
@@ -206,7 +206,7 @@ def test_a_metric_that_is_not_logged_is_named_with_those_that_are(
     tmp_path: Path, monitor: str, epochs: int
 ) -> None:
     """A validation metric before anything is trained; others after the first epoch."""
-    run = prepare(tmp_path, *GROWING, f"callbacks.grow.monitor={monitor}")
+    run = prepare(tmp_path, *GROWING, f"callbacks.growth.monitor={monitor}")
     with pytest.raises(TrainingError, match=rf"'{monitor}'.* not logged.*val/acc, val/loss") as caught:
         run.fit()
     assert "\n" not in str(caught.value)
@@ -234,7 +234,7 @@ def test_state_round_trip_continues_the_count(tmp_path: Path) -> None:
 
 def test_gradmax_takes_the_images_there_are(tmp_path: Path) -> None:
     """It looks at 256 training images; a set may have fewer."""
-    few = ("data.val_fraction=0.9", "data.batch_size=64", "callbacks.grow.fresh=gradmax")
+    few = ("data.val_fraction=0.9", "data.batch_size=64", "callbacks.growth.fresh=gradmax")
     options = ("trigger=periodic", "trigger.every=1", "trainer.max_epochs=2")
     run = prepare(tmp_path, *GROWING, *few, *options)
     assert isinstance(run.data, Digits)
@@ -252,7 +252,7 @@ RESIDUAL = ("model=resnet20", "model.width=2", "trigger=periodic", "trigger.ever
 def test_stages_gain_blocks_one_at_a_time_up_to_so_many(tmp_path: Path, ceiling: float, blocks: int) -> None:
     """In depth alone, in both ways and in width alone; function and moments of what was there are kept."""
     seen: list[tuple[Any, Any]] = []
-    given = (f"callbacks.grow.growth.ceiling={ceiling}", f"callbacks.grow.growth.blocks={blocks}")
+    given = (f"callbacks.growth.amount.ceiling={ceiling}", f"callbacks.growth.amount.blocks={blocks}")
     run = prepare(tmp_path, *GROWING, *RESIDUAL, *given)
     x_BCHW, _ = batch(run.data)
     kept = run.module.net.conv.weight  # type: ignore[union-attr]
@@ -278,8 +278,8 @@ def test_stages_gain_blocks_one_at_a_time_up_to_so_many(tmp_path: Path, ceiling:
 
 def test_a_timeline_is_replayed_on_all_of_the_training_data(tmp_path: Path) -> None:
     """Growth comes at the epochs and to the sizes of the first run; pruning is left to the second."""
-    both = ("callbacks.grow.growth.blocks=1", "schedule=[growth,gates]", "callbacks.prune.weight=1.0")
-    first = fit(tmp_path / "first", *GROWING, *RESIDUAL, *both, "callbacks.grow.growth.ceiling=1.5")
+    both = ("callbacks.growth.amount.blocks=1", "schedule=[growth,gates]", "callbacks.gates.penalty=1.0")
+    first = fit(tmp_path / "first", *GROWING, *RESIDUAL, *both, "callbacks.growth.amount.ceiling=1.5")
     again = (f"timeline={tmp_path / 'first' / 'timeline.jsonl'}", "data.val_fraction=0", "trigger=plateau")
     second = fit(tmp_path / "second", *GROWING, *RESIDUAL[:2], *again)
     assert len(second.data.train_set) == 1437 > len(first.data.train_set)  # type: ignore[arg-type]

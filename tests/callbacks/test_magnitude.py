@@ -24,7 +24,7 @@ from tests.test_resume import killed, same_run
 FULL = 1146  # parameters of the network
 FIRST = FULL - 24  # where norms' shifts are still zero
 SMALLEST = ("schedule=[magnitude]", "callbacks.magnitude.begin=0.25", "callbacks.magnitude.end=0.75")
-PRUNING = (*EXACT, *SMALLEST, "data.batch_size=512", "trainer.max_epochs=8", "optimizer.optimizer.lr=2e-2")
+PRUNING = (*EXACT, *SMALLEST, "data.batch_size=512", "trainer.max_epochs=8", "optimizer.lr=2e-2")
 
 
 def compacted(module: ElasticClassifier) -> int:
@@ -79,8 +79,8 @@ def test_nothing_is_closed_where_the_budget_is_larger_than_the_network(tmp_path:
     run = fit(tmp_path, *PRUNING, "callbacks.magnitude.budget=5000")
     assert all(mask.all() for mask in masks(run.module)) and not run.module.timeline
     report = run.callbacks["magnitude"].report(run.module)
-    assert (report["budget/asked"], report["budget/got"]) == (5000, FULL)
-    assert report["budget/why"] == "all gates are open: the network is no larger"
+    assert (report["budget/target"], report["budget/actual"]) == (5000, FULL)
+    assert report["budget/reason"] == "all gates are open: the network is no larger"
 
 
 def test_the_smallest_weights_are_closed_for_good_and_only_they(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_dead_channels_leave_and_the_output_stays(tmp_path: Path) -> None:
 
 def test_a_network_that_has_grown_is_pruned_from_its_full_size(tmp_path: Path) -> None:
     growing = ("schedule=[growth,magnitude]", "trigger=periodic", "trigger.every=1")
-    given = (*growing, "callbacks.grow.until=0.2", "callbacks.grow.fresh=random")
+    given = (*growing, "callbacks.growth.until=0.2", "callbacks.growth.fresh=random")
     run = fit(tmp_path, *PRUNING, *given, "callbacks.magnitude.budget=600")
     assert any(event["why"].startswith("grow") for event in run.module.timeline)
     assert run.callbacks["magnitude"].budget.peak > 1.5 * FULL
@@ -192,7 +192,7 @@ def test_a_run_killed_and_continued_is_the_whole_run(tmp_path: Path, monkeypatch
         "schedule=[growth,magnitude]",
         "trigger=periodic",
         "trigger.every=1",
-        "callbacks.grow.until=0.3",
+        "callbacks.growth.until=0.3",
     )
     given = (*PRUNING, "callbacks.magnitude.budget=200", *growing)
     whole, broken = tmp_path / "whole", tmp_path / "broken"

@@ -34,16 +34,16 @@ from tests.fitted import EXACT, Run, Spy, batch, command, prepare
 from tests.runs import TINY, configure
 from tests.test_resume import killed, same_run
 
-SCHEDULE = ("schedule=reconstruct", "callbacks.levels.levels=[0.5,0.75]", "trainer.max_epochs=10")
-RECONSTRUCTING = (*EXACT, *SCHEDULE, "data.batch_size=400", "optimizer.optimizer.lr=2e-2")
+SCHEDULE = ("schedule=reconstruct", "callbacks.reconstruct.fractions=[0.5,0.75]", "trainer.max_epochs=10")
+RECONSTRUCTING = (*EXACT, *SCHEDULE, "data.batch_size=400", "optimizer.lr=2e-2")
 PHASES = [
     Phase(2, False, range(0, 4)),
     *(Phase(1, False, range(4, 6)), Phase(0, False, range(6, 7))),
     *(Phase(1, True, range(7, 8)), Phase(2, True, range(8, 10))),
 ]
 MODELS: dict[str, tuple[str, ...]] = {
-    "convnet": ("optimizer.optimizer.weight_decay=0.5",),
-    "resnet20": ("model=resnet20", "model.width=4", "optimizer=sgd", "optimizer.optimizer.weight_decay=0.01"),
+    "convnet": ("optimizer.weight_decay=0.5",),
+    "resnet20": ("model=resnet20", "model.width=4", "optimizer=sgd", "optimizer.weight_decay=0.01"),
 }
 Capture = pytest.CaptureFixture[str]
 
@@ -149,7 +149,7 @@ def equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
 
 
 def test_its_phases_are_these(seen: Witness) -> None:
-    assert seen.run.callbacks["levels"].phases == PHASES and len(seen.ends) == 10
+    assert seen.run.callbacks["reconstruct"].phases == PHASES and len(seen.ends) == 10
 
 
 def test_a_level_that_is_finished_keeps_every_bit_to_the_end(seen: Witness) -> None:
@@ -295,7 +295,7 @@ def test_importance_may_come_from_gradients(tmp_path: Path) -> None:
                 assert (scores[:-1] >= scores[1:] * (1 - 1e-3) - 1e-7).all()
             checked.append(phase.level)
 
-    options = (*RECONSTRUCTING, "callbacks.levels.importance=taylor")
+    options = (*RECONSTRUCTING, "callbacks.reconstruct.importance=taylor")
     run = prepare(tmp_path, *options, after=(Spy(on_train_epoch_start=look),))
     run.fit()
     assert checked == [1, 0]
@@ -309,15 +309,15 @@ RESUMED = (
     *SCHEDULE,
     "data.batch_size=400",
     "trainer.max_epochs=12",
-    "callbacks.levels.dense=0.34",
+    "callbacks.reconstruct.dense=0.34",
 )
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        ("trainer.precision=32-true", "optimizer=sgd", "callbacks.levels.importance=taylor"),
-        ("trainer.precision=bf16-mixed", "callbacks.levels.by=macs", "callbacks.levels.levels=[9e3,18e3]"),
+        ("trainer.precision=32-true", "optimizer=sgd", "callbacks.reconstruct.importance=taylor"),
+        ("trainer.precision=bf16-mixed", "callbacks.reconstruct.by=macs", "callbacks.reconstruct.fractions=[9e3,18e3]"),
     ],
     ids=["sgd", "adamw"],
 )
@@ -346,7 +346,7 @@ def test_a_run_that_was_cut_by_latency_goes_on_with_the_sizes_it_began_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the machine says when it goes on: slower, faster, too slow and too fast for the budgets."""
-    given = (*RESUMED, "callbacks.levels.by=latency_ms", "callbacks.levels.levels=[0.3,0.6]")
+    given = (*RESUMED, "callbacks.reconstruct.by=latency_ms", "callbacks.reconstruct.fractions=[0.3,0.6]")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     monkeypatch.setattr(elastic.callbacks.levels, "measure_latency_ms", fake_ms(1.0))
     train(configure(whole, *given), whole)
@@ -389,7 +389,7 @@ def test_the_summary_has_a_row_a_level(finished: Path) -> None:
     levels = load_levels(module.net, finished / "model.safetensors", module.example)
     data.prepare_data()
     data.setup("test")
-    assert [row["level"] for row in found["levels"]] == [0, 1, 2] and found["schedule"] == "levels"
+    assert [row["level"] for row in found["levels"]] == [0, 1, 2] and found["schedule"] == "reconstruct"
     for k, row in enumerate(found["levels"]):
         own = extracted(levels, k).eval()
         assert row["macs"] == counts.count_macs(own, module.example)
@@ -480,8 +480,8 @@ def test_a_run_starts_from_one_that_grew_and_was_pruned(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     growing = (
         *(*TINY, "experiment=smoke", "trainer.max_epochs=8", "trigger=periodic", "trigger.every=2"),
-        *("callbacks.prune.begin=0.0", "callbacks.prune.budget=1500", "callbacks.prune.grace=0"),
-        *("optimizer.optimizer.lr=3e-2", "callbacks.grow.until=0.5", "data.batch_size=64"),
+        *("callbacks.gates.begin=0.0", "callbacks.gates.budget=1500", "callbacks.gates.grace=0"),
+        *("optimizer.lr=3e-2", "callbacks.growth.until=0.5", "data.batch_size=64"),
     )
     before = train(configure(first, *growing), first)
     assert before["params"] < before["params_dense"], "pruned"
@@ -492,7 +492,7 @@ def test_a_run_starts_from_one_that_grew_and_was_pruned(tmp_path: Path) -> None:
         with torch.no_grad():
             held.append(extracted(module.levels, 2).eval()(x_BCHW))
 
-    given = (*RECONSTRUCTING, f"init={first}", "callbacks.levels.dense=0")
+    given = (*RECONSTRUCTING, f"init={first}", "callbacks.reconstruct.dense=0")
     run = prepare(second, *given, before=(Spy(on_fit_start=look),))
     assert run.module.start != build(configure(tmp_path / "x", *RECONSTRUCTING))[0].start, "it has grown"
     plain = load_compact(
@@ -501,7 +501,7 @@ def test_a_run_starts_from_one_that_grew_and_was_pruned(tmp_path: Path) -> None:
     run.fit()
     with torch.no_grad():
         assert torch.allclose(held[0], plain(batch(run.data)[0]), atol=1e-5)
-    assert [phase.level for phase in run.callbacks["levels"].phases] == [1, 0, 1, 2]
+    assert [phase.level for phase in run.callbacks["reconstruct"].phases] == [1, 0, 1, 2]
     assert {event["epoch"] for event in run.module.timeline if event["why"].startswith("prune")} == {0, 2}
 
     third = tmp_path / "third"
@@ -518,20 +518,20 @@ def test_a_run_starts_from_one_that_grew_and_was_pruned(tmp_path: Path) -> None:
 CONFLICTS = ("growth", "gates", "magnitude", "ema")
 WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "too few epochs": (("trainer.max_epochs=4",), "of 4 epochs none is left"),
-    "no time to grow": (("callbacks.levels.dense=0.7",), "none is left to grow level 1"),
-    "a dense phase of less than none": (("callbacks.levels.dense=-0.1",), "dense=-0.1"),
-    "levels that descend": (("callbacks.levels.levels=[0.8,0.5]",), "do not ascend"),
-    "no levels": (("callbacks.levels.levels=[]",), "do not ascend"),
-    "an unknown measure": (("callbacks.levels.by=flops",), "'flops'"),
-    "an unknown importance": (("callbacks.levels.importance=l3",), "'l3'"),
-    "an importance that there is nothing for": (("callbacks.levels.importance=gate",), "no gates"),
-    "a multiple of none": (("callbacks.levels.multiple=0",), "multiple"),
+    "no time to grow": (("callbacks.reconstruct.dense=0.7",), "none is left to grow level 1"),
+    "a dense phase of less than none": (("callbacks.reconstruct.dense=-0.1",), "dense=-0.1"),
+    "levels that descend": (("callbacks.reconstruct.fractions=[0.8,0.5]",), "do not ascend"),
+    "no levels": (("callbacks.reconstruct.fractions=[]",), "do not ascend"),
+    "an unknown measure": (("callbacks.reconstruct.by=flops",), "'flops'"),
+    "an unknown importance": (("callbacks.reconstruct.importance=l3",), "'l3'"),
+    "an importance that there is nothing for": (("callbacks.reconstruct.importance=gate",), "no gates"),
+    "a multiple of none": (("callbacks.reconstruct.multiple=0",), "multiple"),
     "a budget below the least": (
-        ("callbacks.levels.by=macs", "callbacks.levels.levels=[10]"),
+        ("callbacks.reconstruct.by=macs", "callbacks.reconstruct.fractions=[10]"),
         "no level is within macs=10",
     ),
-    "a width that vanishes": (("callbacks.levels.levels=[0.1]",), "without a channel"),
-    "levels that come out the same": (("callbacks.levels.levels=[0.5,0.51]",), "levels 0 and 1 are the same"),
+    "a width that vanishes": (("callbacks.reconstruct.fractions=[0.1]",), "without a channel"),
+    "levels that come out the same": (("callbacks.reconstruct.fractions=[0.5,0.51]",), "levels 0 and 1 are the same"),
     "a start that is not there": (("init=/nonexistent",), "/nonexistent"),
     "both ways at once": (("schedule=[reconstruct,joint]",), ""),
     "both ways at once, the other first": (("schedule=[joint,reconstruct]",), ""),

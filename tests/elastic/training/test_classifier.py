@@ -28,9 +28,9 @@ from tests.test_resume import same
 
 STATIC = (*EXACT, "schedule=static", "data.batch_size=512")
 PLAIN_SGD = (
-    *("optimizer=sgd", "optimizer.scheduler=null", "optimizer.optimizer.lr=0.1"),
-    *("optimizer.optimizer.momentum=0", "optimizer.optimizer.nesterov=false"),
-    "optimizer.optimizer.weight_decay=0",
+    *("optimizer=sgd", "lr_scheduler=constant", "optimizer.lr=0.1"),
+    *("optimizer.momentum=0", "optimizer.nesterov=false"),
+    "optimizer.weight_decay=0",
 )
 CHANGING = (
     *TINY,
@@ -38,8 +38,8 @@ CHANGING = (
     "trainer.max_epochs=4",
     "trigger=periodic",
     "trigger.every=2",
-    "callbacks.grow.until=0.9",
-    "callbacks.prune.begin=0.0",
+    "callbacks.growth.until=0.9",
+    "callbacks.gates.begin=0.0",
 )
 
 
@@ -102,7 +102,7 @@ def test_the_first_step_is_that_of_plain_torch(tmp_path: Path) -> None:
 def test_validation_loss_is_the_plain_cross_entropy_of_all_images(tmp_path: Path) -> None:
     """Neither smoothing nor penalties; batches of unequal size weigh by their images."""
     options = ("label_smoothing=0.2", "data.batch_size=100", "trainer.max_epochs=1")
-    run = fit(tmp_path, *EXACT, "schedule=[gates]", "callbacks.prune.begin=0.0", *options)
+    run = fit(tmp_path, *EXACT, "schedule=[gates]", "callbacks.gates.begin=0.0", *options)
     x_BCHW, y_B = run.data.val_set.__getitems__(list(range(len(run.data.val_set))))  # type: ignore[union-attr]
     logits_BK = outputs(run.module, run.data.normalise(x_BCHW.float() / 255))
     metrics = run.trainer.callback_metrics
@@ -152,7 +152,7 @@ def test_a_scheduler_that_asks_for_no_length_gets_none() -> None:
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_the_default_optimizers_learn(tmp_path: Path, optimizer: str) -> None:
     rate = {"adamw": 3e-2, "sgd": 0.3}[optimizer]
-    options = (f"optimizer={optimizer}", f"optimizer.optimizer.lr={rate}", "trainer.max_epochs=6")
+    options = (f"optimizer={optimizer}", f"optimizer.lr={rate}", "trainer.max_epochs=6")
     run = fit(tmp_path, *EXACT, "schedule=static", "data.batch_size=64", *options)
     assert float(run.trainer.callback_metrics["val/acc"]) > 0.8
     scheduler: Any = run.trainer.lr_scheduler_configs[0].scheduler
@@ -353,7 +353,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run_and_the_epochs_before_are_kept
 
 def test_the_remedy_names_a_setting_that_exists(tmp_path: Path) -> None:
     """`optimizer.lr` would be answered by 'Could not override'."""
-    assert "optimizer.optimizer.lr" in broken(tmp_path, 1)
+    assert "optimizer.lr" in broken(tmp_path, 1)
 
 
 def test_nothing_is_promised_where_no_epoch_was_saved(tmp_path: Path) -> None:
