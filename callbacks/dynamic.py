@@ -75,7 +75,7 @@ class PruneDynamically(L.Callback):
             return
         if pl_module.switched:
             raise TrainingError(
-                "the network has kernel activation modules, of another PruneDynamically: continue with that one"
+                "the network has kernel activation modules, of another callback: continue with that one"
             )
         if trainer.world_size > 1 and (pl_module.levels is not None or len(self.parsimony) > 1):
             raise TrainingError("several sets, or levels, are trained in one process: set trainer.devices=1")

@@ -27,7 +27,11 @@ class TrainLevels(L.Callback):
     """
 
     def __init__(
-        self, fractions: Sequence[float], by: By = "fraction", multiple: int = 1, importance: Importance = "l2"
+        self,
+        fractions: Sequence[float],
+        by: By = "fraction",
+        multiple: int = 1,
+        importance: Importance = "l2",
     ) -> None:
         self.fractions, self.by, self.multiple = list(fractions), by, multiple
         self.importance = importance

@@ -34,7 +34,9 @@ class Reconstruct(TrainLevels):
     def setup(self, trainer: L.Trainer, pl_module: ElasticClassifier, stage: str) -> None:  # type: ignore[override]
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self.phases = plan_phases(len(self.fractions) + 1, trainer.max_epochs or 1, self.dense, self.prune)
+            self.phases = plan_phases(
+                len(self.fractions) + 1, trainer.max_epochs or 1, self.dense, self.prune
+            )
             if pl_module.levels is not None:
                 self._enter(trainer, pl_module, 0)
 

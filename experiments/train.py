@@ -67,7 +67,10 @@ def build(cfg: DictConfig) -> tuple[ElasticClassifier, ImageData]:
     net = instantiate(cfg.model, in_channels=data.shape[0], classes=data.classes)
     levels = None
     if cfg.get("init") is not None:
-        weights, example = finished(Path(cfg.init).expanduser()) / "model.safetensors", torch.zeros(1, *data.shape)
+        weights, example = (
+            finished(Path(cfg.init).expanduser()) / "model.safetensors",
+            torch.zeros(1, *data.shape),
+        )
         refuse_switched(weights)
         if "dynamic" in active(cfg) and holds_levels(weights):  # each gets modules of its own
             levels = load_levels(net, weights, example)

@@ -31,7 +31,11 @@ def test_every_structure_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """With a backend that counts and runs the graph as it is: the eager run, bit for bit."""
     counter = CompileCounter()
     monkeypatch.setattr(elastic.experiments.train, "compile_whole", partial(compile_network, backend=counter))
-    more = ("callbacks.growth.until=1.0", "trigger.every=1", "trainer.max_epochs=12")  # eight would be too many
+    more = (
+        "callbacks.growth.until=1.0",
+        "trigger.every=1",
+        "trainer.max_epochs=12",
+    )  # eight would be too many
     eager = run(tmp_path / "eager", *more)
     assert counter.frame_count == 0
     compiled = run(tmp_path / "compiled", "compile=true", *more)

@@ -151,7 +151,12 @@ def test_two_processes_ask_one_price(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_killed_and_continued_is_never_killed(tmp_path: Path) -> None:
     """Growth in width and depth, pruning, a budget and the freeze, with batch norm, bit for bit."""
-    more = ("model=resnet20", "model.width=2", "callbacks.growth.amount.blocks=1", "callbacks.gates.penalty=0.3")
+    more = (
+        "model=resnet20",
+        "model.width=2",
+        "callbacks.growth.amount.blocks=1",
+        "callbacks.gates.penalty=0.3",
+    )
     long = (*CHANGING, *TWO, *more, "callbacks.gates.budget=2500", "trainer.max_epochs=6")
     folder = tmp_path / "killed"
     broken = start(folder, *long)

@@ -20,7 +20,6 @@ CHANGING = (
     "trigger.every=2",
     "callbacks.growth.amount.factor=1.3",
     "callbacks.growth.until=0.9",
-    "callbacks.growth.rewarm=1",
     "callbacks.gates.penalty=3e-1",
     "data.batch_size=64",
     "callbacks.gates.grain=kernel",

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from elastic.errors import OptionError
 
 CONF = Path(__file__).parents[2] / "conf"
+LISTS = ("logger", "schedule")  # groups of which a run has several
 # Groups whose choices have options of their own: another choice starts without an experiment's.
 OWN_OPTIONS = ("model", "optimizer", "lr_scheduler")
 # What stands beside the callbacks, but only one of them reads.
@@ -31,7 +32,7 @@ def rewrite(word: str) -> str:
     if not equals:
         return word
     if value == "null" and (CONF / key).is_dir() and key != "callbacks":
-        return f"~{key}"
+        return f"{key}=[]" if key in LISTS else f"~{key}"
     return f"{key}={Path(value).expanduser()}" if value.startswith("~") else word
 
 
@@ -101,9 +102,7 @@ def explain_unread(line: str, callback: str) -> str:
     """Tell that nothing takes an option, and what would."""
     schedules = list_choices("schedule")
     remedy = f"say schedule={callback}" if callback in schedules else f"there are {', '.join(schedules)}"
-    return (
-        f"nothing takes {line}: this run has no '{callback}'; leave it out, or choose a schedule with it, {remedy}"
-    )
+    return f"nothing takes {line}: this run has no '{callback}'; leave it out, or choose a schedule with it, {remedy}"
 
 
 def list_choices(group: str) -> list[str]:
@@ -145,4 +144,6 @@ def _explain_option(error: ConfigCompositionException, cause: OmegaConfBaseExcep
         return explain_unread(line, callback)
     path = parent._get_full_key(None)
     names = sorted(str(name) for name in parent if not str(name).startswith("_") and name != "hydra")
-    return f"there is no option {key}: {path or 'a run'} has {', '.join(names)}; a new one is added by +{line}"
+    return (
+        f"there is no option {key}: {path or 'a run'} has {', '.join(names)}; a new one is added by +{line}"
+    )

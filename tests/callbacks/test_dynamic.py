@@ -226,8 +226,16 @@ def joint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "options",
     [
         ("callbacks.dynamic.gain=[0.1,1.0]",),
-        ("callbacks.dynamic.activation=gumbel", "callbacks.dynamic.modules_only=true", "callbacks.dynamic.rate=3.0"),
-        ("callbacks.dynamic.activation=soft", "callbacks.dynamic.form=target", "callbacks.dynamic.target=0.5"),
+        (
+            "callbacks.dynamic.activation=gumbel",
+            "callbacks.dynamic.modules_only=true",
+            "callbacks.dynamic.rate=3.0",
+        ),
+        (
+            "callbacks.dynamic.activation=soft",
+            "callbacks.dynamic.form=target",
+            "callbacks.dynamic.target=0.5",
+        ),
         ("init={joint}", "callbacks.dynamic.gain=[0.1,1.0]"),
     ],
     ids=["sets", "gumbel", "soft", "levels"],
@@ -459,7 +467,7 @@ def test_a_network_is_validated_as_it_is_in_evaluation(only: bool) -> None:
             seen.append(torch.equal(module(x_NCHW), module(x_NCHW)))
 
     spy = Spy(on_train_batch_end=twice, on_validation_batch_end=twice)
-    program(PruneDynamically(0.5, only=only), spy).fit(module, loader, loader)
+    program(PruneDynamically(0.5, modules_only=only), spy).fit(module, loader, loader)
     assert seen == ([only] * 3 + [True] * 3) * 2
 
 

@@ -144,7 +144,12 @@ def test_fresh_channels_are_spared_for_grace_epochs(tmp_path: Path, grace: int, 
 
 def test_a_fresh_channel_is_not_removed_as_dead(tmp_path: Path) -> None:
     """Zeros read it, but its gates are open."""
-    once = ("trigger=periodic", "trigger.every=2", "callbacks.growth.until=0.7", "callbacks.gates.penalty=1e-4")
+    once = (
+        "trigger=periodic",
+        "trigger.every=2",
+        "callbacks.growth.until=0.7",
+        "callbacks.gates.penalty=1e-4",
+    )
     options = ("schedule=[growth,gates]", "trainer.max_epochs=4", *once)
     run = fit(tmp_path, *PRUNING, *options)
     assert {event["why"] for event in run.module.timeline} == {"grow: by the clock"}
@@ -228,9 +233,7 @@ def test_macs_fall_further_where_they_are_the_aim(tmp_path: Path) -> None:
 
 def budgeted(folder: Path, asked: int, *options: str) -> Run:
     given = f"callbacks.gates.budget={{_target_: elastic.budget.Budget, asked: {asked}}}"
-    return fit(
-        folder, *PRUNING, "callbacks.gates.penalty=1e-3", "optimizer.lr=2e-2", given, *options
-    )
+    return fit(folder, *PRUNING, "callbacks.gates.penalty=1e-3", "optimizer.lr=2e-2", given, *options)
 
 
 @pytest.mark.parametrize("grain", ["weight", "kernel"])
@@ -277,18 +280,18 @@ def test_gates_settle_on_the_budget_when_they_freeze(tmp_path: Path) -> None:
 def test_the_controller_steers_lambda(tmp_path: Path) -> None:
     """Above its path it raises λ, below it lowers it; without a budget λ is what it was."""
     few = ("trainer.max_epochs=4", "data.batch_size=64")
-    assert budgeted(tmp_path / "a", 20, *few).callbacks["gates"].weight > 1.1e-3
-    assert budgeted(tmp_path / "b", 2000, *few).callbacks["gates"].weight < 0.9e-3
+    assert budgeted(tmp_path / "a", 20, *few).callbacks["gates"].penalty > 1.1e-3
+    assert budgeted(tmp_path / "b", 2000, *few).callbacks["gates"].penalty < 0.9e-3
     run = fit(tmp_path / "c", *PRUNING, *few, "callbacks.gates.penalty=1e-3")
-    assert run.callbacks["gates"].weight == 1e-3
+    assert run.callbacks["gates"].penalty == 1e-3
 
 
 def test_state_round_trip(tmp_path: Path) -> None:
-    one = PruneByGates(weight=1e-3, budget=Budget(100))
+    one = PruneByGates(penalty=1e-3, budget=Budget(100))
     assert one.budget is not None
     one.frozen, one.weight = True, one.budget.steer(1e-3, 300.0, 0.1)
     torch.save(one.state_dict(), tmp_path / "state")
-    two = PruneByGates(weight=1e-3, budget=Budget(100))
+    two = PruneByGates(penalty=1e-3, budget=Budget(100))
     two.load_state_dict(load(tmp_path / "state"))
     assert (two.frozen, two.weight, two.budget) == (one.frozen, one.weight, one.budget)
 
@@ -310,7 +313,7 @@ def test_an_unknown_grain_is_refused_with_those_there_are(tmp_path: Path) -> Non
 def test_an_unknown_aim_is_refused(tmp_path: Path) -> None:
     """Silently, it would be params."""
     with pytest.raises((StructureError, TrainingError), match="latency"):
-        PruneByGates(aim="latency")  # type: ignore[arg-type]
+        PruneByGates(by="latency")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

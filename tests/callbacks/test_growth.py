@@ -8,7 +8,6 @@ import pytest
 import torch
 from elastic.callbacks import GrowOnSaturation
 from hydra.errors import InstantiationException
-from torch.optim.lr_scheduler import OneCycleLR
 
 from elastic.data import Digits
 from elastic.errors import TrainingError
@@ -150,55 +149,6 @@ def test_growth_preserves_the_function(tmp_path: Path, fresh: str, preserved: bo
     assert any(isinstance(m, Gate) for m in run.module.modules()) == gated
     size, change = at["before"].abs().max(), (at["before"] - at["after"]).abs().max()
     assert (change < 1e-5 * size) if preserved else (change > 1e-2 * size)
-
-
-def test_rewarm_scales_what_the_optimizer_sees_and_not_the_schedule(tmp_path: Path) -> None:
-    seen: list[float] = []
-    scheduled: list[float] = []
-
-    def start(trainer: Any, module: Any) -> None:
-        optimizer = trainer.optimizers[0]
-        optimizer.register_step_pre_hook(lambda o, *_: seen.append(o.param_groups[0]["lr"]))
-
-    def before_step(trainer: Any, *_: Any) -> None:
-        scheduled.append(trainer.optimizers[0].param_groups[0]["lr"])
-
-    spy = Spy(on_train_start=start, on_train_batch_start=before_step)
-    options = ("trigger=periodic", "trigger.every=2", "callbacks.growth.until=0.5", "trainer.max_epochs=6")
-    run = fit(tmp_path, *GROWING, "data.batch_size=256", *options, "callbacks.growth.rewarm=2", after=(spy,))
-    assert {event["epoch"] for event in run.module.timeline} == {2}
-    per_epoch = len(seen) // 6
-    ramp = [1.0] * (2 * per_epoch) + [0.1 + 0.9 * i / (2 * per_epoch) for i in range(2 * per_epoch)]
-    ramp += [1.0] * (2 * per_epoch)
-    assert [a / b for a, b in zip(seen, scheduled, strict=True)] == pytest.approx(ramp)
-
-    twin = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=5e-3)
-    schedule = OneCycleLR(twin, max_lr=5e-3, pct_start=0.2, total_steps=len(seen))
-    expected = []
-    for _ in seen:
-        expected.append(twin.param_groups[0]["lr"])
-        twin.step()
-        schedule.step()
-    assert scheduled == pytest.approx(expected)
-
-
-def test_rewarm_counts_epochs_where_batches_are_accumulated(tmp_path: Path) -> None:
-    scales: list[tuple[int, float]] = []
-    spy = Spy(on_train_batch_start=lambda t, m, *_: scales.append((t.current_epoch, m.lr_scale)))
-    options = ("trigger=periodic", "trigger.every=1", "callbacks.growth.until=0.3", "trainer.max_epochs=4")
-    several = ("data.batch_size=128", "+trainer.accumulate_grad_batches=2", "callbacks.growth.rewarm=1")
-    fit(tmp_path, *GROWING, *options, *several, after=(spy,))
-    assert {scale for epoch, scale in scales if epoch in (0, 2, 3)} == {1.0}
-    assert min(scale for epoch, scale in scales if epoch == 1) == 0.1
-
-
-def test_rewarm_comes_back_after_a_restart(tmp_path: Path) -> None:
-    """lr_scale is not saved: it follows from `grown_at`, which is."""
-    one = GrowOnSaturation(Periodic(1), Growth(), rewarm=2)
-    one.grown_at, one.due = 10, True
-    two = GrowOnSaturation(Periodic(1), Growth(), rewarm=2)
-    two.load_state_dict(one.state_dict())
-    assert (two.grown_at, two.due) == (10, True)
 
 
 @pytest.mark.parametrize(("monitor", "epochs"), [("val/auc", 0), ("train/auc", 1)])

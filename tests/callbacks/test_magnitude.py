@@ -63,13 +63,6 @@ def test_the_compacted_network_follows_the_cubic_path_to_the_budget(tmp_path: Pa
     assert found[:2] == [FIRST, FULL] and found[7] == 400
 
 
-def test_a_step_comes_every_so_many_epochs_and_at_the_end(tmp_path: Path) -> None:
-    options = ("callbacks.magnitude.every=4", "callbacks.magnitude.end=0.7", "trainer.max_epochs=10")
-    found = sizes(tmp_path, "callbacks.magnitude.budget=700", *options)
-    assert found[1:4] == [FULL] * 3 and found[7:] == [700] * 3
-    assert 700 < found[4] < FULL and found[5:7] == [found[4]] * 2
-
-
 def test_the_budget_is_met_where_the_end_lies_behind_the_last_epoch(tmp_path: Path) -> None:
     options = ("trainer.max_epochs=3", "callbacks.magnitude.end=1.0", "callbacks.magnitude.budget=600")
     assert sizes(tmp_path, *options)[-1] == 600
@@ -220,8 +213,3 @@ def test_gates_and_magnitude_do_not_prune_one_network(tmp_path: Path, schedule: 
 def test_a_path_that_cannot_be_is_refused(given: dict[str, Any]) -> None:
     with pytest.raises(StructureError):
         PruneByMagnitude(**given)
-
-
-def test_steps_need_an_epoch() -> None:
-    with pytest.raises(TrainingError, match="every"):
-        PruneByMagnitude(budget=9, every=0)

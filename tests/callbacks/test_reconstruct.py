@@ -317,7 +317,11 @@ RESUMED = (
     "options",
     [
         ("trainer.precision=32-true", "optimizer=sgd", "callbacks.reconstruct.importance=taylor"),
-        ("trainer.precision=bf16-mixed", "callbacks.reconstruct.by=macs", "callbacks.reconstruct.fractions=[9e3,18e3]"),
+        (
+            "trainer.precision=bf16-mixed",
+            "callbacks.reconstruct.by=macs",
+            "callbacks.reconstruct.fractions=[9e3,18e3]",
+        ),
     ],
     ids=["sgd", "adamw"],
 )
@@ -364,7 +368,7 @@ def test_a_run_that_was_cut_by_latency_goes_on_with_the_sizes_it_began_with(
 
 
 EXAMPLE = torch.zeros(1, 1, 8, 8)
-FINISHED = (*RECONSTRUCTING, "seed=3", "channels_last=false")
+FINISHED = (*RECONSTRUCTING, "seed=3")
 
 # --- runs that are finished --------------------------------------------------------------------------------
 
@@ -531,7 +535,10 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
         "no level is within macs=10",
     ),
     "a width that vanishes": (("callbacks.reconstruct.fractions=[0.1]",), "without a channel"),
-    "levels that come out the same": (("callbacks.reconstruct.fractions=[0.5,0.51]",), "levels 0 and 1 are the same"),
+    "levels that come out the same": (
+        ("callbacks.reconstruct.fractions=[0.5,0.51]",),
+        "levels 0 and 1 are the same",
+    ),
     "a start that is not there": (("init=/nonexistent",), "/nonexistent"),
     "both ways at once": (("schedule=[reconstruct,joint]",), ""),
     "both ways at once, the other first": (("schedule=[joint,reconstruct]",), ""),
