@@ -59,6 +59,9 @@ class ElasticCallback(L.Callback):
         """List what a training step executes, in place of the network once; empty where that is so."""
         return ()
 
+    def check(self, trainer: L.Trainer) -> None:
+        """Refuse what cannot be in one run with this callback, before any process is started."""
+
     def find_last_growth(self, trainer: L.Trainer) -> float:
         """Return the part of the run after which this callback lets nothing grow."""
         return 0.0

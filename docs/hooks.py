@@ -9,7 +9,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("elastic", "callbacks")
-# In a page's text, not in commands: there `callbacks.prune.budget` is an option.
+# In a page's text, not in commands: there `callbacks.gates.budget` is an option.
 NAME = re.compile(r"(?<!`)`((?:elastic|callbacks\.(?=[A-Z]))[\w.]*)`(?!`)")
 
 

@@ -4,6 +4,7 @@ The run's folder gets the resolved configuration, `last.ckpt`, `timeline.jsonl`,
 `model.safetensors` (compacted), `summary.json` and `history.png`. `run=<folder>` continues a run.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from elastic.callbacks import Census, PruneByGates, PruneByMagnitude
+from elastic.callbacks import Census
+from elastic.callbacks.base import list_elastic
 from elastic.callbacks.census import write_lines
-from elastic.callbacks.levels import TrainLevels
 from elastic.data import ImageData
 from elastic.errors import TrainingError
+from elastic.experiments.tools.composition import CONF, rewrite, settle
 from elastic.experiments.tools.figure import draw_history
 from elastic.experiments.tools.publish import publish
 from elastic.experiments.tools.setup import (
@@ -26,7 +28,9 @@ from elastic.experiments.tools.setup import (
     alone,
     check_processes,
     finished,
+    make_loggers,
     multirun,
+    past_hydra,
     portable,
     precision,
     quiet,
@@ -55,8 +59,6 @@ from elastic.pruning.compaction import compact
 from elastic.training.classifier import ElasticClassifier
 from elastic.training.compilation import compile_network
 
-CONF = Path(__file__).parents[1] / "conf"
-
 
 def build(cfg: DictConfig) -> tuple[ElasticClassifier, ImageData]:
     """The data and the network, as the configuration describes them before anything has changed."""
@@ -65,9 +67,12 @@ def build(cfg: DictConfig) -> tuple[ElasticClassifier, ImageData]:
     net = instantiate(cfg.model, in_channels=data.shape[0], classes=data.classes)
     levels = None
     if cfg.get("init") is not None:
-        weights, example = finished(Path(cfg.init)) / "model.safetensors", torch.zeros(1, *data.shape)
+        weights, example = (
+            finished(Path(cfg.init).expanduser()) / "model.safetensors",
+            torch.zeros(1, *data.shape),
+        )
         refuse_switched(weights)
-        if "switch" in active(cfg) and holds_levels(weights):  # each gets modules of its own
+        if "dynamic" in active(cfg) and holds_levels(weights):  # each gets modules of its own
             levels = load_levels(net, weights, example)
         else:
             load_compact(net, weights, example)
@@ -76,16 +81,23 @@ def build(cfg: DictConfig) -> tuple[ElasticClassifier, ImageData]:
         net,
         data.shape,
         data.classes,
-        instantiate(cfg.optimizer.optimizer),
-        instantiate(cfg.optimizer.scheduler),
+        instantiate(cfg.optimizer),
+        instantiate(cfg.get("lr_scheduler")),
         cfg.seed,
         cfg.label_smoothing,
-        cfg.channels_last,
     )
     if levels is not None:
-        module.nest(levels)
+        module.structure.nest(levels)
         module.train()
     return module, data
+
+
+def make_callbacks(cfg: DictConfig) -> list[L.Callback]:
+    """Make the callbacks of a run; the learning rate is watched where there is a logger to tell."""
+    silent = not cfg.get("logger")
+    return [
+        instantiate(node) for name, node in active(cfg).items() if not (silent and name == "learning_rate")
+    ]
 
 
 def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
@@ -103,7 +115,7 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     revision()  # of the code that trains, not of what is there when it has
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
-    callbacks = [instantiate(callback) for callback in active(cfg).values()]  # may build networks, too
+    callbacks = make_callbacks(cfg)  # which may build networks, too
     module, data = build(cfg)
     if cfg.trainer.max_epochs < 1:
         raise TrainingError(f"trainer.max_epochs is {cfg.trainer.max_epochs}: set it to 1 or more")
@@ -111,13 +123,13 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         cfg.trainer,
         precision=precision(cfg.trainer.precision),
         callbacks=callbacks,
-        logger=instantiate(cfg.logger),
+        logger=make_loggers(cfg),
         enable_progress_bar="progress" in active(cfg),
         default_root_dir=folder,
     )
     check_processes(trainer)
-    for nest in (callback for callback in callbacks if isinstance(callback, TrainLevels)):
-        nest.check(trainer)
+    for callback in list_elastic(trainer):
+        callback.check(trainer)
     last = readable(folder / "last.ckpt")
     if trainer.is_global_zero and last is None:
         OmegaConf.save(portable(cfg), folder / "config.yaml")
@@ -131,43 +143,53 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         return {}
 
     module.cpu()
-    levels = module.levels
-    whole = levels is not None or module.switched
-    plain = module.net.eval() if whole else compact(module.net, module.example)
+    structure = module.structure
+    levels, dynamic = structure.levels, structure.dynamic_nets
+    is_whole = levels is not None or dynamic
+    plain = structure.net.eval() if is_whole else compact(structure.net, structure.example)
     census = next((callback for callback in callbacks if isinstance(callback, Census)), Census())
-    measured = measure(plain, data, module.switched[-1] if module.switched else None)
+    measured = measure(plain, data, dynamic[-1] if dynamic else None)
     summary = summarise(cfg, measured, census.seconds, census.macs_training)
+    summary["epochs"] = trainer.current_epoch  # that were trained, whatever was planned
     summary["val/acc"] = census.history[-1].get("val/acc") if census.history else None
     if levels is not None:
-        summary["levels"] = measure_levels(levels, data, module.switched)
-    for pruning in (c for c in callbacks if isinstance(c, PruneByGates | PruneByMagnitude)):
-        summary |= pruning.report(module)
-    about, weights = {"widths": module.widths.sizes()}, folder / "model.safetensors"
+        summary["levels"] = measure_levels(levels, data, dynamic)
+    for callback in list_elastic(trainer):
+        summary |= callback.report()
+    about, weights = {"widths": structure.widths.sizes()}, folder / "model.safetensors"
     if levels is None:
-        save_compact(plain, weights, about, module.switched)
+        save_compact(plain, weights, about, dynamic)
     else:
-        save_levels(levels, weights, about, module.switched)
+        save_levels(levels, weights, about, dynamic)
     write_lines(folder / "history.jsonl", census.history)
-    draw_history(census.history, module.timeline, folder / "history.png")
+    draw_history(census.history, structure.timeline, folder / "history.png")
     write_summary(summary, folder)
     plain_cfg = OmegaConf.to_container(portable(cfg), resolve=True)
-    publish(trainer.logger, folder, plain_cfg, summary, census.history, module.timeline)
+    for logger in trainer.loggers:
+        publish(logger, folder, plain_cfg, summary, census.history, structure.timeline)
     show(summary, census.history, folder)
     return summary
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-def main(cfg: DictConfig) -> float | tuple[float, ...]:
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    if multirun():
-        cfg.run = str(folder)
-        return values(one_of_many(cfg, folder, train), cfg.objectives)
-    return values(train(settings(cfg, folder), folder), cfg.objectives)
+def run_job(cfg: DictConfig) -> float | tuple[float, ...]:
+    """Train what Hydra has composed; returns what a search goes by."""
+    with past_hydra():
+        hydra_cfg = HydraConfig.get()
+        folder = Path(hydra_cfg.runtime.output_dir)
+        cfg = settle(cfg, hydra_cfg.overrides.task, hydra_cfg.runtime.choices)
+        if multirun():
+            cfg.run = str(folder)
+            return values(one_of_many(cfg, folder, train), cfg.objectives)
+        return values(train(settings(cfg, folder), folder), cfg.objectives)
+
+
+def main() -> None:
+    sys.argv[1:] = [rewrite(word) for word in sys.argv[1:]]
+    run_job()
 
 
 if __name__ == "__main__":
-    from elastic.experiments.train import (
-        main as importable,  # what `__main__` holds, no other process could import
-    )
+    from elastic.experiments.train import main as importable  # no other process could import `__main__`'s
 
     run(importable)

@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from torch import Tensor
 
 from elastic.data import ImageData
-from elastic.experiments.tools.setup import precision, quiet, run
+from elastic.experiments.tools.setup import make_loggers, precision, quiet, run
 from elastic.experiments.train import build
 from elastic.training.classifier import ElasticClassifier
 from tests.runs import TINY, configure
@@ -67,7 +67,7 @@ def prepare(
         cfg.trainer,
         precision=precision(cfg.trainer.precision),
         callbacks=[*before, *own.values(), *after],
-        logger=instantiate(cfg.logger),
+        logger=make_loggers(cfg),
         enable_progress_bar="progress" in own,
         default_root_dir=folder,
     )

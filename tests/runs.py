@@ -11,6 +11,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict, read_write
 
+from elastic.experiments.tools.composition import settle
+
 CONF = Path(__file__).parents[1] / "conf"
 TINY = (
     "callbacks.progress=null",
@@ -39,7 +41,8 @@ def _composed(overrides: tuple[str, ...]) -> DictConfig:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         given = ["run=.", "hydra.runtime.output_dir=.", *overrides]
-        return compose("config", given, return_hydra_config=True)
+        cfg = compose("config", given, return_hydra_config=True)
+        return settle(cfg, overrides, cfg.hydra.runtime.choices)
 
 
 def load(path: Path) -> Any:

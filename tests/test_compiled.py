@@ -31,7 +31,11 @@ def test_every_structure_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """With a backend that counts and runs the graph as it is: the eager run, bit for bit."""
     counter = CompileCounter()
     monkeypatch.setattr(elastic.experiments.train, "compile_whole", partial(compile_network, backend=counter))
-    more = ("callbacks.grow.until=1.0", "trigger.every=1", "trainer.max_epochs=12")  # eight would be too many
+    more = (
+        "callbacks.growth.until=1.0",
+        "trigger.every=1",
+        "trainer.max_epochs=12",
+    )  # eight would be too many
     eager = run(tmp_path / "eager", *more)
     assert counter.frame_count == 0
     compiled = run(tmp_path / "compiled", "compile=true", *more)
@@ -44,7 +48,7 @@ def test_every_structure_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.slow
 def test_with_inductor(tmp_path: Path) -> None:
-    few = ("callbacks.grow.until=0.5", "trainer.max_epochs=4", "~data.augment")
+    few = ("callbacks.growth.until=0.5", "trainer.max_epochs=4", "~data.augment")
     eager, compiled = run(tmp_path / "eager", *few), run(tmp_path / "compiled", "compile=true", *few)
     assert eager.keys() == compiled.keys()
     for name in eager:

@@ -29,11 +29,11 @@ CHANGING = (
     "trainer.precision=32-true",
     "trigger=periodic",
     "trigger.every=1",
-    "callbacks.grow.growth.factor=1.3",
-    "callbacks.grow.until=0.8",
-    "callbacks.prune.begin=0",
-    "callbacks.prune.end=0.8",
-    "callbacks.prune.grain=kernel",
+    "callbacks.growth.amount.factor=1.3",
+    "callbacks.growth.until=0.8",
+    "callbacks.gates.begin=0",
+    "callbacks.gates.end=0.8",
+    "callbacks.gates.grain=kernel",
 )
 TWO = ("trainer.devices=2", "trainer.strategy=ddp")
 MODEL = "model._target_=tests.nets.without_norms"
@@ -81,7 +81,7 @@ def events(folder: Path) -> list[dict[str, Any]]:
 
 def test_two_processes_follow_one(tmp_path: Path) -> None:
     """The same global batches; sums differ in their order only. Each process leaves its own files alone."""
-    same = (*CHANGING, MODEL, "~data.augment", "trainer.max_epochs=4", "callbacks.prune.weight=1e-4")
+    same = (*CHANGING, MODEL, "~data.augment", "trainer.max_epochs=4", "callbacks.gates.penalty=1e-4")
     two = start(tmp_path / "two", *same, *TWO, "data.batch_size=100")
     summary = train(configure(tmp_path / "one", *same, "data.batch_size=200"), tmp_path / "one")
     out = finish(two)
@@ -104,13 +104,13 @@ def test_two_processes_prune_by_magnitude_as_one(tmp_path: Path) -> None:
     smallest = (
         "schedule=[growth,magnitude]",
         "callbacks.magnitude.budget=150",
-        "optimizer.optimizer.lr=2e-2",
+        "optimizer.lr=2e-2",
     )
     growing = (
         "trigger=periodic",
         "trigger.every=1",
-        "callbacks.grow.until=0.3",
-        "callbacks.grow.fresh=random",
+        "callbacks.growth.until=0.3",
+        "callbacks.growth.fresh=random",
     )
     exact = ("experiment=smoke", "trainer.precision=32-true", "~data.augment", "trainer.max_epochs=6")
     same = (*TINY, *exact, *smallest, *growing, MODEL)
@@ -134,12 +134,12 @@ def test_two_processes_prune_by_magnitude_as_one(tmp_path: Path) -> None:
         closed += int((value < 0).sum()) if name.endswith("score") else 0
     assert closed > 0
     found = json.loads((tmp_path / "two" / "summary.json").read_text())
-    assert found["params"] == summary["params"] == found["budget/got"] <= 150
+    assert found["params"] == summary["params"] == found["budget/actual"] <= 150
 
 
 def test_two_processes_ask_one_price(tmp_path: Path) -> None:
     """Each engages other kernels, on images of its own."""
-    target = ("callbacks.switch.form=target", "callbacks.switch.target=0.3", "callbacks.switch.end=0.3")
+    target = ("callbacks.dynamic.form=target", "callbacks.dynamic.target=0.3", "callbacks.dynamic.end=0.3")
     end = tmp_path / "end"
     witness = f"+callbacks.witness={{_target_: tests.test_processes.PriceWitness, folder: {end}}}"
     options = (*TINY, "experiment=smoke", "schedule=dynamic", *target, MODEL, witness)
@@ -151,8 +151,13 @@ def test_two_processes_ask_one_price(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_killed_and_continued_is_never_killed(tmp_path: Path) -> None:
     """Growth in width and depth, pruning, a budget and the freeze, with batch norm, bit for bit."""
-    more = ("model=resnet20", "model.width=2", "callbacks.grow.growth.blocks=1", "callbacks.prune.weight=0.3")
-    long = (*CHANGING, *TWO, *more, "callbacks.prune.budget=2500", "trainer.max_epochs=6")
+    more = (
+        "model=resnet20",
+        "model.width=2",
+        "callbacks.growth.amount.blocks=1",
+        "callbacks.gates.penalty=0.3",
+    )
+    long = (*CHANGING, *TWO, *more, "callbacks.gates.budget=2500", "trainer.max_epochs=6")
     folder = tmp_path / "killed"
     broken = start(folder, *long)
     while not (folder / "last.ckpt").exists():
@@ -166,7 +171,7 @@ def test_killed_and_continued_is_never_killed(tmp_path: Path) -> None:
     for name in ("timeline.jsonl", "model.safetensors"):
         assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["budget/got"] <= 2500
+    assert summary["budget/actual"] <= 2500
 
 
 @pytest.mark.parametrize(

@@ -18,16 +18,15 @@ CHANGING = (
     "trainer.max_epochs=8",
     "trigger=periodic",
     "trigger.every=2",
-    "callbacks.grow.growth.factor=1.3",
-    "callbacks.grow.until=0.9",
-    "callbacks.grow.rewarm=1",
-    "callbacks.prune.weight=3e-1",
+    "callbacks.growth.amount.factor=1.3",
+    "callbacks.growth.until=0.9",
+    "callbacks.gates.penalty=3e-1",
     "data.batch_size=64",
-    "callbacks.prune.grain=kernel",
-    "callbacks.prune.begin=0.0",
-    "callbacks.prune.budget=null",
-    "callbacks.prune.grace=1",
-    "optimizer.optimizer.lr=3e-2",
+    "callbacks.gates.grain=kernel",
+    "callbacks.gates.begin=0.0",
+    "callbacks.gates.budget=null",
+    "callbacks.gates.grace=1",
+    "optimizer.lr=3e-2",
 )
 
 
@@ -88,7 +87,7 @@ def same_run(whole: Path, broken: Path) -> None:
     same(*({k: v for k, v in c["callbacks"].items() if "Checkpoint" not in k} for c in (one, two)))
 
 
-DEEPER = ("model=resnet20", "model.width=2", "callbacks.grow.growth.blocks=2")
+DEEPER = ("model=resnet20", "model.width=2", "callbacks.growth.amount.blocks=2")
 
 
 @pytest.mark.parametrize(
@@ -98,7 +97,7 @@ DEEPER = ("model=resnet20", "model.width=2", "callbacks.grow.growth.blocks=2")
         ("trainer.precision=bf16-mixed", "optimizer=adamw"),
         ("trainer.precision=32-true", "optimizer=sgd"),
         ("trainer.precision=bf16-mixed", "optimizer=sgd"),
-        ("trainer.precision=32-true", "callbacks.prune.grain=channel", *DEEPER),
+        ("trainer.precision=32-true", "callbacks.gates.grain=channel", *DEEPER),
     ],
 )
 def test_resumed_equals_uninterrupted(

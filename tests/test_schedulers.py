@@ -19,9 +19,9 @@ STEPS = EPOCHS * PER_EPOCH
 GROWING = (
     *EXACT,
     *("schedule=[growth]", "data.batch_size=400", f"trainer.max_epochs={EPOCHS}"),
-    *("trigger=periodic", f"trigger.every={GROWTH}", "callbacks.grow.until=0.5"),
-    *("optimizer=sgd", "optimizer.scheduler=null"),
-    *(f"optimizer.optimizer.lr={LR}", "optimizer.optimizer.weight_decay=0"),
+    *("trigger=periodic", f"trigger.every={GROWTH}", "callbacks.growth.until=0.5"),
+    *("optimizer=sgd", "lr_scheduler=constant"),
+    *(f"optimizer.lr={LR}", "optimizer.weight_decay=0"),
 )
 
 Make = Callable[..., Any]  # optimizer -> scheduler
@@ -100,8 +100,8 @@ def killed_and_resumed(folder: Path, make: Make, *around: Any) -> Rates:
     seen = dict(rates)
     run = growing(folder, make, rates, *around).fit(ckpt_path=folder / "last.ckpt")
 
-    grown = {event["width"]: event for event in run.module.timeline}
-    assert {event["epoch"] for event in run.module.timeline} == {GROWTH}
+    grown = {event["width"]: event for event in run.module.structure.timeline}
+    assert {event["epoch"] for event in run.module.structure.timeline} == {GROWTH}
     writes, reads = (slice(grown[name]["before"], grown[name]["after"]) for name in ("3", "0"))
     moved = (kernels[1] - kernels[0]).abs().amax((2, 3))
     assert moved[writes].all() and moved[:, reads].all() and moved[writes, reads].numel()

@@ -34,8 +34,11 @@ class Budget:
     last_progress: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.target < 1:
-            raise StructureError(f"a budget of {self.target} cannot be met: ask for at least 1")
+        if not (isfinite(self.target) and self.target >= 1 and self.target == int(self.target)):
+            raise StructureError(
+                f"a budget of {self.target} cannot be met: ask for a whole number, at least 1"
+            )
+        self.target = int(self.target)  # 2e3 is a whole number, too
         if not 0 <= self.begin < self.end <= 1:
             raise StructureError(
                 f"the budget's path falls from {self.begin} to {self.end} of the run: set 0 ≤ begin < end ≤ 1"

@@ -103,7 +103,7 @@ def check_budget_reachable(model: nn.Module, example: Tensor, asked: int, aim: s
 def report_budget(model: nn.Module, example: Tensor, asked: int, aim: str = "params") -> dict[str, Any]:
     """The budget asked for, what was got and, where that is off by more than 2 %, why."""
     got = measure_compacted(model, example, aim)
-    report = {"budget/aim": aim, "budget/asked": asked, "budget/got": got}
+    report = {"budget/by": aim, "budget/target": asked, "budget/actual": got}
     if abs(got - asked) <= TOLERANCE * asked:
         return report
     held = [(gate.score > 0, get_weight(layer)) for _, layer, gate in gates.iterate_gates(model)]
@@ -117,7 +117,7 @@ def report_budget(model: nn.Module, example: Tensor, asked: int, aim: str = "par
         why = "the next weight brings back a channel"
     else:
         why = "one gate more would be over it"
-    return report | {"budget/why": why}
+    return report | {"budget/reason": why}
 
 
 @torch.no_grad()

@@ -58,6 +58,7 @@ class ElasticClassifier(L.LightningModule):
         loss = F.cross_entropy(logits_BK, y_B, label_smoothing=self.label_smoothing)
         self.train_loss.update(loss.detach())
         self.train_acc.update(logits_BK.detach(), y_B)
+        self.log("train/loss_step", loss.detach())
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

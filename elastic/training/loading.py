@@ -41,7 +41,9 @@ def load_module(module_class: type[M], checkpoint: Path | str, **arguments: Any)
     state: dict[str, Any] = saved["state_dict"]
     key = next((name for name in state if name.endswith(HISTORY) and "start_sizes" in state[name]), None)
     if key is None:
-        raise FileError(f"{checkpoint} has no elastic network: load it with {module_class.__name__}.load_from_checkpoint")
+        raise FileError(
+            f"{checkpoint} has no elastic network: load it with {module_class.__name__}.load_from_checkpoint"
+        )
     module = module_class(**{**saved.get("hyper_parameters", {}), **arguments})
     structure = find_structure(module) or _join(module, state[key])
     _restore(structure, state, state[key])
@@ -62,7 +64,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _join(module: nn.Module, history: dict[str, Any]) -> Structure:
     path = history["network"]
-    structure = Structure(module.get_submodule(path), torch.zeros(history["example"]), history["seed"], path=path)
+    structure = Structure(
+        module.get_submodule(path), torch.zeros(history["example"]), history["seed"], path=path
+    )
     module.add_module(ATTRIBUTE, structure)
     module.register_load_state_dict_pre_hook(structure.prepare_load)
     return structure
@@ -82,7 +86,9 @@ def _restore(structure: Structure, state: dict[str, Any], history: dict[str, Any
         nets = structure.nets
         widths = [discover(level, structure.example) for level in nets]
         options = history["modules"]
-        dynamic = [attach_modules(level, own, **_rename(options)) for level, own in zip(nets, widths, strict=True)]
+        dynamic = [
+            attach_modules(level, own, **_rename(options)) for level, own in zip(nets, widths, strict=True)
+        ]
         structure.attach_dynamic(dynamic)
         structure.select_first()
 

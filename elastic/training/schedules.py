@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.types import LRSchedulerConfigType
-from torch.optim.lr_scheduler import CyclicLR, LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from elastic.errors import TrainingError
 
 Scheduler = LRScheduler | ReduceLROnPlateau
 
+BY_BATCH = (OneCycleLR, CyclicLR)  # by torch's own documentation
 # What torch's schedulers call the number of steps they are to last.
 LENGTH = ("total_steps", "T_max", "total_iters")
 
@@ -40,7 +41,7 @@ def make_schedule(
             f"the scheduler cannot be spread over {steps} steps: raise trainer.max_epochs, lower "
             "data.batch_size or set lr_scheduler=constant"
         ) from error
-    by_batch = bool(length) or isinstance(scheduler, CyclicLR)
+    by_batch = bool(length) or isinstance(scheduler, BY_BATCH)
     # By the batches of an epoch: by epochs Lightning does it after the checkpoint, which would lose one.
     frequency = 1 if by_batch else batches
     return {"scheduler": scheduler, "interval": "step", "frequency": frequency, "monitor": "val/loss"}

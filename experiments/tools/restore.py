@@ -41,7 +41,7 @@ def restore(folder: Path) -> tuple[nn.Module | Levels, ImageData, dict[str, Any]
     module, data = build(cfg)
     weights = folder / "model.safetensors"
     load = load_levels if holds_levels(weights) else load_compact
-    return load(module.net, weights, module.example), data, summary
+    return load(module.net, weights, module.structure.example), data, summary
 
 
 def restore_plain(folder: Path) -> tuple[nn.Module | Levels, ImageData]:

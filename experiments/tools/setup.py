@@ -16,16 +16,18 @@ from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from elastic.errors import BusyError, DataError, StructureError, SweepError, TrainingError
+from elastic.errors import BusyError, ElasticError, OptionError, SweepError, TrainingError
+from elastic.experiments.tools.composition import explain
 
-OURS = (DataError, StructureError, TrainingError)  # they say all that is needed
 # What a user can mend; anything else is a fault of the code and keeps its traceback.
-THEIRS = (*OURS, OmegaConfBaseException, HydraException, OSError)
+THEIRS = (ElasticError, OmegaConfBaseException, HydraException, OSError)
 
 
 @contextmanager
@@ -46,6 +48,19 @@ def alone(folder: Path) -> Iterator[None]:
         raise BusyError(f"another process trains in {folder}: wait until it has ended, or stop it") from error
 
 
+class Stop(BaseException):
+    """Carry an error out of a job past Hydra, which would print lines of its own."""
+
+
+@contextmanager
+def past_hydra() -> Iterator[None]:
+    """Let what a user can mend leave a job of Hydra's as it is."""
+    try:
+        yield
+    except THEIRS as error:
+        raise Stop from error
+
+
 def run(main: Callable[[], Any]) -> None:
     """Call an entry point; what a user can mend is shown as one line, with exit code 1.
 
@@ -55,10 +70,12 @@ def run(main: Callable[[], Any]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra would print errors its own way, over many lines
     try:
         main()
-    except THEIRS as error:
+    except (*THEIRS, Stop) as error:
+        cause = error.__cause__ if isinstance(error, Stop) else error
+        assert cause is not None
         if full:
-            raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
+            raise cause from cause.__cause__
+        print(f"error: {one_line(cause)}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -67,16 +84,18 @@ def one_line(error: BaseException) -> str:
     cause = error
     while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
         cause = cause.__cause__
+    if isinstance(cause, HydraException) and (text := explain(cause)):
+        return text
     lines = [line.strip() for line in str(cause).strip().splitlines()] or [type(cause).__name__]
     shown = " ".join(lines[:2]) if isinstance(cause, HydraException) else lines[0]
-    if cause is not error and not isinstance(cause, OURS):
+    if cause is not error and not isinstance(cause, ElasticError):
         shown += f" ({str(error).splitlines()[-1]})"
     return shown
 
 
 def active(cfg: DictConfig) -> dict[str, DictConfig]:
-    """The callbacks of a run by name: an experiment may set options of one that its schedule leaves out."""
-    return {name: c for name, c in cfg.callbacks.items() if c is not None and "_target_" in c}
+    """List the callbacks of a run by name."""
+    return {name: c for name, c in cfg.callbacks.items() if c is not None}
 
 
 def quiet() -> None:
@@ -118,6 +137,25 @@ def settings(cfg: DictConfig, folder: Path) -> DictConfig:
             f"{folder} holds a run already: continue it with run={folder} alone, or name another folder"
         )
     return OmegaConf.merge(saved_config(folder), {"run": str(folder)})  # type: ignore[return-value]
+
+
+def make_loggers(cfg: DictConfig) -> list[Logger]:
+    """Make all that a run is logged to.
+
+    Raises:
+        OptionError: a package is missing.
+    """
+    loggers = []
+    for name, node in (cfg.get("logger") or {}).items():
+        try:
+            loggers.append(instantiate(node))
+        except InstantiationException as error:
+            if not isinstance(error.__cause__, ImportError):
+                raise
+            raise OptionError(
+                f"logger={name} needs a package that is not installed: pip install 'elastic-cnn[{name}]'"
+            ) from error
+    return loggers
 
 
 def saved_config(folder: Path) -> DictConfig:

@@ -27,7 +27,7 @@ from elastic.measure import counts
 from elastic.training.classifier import ElasticClassifier
 
 # What changes the network, or what is kept of it, in the order in which `schedule` names it.
-SCHEDULE = ("grow", "prune", "magnitude", "average", "levels", "switch")
+SCHEDULE = ("growth", "gates", "magnitude", "ema", "joint", "reconstruct", "dynamic")
 
 
 def test_accuracy(net: nn.Module, data: ImageData) -> float:
@@ -116,9 +116,9 @@ def show(summary: dict[str, Any], history: list[dict[str, Any]], folder: Path) -
         first, most = history[0], max(history, key=lambda row: row["params_dense"])
         for name in ("params", "params_dense", "macs"):
             table.add_row(name, f"{first[name]:,}", f"{most[name]:,}", f"{summary[name]:,}")
-    if "budget/asked" in summary:
-        asked, got = (f"{summary[f'budget/{name}']:,}" for name in ("asked", "got"))
-        table.add_row(f"budget ({summary['budget/aim']})", "", f"asked {asked}", f"got {got}")
+    if "budget/target" in summary:
+        target, actual = (f"{summary[f'budget/{name}']:,}" for name in ("target", "actual"))
+        table.add_row(f"budget ({summary['budget/by']})", "", f"target {target}", f"actual {actual}")
     for each in summary.get("sets", []):
         table.add_row(f"macs, mean, set {each['set']}", "", "", f"{each['macs_dynamic']:,}")
         table.add_row(f"test accuracy, set {each['set']}", "", "", f"{each['test/acc']:.2%}")
@@ -127,8 +127,8 @@ def show(summary: dict[str, Any], history: list[dict[str, Any]], folder: Path) -
     Console().print(table)
     if summary.get("levels"):
         Console().print(_levels(summary["levels"]))
-    if "budget/why" in summary:
-        print(f"the budget was missed by more than 2 %: {summary['budget/why']}")
+    if "budget/reason" in summary:
+        print(f"the budget was missed by more than 2 %: {summary['budget/reason']}")
     print(f"{summary['epochs']} epochs in {summary['wall_s']:.0f} s; see {folder}/history.png")
 
 

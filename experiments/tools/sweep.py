@@ -31,7 +31,7 @@ LONGEST = 150  # characters of a name
 def arm(overrides: str) -> str:
     """A folder's name for a run of a sweep, from its overrides: what differs, and last the seed.
 
-    `data=mnist,schedule=[growth,gates],callbacks.prune.budget=2000,seed=1` is
+    `data=mnist,schedule=[growth,gates],callbacks.gates.budget=2000,seed=1` is
     `mnist-growth+gates-budget=2000-seed1`, so that the runs of several seeds are one arm.
     """
     parts, seed = [], ""
@@ -61,8 +61,8 @@ def one_of_many(
     cfg: DictConfig, folder: Path, train: Callable[[DictConfig, Path], dict[str, Any]]
 ) -> dict[str, Any]:
     """The summary of one run of a sweep; empty if it failed, which is noted in its folder."""
-    if "group" in (cfg.logger or {}):  # W&B's: there the runs of a group are told apart by name
-        cfg.logger.name = folder.name
+    if "wandb" in (cfg.get("logger") or {}):  # there the runs of a group are told apart by name
+        cfg.logger.wandb.name = folder.name
     try:
         if (folder / "config.yaml").exists() and saved_config(folder) != portable(cfg):
             raise TrainingError(f"{folder} holds another run: give the sweep another hydra.sweep.dir")

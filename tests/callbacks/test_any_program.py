@@ -182,9 +182,7 @@ def test_growth_without_its_validation_is_refused_before_training(options: dict[
 
 
 def test_what_cannot_follow_growth_is_refused_before_training() -> None:
-    with pytest.raises(
-        TrainingError, match=r"StochasticWeightAveraging cannot follow .* leave one"
-    ):
+    with pytest.raises(TrainingError, match=r"StochasticWeightAveraging cannot follow .* leave one"):
         fit(make_program(), [grow(), StochasticWeightAveraging(1e-3)])
 
 

@@ -22,12 +22,12 @@ CHANGING = (
     "data.batch_size=128",
     "trigger=periodic",
     "trigger.every=2",
-    "callbacks.grow.until=0.9",
-    "callbacks.prune.begin=0.0",
-    "callbacks.prune.grain=kernel",
-    "callbacks.prune.grace=1",
-    "callbacks.prune.weight=0.3",
-    "optimizer.optimizer.lr=3e-2",
+    "callbacks.growth.until=0.9",
+    "callbacks.gates.begin=0.0",
+    "callbacks.gates.grain=kernel",
+    "callbacks.gates.grace=1",
+    "callbacks.gates.penalty=0.3",
+    "optimizer.lr=3e-2",
 )
 
 
@@ -35,12 +35,12 @@ def test_the_timeline_replayed_on_the_start_gives_the_end(tmp_path: Path) -> Non
     run = fit(tmp_path, *CHANGING)
     events = [json.loads(line) for line in (tmp_path / "timeline.jsonl").read_text().splitlines()]
     assert {event["why"].split(":")[0] for event in events} == {"grow", "prune"}
-    sizes = dict(run.module.start)
+    sizes = dict(run.module.structure.start_sizes)
     for event in events:
         assert list(event) == ["epoch", "step", "why", "width", "before", "after"]
         assert sizes[event["width"]] == event["before"] != event["after"]
         sizes[event["width"]] = event["after"]
-    assert sizes == run.module.widths.sizes()
+    assert sizes == run.module.structure.widths.sizes()
     places = [(event["epoch"], event["step"]) for event in events]
     assert places == sorted(places) and all(step == epoch * 10 for epoch, step in places)
     assert not list(tmp_path.glob("*.part"))
@@ -53,7 +53,7 @@ def test_the_history_has_a_row_an_epoch_with_that_epochs_figures(tmp_path: Path)
     def look(trainer: Any, module: Any) -> None:
         if trainer.sanity_checking:
             return
-        macs = counts.count_macs(module.net, module.example)
+        macs = counts.count_macs(module.net, module.structure.example)
         counted.append((counts.count_params(module.net), counts.count_params_dense(module.net), macs))
 
     run = fit(tmp_path, *CHANGING, after=(Spy(on_validation_start=look),))
@@ -123,8 +123,8 @@ def test_training_macs_are_those_of_every_step(tmp_path: Path, options: tuple[st
 
     def step(trainer: Any, module: Any, out: Any, given: Any, index: int) -> None:
         if index == 0:
-            sizes.add(counts.count_macs(module.net, module.example))
-        steps.append(3 * len(given[1]) * counts.count_macs(module.net, module.example))
+            sizes.add(counts.count_macs(module.net, module.structure.example))
+        steps.append(3 * len(given[1]) * counts.count_macs(module.net, module.structure.example))
 
     run = fit(tmp_path, *options, after=(Spy(on_train_batch_end=step),))
     assert len(sizes) > 1, "nothing has changed: the test shows nothing"
@@ -139,7 +139,7 @@ def test_a_last_batch_counts_for_what_it_holds(tmp_path: Path) -> None:
     loader = DataLoader(part, batch_size=500, collate_fn=lambda batch: batch)
     run.data.train_dataloader = lambda: loader  # type: ignore[method-assign]
     run.fit()
-    once = counts.count_macs(run.module.net, run.module.example)
+    once = counts.count_macs(run.module.net, run.module.structure.example)
     assert run.callbacks["census"].macs_training == 3 * len(part) * once
 
 

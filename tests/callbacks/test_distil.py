@@ -19,7 +19,7 @@ from tests.fitted import EXACT, Spy, command, prepare
 from tests.runs import configure, load
 from tests.test_resume import killed, same_run
 
-TRAINING = (*EXACT, "data.batch_size=300", "trainer.max_epochs=3", "optimizer.optimizer.lr=2e-2")
+TRAINING = (*EXACT, "data.batch_size=300", "trainer.max_epochs=3", "optimizer.lr=2e-2")
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +67,7 @@ def test_the_teacher_is_what_the_run_starts_from(first: Path, tmp_path: Path, sc
         if trainer.global_step == 0:
             x_BCHW = batch[0]
             seen["start"] = copy.deepcopy(module.net).eval()(x_BCHW)
-            seen["x"], seen["term"] = x_BCHW, module.loss_terms["distil"](x_BCHW, seen["start"])
+            seen["x"], seen["term"] = x_BCHW, module.structure.loss_terms["distil"](x_BCHW, seen["start"])
 
     run = prepare(
         tmp_path, *TRAINING, f"schedule={schedule}", f"init={first}", after=(Spy(on_train_batch_start=start),)
@@ -84,7 +84,7 @@ def test_the_teacher_is_what_the_run_starts_from(first: Path, tmp_path: Path, sc
 
 def test_another_run_can_teach(first: Path, tmp_path: Path) -> None:
     """A network from scratch comes closer to the teacher than one that it does not teach."""
-    longer = (*TRAINING, "trainer.max_epochs=10", "optimizer.optimizer.lr=1e-2", "seed=3")
+    longer = (*TRAINING, "trainer.max_epochs=10", "optimizer.lr=1e-2", "seed=3")
     other = tmp_path / "other"
     train(configure(other, *TRAINING, "schedule=static", "model.channels=[6,6,6]"), other)
     apart = {}
@@ -146,7 +146,7 @@ def test_resumed_equals_uninterrupted(
 ) -> None:
     given = (*TRAINING, f"schedule={schedule}", f"init={first}", "trainer.max_epochs=6")
     if "reconstruct" in schedule:
-        given += ("callbacks.levels.dense=0", "callbacks.levels.prune=0.5")
+        given += ("callbacks.reconstruct.dense=0", "callbacks.reconstruct.prune=0.5")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train(configure(whole, *given), whole)
     killed(configure(broken, *given), broken, monkeypatch, 4, 1)

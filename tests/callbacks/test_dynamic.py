@@ -32,8 +32,8 @@ from tests.fitted import EXACT, Run, Spy, prepare
 from tests.runs import configure
 from tests.test_resume import killed, same_run
 
-AT_ONCE = ("callbacks.switch.begin=0.0", "callbacks.switch.end=0.0")
-SCHEDULE = ("schedule=dynamic", *AT_ONCE, "optimizer.optimizer.lr=2e-2")
+AT_ONCE = ("callbacks.dynamic.begin=0.0", "callbacks.dynamic.end=0.0")
+SCHEDULE = ("schedule=dynamic", *AT_ONCE, "optimizer.lr=2e-2")
 TRAINING = (*EXACT, *SCHEDULE, "data.batch_size=300", "trainer.max_epochs=3")
 
 
@@ -47,8 +47,8 @@ def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with two sets of modules."""
     folder = tmp_path_factory.mktemp("switched")
-    more = ("callbacks.switch.gain=[0.1,3.0]", "trainer.max_epochs=8", "data.batch_size=50")
-    more += ("optimizer.optimizer.lr=0.1",)
+    more = ("callbacks.dynamic.gain=[0.1,3.0]", "trainer.max_epochs=8", "data.batch_size=50")
+    more += ("optimizer.lr=0.1",)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(elastic.experiments.train, "draw_history", lambda *_: None)
         train(configure(folder, *TRAINING, *more), folder)
@@ -64,18 +64,18 @@ def test_the_loss_is_the_tasks_and_that_of_what_is_engaged(tmp_path: Path) -> No
     seen: list[tuple[float, float]] = []
 
     def compare(trainer: L.Trainer, module: ElasticClassifier, outputs: Any, batch: Any, _: int) -> None:
-        own = run.callbacks["switch"]
+        own = run.callbacks["dynamic"]
         share = float(own.engaged[0].share("macs").detach())
         seen.append((float(outputs["loss"].detach()), share))
 
-    run = prepare(tmp_path, *TRAINING, "callbacks.switch.gain=7.0", after=(Spy(on_train_batch_end=compare),))
+    run = prepare(tmp_path, *TRAINING, "callbacks.dynamic.gain=7.0", after=(Spy(on_train_batch_end=compare),))
     losses: list[float] = []
     step = run.module.training_step
 
     def plain(batch: Any, batch_idx: int) -> Any:
         loss = step(batch, batch_idx)
         with torch.no_grad():
-            losses.append(float(loss) - 7.0 * float(run.callbacks["switch"].engaged[0].share("macs")))
+            losses.append(float(loss) - 7.0 * float(run.callbacks["dynamic"].engaged[0].share("macs")))
         return loss
 
     run.module.training_step = plain  # type: ignore[method-assign]
@@ -90,12 +90,12 @@ def test_the_loss_sets_in_at_its_beginning_and_is_whole_at_its_end(tmp_path: Pat
     held: list[float] = []
 
     def note(trainer: L.Trainer, module: ElasticClassifier, *_: Any) -> None:
-        own = run.callbacks["switch"]
+        own = run.callbacks["dynamic"]
         share = float(own.engaged[0].share("macs").detach())
-        term = module.loss_terms.get("parsimony")
+        term = module.structure.loss_terms.get("parsimony")
         held.append(0.0 if term is None else float(term(None, None).detach()) / (2.0 * share))
 
-    options = ("callbacks.switch.begin=0.25", "callbacks.switch.end=0.75", "callbacks.switch.gain=2.0")
+    options = ("callbacks.dynamic.begin=0.25", "callbacks.dynamic.end=0.75", "callbacks.dynamic.gain=2.0")
     short = ("data.batch_size=1000", "trainer.max_epochs=8")
     run = prepare(tmp_path, *TRAINING, *options, *short, after=(Spy(on_train_batch_end=note),))
     run.fit()
@@ -113,7 +113,7 @@ def test_each_step_trains_one_set(tmp_path: Path) -> None:
         drawn.append(first.active_set)
 
     spy = Spy(on_before_optimizer_step=note)
-    more = ("callbacks.switch.gain=[0.1,0.5,2.0]", "trainer.max_epochs=6")
+    more = ("callbacks.dynamic.gain=[0.1,0.5,2.0]", "trainer.max_epochs=6")
     run = prepare(tmp_path, *TRAINING, *more, after=(spy,)).fit()
     assert set(drawn) == {0, 1, 2}
     assert {m.active_set for m in iterate_modules(run.module)} == {0}
@@ -217,7 +217,7 @@ def test_what_latency_cannot_measure_is_one_line(
 def joint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with three levels."""
     folder = tmp_path_factory.mktemp("runs") / "joint"
-    levels = ("schedule=joint", "callbacks.levels.levels=[0.5,0.75]", "optimizer.optimizer.lr=2e-2")
+    levels = ("schedule=joint", "callbacks.joint.fractions=[0.5,0.75]", "optimizer.lr=2e-2")
     train(configure(folder, *EXACT, *levels, "data.batch_size=300"), folder)
     return folder
 
@@ -225,10 +225,18 @@ def joint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "options",
     [
-        ("callbacks.switch.gain=[0.1,1.0]",),
-        ("callbacks.switch.choice=gumbel", "callbacks.switch.only=true", "callbacks.switch.rate=3.0"),
-        ("callbacks.switch.choice=soft", "callbacks.switch.form=target", "callbacks.switch.target=0.5"),
-        ("init={joint}", "callbacks.switch.gain=[0.1,1.0]"),
+        ("callbacks.dynamic.gain=[0.1,1.0]",),
+        (
+            "callbacks.dynamic.activation=gumbel",
+            "callbacks.dynamic.modules_only=true",
+            "callbacks.dynamic.rate=3.0",
+        ),
+        (
+            "callbacks.dynamic.activation=soft",
+            "callbacks.dynamic.form=target",
+            "callbacks.dynamic.target=0.5",
+        ),
+        ("init={joint}", "callbacks.dynamic.gain=[0.1,1.0]"),
     ],
     ids=["sets", "gumbel", "soft", "levels"],
 )
@@ -244,7 +252,7 @@ def test_resumed_equals_uninterrupted(
 
 
 def test_the_network_itself_keeps_the_statistics_of_the_first_set(tmp_path: Path) -> None:
-    run = trained(tmp_path, "callbacks.switch.gain=[0.1,1.0]").fit()
+    run = trained(tmp_path, "callbacks.dynamic.gain=[0.1,1.0]").fit()
     norms = [module for module in run.module.modules() if isinstance(module, SetNorm)]
     assert norms
     for norm in norms:
@@ -255,7 +263,7 @@ def test_the_network_itself_keeps_the_statistics_of_the_first_set(tmp_path: Path
 
 @pytest.mark.parametrize("init", ["null", "{joint}"])
 def test_killed_when_all_is_trained_nothing_is_missing(joint: Path, tmp_path: Path, init: str) -> None:
-    given = (*TRAINING, f"init={init.format(joint=joint)}", "callbacks.switch.gain=[0.1,1.0]")
+    given = (*TRAINING, f"init={init.format(joint=joint)}", "callbacks.dynamic.gain=[0.1,1.0]")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train(configure(broken, *given), broken)
     shutil.copytree(broken, whole)
@@ -274,7 +282,7 @@ def trained(folder: Path, *options: str) -> Run:
 @pytest.mark.parametrize("gain", ["1.0", "[0.1,1.0]"])
 def test_the_modules_alone_may_be_trained(tmp_path: Path, gain: str) -> None:
     """The network keeps every bit, its norms' statistics too."""
-    run = trained(tmp_path, "callbacks.switch.only=true", f"callbacks.switch.gain={gain}")
+    run = trained(tmp_path, "callbacks.dynamic.modules_only=true", f"callbacks.dynamic.gain={gain}")
     before = {name: tensor.clone() for name, tensor in run.module.net.state_dict().items()}
     run.fit()
     assert all(torch.equal(tensor, before[name]) for name, tensor in run.module.net.state_dict().items())
@@ -287,11 +295,11 @@ def test_the_modules_alone_may_be_trained(tmp_path: Path, gain: str) -> None:
 @pytest.mark.parametrize("rate", [0.5, 4.0])
 def test_modules_move_rate_times_as_far_as_the_network_in_a_step(tmp_path: Path, rate: float) -> None:
     """Under plain SGD, from the same start and the same batch."""
-    sgd = ("optimizer=sgd", "optimizer.scheduler=null", "optimizer.optimizer.momentum=0.0")
-    plain = ("optimizer.optimizer.nesterov=false", "optimizer.optimizer.weight_decay=0.0", *AT_ONCE)
+    sgd = ("optimizer=sgd", "lr_scheduler=constant", "optimizer.momentum=0.0")
+    plain = ("optimizer.nesterov=false", "optimizer.weight_decay=0.0", *AT_ONCE)
     moved: dict[float, dict[str, Tensor]] = {}
     for each in (1.0, rate):
-        given = (*EXACT, "schedule=dynamic", *sgd, *plain, f"callbacks.switch.rate={each}")
+        given = (*EXACT, "schedule=dynamic", *sgd, *plain, f"callbacks.dynamic.rate={each}")
         run = prepare(tmp_path / str(each), *given)
         start: dict[str, Tensor] = {}
 
@@ -310,7 +318,7 @@ def test_modules_move_rate_times_as_far_as_the_network_in_a_step(tmp_path: Path,
 
 def test_what_a_step_moves_a_score_does_not_grow_with_what_its_module_reads(tmp_path: Path) -> None:
     """Steps of Adam are of one size, and the noise of C of them adds up to √C of it."""
-    run = prepare(tmp_path, *EXACT, "schedule=dynamic", "callbacks.switch.rate=3.0").fit()
+    run = prepare(tmp_path, *EXACT, "schedule=dynamic", "callbacks.dynamic.rate=3.0").fit()
     rates = {id(p): g.get("rate", 1.0) for g in run.trainer.optimizers[0].param_groups for p in g["params"]}
     reads = set()
     for module in iterate_modules(run.module):
@@ -327,8 +335,8 @@ def test_what_a_step_moves_a_score_does_not_grow_with_what_its_module_reads(tmp_
 def test_each_level_has_modules_of_its_own(joint: Path, tmp_path: Path, only: bool, gain: str) -> None:
     """On levels that stay as they are to the last bit, or all learn; each is measured with its own."""
     gated = tmp_path / "gated"
-    given = (f"init={joint}", "trainer.max_epochs=6", f"callbacks.switch.only={only}")
-    given += (f"callbacks.switch.gain={gain}",)
+    given = (f"init={joint}", "trainer.max_epochs=6", f"callbacks.dynamic.modules_only={only}")
+    given += (f"callbacks.dynamic.gain={gain}",)
     summary = train(configure(gated, *TRAINING, *given), gated)
     old, data, _ = restore(joint)
     new, _, _ = restore(gated)
@@ -376,7 +384,7 @@ CONTROLS: dict[str, Callable[[torch.Tensor], bool]] = {
 
 @pytest.mark.parametrize("kind", CONTROLS)
 def test_controls_do_not_see_the_input(tmp_path: Path, kind: str) -> None:
-    run = trained(tmp_path, f"callbacks.switch.kind={kind}", "callbacks.switch.gain=3.0").fit()
+    run = trained(tmp_path, f"callbacks.dynamic.kind={kind}", "callbacks.dynamic.gain=3.0").fit()
     run.module.eval()
     x_BCHW, _ = run.data.sample(64, seed=0)
     with torch.no_grad():
@@ -411,7 +419,7 @@ def test_other_ways_of_changing_the_network_are_refused(tmp_path: Path, schedule
 @pytest.mark.parametrize("option", ["kind=smell", "choice=hope"])
 def test_what_attach_refuses_is_refused_before_training(tmp_path: Path, option: str) -> None:
     with pytest.raises(StructureError, match=r"modules cannot look at 'smell'|cannot be chosen by 'hope'"):
-        train(configure(tmp_path, *TRAINING, f"callbacks.switch.{option}"), tmp_path)
+        train(configure(tmp_path, *TRAINING, f"callbacks.dynamic.{option}"), tmp_path)
 
 
 class Centred(nn.Module):
@@ -459,7 +467,7 @@ def test_a_network_is_validated_as_it_is_in_evaluation(only: bool) -> None:
             seen.append(torch.equal(module(x_NCHW), module(x_NCHW)))
 
     spy = Spy(on_train_batch_end=twice, on_validation_batch_end=twice)
-    program(PruneDynamically(0.5, only=only), spy).fit(module, loader, loader)
+    program(PruneDynamically(0.5, modules_only=only), spy).fit(module, loader, loader)
     assert seen == ([only] * 3 + [True] * 3) * 2
 
 
@@ -469,7 +477,7 @@ def test_what_is_moved_is_moved_with_what_was_traced_of_it() -> None:
     with torch.no_grad():
         expected = module.eval()(x_NCHW)
         module.double()
-        assert module.switched[0].mean is module.net.mean
+        assert module.structure.dynamic_nets[0].mean is module.net.mean
         torch.testing.assert_close(module(x_NCHW.double()).float(), expected)
 
 
@@ -509,5 +517,7 @@ def test_in_any_lightning_program() -> None:
     program(PruneDynamically(0.5)).fit(module, loader, loader)
     with torch.no_grad():
         expected = module.eval()(x_NCHW)
-        torch.testing.assert_close(make_skipping(module.switched[0])(x_NCHW), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            make_skipping(module.structure.dynamic_nets[0])(x_NCHW), expected, rtol=1e-4, atol=1e-5
+        )
         assert not F.softmax(expected, 1).isnan().any()

@@ -18,16 +18,16 @@ from tests.test_resume import Kill, Killed, same
 DECAY = 0.8
 AVERAGED = (
     *EXACT,
-    *("data.batch_size=512", "trainer.max_epochs=4", "optimizer.optimizer.lr=3e-2"),
-    f"callbacks.average.decay={DECAY}",
+    *("data.batch_size=512", "trainer.max_epochs=4", "optimizer.lr=3e-2"),
+    f"callbacks.ema.decay={DECAY}",
 )
 GROWING = (
-    *("trigger=periodic", "trigger.every=2", "callbacks.grow.until=1.0"),
-    "callbacks.grow.growth.factor=1.5",
+    *("trigger=periodic", "trigger.every=2", "callbacks.growth.until=1.0"),
+    "callbacks.growth.amount.factor=1.5",
 )
 GATED = (
-    *("callbacks.prune.begin=0.0", "callbacks.prune.grain=kernel", "callbacks.prune.weight=3e-1"),
-    *("callbacks.prune.grace=1", "callbacks.prune.budget=null"),
+    *("callbacks.gates.begin=0.0", "callbacks.gates.grain=kernel", "callbacks.gates.penalty=3e-1"),
+    *("callbacks.gates.grace=1", "callbacks.gates.budget=null"),
 )
 
 
@@ -37,7 +37,7 @@ def tensors(net: nn.Module) -> dict[str, Tensor]:
 
 def averaged(module: ElasticClassifier) -> nn.Module:
     """The averaged network, while the run is under way."""
-    (net,) = module.copies
+    (net,) = module.structure.copies
     return net
 
 
@@ -68,16 +68,16 @@ def test_the_model_ends_as_the_average_over_all_steps_through_growth(tmp_path: P
             before = own.get(name, now)
             own[name] = now if counts(name) else DECAY * before + (1 - DECAY) * now
 
-    chosen = (*AVERAGED, "schedule=[growth,ema]", *GROWING, f"callbacks.grow.fresh={fresh}")
+    chosen = (*AVERAGED, "schedule=[growth,ema]", *GROWING, f"callbacks.growth.fresh={fresh}")
     spy = Spy(on_train_epoch_start=widen, on_train_batch_end=average)
     run = prepare(tmp_path, *chosen, after=(spy,)).fit()
-    assert {event["epoch"] for event in run.module.timeline} == {2}
+    assert {event["epoch"] for event in run.module.structure.timeline} == {2}
     for name, value in tensors(run.module.net).items():
         torch.testing.assert_close(value, own[name], rtol=1e-5, atol=1e-6)
         assert counts(name) or not torch.equal(value, trained[name]), "not what was trained last"
 
 
-STEPS, SINCE = "+callbacks.average.update_every_n_steps", "+callbacks.average.update_starting_at"
+STEPS, SINCE = "+callbacks.ema.update_every_n_steps", "+callbacks.ema.update_starting_at"
 LATE = {  # of 5 epochs of 6 steps: the arguments, and the steps and epochs after which the average is updated
     "at the start of an epoch": ([f"{SINCE}_step=12"], range(12, 30), ()),
     "inside an epoch": ([f"{SINCE}_step=14"], range(14, 30), ()),
@@ -87,8 +87,8 @@ LATE = {  # of 5 epochs of 6 steps: the arguments, and the steps and epochs afte
 DEEP = (
     "model=resnet20",
     "model.width=2",
-    "callbacks.grow.growth.blocks=1",
-    "callbacks.grow.growth.ceiling=2",
+    "callbacks.growth.amount.blocks=1",
+    "callbacks.growth.amount.ceiling=2",
 )
 
 
@@ -131,13 +131,13 @@ def test_an_average_that_starts_late_follows_growth_before_at_and_after_its_star
         on_train_batch_end=lambda trainer, module, *_: update(module, trainer.global_step - 1 in steps),
         on_train_epoch_end=lambda trainer, module: update(module, trainer.current_epoch in epochs),
     )
-    when = ("trigger.every=1", "callbacks.grow.until=0.8", "trainer.max_epochs=5", "data.batch_size=200")
-    chosen = (*AVERAGED, f"callbacks.average.decay={decay}", "schedule=[growth,ema]", *GROWING, *when)
+    when = ("trigger.every=1", "callbacks.growth.until=0.8", "trainer.max_epochs=5", "data.batch_size=200")
+    chosen = (*AVERAGED, f"callbacks.ema.decay={decay}", "schedule=[growth,ema]", *GROWING, *when)
     run = prepare(tmp_path, *chosen, *model, *given, after=(spy,)).fit()
     assert run.trainer.global_step == 30 and len(begun) == len(steps) + len(epochs)
-    grown = {event["epoch"] for event in run.module.timeline if "width" in event}
+    grown = {event["epoch"] for event in run.module.structure.timeline if "width" in event}
     assert grown == ({1, 2} if model else {1, 2, 3})
-    assert sum("stage" in event for event in run.module.timeline) == (3 if model else 0)
+    assert sum("stage" in event for event in run.module.structure.timeline) == (3 if model else 0)
     for name, value in tensors(run.module.net).items():
         torch.testing.assert_close(value, own[name], rtol=1e-5, atol=1e-6)
         assert counts(name) or not torch.equal(value, trained[name]), "not what was trained last"
@@ -156,7 +156,7 @@ def test_kept_channels_keep_their_average_and_fresh_ones_are_the_models(tmp_path
         if trainer.current_epoch != 2:
             return
         before = tensors(averaged(module))
-        module.restructure({"0": index}, "test", STRATEGIES["random"])
+        module.structure.restructure({"0": index}, "test", STRATEGIES["random"])
         model, after = tensors(module.net), tensors(averaged(module))
         for name, value in after.items():
             expected, dim = before[name], REACHED.get(name.partition(".")[0])
@@ -172,7 +172,7 @@ def test_kept_channels_keep_their_average_and_fresh_ones_are_the_models(tmp_path
     schedule = ("schedule=[gates,ema]", *GATED) if gated else ("schedule=[ema]",)
     run = prepare(tmp_path, *AVERAGED, *schedule, after=(Spy(on_train_epoch_start=change),)).fit()
     assert len(seen) == (10 if gated else 6) and any("score" in name for name in seen) == gated
-    assert run.module.widths["0"].size == 5
+    assert run.module.structure.widths["0"].size == 5
 
 
 def test_the_average_is_what_is_validated_and_training_goes_on_without_it(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_the_average_is_what_is_validated_and_training_goes_on_without_it(tmp_pa
     )
     run = prepare(tmp_path, *AVERAGED, "schedule=[growth,ema]", *GROWING, after=(spy,)).fit()
     assert (
-        run.module.timeline
+        run.module.structure.timeline
         and len(accuracies) == 4
         and all(logged == pytest.approx(own) for logged, own in accuracies)
     )
@@ -214,7 +214,7 @@ def same_checkpoint(one: dict[str, Any], two: dict[str, Any]) -> None:
 
 def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     """Killed after growth and after pruning; and continued once more when it has finished."""
-    longer = ("trainer.max_epochs=6", "data.batch_size=128", "optimizer.optimizer.lr=6e-2")
+    longer = ("trainer.max_epochs=6", "data.batch_size=128", "optimizer.lr=6e-2")
 
     def ready(name: str, *around: Any) -> Run:
         chosen = (*AVERAGED, "schedule=[ema,growth,gates]", *GROWING, *GATED, *longer)
@@ -226,7 +226,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
             ready("broken", Kill(epoch, batch)).fit(ckpt_path=last if last.exists() else None)
     broken = ready("broken").fit(ckpt_path=last)
 
-    events = {(event["epoch"], event["why"][:5]) for event in whole.module.timeline}
+    events = {(event["epoch"], event["why"][:5]) for event in whole.module.structure.timeline}
     assert (2, "grow:") in events and events & {(epoch, "prune") for epoch in range(5)}
     same_checkpoint(load(tmp_path / "whole" / "last.ckpt"), load(last))
     same(tensors(whole.module.net), tensors(broken.module.net))
@@ -247,11 +247,11 @@ def test_frozen_gates_decide_in_the_average_as_in_the_model(tmp_path: Path) -> N
         its = [gate.score for _, _, gate in gates.iterate_gates(averaged(module))]
         assert all(torch.equal(a, b) for a, b in zip(own, its, strict=True))
 
-    slow = ("callbacks.average.decay=0.999", "trainer.max_epochs=10", "callbacks.prune.end=0.9")
-    chosen = (*AVERAGED, "schedule=[gates,ema]", *GATED, *slow, "callbacks.prune.budget=700")
+    slow = ("callbacks.ema.decay=0.999", "trainer.max_epochs=10", "callbacks.gates.end=0.9")
+    chosen = (*AVERAGED, "schedule=[gates,ema]", *GATED, *slow, "callbacks.gates.budget=700")
     run = prepare(tmp_path, *chosen, after=(Spy(on_train_batch_end=look),)).fit()
-    report = run.callbacks["prune"].report(run.module)
-    assert set(frozen) == {9} and 0.8 * 700 < report["budget/got"] <= 700
+    report = run.callbacks["gates"].report(run.module)
+    assert set(frozen) == {9} and 0.8 * 700 < report["budget/actual"] <= 700
 
 
 def test_counts_are_counted_not_averaged(tmp_path: Path) -> None:
@@ -264,19 +264,19 @@ def test_a_further_fit_averages_anew_and_copies_neither_copies_nor_loss_terms(tm
     seen: list[Any] = []
 
     def look(trainer: Any, module: Any) -> None:
-        twin: Any = run.callbacks["average"]._average_model.module
+        twin: Any = run.callbacks["ema"]._average_model.module
         assert not twin.copies and not twin.loss_terms and twin.net is averaged(module)
         seen.append(twin)
 
     run = prepare(tmp_path, *AVERAGED, "schedule=[growth,ema]", *GROWING, after=(Spy(on_fit_start=look),))
     run.module.loss_terms["bound"] = Refuses().term
     run.fit()
-    assert not run.module.copies and set(run.module.loss_terms) == {"bound"}
+    assert not run.module.structure.copies and set(run.module.loss_terms) == {"bound"}
     run.trainer.fit_loop.max_epochs = 7
     start = tensors(run.module.net)
     run.fit()
-    assert len(seen) == 2 and seen[0] is not seen[1] and not run.module.copies
-    assert run.module.widths["0"].size > start["0.weight"].shape[0]
+    assert len(seen) == 2 and seen[0] is not seen[1] and not run.module.structure.copies
+    assert run.module.structure.widths["0"].size > start["0.weight"].shape[0]
 
 
 class Refuses:
@@ -292,27 +292,27 @@ class Refuses:
 def test_another_copy_stays_where_it_is(tmp_path: Path) -> None:
     run = prepare(tmp_path, *AVERAGED, "schedule=[growth,ema]", *GROWING)
     twin = copy.deepcopy(run.module.net)
-    run.module.copies.append(twin)
+    run.module.structure.copies.append(twin)
     run.fit()
-    assert [id(net) for net in run.module.copies] == [id(twin)]
+    assert [id(net) for net in run.module.structure.copies] == [id(twin)]
     assert [p.shape for p in twin.parameters()] == [p.shape for p in run.module.net.parameters()]
 
 
 def test_a_run_without_averages_is_continued_with_them(tmp_path: Path) -> None:
-    growing = (*GROWING, "optimizer.scheduler=null")
+    growing = (*GROWING, "lr_scheduler=constant")
     prepare(tmp_path, *AVERAGED[:-1], "schedule=[growth]", *growing, "trainer.max_epochs=3").fit()
     run = prepare(tmp_path, *AVERAGED, "schedule=[growth,ema]", *growing)
     with pytest.warns(UserWarning, match="not created with WeightAveraging"):
         run.fit(ckpt_path=tmp_path / "last.ckpt")
-    assert run.module.widths["0"].size == 6 and run.trainer.current_epoch == 4
+    assert run.module.structure.widths["0"].size == 6 and run.trainer.current_epoch == 4
 
 
 def test_blocks_that_a_stage_gains_are_averaged_and_resumed(tmp_path: Path) -> None:
     """They start as the model's."""
     small = ("model=resnet20", "model._target_=elastic.models.resnet.resnet", "+model.blocks=2")
-    when = ("trigger.every=1", "callbacks.grow.until=0.5", "trainer.max_epochs=3")
+    when = ("trigger.every=1", "callbacks.growth.until=0.5", "trainer.max_epochs=3")
     chosen = (*AVERAGED, "schedule=[growth,ema]", *GROWING, *small, "model.width=4", *when)
-    chosen += ("callbacks.grow.growth.blocks=1",)
+    chosen += ("callbacks.growth.amount.blocks=1",)
     began: list[bool] = []
 
     def look(trainer: Any, module: Any) -> None:
@@ -324,7 +324,11 @@ def test_blocks_that_a_stage_gains_are_averaged_and_resumed(tmp_path: Path) -> N
     whole = prepare(tmp_path / "whole", *chosen, after=(Spy(on_train_epoch_start=look),))
     first = tensors(whole.module.net)
     whole.fit()
-    assert len(began) > 10 and all(began) and {event["epoch"] for event in whole.module.timeline} == {1}
+    assert (
+        len(began) > 10
+        and all(began)
+        and {event["epoch"] for event in whole.module.structure.timeline} == {1}
+    )
     with pytest.raises(Killed):
         prepare(tmp_path / "broken", *chosen, after=(Kill(2, 1),)).fit()
     last = tmp_path / "broken" / "last.ckpt"

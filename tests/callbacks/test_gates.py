@@ -22,12 +22,12 @@ from tests.fitted import EXACT, Run, Spy, batch, fit, outputs, prepare
 from tests.runs import configure, load
 from tests.test_resume import Kill, Killed, killed, same
 
-PRUNING = (*EXACT, "schedule=[gates]", "data.batch_size=512", "callbacks.prune.begin=0.0")
+PRUNING = (*EXACT, "schedule=[gates]", "data.batch_size=512", "callbacks.gates.begin=0.0")
 RESIDUAL = (
     *("model=resnet20", "model._target_=elastic.models.resnet.resnet", "+model.blocks=2"),
     "model.width=2",
 )
-HARD = ("callbacks.prune.weight=0.3", "optimizer.optimizer.lr=3e-2")
+HARD = ("callbacks.gates.penalty=0.3", "optimizer.lr=3e-2")
 
 
 def gates(module: ElasticClassifier) -> list[Gate]:
@@ -54,9 +54,9 @@ def test_the_penalty_is_added_between_begin_and_end_only(tmp_path: Path) -> None
         total.append((trainer.current_epoch, out["loss"].item()))
 
     spy = Spy(on_train_batch_start=before_step, on_train_batch_end=after_step)
-    window = ("callbacks.prune.begin=0.25", "callbacks.prune.end=0.75", "callbacks.prune.weight=1e-3")
+    window = ("callbacks.gates.begin=0.25", "callbacks.gates.end=0.75", "callbacks.gates.penalty=1e-3")
     run = fit(tmp_path, *PRUNING, "trainer.max_epochs=4", *window, after=(spy,))
-    assert not any("prune" in event["why"] for event in run.module.timeline)
+    assert not any("prune" in event["why"] for event in run.module.structure.timeline)
     found = [loss - alone for (_, loss), alone in zip(total, task, strict=True)]
     expected = [1e-3 * s if epoch in (1, 2) else 0.0 for (epoch, _), s in zip(total, sums, strict=True)]
     assert len({epoch for epoch, _ in total}) == 4
@@ -74,9 +74,9 @@ def test_gates_are_frozen_at_the_end_and_weights_still_move(tmp_path: Path, opti
         at[trainer.current_epoch] = scores(module)
         weights[trainer.current_epoch] = module.net[0].parametrizations.weight.original.detach().clone()
 
-    options = (f"optimizer={optimizer}", "callbacks.prune.weight=1e-2", "callbacks.prune.end=0.5")
+    options = (f"optimizer={optimizer}", "callbacks.gates.penalty=1e-2", "callbacks.gates.end=0.5")
     run = fit(tmp_path, *PRUNING, "trainer.max_epochs=6", *options, after=(Spy(on_train_epoch_end=look),))
-    assert not run.module.timeline
+    assert not run.module.structure.timeline
     for epoch, following in ((0, 1), (1, 2)):
         assert not all(map(torch.equal, at[epoch], at[following]))
     for epoch in (3, 4, 5):
@@ -99,19 +99,21 @@ def test_dead_channels_leave_and_the_output_stays(tmp_path: Path, grain: str) ->
 
     def after(trainer: Any, module: Any) -> None:
         epoch = trainer.current_epoch
-        if any(event["epoch"] == epoch for event in module.timeline):
+        if any(event["epoch"] == epoch for event in module.structure.timeline):
             then, params = seen[epoch]
             now = outputs(module, batch(trainer.datamodule)[0])
             assert (then - now).abs().max() <= 1e-5 * then.abs().max()
             checked.append((params, counts.count_params(module.net)))
 
     spies = {"before": (Spy(on_train_epoch_start=before),), "after": (Spy(on_train_epoch_start=after),)}
-    options = ("trainer.max_epochs=8", "data.batch_size=128", f"callbacks.prune.grain={grain}")
+    options = ("trainer.max_epochs=8", "data.batch_size=128", f"callbacks.gates.grain={grain}")
     run = fit(tmp_path, *PRUNING, *HARD, *options, **spies)
     assert checked, "no channel died: the test shows nothing"
     assert all(after <= before for before, after in checked)
-    assert all(e["after"] < e["before"] and e["why"].startswith("prune") for e in run.module.timeline)
-    plain = compact(run.module.net, run.module.example)
+    assert all(
+        e["after"] < e["before"] and e["why"].startswith("prune") for e in run.module.structure.timeline
+    )
+    plain = compact(run.module.net, run.module.structure.example)
     x_BCHW, _ = batch(run.data)
     assert torch.allclose(plain(x_BCHW), outputs(run.module, x_BCHW), atol=1e-5)
 
@@ -127,12 +129,12 @@ def spared_epochs(folder: Path, schedule: str, grace: int) -> list[int]:
     once = (
         "trigger=periodic",
         "trigger.every=1",
-        "callbacks.grow.until=0.2",
-        f"callbacks.prune.grace={grace}",
+        "callbacks.growth.until=0.2",
+        f"callbacks.gates.grace={grace}",
     )
     options = (*PRUNING, "trainer.max_epochs=6", f"schedule={schedule}", *once)
     run = fit(folder, *options, after=(Spy(on_train_batch_start=look),))
-    assert {event["epoch"] for event in run.module.timeline} == {1}
+    assert {event["epoch"] for event in run.module.structure.timeline} == {1}
     return sorted(spared)
 
 
@@ -144,16 +146,21 @@ def test_fresh_channels_are_spared_for_grace_epochs(tmp_path: Path, grace: int, 
 
 def test_a_fresh_channel_is_not_removed_as_dead(tmp_path: Path) -> None:
     """Zeros read it, but its gates are open."""
-    once = ("trigger=periodic", "trigger.every=2", "callbacks.grow.until=0.7", "callbacks.prune.weight=1e-4")
+    once = (
+        "trigger=periodic",
+        "trigger.every=2",
+        "callbacks.growth.until=0.7",
+        "callbacks.gates.penalty=1e-4",
+    )
     options = ("schedule=[growth,gates]", "trainer.max_epochs=4", *once)
     run = fit(tmp_path, *PRUNING, *options)
-    assert {event["why"] for event in run.module.timeline} == {"grow: by the clock"}
-    assert run.module.widths.sizes() == {"0": 6, "3": 9, "7": 9, "10": 12}
+    assert {event["why"] for event in run.module.structure.timeline} == {"grow: by the clock"}
+    assert run.module.structure.widths.sizes() == {"0": 6, "3": 9, "7": 9, "10": 12}
 
 
 def test_macs_are_priced_by_the_positions_a_weight_is_used_at(tmp_path: Path) -> None:
     """8×8, 8×8, then 4×4 twice and once, by hand; the prices are relative to each other."""
-    run = fit(tmp_path, *PRUNING, "trainer.max_epochs=1", "callbacks.prune.aim=macs")
+    run = fit(tmp_path, *PRUNING, "trainer.max_epochs=1", "callbacks.gates.by=macs")
     prices = [gate.price for gate in gates(run.module)]
     assert [price / prices[-1] for price in prices] == pytest.approx([64, 64, 16, 16, 1])
     assert min(prices) < 1 < max(prices)
@@ -171,7 +178,7 @@ def positions(module: ElasticClassifier) -> dict[str, int]:
     for path, layer in net.named_modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             layer.register_forward_hook(lambda _, x, out, path=path: found.update({path: out[0, 0].numel()}))
-    net(module.example)
+    net(module.structure.example)
     return found
 
 
@@ -186,7 +193,7 @@ def test_layers_are_priced_after_growth_those_that_came_with_it_too(
     def look(trainer: Any, module: Any, _: Any, index: int) -> None:
         if index:
             return
-        uses, callback = positions(module), run.callbacks["prune"]
+        uses, callback = positions(module), run.callbacks["gates"]
         average = sum(uses.values()) / len(uses)
         layers = {path: module.net.get_submodule(path) for path in uses}
         found = {path: layer.parametrizations.weight[0] for path, layer in layers.items()}
@@ -194,20 +201,22 @@ def test_layers_are_priced_after_growth_those_that_came_with_it_too(
         assert prices == pytest.approx({path: times / average for path, times in uses.items()})
         sums = {path: torch.sigmoid(gate.score).sum().item() for path, gate in found.items()}
         penalty = sum(uses[path] / average * sums[path] for path in uses)
-        assert module.loss_terms["gates"]().item() == pytest.approx(callback.weight * penalty, rel=1e-5)
+        assert module.structure.loss_terms["gates"]().item() == pytest.approx(
+            callback.weight * penalty, rel=1e-5
+        )
         macs = sum(uses[path] * layer.weight.numel() for path, layer in layers.items())
         assert callback.size(module) == pytest.approx(macs), "all gates are open"
         seen.append((len(layers), macs))
 
     growing = (
-        *("trigger=periodic", "trigger.every=1", "callbacks.grow.until=0.6", "trainer.max_epochs=3"),
-        *(f"callbacks.grow.growth.ceiling={ceiling}", f"callbacks.grow.growth.blocks={blocks}"),
+        *("trigger=periodic", "trigger.every=1", "callbacks.growth.until=0.6", "trainer.max_epochs=3"),
+        *(f"callbacks.growth.amount.ceiling={ceiling}", f"callbacks.growth.amount.blocks={blocks}"),
     )
-    pruning = ("callbacks.prune.aim=macs", "callbacks.prune.weight=1e-6", "callbacks.prune.grace=0")
+    pruning = ("callbacks.gates.by=macs", "callbacks.gates.penalty=1e-6", "callbacks.gates.grace=0")
     chosen = (*PRUNING, f"schedule={schedule}", *RESIDUAL, *growing, *pruning)
     run = prepare(tmp_path, *chosen, after=(Spy(on_train_batch_start=look),))
     run.fit()
-    assert {event["epoch"] for event in run.module.timeline} == {1}
+    assert {event["epoch"] for event in run.module.structure.timeline} == {1}
     assert [layers for layers, _ in seen] == [16, 16 + 6 * blocks, 16 + 6 * blocks]
     assert seen[0][1] < seen[1][1]
 
@@ -217,8 +226,8 @@ def test_macs_fall_further_where_they_are_the_aim(tmp_path: Path) -> None:
     """Pruned to the same number of weights, positions 64 are spared least."""
     shares = {}
     for aim in ("params", "macs"):
-        options = (f"callbacks.prune.aim={aim}", "trainer.max_epochs=8", "data.batch_size=128")
-        run = fit(tmp_path / aim, *PRUNING, *HARD, "callbacks.prune.weight=1e-2", *options)
+        options = (f"callbacks.gates.by={aim}", "trainer.max_epochs=8", "data.batch_size=128")
+        run = fit(tmp_path / aim, *PRUNING, *HARD, "callbacks.gates.penalty=1e-2", *options)
         early, late = (
             sum(float((g.score > 0).sum()) for g in gates(run.module)[i]) for i in (slice(2), slice(2, 4))
         )
@@ -227,26 +236,24 @@ def test_macs_fall_further_where_they_are_the_aim(tmp_path: Path) -> None:
 
 
 def budgeted(folder: Path, asked: int, *options: str) -> Run:
-    given = f"callbacks.prune.budget={{_target_: elastic.budget.Budget, asked: {asked}}}"
-    return fit(
-        folder, *PRUNING, "callbacks.prune.weight=1e-3", "optimizer.optimizer.lr=2e-2", given, *options
-    )
+    given = f"callbacks.gates.budget={{_target_: elastic.budget.Budget, asked: {asked}}}"
+    return fit(folder, *PRUNING, "callbacks.gates.penalty=1e-3", "optimizer.lr=2e-2", given, *options)
 
 
 @pytest.mark.parametrize("grain", ["weight", "kernel"])
 def test_the_budget_is_met(tmp_path: Path, grain: str) -> None:
     """Never above, and 2 % below at the finest grain; a channel's last kernel takes it along."""
-    options = ("trainer.max_epochs=20", "data.batch_size=128", f"callbacks.prune.grain={grain}")
+    options = ("trainer.max_epochs=20", "data.batch_size=128", f"callbacks.gates.grain={grain}")
     run = budgeted(tmp_path, 400, *options)
-    plain = compact(run.module.net, run.module.example)
+    plain = compact(run.module.net, run.module.structure.example)
     assert 400 - (8 if grain == "weight" else 40) <= counts.count_params(plain) <= 400
 
 
-@pytest.mark.parametrize("budget", [(), ("callbacks.prune.budget=400",)])
+@pytest.mark.parametrize("budget", [(), ("callbacks.gates.budget=400",)])
 def test_no_layer_shuts_all_of_its_gates(tmp_path: Path, budget: tuple[str, ...]) -> None:
     """A penalty a thousand times too strong would shut every channel within a few steps."""
     held: list[bool] = []
-    steps = ("data.batch_size=32", "trainer.max_epochs=2", "optimizer.optimizer.lr=0.1")
+    steps = ("data.batch_size=32", "trainer.max_epochs=2", "optimizer.lr=0.1")
     look = Spy(
         on_train_batch_end=lambda trainer, module, *_: (
             held.append(all((score > 0).any() for score in scores(module)))
@@ -254,10 +261,12 @@ def test_no_layer_shuts_all_of_its_gates(tmp_path: Path, budget: tuple[str, ...]
             else None
         )
     )
-    strong = ("schedule=gates", "callbacks.prune.grain=channel", "callbacks.prune.weight=1.0")
+    strong = ("schedule=gates", "callbacks.gates.grain=channel", "callbacks.gates.penalty=1.0")
     run = prepare(tmp_path, *PRUNING, *strong, *steps, *budget, after=(look,)).fit()
     assert held and all(held)
-    assert sum(run.module.widths.sizes().values()) < sum(run.module.start.values()), "it has shut some"
+    assert sum(run.module.structure.widths.sizes().values()) < sum(
+        run.module.structure.start_sizes.values()
+    ), "it has shut some"
 
 
 def test_gates_settle_on_the_budget_when_they_freeze(tmp_path: Path) -> None:
@@ -267,8 +276,8 @@ def test_gates_settle_on_the_budget_when_they_freeze(tmp_path: Path) -> None:
     def look(trainer: Any, module: Any, *_: Any) -> None:
         found.setdefault(trainer.current_epoch, counts.count_params(module.net))
 
-    given = "callbacks.prune.budget={_target_: elastic.budget.Budget, asked: 500}"
-    options = ("trainer.max_epochs=4", "callbacks.prune.end=0.5", "callbacks.prune.weight=1e-3", given)
+    given = "callbacks.gates.budget={_target_: elastic.budget.Budget, asked: 500}"
+    options = ("trainer.max_epochs=4", "callbacks.gates.end=0.5", "callbacks.gates.penalty=1e-3", given)
     fit(tmp_path, *PRUNING, *options, after=(Spy(on_train_batch_start=look),))
     assert found[1] > 900, "not there by itself"
     assert found[2] <= 500 and found[2] == pytest.approx(500, rel=0.02)
@@ -277,18 +286,18 @@ def test_gates_settle_on_the_budget_when_they_freeze(tmp_path: Path) -> None:
 def test_the_controller_steers_lambda(tmp_path: Path) -> None:
     """Above its path it raises λ, below it lowers it; without a budget λ is what it was."""
     few = ("trainer.max_epochs=4", "data.batch_size=64")
-    assert budgeted(tmp_path / "a", 20, *few).callbacks["prune"].weight > 1.1e-3
-    assert budgeted(tmp_path / "b", 2000, *few).callbacks["prune"].weight < 0.9e-3
-    run = fit(tmp_path / "c", *PRUNING, *few, "callbacks.prune.weight=1e-3")
-    assert run.callbacks["prune"].weight == 1e-3
+    assert budgeted(tmp_path / "a", 20, *few).callbacks["gates"].penalty > 1.1e-3
+    assert budgeted(tmp_path / "b", 2000, *few).callbacks["gates"].penalty < 0.9e-3
+    run = fit(tmp_path / "c", *PRUNING, *few, "callbacks.gates.penalty=1e-3")
+    assert run.callbacks["gates"].penalty == 1e-3
 
 
 def test_state_round_trip(tmp_path: Path) -> None:
-    one = PruneByGates(weight=1e-3, budget=Budget(100))
+    one = PruneByGates(penalty=1e-3, budget=Budget(100))
     assert one.budget is not None
     one.frozen, one.weight = True, one.budget.steer(1e-3, 300.0, 0.1)
     torch.save(one.state_dict(), tmp_path / "state")
-    two = PruneByGates(weight=1e-3, budget=Budget(100))
+    two = PruneByGates(penalty=1e-3, budget=Budget(100))
     two.load_state_dict(load(tmp_path / "state"))
     assert (two.frozen, two.weight, two.budget) == (one.frozen, one.weight, one.budget)
 
@@ -303,14 +312,14 @@ def test_gates_are_attached_once(tmp_path: Path) -> None:
 
 def test_an_unknown_grain_is_refused_with_those_there_are(tmp_path: Path) -> None:
     with pytest.raises(StructureError, match=r"'block'.*weight, kernel, channel") as caught:
-        fit(tmp_path, *PRUNING, "callbacks.prune.grain=block")
+        fit(tmp_path, *PRUNING, "callbacks.gates.grain=block")
     assert "\n" not in str(caught.value)
 
 
 def test_an_unknown_aim_is_refused(tmp_path: Path) -> None:
     """Silently, it would be params."""
     with pytest.raises((StructureError, TrainingError), match="latency"):
-        PruneByGates(aim="latency")  # type: ignore[arg-type]
+        PruneByGates(by="latency")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -325,7 +334,7 @@ def test_a_run_continued_before_any_event_is_the_whole_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Down to the memory format of the scores: sums over them must run in the same order."""
-    given = (*PRUNING, "data.batch_size=64", "trainer.max_epochs=3", "callbacks.prune.weight=5e-3")
+    given = (*PRUNING, "data.batch_size=64", "trainer.max_epochs=3", "callbacks.gates.penalty=5e-3")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train(configure(whole, *given), whole)
     killed(configure(broken, *given), broken, monkeypatch, epoch=1, batch=3)
@@ -343,24 +352,24 @@ def test_a_run_continued_before_any_event_is_the_whole_run(
 @pytest.mark.parametrize("grain", ["weight", "kernel"])
 def test_the_budget_is_met_by_a_net_that_grows(tmp_path: Path, grain: str) -> None:
     """And the network that is left has learnt something."""
-    given = ("schedule=[growth,gates]", "callbacks.prune.begin=0.05", "optimizer.optimizer.lr=5e-3")
-    options = ("trainer.max_epochs=40", "data.batch_size=64", f"callbacks.prune.grain={grain}")
+    given = ("schedule=[growth,gates]", "callbacks.gates.begin=0.05", "optimizer.lr=5e-3")
+    options = ("trainer.max_epochs=40", "data.batch_size=64", f"callbacks.gates.grain={grain}")
     run = budgeted(tmp_path, 400, *given, *options)
-    plain = compact(run.module.net, run.module.example)
+    plain = compact(run.module.net, run.module.structure.example)
     assert counts.count_params(plain) == pytest.approx(400, abs=9)
     assert float(run.trainer.callback_metrics["val/acc"]) > 0.8
 
 
 @pytest.mark.parametrize("epochs", [2, 6])
 def test_a_budget_is_settled_in_the_last_epoch_at_the_latest(tmp_path: Path, epochs: int) -> None:
-    given = ("callbacks.prune.budget=600", "callbacks.prune.end=1.0", f"trainer.max_epochs={epochs}")
+    given = ("callbacks.gates.budget=600", "callbacks.gates.end=1.0", f"trainer.max_epochs={epochs}")
     run = fit(tmp_path, *EXACT, "schedule=gates", *given)
-    report = run.callbacks["prune"].report(run.module)
-    assert run.callbacks["prune"].frozen and 588 <= report["budget/got"] <= 600
+    report = run.callbacks["gates"].report(run.module)
+    assert run.callbacks["gates"].frozen and 588 <= report["budget/actual"] <= 600
 
 
 def test_growth_after_the_budget_is_met_is_refused(tmp_path: Path) -> None:
-    given = ("callbacks.prune.budget=600", "callbacks.prune.end=0.5", "callbacks.grow.until=0.6")
+    given = ("callbacks.gates.budget=600", "callbacks.gates.end=0.5", "callbacks.growth.until=0.6")
     run = prepare(tmp_path, *EXACT, *given)
     with pytest.raises(TrainingError, match="growth goes on to 60% of the run, but the budget is met at 50%"):
         run.fit()
@@ -368,7 +377,7 @@ def test_growth_after_the_budget_is_met_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_budget_that_cannot_be_reached_is_refused_before_training(tmp_path: Path) -> None:
-    run = prepare(tmp_path, *EXACT, "callbacks.prune.budget=5")
+    run = prepare(tmp_path, *EXACT, "callbacks.gates.budget=5")
     with pytest.raises(StructureError, match="a budget of 5 params cannot be reached"):
         run.fit()
     assert run.trainer.global_step == 0
@@ -376,13 +385,13 @@ def test_a_budget_that_cannot_be_reached_is_refused_before_training(tmp_path: Pa
 
 GROWN = (
     *RESIDUAL,
-    *("schedule=[growth,gates]", "callbacks.prune.budget=45", "trainer.max_epochs=3"),
-    *("trigger=periodic", "trigger.every=1", "callbacks.grow.until=0.7"),
-    *("callbacks.grow.growth.ceiling=1", "callbacks.grow.growth.blocks=1"),
+    *("schedule=[growth,gates]", "callbacks.gates.budget=45", "trainer.max_epochs=3"),
+    *("trigger=periodic", "trigger.every=1", "callbacks.growth.until=0.7"),
+    *("callbacks.growth.amount.ceiling=1", "callbacks.growth.amount.blocks=1"),
 )
 SHRUNK = (
     *("schedule=[magnitude]", "callbacks.magnitude.budget=20", "trainer.max_epochs=5"),
-    *("callbacks.magnitude.begin=0.1", "callbacks.magnitude.end=0.5", "optimizer.optimizer.lr=2e-2"),
+    *("callbacks.magnitude.begin=0.1", "callbacks.magnitude.end=0.5", "optimizer.lr=2e-2"),
 )
 
 
@@ -403,7 +412,7 @@ def test_a_budget_is_not_checked_again_where_a_run_goes_on(
 
     def ask(trainer: Any, module: Any) -> None:
         with pytest.raises(StructureError, match=f"a budget of {asked} params cannot be reached"):
-            check_budget_reachable(module.net, module.example, asked)
+            check_budget_reachable(module.net, module.structure.example, asked)
         refused.append(trainer.current_epoch)
 
     def ready(**hooks: Any) -> Run:
@@ -415,8 +424,8 @@ def test_a_budget_is_not_checked_again_where_a_run_goes_on(
     assert held and all(event["why"].startswith(why) for event in held)
     run = ready(on_fit_start=ask).fit(ckpt_path=tmp_path / "last.ckpt")
     assert len(refused) == 1 and run.trainer.current_epoch == run.trainer.max_epochs
-    assert run.module.timeline[: len(held)] == held
-    assert run.callbacks[pruning].report(run.module)["budget/asked"] == asked
+    assert run.module.structure.timeline[: len(held)] == held
+    assert run.callbacks[pruning].report(run.module)["budget/target"] == asked
 
 
 def test_a_run_that_goes_on_settles_on_macs_by_the_same_prices(tmp_path: Path) -> None:
@@ -428,8 +437,8 @@ def test_a_run_that_goes_on_settles_on_macs_by_the_same_prices(tmp_path: Path) -
             if trainer.current_epoch == 2:
                 prices[name] = [gate.price for gate in gates(module)]
 
-        budget = ("callbacks.prune.aim=macs", "callbacks.prune.budget=21228", "callbacks.prune.end=0.6")
-        chosen = (*PRUNING, *budget, "trainer.max_epochs=3", "optimizer.optimizer.lr=2e-2")
+        budget = ("callbacks.gates.by=macs", "callbacks.gates.budget=21228", "callbacks.gates.end=0.6")
+        chosen = (*PRUNING, *budget, "trainer.max_epochs=3", "optimizer.lr=2e-2")
         spy = Spy(on_train_epoch_start=look)
         return prepare(tmp_path / name, *chosen, before=(spy,), after=around)
 

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from hydra.errors import InstantiationException
-from torch.optim.lr_scheduler import OneCycleLR
 
 from elastic.callbacks import GrowOnSaturation
 from elastic.data import Digits
@@ -23,9 +22,9 @@ GROWING = (
     "schedule=[growth]",
     "data.batch_size=512",
     "trainer.max_epochs=8",
-    "callbacks.grow.until=1.0",
-    "callbacks.grow.growth.factor=1.5",
-    "callbacks.grow.growth.ceiling=2",
+    "callbacks.growth.until=1.0",
+    "callbacks.growth.amount.factor=1.5",
+    "callbacks.growth.amount.ceiling=2",
 )
 START = {"0": 4, "3": 6, "7": 6, "10": 8}
 GROWN = {"0": 6, "3": 9, "7": 9, "10": 12}
@@ -34,7 +33,7 @@ FULL = {"0": 8, "3": 12, "7": 12, "10": 16}
 
 def scripted(patience: int) -> tuple[str, ...]:
     trigger = ("trigger.min_gain=0.1", f"trigger.patience={patience}")
-    return (*GROWING, "trigger=plateau", *trigger, "callbacks.grow.monitor=fake")
+    return (*GROWING, "trigger=plateau", *trigger, "callbacks.growth.monitor=fake")
 
 
 def saved_sizes(folder: Path) -> dict[str, int]:
@@ -55,7 +54,7 @@ def test_grows_when_the_trigger_says_at_the_next_epochs_start(tmp_path: Path) ->
                 on_train_epoch_start=lambda t, m: (
                     held.append(saved_sizes(tmp_path)) if t.current_epoch else None
                 ),
-                on_train_batch_end=lambda t, m, *_: trained.append(m.widths.sizes()),
+                on_train_batch_end=lambda t, m, *_: trained.append(m.structure.widths.sizes()),
                 on_train_epoch_end=lambda t, m: steps.append(t.global_step),
             ),
         ),
@@ -64,7 +63,7 @@ def test_grows_when_the_trigger_says_at_the_next_epochs_start(tmp_path: Path) ->
     assert steps == [per_epoch * (epoch + 1) for epoch in range(8)]
     assert trained[::per_epoch] == [START] * 4 + [GROWN] * 2 + [FULL] * 2
     assert held == [START] * 4 + [GROWN] * 2 + [FULL], "saved before the growth that the epoch led to"
-    assert run.module.timeline == [
+    assert run.module.structure.timeline == [
         {
             "epoch": epoch,
             "step": epoch * per_epoch,
@@ -77,24 +76,26 @@ def test_grows_when_the_trigger_says_at_the_next_epochs_start(tmp_path: Path) ->
         for name in START
     ]
     written = (tmp_path / "timeline.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in written] == run.module.timeline
+    assert [json.loads(line) for line in written] == run.module.structure.timeline
 
 
 def test_never_grows_above_the_ceiling(tmp_path: Path) -> None:
     run = fit(tmp_path, *GROWING, "trigger=periodic", "trigger.every=1")
-    assert run.module.widths.sizes() == FULL
-    assert sorted({event["epoch"] for event in run.module.timeline}) == [1, 2], "no empty events after"
-    assert {event["why"] for event in run.module.timeline} == {"grow: by the clock"}
+    assert run.module.structure.widths.sizes() == FULL
+    assert sorted({event["epoch"] for event in run.module.structure.timeline}) == [1, 2], (
+        "no empty events after"
+    )
+    assert {event["why"] for event in run.module.structure.timeline} == {"grow: by the clock"}
 
 
 @pytest.mark.parametrize(("until", "last"), [(0.5, 3), (0.26, 2), (0.25, 1), (0.0, None)])
 def test_nothing_grows_after_until(tmp_path: Path, until: float, last: int | None) -> None:
     """Epoch e of 8 may grow where e / 8 is less than `until`."""
-    growth = ("callbacks.grow.growth.factor=1.01", "callbacks.grow.growth.ceiling=4")
+    growth = ("callbacks.growth.amount.factor=1.01", "callbacks.growth.amount.ceiling=4")
     run = fit(
-        tmp_path, *GROWING, "trigger=periodic", "trigger.every=1", *growth, f"callbacks.grow.until={until}"
+        tmp_path, *GROWING, "trigger=periodic", "trigger.every=1", *growth, f"callbacks.growth.until={until}"
     )
-    assert max((event["epoch"] for event in run.module.timeline), default=None) == last
+    assert max((event["epoch"] for event in run.module.structure.timeline), default=None) == last
 
 
 def test_the_sanity_check_and_later_validation_are_not_observed(tmp_path: Path) -> None:
@@ -102,7 +103,7 @@ def test_the_sanity_check_and_later_validation_are_not_observed(tmp_path: Path) 
         tmp_path, *GROWING, "trainer.num_sanity_val_steps=1", "trainer.max_epochs=3", "trigger=periodic"
     )
     run.trainer.validate(run.module, run.data, verbose=False)
-    assert run.callbacks["grow"].trigger.observations == 3
+    assert run.callbacks["growth"].trigger.observations == 3
 
 
 def test_optimizer_scheduler_and_parameters_are_the_same_objects(tmp_path: Path) -> None:
@@ -121,7 +122,7 @@ def test_optimizer_scheduler_and_parameters_are_the_same_objects(tmp_path: Path)
 
     spy = Spy(on_train_epoch_start=look)
     run = fit(tmp_path, *GROWING, "trigger=periodic", "trigger.every=1", "trainer.max_epochs=4", after=(spy,))
-    assert run.module.widths.sizes() == FULL
+    assert run.module.structure.widths.sizes() == FULL
     assert len(seen) == 4 and all(ids == seen[0] for ids in seen)
     assert all(moments)
 
@@ -142,63 +143,14 @@ def test_growth_preserves_the_function(tmp_path: Path, fresh: str, preserved: bo
 
         return Spy(on_train_epoch_start=record)
 
-    options = ("optimizer.optimizer.lr=3e-2", "trigger=periodic", "trigger.every=3", "trainer.max_epochs=4")
+    options = ("optimizer.lr=3e-2", "trigger=periodic", "trigger.every=3", "trainer.max_epochs=4")
     schedule = ("schedule=[growth,gates]",) if gated else ()
-    chosen = (*GROWING, *schedule, *options, f"callbacks.grow.fresh={fresh}")
+    chosen = (*GROWING, *schedule, *options, f"callbacks.growth.fresh={fresh}")
     run = fit(tmp_path, *chosen, before=(look("before"),), after=(look("after"),))
-    assert {event["epoch"] for event in run.module.timeline if "grow" in event["why"]} == {3}
+    assert {event["epoch"] for event in run.module.structure.timeline if "grow" in event["why"]} == {3}
     assert any(isinstance(m, Gate) for m in run.module.modules()) == gated
     size, change = at["before"].abs().max(), (at["before"] - at["after"]).abs().max()
     assert (change < 1e-5 * size) if preserved else (change > 1e-2 * size)
-
-
-def test_rewarm_scales_what_the_optimizer_sees_and_not_the_schedule(tmp_path: Path) -> None:
-    seen: list[float] = []
-    scheduled: list[float] = []
-
-    def start(trainer: Any, module: Any) -> None:
-        optimizer = trainer.optimizers[0]
-        optimizer.register_step_pre_hook(lambda o, *_: seen.append(o.param_groups[0]["lr"]))
-
-    def before_step(trainer: Any, *_: Any) -> None:
-        scheduled.append(trainer.optimizers[0].param_groups[0]["lr"])
-
-    spy = Spy(on_train_start=start, on_train_batch_start=before_step)
-    options = ("trigger=periodic", "trigger.every=2", "callbacks.grow.until=0.5", "trainer.max_epochs=6")
-    run = fit(tmp_path, *GROWING, "data.batch_size=256", *options, "callbacks.grow.rewarm=2", after=(spy,))
-    assert {event["epoch"] for event in run.module.timeline} == {2}
-    per_epoch = len(seen) // 6
-    ramp = [1.0] * (2 * per_epoch) + [0.1 + 0.9 * i / (2 * per_epoch) for i in range(2 * per_epoch)]
-    ramp += [1.0] * (2 * per_epoch)
-    assert [a / b for a, b in zip(seen, scheduled, strict=True)] == pytest.approx(ramp)
-
-    twin = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=5e-3)
-    schedule = OneCycleLR(twin, max_lr=5e-3, pct_start=0.2, total_steps=len(seen))
-    expected = []
-    for _ in seen:
-        expected.append(twin.param_groups[0]["lr"])
-        twin.step()
-        schedule.step()
-    assert scheduled == pytest.approx(expected)
-
-
-def test_rewarm_counts_epochs_where_batches_are_accumulated(tmp_path: Path) -> None:
-    scales: list[tuple[int, float]] = []
-    spy = Spy(on_train_batch_start=lambda t, m, *_: scales.append((t.current_epoch, m.lr_scale)))
-    options = ("trigger=periodic", "trigger.every=1", "callbacks.grow.until=0.3", "trainer.max_epochs=4")
-    several = ("data.batch_size=128", "+trainer.accumulate_grad_batches=2", "callbacks.grow.rewarm=1")
-    fit(tmp_path, *GROWING, *options, *several, after=(spy,))
-    assert {scale for epoch, scale in scales if epoch in (0, 2, 3)} == {1.0}
-    assert min(scale for epoch, scale in scales if epoch == 1) == 0.1
-
-
-def test_rewarm_comes_back_after_a_restart(tmp_path: Path) -> None:
-    """lr_scale is not saved: it follows from `grown_at`, which is."""
-    one = GrowOnSaturation(Periodic(1), Growth(), rewarm=2)
-    one.grown_at, one.due = 10, True
-    two = GrowOnSaturation(Periodic(1), Growth(), rewarm=2)
-    two.load_state_dict(one.state_dict())
-    assert (two.grown_at, two.due) == (10, True)
 
 
 @pytest.mark.parametrize(("monitor", "epochs"), [("val/auc", 0), ("train/auc", 1)])
@@ -206,7 +158,7 @@ def test_a_metric_that_is_not_logged_is_named_with_those_that_are(
     tmp_path: Path, monitor: str, epochs: int
 ) -> None:
     """A validation metric before anything is trained; others after the first epoch."""
-    run = prepare(tmp_path, *GROWING, f"callbacks.grow.monitor={monitor}")
+    run = prepare(tmp_path, *GROWING, f"callbacks.growth.monitor={monitor}")
     with pytest.raises(TrainingError, match=rf"'{monitor}'.* not logged.*val/acc, val/loss") as caught:
         run.fit()
     assert "\n" not in str(caught.value)
@@ -234,12 +186,12 @@ def test_state_round_trip_continues_the_count(tmp_path: Path) -> None:
 
 def test_gradmax_takes_the_images_there_are(tmp_path: Path) -> None:
     """It looks at 256 training images; a set may have fewer."""
-    few = ("data.val_fraction=0.9", "data.batch_size=64", "callbacks.grow.fresh=gradmax")
+    few = ("data.val_fraction=0.9", "data.batch_size=64", "callbacks.growth.fresh=gradmax")
     options = ("trigger=periodic", "trigger.every=1", "trainer.max_epochs=2")
     run = prepare(tmp_path, *GROWING, *few, *options)
     assert isinstance(run.data, Digits)
     run.fit()
-    assert run.module.widths.sizes() == GROWN
+    assert run.module.structure.widths.sizes() == GROWN
 
 
 # --- depth, and growth that is replayed -------------------------------------------------------------------
@@ -252,7 +204,7 @@ RESIDUAL = ("model=resnet20", "model.width=2", "trigger=periodic", "trigger.ever
 def test_stages_gain_blocks_one_at_a_time_up_to_so_many(tmp_path: Path, ceiling: float, blocks: int) -> None:
     """In depth alone, in both ways and in width alone; function and moments of what was there are kept."""
     seen: list[tuple[Any, Any]] = []
-    given = (f"callbacks.grow.growth.ceiling={ceiling}", f"callbacks.grow.growth.blocks={blocks}")
+    given = (f"callbacks.growth.amount.ceiling={ceiling}", f"callbacks.growth.amount.blocks={blocks}")
     run = prepare(tmp_path, *GROWING, *RESIDUAL, *given)
     x_BCHW, _ = batch(run.data)
     kept = run.module.net.conv.weight  # type: ignore[union-attr]
@@ -267,10 +219,10 @@ def test_stages_gain_blocks_one_at_a_time_up_to_so_many(tmp_path: Path, ceiling:
     for before, after in zip(seen[::2], seen[1::2], strict=True):
         torch.testing.assert_close(after[0], before[0], rtol=1e-4, atol=1e-5)
         assert before[1] is None or torch.equal(after[1], before[1])
-    stages = [(e["epoch"], e["stage"], e["before"]) for e in run.module.timeline if "stage" in e]
+    stages = [(e["epoch"], e["stage"], e["before"]) for e in run.module.structure.timeline if "stage" in e]
     assert stages == [(1 + i, f"stage{s}", 3 + i) for i in range(blocks) for s in (1, 2, 3)]
-    grown = {e["width"] for e in run.module.timeline if "width" in e}
-    assert bool(grown) == (ceiling > 1) and grown <= set(run.module.widths)
+    grown = {e["width"] for e in run.module.structure.timeline if "width" in e}
+    assert bool(grown) == (ceiling > 1) and grown <= set(run.module.structure.widths)
     groups = run.trainer.optimizers[0].param_groups
     held = [p for group in groups for p in group["params"]]
     assert {id(p) for p in held} == {id(p) for p in run.module.net.parameters()} and len(held) > 50
@@ -278,25 +230,25 @@ def test_stages_gain_blocks_one_at_a_time_up_to_so_many(tmp_path: Path, ceiling:
 
 def test_a_timeline_is_replayed_on_all_of_the_training_data(tmp_path: Path) -> None:
     """Growth comes at the epochs and to the sizes of the first run; pruning is left to the second."""
-    both = ("callbacks.grow.growth.blocks=1", "schedule=[growth,gates]", "callbacks.prune.weight=1.0")
-    first = fit(tmp_path / "first", *GROWING, *RESIDUAL, *both, "callbacks.grow.growth.ceiling=1.5")
+    both = ("callbacks.growth.amount.blocks=1", "schedule=[growth,gates]", "callbacks.gates.penalty=1.0")
+    first = fit(tmp_path / "first", *GROWING, *RESIDUAL, *both, "callbacks.growth.amount.ceiling=1.5")
     again = (f"timeline={tmp_path / 'first' / 'timeline.jsonl'}", "data.val_fraction=0", "trigger=plateau")
     second = fit(tmp_path / "second", *GROWING, *RESIDUAL[:2], *again)
     assert len(second.data.train_set) == 1437 > len(first.data.train_set)  # type: ignore[arg-type]
 
     def growth(run: Any) -> list[tuple[Any, ...]]:
-        events = [e for e in run.module.timeline if e["after"] > e["before"]]
+        events = [e for e in run.module.structure.timeline if e["after"] > e["before"]]
         return [(e["epoch"], e.get("width"), e.get("stage"), e["after"]) for e in events]
 
     assert growth(first) == growth(second) != []
-    assert {e["why"] for e in second.module.timeline} == {"grow: timeline"}
+    assert {e["why"] for e in second.module.structure.timeline} == {"grow: timeline"}
 
 
 def test_what_a_run_has_beyond_the_timeline_is_left_alone(tmp_path: Path) -> None:
     rows = [{"epoch": 1, "why": "grow", "width": w, "before": 1, "after": a} for w, a in (("0", 3), ("3", 9))]
     (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     run = fit(tmp_path / "run", *GROWING, f"timeline={tmp_path / 't.jsonl'}")
-    assert run.module.widths.sizes() == START | {"3": 9}
+    assert run.module.structure.widths.sizes() == START | {"3": 9}
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,9 @@ from tests.fitted import EXACT, Run, Spy, outputs, prepare
 from tests.runs import TINY, configure
 from tests.test_resume import killed, same_run
 
-SCHEDULE = ("schedule=joint", "callbacks.levels.levels=[0.4,0.6,0.8]", "optimizer.optimizer.lr=2e-2")
+SCHEDULE = ("schedule=joint", "callbacks.joint.fractions=[0.4,0.6,0.8]", "optimizer.lr=2e-2")
 TRAINING = (*EXACT, *SCHEDULE, "data.batch_size=300", "trainer.max_epochs=3")
-RESNET = ("model=resnet20", "model.width=4", "optimizer=sgd", "optimizer.optimizer.lr=2e-2")
+RESNET = ("model=resnet20", "model.width=4", "optimizer=sgd", "optimizer.lr=2e-2")
 
 
 @pytest.fixture(autouse=True)
@@ -39,8 +39,8 @@ def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def levels_of(module: ElasticClassifier) -> Levels:
-    assert module.levels is not None
-    return module.levels
+    assert module.structure.levels is not None
+    return module.structure.levels
 
 
 # --- a step ------------------------------------------------------------------------------------------------
@@ -113,8 +113,8 @@ def test_the_gradient_of_a_step_is_that_of_the_sandwich(
 
     monkeypatch.setattr(Levels, "forward", counted)
     spy = Spy(on_train_batch_start=before, on_before_optimizer_step=after, on_train_batch_end=done)
-    options = (*TRAINING, *model, "label_smoothing=0.1", f"callbacks.levels.between={between}")
-    exact = ("trainer.max_epochs=1", "trainer.precision=64-true", "optimizer.scheduler=null")
+    options = (*TRAINING, *model, "label_smoothing=0.1", f"callbacks.joint.between={between}")
+    exact = ("trainer.max_epochs=1", "trainer.precision=64-true", "lr_scheduler=constant")
     prepare(tmp_path, *options, *exact, after=(spy,)).fit()
     chosen = held["chosen"]
     assert chosen[0] == 0 and len(set(chosen)) == len(chosen) == 1 + min(between, 2)
@@ -149,21 +149,21 @@ def test_the_levels_between_are_drawn_anew_in_each_step(
         return forward(self, k, x_BCHW, *more)
 
     monkeypatch.setattr(Levels, "forward", counted)
-    options = (*TRAINING, "data.batch_size=64", "callbacks.levels.between=1", "trainer.max_epochs=2")
+    options = (*TRAINING, "data.batch_size=64", "callbacks.joint.between=1", "trainer.max_epochs=2")
     run = prepare(tmp_path, *options, after=(Spy(on_train_batch_start=lambda *_: drawn.append([])),)).fit()
     assert all(step[:2] == [3, 0] and len(step) == 3 for step in drawn)
     third = [step[2] for step in drawn]
     assert set(third) == {1, 2} and 0.25 < third.count(1) / len(third) < 0.75
     half = len(third) // 2
     assert third[:half] != third[half:], "each epoch draws its own"
-    counted_macs = [counts.count_macs(level, run.module.example) for level in levels_of(run.module)]
+    counted_macs = [counts.count_macs(level, run.module.structure.example) for level in levels_of(run.module)]
     per_step = counted_macs[3] + counted_macs[0] + (counted_macs[1] + counted_macs[2]) / 2
     samples = 64 * len(drawn)
     assert run.callbacks["census"].macs_training == pytest.approx(3 * samples * per_step, rel=1e-6)
 
 
 def test_two_levels_are_trained_too(tmp_path: Path) -> None:
-    run = prepare(tmp_path, *TRAINING, "callbacks.levels.levels=[0.5]", "trainer.max_epochs=2").fit()
+    run = prepare(tmp_path, *TRAINING, "callbacks.joint.fractions=[0.5]", "trainer.max_epochs=2").fit()
     assert len(levels_of(run.module)) == 2
     moments = run.trainer.optimizers[0].state
     assert all(moments[p]["exp_avg"].any() for p in levels_of(run.module).norms.parameters())
@@ -280,18 +280,18 @@ def test_levels_end_in_the_networks_storage_each_with_norms_of_its_own(seen: tup
     inside(levels)
     means: Any = [list(norms(level).values())[-1].running_mean for level in levels]
     assert all(not torch.equal(a, b[: len(a)]) for a, b in pairwise(means))
-    assert run.module.timeline == [] and run.module.level == len(levels) - 1
+    assert run.module.structure.timeline == [] and run.module.structure.level == len(levels) - 1
 
 
 def test_all_levels_learn(tmp_path: Path) -> None:
     options = (*TRAINING, "data.batch_size=64", "trainer.max_epochs=6", "model.channels=[12,12,16,16]")
     found = train(configure(tmp_path, *options), tmp_path)
     accuracies = [row["test/acc"] for row in found["levels"]]
-    assert min(accuracies) > 0.7 and found["schedule"] == "levels"
+    assert min(accuracies) > 0.7 and found["schedule"] == "joint"
     assert evaluate(tmp_path) == found
     module, _ = build(configure(tmp_path / "again", *options))
-    levels = load_levels(module.net, tmp_path / "model.safetensors", module.example)
-    assert [counts.count_macs(level, module.example) for level in levels] == [
+    levels = load_levels(module.net, tmp_path / "model.safetensors", module.structure.example)
+    assert [counts.count_macs(level, module.structure.example) for level in levels] == [
         row["macs"] for row in found["levels"]
     ]
 
@@ -299,11 +299,11 @@ def test_all_levels_learn(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        ("trainer.precision=32-true", "optimizer=sgd", "callbacks.levels.importance=taylor"),
+        ("trainer.precision=32-true", "optimizer=sgd", "callbacks.joint.importance=taylor"),
         (
             "trainer.precision=bf16-mixed",
-            "callbacks.levels.by=macs",
-            "callbacks.levels.levels=[9e3,14e3,20e3]",
+            "callbacks.joint.by=macs",
+            "callbacks.joint.fractions=[9e3,14e3,20e3]",
         ),
     ],
     ids=["sgd", "adamw"],
@@ -312,7 +312,7 @@ def test_resumed_equals_uninterrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
 ) -> None:
     given = (*TINY, "experiment=smoke", *SCHEDULE, "data.batch_size=300", "trainer.max_epochs=5", *options)
-    given = (*given, "callbacks.levels.between=1")
+    given = (*given, "callbacks.joint.between=1")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     one = train(configure(whole, *given), whole)
     for epoch, index in ((1, 2), (3, 0)):

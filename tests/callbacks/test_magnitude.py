@@ -24,11 +24,11 @@ from tests.test_resume import killed, same_run
 FULL = 1146  # parameters of the network
 FIRST = FULL - 24  # where norms' shifts are still zero
 SMALLEST = ("schedule=[magnitude]", "callbacks.magnitude.begin=0.25", "callbacks.magnitude.end=0.75")
-PRUNING = (*EXACT, *SMALLEST, "data.batch_size=512", "trainer.max_epochs=8", "optimizer.optimizer.lr=2e-2")
+PRUNING = (*EXACT, *SMALLEST, "data.batch_size=512", "trainer.max_epochs=8", "optimizer.lr=2e-2")
 
 
 def compacted(module: ElasticClassifier) -> int:
-    return counts.count_params(compact(module.net, module.example))
+    return counts.count_params(compact(module.net, module.structure.example))
 
 
 def masks(module: ElasticClassifier) -> list[Tensor]:
@@ -63,13 +63,6 @@ def test_the_compacted_network_follows_the_cubic_path_to_the_budget(tmp_path: Pa
     assert found[:2] == [FIRST, FULL] and found[7] == 400
 
 
-def test_a_step_comes_every_so_many_epochs_and_at_the_end(tmp_path: Path) -> None:
-    options = ("callbacks.magnitude.every=4", "callbacks.magnitude.end=0.7", "trainer.max_epochs=10")
-    found = sizes(tmp_path, "callbacks.magnitude.budget=700", *options)
-    assert found[1:4] == [FULL] * 3 and found[7:] == [700] * 3
-    assert 700 < found[4] < FULL and found[5:7] == [found[4]] * 2
-
-
 def test_the_budget_is_met_where_the_end_lies_behind_the_last_epoch(tmp_path: Path) -> None:
     options = ("trainer.max_epochs=3", "callbacks.magnitude.end=1.0", "callbacks.magnitude.budget=600")
     assert sizes(tmp_path, *options)[-1] == 600
@@ -77,10 +70,10 @@ def test_the_budget_is_met_where_the_end_lies_behind_the_last_epoch(tmp_path: Pa
 
 def test_nothing_is_closed_where_the_budget_is_larger_than_the_network(tmp_path: Path) -> None:
     run = fit(tmp_path, *PRUNING, "callbacks.magnitude.budget=5000")
-    assert all(mask.all() for mask in masks(run.module)) and not run.module.timeline
+    assert all(mask.all() for mask in masks(run.module)) and not run.module.structure.timeline
     report = run.callbacks["magnitude"].report(run.module)
-    assert (report["budget/asked"], report["budget/got"]) == (5000, FULL)
-    assert report["budget/why"] == "all gates are open: the network is no larger"
+    assert (report["budget/target"], report["budget/actual"]) == (5000, FULL)
+    assert report["budget/reason"] == "all gates are open: the network is no larger"
 
 
 def test_the_smallest_weights_are_closed_for_good_and_only_they(tmp_path: Path) -> None:
@@ -102,7 +95,7 @@ def test_the_smallest_weights_are_closed_for_good_and_only_they(tmp_path: Path) 
 
     spies = {"before": (Spy(on_train_epoch_start=was),), "after": (Spy(on_train_epoch_start=look),)}
     run = fit(tmp_path, *PRUNING, "callbacks.magnitude.budget=900", **spies)
-    assert not run.module.timeline, "channels have left: positions are no longer comparable"
+    assert not run.module.structure.timeline, "channels have left: positions are no longer comparable"
     assert [count > 0 for count in steps] == [False] * 3 + [True] * 4 + [False]
 
 
@@ -151,7 +144,7 @@ def test_dead_channels_leave_and_the_output_stays(tmp_path: Path) -> None:
 
     def after(trainer: Any, module: Any) -> None:
         epoch = trainer.current_epoch
-        if any(event["epoch"] == epoch for event in module.timeline):
+        if any(event["epoch"] == epoch for event in module.structure.timeline):
             now = outputs(module, batch(trainer.datamodule)[0])
             assert (seen[epoch] - now).abs().max() <= 1e-5 * now.abs().max()
             checked.append(epoch)
@@ -159,18 +152,18 @@ def test_dead_channels_leave_and_the_output_stays(tmp_path: Path) -> None:
     run = prepare(
         tmp_path, *PRUNING, "callbacks.magnitude.budget=150", after=(Spy(on_train_epoch_start=after),)
     )
-    restructure = run.module.restructure
+    restructure = run.module.structure.restructure
 
     def noted(*given: Any, **options: Any) -> None:
         settled(run.trainer, run.module)
         restructure(*given, **options)
 
-    run.module.restructure = noted  # type: ignore[method-assign]
+    run.module.structure.restructure = noted  # type: ignore[method-assign]
     run.fit()
     assert checked, "no channel died: the test shows nothing"
-    assert {event["why"] for event in run.module.timeline} == {"prune: channels without effect"}
-    assert all(event["after"] < event["before"] for event in run.module.timeline)
-    plain = compact(run.module.net, run.module.example)
+    assert {event["why"] for event in run.module.structure.timeline} == {"prune: channels without effect"}
+    assert all(event["after"] < event["before"] for event in run.module.structure.timeline)
+    plain = compact(run.module.net, run.module.structure.example)
     x_BCHW, _ = batch(run.data)
     assert torch.allclose(plain(x_BCHW), outputs(run.module, x_BCHW), atol=1e-5)
     assert counts.count_params(plain) <= 150
@@ -178,9 +171,9 @@ def test_dead_channels_leave_and_the_output_stays(tmp_path: Path) -> None:
 
 def test_a_network_that_has_grown_is_pruned_from_its_full_size(tmp_path: Path) -> None:
     growing = ("schedule=[growth,magnitude]", "trigger=periodic", "trigger.every=1")
-    given = (*growing, "callbacks.grow.until=0.2", "callbacks.grow.fresh=random")
+    given = (*growing, "callbacks.growth.until=0.2", "callbacks.growth.fresh=random")
     run = fit(tmp_path, *PRUNING, *given, "callbacks.magnitude.budget=600")
-    assert any(event["why"].startswith("grow") for event in run.module.timeline)
+    assert any(event["why"].startswith("grow") for event in run.module.structure.timeline)
     assert run.callbacks["magnitude"].budget.peak > 1.5 * FULL
     assert compacted(run.module) == 600
 
@@ -192,7 +185,7 @@ def test_a_run_killed_and_continued_is_the_whole_run(tmp_path: Path, monkeypatch
         "schedule=[growth,magnitude]",
         "trigger=periodic",
         "trigger.every=1",
-        "callbacks.grow.until=0.3",
+        "callbacks.growth.until=0.3",
     )
     given = (*PRUNING, "callbacks.magnitude.budget=200", *growing)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -220,8 +213,3 @@ def test_gates_and_magnitude_do_not_prune_one_network(tmp_path: Path, schedule: 
 def test_a_path_that_cannot_be_is_refused(given: dict[str, Any]) -> None:
     with pytest.raises(StructureError):
         PruneByMagnitude(**given)
-
-
-def test_steps_need_an_epoch() -> None:
-    with pytest.raises(TrainingError, match="every"):
-        PruneByMagnitude(budget=9, every=0)

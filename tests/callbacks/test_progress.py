@@ -29,10 +29,10 @@ def test_it_shows_params_widths_and_lambda(tmp_path: Path, capsys: pytest.Captur
         "trainer.max_epochs=4",
         "trigger=periodic",
         "trigger.every=1",
-        "callbacks.grow.until=0.3",
-        "callbacks.prune.begin=0.0",
-        "callbacks.prune.end=0.75",
-        "callbacks.prune.weight=2e-4",
+        "callbacks.growth.until=0.3",
+        "callbacks.gates.begin=0.0",
+        "callbacks.gates.end=0.75",
+        "callbacks.gates.penalty=2e-4",
     )
     assert [row["widths"] for row in rows] == ["4-6-6-8"] + ["6-9-9-12"] * 3
     assert [row["λ"] for row in rows] == ["2.0e-04"] * 3 + ["frozen"]
@@ -45,6 +45,6 @@ def test_many_widths_are_summed(tmp_path: Path) -> None:
     run = prepare(tmp_path, *EXACT, BAR, "model=resnet20", "model.width=4", "schedule=static")
     run.trainer.strategy.connect(run.module)
     shown = run.callbacks["progress"].get_metrics(run.trainer, run.module)
-    sizes = run.module.widths.sizes().values()
+    sizes = run.module.structure.widths.sizes().values()
     assert len(sizes) > 8 and shown["widths"] == f"Σ{sum(sizes)}"
     assert "λ" not in shown and "params" not in shown, "nothing has been counted yet"

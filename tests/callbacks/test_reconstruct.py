@@ -34,16 +34,16 @@ from tests.fitted import EXACT, Run, Spy, batch, command, prepare
 from tests.runs import TINY, configure
 from tests.test_resume import killed, same_run
 
-SCHEDULE = ("schedule=reconstruct", "callbacks.levels.levels=[0.5,0.75]", "trainer.max_epochs=10")
-RECONSTRUCTING = (*EXACT, *SCHEDULE, "data.batch_size=400", "optimizer.optimizer.lr=2e-2")
+SCHEDULE = ("schedule=reconstruct", "callbacks.reconstruct.fractions=[0.5,0.75]", "trainer.max_epochs=10")
+RECONSTRUCTING = (*EXACT, *SCHEDULE, "data.batch_size=400", "optimizer.lr=2e-2")
 PHASES = [
     Phase(2, False, range(0, 4)),
     *(Phase(1, False, range(4, 6)), Phase(0, False, range(6, 7))),
     *(Phase(1, True, range(7, 8)), Phase(2, True, range(8, 10))),
 ]
 MODELS: dict[str, tuple[str, ...]] = {
-    "convnet": ("optimizer.optimizer.weight_decay=0.5",),
-    "resnet20": ("model=resnet20", "model.width=4", "optimizer=sgd", "optimizer.optimizer.weight_decay=0.01"),
+    "convnet": ("optimizer.weight_decay=0.5",),
+    "resnet20": ("model=resnet20", "model.width=4", "optimizer=sgd", "optimizer.weight_decay=0.01"),
 }
 Capture = pytest.CaptureFixture[str]
 
@@ -77,8 +77,8 @@ class Witness:
 
     @property
     def levels(self) -> Levels:
-        assert self.run.module.levels is not None
-        return self.run.module.levels
+        assert self.run.module.structure.levels is not None
+        return self.run.module.structure.levels
 
     def spies(self) -> Spy:
         return Spy(
@@ -94,7 +94,7 @@ class Witness:
         self.starts.append(snapshot(self.levels))
         self.rates.append([])
         above = self.levels[min(phase.level + 1, len(self.levels) - 1)]
-        self.scores.append(score_channels(above, discover(above, module.example)))
+        self.scores.append(score_channels(above, discover(above, module.structure.example)))
 
         self.first.append(self._says(trainer))
 
@@ -149,7 +149,7 @@ def equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
 
 
 def test_its_phases_are_these(seen: Witness) -> None:
-    assert seen.run.callbacks["levels"].phases == PHASES and len(seen.ends) == 10
+    assert seen.run.callbacks["reconstruct"].phases == PHASES and len(seen.ends) == 10
 
 
 def test_a_level_that_is_finished_keeps_every_bit_to_the_end(seen: Witness) -> None:
@@ -257,9 +257,9 @@ def test_the_timeline_replayed_goes_down_to_the_core_and_up_to_the_network(seen:
     """Through every level, at the start of its phase."""
     text = (seen.run.folder / "timeline.jsonl").read_text()
     events = [json.loads(line) for line in text.splitlines()]
-    assert events == seen.run.module.timeline
+    assert events == seen.run.module.structure.timeline
     steps = len(seen.rates[0])
-    sizes = dict(seen.run.module.start)
+    sizes = dict(seen.run.module.structure.start_sizes)
     assert sizes == seen.levels.sizes[-1]
     for epoch in range(10):
         for event in (e for e in events if e["epoch"] == epoch):
@@ -275,7 +275,7 @@ def test_the_timeline_replayed_goes_down_to_the_core_and_up_to_the_network(seen:
 
 def test_the_census_counts_the_level_that_is_trained(seen: Witness) -> None:
     module = seen.run.module
-    macs = {k: counts.count_macs(extracted(seen.levels, k), module.example) for k in range(3)}
+    macs = {k: counts.count_macs(extracted(seen.levels, k), module.structure.example) for k in range(3)}
     expected = sum(3 * seen.samples * len(phase.epochs) * macs[phase.level] for phase in PHASES)
     assert seen.run.callbacks["census"].macs_training == expected
     assert {row["macs"] for row in seen.run.callbacks["census"].history} == {macs[2]}
@@ -289,13 +289,15 @@ def test_importance_may_come_from_gradients(tmp_path: Path) -> None:
     def look(trainer: Any, module: Any) -> None:
         phase = phase_of(trainer.current_epoch)
         if phase in PHASES[1:3] and trainer.current_epoch == phase.epochs[0]:
-            level = module.levels[phase.level + 1]
+            level = module.structure.levels[phase.level + 1]
             given = [trainer.datamodule.sample(256, module.seed)]
-            for scores in score_channels(level, discover(level, module.example), "taylor", given).values():
+            for scores in score_channels(
+                level, discover(level, module.structure.example), "taylor", given
+            ).values():
                 assert (scores[:-1] >= scores[1:] * (1 - 1e-3) - 1e-7).all()
             checked.append(phase.level)
 
-    options = (*RECONSTRUCTING, "callbacks.levels.importance=taylor")
+    options = (*RECONSTRUCTING, "callbacks.reconstruct.importance=taylor")
     run = prepare(tmp_path, *options, after=(Spy(on_train_epoch_start=look),))
     run.fit()
     assert checked == [1, 0]
@@ -309,15 +311,19 @@ RESUMED = (
     *SCHEDULE,
     "data.batch_size=400",
     "trainer.max_epochs=12",
-    "callbacks.levels.dense=0.34",
+    "callbacks.reconstruct.dense=0.34",
 )
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        ("trainer.precision=32-true", "optimizer=sgd", "callbacks.levels.importance=taylor"),
-        ("trainer.precision=bf16-mixed", "callbacks.levels.by=macs", "callbacks.levels.levels=[9e3,18e3]"),
+        ("trainer.precision=32-true", "optimizer=sgd", "callbacks.reconstruct.importance=taylor"),
+        (
+            "trainer.precision=bf16-mixed",
+            "callbacks.reconstruct.by=macs",
+            "callbacks.reconstruct.fractions=[9e3,18e3]",
+        ),
     ],
     ids=["sgd", "adamw"],
 )
@@ -346,7 +352,7 @@ def test_a_run_that_was_cut_by_latency_goes_on_with_the_sizes_it_began_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the machine says when it goes on: slower, faster, too slow and too fast for the budgets."""
-    given = (*RESUMED, "callbacks.levels.by=latency_ms", "callbacks.levels.levels=[0.3,0.6]")
+    given = (*RESUMED, "callbacks.reconstruct.by=latency_ms", "callbacks.reconstruct.fractions=[0.3,0.6]")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     monkeypatch.setattr(elastic.callbacks.levels, "measure_latency_ms", fake_ms(1.0))
     train(configure(whole, *given), whole)
@@ -364,7 +370,7 @@ def test_a_run_that_was_cut_by_latency_goes_on_with_the_sizes_it_began_with(
 
 
 EXAMPLE = torch.zeros(1, 1, 8, 8)
-FINISHED = (*RECONSTRUCTING, "seed=3", "channels_last=false")
+FINISHED = (*RECONSTRUCTING, "seed=3")
 
 # --- runs that are finished --------------------------------------------------------------------------------
 
@@ -386,13 +392,13 @@ def test_the_summary_has_a_row_a_level(finished: Path) -> None:
     """Counted and tested again on networks that are cut out of the saved file."""
     found = summary(finished)
     module, data = build(configure(finished / "x", *FINISHED))
-    levels = load_levels(module.net, finished / "model.safetensors", module.example)
+    levels = load_levels(module.net, finished / "model.safetensors", module.structure.example)
     data.prepare_data()
     data.setup("test")
-    assert [row["level"] for row in found["levels"]] == [0, 1, 2] and found["schedule"] == "levels"
+    assert [row["level"] for row in found["levels"]] == [0, 1, 2] and found["schedule"] == "reconstruct"
     for k, row in enumerate(found["levels"]):
         own = extracted(levels, k).eval()
-        assert row["macs"] == counts.count_macs(own, module.example)
+        assert row["macs"] == counts.count_macs(own, module.structure.example)
         assert row["params"] == sum(int(p.count_nonzero()) for p in own.parameters())
         assert row["test/acc"] == pytest.approx(accuracy_by_hand(own, data))
     last = found["levels"][-1]
@@ -480,8 +486,8 @@ def test_a_run_starts_from_one_that_grew_and_was_pruned(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     growing = (
         *(*TINY, "experiment=smoke", "trainer.max_epochs=8", "trigger=periodic", "trigger.every=2"),
-        *("callbacks.prune.begin=0.0", "callbacks.prune.budget=1500", "callbacks.prune.grace=0"),
-        *("optimizer.optimizer.lr=3e-2", "callbacks.grow.until=0.5", "data.batch_size=64"),
+        *("callbacks.gates.begin=0.0", "callbacks.gates.budget=1500", "callbacks.gates.grace=0"),
+        *("optimizer.lr=3e-2", "callbacks.growth.until=0.5", "data.batch_size=64"),
     )
     before = train(configure(first, *growing), first)
     assert before["params"] < before["params_dense"], "pruned"
@@ -490,19 +496,23 @@ def test_a_run_starts_from_one_that_grew_and_was_pruned(tmp_path: Path) -> None:
     def look(trainer: Any, module: Any) -> None:
         x_BCHW, _ = batch(trainer.datamodule)
         with torch.no_grad():
-            held.append(extracted(module.levels, 2).eval()(x_BCHW))
+            held.append(extracted(module.structure.levels, 2).eval()(x_BCHW))
 
-    given = (*RECONSTRUCTING, f"init={first}", "callbacks.levels.dense=0")
+    given = (*RECONSTRUCTING, f"init={first}", "callbacks.reconstruct.dense=0")
     run = prepare(second, *given, before=(Spy(on_fit_start=look),))
-    assert run.module.start != build(configure(tmp_path / "x", *RECONSTRUCTING))[0].start, "it has grown"
+    assert run.module.structure.start_sizes != build(configure(tmp_path / "x", *RECONSTRUCTING))[0].start, (
+        "it has grown"
+    )
     plain = load_compact(
         build(configure(tmp_path / "y", *growing))[0].net, first / "model.safetensors", EXAMPLE
     )
     run.fit()
     with torch.no_grad():
         assert torch.allclose(held[0], plain(batch(run.data)[0]), atol=1e-5)
-    assert [phase.level for phase in run.callbacks["levels"].phases] == [1, 0, 1, 2]
-    assert {event["epoch"] for event in run.module.timeline if event["why"].startswith("prune")} == {0, 2}
+    assert [phase.level for phase in run.callbacks["reconstruct"].phases] == [1, 0, 1, 2]
+    assert {
+        event["epoch"] for event in run.module.structure.timeline if event["why"].startswith("prune")
+    } == {0, 2}
 
     third = tmp_path / "third"
     found = train(configure(third, *given), third)
@@ -518,20 +528,23 @@ def test_a_run_starts_from_one_that_grew_and_was_pruned(tmp_path: Path) -> None:
 CONFLICTS = ("growth", "gates", "magnitude", "ema")
 WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "too few epochs": (("trainer.max_epochs=4",), "of 4 epochs none is left"),
-    "no time to grow": (("callbacks.levels.dense=0.7",), "none is left to grow level 1"),
-    "a dense phase of less than none": (("callbacks.levels.dense=-0.1",), "dense=-0.1"),
-    "levels that descend": (("callbacks.levels.levels=[0.8,0.5]",), "do not ascend"),
-    "no levels": (("callbacks.levels.levels=[]",), "do not ascend"),
-    "an unknown measure": (("callbacks.levels.by=flops",), "'flops'"),
-    "an unknown importance": (("callbacks.levels.importance=l3",), "'l3'"),
-    "an importance that there is nothing for": (("callbacks.levels.importance=gate",), "no gates"),
-    "a multiple of none": (("callbacks.levels.multiple=0",), "multiple"),
+    "no time to grow": (("callbacks.reconstruct.dense=0.7",), "none is left to grow level 1"),
+    "a dense phase of less than none": (("callbacks.reconstruct.dense=-0.1",), "dense=-0.1"),
+    "levels that descend": (("callbacks.reconstruct.fractions=[0.8,0.5]",), "do not ascend"),
+    "no levels": (("callbacks.reconstruct.fractions=[]",), "do not ascend"),
+    "an unknown measure": (("callbacks.reconstruct.by=flops",), "'flops'"),
+    "an unknown importance": (("callbacks.reconstruct.importance=l3",), "'l3'"),
+    "an importance that there is nothing for": (("callbacks.reconstruct.importance=gate",), "no gates"),
+    "a multiple of none": (("callbacks.reconstruct.multiple=0",), "multiple"),
     "a budget below the least": (
-        ("callbacks.levels.by=macs", "callbacks.levels.levels=[10]"),
+        ("callbacks.reconstruct.by=macs", "callbacks.reconstruct.fractions=[10]"),
         "no level is within macs=10",
     ),
-    "a width that vanishes": (("callbacks.levels.levels=[0.1]",), "without a channel"),
-    "levels that come out the same": (("callbacks.levels.levels=[0.5,0.51]",), "levels 0 and 1 are the same"),
+    "a width that vanishes": (("callbacks.reconstruct.fractions=[0.1]",), "without a channel"),
+    "levels that come out the same": (
+        ("callbacks.reconstruct.fractions=[0.5,0.51]",),
+        "levels 0 and 1 are the same",
+    ),
     "a start that is not there": (("init=/nonexistent",), "/nonexistent"),
     "both ways at once": (("schedule=[reconstruct,joint]",), ""),
     "both ways at once, the other first": (("schedule=[joint,reconstruct]",), ""),
@@ -589,11 +602,11 @@ def test_they_are_refused_however_they_came(way: type[Reconstruct | TrainJointly
     trainer: Any = SimpleNamespace(world_size=2, callbacks=[], max_epochs=10)
     with pytest.raises(TrainingError, match=r"trainer\.devices=1") as caught:
         way([0.5]).setup(trainer, module, "fit")
-    assert "\n" not in str(caught.value) and module.levels is None
+    assert "\n" not in str(caught.value) and module.structure.levels is None
 
 
 def test_a_gated_network_is_refused(tmp_path: Path) -> None:
     run = prepare(tmp_path, *RECONSTRUCTING)
-    gates.attach_gates(run.module.net, run.module.widths, "weight")
+    gates.attach_gates(run.module.net, run.module.structure.widths, "weight")
     with pytest.raises(StructureError, match="a gated network has no levels"):
         run.fit()

@@ -86,7 +86,7 @@ def write(folder: Path, acc: float, params: int, epochs: int = 5) -> None:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sweep")
-    name = "growth+gates-" + "-".join(f"callbacks.prune.option{i}=value{i}" for i in range(6))
+    name = "growth+gates-" + "-".join(f"callbacks.gates.option{i}=value{i}" for i in range(6))
     for seed in (0, 1):
         write(folder / f"gnap-seed{seed}", 0.93 + seed / 100, 20_000)
         write(folder / f"{name}-seed{seed}", 0.931 + seed / 100, 20_100)

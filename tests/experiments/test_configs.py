@@ -124,7 +124,7 @@ def test_every_data_set_can_be_named_without_being_there(tmp_path: Path, name: s
 )
 def test_every_trigger_can_be_made(tmp_path: Path, name: str, kind: type) -> None:
     cfg = configure(tmp_path, "schedule=[growth]", f"trigger={name}", "experiment=smoke")
-    grow = instantiate(cfg.callbacks.grow)
+    grow = instantiate(cfg.callbacks.growth)
     assert isinstance(grow, GrowOnSaturation) and isinstance(grow.trigger, kind)
     assert isinstance(grow.growth, Growth)
     assert set(files("trigger")) == {"plateau", "impatient", "periodic"}
@@ -147,9 +147,9 @@ SCHEDULES = {
     "static": "static",
     "[growth]": "grow",
     "[gates]": "prune",
-    "[growth,gates]": "grow+prune",
-    "[gates,growth]": "grow+prune",
-    "[growth,gates,ema]": "grow+prune+average",
+    "[growth,gates]": "growth+gates",
+    "[gates,growth]": "growth+gates",
+    "[growth,gates,ema]": "growth+gates+ema",
     "[growth,magnitude]": "grow+magnitude",
 }
 
@@ -267,8 +267,8 @@ def test_experiments_survive_fast_dev_run(tmp_path: Path, experiment: str) -> No
     [("zero_out", "sgd"), ("random", "adamw"), ("split", "sgd"), ("split", "adamw"), ("gradmax", "adamw")],
 )
 def test_every_start_runs(tmp_path: Path, optimizer: str, fresh: str) -> None:
-    every = ("trigger=periodic", "trigger.every=1", "callbacks.grow.until=1.0", "trainer.max_epochs=2")
-    chosen = (f"optimizer={optimizer}", f"callbacks.grow.fresh={fresh}", "callbacks.prune.begin=0.0")
+    every = ("trigger=periodic", "trigger.every=1", "callbacks.growth.until=1.0", "trainer.max_epochs=2")
+    chosen = (f"optimizer={optimizer}", f"callbacks.growth.fresh={fresh}", "callbacks.gates.begin=0.0")
     survives(tmp_path, "smoke", *every, *chosen)
     held = load(tmp_path / "last.ckpt")["elastic"]
     assert all(held["sizes"][name] > size for name, size in held["start"].items())

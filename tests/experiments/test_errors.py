@@ -57,10 +57,10 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "an unknown model": (("model=nonsense",), "nonsense"),
     "no override at all": (("model={a",), "{a"),
     "missing data": (("data=mnist", "data.download=false", "data.root=/nonexistent"), "/nonexistent"),
-    "a ceiling below the start": (("callbacks.grow.growth.ceiling=0.5",), "ceiling is 0.5"),
-    "an unknown start": (("callbacks.grow.fresh=ones",), "'ones'"),
-    "an unknown grain": (("callbacks.prune.grain=ones",), "'ones'"),
-    "an unknown metric": (("callbacks.grow.monitor=val/f1",), "val/f1"),
+    "a ceiling below the start": (("callbacks.growth.amount.ceiling=0.5",), "ceiling is 0.5"),
+    "an unknown start": (("callbacks.growth.fresh=ones",), "'ones'"),
+    "an unknown grain": (("callbacks.gates.grain=ones",), "'ones'"),
+    "an unknown metric": (("callbacks.growth.monitor=val/f1",), "val/f1"),
     "more in a batch than there is": (("data.batch_size=5000",), "batch_size 5000"),
     "a batch size that is no number": (("data.batch_size=many",), "full_key: data"),
     "an unknown precision": (("trainer.precision=int4",), "int4"),
@@ -97,7 +97,7 @@ def test_an_unknown_key_comes_with_the_remedy(
 
 def test_by_process(tmp_path: Path) -> None:
     """Once for real: what the shell sees."""
-    code, err = process(*SMOKE, f"run={tmp_path / 'run'}", "callbacks.grow.growth.ceiling=0.5")
+    code, err = process(*SMOKE, f"run={tmp_path / 'run'}", "callbacks.growth.amount.ceiling=0.5")
     assert told(err, code) == "growth ceiling is 0.5 times the start: set it to 1 or more"
     assert not (tmp_path / "run" / "summary.json").exists()
 
@@ -126,7 +126,7 @@ def test_the_whole_traceback_is_there_for_the_asking(tmp_path: Path, monkeypatch
     GlobalHydra.instance().clear()
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     monkeypatch.setattr(elastic.experiments.train.main.__wrapped__, "__module__", "__main__")
-    monkeypatch.setattr(sys, "argv", ["train", f"run={tmp_path}", "callbacks.grow.growth.ceiling=0.5"])
+    monkeypatch.setattr(sys, "argv", ["train", f"run={tmp_path}", "callbacks.growth.amount.ceiling=0.5"])
     with pytest.raises(Exception, match=r"ceiling is 0\.5"):
         run(elastic.experiments.train.main)
 
@@ -221,10 +221,10 @@ KILLED = (
     "data.batch_size=64",
     "trigger=periodic",
     "trigger.every=4",
-    "callbacks.grow.growth.factor=1.2",
-    "callbacks.grow.until=0.9",
-    "callbacks.prune.begin=0.0",
-    "callbacks.prune.weight=5e-3",
+    "callbacks.growth.amount.factor=1.2",
+    "callbacks.growth.until=0.9",
+    "callbacks.gates.begin=0.0",
+    "callbacks.gates.penalty=5e-3",
 )
 
 

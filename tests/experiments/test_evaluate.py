@@ -20,12 +20,12 @@ CHANGING = (
     "data.batch_size=64",
     "trigger=periodic",
     "trigger.every=2",
-    "callbacks.grow.until=0.9",
-    "callbacks.prune.begin=0.0",
-    "callbacks.prune.weight=0.1",
-    "callbacks.prune.end=0.6",
-    "callbacks.prune.grace=0",
-    "optimizer.optimizer.lr=3e-2",
+    "callbacks.growth.until=0.9",
+    "callbacks.gates.begin=0.0",
+    "callbacks.gates.penalty=0.1",
+    "callbacks.gates.end=0.6",
+    "callbacks.gates.grace=0",
+    "optimizer.lr=3e-2",
 )
 Capture = pytest.CaptureFixture[str]
 

@@ -113,7 +113,7 @@ def test_a_sweep_that_was_killed_does_what_is_missing(tmp_path: Path) -> None:
 
 
 def test_a_run_that_fails_takes_no_other_down(tmp_path: Path) -> None:
-    said = finish(start(tmp_path, "optimizer.optimizer.lr=1e-2,-1", "seed=0"))
+    said = finish(start(tmp_path, "optimizer.lr=1e-2,-1", "seed=0"))
     assert len(summaries(tmp_path)) == 1
     (note,) = tmp_path.glob("sweep/*/failed.json")
     assert json.loads(note.read_text())["error"] == "Invalid learning rate: -1"

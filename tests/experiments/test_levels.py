@@ -27,7 +27,7 @@ Fixtures = tuple[pytest.MonkeyPatch, pytest.CaptureFixture[str]]
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("joint-seed0")
-    given = (*EXACT, "schedule=joint", "callbacks.levels.levels=[0.5]")
+    given = (*EXACT, "schedule=joint", "callbacks.joint.fractions=[0.5]")
     train(configure(folder, *given), folder)
     return folder
 

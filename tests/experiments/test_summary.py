@@ -22,10 +22,10 @@ PRUNING = (
     "experiment=smoke",
     "trainer.max_epochs=6",
     "data.batch_size=64",
-    "callbacks.prune.begin=0.0",
-    "callbacks.prune.end=0.7",
-    "callbacks.prune.weight=0.1",
-    "optimizer.optimizer.lr=3e-2",
+    "callbacks.gates.begin=0.0",
+    "callbacks.gates.end=0.7",
+    "callbacks.gates.penalty=0.1",
+    "optimizer.lr=3e-2",
 )
 TYPES: dict[str, type] = {
     "experiment": str,
@@ -63,7 +63,7 @@ def test_the_summary_is_flat_and_complete(finished: Path) -> None:
         assert type(summary[key]) is kind, key
     assert all(not isinstance(value, dict) for value in summary.values())
     assert (summary["experiment"], summary["seed"], summary["data"]) == ("smoke", 4, "digits")
-    assert (summary["model"], summary["schedule"]) == ("convnet", "grow+prune")
+    assert (summary["model"], summary["schedule"]) == ("convnet", "growth+gates")
     assert 0 <= summary["test/acc"] <= 1 and summary["wall_s"] > 0
     assert 0 < summary["params"] <= summary["params_dense"]
     assert summary["torch"] == torch.__version__
@@ -93,10 +93,10 @@ def test_macs_are_those_of_the_compacted_network_by_hand(finished: Path) -> None
 
 
 def test_the_summary_tells_the_budget_asked_from_what_was_got(tmp_path: Path) -> None:
-    budget = "callbacks.prune.budget={_target_: elastic.budget.Budget, asked: 777}"
+    budget = "callbacks.gates.budget={_target_: elastic.pruning.Budget, target: 777}"
     summary = train(configure(tmp_path, *PRUNING, "trainer.max_epochs=2", budget), tmp_path)
-    assert summary["budget/asked"] == 777
-    assert summary["budget/got"] == summary["params"]
+    assert summary["budget/target"] == 777
+    assert summary["budget/actual"] == summary["params"]
     assert summary_of(tmp_path) == summary
 
 
@@ -104,10 +104,10 @@ def test_the_summary_tells_the_budget_asked_from_what_was_got(tmp_path: Path) ->
     ("schedule", "named"),
     [
         ("static", "static"),
-        ("[ema,gates,growth]", "grow+prune+average"),
+        ("[ema,gates,growth]", "growth+gates+ema"),
         ("[magnitude]", "magnitude"),
-        ("[magnitude,growth]", "grow+magnitude"),
-        ("dynamic", "switch"),
+        ("[magnitude,growth]", "growth+magnitude"),
+        ("dynamic", "dynamic"),
     ],
 )
 def test_the_summary_names_the_schedule_in_one_order(tmp_path: Path, schedule: str, named: str) -> None:

@@ -23,7 +23,7 @@ from tests.runs import TINY, configure
 @pytest.mark.parametrize(
     ("overrides", "name"),
     [
-        ("data=mnist,callbacks.prune.budget=2000,seed=1", "mnist-budget=2000-seed1"),
+        ("data=mnist,callbacks.gates.budget=2000,seed=1", "mnist-budget=2000-seed1"),
         ("schedule=[growth,gates],data=mnist", "growth+gates-mnist-seed0"),
         ("seed=3,model.channels=[4,6]", "channels=4+6-seed3"),
         ("schedule=static", "static-seed0"),
@@ -44,7 +44,7 @@ def test_names_are_folders_and_tell_runs_apart(channels: list[int], schedule: st
 
 
 def test_long_names_are_cut_and_still_tell_runs_apart() -> None:
-    many = ",".join(f"callbacks.prune.option{i}=value{i}" for i in range(40))
+    many = ",".join(f"callbacks.gates.option{i}=value{i}" for i in range(40))
     one, two = arm(f"{many},callbacks.last=1,seed=7"), arm(f"{many},callbacks.last=2,seed=7")
     assert one != two and len(one) < 200 and one.endswith("-seed7")
 

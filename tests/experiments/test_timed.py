@@ -15,14 +15,14 @@ from elastic.experiments.train import train
 from tests.fitted import EXACT, command
 from tests.runs import configure
 
-SWITCHED = ("schedule=dynamic", "callbacks.switch.gain=[0.1,3.0]")
+SWITCHED = ("schedule=dynamic", "callbacks.dynamic.gain=[0.1,3.0]")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three runs: a network, one with levels, one with two sets of modules."""
     made = tmp_path_factory.mktemp("runs")
-    arms = {"plain": (), "joint": ("schedule=joint", "callbacks.levels.levels=[0.5]"), "switched": SWITCHED}
+    arms = {"plain": (), "joint": ("schedule=joint", "callbacks.joint.fractions=[0.5]"), "switched": SWITCHED}
     for arm, overrides in arms.items():
         train(
             configure(made / f"{arm}-seed0", *EXACT, *overrides),

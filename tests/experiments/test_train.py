@@ -30,8 +30,8 @@ CHANGING = (
     "data.batch_size=128",
     "trigger=periodic",
     "trigger.every=2",
-    "callbacks.prune.begin=0.0",
-    "callbacks.prune.weight=1e-2",
+    "callbacks.gates.begin=0.0",
+    "callbacks.gates.penalty=1e-2",
 )
 FILES = {
     *(".lock", "config.yaml", "history.jsonl", "history.png", "last.ckpt", "metrics"),
@@ -230,7 +230,7 @@ def test_a_multirun_makes_a_folder_for_each_run(tmp_path: Path) -> None:
 def test_a_multirun_over_schedules(tmp_path: Path) -> None:
     multirun(tmp_path, "schedule=static,[growth,gates]")
     found = [json.loads(path.read_text())["schedule"] for path in tmp_path.glob("*/summary.json")]
-    assert sorted(found) == ["grow+prune", "static"]
+    assert sorted(found) == ["growth+gates", "static"]
 
 
 # --- other networks, other data -----------------------------------------------------------------------------
@@ -238,14 +238,14 @@ def test_a_multirun_over_schedules(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_picture")
 def test_a_residual_network_grows_and_prunes(tmp_path: Path) -> None:
-    options = ("model=resnet20", "model.width=4", "callbacks.prune.grain=kernel", "trainer.max_epochs=3")
+    options = ("model=resnet20", "model.width=4", "callbacks.gates.grain=kernel", "trainer.max_epochs=3")
     every = (
         "trigger=periodic",
         "trigger.every=1",
-        "callbacks.grow.until=0.9",
-        "callbacks.grow.growth.factor=1.1",
+        "callbacks.growth.until=0.9",
+        "callbacks.growth.amount.factor=1.1",
     )
-    summary = train(configure(tmp_path, *SMOKE, *options, *every, "callbacks.prune.begin=0.0"), tmp_path)
+    summary = train(configure(tmp_path, *SMOKE, *options, *every, "callbacks.gates.begin=0.0"), tmp_path)
     sizes = load(tmp_path / "last.ckpt")["elastic"]
     assert all(sizes["sizes"][name] > size for name, size in sizes["start"].items())
     assert summary["params"] <= summary["params_dense"]

@@ -16,9 +16,9 @@ from tests.runs import TINY, configure, without_account
 
 CHANGING = (
     *(*TINY, "experiment=smoke", "logger=wandb", "trainer.max_epochs=4"),
-    *("trigger=periodic", "trigger.every=2", "callbacks.grow.until=0.9", "callbacks.prune.begin=0.0"),
+    *("trigger=periodic", "trigger.every=2", "callbacks.growth.until=0.9", "callbacks.gates.begin=0.0"),
 )
-SWITCHED = (*TINY, "experiment=smoke", "logger=wandb", "schedule=dynamic", "callbacks.switch.gain=[0.1,1.0]")
+SWITCHED = (*TINY, "experiment=smoke", "logger=wandb", "schedule=dynamic", "callbacks.dynamic.gain=[0.1,1.0]")
 
 
 @pytest.fixture(scope="module")

@@ -206,9 +206,9 @@ def test_a_budget_that_is_missed_says_why(grain: gates.Grain, asked: int, why: s
     net = gated_net(grain)
     fit_gates_to_budget(net, asked, gates.keep_best_gates, lambda: params(net))
     report = report_budget(net, EXAMPLE, asked)
-    assert (report["budget/asked"], report["budget/got"]) == (asked, params(net))
-    assert (abs(params(net) - asked) <= 0.02 * asked) == (why is None) == ("budget/why" not in report)
-    assert why is None or report["budget/why"].startswith(why)
+    assert (report["budget/target"], report["budget/actual"]) == (asked, params(net))
+    assert (abs(params(net) - asked) <= 0.02 * asked) == (why is None) == ("budget/reason" not in report)
+    assert why is None or report["budget/reason"].startswith(why)
 
 
 def test_weights_that_will_not_stay_zero_are_counted_when_gates_are_settled() -> None:

@@ -73,9 +73,7 @@ def test_each_follows_the_group_and_the_optimizer_that_it_came_from() -> None:
     second = torch.optim.SGD([c], lr=0.01)
     followers = OwnOptimizers([first, second], [OwnParameter(p) for p in (b, c, missing)])
     assert [[p["lr"] for p in f.param_groups] for f in followers.optimizers] == [[0.1, 0.5], [0.01]]
-    assert [id(p) for p in followers.list_parameters(first)] == [id(b), id(missing)], (
-        "in none"
-    )
+    assert [id(p) for p in followers.list_parameters(first)] == [id(b), id(missing)], "in none"
     assert [id(p) for p in followers.list_parameters(second)] == [id(c)]
     assert [id(p) for group in first.param_groups for p in group["params"]] == [id(a)]
     assert not second.param_groups[0]["params"]

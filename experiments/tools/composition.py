@@ -1,0 +1,149 @@
+"""Make a composed configuration mean what its command line says: nothing dropped in silence, nothing left over.
+
+Hydra merges an experiment's options into whatever choices stand beside it. Where the command line replaces a
+choice, those options mean nothing any more; and where an option of the command line is read by nobody, its user
+has to know.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from hydra import compose
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import ConfigCompositionException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from elastic.errors import OptionError
+
+CONF = Path(__file__).parents[2] / "conf"
+LISTS = ("logger", "schedule")  # groups of which a run has several
+# Groups whose choices have options of their own: another choice starts without an experiment's.
+OWN_OPTIONS = ("model", "optimizer", "lr_scheduler")
+# What stands beside the callbacks, but only one of them reads.
+READ_BY = {"trigger": "growth", "timeline": "growth"}
+
+
+def rewrite(word: str) -> str:
+    """Write for Hydra what its grammar does not know: the home folder in `key=~/…`, and `group=null`."""
+    key, equals, value = word.partition("=")
+    if not equals:
+        return word
+    if value == "null" and (CONF / key).is_dir() and key != "callbacks":
+        return f"{key}=[]" if key in LISTS else f"~{key}"
+    return f"{key}={Path(value).expanduser()}" if value.startswith("~") else word
+
+
+def settle(cfg: DictConfig, overrides: Sequence[str], choices: Mapping[str, str | None]) -> DictConfig:
+    """Take out what a composed configuration has left over.
+
+    Args:
+        overrides: the command line.
+        choices: of the groups, see `hydra.runtime.choices`.
+
+    Raises:
+        OptionError: an override that nothing takes; a callback that is none.
+    """
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    with open_dict(cfg):
+        replaced = find_replaced(choices)
+        for name, node in compose_alone(parsed, replaced).items():
+            cfg[name] = node
+        for name, node in list(cfg.callbacks.items()):
+            if node is not None and not OmegaConf.is_dict(node):
+                raise OptionError(
+                    f"callbacks.{name}={node} is no callback: set its options one by one, callbacks.{name}.…=…, "
+                    f"or leave it out with callbacks.{name}=null"
+                )
+        for override in parsed:
+            refuse_unread(override, cfg)
+        for name, node in list(cfg.callbacks.items()):
+            if node is not None and "_target_" not in node:
+                del cfg.callbacks[name]  # an experiment's options for what this run has not
+    return cfg
+
+
+def find_replaced(choices: Mapping[str, str | None]) -> list[str]:
+    """Name the groups in which the command line has chosen otherwise than its experiment."""
+    experiment = choices.get("experiment")
+    if experiment is None:
+        return []
+    composed = compose("config", [f"experiment={experiment}"], return_hydra_config=True)
+    proposed = composed.hydra.runtime.choices
+    return [name for name in OWN_OPTIONS if choices.get(name) != proposed.get(name)]
+
+
+def compose_alone(overrides: Sequence[Override], groups: Sequence[str]) -> dict[str, DictConfig]:
+    """Compose groups as they are without an experiment, with the command line's own options."""
+    if not groups:
+        return {}
+    own = [o.input_line for o in overrides if re.split(r"[.@/]", o.key_or_group)[0] in groups]
+    composed = compose("config", own)
+    return {name: composed[name] for name in groups if name in composed}
+
+
+def refuse_unread(override: Override, cfg: DictConfig) -> None:
+    """Refuse an option of the command line for a callback that the run has not.
+
+    Raises:
+        OptionError: it is one.
+    """
+    top, _, rest = override.key_or_group.partition(".")
+    callback = rest.partition(".")[0] if top == "callbacks" else READ_BY.get(top)
+    left_out = override.is_delete() or override.key_or_group == f"callbacks.{callback}"
+    if callback is None or callback in list_active(cfg) or left_out:
+        return
+    raise OptionError(explain_unread(override.input_line or "", callback))
+
+
+def explain_unread(line: str, callback: str) -> str:
+    """Tell that nothing takes an option, and what would."""
+    schedules = list_choices("schedule")
+    remedy = f"say schedule={callback}" if callback in schedules else f"there are {', '.join(schedules)}"
+    return f"nothing takes {line}: this run has no '{callback}'; leave it out, or choose a schedule with it, {remedy}"
+
+
+def list_choices(group: str) -> list[str]:
+    """Name the choices of a group that come with the package."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def list_active(cfg: DictConfig) -> list[str]:
+    """Name the callbacks of a run."""
+    return [name for name, node in cfg.callbacks.items() if node is not None and "_target_" in node]
+
+
+def explain(error: Exception) -> str | None:
+    """Word what Hydra cannot compose as a user would want to read it; None where it says so itself."""
+    if isinstance(error, MissingConfigException):
+        return _explain_choice(error)
+    cause = error.__cause__
+    if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException):
+        return _explain_option(error, cause)
+    return None
+
+
+def _explain_choice(error: MissingConfigException) -> str | None:
+    group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+    choices = error.options or list_choices(group)
+    return f"there is no {group}={choice}: choose {', '.join(choices)}" if choices else None
+
+
+def _explain_option(error: ConfigCompositionException, cause: OmegaConfBaseException) -> str | None:
+    found = re.match(r"Could not override '(.+)'\.\nTo append to your config use \+(.+)", str(error))
+    parent = cause.parent_node
+    if found is None or not isinstance(parent, DictConfig):
+        return None
+    key, line = found.groups()
+    root = parent._get_root()
+    top, _, rest = key.partition(".")
+    callback = rest.partition(".")[0]
+    if top == "callbacks" and callback not in root.callbacks:
+        return explain_unread(line, callback)
+    path = parent._get_full_key(None)
+    names = sorted(str(name) for name in parent if not str(name).startswith("_") and name != "hydra")
+    return (
+        f"there is no option {key}: {path or 'a run'} has {', '.join(names)}; a new one is added by +{line}"
+    )
