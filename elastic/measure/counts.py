@@ -58,18 +58,18 @@ def list_effective_tensors(model: nn.Module) -> list[Tensor]:
     for module in model.modules():
         if isinstance(module, (parametrize.ParametrizationList, ChannelParametrization)):
             continue
-        for name, stored in module._parameters.items():
+        for stored in module._parameters.values():
             if stored is not None:
                 effective[id(stored)] = stored
-        for name, chain in get_parametrizations(module).items():
+        for name, chain in list_chains(module).items():
             effective[id(getattr(chain, "original", chain))] = getattr(module, name)
     return list(effective.values())
 
 
-def get_parametrizations(module: nn.Module) -> dict[str, nn.Module]:
-    """Give what parametrizes the tensors of a module, by their names; empty where nothing does."""
+def list_chains(module: nn.Module) -> dict[str, nn.Module]:
+    """List what parametrizes the tensors of a module, by their names."""
     chains = module._modules.get("parametrizations") if parametrize.is_parametrized(module) else None
-    return {} if chains is None else dict(chains.named_children())
+    return dict(chains.named_children()) if chains is not None else {}
 
 
 def count_macs(model: nn.Module, example: Tensor) -> int:

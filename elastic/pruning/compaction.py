@@ -8,6 +8,7 @@ a constant map does not sum to a constant) in one channel that stays and carries
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from elastic.pruning.dead import find_unread, find_unwritten, list_kept
 from elastic.pruning.gates import fold_gates
 from elastic.surgery.reindexing import reindex
 from elastic.widths.discovery import Width, Widths, find_widths
-from elastic.widths.tracing import Role, find_following_norms
+from elastic.widths.tracing import find_following_norms
 
 TINY = torch.finfo(torch.float32).tiny  # smaller numbers are denormal, and many times slower on CPUs
 
@@ -141,7 +142,7 @@ class Emptying:
             if (slot.module, slot.tensor, slot.dim) == (path, "weight", 0):
                 width.slots = (*width.slots, replace(slot, tensor="bias", role="per_channel"))
 
-    def _clear(self, width: Width, role: Role, channels: Tensor) -> None:
+    def _clear(self, width: Width, role: Literal["out", "in"], channels: Tensor) -> None:
         """Set to zero what writes ("out"), or what reads ("in"), the channels."""
         for slot in width.slots_with(role) if channels.any() else ():
             weight = self._get_tensor(slot.module, slot.tensor)

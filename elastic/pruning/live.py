@@ -59,7 +59,7 @@ def find_live_entries(entries: Mapping[Key, Entries], widths: Widths) -> dict[Ke
     """
     alive = {key: entry.open > 0 for key, entry in entries.items()}
     sizes = dict.fromkeys(widths, -1)
-    order = [*reversed(widths.values()), *widths.values()]
+    order = [*reversed(list(widths.values())), *widths.values()]
     while True:
         before = dict(sizes)
         for width in order:
@@ -82,7 +82,7 @@ def _drop_dead_channels(
     for slot, line, positions in lines:
         if slot.role in ("in", "out") or slot.tensor == "bias":  # a constant is written, too
             side = is_read if slot.role == "in" else is_written
-            side |= line.any(tuple(range(1, line.ndim)))[positions].any(1)
+            side |= np.any(line.reshape(len(line), -1), axis=1)[positions].any(1)
     lives = is_read & is_written
     for _, line, positions in lines:
         line[positions[~lives]] = False  # a view: the tensor's entries themselves
@@ -91,11 +91,12 @@ def _drop_dead_channels(
 
 def _locate(slot: Slot, name: str, widths: Widths) -> NDArray[np.int64]:
     """Find where a width's channels lie on a slot, as `Widths.positions` does: (channels, copies)."""
-    ends = np.cumsum(extents := widths.extents(slot))
-    parts = zip(slot.layout, ends - extents, ends, strict=True)
-    return np.concatenate(
-        [np.arange(start, end).reshape(-1, s.repeat) for s, start, end in parts if s.width == name], axis=1
-    )
+    parts, start = [], 0
+    for segment, extent in zip(slot.layout, widths.extents(slot), strict=True):
+        if segment.width == name:
+            parts.append(np.arange(start, start + extent).reshape(-1, segment.repeat))
+        start += extent
+    return np.concatenate(parts, axis=1)
 
 
 @torch.no_grad()
