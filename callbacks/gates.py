@@ -39,8 +39,7 @@ class PruneByGates(ElasticCallback):
     Where gates have shut far below the budget's path, or all of a layer, some are opened again.
 
     Raises:
-        OptionError: options that cannot be.
-        StructureError: a budget that cannot be reached, found before training.
+        OptionError: options that cannot be, or a budget that cannot be reached, found before training.
 
     Example::
 
@@ -137,7 +136,7 @@ class PruneByGates(ElasticCallback):
         net = self.structure.net
         with self.structure.changing():
             if self.budget is not None:  # its controller has come near to it
-                size = partial(measure_compacted, net, self.structure.example, self.by, trained=False)
+                size = partial(measure_compacted, net, self.structure.example, self.by, count_zeros=True)
                 fit_gates_to_budget(net, self.budget.target, gates.keep_best_gates, size)
             gates.freeze_gates(net)
 

@@ -87,7 +87,7 @@ class PruneByMagnitude(ElasticCallback):
 
     def measure_exactly(self) -> int:
         """Count the parameters of the network as compaction would leave it."""
-        return measure_compacted(self.structure.net, self.structure.example, trained=False)
+        return measure_compacted(self.structure.net, self.structure.example, count_zeros=True)
 
     def report(self) -> Mapping[str, Any]:
         """Return the budget and what has become of it, both in params."""

@@ -25,7 +25,7 @@ def check_budget(
 
     Raises:
         TrainingError: the network may grow later.
-        StructureError: less than what stays when every layer keeps one gate open.
+        OptionError: less than what stays when every layer keeps one gate open.
     """
     if trainer.ckpt_path is not None:
         return

@@ -1,4 +1,4 @@
-"""What a model costs. The counting rules are the same wherever a number is shown.
+"""Count what a model costs, by the same rules wherever a number is shown.
 
 `params`: scalars needed at inference that are not zero (weights, biases, norm affine), buffers not
 counted; a gated weight counts where its gate is open. `params_dense`: the same, allocated. `macs`:
@@ -16,10 +16,12 @@ from elastic.widths.discovery import Widths
 from elastic.widths.parameters import ChannelParametrization, get_weight
 from elastic.widths.tracing import make_meta_copy
 
+COUNTED = (nn.modules.conv._ConvNd, nn.Linear)
+
 
 @dataclass(frozen=True)
 class Census:
-    """What the network is made of now."""
+    """Hold what the network is made of now."""
 
     params: int
     params_dense: int
@@ -32,62 +34,65 @@ def census(model: nn.Module, widths: Widths, example: Tensor) -> Census:
     return Census(count_params(model), count_params_dense(model), count_macs(model, example), widths.sizes())
 
 
-@torch.no_grad()
 def count_params(model: nn.Module) -> int:
-    """Scalars that inference needs and that are not zero: weights, biases, norm affine."""
-    return sum(int(tensor.count_nonzero()) for tensor in _effective(model))
+    """Count the scalars that inference needs and that are not zero: weights, biases, norm affine."""
+    return int(count_nonzero(model))
+
+
+@torch.no_grad()
+def count_nonzero(model: nn.Module) -> Tensor:
+    """Count the same scalars, but leave the number on the device: an integer without dimensions."""
+    counts = [tensor.count_nonzero() for tensor in list_effective_tensors(model)]
+    return torch.stack(counts).sum() if counts else torch.tensor(0)
 
 
 @torch.no_grad()
 def count_params_dense(model: nn.Module) -> int:
-    """Scalars allocated for inference: gates apply to them, their scores are not counted."""
-    return sum(tensor.numel() for tensor in _effective(model))
+    """Count the scalars allocated for inference: gates apply to them, their scores do not count."""
+    return sum(tensor.numel() for tensor in list_effective_tensors(model))
 
 
-def _effective(model: nn.Module) -> list[Tensor]:
-    """Every parameter once, as inference sees it: gates applied, their scores left out."""
-    found: dict[int, Tensor] = {}
+def list_effective_tensors(model: nn.Module) -> list[Tensor]:
+    """List every parameter once, as inference sees it: gates applied, their scores left out."""
+    effective: dict[int, Tensor] = {}  # by the stored tensor, which several layers may share
     for module in model.modules():
         if isinstance(module, (parametrize.ParametrizationList, ChannelParametrization)):
             continue
-        for tensor in module._parameters:
-            held = getattr(module, tensor)
-            if held is not None:
-                found[id(held)] = held
-        if parametrize.is_parametrized(module):
-            for tensor in module.parametrizations:  # type: ignore[union-attr]
-                found[id(module.parametrizations[tensor].original)] = getattr(module, tensor)  # type: ignore
-    return list(found.values())
+        for stored in module._parameters.values():
+            if stored is not None:
+                effective[id(stored)] = stored
+        for name, chain in list_chains(module).items():
+            effective[id(getattr(chain, "original", chain))] = getattr(module, name)
+    return list(effective.values())
+
+
+def list_chains(module: nn.Module) -> dict[str, nn.Module]:
+    """List what parametrizes the tensors of a module, by their names."""
+    chains = module._modules.get("parametrizations") if parametrize.is_parametrized(module) else None
+    return dict(chains.named_children()) if chains is not None else {}
 
 
 def count_macs(model: nn.Module, example: Tensor) -> int:
-    """Counted by torch's FlopCounterMode (2 FLOPs a MAC) on the meta device: nothing is computed."""
+    """Count multiply-accumulates, by torch's FlopCounterMode (2 FLOPs a MAC) on the meta device."""
     return sum(count_macs_by_layer(model, example).values())
 
 
 def count_macs_by_layer(model: nn.Module, example: Tensor) -> dict[str, int]:
-    """The MACs of each layer that has any, by its path."""
-    twin = make_meta_copy(model).eval()
+    """Count the MACs of each layer that has any, by its path; those outside of layers are under ""."""
+    replica = make_meta_copy(model).eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        twin(example.new_empty((1, *example.shape[1:]), device="meta"))
-    leaves = {path for path, module in twin.named_modules() if isinstance(module, _COUNTED)}
-    found = {}
-    for path, counts in counter.get_flop_counts().items():
-        name = path.partition(".")[2]
-        if name in leaves:
-            found[name] = sum(counts.values()) // 2
-    counted = sum(counter.get_flop_counts().get("Global", {}).values()) // 2
-    if rest := counted - sum(found.values()):
-        found[""] = rest
-    return found
+        replica(example.new_empty((1, *example.shape[1:]), device="meta"))
+    leaves = {path for path, module in replica.named_modules() if isinstance(module, COUNTED)}
+    flops = {path.partition(".")[2]: sum(by_op.values()) for path, by_op in counter.get_flop_counts().items()}
+    macs = {path: flops[path] // 2 for path in flops if path in leaves}
+    if outside := counter.get_total_flops() // 2 - sum(macs.values()):
+        macs[""] = outside
+    return macs
 
 
 def count_macs_per_weight(model: nn.Module, example: Tensor) -> dict[str, float]:
-    """For each convolution and linear layer, how often one input uses each of its weights."""
+    """Count how often one input uses each weight of each convolution and linear layer."""
     by_layer = count_macs_by_layer(model, example)
     return {
         path: macs / get_weight(model.get_submodule(path)).numel() for path, macs in by_layer.items() if path
     }
-
-
-_COUNTED = (nn.modules.conv._ConvNd, nn.Linear)

@@ -1,21 +1,23 @@
-"""What a network costs on this machine: time, memory, energy."""
+"""Measure what a network costs on this machine: time, memory, energy."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from elastic.errors import StructureError
+from elastic.errors import FileError
 from elastic.measure.timing import WARM_UP, measure_medians_ms
 
 RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
+REPEATS = 30
 
 
 @dataclass(frozen=True)
 class RunCost:
-    """What one input takes: median time, weights and the largest layer's input and output, energy."""
+    """Hold what one input takes: median time, weights and the largest layer's input and output, energy."""
 
     latency_ms: float
     memory_mb: float
@@ -23,48 +25,47 @@ class RunCost:
 
 
 def measure_cost(net: nn.Module, example: Tensor, joules: Callable[[], float] | None = None) -> RunCost:
-    """Measure a network here, as many threads as torch now uses."""
-    before = joules() if joules else 0.0
-    repeats = 30
-    latency = measure_latency_ms(net, example, repeats)
-    energy = 1e3 * (joules() - before) / (repeats + WARM_UP) if joules else None
-    return RunCost(latency, measure_memory_mb(net, example), energy)
+    """Measure a network here, on as many threads as torch now uses."""
+    energy_before = joules() if joules else 0.0
+    latency_ms = measure_latency_ms(net, example, REPEATS)
+    energy_mj = 1e3 * (joules() - energy_before) / (REPEATS + WARM_UP) if joules else None
+    return RunCost(latency_ms, measure_memory_mb(net, example), energy_mj)
 
 
-def measure_latency_ms(net: nn.Module, example: Tensor, repeats: int = 30) -> float:
-    """The median time of a forward pass in evaluation mode."""
-    training = net.training
+def measure_latency_ms(net: nn.Module, example: Tensor, repeats: int = REPEATS) -> float:
+    """Measure the median time of a forward pass in evaluation mode."""
+    is_training = net.training
     (median,) = measure_medians_ms([net.eval()], [example] * repeats)
-    net.train(training)
+    net.train(is_training)
     return median
 
 
 def measure_memory_mb(net: nn.Module, example: Tensor) -> float:
-    """Bytes of all weights and buffers, and of the largest layer's input and output, in units of 10⁶."""
-    moved: list[int] = []
+    """Measure all weights and buffers, and the largest layer's input and output, in units of 10⁶ bytes."""
+    activations: list[int] = []
 
-    def note(layer: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
-        moved.append(sum(x.nbytes for x in (*given, out) if isinstance(x, Tensor)))
+    def record(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        activations.append(sum(x.nbytes for x in (*inputs, output) if isinstance(x, Tensor)))
 
     leaves = [layer for layer in net.modules() if not list(layer.children())]
-    hooks = [layer.register_forward_hook(note) for layer in leaves]
+    hooks = [layer.register_forward_hook(record) for layer in leaves]
     try:
         with torch.inference_mode():
             net(example)
     finally:
         for hook in hooks:
             hook.remove()
-    held = {id(t): t.nbytes for t in (*net.parameters(), *net.buffers())}
-    return (sum(held.values()) + max(moved, default=0)) / 1e6
+    stored = {id(tensor): tensor.nbytes for tensor in (*net.parameters(), *net.buffers())}
+    return (sum(stored.values()) + max(activations, default=0)) / 1e6
 
 
 def read_rapl_joules() -> float:
-    """The energy counter of Intel and AMD processors under Linux; it may need rights to be read.
+    """Read the energy counter of Intel and AMD processors under Linux; it may need rights to be read.
 
     Raises:
-        StructureError: the machine has none, or does not let it be read.
+        FileError: the machine has none, or does not let it be read.
     """
     try:
         return int(RAPL.read_text()) / 1e6
     except (OSError, ValueError) as error:
-        raise StructureError(f"{RAPL} cannot be read: give another counter of joules, or none") from error
+        raise FileError(f"{RAPL} cannot be read: give another counter of joules, or none") from error

@@ -1,4 +1,4 @@
-"""How long networks take for the same inputs: all in turn, on this machine as it is now."""
+"""Time networks on the same inputs: all in turn, on this machine as it is now."""
 
 import statistics
 import time
@@ -14,25 +14,25 @@ WARM_UP = 3
 
 
 def measure_times_ms(networks: Sequence[Network], inputs: Sequence[Sequence[Tensor]]) -> list[list[float]]:
-    """The time of each network for each of its inputs."""
-    took: list[list[float]] = [[] for _ in networks]
+    """Measure the time of each network for each of its inputs."""
+    times_ms: list[list[float]] = [[] for _ in networks]
     with torch.inference_mode():
         for network, (x_BCHW, *_) in list(zip(networks, inputs, strict=True)) * WARM_UP:
             network(x_BCHW)
-        for each in zip(*inputs, strict=True):
-            for network, x_BCHW, times in zip(networks, each, took, strict=True):
+        for batches in zip(*inputs, strict=True):
+            for network, x_BCHW, times in zip(networks, batches, times_ms, strict=True):
                 start = time.perf_counter()
                 network(x_BCHW)
                 times.append(1e3 * (time.perf_counter() - start))
-    return took
+    return times_ms
 
 
 def measure_medians_ms(networks: Sequence[Network], inputs: Sequence[Tensor]) -> list[float]:
-    """The median time of each network over the same inputs."""
+    """Measure the median time of each network over the same inputs."""
     return [statistics.median(times) for times in measure_times_ms(networks, [inputs] * len(networks))]
 
 
 def choose_fastest(networks: Sequence[N], inputs: Sequence[Tensor], repeats: int = 5) -> N:
-    """The network that takes least time for the inputs."""
+    """Choose the network that takes least time for the inputs."""
     medians = measure_medians_ms(networks, [*inputs] * repeats)
     return networks[medians.index(min(medians))]

@@ -1,4 +1,4 @@
-"""Gates that close by gradient descent, budgets that steer them, and compaction."""
+"""Prune: gates that close by gradient descent, budgets that steer them, and compaction."""
 
 from elastic.pruning.budget import Budget
 from elastic.pruning.compaction import compact

@@ -1,4 +1,4 @@
-"""Gates closed as far as a budget asks for: how many weights stay is tried out, which ones a ranking says."""
+"""Close gates as far as a budget asks for: how many weights stay is tried out, which ones a ranking says."""
 
 import copy
 from collections.abc import Callable
@@ -7,10 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elastic.errors import StructureError
-from elastic.measure import counts
-from elastic.pruning import gates
+from elastic.errors import OptionError
+from elastic.measure.counts import count_macs_per_weight, count_params
 from elastic.pruning.compaction import compact
+from elastic.pruning.gates import (
+    START,
+    Gate,
+    count_gated,
+    count_open,
+    count_open_gates,
+    iterate_gates,
+    keep_best_gates,
+    set_score,
+)
 from elastic.widths.parameters import get_weight
 
 TOLERANCE = 0.02  # of a budget
@@ -18,106 +27,127 @@ TOLERANCE = 0.02  # of a budget
 
 @torch.no_grad()
 def fit_gates_to_budget(
-    model: nn.Module, asked: float, keep: Callable[[nn.Module, float], None], measure: Callable[[], float]
+    model: nn.Module, target: float, keep: Callable[[nn.Module, float], None], measure: Callable[[], float]
 ) -> None:
-    """Keep as many weights as fit into `asked`, in place; where nothing fits, as few as `keep` can.
+    """Keep as many weights as fit into a budget, in place; where nothing fits, as few as `keep` can.
 
     What a gate frees elsewhere (a norm's gain, a bias, a whole channel) shows only when it is closed, so
-    every try is measured. The size is nearly linear in the weights kept, so that regula falsi (Illinois:
-    an end that stays counts half, Dowell & Jarratt 1971) needs a few tries where halving needs log2 of the
-    number of weights.
+    every count is tried and measured.
 
     Args:
-        asked: the largest size allowed, in units of `measure`.
+        target: the largest size allowed, in units of `measure`.
         keep: closes and opens gates until about `count` weights (Σ price) stay, or one a layer where that is
-            more: `gates.settle`, or `keep_largest`. It starts from the gates as `settle_on` found them.
+            more: `keep_best_gates`, or `keep_largest_weights`. It always starts from the gates as they were.
         measure: the size with the gates as they are when it is called.
     """
-    held = [(gate, gate.score.detach().clone()) for _, _, gate in gates.iterate_gates(model)]
+    scores = [(gate, gate.score.clone()) for _, _, gate in iterate_gates(model)]
 
-    def leave(count: int) -> None:
-        for gate, score in held:
-            gate.score.data = score.clone()
+    def keep_anew(count: int) -> None:
+        for gate, score in scores:
+            set_score(gate, score)
         keep(model, count)
 
-    def excess(count: int) -> float:
-        leave(count)
-        return measure() - asked
+    def measure_excess(count: int) -> float:
+        keep_anew(count)
+        return measure() - target
 
-    fits, over = 0, int(gates.count_open(model)) + 1
-    below, above = -float(asked), excess(over)
-    if above <= 0:  # there is room: some may open again
-        fits, over, below = over, int(gates.count_gated(model)) + 1, above
-        above = excess(over)
-    last = 0.0
-    while over - fits > 1 and below < 0 < above:
-        count = round(fits + (over - fits) * below / (below - above))
-        count = min(max(count, fits + 1), over - 1)
-        found = excess(count)
-        if found <= 0:
-            fits, below, above = count, found, above / (2 if last < 0 else 1)
+    open_now, gated = int(count_open(model)) + 1, int(count_gated(model)) + 1
+    excess = measure_excess(open_now)
+    if excess > 0:
+        count = search_count(measure_excess, 0, -float(target), open_now, excess)
+    else:  # there is room: some may open again
+        count = search_count(measure_excess, open_now, excess, gated, measure_excess(gated))
+    keep_anew(count)
+
+
+def search_count(
+    measure_excess: Callable[[int], float], low: int, low_excess: float, high: int, high_excess: float
+) -> int:
+    """Find the largest count without excess between `low`, which has none, and `high`.
+
+    The size is nearly linear in the weights kept, so that regula falsi needs a few tries where halving needs
+    log2 of the number of weights. An end that stays twice counts half the second time (Illinois, Dowell &
+    Jarratt 1971), or the search would creep towards it.
+    """
+    if high_excess <= 0:
+        return high
+    last_excess = 0.0
+    while high - low > 1 and low_excess < 0:
+        # Where the line through both ends meets zero, but inside of them.
+        count = round(low + (high - low) * low_excess / (low_excess - high_excess))
+        count = min(max(count, low + 1), high - 1)
+        excess = measure_excess(count)
+        if excess <= 0:
+            low, low_excess = count, excess
+            high_excess /= 2 if last_excess < 0 else 1
         else:
-            over, above, below = count, found, below / (2 if last > 0 else 1)
-        last = found
-    leave(over if above <= 0 else fits)
-    for gate, score in held:  # in the memory format they had: a resumed run must not differ
-        gate.score.data = score.copy_(gate.score)
+            high, high_excess = count, excess
+            low_excess /= 2 if last_excess > 0 else 1
+        last_excess = excess
+    return low
 
 
-def measure_compacted(model: nn.Module, example: Tensor, aim: str = "params", trained: bool = True) -> int:
-    """Params, or MACs of weights that are not zero, of the network as compaction would leave it.
+def measure_compacted(
+    model: nn.Module, example: Tensor, by: str = "params", count_zeros: bool = False
+) -> int:
+    """Measure the network as compaction would leave it: params, or MACs of weights that are not zero.
 
     Args:
-        trained: what is exactly zero counts as zero. Else it counts by its gate: what reads a fresh channel
-            is zero behind gates that have been shut ever since, but not once it is trained.
+        count_zeros: what is exactly zero counts by its gate. What reads a fresh channel is zero behind gates
+            that have been shut ever since, but not once it is trained.
     """
-    if not trained:
+    if count_zeros:
         model = copy.deepcopy(model)
-        for name, parameter in model.named_parameters():
-            if not name.endswith("score"):
+        scores = {id(gate.score) for _, _, gate in iterate_gates(model)}
+        for parameter in model.parameters():
+            if id(parameter) not in scores:
                 parameter.data[parameter == 0] = 1
     plain = compact(model, example)
-    if aim == "params":
-        return counts.count_params(plain)
-    uses = counts.count_macs_per_weight(plain, example)
-    kept = {path: int(get_weight(plain.get_submodule(path)).count_nonzero()) for path in uses}
-    return round(sum(times * kept[path] for path, times in uses.items()))
+    if by == "params":
+        return count_params(plain)
+    uses = count_macs_per_weight(plain, example)
+    weights = {path: int(get_weight(plain.get_submodule(path)).count_nonzero()) for path in uses}
+    return round(sum(uses[path] * weights[path] for path in uses))
 
 
-def check_budget_reachable(model: nn.Module, example: Tensor, asked: int, aim: str = "params") -> None:
-    """Gates never close the last weight of a layer, and do not reach norms and biases.
+def check_budget_reachable(model: nn.Module, example: Tensor, target: int, by: str = "params") -> None:
+    """Refuse a budget of less than gates leave: they never close the last weight of a layer, nor a norm.
 
     Raises:
-        StructureError: a budget that is less than what then stays.
+        OptionError: a budget that cannot be reached; says what stays.
     """
-    least = copy.deepcopy(model)
-    gates.keep_best_gates(least, 0)
-    stays = measure_compacted(least, example, aim)
-    if asked < stays:
-        raise StructureError(
-            f"a budget of {asked} {aim} cannot be reached: {stays} stay when every layer keeps one gate "
+    smallest = copy.deepcopy(model)
+    keep_best_gates(smallest, 0)
+    size = measure_compacted(smallest, example, by)
+    if target < size:
+        raise OptionError(
+            f"a budget of {target} {by} cannot be reached: {size} stay when every layer keeps one gate "
             "open; ask for more, or start from a smaller network"
         )
 
 
-def report_budget(model: nn.Module, example: Tensor, asked: int, aim: str = "params") -> dict[str, Any]:
-    """The budget asked for, what was got and, where that is off by more than 2 %, why."""
-    got = measure_compacted(model, example, aim)
-    report = {"budget/by": aim, "budget/target": asked, "budget/actual": got}
-    if abs(got - asked) <= TOLERANCE * asked:
-        return report
-    held = [(gate.score > 0, get_weight(layer)) for _, layer, gate in gates.iterate_gates(model)]
-    if got > asked and all(open_.sum() == 1 for open_, _ in held):
-        why = "every layer keeps one gate open; ask for more"
-    elif got > asked:
-        why = "the network grew, or was not yet settled, when pruning came to its end"
-    elif all(open_.all() for open_, _ in held):
-        why = "all gates are open: the network is no larger"
-    elif all(open_.shape == weight.shape for open_, weight in held):
-        why = "the next weight brings back a channel"
-    else:
-        why = "one gate more would be over it"
-    return report | {"budget/reason": why}
+def report_budget(model: nn.Module, example: Tensor, target: int, by: str = "params") -> dict[str, Any]:
+    """Report the budget, the actual size and, where that is off by more than 2 %, the reason."""
+    actual = measure_compacted(model, example, by)
+    report = {"budget/by": by, "budget/target": target, "budget/actual": actual}
+    if abs(actual - target) > TOLERANCE * target:
+        report["budget/reason"] = explain_miss(model, is_over=actual > target)
+    return report
+
+
+def explain_miss(model: nn.Module, is_over: bool) -> str:
+    """Say why gates have missed their budget."""
+    layers = [(gate.score, get_weight(layer)) for _, layer, gate in iterate_gates(model)]
+    counts = count_open_gates(model)
+    if is_over and all(count == 1 for count in counts):
+        return "every layer keeps one gate open; ask for more"
+    if is_over:
+        return "the network grew, or its gates were not yet fitted, when pruning came to its end"
+    if all(count == score.numel() for count, (score, _) in zip(counts, layers, strict=True)):
+        return "all gates are open: the network is no larger"
+    if all(score.shape == weight.shape for score, weight in layers):
+        return "the next weight brings back a channel"
+    return "one gate more would be over it"
 
 
 @torch.no_grad()
@@ -128,10 +158,11 @@ def keep_largest_weights(model: nn.Module, count: float) -> None:
     There must be a gate for each weight; its score is then 1 or -1. (Zhu & Gupta, arXiv 1710.01878, rank
     within each layer.)
     """
-    held = [(gate, gate.score > 0, get_weight(layer).abs()) for _, layer, gate in gates.iterate_gates(model)]
-    for gate, open_, magnitude in held:
-        gate.score.data = magnitude.where(open_, -gates.START)
-    gates.keep_best_gates(model, count)
-    for gate, open_, magnitude in held:
-        stays = open_ & (gate.score > 0)  # of a layer that has none open, `settle` opens one
-        gate.score.data = torch.where(stays, gates.START, -gates.START).to(magnitude)
+    was_open: dict[Gate, Tensor] = {}
+    for _, layer, gate in iterate_gates(model):
+        was_open[gate] = gate.score > 0
+        set_score(gate, get_weight(layer).abs().where(was_open[gate], -START))
+    keep_best_gates(model, count)
+    for gate, mask in was_open.items():
+        stays = mask & (gate.score > 0)  # of a layer that has none open, the ranking opens one
+        set_score(gate, torch.where(stays, START, -START))

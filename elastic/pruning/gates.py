@@ -1,4 +1,4 @@
-"""Learned static gates: hard 0/1 masks on stock layers' weights, trained by gradient descent.
+"""Gate stock layers' weights: hard 0/1 masks, trained by gradient descent.
 
 A gate is a parametrization, so a gated model is still the same model, and folding is removing it. The
 forward is the step 1[s > 0] of a score s; its gradient is replaced by that of a logistic curve scaled to
@@ -15,19 +15,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from elastic.errors import StructureError
+from elastic.errors import OptionError
+from elastic.measure.counts import list_chains
 from elastic.widths.discovery import Widths
-from elastic.widths.parameters import ChannelParametrization, get_original, get_weight
+from elastic.widths.parameters import ChannelParametrization, get_original, get_weight, list_parametrizations
 from elastic.widths.tracing import find_following_norms
 
 Grain = Literal["weight", "kernel", "channel"]
 START = 1.0
-AGAIN = 0.3  # the score of a gate that is opened again
-EDGE = 1e-3  # a settled gate is at least so far from the threshold
+REOPENED = 0.3  # the score of a gate that is opened again
+MARGIN = 1e-3  # gates opened or closed by rank are at least so far from the threshold
 
 
 class _Step(torch.autograd.Function):
-    """weight · 1[score > 0], with the surrogate gradient for the score."""
+    """Compute weight · 1[score > 0], with the surrogate gradient for the score."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, score: Tensor) -> Tensor:
@@ -45,10 +46,10 @@ class _Step(torch.autograd.Function):
 
 
 class Gate(ChannelParametrization):
-    """One score for each weight, each kernel (one out×in slice) or each output channel of a weight.
+    """Mask a weight by one score for each entry, each kernel (one out×in slice) or each output channel.
 
     `grace` counts the epochs for which an entry is spared the penalty: fresh channels get no gradient at
-    first and would lose against it. `price` is the cost of one weight, see `penalty`.
+    first and would lose against it. `price` is the cost of one weight, see `compute_penalty`.
     """
 
     score: nn.Parameter
@@ -56,9 +57,9 @@ class Gate(ChannelParametrization):
 
     def __init__(self, weight: Tensor, grain: Grain, grace: int = 0) -> None:
         super().__init__()
-        kept = {"weight": weight.dim(), "kernel": 2, "channel": 1}[grain]
-        shape = [n if d < kept else 1 for d, n in enumerate(weight.shape)]
-        self.dims = frozenset(range(kept))
+        depth = {"weight": weight.dim(), "kernel": 2, "channel": 1}[grain]
+        shape = [size if dim < depth else 1 for dim, size in enumerate(weight.shape)]
+        self.dims = frozenset(range(depth))
         self.fresh = {"score": START, "grace": float(grace)}
         self.price = 1.0
         self.score = nn.Parameter(weight.new_full(shape, START))
@@ -76,34 +77,35 @@ def attach_gates(model: nn.Module, widths: Widths, grain: Grain, grace: int = 0)
     channel is exactly zero; channels that cannot be removed (the logits) are not gated.
     """
     if grain not in get_args(Grain):
-        raise StructureError(f"gates have no grain '{grain}': choose {', '.join(get_args(Grain))}")
-    roles = ("out",) if grain == "channel" else ("out", "in")
-    slots = {s.module: None for w in widths.values() for role in roles for s in w.slots_with(role)}  # type: ignore[arg-type]
-    followers = find_following_norms(model) if grain == "channel" else {}
-    for path in slots:
+        raise OptionError(f"gates have no grain '{grain}': choose {', '.join(get_args(Grain))}")
+    roles: tuple[Literal["out", "in"], ...] = ("out",) if grain == "channel" else ("out", "in")
+    layers = dict.fromkeys(
+        slot.module for width in widths.values() for role in roles for slot in width.slots_with(role)
+    )
+    norms = find_following_norms(model) if grain == "channel" else {}
+    for path in layers:
         layer = model.get_submodule(path)
         if not get_weight(layer).requires_grad:  # a user has frozen it
             continue
         gate = Gate(get_weight(layer), grain, grace)
         parametrize.register_parametrization(layer, "weight", gate)
-        tied = [(layer, "bias")] if grain == "channel" else []
-        if path in followers:
-            tied += [(model.get_submodule(followers[path]), name) for name in ("weight", "bias")]
-        for module, tensor in tied:
+        companions = [(layer, "bias")] if grain == "channel" else []
+        if path in norms:
+            companions += [(model.get_submodule(norms[path]), name) for name in ("weight", "bias")]
+        for module, tensor in companions:
             if getattr(module, tensor) is not None:
                 parametrize.register_parametrization(module, tensor, gate)
 
 
 def iterate_gates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Gate]]:
-    """Every gate once, with the path and the layer whose weight it gates."""
-    seen: set[int] = set()
+    """Yield every gate once, with the path and the layer whose weight it gates."""
+    visited: set[nn.Module] = set()
     for path, module in model.named_modules():
-        if parametrize.is_parametrized(module, "weight"):
-            chain: Any = module.parametrizations["weight"]
-            for gate in chain:  # a norm's gate is that of the layer before
-                if isinstance(gate, Gate) and id(gate) not in seen and chain.original.dim() > 1:
-                    seen.add(id(gate))
-                    yield path, module, gate
+        for gate in list_parametrizations(module, "weight"):
+            # A norm's gate is that of the layer before.
+            if isinstance(gate, Gate) and gate not in visited and get_weight(module).dim() > 1:
+                visited.add(gate)
+                yield path, module, gate
 
 
 def find_grain(model: nn.Module) -> Grain | None:
@@ -117,63 +119,60 @@ def find_grain(model: nn.Module) -> Grain | None:
 
 
 def compute_penalty(model: nn.Module) -> Tensor:
-    """Σ price · size · σ(score): how many weights (at price 1) or MACs the gates mean to keep.
+    """Sum price · size · σ(score): how many weights (at price 1) or MACs the gates mean to keep.
 
     `size` is the number of weights behind one score. Entries in their grace period do not count.
     """
     terms = []
     for _, layer, gate in iterate_gates(model):
-        terms.append(_worth(layer, gate) * (torch.sigmoid(gate.score) * (gate.grace <= 0)).sum())
+        openness = torch.sigmoid(gate.score) * (gate.grace <= 0)
+        terms.append(compute_worth(layer, gate) * openness.sum())
     return torch.stack(terms).sum()
 
 
-def _worth(layer: nn.Module, gate: Gate) -> float:
-    """Price times the number of weights behind one score of the layer's gate."""
+def compute_worth(layer: nn.Module, gate: Gate) -> float:
+    """Compute the price of the weights behind one score of the layer's gate."""
     return gate.price * get_weight(layer).numel() / gate.score.numel()
 
 
-def measure_openness(model: nn.Module, widths: Widths) -> dict[str, float]:
-    """For each width, the share of gates that are open in the layers that write and read it."""
-    opens = {path: (gate.score > 0).float().mean().item() for path, _, gate in iterate_gates(model)}
-    found = {}
-    for name, width in widths.items():
-        held = [opens[s.module] for s in width.slots if s.tensor == "weight" and s.module in opens]
-        found[name] = sum(held) / len(held) if held else 1.0
-    return found
-
-
 def advance_grace(model: nn.Module) -> None:
-    """One epoch of grace has passed."""
+    """Count one epoch of grace as over."""
     for _, _, gate in iterate_gates(model):
         gate.grace.sub_(1).clamp_(min=0)
 
 
 def freeze_gates(model: nn.Module) -> None:
-    """Gates stay as they are from here on; the weights behind them go on learning."""
+    """Leave gates as they are from here on; the weights behind them go on learning."""
     for _, _, gate in iterate_gates(model):
         gate.score.requires_grad_(False)
         gate.score.grad = None
 
 
-def keep_best_gates(model: nn.Module, count: float) -> None:
-    """Open the gates of highest score as far as `count` allows, and close the rest.
+# --- opening and closing ----------------------------------------------------------------------------------
 
-    A weight counts its gate's price, 1 unless the penalty is on MACs. Of every layer the best gate stays.
+
+@torch.no_grad()
+def keep_best_gates(model: nn.Module, count: float) -> None:
+    """Open the gates of highest score as far as `count` allows, and close the others.
+
+    A gate takes the price of the weights behind it off `count`, 1 a weight unless the penalty is on MACs.
+    Of every layer the best gate stays, whatever `count` is.
     """
-    held = [(gate, _worth(layer, gate)) for _, layer, gate in iterate_gates(model)]
-    scores = torch.cat([gate.score.detach().flatten() for gate, _ in held])
-    counts = [gate.score.numel() for gate, _ in held]
-    per_gate = torch.cat([torch.full((gate.score.numel(),), worth) for gate, worth in held])
-    best = torch.cat([part.argmax()[None] for part in scores.split(counts)])
-    best += torch.tensor([0, *counts[:-1]], device=best.device).cumsum(0)
-    order = scores.index_fill(0, best, torch.inf).sort(descending=True, stable=True).indices.cpu()
-    stays = torch.zeros(len(scores), dtype=torch.bool)
-    stays[order] = per_gate[order].cumsum(0) <= count
-    stays[best.cpu()] = True
-    for (gate, _), open_ in zip(held, stays.split(counts), strict=True):
-        score = gate.score.detach()
-        mask = open_.view(score.shape).to(score.device)
-        gate.score.data = torch.where(mask, score.clamp(min=EDGE), score.clamp(max=-EDGE))
+    layers = [(gate, compute_worth(layer, gate)) for _, layer, gate in iterate_gates(model)]
+    sizes = [gate.score.numel() for gate, _ in layers]
+    scores = torch.cat([gate.score.flatten() for gate, _ in layers]).cpu()
+    prices = torch.cat([torch.full((size,), worth) for size, (_, worth) in zip(sizes, layers, strict=True)])
+    starts = torch.tensor([0, *sizes[:-1]]).cumsum(0)
+    best = starts + torch.stack([part.argmax() for part in scores.split(sizes)])
+    # The best of each layer come first, so that the others share what is left of `count`. The order is
+    # stable: gates that nothing has moved yet have equal scores.
+    ranking = scores.index_fill(0, best, torch.inf).sort(descending=True, stable=True).indices
+    is_open = torch.zeros(len(scores), dtype=torch.bool)
+    is_open[ranking] = prices[ranking].cumsum(0) <= count
+    is_open[best] = True
+    for (gate, _), part in zip(layers, is_open.split(sizes), strict=True):
+        mask = part.view(gate.score.shape).to(gate.score.device)
+        set_score(gate, gate.score.clamp(min=MARGIN).where(mask, gate.score.clamp(max=-MARGIN)))
 
 
 @torch.no_grad()
@@ -183,54 +182,74 @@ def reopen_gates(model: nn.Module, least: float) -> None:
     Penalties shut gates that are alike in the same few steps. A layer whose gates are all shut passes nothing
     on, and no gradient comes that could open one again.
     """
-    if least == 0 and all((gate.score > 0).any() for _, _, gate in iterate_gates(model)):
+    if least == 0 and all(count_open_gates(model)):
         return
-    held = {gate: gate.score.detach().clone() for _, _, gate in iterate_gates(model)}
+    scores = {gate: gate.score.clone() for _, _, gate in iterate_gates(model)}
     keep_best_gates(model, least)
-    for gate, score in held.items():
-        again = (score <= 0) & (gate.score > 0)
-        gate.score.data = score.masked_fill_(again, AGAIN)  # in the memory format it had
+    for gate, score in scores.items():
+        is_reopened = (score <= 0) & (gate.score > 0)
+        set_score(gate, score.masked_fill_(is_reopened, REOPENED))
 
 
-def fold_gates(model: nn.Module) -> nn.Module:
-    """A copy whose weights hold what the gates left of them: a plain model."""
-    plain = copy.deepcopy(model)
-    for module in plain.modules():
-        if parametrize.is_parametrized(module):
-            # parametrize.remove_parametrizations would strip the class, which the copy shares.
-            chains: Any = module.parametrizations
-            values = {
-                name: nn.Parameter(getattr(module, name).detach().clone(), chain.original.requires_grad)
-                for name, chain in chains.items()
-            }
-            del module._modules["parametrizations"]
-            module.__class__ = type(module).__bases__[0]
-            rest = dict(module._parameters)
-            module._parameters.clear()
-            for tensor, value in values.items():
-                module.register_parameter(tensor, value)
-            module._parameters.update(rest)
-    return plain
+def set_score(gate: Gate, score: Tensor) -> None:
+    """Set a gate's score, in the memory format that it has: a resumed run must not differ."""
+    gate.score.data.copy_(score)
 
 
-def compute_mask(layer: nn.Module, tensor: str) -> Tensor:
-    """What the gates of a layer's tensor let through: 1 or 0 an entry, 1 where there is no gate."""
-    held = get_original(layer, tensor)
-    assert held is not None
-    mask = torch.ones_like(held)
-    if parametrize.is_parametrized(layer, tensor):
-        for gate in layer.parametrizations[tensor]:  # type: ignore[index,union-attr]
-            mask = gate(mask)
-    return mask.detach()
+# --- counting and folding -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def count_open_gates(model: nn.Module) -> list[int]:
+    """Count the open gates of each layer, in one read of the device."""
+    counts = [(gate.score > 0).sum() for _, _, gate in iterate_gates(model)]
+    return torch.stack(counts).tolist() if counts else []
 
 
 def count_open(model: nn.Module) -> float:
-    """Σ price over the weights that open gates keep."""
-    return sum(
-        gate.price * int(compute_mask(layer, "weight").sum()) for _, layer, gate in iterate_gates(model)
-    )
+    """Sum the price of all weights that open gates keep."""
+    layers = zip(iterate_gates(model), count_open_gates(model), strict=True)
+    return sum(compute_worth(layer, gate) * count for (_, layer, gate), count in layers)
 
 
 def count_gated(model: nn.Module) -> float:
-    """Σ price over all gated weights."""
+    """Sum the price of all gated weights."""
     return sum(gate.price * get_weight(layer).numel() for _, layer, gate in iterate_gates(model))
+
+
+@torch.no_grad()
+def compute_mask(layer: nn.Module, tensor: str) -> Tensor:
+    """Compute what the gates of a layer's tensor let through: 1 or 0 an entry, 1 where there is no gate."""
+    stored = get_original(layer, tensor)
+    assert stored is not None
+    mask = torch.ones_like(stored)
+    for gate in list_parametrizations(layer, tensor):
+        mask = gate(mask)
+    return mask
+
+
+def fold_gates(model: nn.Module) -> nn.Module:
+    """Make a plain copy of a model, whose weights hold what the gates left of them."""
+    plain = copy.deepcopy(model)
+    for module in plain.modules():
+        if parametrize.is_parametrized(module):
+            _fold(module)
+    return plain
+
+
+def _fold(module: nn.Module) -> None:
+    """Make parametrized tensors ordinary parameters.
+
+    `parametrize.remove_parametrizations` would strip the class, which all copies of the model share.
+    """
+    values = {}
+    for name, chain in list_chains(module).items():
+        is_trained = all(stored.requires_grad for stored in chain.parameters(recurse=False))
+        values[name] = nn.Parameter(getattr(module, name).detach().clone(), is_trained)
+    del module._modules["parametrizations"]
+    module.__class__ = type(module).__bases__[0]
+    # Parameters that were gated come first, as they did when the layer was made.
+    others = dict(module._parameters)
+    module._parameters.clear()
+    for name, value in (*values.items(), *others.items()):
+        module.register_parameter(name, value)

@@ -1,57 +1,123 @@
-"""What gates leave of a network, counted without compacting it: for every few steps of a run."""
+"""Count what gates leave of a network, without compacting it: for every few steps of a run.
+
+All that is needed is read from the device at once; the channels are then followed on the CPU.
+"""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from elastic.measure.counts import count_params
+from elastic.measure.counts import count_nonzero
 from elastic.pruning.gates import compute_mask
-from elastic.widths.discovery import Widths
+from elastic.widths.discovery import Slot, Width, Widths
+
+Key = tuple[str, str]  # (layer, tensor)
 
 
-@torch.no_grad()
-def find_live_entries(model: nn.Module, widths: Widths) -> dict[tuple[str, str], Tensor]:
-    """What gates leave alive of each tensor, by (layer, tensor): 1 or 0 an entry.
+class Entries(NamedTuple):
+    """Count the entries of a tensor by its channels: those of one kernel, for a convolution's weight.
 
-    An entry lives if its own gate is open and its channels are written and read by open gates.
+    Attributes:
+        dims: the tensor's dimensions with channels, one an axis of the arrays.
+        open: entries behind open gates.
+        nonzero: entries that are open and not zero.
     """
-    slots = [slot for width in widths.values() for slot in width.slots if slot.tensor in ("weight", "bias")]
-    masks = {(s.module, s.tensor): compute_mask(model.get_submodule(s.module), s.tensor).cpu() for s in slots}
-    before, now = -1.0, 0.0
-    while now != before:  # a channel that dies may leave another one unread
-        for name, width in widths.items():
-            alive = torch.ones(width.size, dtype=torch.bool)
-            biases = [slot for slot in width.slots if slot.tensor == "bias"]  # a constant is written, too
-            for slots_ in (width.slots_with("out") + biases, width.slots_with("in")):
-                open_ = torch.zeros(width.size, dtype=torch.bool)
-                for slot in slots_:
-                    lines = masks[slot.module, slot.tensor].transpose(0, slot.dim)
-                    open_ |= lines.reshape(len(lines), -1).any(1)[widths.positions(slot, name)].any(1)
-                alive &= open_
-            for slot in width.slots:
-                if (slot.module, slot.tensor) in masks:
-                    dead = widths.positions(slot, name)[~alive].flatten()
-                    masks[slot.module, slot.tensor].index_fill_(slot.dim, dead, 0)
-        before, now = now, sum(float(mask.sum()) for mask in masks.values())
-    return masks
+
+    dims: tuple[int, ...]
+    open: NDArray[np.int32]
+    nonzero: NDArray[np.int32]
 
 
-@torch.no_grad()
 def count_live_params(model: nn.Module, widths: Widths) -> int:
-    """`params`, without what belongs to channels that gates have shut off."""
-    masks = find_live_entries(model, widths)
-    dead = sum(
-        int((getattr(model.get_submodule(path), tensor).cpu() != 0).logical_and(mask == 0).sum())
-        for (path, tensor), mask in masks.items()
-    )
-    return count_params(model) - dead
+    """Count `params` without what belongs to channels that gates have shut off."""
+    params, entries = read_entries(model, widths)
+    alive = find_live_entries(entries, widths)
+    return params - sum(int(entry.nonzero[~alive[key]].sum()) for key, entry in entries.items())
 
 
 def count_live_macs(model: nn.Module, widths: Widths, uses: Mapping[str, float]) -> float:
-    """MACs of the weights alive, by the `uses` of `macs_per_weight`.
+    """Count the MACs of the weights alive, by the `uses` of `count_macs_per_weight`.
 
     At channel grain they are the compacted network's; at finer grains dense kernels do more.
     """
-    masks = find_live_entries(model, widths)
-    return sum(times * float(masks[path, "weight"].sum()) for path, times in uses.items())
+    _, entries = read_entries(model, widths)
+    alive = find_live_entries(entries, widths)
+    weights = {path: (path, "weight") for path in uses}
+    return sum(uses[path] * int(entries[key].open[alive[key]].sum()) for path, key in weights.items())
+
+
+def find_live_entries(entries: Mapping[Key, Entries], widths: Widths) -> dict[Key, NDArray[np.bool_]]:
+    """Find what gates leave alive of each tensor, by its channels.
+
+    An entry lives if its own gate is open and its channels are written and read by open gates. A channel that
+    dies may leave another one unread or unwritten, so widths are looked at again until none loses any more:
+    upwards first, since what nothing reads needs no reader in turn, then downwards.
+    """
+    alive = {key: entry.open > 0 for key, entry in entries.items()}
+    sizes = dict.fromkeys(widths, -1)
+    order = [*reversed(list(widths.values())), *widths.values()]
+    while True:
+        before = dict(sizes)
+        for width in order:
+            sizes[width.name] = _drop_dead_channels(width, widths, entries, alive)
+        if sizes == before:
+            return alive
+
+
+def _drop_dead_channels(
+    width: Width, widths: Widths, entries: Mapping[Key, Entries], alive: dict[Key, NDArray[np.bool_]]
+) -> int:
+    """Mark what lies on a width's dead channels as dead; count the channels that live."""
+    lines = []  # of each slot: the tensor's entries, a channel (and copy) first
+    for slot in width.slots:
+        key = slot.module, slot.tensor
+        if key in entries:
+            axis = entries[key].dims.index(slot.dim)
+            lines.append((slot, np.moveaxis(alive[key], axis, 0), _locate(slot, width.name, widths)))
+    is_read, is_written = np.zeros((2, width.size), dtype=bool)
+    for slot, line, positions in lines:
+        if slot.role in ("in", "out") or slot.tensor == "bias":  # a constant is written, too
+            side = is_read if slot.role == "in" else is_written
+            side |= np.any(line.reshape(len(line), -1), axis=1)[positions].any(1)
+    lives = is_read & is_written
+    for _, line, positions in lines:
+        line[positions[~lives]] = False  # a view: the tensor's entries themselves
+    return int(lives.sum())
+
+
+def _locate(slot: Slot, name: str, widths: Widths) -> NDArray[np.int64]:
+    """Find where a width's channels lie on a slot, as `Widths.positions` does: (channels, copies)."""
+    parts, start = [], 0
+    for segment, extent in zip(slot.layout, widths.extents(slot), strict=True):
+        if segment.width == name:
+            parts.append(np.arange(start, start + extent).reshape(-1, segment.repeat))
+        start += extent
+    return np.concatenate(parts, axis=1)
+
+
+@torch.no_grad()
+def read_entries(model: nn.Module, widths: Widths) -> tuple[int, dict[Key, Entries]]:
+    """Read, in one transfer, the network's `params` and the entries of all tensors on which channels lie."""
+    dims: dict[Key, set[int]] = {}
+    for slot in (slot for width in widths.values() for slot in width.slots):
+        if slot.tensor in ("weight", "bias"):
+            dims.setdefault((slot.module, slot.tensor), set()).add(slot.dim)
+    counts = {key: _count(model.get_submodule(key[0]), key[1], dims[key]) for key in dims}
+    flat = [count.flatten() for count in counts.values()]
+    params, *read = torch.cat([count_nonzero(model)[None], *flat]).cpu().split([1, *map(len, flat)])
+    arrays = [part.numpy().reshape(count.shape) for part, count in zip(read, counts.values(), strict=True)]
+    return int(params), {
+        key: Entries(tuple(sorted(dims[key])), *array) for key, array in zip(dims, arrays, strict=True)
+    }
+
+
+def _count(layer: nn.Module, tensor: str, dims: set[int]) -> Tensor:
+    """Count the entries that are open, and those that are not zero, over all dimensions but these."""
+    values: Tensor = getattr(layer, tensor)
+    both = torch.stack([compute_mask(layer, tensor) != 0, values != 0])
+    others = [1 + dim for dim in range(values.dim()) if dim not in dims]
+    return both.sum(others, dtype=torch.int32) if others else both.int()

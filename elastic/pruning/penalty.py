@@ -1,20 +1,46 @@
-"""Add the penalty of open gates by its gradient (a stand-in)."""
+"""Add the penalty on open gates to their gradients, without autograd and in a few fused calls."""
 
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from elastic.pruning.gates import Gate
-from elastic.widths.parameters import get_weight
+from elastic.pruning.gates import Gate, compute_worth
 
 
 @torch.no_grad()
 def add_penalty_gradient(gates: Iterable[tuple[str, nn.Module, Gate]], penalty: float) -> None:
-    """Add λ · d/ds Σ price · size · σ(s) to the gradients of scores."""
-    for _, layer, gate in gates:
-        worth = gate.price * get_weight(layer).numel() / gate.score.numel()
-        sigma = torch.sigmoid(gate.score)
-        grad = penalty * worth * sigma * (1 - sigma) * (gate.grace <= 0)
-        if gate.score.requires_grad:
-            gate.score.grad = grad if gate.score.grad is None else gate.score.grad + grad
+    """Add to each score's gradient what λ · `compute_penalty` would: λ · price · size · σ'(score).
+
+    Entries in their grace period and frozen gates get nothing; a score without a gradient gets one. There are
+    as many calls for a hundred gates as for one.
+
+    Args:
+        gates: as `iterate_gates` yields them.
+        penalty: λ, times whatever the gradients are scaled by.
+    """
+    layers = [(layer, gate) for _, layer, gate in gates if gate.score.requires_grad]
+    if not layers:
+        return
+    scores: list[Tensor] = [gate.score for _, gate in layers]
+    gradients = list(torch._foreach_sigmoid(scores))
+    closed = torch._foreach_mul(gradients, -1.0)
+    torch._foreach_add_(closed, 1.0)
+    torch._foreach_mul_(gradients, closed)  # σ' = σ · (1 − σ)
+    # Grace counts epochs: 1 − min(grace, 1) is 1 where none is left, else 0.
+    counts = torch._foreach_clamp_max([gate.grace for _, gate in layers], 1.0)
+    torch._foreach_mul_(counts, -1.0)
+    torch._foreach_add_(counts, 1.0)
+    torch._foreach_mul_(gradients, counts)
+    torch._foreach_mul_(gradients, [penalty * compute_worth(layer, gate) for layer, gate in layers])
+    _accumulate(scores, gradients)
+
+
+def _accumulate(parameters: list[Tensor], gradients: list[Tensor]) -> None:
+    """Add to the gradients that there are, in place; parameters without one get it."""
+    pairs = list(zip(parameters, gradients, strict=True))
+    if present := [(p.grad, gradient) for p, gradient in pairs if p.grad is not None]:
+        torch._foreach_add_([grad for grad, _ in present], [gradient for _, gradient in present])
+    for parameter, gradient in pairs:
+        if parameter.grad is None:
+            parameter.grad = gradient

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic.callbacks import PruneByGates
-from elastic.errors import StructureError, TrainingError
+from elastic.errors import OptionError, TrainingError
 from elastic.experiments.train import train
 from elastic.measure import counts
 from elastic.pruning.budget import Budget
@@ -311,14 +311,14 @@ def test_gates_are_attached_once(tmp_path: Path) -> None:
 
 
 def test_an_unknown_grain_is_refused_with_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(StructureError, match=r"'block'.*weight, kernel, channel") as caught:
+    with pytest.raises(OptionError, match=r"'block'.*weight, kernel, channel") as caught:
         fit(tmp_path, *PRUNING, "callbacks.gates.grain=block")
     assert "\n" not in str(caught.value)
 
 
 def test_an_unknown_aim_is_refused(tmp_path: Path) -> None:
     """Silently, it would be params."""
-    with pytest.raises((StructureError, TrainingError), match="latency"):
+    with pytest.raises((OptionError, TrainingError), match="latency"):
         PruneByGates(by="latency")  # type: ignore[arg-type]
 
 
@@ -326,7 +326,7 @@ def test_an_unknown_aim_is_refused(tmp_path: Path) -> None:
     "window", [{"begin": 0.9, "end": 0.1}, {"begin": -0.5}, {"weight": -1.0}, {"grace": -1}]
 )
 def test_settings_that_make_no_sense_are_refused(window: dict[str, Any]) -> None:
-    with pytest.raises((StructureError, TrainingError)):
+    with pytest.raises((OptionError, TrainingError)):
         PruneByGates(**window)
 
 
@@ -378,7 +378,7 @@ def test_growth_after_the_budget_is_met_is_refused(tmp_path: Path) -> None:
 
 def test_a_budget_that_cannot_be_reached_is_refused_before_training(tmp_path: Path) -> None:
     run = prepare(tmp_path, *EXACT, "callbacks.gates.budget=5")
-    with pytest.raises(StructureError, match="a budget of 5 params cannot be reached"):
+    with pytest.raises(OptionError, match="a budget of 5 params cannot be reached"):
         run.fit()
     assert run.trainer.global_step == 0
 
@@ -411,7 +411,7 @@ def test_a_budget_is_not_checked_again_where_a_run_goes_on(
             raise Killed
 
     def ask(trainer: Any, module: Any) -> None:
-        with pytest.raises(StructureError, match=f"a budget of {asked} params cannot be reached"):
+        with pytest.raises(OptionError, match=f"a budget of {asked} params cannot be reached"):
             check_budget_reachable(module.net, module.structure.example, asked)
         refused.append(trainer.current_epoch)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import elastic.experiments.train
 from elastic.callbacks import PruneByMagnitude
-from elastic.errors import StructureError, TrainingError
+from elastic.errors import OptionError, TrainingError
 from elastic.experiments.train import train
 from elastic.measure import counts
 from elastic.pruning import gates
@@ -211,5 +211,5 @@ def test_gates_and_magnitude_do_not_prune_one_network(tmp_path: Path, schedule: 
     "given", [{"budget": 0}, {"budget": 9, "begin": 0.9, "end": 0.1}, {"budget": 9, "end": 1.5}]
 )
 def test_a_path_that_cannot_be_is_refused(given: dict[str, Any]) -> None:
-    with pytest.raises(StructureError):
+    with pytest.raises(OptionError):
         PruneByMagnitude(**given)

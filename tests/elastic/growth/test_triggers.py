@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic.errors import StructureError
+from elastic.errors import OptionError
 from elastic.growth.amount import Growth
 from elastic.growth.triggers import Periodic, Plateau
 
@@ -104,59 +104,48 @@ def test_a_period_is_blind(values: list[float], every: int) -> None:
 
 
 @st.composite
-def situations(draw: Any) -> tuple[dict[str, int], dict[str, int], dict[str, float]]:
-    """(sizes now, sizes at the start, fullness)."""
+def situations(draw: Any) -> tuple[dict[str, int], dict[str, int]]:
+    """Draw sizes now, and sizes at the start."""
     names = [f"w{i}" for i in range(draw(st.integers(1, 6)))]
     start = {name: draw(st.integers(1, 64)) for name in names}
     sizes = {name: draw(st.integers(1, 4 * start[name])) for name in names}
-    return sizes, start, {name: draw(st.integers(0, 8)) / 8 for name in names}
+    return sizes, start
 
 
 @given(
     situations(),
     st.sampled_from([1.0625, 1.25, 1.5, 2.0, 3.0]),
     st.sampled_from([1.0, 1.5, 2.0, 4.0]),
-    st.sampled_from([0.125, 0.25, 0.5, 0.75, 1.0]),
     st.sampled_from([1, 2, 4, 8]),
 )
 @settings(max_examples=300)
 def test_growth_stays_within_its_bounds(
-    situation: tuple[dict[str, int], dict[str, int], dict[str, float]],
-    factor: float,
-    ceiling: float,
-    share: float,
-    multiple: int,
+    situation: tuple[dict[str, int], dict[str, int]], factor: float, ceiling: float, multiple: int
 ) -> None:
-    sizes, start, fullness = situation
-    target = Growth(factor, ceiling, share, multiple).propose(sizes, start, fullness)
+    sizes, start = situation
+    target = Growth(factor, ceiling, multiple).propose(sizes, start)
     room = [name for name in sizes if sizes[name] < int(ceiling * start[name])]
-    assert list(target) == [name for name in sizes if name in target]
-    assert len(target) == min(len(room), -(-int(share * 8) * len(sizes) // 8))
-    assert set(target) <= set(room)
+    assert list(target) == room
     for name, size in target.items():
         end = int(ceiling * start[name])
         assert sizes[name] + 1 <= size <= end
         assert size >= min(end, sizes[name] * factor)
         assert size == end or size % multiple == 0
         assert size == end or size < max(sizes[name] * factor, sizes[name]) + 1 + multiple
-    for grown in target:
-        for left in room:
-            assert left in target or fullness[grown] >= fullness[left], "the fullest grow first"
 
 
 def test_growth_by_hand() -> None:
-    growth = Growth(factor=1.5, ceiling=4, share=0.5)
+    growth = Growth(factor=1.5, ceiling=4)
     start = dict(a=4, b=4, c=5, d=8)
-    full = dict(a=0.2, b=0.9, c=0.8, d=1.0)
-    assert growth.propose(start, start, full) == dict(b=6, d=12)
-    assert growth.propose(start | dict(b=16, d=32), start, full) == dict(a=6, c=8)
-    assert growth.propose(dict(a=16, b=16, c=20, d=32), start, full) == {}
-    assert growth.propose(dict(a=16, b=15, c=20, d=32), start, full) == dict(b=16)
-    assert growth.propose(dict(a=99, b=16, c=20, d=32), start, full) == {}
+    assert growth.propose(start, start) == dict(a=6, b=6, c=8, d=12)
+    assert growth.propose(start | dict(b=16, d=32), start) == dict(a=6, c=8)
+    assert growth.propose(dict(a=16, b=16, c=20, d=32), start) == {}
+    assert growth.propose(dict(a=16, b=15, c=20, d=32), start) == dict(b=16)
+    assert growth.propose(dict(a=99, b=16, c=20, d=32), start) == {}
 
 
 def test_one_channel_grows_by_one() -> None:
-    assert Growth(factor=1.01).propose({"a": 1}, {"a": 1}, {"a": 1.0}) == {"a": 2}
+    assert Growth(factor=1.01).propose({"a": 1}, {"a": 1}) == {"a": 2}
 
 
 @pytest.mark.parametrize(
@@ -165,7 +154,7 @@ def test_one_channel_grows_by_one() -> None:
 )
 def test_sizes_are_rounded_up_but_never_past_the_ceiling(size: int, multiple: int, expected: int) -> None:
     growth = Growth(factor=1.5, ceiling=17, multiple=multiple)
-    assert growth.propose({"a": size}, {"a": 1}, {"a": 1.0}) == {"a": expected}
+    assert growth.propose({"a": size}, {"a": 1}) == {"a": expected}
 
 
 @pytest.mark.parametrize("size", [10, 50, 100, 110])
@@ -173,11 +162,9 @@ def test_sizes_are_rounded_up_but_never_past_the_ceiling(size: int, multiple: in
 def test_decimal_factors_are_meant_as_written(size: int, factor: str) -> None:
     """1.1 × 50 is 55, though floating point says 55.00000000000001."""
     expected = int((Decimal(factor) * size).to_integral_value(ROUND_CEILING))
-    assert Growth(factor=float(factor), ceiling=9).propose({"a": size}, {"a": size}, {"a": 1.0}) == {
-        "a": expected
-    }
+    assert Growth(factor=float(factor), ceiling=9).propose({"a": size}, {"a": size}) == {"a": expected}
     end = int((Decimal(factor) * size).to_integral_value(ROUND_FLOOR))
-    assert Growth(factor=9, ceiling=float(factor)).propose({"a": size}, {"a": size}, {"a": 1.0}) == {"a": end}
+    assert Growth(factor=9, ceiling=float(factor)).propose({"a": size}, {"a": size}) == {"a": end}
 
 
 # --- refusals ----------------------------------------------------------------------------------------------
@@ -195,14 +182,12 @@ def test_decimal_factors_are_meant_as_written(size: int, factor: str) -> None:
         (lambda: Growth(factor=inf), "factor is inf"),
         (lambda: Growth(ceiling=0.5), "ceiling is 0.5"),
         (lambda: Growth(ceiling=nan), "ceiling is nan"),
-        (lambda: Growth(share=0), "share is 0"),
-        (lambda: Growth(share=1.5), "share is 1.5"),
         (lambda: Growth(multiple=0), "multiple of 0"),
         (lambda: Growth(multiple=-4), "multiple of -4"),
     ],
 )
 def test_what_makes_no_sense_is_refused_on_one_line(make: Any, match: str) -> None:
-    with pytest.raises(StructureError, match=match) as error:
+    with pytest.raises(OptionError, match=match) as error:
         make()
     assert "\n" not in str(error.value)
     assert "set it" in str(error.value) or "needs" in str(error.value)

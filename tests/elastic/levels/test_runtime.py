@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from elastic.errors import StructureError
+from elastic.errors import FileError, StructureError
 from elastic.levels import runtime
 from elastic.levels.nested import Levels
 from elastic.levels.runtime import Runtime
@@ -204,7 +204,7 @@ def test_energy_comes_from_the_counter(tmp_path: Path, monkeypatch: pytest.Monke
         10.0
     )  # of 33 passes
     monkeypatch.setattr(machine, "RAPL", tmp_path / "energy_uj")
-    with pytest.raises(StructureError, match="cannot be read: give another counter"):
+    with pytest.raises(FileError, match="cannot be read: give another counter"):
         read_rapl_joules()
     (tmp_path / "energy_uj").write_text("2500000\n")
     assert read_rapl_joules() == 2.5

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.errors import StructureError
-from elastic.pruning.budget import Budget
+from elastic.errors import OptionError
+from elastic.pruning.budget import LEAST, MOST, RATE, Budget
 
 GATES = 20_000
 
@@ -44,22 +44,22 @@ def test_the_path_is_cubic() -> None:
 
 
 @given(st.floats(1e-7, 1e-2), st.floats(1.01, 50), st.floats(0, 1))
-def test_lambda_rises_above_the_path_and_falls_below(weight: float, ratio: float, progress: float) -> None:
+def test_lambda_rises_above_the_path_and_falls_below(penalty: float, ratio: float, progress: float) -> None:
     def budget() -> Budget:
         return Budget(1000, peak=1e9, last_progress=progress - 0.1)
 
     on_path = budget().path(progress)
-    assert budget().steer(weight, on_path * ratio, progress) > weight
-    assert budget().steer(weight, on_path / ratio, progress) < weight
-    assert budget().steer(weight, on_path, progress) == pytest.approx(weight)
+    assert budget().steer(penalty, on_path * ratio, progress) > penalty
+    assert budget().steer(penalty, on_path / ratio, progress) < penalty
+    assert budget().steer(penalty, on_path, progress) == pytest.approx(penalty)
 
 
 @given(st.floats(1e-7, 1e-2), st.floats(1.01, 50), st.floats(1.01, 50))
-def test_the_further_off_the_larger_the_step_up_to_the_rate(weight: float, a: float, b: float) -> None:
+def test_the_further_off_the_larger_the_step_up_to_the_rate(penalty: float, a: float, b: float) -> None:
     near, far = sorted((a, b))
-    half = [Budget(1000, rate=0.2, last_progress=0.5) for _ in range(2)]
+    budgets = [Budget(1000, last_progress=1 - 0.1 / RATE) for _ in range(2)]
     sizes = (1000 * near, 1000 * far)
-    steps = [log(b.steer(weight, size, 1.0) / weight) for b, size in zip(half, sizes, strict=True)]
+    steps = [log(b.steer(penalty, size, 1.0) / penalty) for b, size in zip(budgets, sizes, strict=True)]
     assert 0 < steps[0] <= steps[1] + 1e-9 <= 0.1 + 2e-9
     assert steps[0] == pytest.approx(0.1 * min(1, log(near)), rel=1e-6)
 
@@ -72,12 +72,12 @@ def test_where_the_network_is_heading_counts() -> None:
     assert now[0] < now[1] < now[2]
 
 
-@given(st.lists(st.integers(0, 10**6), min_size=1, max_size=60), st.floats(1e-8, 1e-1))
-def test_lambda_stays_within_its_bounds(sizes: list[int], weight: float) -> None:
-    budget = Budget(1000, rate=300.0, least=1e-5, most=1e-3)
+@given(st.lists(st.integers(0, 10**6), min_size=1, max_size=60), st.floats(LEAST, MOST))
+def test_lambda_stays_within_its_bounds(sizes: list[int], penalty: float) -> None:
+    budget = Budget(1000)
     for i, size in enumerate(sizes):
-        weight = budget.steer(weight, size, i / len(sizes))
-        assert 1e-5 <= weight <= 1e-3
+        penalty = budget.steer(penalty, size, i / len(sizes))
+        assert LEAST <= penalty <= MOST
 
 
 def test_an_empty_network_does_not_stop_the_controller() -> None:
@@ -108,13 +108,13 @@ def run(
 
     Gates of less use than λ close, at a rate of 1/lag; where λ falls they re-open, three times more slowly.
     """
-    weight, size = start, float(GATES)
+    penalty, size = start, float(GATES)
     for i in range(int(0.85 * looks)):
         progress = i / looks
-        useful = GATES * erfc(log(weight / median) / spread / sqrt(2)) / 2 if progress >= begin else GATES
+        useful = GATES * erfc(log(penalty / median) / spread / sqrt(2)) / 2 if progress >= begin else GATES
         size += (useful - size) / lag * (1 if useful < size else 1 / 3)
         if progress >= begin:
-            weight = budget.steer(weight, size, progress)
+            penalty = budget.steer(penalty, size, progress)
     return size
 
 
@@ -137,14 +137,14 @@ def test_a_short_run_lands_if_it_starts_near() -> None:
 
 def test_a_saturated_plant_is_left_at_the_bound() -> None:
     """A budget that no λ reaches: λ stops at its bound and nothing overflows."""
-    budget, weight = Budget(10), 1e-4
+    budget, penalty = Budget(10), 1e-4
     for i in range(5000):
-        weight = budget.steer(weight, 10_000, i / 5000)
-    assert weight == budget.most
+        penalty = budget.steer(penalty, 10_000, i / 5000)
+    assert penalty == MOST
     budget = Budget(10_000)
     for i in range(5000):
-        weight = budget.steer(weight, 10, i / 5000)
-    assert weight == budget.least
+        penalty = budget.steer(penalty, 10, i / 5000)
+    assert penalty == LEAST
 
 
 def test_gates_trained_by_gradient_land_on_their_budget() -> None:
@@ -154,15 +154,15 @@ def test_gates_trained_by_gradient_land_on_their_budget() -> None:
     drawn = torch.Generator().manual_seed(0)
     pull = torch.exp(torch.randn(GATES, generator=drawn) * 1.5 + log(1e-3))
     score, moment = torch.ones(GATES), torch.zeros(GATES)
-    budget, weight, looks = Budget(5000), 1e-4, 2000
+    budget, penalty, looks = Budget(5000), 1e-4, 2000
     for i in range(int(0.85 * looks)):
         progress = i / looks
         sigma = torch.sigmoid(score)
-        gradient = (weight * (progress >= 0.05) - pull) * sigma * (1 - sigma)
+        gradient = (penalty * (progress >= 0.05) - pull) * sigma * (1 - sigma)
         moment = 0.9 * moment + 0.1 * gradient
         score = (score - 0.03 * moment / (moment.abs() + 1e-5)).clamp(-3, 3)
         if progress >= 0.05:
-            weight = budget.steer(weight, int((score > 0).sum()), progress)
+            penalty = budget.steer(penalty, int((score > 0).sum()), progress)
     assert int((score > 0).sum()) == pytest.approx(5000, rel=0.05)
 
 
@@ -173,23 +173,36 @@ def test_gates_trained_by_gradient_land_on_their_budget() -> None:
     ("options", "match"),
     [
         (dict(target=0), "budget of 0"),
-        (dict(target=-5), "budget of -5"),
+        (dict(target=-1), "budget of -1"),
+        (dict(target=2.5), "budget of 2.5"),
+        (dict(target=0.5), "budget of 0.5"),
+        (dict(target=nan), "budget of nan"),
+        (dict(target=inf), "budget of inf"),
+        (dict(target="1e999"), "budget of 1e999"),
+        (dict(target=True), "budget of True"),
+        (dict(target="many"), "budget of many"),
+        (dict(target=None), "budget of None"),
+        (dict(target=[2]), "budget of"),
         (dict(target=10, end=0), "from 0.0 to 0 of"),
         (dict(target=10, end=1.5), "to 1.5 of"),
         (dict(target=10, end=nan), "to nan of"),
         (dict(target=10, begin=0.7), "from 0.7 to 0.7 of"),
         (dict(target=10, begin=-0.1), "from -0.1 to 0.7 of"),
-        (dict(target=10, headroom=-2), "headroom -2"),
-        (dict(target=10, rate=-1), "rate -1"),
-        (dict(target=10, rate=inf), "rate inf"),
-        (dict(target=10, least=1.0, most=0.1), "least"),
+        (dict(target=10, headroom=-2), "headroom is -2"),
+        (dict(target=10, headroom=nan), "headroom is nan"),
     ],
 )
 def test_what_makes_no_sense_is_refused_on_one_line(options: dict[str, Any], match: str) -> None:
-    with pytest.raises(StructureError, match=match) as error:
+    with pytest.raises(OptionError, match=match) as error:
         Budget(**options)
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("written", [2000, 2000.0, 2e3, "2000", "2e3", " 2_000 "])
+def test_a_budget_may_be_written_in_several_ways(written: Any) -> None:
+    budget = Budget(written)
+    assert budget.target == 2000 and isinstance(budget.target, int)
+
+
 def test_a_step_is_a_factor() -> None:
-    assert Budget(1000, rate=0.05).steer(1e-4, 1e9, 1.0) == pytest.approx(1e-4 * exp(0.05))
+    assert Budget(1000).steer(1e-4, 1e9, 0.05 / RATE) == pytest.approx(1e-4 * exp(0.05))

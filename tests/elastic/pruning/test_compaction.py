@@ -15,12 +15,13 @@ from torch.nn.utils import parametrize
 from elastic.errors import StructureError
 from elastic.measure.counts import count_macs, count_params
 from elastic.models import convnet, resnet20
-from elastic.pruning import gates
+from elastic.pruning import compaction, gates
 from elastic.pruning.compaction import TINY, compact
+from elastic.pruning.constants import keeps_constants, observe_constants
 from elastic.pruning.dead import find_removable_channels
 from elastic.surgery.reindexing import reindex
 from elastic.widths.discovery import discover
-from elastic.widths.parameters import get_original
+from elastic.widths.parameters import get_original, get_weight
 from tests.elastic.zoo import CASES, Case, Net, conv, differences, head, states
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -532,3 +533,132 @@ def test_looking_for_silent_channels_leaves_every_modules_mode_alone() -> None:
     before = [module.training for module in net.modules()]
     assert find_removable_channels(net, widths, X)["0"].tolist() == [0, 2, 3]
     assert [module.training for module in net.modules()] == before
+
+
+# --- odd readers -------------------------------------------------------------------------------------------
+
+
+def test_readers_that_share_a_weight_keep_what_they_cannot_take_over() -> None:
+    """Behind zero padding, each of them would add the constants to the one weight that both have."""
+    torch.manual_seed(0)
+    net: Any = Net(
+        lambda m, x: m.head(m.one(y := m.stem(x).relu()) + m.two(2 * y)),
+        **dict(stem=conv(3, 4), one=conv(4, 5, 3), two=conv(4, 5, 3), head=head(5)),
+    ).eval()
+    net.two.weight = net.one.weight
+    with torch.no_grad():
+        net.stem.weight[[0, 2]] = 0
+        net.stem.bias[[0, 2]] = torch.tensor([1.0, 2.0])
+        net.one.weight[:, 3] = 0
+    small: Any = compact(net, X)
+    close(small(X), net(X))
+    assert small.stem.out_channels == 3 and small.two.weight is small.one.weight
+
+
+class Shifted(nn.Conv2d):
+    """Read something else than it is given."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input + torch.rand_like(input[:, :1]))
+
+
+def test_nothing_is_known_of_what_another_forward_reads() -> None:
+    layer = Shifted(3, 4, 1)
+    assert not keeps_constants(layer)
+    assert observe_constants(nn.Sequential(layer), ["0"], X) == {}
+    layer = nn.Conv2d(3, 4, 1)
+    assert keeps_constants(layer) and list(observe_constants(nn.Sequential(layer), ["0"], X)) == ["0"]
+    layer.forward = lambda x: x  # type: ignore[method-assign]
+    assert not keeps_constants(layer) and observe_constants(nn.Sequential(layer), ["0"], X) == {}
+
+
+@pytest.mark.parametrize(
+    ("layer", "keeps"),
+    [
+        (nn.Linear(3, 4), True),
+        (nn.Conv2d(3, 4, 3), True),
+        (nn.Conv2d(3, 4, 3, padding="valid"), True),
+        (nn.Conv2d(3, 4, 1, padding="same"), True),
+        (nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), True),
+        (nn.Conv2d(3, 4, 3, padding="same"), False),
+        (nn.Conv2d(3, 4, 3, padding=(0, 1)), False),
+        (nn.Conv1d(3, 4, 1, padding=1), False),
+        (nn.ConvTranspose2d(3, 4, 3, stride=2), False),
+    ],
+    ids=repr,
+)
+def test_which_layers_make_constant_maps_of_constant_maps(layer: nn.Module, keeps: bool) -> None:
+    shape = (2, 3) if isinstance(layer, nn.Linear) else (2, 3, 9, 9)[: get_weight(layer).dim()]
+    x = torch.arange(1.0, 4.0).view(1, 3, *[1] * (len(shape) - 2)).expand(shape)
+    y = layer(x).detach()
+    assert (
+        torch.allclose(y, y.mean(tuple(range(2, y.dim())), keepdim=True) if y.dim() > 2 else y[:1]) == keeps
+    )
+    assert keeps_constants(layer) == keeps
+
+
+def test_a_layer_called_by_keyword_is_seen() -> None:
+    net: Any = Net(
+        lambda m, x: m.head(m.last(input=m.stem(x).relu())), stem=conv(3, 4), last=conv(4, 5), head=head(5)
+    )
+    with torch.no_grad():
+        net.stem.weight[1], net.stem.bias[1] = 0, 2.0
+    constants = observe_constants(net.eval(), ["last"], X)["last"]
+    assert constants[1] == 2.0 and constants[[0, 2, 3]].isnan().all()
+
+
+def test_a_grouped_convolution_with_one_channel_left_in_a_group_is_looked_at_again() -> None:
+    """It is a depthwise one then, whose channels can go one by one."""
+    torch.manual_seed(0)
+    net: Any = nn.Sequential(
+        *(conv(3, 4), nn.ReLU(), conv(4, 4, 3, groups=2), nn.ReLU(), conv(4, 5), nn.ReLU(), head(5))
+    ).eval()
+    with torch.no_grad():
+        net[0].weight[[1, 3]], net[0].bias[[1, 3]] = 0, 0
+        net[2].weight[[1, 3]], net[2].bias[[1, 3]] = 0, 0
+        net[4].weight[:, 2] = 0
+    small = compact(net, X)
+    assert sizes(small) == {"0": 1, "2": 1, "4": 5}
+    close(small(X), net(X))
+
+
+# --- work ---------------------------------------------------------------------------------------------------
+
+
+def chain(depth: int) -> nn.Sequential:
+    """Each layer's first channel reads that before it alone, and has a constant: one after the other dies."""
+    torch.manual_seed(0)
+    layers = [conv(3, 4), *(conv(4, 4) for _ in range(depth))]
+    with torch.no_grad():
+        layers[0].weight[0] = 0
+        for layer in layers[1:]:
+            layer.weight[0, 1:] = 0
+        layers[-1].weight[:, 3] = 0  # and the last channel of each dies from behind
+        for layer in layers[1:-1]:
+            layer.weight[:3, 3] = 0
+    return nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU())), head(4)).eval()
+
+
+def test_the_work_is_linear_in_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where death spreads through all layers, from one to the next."""
+    work: list[dict[str, int]] = []
+    for depth in (8, 16, 32):
+        calls = dict.fromkeys(("find_following_norms", "find_widths", "observe_constants", "find_unread"), 0)
+        for name in calls:
+            function = getattr(compaction, name)
+
+            def counted(*args: Any, name: str = name, function: Any = function, calls: Any = calls) -> Any:
+                calls[name] += 1
+                return function(*args)
+
+            monkeypatch.setattr(compaction, name, counted)
+        net = chain(depth)
+        small = compact(net, X)
+        assert set(sizes(small).values()) <= {1, 2, 3} and count_params(small) < count_params(net)
+        close(small(X), net(X))
+        monkeypatch.undo()
+        work.append(calls)
+    for calls in work:
+        assert (calls["find_following_norms"], calls["find_widths"], calls["observe_constants"]) == (1, 2, 1)
+    looks = [calls["find_unread"] for calls in work]
+    assert looks[2] - looks[1] <= 2 * (looks[1] - looks[0]) + 8, looks

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from elastic.errors import StructureError
+from elastic.errors import OptionError
 from elastic.measure import counts
 from elastic.models import convnet
 from elastic.pruning import gates
@@ -96,31 +96,31 @@ def test_what_is_closed_stays_closed(counts: list[int], seed: int) -> None:
         assert wanted - lost <= sum(int(is_.sum()) for is_ in now) <= wanted
 
 
-@pytest.mark.parametrize("asked", [560, 300, 150, 90])
-def test_the_compacted_network_has_the_size_asked_for(asked: int) -> None:
+@pytest.mark.parametrize("target", [560, 300, 150, 90])
+def test_the_compacted_network_has_the_size_asked_for(target: int) -> None:
     net = gated_net()
-    fit_gates_to_budget(net, asked, keep_largest_weights, lambda: params(net))
-    assert params(net) == asked
+    fit_gates_to_budget(net, target, keep_largest_weights, lambda: params(net))
+    assert params(net) == target
 
 
 @pytest.mark.parametrize("grain", ["weight", "kernel", "channel"])
-@pytest.mark.parametrize("asked", [450, 200, 100])
-def test_one_gate_more_would_be_too_many(grain: gates.Grain, asked: int) -> None:
+@pytest.mark.parametrize("target", [450, 200, 100])
+def test_one_gate_more_would_be_too_many(grain: gates.Grain, target: int) -> None:
     """Scores are random, some gates are closed; a gate counts for the weights behind it."""
     net = gated_net(grain)
     for _, _, gate in gates.iterate_gates(net):
         gate.score.data = torch.randn_like(gate.score)
     held = [gate.score.detach().clone() for _, _, gate in gates.iterate_gates(net)]
-    fit_gates_to_budget(net, asked, gates.keep_best_gates, lambda: params(net))
+    fit_gates_to_budget(net, target, gates.keep_best_gates, lambda: params(net))
     got, kept = params(net), int(gates.count_open(net))
-    assert got <= asked
+    assert got <= target
     for count in range(kept, int(gates.count_gated(net)) + 1):  # to the next gate that opens
         for (_, _, gate), score in zip(gates.iterate_gates(net), held, strict=True):
             gate.score.data = score.clone()
         gates.keep_best_gates(net, count)
         if gates.count_open(net) > kept:
             break
-    assert gates.count_open(net) > kept and (got == asked or params(net) > asked)
+    assert gates.count_open(net) > kept and (got == target or params(net) > target)
 
 
 def test_gates_open_again_where_there_is_room() -> None:
@@ -148,7 +148,7 @@ def test_what_cannot_be_met_is_met_as_nearly_as_can_be(keep: object) -> None:
 
 def test_a_few_tries_do() -> None:
     """Halving would take 11; each costs a compaction."""
-    for asked, channels in itertools.product((1500, 800, 400), ((16, 16), (12, 14))):
+    for target, channels in itertools.product((1500, 800, 400), ((16, 16), (12, 14))):
         net, tries = gated_net(channels=channels), 0
 
         def measure(net: nn.Module = net) -> int:
@@ -156,8 +156,8 @@ def test_a_few_tries_do() -> None:
             tries += 1
             return params(net)
 
-        fit_gates_to_budget(net, asked, keep_largest_weights, measure)
-        assert tries <= 8 and params(net) == asked
+        fit_gates_to_budget(net, target, keep_largest_weights, measure)
+        assert tries <= 8 and params(net) == target
 
 
 def test_the_memory_format_stays() -> None:
@@ -173,16 +173,16 @@ def test_the_memory_format_stays() -> None:
 
 
 @pytest.mark.parametrize("grain", ["weight", "kernel", "channel"])
-@pytest.mark.parametrize("aim", ["params", "macs"])
-def test_the_least_that_a_network_can_be_is_not_refused_and_less_is(grain: gates.Grain, aim: str) -> None:
+@pytest.mark.parametrize("by", ["params", "macs"])
+def test_the_least_that_a_network_can_be_is_not_refused_and_less_is(grain: gates.Grain, by: str) -> None:
     net = gated_net(grain)
     least = copy.deepcopy(net)
     gates.keep_best_gates(least, 0)
-    stays = measure_compacted(least, EXAMPLE, aim)
-    check_budget_reachable(net, EXAMPLE, stays, aim)
-    said = f"a budget of {stays - 1} {aim} cannot be reached: {stays} stay"
-    with pytest.raises(StructureError, match=said) as caught:
-        check_budget_reachable(net, EXAMPLE, stays - 1, aim)
+    stays = measure_compacted(least, EXAMPLE, by)
+    check_budget_reachable(net, EXAMPLE, stays, by)
+    said = f"a budget of {stays - 1} {by} cannot be reached: {stays} stay"
+    with pytest.raises(OptionError, match=said) as caught:
+        check_budget_reachable(net, EXAMPLE, stays - 1, by)
     assert "\n" not in str(caught.value)
 
 
@@ -194,7 +194,7 @@ def test_the_size_in_macs_is_the_flop_counter_s_where_nothing_is_zero() -> None:
 
 
 @pytest.mark.parametrize(
-    ("grain", "asked", "why"),
+    ("grain", "target", "why"),
     [
         ("weight", 300, None),
         ("weight", 10_000, "all gates are open"),
@@ -202,12 +202,12 @@ def test_the_size_in_macs_is_the_flop_counter_s_where_nothing_is_zero() -> None:
         ("weight", 5, "every layer keeps one gate"),
     ],
 )
-def test_a_budget_that_is_missed_says_why(grain: gates.Grain, asked: int, why: str | None) -> None:
+def test_a_budget_that_is_missed_says_why(grain: gates.Grain, target: int, why: str | None) -> None:
     net = gated_net(grain)
-    fit_gates_to_budget(net, asked, gates.keep_best_gates, lambda: params(net))
-    report = report_budget(net, EXAMPLE, asked)
-    assert (report["budget/target"], report["budget/actual"]) == (asked, params(net))
-    assert (abs(params(net) - asked) <= 0.02 * asked) == (why is None) == ("budget/reason" not in report)
+    fit_gates_to_budget(net, target, gates.keep_best_gates, lambda: params(net))
+    report = report_budget(net, EXAMPLE, target)
+    assert (report["budget/target"], report["budget/actual"]) == (target, params(net))
+    assert (abs(params(net) - target) <= 0.02 * target) == (why is None) == ("budget/reason" not in report)
     assert why is None or report["budget/reason"].startswith(why)
 
 
@@ -221,7 +221,7 @@ def test_weights_that_will_not_stay_zero_are_counted_when_gates_are_settled() ->
         weights = [get_weight(layer) for _, layer, _ in gates.iterate_gates(net)]
         weights[1][3:, 4:] = 1  # trained since, where the gate was open
     shut[:3] = 0.1
-    then = measure_compacted(net, EXAMPLE, trained=False)
+    then = measure_compacted(net, EXAMPLE, count_zeros=True)
     assert then - params(net) == 3 * 4 * 9 + 8 + 6, "and shifts, which begin at zero"
     for name, parameter in net.named_parameters():
         if not name.endswith("score"):

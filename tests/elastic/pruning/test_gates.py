@@ -268,18 +268,17 @@ def test_open_gates_change_nothing(grain: Grain) -> None:
     assert torch.equal(net(X), expected)
 
 
-def test_counts_and_fullness_by_hand() -> None:
-    net, widths = gated_network("kernel")
+def test_counts_by_hand() -> None:
+    net, _ = gated_network("kernel")
     for gate in found(net).values():
         gate.score.data.fill_(1.0)
     found(net)["0"].score.data[1] = -1  # 3 of 12 kernels
     found(net)["3"].score.data[:, 1] = -1  # 6 of 24 kernels
     found(net)["6.2"].score.data[:2] = -1  # 12 of 30 weights
     assert gates.count_open(net) == open_weights(net) == 9 * 9 + 18 * 9 + 18
-    assert gates.measure_openness(net, widths) == pytest.approx(
-        {"0": (9 / 12 + 18 / 24) / 2, "3": (18 / 24 + 18 / 30) / 2}
-    )
-    assert gates.measure_openness(network(), widths) == {"0": 1.0, "3": 1.0}
+    assert gates.count_gated(net) == 12 * 9 + 24 * 9 + 30
+    assert gates.count_open_gates(net) == [9, 18, 18]
+    assert gates.count_open_gates(network()) == []
 
 
 @every_grain
@@ -633,7 +632,9 @@ def test_what_is_opened_again_had_the_highest_scores() -> None:
     opened = now > 0
     assert all((gate.score > 0).any() for gate in held), "of every layer one"
     assert (
-        opened.sum() == 40 and (now[opened] == gates.AGAIN).all() and torch.equal(now[~opened], was[~opened])
+        opened.sum() == 40
+        and (now[opened] == gates.REOPENED).all()
+        and torch.equal(now[~opened], was[~opened])
     )
     best = torch.stack([score.max() for score in before])
     rest = was[opened & ~torch.isin(was, best)]

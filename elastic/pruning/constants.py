@@ -1,0 +1,152 @@
+"""Find the constants that channels hold where layers read them, and decide who takes them over.
+
+What nothing writes may still hold a constant (a norm's shift, a bias). The network itself is asked for it.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from elastic.widths.discovery import Slot, Width, Widths
+from elastic.widths.parameters import get_weight
+
+# Layers whose input is what their weight multiplies are known by their forward: that of a subclass may do
+# anything to it first (pad it, normalise it), so that nothing is known there.
+CONVOLUTIONS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+TRANSPOSED = (nn.ConvTranspose1d.forward, nn.ConvTranspose2d.forward, nn.ConvTranspose3d.forward)
+READERS = (nn.Linear.forward, *CONVOLUTIONS, *TRANSPOSED)
+# Noise of many scales, so that what saturates on one of them varies on another.
+SCALES = (0, 0.1, 0.3, 1, 3, 10, 30, 100)
+SPREAD = 1e-6  # relative; a map that varies by no more is a constant
+
+
+class Reading(NamedTuple):
+    """Hold the constants that one reader finds on a width's channels: (channels, copies), NaN for none."""
+
+    slot: Slot
+    values: Tensor
+
+
+class Move(NamedTuple):
+    """Say where the constants of unwritten channels go: into biases, or onto one channel for all."""
+
+    into_bias: Tensor  # channels, by number
+    into_carrier: Tensor
+    carrier: int = 0
+
+
+# --- observing --------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def observe_constants(model: nn.Module, layers: Iterable[str], example: Tensor) -> dict[str, Tensor]:
+    """Find, for each layer, the constant that each of its input channels holds, or NaN where it varies.
+
+    The model runs, in the mode it is in, on noise of the example's shape. Layers whose forward is not that of
+    a stock convolution or linear layer are left out.
+    """
+    noise = torch.randn((len(SCALES), *example.shape[1:]), generator=torch.Generator().manual_seed(0))
+    noise *= torch.tensor(SCALES).view(-1, *[1] * (example.dim() - 1))
+    device = next(model.parameters()).device
+    with _watch(model, layers) as constants:
+        model(noise.to(device, example.dtype))
+    return {path: values.cpu() for path, values in constants.items()}
+
+
+@contextmanager
+def _watch(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """Record the constants of each layer's input channels while the model runs."""
+    constants: dict[str, Tensor] = {}
+
+    def look(path: str, layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        values = _find_constants(layer, args[0] if args else kwargs["input"])
+        if path in constants:  # the layer is called several times
+            values = values.where(values == constants[path], torch.nan)
+        constants[path] = values
+
+    hooks = []
+    for path in layers:
+        layer = model.get_submodule(path)
+        if has_forward_of(layer, READERS):
+            hooks.append(layer.register_forward_pre_hook(partial(look, path), with_kwargs=True))
+    try:
+        yield constants
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _find_constants(layer: nn.Module, x: Tensor) -> Tensor:
+    """Give the value of each channel that is the same everywhere in all samples, NaN for the others."""
+    channel = x.dim() - get_weight(layer).dim() + 1
+    others = [dim for dim in range(x.dim()) if dim != channel]
+    low, high = x.detach().amin(others), x.detach().amax(others)
+    return torch.where(high - low <= SPREAD * (1 + high.abs()), (low + high) / 2, torch.nan)
+
+
+def has_forward_of(layer: nn.Module, forwards: Iterable[Callable[..., Tensor]]) -> bool:
+    """Tell whether a layer's forward is one of these, whatever its class."""
+    return type(layer).forward in forwards and "forward" not in vars(layer)
+
+
+def read_constants(widths: Widths, width: Width, constants: Mapping[str, Tensor]) -> list[Reading]:
+    """Look up, for each reader of a width, what `observe_constants` has seen on the width's channels."""
+    return [
+        Reading(slot, _list_columns(widths, slot, constants)[widths.positions(slot, width.name)])
+        for slot in width.slots_with("in")
+    ]
+
+
+def _list_columns(widths: Widths, slot: Slot, constants: Mapping[str, Tensor]) -> Tensor:
+    """List the constant that each column of a reader's weight meets, NaN where that is not known."""
+    columns = sum(widths.extents(slot))
+    if slot.module not in constants:
+        return torch.full((columns,), torch.nan)
+    groups = constants[slot.module].view(-1, columns)
+    if len(groups) == 1:
+        return groups[0]
+    # One column of a grouped convolution reads a channel of every group.
+    return torch.where((groups == 0).all(0), 0.0, torch.nan)
+
+
+# --- moving -----------------------------------------------------------------------------------------------
+
+
+def plan_move(model: nn.Module, unwritten: Tensor, readings: list[Reading]) -> Move:
+    """Decide where the constants of unwritten channels go; a channel that varies for some reader stays.
+
+    What no padding reader tells from zero goes into biases. The others go onto one of them: that whose
+    constant is the largest where it is smallest, so that ratios to it are well defined.
+    """
+    is_constant, affects_padding = unwritten.clone(), torch.zeros_like(unwritten)
+    for _, values in readings:
+        is_constant &= ~values.isnan().any(1)
+    padding = [values for slot, values in readings if not keeps_constants(model.get_submodule(slot.module))]
+    for values in padding:
+        affects_padding |= (values != 0).any(1)
+    into_bias, others = ((is_constant & m).nonzero().flatten() for m in (~affects_padding, affects_padding))
+    # A reader that finds zeros on all of them does not mind which one carries.
+    magnitudes = [values[others].abs().amin(1) for values in padding if values[others].any()]
+    if not magnitudes:
+        return Move(into_bias, others[:0])
+    magnitude = torch.stack(magnitudes).amin(0)
+    best = int(magnitude.argmax())
+    if magnitude[best] == 0:
+        return Move(into_bias, others[:0])
+    return Move(into_bias, others[others != others[best]], int(others[best]))
+
+
+def keeps_constants(layer: nn.Module) -> bool:
+    """Tell whether a layer makes constant maps of constant maps; zeros beyond their border end that."""
+    if has_forward_of(layer, CONVOLUTIONS):
+        convolution = cast(nn.Conv2d, layer)  # or one of another number of dimensions
+        if convolution.padding_mode != "zeros" or convolution.padding == "valid":
+            return True
+        if convolution.padding == "same":
+            return all(size == 1 for size in convolution.kernel_size)
+        return not any(convolution.padding)
+    return has_forward_of(layer, (nn.Linear.forward,))

@@ -1,0 +1,130 @@
+"""What gates leave, counted while they stand, against the compacted network and entry by entry."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from elastic.measure.counts import count_macs, count_macs_per_weight, count_params
+from elastic.models import convnet, resnet20
+from elastic.pruning import gates
+from elastic.pruning.compaction import compact
+from elastic.pruning.gates import Grain
+from elastic.pruning.live import count_live_macs, count_live_params, find_live_entries, read_entries
+from elastic.widths.discovery import Widths, discover
+from tests.elastic.zoo import CASES, Case
+
+every_grain = pytest.mark.parametrize("grain", ["weight", "kernel", "channel"])
+
+
+def close_at_random(net: nn.Module, rate: float, seed: int = 0) -> None:
+    """Close single gates, and whole rows and columns."""
+    draw = torch.Generator().manual_seed(seed)
+    for _, _, gate in gates.iterate_gates(net):
+        score = gate.score.data
+        closed = torch.rand(score.shape, generator=draw) < 0.3
+        closed[torch.rand(len(score), generator=draw) < rate] = True
+        closed[:, torch.rand(score.shape[1], generator=draw) < rate / 2] = True
+        score.masked_fill_(closed, -1.0)
+
+
+def find_masks(model: nn.Module, widths: Widths) -> dict[tuple[str, str], Tensor]:
+    """Find which entries live, by the definition: entry by entry, until nothing changes."""
+    slots = [slot for width in widths.values() for slot in width.slots if slot.tensor in ("weight", "bias")]
+    masks = {(s.module, s.tensor): gates.compute_mask(model.get_submodule(s.module), s.tensor) for s in slots}
+    while True:
+        before = {key: mask.clone() for key, mask in masks.items()}
+        for name, width in widths.items():
+            slots = [slot for slot in width.slots if slot.tensor in ("weight", "bias")]
+            written = [slot for slot in slots if slot.role == "out" or slot.tensor == "bias"]
+            for channel in range(width.size):
+
+                def lines(slot: Any, channel: int = channel, name: str = name) -> list[Tensor]:
+                    positions = widths.positions(slot, name)[channel].tolist()
+                    return [masks[slot.module, slot.tensor].select(slot.dim, place) for place in positions]
+
+                read = [slot for slot in slots if slot.role == "in"]
+                if all(any(bool(line.any()) for s in side for line in lines(s)) for side in (written, read)):
+                    continue
+                for slot in slots:
+                    for line in lines(slot):
+                        line.zero_()
+        if all(torch.equal(before[key], mask) for key, mask in masks.items()):
+            return masks
+
+
+@every_grain
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_live_entries_entry_by_entry(case: Case, grain: Grain) -> None:
+    net, x = case.model(), case.example()
+    widths = discover(net, x)
+    gates.attach_gates(net, widths, grain)
+    close_at_random(net, 0.4)
+    params, entries = read_entries(net, widths)
+    alive = find_live_entries(entries, widths)
+    expected = find_masks(net, widths)
+    assert params == count_params(net) and alive.keys() == expected.keys()
+    dead = 0
+    for (path, tensor), mask in expected.items():
+        values = getattr(net.get_submodule(path), tensor)
+        entry = entries[path, tensor]
+        others = [dim for dim in range(mask.dim()) if dim not in entry.dims]
+        live = mask.flatten() if not others else mask.sum(others).flatten()
+        assert torch.equal(torch.from_numpy(entry.open * alive[path, tensor]).flatten(), live.int())
+        dead += int(((values != 0) & (mask == 0)).sum())
+    assert count_live_params(net, widths) == params - dead
+    uses = {path: 2.0 for path, tensor in expected if tensor == "weight" and mask.dim() > 0}
+    assert count_live_macs(net, widths, uses) == sum(2 * float(expected[p, "weight"].sum()) for p in uses)
+
+
+def test_live_sizes_are_those_of_the_compacted_network() -> None:
+    """At channel grain without constants: a death that spreads counts as compaction finds it."""
+    net, x = convnet((4, 6, 6, 8)), torch.zeros(1, 1, 12, 12)
+    for parameter in net.parameters():
+        nn.init.uniform_(parameter, 0.1, 1)
+    widths = discover(net, x)
+    gates.attach_gates(net, widths, "channel")
+    closed = (("0", [1]), ("3", [0, 2]), ("10", [7]))
+    for path, channels in closed:
+        gate = next(gate for p, _, gate in gates.iterate_gates(net) if p == path)
+        gate.score.data[channels] = -1
+    small = compact(net, x)
+    assert count_live_params(net, widths) == count_params(small)
+    uses = count_macs_per_weight(net, x)
+    assert count_live_macs(net, widths, uses) == count_macs(small, x)
+
+
+@every_grain
+def test_the_device_is_read_once(grain: Grain) -> None:
+    net, x = resnet20(8), torch.zeros(1, 3, 32, 32)
+    widths = discover(net, x)
+    gates.attach_gates(net, widths, grain)
+    close_at_random(net, 0.4)
+    uses = count_macs_per_weight(net, x)
+    looks = (
+        lambda: count_live_params(net, widths),
+        lambda: count_live_macs(net, widths, uses),
+        lambda: gates.count_open(net),
+        lambda: gates.reopen_gates(net, 0.0),
+        lambda: count_params(net),
+    )
+    for look in looks:
+        with CountReads() as counter:
+            look()
+        assert counter.reads <= 1
+
+
+class CountReads(TorchDispatchMode):
+    """Count what hands values of tensors to Python or copies them to the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        is_copy = str(func) == "aten._to_copy.default" and kwargs.get("device") is not None
+        self.reads += is_copy or str(func) == "aten._local_scalar_dense.default"
+        return func(*args, **kwargs)
