@@ -8,13 +8,16 @@ import torch
 from elastic.callbacks.levels import refuse_beside
 from torch import Tensor
 
+from elastic.dynamic.activations import Activation
 from elastic.dynamic.attaching import attach_modules
 from elastic.dynamic.loss import ActivationCost, ActivationLoss, By, Form
-from elastic.dynamic.modules import Choice, SetNorm, iterate_modules, select_set
+from elastic.dynamic.modules import iterate_modules, select_set
+from elastic.dynamic.norms import SetNorm
 from elastic.errors import StructureError, TrainingError
 from elastic.training.classifier import ElasticClassifier
 from elastic.widths.discovery import discover
 
+LOGGED: dict[str, By] = {"count": "kernels", "macs": "macs"}
 COLD = 0.05  # the temperature at the end of a run, of soft gates
 
 
@@ -45,7 +48,7 @@ class PruneDynamically(L.Callback):
         form: Form = "linear",
         by: By = "macs",
         target: float | None = None,
-        choice: Choice = "ramp",
+        choice: Activation = "ramp",
         kind: str = "input",
         begin: float = 0.1,
         end: float = 0.5,
@@ -125,7 +128,7 @@ class PruneDynamically(L.Callback):
 
     def loss(self, pl_module: ElasticClassifier) -> Tensor:
         parsimony, price = self.parsimony[self.active_set], self.price_LS[pl_module.level, self.active_set]
-        return parsimony.loss(self.engaged[pl_module.level].share(parsimony.by), self.ripe, price)
+        return parsimony.loss(self.engaged[pl_module.level].fraction(parsimony.by), self.ripe, price)
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: ElasticClassifier, outputs: Any, batch: Any, batch_idx: int
@@ -136,10 +139,10 @@ class PruneDynamically(L.Callback):
     @torch.no_grad()
     def _reprice(self, trainer: L.Trainer, level: int) -> None:
         parsimony, part = self.parsimony[self.active_set], 1 / trainer.num_training_batches
-        share = trainer.strategy.reduce(self.engaged[level].share(parsimony.by), reduce_op="mean")
+        share = trainer.strategy.reduce(self.engaged[level].fraction(parsimony.by), reduce_op="mean")
         assert isinstance(share, Tensor)
         price = self.price_LS[level, self.active_set]
-        self.price_LS[level, self.active_set] = parsimony.reprice(price, share, self.ripe, part)
+        self.price_LS[level, self.active_set] = parsimony.update_multiplier(price, share, self.ripe, part)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: ElasticClassifier) -> None:  # type: ignore[override]
         if pl_module.switched:  # not so where a network is looked at before it is trained
@@ -157,8 +160,9 @@ class PruneDynamically(L.Callback):
         if not self.engaged:
             return
         engaged, size = self.engaged[pl_module.level], len(batch[0])
-        for by in ("count", "macs"):
-            pl_module.log(f"engaged/{by}", engaged.share(by), on_epoch=True, batch_size=size, sync_dist=True)  # type: ignore[arg-type]
+        for name, by in LOGGED.items():
+            value = engaged.fraction(by)
+            pl_module.log(f"engaged/{name}", value, on_epoch=True, batch_size=size, sync_dist=True)
 
     def state_dict(self) -> dict[str, Any]:
         return {"price_LS": self.price_LS.clone()}

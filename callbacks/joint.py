@@ -55,5 +55,5 @@ class TrainJointly(TrainLevels):
         levels = get_levels(pl_module)
         soft_BK = logits_BK.detach().softmax(1)
         chosen = [0, *(1 + torch.randperm(len(levels) - 2)[: self.between]).tolist()]
-        losses = [F.cross_entropy(levels.forward(k, x_BCHW), soft_BK) for k in chosen]
+        losses = [F.cross_entropy(levels.run(k, x_BCHW), soft_BK) for k in chosen]
         return torch.stack(losses).sum()

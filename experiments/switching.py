@@ -21,7 +21,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from elastic.levels.nested import Levels, extract_level
+from elastic.levels.cutting import extract_level
+from elastic.levels.nested import Levels
 from elastic.levels.runtime import Runtime
 from elastic.levels.sizes import level_sizes
 from elastic.measure import counts

@@ -96,7 +96,7 @@ class ElasticClassifier(L.LightningModule):
         if switched is not None:
             sync_traced(switched, self._level(k), self.net.training)
         if self.levels is not None:
-            return self.levels.forward(k, x_BCHW, switched)
+            return self.levels.run(k, x_BCHW, switched)
         return (self.net if switched is None else switched)(x_BCHW)  # type: ignore[no-any-return]
 
     def _level(self, k: int) -> nn.Module:

@@ -21,9 +21,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from elastic.errors import BusyError, DataError, StructureError, SweepError, TrainingError
+from elastic.errors import BusyError, ElasticError, SweepError, TrainingError
 
-OURS = (DataError, StructureError, TrainingError)  # they say all that is needed
+OURS = (ElasticError,)  # they say all that is needed
 # What a user can mend; anything else is a fault of the code and keeps its traceback.
 THEIRS = (*OURS, OmegaConfBaseException, HydraException, OSError)
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from elastic.callbacks import TrainJointly
 from elastic.experiments.evaluate import evaluate
 from elastic.experiments.train import build, train
+from tests.elastic.levels.nets import extracted, inside, norms, placed
 from torch import Tensor, nn
 
 from elastic.errors import TrainingError
@@ -21,7 +22,6 @@ from elastic.levels.importance import score_channels
 from elastic.levels.nested import Levels
 from elastic.measure import counts
 from elastic.training.classifier import ElasticClassifier
-from tests.elastic.levels.test_nested import extracted, inside, norms, placed
 from tests.elastic.zoo import randomised
 from tests.fitted import EXACT, Run, Spy, outputs, prepare
 from tests.runs import TINY, configure

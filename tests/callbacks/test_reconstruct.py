@@ -18,6 +18,7 @@ from elastic.callbacks import Reconstruct, TrainJointly
 from elastic.experiments.evaluate import evaluate
 from elastic.experiments.tools.summary import measure_levels
 from elastic.experiments.train import build, train
+from tests.elastic.levels.nets import extracted, inside
 from torch import Tensor, nn
 
 from elastic.errors import StructureError, TrainingError
@@ -29,7 +30,6 @@ from elastic.measure import counts
 from elastic.pruning import gates
 from elastic.training.classifier import ElasticClassifier
 from elastic.widths.discovery import discover
-from tests.elastic.levels.test_nested import extracted, inside
 from tests.fitted import EXACT, Run, Spy, batch, command, prepare
 from tests.runs import TINY, configure
 from tests.test_resume import killed, same_run
