@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 
 from elastic.callbacks.base import ElasticCallback, StepNetwork, refuse_changes_beside
+from elastic.dynamic.activations import Activation
 from elastic.dynamic.attaching import attach_modules
 from elastic.dynamic.loss import ActivationCost, ActivationLoss, By, Form
-from elastic.dynamic.modules import Choice, SetNorm, iterate_modules, select_set
+from elastic.dynamic.modules import iterate_modules, select_set
+from elastic.dynamic.norms import SetNorm
 from elastic.errors import OptionError, TrainingError
 from elastic.training.progress import measure_epoch_progress
 from elastic.widths.discovery import discover
 
 COLD = 0.05  # the temperature at the end of a run, of soft gates
-MEASURES: tuple[By, ...] = ("count", "macs")
+MEASURES: tuple[By, ...] = ("kernels", "macs")
 
 
 class PruneDynamically(ElasticCallback):
@@ -50,7 +52,7 @@ class PruneDynamically(ElasticCallback):
         form: Form = "linear",
         by: By = "macs",
         target: float | None = None,
-        activation: Choice = "ramp",
+        activation: Activation = "ramp",
         kind: str = "input",
         begin: float = 0.1,
         end: float = 0.5,
@@ -142,7 +144,7 @@ class PruneDynamically(ElasticCallback):
             return None
         level, loss = self.structure.level, self.losses[self.active_set]
         multiplier = self.multiplier_LS[level, self.active_set]
-        return loss.loss(self.costs[level].share(loss.by), self.ramp_up, multiplier)
+        return loss.loss(self.costs[level].fraction(loss.by), self.ramp_up, multiplier)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -153,10 +155,12 @@ class PruneDynamically(ElasticCallback):
     @torch.no_grad()
     def _update_multiplier(self, trainer: L.Trainer, level: int) -> None:
         loss, part = self.losses[self.active_set], 1 / trainer.num_training_batches
-        fraction = trainer.strategy.reduce(self.costs[level].share(loss.by), reduce_op="mean")
+        fraction = trainer.strategy.reduce(self.costs[level].fraction(loss.by), reduce_op="mean")
         assert isinstance(fraction, Tensor)
         multiplier = self.multiplier_LS[level, self.active_set]
-        self.multiplier_LS[level, self.active_set] = loss.reprice(multiplier, fraction, self.ramp_up, part)
+        self.multiplier_LS[level, self.active_set] = loss.update_multiplier(
+            multiplier, fraction, self.ramp_up, part
+        )
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.structure.dynamic_nets:  # not so where a network is looked at before it is trained
@@ -175,7 +179,7 @@ class PruneDynamically(ElasticCallback):
             return
         cost, size = self.costs[self.structure.level], len(batch[0])
         for by in MEASURES:
-            pl_module.log(f"dynamic/{by}", cost.share(by), on_epoch=True, batch_size=size, sync_dist=True)
+            pl_module.log(f"dynamic/{by}", cost.fraction(by), on_epoch=True, batch_size=size, sync_dist=True)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave the network as the first set has it, whenever it is saved."""

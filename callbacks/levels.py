@@ -6,8 +6,9 @@ import lightning as L
 
 from elastic.callbacks.base import ElasticCallback, refuse_changes_beside
 from elastic.errors import TrainingError
+from elastic.levels.cutting import find_nestable
 from elastic.levels.importance import Importance, rank_channels, score_channels
-from elastic.levels.nested import Levels, find_nestable
+from elastic.levels.nested import Levels
 from elastic.levels.sizes import By, level_sizes
 from elastic.measure.machine import measure_latency_ms
 from elastic.surgery.reindexing import reindex

@@ -20,7 +20,8 @@ from elastic.dynamic.attaching import attach_modules
 from elastic.dynamic.modules import iterate_modules
 from elastic.dynamic.skipping import make_skipping
 from elastic.experiments.latency import stock
-from elastic.levels.nested import Levels, extract_level
+from elastic.levels.cutting import extract_level
+from elastic.levels.nested import Levels
 from elastic.levels.sizes import level_sizes
 from elastic.measure.timing import Network, choose_fastest
 from elastic.models import convnet, resnet20, vgg16_bn
@@ -140,7 +141,7 @@ def joint_step(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work]:
     alone = [extract_level(level).requires_grad_() for level in levels]
 
     def together() -> None:
-        losses = [levels.forward(k, x_BCHW).square().mean() for k in range(len(levels))]
+        losses = [levels.run(k, x_BCHW).square().mean() for k in range(len(levels))]
         torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
 
     def apart() -> None:

@@ -57,7 +57,7 @@ def compare(net: nn.Module, gated: fx.GraphModule, inputs: Sequence[Tensor]) -> 
         shares = []
         for x_BCHW in inputs:
             gated(x_BCHW)
-            shares.append(float(engaged.share("macs")))
+            shares.append(float(engaged.fraction("macs")))
     sizes = [len(x_BCHW) for x_BCHW in inputs]  # the last may be smaller
     return found | {"macs": statistics.fmean(shares, sizes)}
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from elastic.experiments.bench import forward, paired
-from elastic.levels.nested import Levels, extract_level
+from elastic.levels.cutting import extract_level
+from elastic.levels.nested import Levels
 from elastic.levels.runtime import Runtime
 from elastic.levels.sizes import level_sizes
 from elastic.measure import counts

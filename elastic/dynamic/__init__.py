@@ -1,4 +1,4 @@
-"""Kernels that are switched on and off for each input, and the execution that leaves them out."""
+"""Switch kernels on and off for each input, and leave out what is off in execution."""
 
 from elastic.dynamic.attaching import attach_modules
 from elastic.dynamic.modules import select_set

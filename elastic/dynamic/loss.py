@@ -1,4 +1,4 @@
-"""What kernel activation modules engage, and what that costs: for the loss, and for every number shown.
+"""Measure what kernel activation modules engage, for the loss and for every number shown.
 
 The MACs of an input are those of its active kernels over active maps, and of the modules that chose them.
 """
@@ -11,68 +11,76 @@ from torch import Tensor, fx
 
 from elastic.dynamic.attaching import MODULES
 from elastic.dynamic.modules import iterate_modules
-from elastic.errors import StructureError
+from elastic.dynamic.sites import iterate_layers
+from elastic.errors import OptionError
 from elastic.measure.counts import count_macs_by_layer
 
 Form = Literal["linear", "square", "target"]
-By = Literal["count", "macs"]
+By = Literal["kernels", "macs"]
 
 
 class ActivationCost:
-    """What the last batch engaged of a network with kernel activation modules.
+    """Measure what the last batch engaged of a network with kernel activation modules.
 
     Args:
-        net: from `elastic.dynamic.attach`; its structure does not change any more.
+        net: from `attach_modules`; its structure does not change any more.
         example: an input; its shape matters.
 
     Attributes:
-        dense: MACs of the network without modules.
-        modules: MACs of the modules.
+        dense_macs: MACs of the network without modules.
+        module_macs: MACs of the modules.
     """
 
     def __init__(self, net: fx.GraphModule, example: Tensor) -> None:
         self.net = net
-        counted = count_macs_by_layer(net, example)
-        self.layers = {path: macs for path, macs in counted.items() if not path.startswith(f"{MODULES}.")}
-        self.dense = sum(self.layers.values())
-        self.modules = sum(module.heads[0].linear.weight.numel() for module in iterate_modules(net))  # type: ignore[misc, union-attr, operator]
+        by_layer = count_macs_by_layer(net, example)
+        self._layer_macs = {
+            path: macs for path, macs in by_layer.items() if not path.startswith(f"{MODULES}.")
+        }
+        self.dense_macs = sum(self._layer_macs.values())
+        self.module_macs = sum(
+            next(module.iterate_heads()).linear.weight.numel() for module in iterate_modules(net)
+        )
 
     def macs_B(self) -> Tensor:
-        """MACs of each sample; differentiable."""
+        """Count the MACs of each sample; differentiable.
+
+        A layer costs the part of its kernels that is on, times the part of the maps that it reads.
+        """
         parts: dict[str, list[Tensor]] = {}
         for module in iterate_modules(self.net):
-            share_B = module.active_BK.mean(1)
-            for path in (module.site.writer, *module.site.readers, *module.site.depthwise):
-                parts.setdefault(path, []).append(share_B)
-        rest = sum(macs for path, macs in self.layers.items() if path not in parts) + self.modules
-        engaged = [self.layers[path] * torch.stack(shares).prod(0) for path, shares in parts.items()]
-        return torch.stack(engaged).sum(0) + rest
+            part_B = module.active_BK.mean(1)
+            for path in iterate_layers(module.site):
+                parts.setdefault(path, []).append(part_B)
+        fixed = sum(macs for path, macs in self._layer_macs.items() if path not in parts) + self.module_macs
+        engaged = [self._layer_macs[path] * torch.stack(part).prod(0) for path, part in parts.items()]
+        return torch.stack(engaged).sum(0) + fixed
 
     def kernels_B(self) -> Tensor:
-        """The part of the kernels that each sample engages; differentiable."""
+        """Measure the part of the kernels that each sample engages; differentiable."""
         return torch.cat([module.active_BK for module in iterate_modules(self.net)], dim=1).mean(1)
 
-    def share(self, by: By) -> Tensor:
-        """The mean part of the kernels, or of the MACs of the dense network; the latter may exceed 1."""
-        return self.kernels_B().mean() if by == "count" else self.macs_B().mean() / self.dense
+    def fraction(self, by: By) -> Tensor:
+        """Average the part of the kernels, or of the dense network's MACs; of those it may exceed 1."""
+        return self.kernels_B().mean() if by == "kernels" else self.macs_B().mean() / self.dense_macs
 
 
 @dataclass(frozen=True)
 class ActivationLoss:
-    """The loss of what is engaged: gain · share, linear or squared, or the squared distance to a target.
+    """Charge for what is engaged: gain · fraction, linear or squared, or the squared distance to a target.
 
     Both published forms are there: the sources (arXiv 1701.05221, IISA 2019) speak of a term proportional to
     the number of kernels engaged, and of its square.
 
     Args:
         gain: G; 0 leaves the modules to the task's own loss.
-        form: "linear" G · share, "square" G · share², "target" G · (share - target)², and a price times the
-            same distance, see `reprice`.
-        by: of the number of kernels ("count") or of the MACs, modules included ("macs").
-        target: the share asked for.
+        form: "linear" G · fraction, "square" G · fraction², "target" G · (fraction - target)², and a
+            multiplier times the same distance, see `update_multiplier`.
+        by: of the number of kernels ("kernels") or of the MACs, modules included ("macs").
+        target: the fraction to be reached.
 
     Raises:
-        StructureError: a form, a measure or a target that cannot be.
+        OptionError: a form, a measure or a target that cannot be.
     """
 
     gain: float = 1.0
@@ -82,37 +90,41 @@ class ActivationLoss:
 
     def __post_init__(self) -> None:
         if self.form not in get_args(Form) or self.by not in get_args(By):
-            raise StructureError(
-                f"parsimony cannot be '{self.form}' by '{self.by}': set form to {', '.join(get_args(Form))} "
-                f"and by to {' or '.join(get_args(By))}"
+            raise OptionError(
+                f"an activation loss cannot be '{self.form}' by '{self.by}': set form to "
+                f"{', '.join(get_args(Form))} and by to {' or '.join(get_args(By))}"
             )
-        if self.gain < 0:
-            raise StructureError(
+        if not self.gain >= 0:
+            raise OptionError(
                 f"a gain of {self.gain:g} would reward kernels that are on: set it to 0 or more"
             )
         if (self.form == "target") != (self.target is not None):
-            raise StructureError("parsimony has a target where its form is 'target', and only there")
+            raise OptionError(
+                "an activation loss has a target where its form is 'target', and only there: set both or none"
+            )
         if self.target is not None and not 0 < self.target < 1:
-            raise StructureError(
+            raise OptionError(
                 f"a target of {self.target:g}: set it between 0 and 1, a part of the dense network"
             )
 
-    def loss(self, share: Tensor, ripe: float = 1.0, price: Tensor | float = 0.0) -> Tensor:
-        """While `ripe` rises from 0 to 1, so does the gain, or the target falls from 1 to its place."""
+    def loss(self, fraction: Tensor, ramp_up: float = 1.0, multiplier: Tensor | float = 0.0) -> Tensor:
+        """Compute the loss; while `ramp_up` rises from 0 to 1 the gain rises, or the target falls from 1."""
         if self.target is not None:
-            above = share - self._asked(ripe)
-            return self.gain * above.square() + price * above
-        return ripe * self.gain * (share if self.form == "linear" else share.square())
+            excess = fraction - self._compute_target(ramp_up)
+            return self.gain * excess.square() + multiplier * excess
+        return ramp_up * self.gain * (fraction if self.form == "linear" else fraction.square())
 
-    def reprice(self, price: Tensor, share: Tensor, ripe: float, part: float) -> Tensor:
-        """The price of a share after `part` of an epoch with this one: it rises while that is above target.
+    def update_multiplier(self, multiplier: Tensor, fraction: Tensor, ramp_up: float, part: float) -> Tensor:
+        """Compute the multiplier after `part` of an epoch: it rises while the fraction is above the target.
 
-        The square alone comes to rest where the task's pull balances it, above the target. With a price that
-        has grown as large as that pull it rests at the target (method of multipliers: Nocedal and Wright,
-        Numerical Optimization, 2006, section 17.3).
+        The square alone comes to rest where the task's pull balances it, above the target. With a
+        multiplier that has grown as large as that pull it rests at the target (method of multipliers:
+        Nocedal and Wright, Numerical Optimization, 2006, section 17.3).
         """
-        return price if self.target is None else price + part * 2 * self.gain * (share - self._asked(ripe))
+        if self.target is None:
+            return multiplier
+        return multiplier + part * 2 * self.gain * (fraction - self._compute_target(ramp_up))
 
-    def _asked(self, ripe: float) -> float:
+    def _compute_target(self, ramp_up: float) -> float:
         assert self.target is not None
-        return 1 - ripe * (1 - self.target)
+        return 1 - ramp_up * (1 - self.target)

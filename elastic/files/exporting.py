@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from elastic.errors import StructureError
 from elastic.files.atomic import write_atomically
-from elastic.levels.nested import extract_level
+from elastic.levels.cutting import extract_level
 
 TOLERANCE = 1e-5  # absolute, and relative to the largest output
 

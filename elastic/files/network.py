@@ -56,7 +56,7 @@ def _about(switched: Switched) -> dict[str, Any]:
     if not switched:
         return {}
     first = next(iterate_modules(switched[0]))
-    return {"switched": {"sets": len(first.heads), "kind": first.kind, "choice": first.choice}}
+    return {"switched": {"sets": len(first.heads), "kind": first.kind, "choice": first.activation}}
 
 
 def load_switched(net: nn.Module | Levels, path: Path, example: Tensor) -> list[fx.GraphModule]:
@@ -71,9 +71,10 @@ def load_switched(net: nn.Module | Levels, path: Path, example: Tensor) -> list[
     state, about = _read(path)
     if "switched" not in about:
         raise StructureError(f"{path} has no kernel activation modules: train some with schedule=dynamic")
+    options = {"activation" if name == "choice" else name: value for name, value in about["switched"].items()}
     found = []
     for k, level in enumerate(net if isinstance(net, Levels) else [net]):
-        made = attach_modules(level, discover(level, example), **about["switched"])
+        made = attach_modules(level, discover(level, example), **options)
         prefix = f"{KAMS}{k}."
         kams = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
         try:

@@ -1,7 +1,8 @@
-"""Nested sub-networks in one storage, switched at run time."""
+"""Nest sub-networks in one storage, and switch between them at run time."""
 
+from elastic.levels.cutting import extract_level
 from elastic.levels.importance import score_channels
-from elastic.levels.nested import Levels, extract_level
+from elastic.levels.nested import Levels
 from elastic.levels.runtime import Runtime
 from elastic.levels.sizes import level_sizes
 

@@ -1,4 +1,4 @@
-"""Levels at run time: what each of them costs on this machine, and which one to use now.
+"""Run levels: measure what each of them costs on this machine, and choose which one to use now.
 
 Calibration measures each level once; from then on the time that requests really take says how much slower
 the machine has become, and the largest level that is still expected to meet the deadline runs the next one.
@@ -12,23 +12,27 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
-from elastic.errors import StructureError
+from elastic.errors import OptionError
 from elastic.measure.machine import measure_cost
+
+# The weight of the latest request in the running mean of the slow-down. One that was late and slower than the
+# mean is the mean: a missed deadline costs more than some answers of a small level.
+SMOOTHING = 0.3
+# A larger level must be expected to take at most this part of the deadline …
+HEADROOM = 0.8
+# … at so many requests in a row, before it is used. A smaller one is used at once.
+PATIENCE = 8
 
 
 class Runtime:
-    """Runs the largest level that meets a deadline on this machine as it is now.
+    """Run the largest level that meets a deadline on this machine as it is now.
 
     Call it like a network. Several threads may; each request runs on one level from its begin to its end.
 
     Args:
-        levels: modules for the same input, smallest first: `elastic.nested.Levels`, or `extract` of each.
+        levels: modules for the same input, smallest first: `Levels`, or `extract_level` of each.
         example: an input like those to come; its batch size matters.
-        joules: reads a counter of energy, see `rapl_joules`; needed for budgets of energy only.
-        smoothing: weight of the latest request in the running mean of the slow-down. One that was late and
-            slower than the mean is the mean: a missed deadline costs more than some answers of a small level.
-        headroom: a larger level must be expected to take at most this part of the deadline …
-        patience: … at so many requests in a row, before it is used. A smaller one is used at once.
+        joules: reads a counter of energy, see `read_rapl_joules`; needed for budgets of energy only.
 
     Attributes:
         level: what the next request runs on.
@@ -42,49 +46,43 @@ class Runtime:
     """
 
     def __init__(
-        self,
-        levels: Sequence[nn.Module],
-        example: Tensor,
-        *,
-        joules: Callable[[], float] | None = None,
-        smoothing: float = 0.3,
-        headroom: float = 0.8,
-        patience: int = 8,
+        self, levels: Sequence[nn.Module], example: Tensor, *, joules: Callable[[], float] | None = None
     ) -> None:
         self.levels = list(levels)
         for level in self.levels:
             level.eval()
         self.costs = [measure_cost(level, example, joules) for level in self.levels]
-        self.smoothing, self.headroom, self.patience = smoothing, headroom, patience
         self.allowed = self.level = len(self.levels) - 1
         self.deadline_ms: float | None = None
-        self.slowdown, self._calm = 1.0, 0
+        self.slowdown, self._calm = 1.0, 0  # requests in a row that a larger level would have had room for
         self._lock = threading.Lock()
 
     def within(self, **budgets: float) -> int:
-        """Use the largest level within all budgets (latency_ms, memory_mb, energy_mj); returns it.
+        """Use the largest level within all budgets (latency_ms, memory_mb, energy_mj), and return it.
 
         No data is needed and nothing is copied. A deadline is watched from here on.
 
         Raises:
-            StructureError: no level is within them, or the machine does not tell its energy.
+            OptionError: no level is within them, or the machine does not tell its energy.
         """
-        fits = len(self.levels) - 1
-        for name, budget in budgets.items():
-            taken = [asdict(each)[name] for each in self.costs if asdict(each).get(name) is not None]
-            if not taken:
-                why = "there is no energy counter" if name == "energy_mj" else "there is no such budget"
-                raise StructureError(f"{name} cannot be budgeted: {why}; use latency_ms or memory_mb")
-            met = [k for k, used in enumerate(taken) if used <= budget]
-            if not met:
-                least = f"the smallest takes {taken[0]:.3g}"
-                raise StructureError(f"no level is within {name}={budget:g}: {least}")
-            fits = min(fits, max(met))
+        top = len(self.levels) - 1
+        k = min((self._find_largest(name, budget) for name, budget in budgets.items()), default=top)
         with self._lock:
             self.deadline_ms = budgets.get("latency_ms")
-            self.allowed = fits if set(budgets) - {"latency_ms"} else len(self.levels) - 1
-            self.level, self.slowdown, self._calm = fits, 1.0, 0
-        return fits
+            self.allowed = k if set(budgets) - {"latency_ms"} else top
+            self.level, self.slowdown, self._calm = k, 1.0, 0
+        return k
+
+    def _find_largest(self, name: str, budget: float) -> int:
+        """Find the largest level within one budget."""
+        costs = [cost for cost in (asdict(costs).get(name) for costs in self.costs) if cost is not None]
+        if not costs:
+            reason = "there is no energy counter" if name == "energy_mj" else "there is no such budget"
+            raise OptionError(f"{name} cannot be budgeted: {reason}; use latency_ms or memory_mb")
+        within = [k for k, cost in enumerate(costs) if cost <= budget]
+        if not within:
+            raise OptionError(f"no level is within {name}={budget:g}: the smallest takes {costs[0]:.3g}")
+        return max(within)
 
     @torch.inference_mode()
     def __call__(self, x_BCHW: Tensor) -> Tensor:
@@ -94,23 +92,23 @@ class Runtime:
         self.observe(k, 1e3 * (time.perf_counter() - start))
         return out
 
-    def observe(self, k: int, took_ms: float) -> None:
-        """Level k has taken so long: choose the level of the next request."""
+    def observe(self, k: int, latency_ms: float) -> None:
+        """Observe how long level k has taken, and choose the level of the next request."""
         if self.deadline_ms is None:
             return
         with self._lock:
-            seen = took_ms / self.costs[k].latency_ms
-            late = took_ms > self.deadline_ms and seen > self.slowdown
-            self.slowdown += (1.0 if late else self.smoothing) * (seen - self.slowdown)
-            fits = self._largest(self.deadline_ms)
-            roomy = self._largest(self.headroom * self.deadline_ms)
+            slowdown = latency_ms / self.costs[k].latency_ms
+            late = latency_ms > self.deadline_ms and slowdown > self.slowdown
+            self.slowdown += (1.0 if late else SMOOTHING) * (slowdown - self.slowdown)
+            largest = self._expect_largest(self.deadline_ms)
+            roomy = self._expect_largest(HEADROOM * self.deadline_ms)
             self._calm = self._calm + 1 if roomy > self.level else 0
-            if fits < self.level:
-                self.level = fits
-            elif self._calm >= self.patience:
+            if largest < self.level:
+                self.level = largest
+            elif self._calm >= PATIENCE:
                 self.level, self._calm = roomy, 0
 
-    def _largest(self, deadline_ms: float) -> int:
-        """The largest level expected to meet the deadline now; the smallest if none is."""
-        met = [k for k, c in enumerate(self.costs) if c.latency_ms * self.slowdown <= deadline_ms]
-        return min(self.allowed, max(met, default=0))
+    def _expect_largest(self, deadline_ms: float) -> int:
+        """Find the largest level expected to meet a deadline now; the smallest if none is."""
+        on_time = [k for k, cost in enumerate(self.costs) if cost.latency_ms * self.slowdown <= deadline_ms]
+        return min(self.allowed, max(on_time, default=0))

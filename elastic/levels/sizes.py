@@ -1,19 +1,21 @@
-"""How many channels each level has: as a fraction of the network's, or as many as a budget allows."""
+"""Size levels: as a fraction of the network's channels, or as many of them as a budget allows."""
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Literal, get_args
 
 from torch import Tensor, nn
 
-from elastic.errors import StructureError
-from elastic.levels.nested import find_nestable
+from elastic.errors import OptionError, StructureError
+from elastic.levels.cutting import explain_no_room, find_nestable
 from elastic.measure import counts
 from elastic.surgery.reindexing import reindex, resize_index
 from elastic.widths.discovery import Widths
 
 By = Literal["fraction", "macs", "latency_ms"]
+Measure = Callable[[tuple[int, ...]], float]
 STEPS = 12  # of bisection: fractions to within 1/4096
 
 
@@ -26,7 +28,7 @@ def level_sizes(
     multiple: int = 1,
     latency_ms: Callable[[nn.Module], float] | None = None,
 ) -> list[dict[str, int]]:
-    """The sizes of the levels below the network, all widths cut by the same fraction.
+    """Size the levels below the network, all widths cut by the same fraction.
 
     Args:
         levels: ascending; fractions of the channels below 1, or budgets per input.
@@ -36,75 +38,86 @@ def level_sizes(
         latency_ms: measures a network, for budgets of latency.
 
     Raises:
-        StructureError: levels that do not ascend, a fraction outside 0 … 1 or one that leaves a width
-            without a channel, a budget that even one channel a width exceeds or that the network is within.
+        OptionError: levels that do not ascend, a fraction outside 0 … 1, a multiple below 1, a kind of budget
+            that there is none of.
+        StructureError: a width, or all, leave no room for a level: a fraction without a channel of a width, a
+            budget that even one channel a width exceeds or that the network is within.
     """
-    if by not in get_args(By):
-        raise StructureError(f"levels are not given by '{by}': choose {', '.join(get_args(By))}")
-    if by == "latency_ms" and latency_ms is None:
-        raise StructureError("levels by latency_ms need a function that measures it: give one, or take macs")
-    if multiple < 1:
-        raise StructureError(f"channels cannot be multiples of {multiple}: set multiple to 1 or more")
-    if not levels or any(small >= large for small, large in pairwise(levels)):
-        raise StructureError(f"levels {list(levels)} do not ascend: give them from small to large")
+    _check_options(levels, by, multiple, latency_ms is not None)
     names = find_nestable(widths)
+    if not names:
+        raise StructureError(f"{explain_no_room(widths)}: train this network without levels")
     if by == "fraction":
-        return [_by_fraction(widths, names, fraction, multiple) for fraction in levels]
+        return [_take_fraction(widths, names, fraction, multiple) for fraction in levels]
 
-    def measure(sizes: dict[str, int]) -> float:
-        cut = make_resized(net, widths, sizes)
-        return (
-            float(counts.count_macs(cut, example)) if by == "macs" or latency_ms is None else latency_ms(cut)
-        )
+    @functools.cache
+    def measure(sizes: tuple[int, ...]) -> float:
+        resized = make_resized(net, widths, dict(zip(names, sizes, strict=True)))
+        if by == "latency_ms" and latency_ms is not None:
+            return latency_ms(resized)
+        return float(counts.count_macs(resized, example))
 
-    return [_within(widths, names, budget, multiple, measure, by) for budget in levels]
+    return [_fit_budget(widths, names, budget, multiple, measure, by) for budget in levels]
 
 
 def make_resized(net: nn.Module, widths: Widths, sizes: dict[str, int]) -> nn.Module:
-    """A network of these sizes: the first channels of this one, as a model of its own."""
-    twin, its = copy.deepcopy(net), copy.deepcopy(widths)
-    reindex(twin, its, {name: resize_index(widths[name].size, size) for name, size in sizes.items()})
-    return twin
+    """Make a network of these sizes: the first channels of this one, as a model of its own."""
+    resized, resized_widths = copy.deepcopy(net), copy.deepcopy(widths)
+    index = {name: resize_index(widths[name].size, size) for name, size in sizes.items()}
+    reindex(resized, resized_widths, index)
+    return resized
 
 
-def _by_fraction(widths: Widths, names: Sequence[str], fraction: float, multiple: int) -> dict[str, int]:
-    if not 0 < fraction < 1:
-        raise StructureError(f"{fraction} is no fraction of a network's channels: give one between 0 and 1")
+def _check_options(levels: Sequence[float], by: str, multiple: int, has_latency: bool) -> None:
+    if by not in get_args(By):
+        raise OptionError(f"levels are not given by '{by}': choose {', '.join(get_args(By))}")
+    if by == "latency_ms" and not has_latency:
+        raise OptionError("levels by latency_ms need a function that measures it: give one, or take macs")
+    if multiple < 1:
+        raise OptionError(f"channels cannot be multiples of {multiple}: set multiple to 1 or more")
+    if not levels or any(small >= large for small, large in pairwise(levels)):
+        raise OptionError(f"levels {list(levels)} do not ascend: give them from small to large")
+    outside = [fraction for fraction in levels if not 0 < fraction < 1] if by == "fraction" else []
+    if outside:
+        raise OptionError(f"{outside[0]} is no fraction of a network's channels: give one between 0 and 1")
+
+
+def _take_fraction(widths: Widths, names: Sequence[str], fraction: float, multiple: int) -> dict[str, int]:
+    """Round a fraction of each width to the nearest multiple."""
     sizes = {name: round(widths[name].size * fraction / multiple) * multiple for name in names}
     for name, size in sizes.items():
+        full = widths[name].size
         if size == 0 and multiple == 1:
             raise StructureError(
-                f"a fraction of {fraction} leaves width '{name}' of {widths[name].size} without a channel: "
-                "ask for more"
+                f"a fraction of {fraction} leaves width '{name}' of {full} without a channel: "
+                f"ask for more than {1 / (2 * full):.3g}"
             )
-        sizes[name] = min(max(size, multiple), widths[name].size)
+        sizes[name] = min(max(size, multiple), full)
     return sizes
 
 
-def _within(
-    widths: Widths,
-    names: Sequence[str],
-    budget: float,
-    multiple: int,
-    measure: Callable[[dict[str, int]], float],
-    by: str,
+def _fit_budget(
+    widths: Widths, names: Sequence[str], budget: float, multiple: int, measure: Measure, by: str
 ) -> dict[str, int]:
-    def cut(fraction: float) -> dict[str, int]:
-        fit = {name: int(widths[name].size * fraction) // multiple * multiple for name in names}
-        return {name: min(max(size, multiple, 1), widths[name].size) for name, size in fit.items()}
+    """Bisect for the largest fraction of all widths, rounded down, that is within a budget."""
+    full = tuple(widths[name].size for name in names)
 
-    low, high = 0.0, 1.0
-    if (least := measure(cut(low))) > budget:
+    def take(fraction: float) -> tuple[int, ...]:
+        sizes = (int(size * fraction) // multiple * multiple for size in full)
+        return tuple(min(max(part, multiple), size) for part, size in zip(sizes, full, strict=True))
+
+    if (least := measure(take(0.0))) > budget:
         raise StructureError(
             f"no level is within {by}={budget:g}: {least:g} is the least; ask for more, or lower the multiple"
         )
-    if (most := measure({name: widths[name].size for name in names})) <= budget:
+    if (most := measure(full)) <= budget:
         raise StructureError(
             f"the whole network takes {by}={most:g}: a level below it needs a smaller budget"
         )
-    if measure(cut(high)) <= budget:
-        return cut(high)
+    within, beyond = 0.0, 1.0
+    if measure(take(beyond)) <= budget:  # not the network, where the multiple does not divide a width
+        within = beyond
     for _ in range(STEPS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if measure(cut(middle)) <= budget else (low, middle)
-    return cut(low)
+        middle = (within + beyond) / 2
+        within, beyond = (middle, beyond) if measure(take(middle)) <= budget else (within, middle)
+    return dict(zip(names, take(within), strict=True))

@@ -1,4 +1,4 @@
-"""Plain PyTorch CNNs. Nothing in the library knows their names; any other model serves as well."""
+"""Build plain PyTorch CNNs. Nothing in the library knows their names; any other model serves as well."""
 
 from elastic.models.alexnet import alexnet
 from elastic.models.convnet import convnet

@@ -1,4 +1,4 @@
-"""AlexNet for 32×32 images: Krizhevsky's network with five convolutions and three linear layers, scaled.
+"""Build AlexNet for 32×32 images: Krizhevsky's five convolutions and three linear layers, scaled.
 
 Krizhevsky et al., ImageNet Classification with Deep Convolutional Neural Networks, NIPS 2012, section 3.5;
 strides and kernels are reduced for small images. For 224×224 take torchvision's `alexnet`.
@@ -13,20 +13,20 @@ POOLS = (0, 1, 4)  # the convolutions that a pooling follows
 def alexnet(
     width: int = 64, in_channels: int = 3, classes: int = 10, hidden: int = 1024, dropout: float = 0.5
 ) -> nn.Sequential:
-    """3×3 convolutions with ReLU and no norm, three 2×2 max-poolings, two hidden linear layers.
+    """Build 3×3 convolutions with ReLU and no norm, three 2×2 max-poolings, two hidden linear layers.
 
     Weights start as large as ReLU needs (He et al., arXiv 1502.01852): with torch's, and no norm to make up
     for it, what the last layers see is so small that they hardly learn at first.
     """
-    net, read = nn.Sequential(), in_channels
-    for i, times in enumerate(CHANNELS):
-        net.add_module(f"conv{i + 1}", nn.Conv2d(read, times * width, 3, padding=1))
+    net, channels = nn.Sequential(), in_channels
+    for i, multiple in enumerate(CHANNELS):
+        net.add_module(f"conv{i + 1}", nn.Conv2d(channels, multiple * width, 3, padding=1))
         net.add_module(f"relu{i + 1}", nn.ReLU())
         if i in POOLS:
             net.add_module(f"pool{i + 1}", nn.MaxPool2d(2))
-        read = times * width
+        channels = multiple * width
     net.add_module("flatten", nn.Flatten())
-    for i, (inputs, outputs) in enumerate(((16 * read, hidden), (hidden, hidden)), start=6):
+    for i, (inputs, outputs) in enumerate(((16 * channels, hidden), (hidden, hidden)), start=6):
         net.add_module(f"dropout{i}", nn.Dropout(dropout))
         net.add_module(f"fc{i}", nn.Linear(inputs, outputs))
         net.add_module(f"relu{i}", nn.ReLU())
@@ -34,5 +34,6 @@ def alexnet(
     for layer in net:
         if isinstance(layer, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+            assert layer.bias is not None
+            nn.init.zeros_(layer.bias)
     return net

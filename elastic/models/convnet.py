@@ -1,8 +1,10 @@
-"""A small plain CNN for small images (8×8 to 32×32)."""
+"""Build a small plain CNN for small images (8×8 to 32×32)."""
 
 from collections.abc import Sequence
 
 from torch import nn
+
+from elastic.errors import OptionError
 
 
 def convnet(
@@ -11,18 +13,21 @@ def convnet(
     in_channels: int = 1,
     classes: int = 10,
 ) -> nn.Sequential:
-    """3×3 convolutions with batch norm and ReLU, 2×2 max-pooling, global average pooling, one linear layer.
+    """Build 3×3 convolutions with batch norm and ReLU, max- and global average pooling, one linear layer.
 
     Args:
         channels: of each convolution.
         pools: the convolutions (0-based) that a pooling follows.
+
+    Raises:
+        OptionError: there is no convolution, or one without a channel.
     """
     if not channels or min(channels) < 1:
-        raise ValueError(
+        raise OptionError(
             f"channels is {list(channels)}: give at least one convolution of one channel or more"
         )
     layers: list[nn.Module] = []
-    for i, (read, written) in enumerate(zip((in_channels, *channels), channels, strict=False)):
-        layers += [nn.Conv2d(read, written, 3, padding=1, bias=False), nn.BatchNorm2d(written), nn.ReLU()]
+    for i, (inputs, outputs) in enumerate(zip((in_channels, *channels), channels, strict=False)):
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
         layers += [nn.MaxPool2d(2)] if i in pools else []
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], classes))

@@ -1,7 +1,6 @@
-"""Any model with a fraction of its channels."""
+"""Build any model with a fraction of its channels."""
 
-from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -10,29 +9,32 @@ from elastic.levels.sizes import level_sizes, make_resized
 from elastic.widths.discovery import discover
 
 
+class Builder(Protocol):
+    """Build a model for images of so many colours, and so many classes."""
+
+    def __call__(self, *, in_channels: int, classes: int) -> nn.Module: ...
+
+
 def narrow(
-    model: Callable[..., nn.Module], fraction: float, pixels: int, in_channels: int = 3, classes: int = 10
+    model: Builder, fraction: float, pixels: int, in_channels: int = 3, classes: int = 10
 ) -> nn.Module:
-    """A fresh model whose widths have a fraction of their channels, as a level of another has.
+    """Build a fresh model whose widths have a fraction of their channels, as a level of another has.
 
     It is what a level is compared with when it is trained alone. Its layers start as torch has them start.
 
     Args:
-        model: called with in_channels and classes.
         pixels: height and width of its images.
 
     Raises:
-        StructureError: no such fraction, or one that leaves a width without a channel.
+        OptionError: there is no such fraction.
+        StructureError: the fraction leaves a width without a channel.
     """
-    net, example = (
-        model(in_channels=in_channels, classes=classes),
-        torch.zeros(1, in_channels, pixels, pixels),
-    )
+    net = model(in_channels=in_channels, classes=classes)
+    example = torch.zeros(1, in_channels, pixels, pixels)
     widths = discover(net, example)
     (sizes,) = level_sizes(net, widths, example, [fraction])
     net = make_resized(net, widths, sizes)
-    layers: Any = net.modules()
-    for layer in layers:
-        if hasattr(layer, "reset_parameters"):
-            layer.reset_parameters()
+    for reset in (getattr(layer, "reset_parameters", None) for layer in net.modules()):
+        if reset is not None:
+            reset()
     return net

@@ -86,12 +86,6 @@ def _restore(structure: Structure, state: dict[str, Any], history: dict[str, Any
         nets = structure.nets
         widths = [discover(level, structure.example) for level in nets]
         options = history["modules"]
-        dynamic = [
-            attach_modules(level, own, **_rename(options)) for level, own in zip(nets, widths, strict=True)
-        ]
+        dynamic = [attach_modules(level, own, **options) for level, own in zip(nets, widths, strict=True)]
         structure.attach_dynamic(dynamic)
         structure.select_first()
-
-
-def _rename(options: dict[str, Any]) -> dict[str, Any]:
-    return {"choice" if name == "activation" else name: value for name, value in options.items()}

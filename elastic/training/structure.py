@@ -288,7 +288,7 @@ class Structure(nn.Module):
         if not self.dynamic_nets:
             return None
         first = next(iterate_modules(self.kernel_modules))
-        return {"sets": len(first.heads), "activation": first.choice, "kind": first.kind}
+        return {"sets": first.sets, "activation": first.activation, "kind": first.kind}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take up what has happened; `prepare_load` has done so before the network was loaded."""

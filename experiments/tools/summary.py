@@ -65,7 +65,7 @@ def measure(plain: nn.Module, data: ImageData, switched: fx.GraphModule | None =
     for name, count in (("params", counts.count_params), ("params_dense", counts.count_params_dense)):
         found[name] += sum(count(module.heads[0]) for module in heads)
     first = {name: found["sets"][0][name] for name in ("test/acc", "macs_dynamic")}
-    return {**found, **first, "macs": engaged.dense + engaged.modules}
+    return {**found, **first, "macs": engaged.dense_macs + engaged.module_macs}
 
 
 def measure_levels(

@@ -18,7 +18,7 @@ from torch.optim import AdamW
 import elastic.experiments.train
 from elastic.callbacks import PruneDynamically
 from elastic.dynamic.loss import ActivationCost
-from elastic.dynamic.modules import SetNorm, iterate_modules
+from elastic.dynamic.norms import SetNorm
 from elastic.dynamic.skipping import make_skipping
 from elastic.errors import StructureError, TrainingError
 from elastic.experiments import export, kernel_usage, latency
@@ -65,7 +65,7 @@ def test_the_loss_is_the_tasks_and_that_of_what_is_engaged(tmp_path: Path) -> No
 
     def compare(trainer: L.Trainer, module: ElasticClassifier, outputs: Any, batch: Any, _: int) -> None:
         own = run.callbacks["dynamic"]
-        share = float(own.engaged[0].share("macs").detach())
+        share = float(own.costs[0].fraction("macs").detach())
         seen.append((float(outputs["loss"].detach()), share))
 
     run = prepare(tmp_path, *TRAINING, "callbacks.dynamic.gain=7.0", after=(Spy(on_train_batch_end=compare),))
@@ -75,7 +75,7 @@ def test_the_loss_is_the_tasks_and_that_of_what_is_engaged(tmp_path: Path) -> No
     def plain(batch: Any, batch_idx: int) -> Any:
         loss = step(batch, batch_idx)
         with torch.no_grad():
-            losses.append(float(loss) - 7.0 * float(run.callbacks["dynamic"].engaged[0].share("macs")))
+            losses.append(float(loss) - 7.0 * float(run.callbacks["dynamic"].costs[0].fraction("macs")))
         return loss
 
     run.module.training_step = plain  # type: ignore[method-assign]
@@ -91,7 +91,7 @@ def test_the_loss_sets_in_at_its_beginning_and_is_whole_at_its_end(tmp_path: Pat
 
     def note(trainer: L.Trainer, module: ElasticClassifier, *_: Any) -> None:
         own = run.callbacks["dynamic"]
-        share = float(own.engaged[0].share("macs").detach())
+        share = float(own.costs[0].fraction("macs").detach())
         term = module.structure.loss_terms.get("parsimony")
         held.append(0.0 if term is None else float(term(None, None).detach()) / (2.0 * share))
 
@@ -141,7 +141,7 @@ def test_the_summary_is_what_the_skipping_network_does(finished: Path) -> None:
     own = sum(p.numel() for m in iterate_modules(switched) for p in m.heads[0].parameters())
     assert summary["params"] == summary["params_dense"] == plain + own
     engaged = ActivationCost(switched, torch.zeros(1, *data.shape))
-    assert summary["macs"] == engaged.dense + engaged.modules
+    assert summary["macs"] == engaged.dense_macs + engaged.module_macs
     assert evaluate(finished) == summary
 
 
@@ -402,7 +402,7 @@ def test_controls_do_not_see_the_input(tmp_path: Path, kind: str) -> None:
         ({"begin": 0.6}, "from 0.6 to 0.5 of the run"),
         ({"end": 1.0}, "to 1.0 of the run"),
         ({"rate": 0.0}, "modules that learn 0 times as fast as the network: set rate above 0"),
-        ({"form": "cubic"}, "parsimony cannot be 'cubic'"),
+        ({"form": "cubic"}, "an activation loss cannot be 'cubic'"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options: Any, message: str) -> None:
@@ -418,7 +418,7 @@ def test_other_ways_of_changing_the_network_are_refused(tmp_path: Path, schedule
 
 @pytest.mark.parametrize("option", ["kind=smell", "choice=hope"])
 def test_what_attach_refuses_is_refused_before_training(tmp_path: Path, option: str) -> None:
-    with pytest.raises(StructureError, match=r"modules cannot look at 'smell'|cannot be chosen by 'hope'"):
+    with pytest.raises(StructureError, match=r"modules cannot look at 'smell'|cannot be activated by 'hope'"):
         train(configure(tmp_path, *TRAINING, f"callbacks.dynamic.{option}"), tmp_path)
 
 

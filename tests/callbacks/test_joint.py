@@ -21,7 +21,7 @@ from elastic.levels.importance import score_channels
 from elastic.levels.nested import Levels
 from elastic.measure import counts
 from elastic.training.classifier import ElasticClassifier
-from tests.elastic.levels.test_nested import extracted, inside, norms, placed
+from tests.elastic.levels.nets import extracted, inside, norms, placed
 from tests.elastic.zoo import randomised
 from tests.fitted import EXACT, Run, Spy, outputs, prepare
 from tests.runs import TINY, configure

@@ -29,7 +29,7 @@ from elastic.measure import counts
 from elastic.pruning import gates
 from elastic.training.classifier import ElasticClassifier
 from elastic.widths.discovery import discover
-from tests.elastic.levels.test_nested import extracted, inside
+from tests.elastic.levels.nets import extracted, inside
 from tests.fitted import EXACT, Run, Spy, batch, command, prepare
 from tests.runs import TINY, configure
 from tests.test_resume import killed, same_run

@@ -1,4 +1,4 @@
-"""Execution that leaves out what kernel activation modules have switched off.
+"""Leave out, in execution, what kernel activation modules have switched off.
 
 The traced network is rewritten for inference on the CPU: norms are folded into convolutions, convolutions
 take the addition and the ReLU behind them, and each of them, each module and each pooling is told which
@@ -7,7 +7,7 @@ gathered weights, or dense and masked) is measured on this machine, layer by lay
 is faster than stock torch, which skips nothing and only masks.
 """
 
-from elastic.dynamic.skipping.network import WAYS, make_masked, make_skipping, tune
+from elastic.dynamic.skipping.network import METHODS, make_masked, make_skipping, tune
 from elastic.dynamic.skipping.rewrite import rewrite
 
-__all__ = ["WAYS", "make_masked", "make_skipping", "rewrite", "tune"]
+__all__ = ["METHODS", "make_masked", "make_skipping", "rewrite", "tune"]

@@ -1,120 +1,127 @@
-"""The network that skips, or the fastest that stock torch has, whichever is faster on this machine."""
+"""Make networks that skip, or the fastest that stock torch has, whichever is faster on this machine."""
 
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, fx, nn
 
-from elastic.dynamic.modules import SetNorm, iterate_modules, select_set
-from elastic.dynamic.skipping.active import ActiveConv2d
+from elastic.dynamic.modules import iterate_modules, select_set
+from elastic.dynamic.norms import SetNorm
+from elastic.dynamic.skipping import compiling
+from elastic.dynamic.skipping.active import ActiveLayer
+from elastic.dynamic.skipping.convolution import ActiveConv2d, Method
 from elastic.dynamic.skipping.inference import prepare_for_inference
-from elastic.dynamic.skipping.native import compiled
 from elastic.dynamic.skipping.replay import fuse
-from elastic.dynamic.skipping.rewrite import ActiveMaxPool2d, ActiveSwitch, rewrite
+from elastic.dynamic.skipping.rewrite import rewrite
 from elastic.measure.timing import choose_fastest
 from elastic.widths.tracing import get_layer
 
-WAYS = ("kernel", "stock", "dense")
+METHODS: tuple[Method, ...] = get_args(Method)
+REPEATS = 5  # of a measurement
+
+
+def make_skipping(net: nn.Module, samples: Sequence[Tensor] = (), method: Method | None = None) -> nn.Module:
+    """Make a network that computes what a network with kernel activation modules engages, and nothing else.
+
+    Args:
+        net: from `attach_modules`, or one without modules, which is executed in full.
+        samples: inputs as they will come, to measure each convolution's fastest method, and whether to skip
+            at all: where it does not pay, the result is `make_masked(net)`. Without them all convolutions
+            are carried out by the kernel, or by stock torch where that cannot be compiled.
+        method: "kernel", "stock" or "dense" for all convolutions, whatever is faster.
+
+    It has copies of all weights, for each set of modules if norms keep statistics for each, in evaluation
+    mode. Outputs equal those of `net.eval()`.
+
+    Raises:
+        StructureError: the network is not in fp32 on the CPU, or only contains one with modules.
+    """
+    return _make_by_set(net, lambda net: _make_skipping(net, samples, method))
+
+
+def make_masked(net: nn.Module, memory_format: torch.memory_format = torch.channels_last) -> nn.Module:
+    """Make the network in stock torch, its norms folded and nothing left out."""
+    return _make_by_set(net, lambda net: _make_masked(net, memory_format))
 
 
 class BySet(nn.Module):
-    """One network for each set of modules: norms, which are folded, have statistics for each."""
+    """Run one of several networks, one for each set of modules: norms, which are folded, differ by set."""
 
     def __init__(self, net: nn.Module, make: Callable[[nn.Module], nn.Module], sets: int) -> None:
         super().__init__()
-        rules = next(iterate_modules(net)).active_set
+        active_set = next(iterate_modules(net)).active_set
         self.nets = nn.ModuleList()
         try:
             for k in range(sets):
                 select_set(net, k)
                 self.nets.append(make(net))
         finally:
-            select_set(net, rules)
+            select_set(net, active_set)
         self._first = (next(iterate_modules(self.nets[0])),)
-        select_set(self, rules)
+        select_set(self, active_set)
 
-    def forward(self, x_BCHW: Tensor) -> Any:
-        return self.nets[self._first[0].active_set](x_BCHW)
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        y_BK: Tensor = self.nets[self._first[0].active_set](x_BCHW)
+        return y_BK
 
 
-def _by_set(net: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    sets = {len(norm.mean_SC) for norm in net.modules() if isinstance(norm, SetNorm)}
+def _make_by_set(net: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    sets = {norm.sets for norm in net.modules() if isinstance(norm, SetNorm)}
     return BySet(net, make, *sets) if sets else make(net)
 
 
-def make_skipping(net: nn.Module, samples: Sequence[Tensor] = (), way: str | None = None) -> nn.Module:
-    """A network that computes what a network with kernel activation modules engages, and nothing else.
-
-    Args:
-        net: from `elastic.dynamic.attach`, or one without modules, which is executed in full.
-        samples: inputs as they will come, to measure each convolution's fastest way, and whether to skip at
-            all: where it does not pay, the result is `masked(net)`. Without them all convolutions are
-            carried out by the kernel, or by stock torch where that cannot be compiled.
-        way: "kernel", "stock" or "dense" for all convolutions, whatever is faster.
-
-    It has copies of all weights, for each set of modules if norms keep statistics for each, in evaluation
-    mode. Outputs equal those of `net.eval()`.
-    """
-    return _by_set(net, lambda one: _skipping(one, samples, way))
-
-
-def _skipping(net: nn.Module, samples: Sequence[Tensor], way: str | None) -> nn.Module:
-    active = rewrite(net, way)
-    measured = len(samples) > 0 and way is None
+def _make_skipping(net: nn.Module, samples: Sequence[Tensor], method: Method | None) -> nn.Module:
+    active = rewrite(net, method)
+    measured = len(samples) > 0 and method is None
     if measured:
         tune(active, samples)
-    fuse(active, lambda node: _called(active, node))
-    return choose_fastest([active, _masked(net, torch.channels_last)], samples) if measured else active
+    fuse(active, lambda node: _is_compiled(active, node))
+    return choose_fastest([active, _make_masked(net, torch.channels_last)], samples) if measured else active
 
 
-def make_masked(net: nn.Module, memory_format: torch.memory_format = torch.channels_last) -> nn.Module:
-    """The network in stock torch, its norms folded and nothing left out."""
-    return _by_set(net, lambda one: _masked(one, memory_format))
+def _is_compiled(active: fx.GraphModule, node: fx.Node) -> bool:
+    layer = get_layer(active, node)
+    return isinstance(layer, ActiveLayer) and layer.is_compiled
 
 
-def _masked(net: nn.Module, memory_format: torch.memory_format) -> fx.GraphModule:
-    traced = prepare_for_inference(net).to(memory_format=memory_format)  # type: ignore[call-overload]
+def _make_masked(net: nn.Module, memory_format: torch.memory_format) -> fx.GraphModule:
+    traced = prepare_for_inference(net)
+    nn.Module.to(traced, memory_format=memory_format)  # type: ignore[call-overload]  # torch's stub lacks it
     for node in list(traced.graph.nodes):
         if node.op == "call_method" and node.target == "view":  # is refused for other memory formats
             node.target = "reshape"
         if node.op == "placeholder":
             with traced.graph.inserting_after(node):
-                laid = traced.graph.call_function(laid_out, (node, memory_format))
-            node.replace_all_uses_with(laid, lambda user, laid=laid: user is not laid)
+                formatted = traced.graph.call_function(set_format, (node, memory_format))
+            node.replace_all_uses_with(formatted, lambda user, formatted=formatted: user is not formatted)
     traced.recompile()
-    return traced  # type: ignore[no-any-return]
+    return traced
 
 
-def laid_out(x: Tensor, memory_format: torch.memory_format) -> Tensor:
+def set_format(x: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """Lay images out in a memory format."""
     return x.contiguous(memory_format=memory_format) if x.dim() == 4 else x
 
 
-def _called(active: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node is a call of the kernel, and nothing else."""
-    layer = get_layer(active, node)
-    by_kernel = isinstance(layer, ActiveConv2d) and layer.way == "kernel"
-    return compiled() is not None and (by_kernel or isinstance(layer, ActiveSwitch | ActiveMaxPool2d))
+def tune(active: fx.GraphModule, samples: Iterable[Tensor], repeats: int = REPEATS) -> None:
+    """Give each convolution the method that is fastest on the samples, on this machine as it is now."""
+    methods = [method for method in METHODS if method != "kernel" or compiling.load_kernel() is not None]
+    times: dict[ActiveConv2d, dict[Method, list[float]]] = defaultdict(lambda: {m: [] for m in methods})
 
-
-def tune(active: fx.GraphModule, samples: Iterable[Tensor], repeats: int = 5) -> None:
-    """Give each convolution the way that is fastest on the samples, on this machine as it is now."""
-    layers = [m for m in active.modules() if isinstance(m, ActiveConv2d)]
-    ways = [way for way in WAYS if way != "kernel" or compiled() is not None]
-    took: dict[ActiveConv2d, dict[str, list[float]]] = {layer: {way: [] for way in ways} for layer in layers}
-
-    def measure(layer: nn.Module, args: Any, out: Any) -> None:
-        assert isinstance(layer, ActiveConv2d)
-        chosen = layer.way
-        for _ in range(repeats):
-            for layer.way in ways:
+    def measure(layer: ActiveConv2d, args: Any, _: object) -> None:
+        method = layer.method
+        for _repeat in range(repeats):
+            for layer.method in methods:
                 start = time.perf_counter()
                 layer.forward(*args)
-                took[layer][layer.way].append(time.perf_counter() - start)
-        layer.way = chosen
+                times[layer][layer.method].append(time.perf_counter() - start)
+        layer.method = method
 
+    layers = [layer for layer in active.modules() if isinstance(layer, ActiveConv2d)]
     hooks = [layer.register_forward_hook(measure) for layer in layers]
     try:
         with torch.inference_mode():
@@ -123,5 +130,5 @@ def tune(active: fx.GraphModule, samples: Iterable[Tensor], repeats: int = 5) ->
     finally:
         for hook in hooks:
             hook.remove()
-    for layer in layers:
-        layer.way = min(ways, key=lambda way: statistics.median(took[layer][way]))
+    for layer, by_method in times.items():
+        layer.method = min(methods, key=lambda method: statistics.median(by_method[method]))

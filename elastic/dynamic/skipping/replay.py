@@ -1,8 +1,8 @@
-"""Sequences of layers that the kernel carries out, played as one call instead of one call a layer."""
+"""Play sequences of layers that the kernel carries out as one call, instead of one call a layer."""
 
 import operator
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,14 +12,15 @@ from elastic.dynamic.modules import iterate_modules
 from elastic.dynamic.skipping.active import Active
 from elastic.dynamic.skipping.native import Tape
 
-MOST_SAMPLES = 8  # with more of them, what Python costs is nothing beside the work
-MOST_TAPES = 8  # of a sequence, in each thread
+MAX_SAMPLES = 8  # with more of them, what Python costs is nothing beside the work
+MAX_TAPES = 8  # of a sequence, in each thread
 
 Value = Tensor | Active
+Recorded = tuple[Tape, list[bool]]  # and of each result whether it is a list of active channels
 
 
 class Replayed(nn.Module):
-    """Layers of which each is a call of the kernel; the calls are recorded for each shape and thread.
+    """Carry out layers of which each is a call of the kernel; calls are recorded for each shape and thread.
 
     Args:
         layers: from values to a tuple of values.
@@ -27,61 +28,63 @@ class Replayed(nn.Module):
 
     def __init__(self, layers: fx.GraphModule) -> None:
         super().__init__()
-        self.layers, self.switches = layers, list(iterate_modules(layers))
+        self.layers, self.modules_inside = layers, list(iterate_modules(layers))
 
     def forward(self, *inputs: Value) -> tuple[Value, ...]:
-        tensors, like = _flat(inputs)
-        if len(tensors[0]) > MOST_SAMPLES:
-            return self.layers(*inputs)  # type: ignore[no-any-return]
-        like_x = ((x.shape, x.dtype, x.device) for x in tensors)
-        key = (torch.get_num_threads(), *(m.active_set for m in self.switches), *like_x)
-        tapes = _own.tapes.setdefault(self, {})
+        tensors, is_list = _flatten(inputs)
+        if len(tensors[0]) > MAX_SAMPLES:
+            return self._run(inputs)
+        shapes = ((x.shape, x.dtype, x.device) for x in tensors)
+        key = (torch.get_num_threads(), *(module.active_set for module in self.modules_inside), *shapes)
+        tapes = _thread.tapes.setdefault(self, {})
         if key not in tapes:
-            if len(tapes) == MOST_TAPES:
+            if len(tapes) == MAX_TAPES:
                 tapes.clear()
-            tapes[key] = self._record(tensors, like)
-        tape, leaves = tapes[key]
-        if not tape.plays:
-            return self.layers(*inputs)  # type: ignore[no-any-return]
-        return _like(tape.play(tensors), leaves)
+            tapes[key] = self._record(tensors, is_list)
+        tape, results_are_lists = tapes[key]
+        return _unflatten(tape.play(tensors), results_are_lists) if tape.playable else self._run(inputs)
 
-    def _record(self, tensors: list[Tensor], like: list[bool]) -> tuple[Tape, list[bool]]:
-        leaves: list[bool] = []
+    def _run(self, inputs: Sequence[Value]) -> tuple[Value, ...]:
+        values: tuple[Value, ...] = self.layers(*inputs)
+        return values
 
-        def layers(held: list[Tensor]) -> list[Tensor]:
-            results, is_list = _flat(self.layers(*_like(held, like)))
-            leaves.extend(is_list)
+    def _record(self, tensors: list[Tensor], is_list: list[bool]) -> Recorded:
+        results_are_lists: list[bool] = []
+
+        def run_layers(copies: list[Tensor]) -> list[Tensor]:
+            results, lists = _flatten(self._run(_unflatten(copies, is_list)))
+            results_are_lists.extend(lists)
             return results
 
-        return Tape(tensors, layers), leaves
+        return Tape(tensors, run_layers), results_are_lists
 
 
-class _Own(threading.local):
+class _Thread(threading.local):
+    """Hold the tapes of a thread."""
+
     def __init__(self) -> None:
-        self.tapes: WeakKeyDictionary[Replayed, dict[tuple[object, ...], tuple[Tape, list[bool]]]] = (
-            WeakKeyDictionary()
-        )
+        self.tapes: WeakKeyDictionary[Replayed, dict[tuple[object, ...], Recorded]] = WeakKeyDictionary()
 
 
-_own = _Own()
+_thread = _Thread()
 
 
-def _flat(values: tuple[Value, ...]) -> tuple[list[Tensor], list[bool]]:
-    """The tensors of values, and of each value whether it is a list of active channels."""
+def _flatten(values: Sequence[Value]) -> tuple[list[Tensor], list[bool]]:
+    """Give the tensors of values, and of each value whether it is a list of active channels."""
     is_list = [isinstance(value, Active) for value in values]
     return [x for value in values for x in (value if isinstance(value, Active) else (value,))], is_list
 
 
-def _like(tensors: list[Tensor], is_list: list[bool]) -> tuple[Value, ...]:
-    each = iter(tensors)
-    return tuple(Active(next(each), next(each), next(each)) if a_list else next(each) for a_list in is_list)
+def _unflatten(tensors: list[Tensor], is_list: list[bool]) -> tuple[Value, ...]:
+    rest = iter(tensors)
+    return tuple(Active(next(rest), next(rest), next(rest)) if listed else next(rest) for listed in is_list)
 
 
-def fuse(traced: fx.GraphModule, called: Callable[[fx.Node], bool]) -> None:
+def fuse(traced: fx.GraphModule, is_call: Callable[[fx.Node], bool]) -> None:
     """Put each sequence of two or more nodes that are calls of the kernel into one `Replayed`, in place."""
     sequences: list[list[fx.Node]] = [[]]
     for node in traced.graph.nodes:
-        if called(node):
+        if is_call(node):
             sequences[-1].append(node)
         elif node.op.startswith("call") and sequences[-1]:
             sequences.append([])

@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torchvision.ops import StochasticDepth
 
+from elastic.dynamic.activations import Activation, compute_gates
 from elastic.dynamic.attaching import attach_modules
 from elastic.dynamic.loss import ActivationCost, ActivationLoss
-from elastic.dynamic.modules import WITHIN, Choice, Head, KernelActivation, Site, iterate_modules, select_set
+from elastic.dynamic.modules import WITHIN, KernelActivation, iterate_modules, select_set
+from elastic.dynamic.sites import Site
 from elastic.dynamic.skipping import make_masked, make_skipping
-from elastic.errors import StructureError
+from elastic.errors import OptionError, StructureError
 from elastic.measure.counts import count_macs
 from elastic.models import convnet, resnet20, vgg16_bn
 from elastic.surgery.reindexing import reindex
@@ -184,22 +186,21 @@ def test_only_the_widths_asked_for() -> None:
 # --- how they learn ---------------------------------------------------------------------------------------
 
 
-def module(choice: Choice = "ramp", sets: int = 1) -> KernelActivation:
+def module(activation: Activation = "ramp", sets: int = 1) -> KernelActivation:
     torch.manual_seed(0)
-    return KernelActivation(Site("a", ("b",), ()), 3, 6, sets, choice)
+    return KernelActivation(Site("a", ("b",), ()), 3, 6, sets, activation)
 
 
 def test_scores_are_those_of_the_sources_module() -> None:
     """A 1×1 convolution, then global average pooling."""
     made = module().eval()
-    head = made.heads[0]
-    assert isinstance(head, Head)
-    head.norm.running_mean.normal_()  # type: ignore[union-attr]
-    head.norm.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr]
-    weight_KC, bias_K, _ = head.folded()
+    head = next(made.iterate_heads())
+    head.norm.get_buffer("running_mean").normal_()
+    head.norm.get_buffer("running_var").uniform_(0.5, 1.5)
+    weight_KC, bias_K, _ = head.fold()
     maps_BKHW = F.conv2d(X, weight_KC[:, :, None, None], bias_K)
-    torch.testing.assert_close(made.scores(X), maps_BKHW.mean((2, 3)))
-    active_BK = torch.sigmoid(made.scores(X)) > 0.5
+    torch.testing.assert_close(made.score_kernels(X), maps_BKHW.mean((2, 3)))
+    active_BK = torch.sigmoid(made.score_kernels(X)) > 0.5
     assert torch.equal(made(X)[:, :, 0, 0] > 0, active_BK)
     assert torch.equal(made.active_BK, active_BK.float())
 
@@ -218,23 +219,24 @@ def test_one_image_in_training_is_looked_at_as_in_evaluation() -> None:
 def test_a_map_that_hardly_varies_does_not_decide_alone() -> None:
     """Its variance is next to nothing, so that whoever switches it on is billions of deviations off."""
     made = module().eval()
-    torch.nn.init.ones_(made.heads[0].linear.weight)  # type: ignore[union-attr, arg-type]
-    made.heads[0].norm.running_var.copy_(torch.tensor([1e-20, 1, 1]))  # type: ignore[union-attr, operator]
+    head = next(made.iterate_heads())
+    torch.nn.init.ones_(head.linear.weight)
+    head.norm.get_buffer("running_var").copy_(torch.tensor([1e-20, 1, 1]))
     x_BCHW = torch.zeros(2, 3, 4, 4)
     x_BCHW[0, 0] = 1e3
-    apart_K = made.scores(x_BCHW)[0] - made.scores(x_BCHW)[1]
+    apart_K = made.score_kernels(x_BCHW)[0] - made.score_kernels(x_BCHW)[1]
     assert torch.equal(apart_K, torch.full((6,), WITHIN))
 
 
-@pytest.mark.parametrize("choice", get_args(Choice))
-def test_they_start_nearly_open(choice: Choice) -> None:
-    assert module(choice).eval()(X).mean() == 1
-    assert 0.75 < module(choice)(X).mean() <= 1
+@pytest.mark.parametrize("activation", get_args(Activation))
+def test_they_start_nearly_open(activation: Activation) -> None:
+    assert module(activation).eval()(X).mean() == 1
+    assert 0.75 < module(activation)(X).mean() <= 1
 
 
 def test_the_straight_gradient_is_that_of_the_sigmoid() -> None:
-    made, score_BK = module("straight_through"), torch.tensor([[-1.0, 0.5, 2]], requires_grad=True)
-    gate_BK = made._gate(score_BK)
+    score_BK = torch.tensor([[-1.0, 0.5, 2]], requires_grad=True)
+    gate_BK = compute_gates(score_BK, "straight_through", training=True, temperature=1.0)
     assert gate_BK.tolist() == [[0, 1, 1]]
     gate_BK.sum().backward()
     soft = torch.sigmoid(score_BK.detach())
@@ -244,25 +246,24 @@ def test_the_straight_gradient_is_that_of_the_sigmoid() -> None:
 def test_sparing_drives_no_scores_apart() -> None:
     """What asks for fewer kernels moves the scores of all samples alike: weights are the task's to learn."""
     made = module()
-    torch.nn.init.normal_(made.heads[0].linear.weight)  # type: ignore[union-attr, arg-type]
+    learnt = next(made.iterate_heads()).linear
+    torch.nn.init.normal_(learnt.weight)
     made(X.repeat(4, 1, 1, 1) + torch.randn(12, 3, 16, 16))
     assert torch.equal(made.active_BK.detach(), (made.active_BK > 0.5).float())
     made.active_BK.sum().backward()
-    learnt = made.heads[0].linear
-    assert (learnt.bias.grad > 0).all()  # type: ignore[union-attr, operator]
-    torch.testing.assert_close(learnt.weight.grad, torch.zeros(6, 3), atol=1e-5, rtol=0)  # type: ignore[union-attr]
+    assert learnt.bias.grad is not None and (learnt.bias.grad > 0).all()
+    torch.testing.assert_close(learnt.weight.grad, torch.zeros(6, 3), atol=1e-5, rtol=0)
 
 
 def test_a_soft_gate_becomes_hard_as_it_cools() -> None:
-    made, score_BK = module("soft"), torch.tensor([[-1.0, 0.5, 2]])
-    torch.testing.assert_close(made._gate(score_BK), torch.sigmoid(score_BK))
-    made.temperature = 1e-3
-    assert made._gate(score_BK).tolist() == [[0, 1, 1]]
+    score_BK = torch.tensor([[-1.0, 0.5, 2]])
+    torch.testing.assert_close(compute_gates(score_BK, "soft", True, 1.0), torch.sigmoid(score_BK))
+    assert compute_gates(score_BK, "soft", True, 1e-3).tolist() == [[0, 1, 1]]
 
 
 def test_a_gumbel_gate_is_on_as_often_as_the_sigmoid_says() -> None:
-    made, score_BK = module("gumbel"), torch.tensor([[-1.0, 0.5, 2, 0]]).expand(20_000, -1)
-    often_K = made._gate(score_BK).mean(0)
+    score_BK = torch.tensor([[-1.0, 0.5, 2, 0]]).expand(20_000, -1)
+    often_K = compute_gates(score_BK, "gumbel", True, 1.0).mean(0)
     torch.testing.assert_close(often_K, torch.sigmoid(score_BK[0]), atol=0.02, rtol=0)
 
 
@@ -274,9 +275,9 @@ def test_a_network_starts_as_it_was_with_its_weakest_kernels_next_to_the_thresho
         assert torch.equal(found(X), net(X))
     (first, *_) = iterate_modules(found)
     assert first.site == Site("0", ("3",), ())
-    for h in first.heads:
-        bias_K = h.linear.bias  # type: ignore[union-attr]
-        assert bias_K.argmin() == 2 and len(bias_K.unique()) == len(bias_K) and bias_K.min() >= 1  # type: ignore[operator, arg-type, union-attr]
+    for h in first.iterate_heads():
+        bias_K = h.linear.bias
+        assert bias_K.argmin() == 2 and len(bias_K.unique()) == len(bias_K) and bias_K.min() >= 1
 
 
 def test_one_of_several_sets_rules() -> None:
@@ -294,10 +295,10 @@ def test_one_of_several_sets_rules() -> None:
 def test_a_set_that_does_not_exist_is_refused(chosen: int) -> None:
     net = gated(convnet(in_channels=3), X, sets=2)
     with pytest.raises(
-        StructureError, match=rf"there is no set {chosen} of kernel activation modules: .* has 0 … 1"
+        OptionError, match=rf"there is no set {chosen} of kernel activation modules: .* has 0 … 1"
     ):
         select_set(net, chosen)
-    with pytest.raises(StructureError, match="the network has none"):
+    with pytest.raises(OptionError, match="the network has none"):
         select_set(convnet(), 0)
 
 
@@ -327,11 +328,11 @@ def test_each_set_has_the_statistics_of_what_it_leaves_on(momentum: float | None
     assert not torch.allclose(alone[0](X), alone[1](X), rtol=0.1)
 
 
-def test_sets_and_choices_that_cannot_be_are_refused() -> None:
-    with pytest.raises(StructureError, match="0 sets of modules: there must be 1 or more"):
+def test_sets_and_activations_that_cannot_be_are_refused() -> None:
+    with pytest.raises(OptionError, match="0 sets of modules: there must be 1 or more"):
         module(sets=0)
     with pytest.raises(
-        StructureError, match="kernels cannot be chosen by 'hope': use one of scale, ramp, straight_through"
+        OptionError, match="kernels cannot be activated by 'hope': set activation to scale, ramp, straight"
     ):
         module("hope")  # type: ignore[arg-type]
 
@@ -352,20 +353,22 @@ def test_macs_are_those_of_the_compacted_network_and_of_the_modules(build: Any) 
     plain = build(in_channels=3).eval()
     net = gated(plain, X)
     engaged = ActivationCost(net, X)
-    assert engaged.dense == count_macs(plain, X)
-    heads = sum(h.linear.weight.numel() for m in iterate_modules(net) for h in m.heads)  # type: ignore[misc, union-attr, operator]
-    assert engaged.modules == heads
+    assert engaged.dense_macs == count_macs(plain, X)
+    heads = sum(h.linear.weight.numel() for m in iterate_modules(net) for h in m.iterate_heads())
+    assert engaged.module_macs == heads
     with torch.no_grad():
         net(X)
     expected = [by_compaction(net, plain, b) + heads for b in range(len(X))]
     assert engaged.macs_B().round().int().tolist() == expected
     on = torch.cat([m.active_BK for m in iterate_modules(net)], 1)
     torch.testing.assert_close(engaged.kernels_B(), on.sum(1) / on.shape[1])
-    torch.testing.assert_close(engaged.share("macs"), torch.tensor(expected).float().mean() / engaged.dense)
+    torch.testing.assert_close(
+        engaged.fraction("macs"), torch.tensor(expected).float().mean() / engaged.dense_macs
+    )
 
 
 @pytest.mark.parametrize(
-    ("parsimony", "ripe", "expected"),
+    ("loss", "ramp_up", "expected"),
     [
         (ActivationLoss(2.0), 1.0, 0.8),
         (ActivationLoss(2.0), 0.5, 0.4),
@@ -376,14 +379,14 @@ def test_macs_are_those_of_the_compacted_network_and_of_the_modules(build: Any) 
         (ActivationLoss(0.0), 1.0, 0.0),
     ],
 )
-def test_the_loss_by_hand(parsimony: ActivationLoss, ripe: float, expected: float) -> None:
-    assert float(parsimony.loss(torch.tensor(0.4), ripe)) == pytest.approx(expected)
+def test_the_loss_by_hand(loss: ActivationLoss, ramp_up: float, expected: float) -> None:
+    assert float(loss.loss(torch.tensor(0.4), ramp_up)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"form": "cubic"}, "set form to linear, square, target and by to count or macs"),
+        ({"form": "cubic"}, "set form to linear, square, target and by to kernels or macs"),
         ({"by": "time"}, "set form to"),
         ({"gain": -1.0}, "a gain of -1 would reward kernels that are on"),
         ({"form": "target"}, "has a target where its form is 'target'"),
@@ -391,31 +394,33 @@ def test_the_loss_by_hand(parsimony: ActivationLoss, ripe: float, expected: floa
         ({"form": "target", "target": 1.5}, "a target of 1.5: set it between 0 and 1"),
     ],
 )
-def test_parsimony_that_cannot_be_is_refused(options: Any, message: str) -> None:
-    with pytest.raises(StructureError, match=message):
+def test_an_activation_loss_that_cannot_be_is_refused(options: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
         ActivationLoss(**options)
 
 
-def test_a_price_brings_the_share_to_its_target_whatever_the_task_gains_by_it() -> None:
+def test_a_multiplier_brings_the_fraction_to_its_target_whatever_the_task_gains_by_it() -> None:
     """The square alone rests where its slope is the task's: at target + slope / (2 · gain)."""
-    parsimony, slope = ActivationLoss(10.0, "target", target=0.3), 4.0
+    loss, slope = ActivationLoss(10.0, "target", target=0.3), 4.0
 
     def rest(steps: int, part: float) -> float:
-        share, price = torch.tensor(1.0, requires_grad=True), torch.tensor(0.0)
+        fraction, multiplier = torch.tensor(1.0, requires_grad=True), torch.tensor(0.0)
         for _ in range(steps):
-            (gradient,) = torch.autograd.grad(parsimony.loss(share, 1.0, price) - slope * share, share)
-            share = (share - 0.02 * gradient).detach().requires_grad_()
-            price = parsimony.reprice(price, share.detach(), 1.0, part)
-        return float(share.detach())
+            total = loss.loss(fraction, 1.0, multiplier) - slope * fraction
+            (gradient,) = torch.autograd.grad(total, fraction)
+            fraction = (fraction - 0.02 * gradient).detach().requires_grad_()
+            multiplier = loss.update_multiplier(multiplier, fraction.detach(), 1.0, part)
+        return float(fraction.detach())
 
     assert rest(300, part=0.0) == pytest.approx(0.3 + slope / 20, abs=1e-3)
     assert rest(300, part=1 / 20) == pytest.approx(0.3, abs=1e-3)
-    halfway = (parsimony.reprice(torch.tensor(2.0), torch.tensor(share), 0.5, 0.1) for share in (0.65, 0.75))
-    assert [float(price) for price in halfway] == pytest.approx([2.0, 2.2])  # the target is still 0.65
-    assert float(ActivationLoss(1.0).reprice(torch.tensor(0.0), torch.tensor(0.9), 1.0, 1.0)) == 0
+    halfway = [loss.update_multiplier(torch.tensor(2.0), torch.tensor(f), 0.5, 0.1) for f in (0.65, 0.75)]
+    assert [float(value) for value in halfway] == pytest.approx([2.0, 2.2])  # the target is still 0.65
+    linear = ActivationLoss(1.0)
+    assert float(linear.update_multiplier(torch.tensor(0.0), torch.tensor(0.9), 1.0, 1.0)) == 0
 
 
-@pytest.mark.parametrize("by", ["count", "macs"])
+@pytest.mark.parametrize("by", ["kernels", "macs"])
 def test_gradients_close_kernels(by: Any) -> None:
     torch.manual_seed(0)
     net = attach_modules(plain := convnet(in_channels=3), discover(plain, X)).train()
@@ -423,10 +428,10 @@ def test_gradients_close_kernels(by: Any) -> None:
     shares = []
     for _ in range(60):
         net(X)
-        loss = ActivationLoss(1.0, by=by).loss(engaged.share(by))
+        loss = ActivationLoss(1.0, by=by).loss(engaged.fraction(by))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        shares.append(float(engaged.share(by).detach()))
+        shares.append(float(engaged.fraction(by).detach()))
     assert shares[0] > 0.95 and shares[-1] < 0.5
     assert all((m.active_BK.sum(1) > 0.99).all() for m in iterate_modules(net)), "never to no kernel at all"

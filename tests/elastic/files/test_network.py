@@ -17,7 +17,7 @@ from elastic.pruning import gates
 from elastic.pruning.compaction import compact
 from elastic.surgery.reindexing import reindex
 from elastic.widths.discovery import discover
-from tests.elastic.levels.test_nested import (
+from tests.elastic.levels.nets import (
     NETS,
     built,
     evaluated,

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from elastic.errors import StructureError
+from elastic.errors import OptionError
 from elastic.levels.freezing import FrozenPart, Phase, plan_phases
 from elastic.levels.nested import Levels
 from elastic.levels.sizes import make_resized
-from tests.elastic.levels.test_nested import built, halves, nested, norms, shared, step
+from tests.elastic.levels.nets import built, halves, nested, norms, shared, step
 
 # --- phases ------------------------------------------------------------------------------------------------
 
@@ -29,7 +29,7 @@ def test_phases_cover_the_run_in_order_or_are_refused(
     shares = [dense] * (dense != 0) + [prune / top] * top + [grow / top] * top
     try:
         found = plan_phases(levels, epochs, dense, prune)
-    except StructureError as error:
+    except OptionError as error:
         assert "\n" not in str(error) and "trainer.max_epochs" in str(error)
         assert min(shares) * epochs < 1, "each phase would have had an epoch"
         return
@@ -63,7 +63,7 @@ def test_the_run_of_the_documentation() -> None:
     ],
 )
 def test_a_phase_without_an_epoch_is_refused(given_: Any, named: str) -> None:
-    with pytest.raises(StructureError) as caught:
+    with pytest.raises(OptionError) as caught:
         plan_phases(*given_)
     assert named in str(caught.value) and "\n" not in str(caught.value)
 
@@ -96,7 +96,7 @@ def check_frozen(name: str, phase: Phase, optimizer: str) -> None:
     parameters = [*net.parameters(), *levels.norms.parameters()]
     made = OPTIMIZERS[optimizer](parameters)
     for k in range(len(levels)):  # momentum for all
-        step(lambda x, k=k: levels.forward(k, x), x)
+        step(lambda x, k=k: levels.run(k, x), x)
         made.step()
     made.zero_grad(set_to_none=True)
     inner = members(levels, phase.level)
@@ -108,7 +108,7 @@ def check_frozen(name: str, phase: Phase, optimizer: str) -> None:
     norms_before = {n: [p.detach().clone() for p in m.parameters()] for n, m in _norms(levels).items()}
     frozen = FrozenPart(levels, phase)
     for _ in range(3):
-        step(lambda x: levels.forward(phase.level, x), x)
+        step(lambda x: levels.run(phase.level, x), x)
         made.step()
         made.zero_grad(set_to_none=True)
         frozen.restore()

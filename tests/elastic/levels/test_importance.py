@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from elastic.errors import StructureError
+from elastic.errors import ElasticError, OptionError, StructureError
 from elastic.levels.importance import rank_channels, score_channels
 from elastic.levels.nested import Levels
 from elastic.levels.sizes import make_resized
@@ -219,16 +219,18 @@ def test_the_size_is_that_of_the_scores_unless_given() -> None:
 # --- refusals --------------------------------------------------------------------------------------------
 
 
-def refused(how: Any, named: str, net: nn.Module, widths: Widths) -> None:
-    with pytest.raises(StructureError, match=named) as caught:
+def refused(
+    how: Any, named: str, net: nn.Module, widths: Widths, kind: type[ElasticError] = StructureError
+) -> None:
+    with pytest.raises(kind, match=named) as caught:
         score_channels(net, widths, how)
     assert "\n" not in str(caught.value)
 
 
 def test_what_a_measure_lacks_is_said() -> None:
-    refused("l3", "there is no importance 'l3': choose l2, l1, taylor, norm, gate", *trunk())
-    refused("taylor", "'taylor' needs batches", *trunk())
-    with pytest.raises(StructureError, match="'taylor' needs batches"):
+    refused("l3", "there is no importance 'l3': choose l2, l1, taylor, norm, gate", *trunk(), OptionError)
+    refused("taylor", "'taylor' needs batches", *trunk(), OptionError)
+    with pytest.raises(OptionError, match="'taylor' needs batches"):
         score_channels(*trunk(), "taylor", [])
     refused("gate", "has no gates: choose another importance", *trunk())
     case = CASES["residual"]
@@ -236,4 +238,4 @@ def test_what_a_measure_lacks_is_said() -> None:
     refused("norm", "no norm lies on width 'one'", net, discover(net, case.example()))
     net, widths = trunk()
     gates.attach_gates(net, widths, "weight")
-    refused("nonsense", "'nonsense'", net, widths)
+    refused("nonsense", "'nonsense'", net, widths, OptionError)

@@ -1,7 +1,6 @@
 """Levels against networks cut out by re-indexing, against arithmetic by hand, and against their storage."""
 
 import copy
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,79 +10,34 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models import MobileNetV2, densenet
-from torchvision.models.convnext import CNBlock
-from torchvision.models.resnet import Bottleneck
-from torchvision.ops import Permute
 
 from elastic.errors import StructureError
-from elastic.levels.nested import Levels, extract_level, find_nestable
-from elastic.levels.sizes import make_resized
-from elastic.models import convnet, resnet20
+from elastic.levels.cutting import extract_level, find_nestable
+from elastic.levels.nested import Levels
 from elastic.pruning import gates
 from elastic.surgery.layers import NORMS
 from elastic.surgery.reindexing import reindex
 from elastic.widths.discovery import Widths, discover
+from tests.elastic.levels.nets import (
+    built,
+    close,
+    evaluated,
+    every_net,
+    example,
+    extracted,
+    halves,
+    inside,
+    nested,
+    norms,
+    placed,
+    shared,
+    some_nets,
+    step,
+)
 from tests.elastic.zoo import CASES, Case, conv, head, randomised
 
 WHOLE = {"split", "sliced_halves", "channel_shuffle", "grouped"}  # all widths lie between others' channels
 case_with_levels = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-
-
-def alexnet_like() -> nn.Sequential:
-    """Two convolutions, a flatten that repeats channels, two hidden linear layers with dropout."""
-    return nn.Sequential(
-        *(conv(3, 6, 3), nn.ReLU(), nn.MaxPool2d(2), conv(6, 8, 3), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Flatten(), nn.Dropout(0.5), nn.Linear(32, 12), nn.ReLU(), nn.Dropout(0.5)),
-        *(nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 5)),
-    )
-
-
-def resnext_like() -> nn.Sequential:
-    stem = conv(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU()
-    return nn.Sequential(*stem, *(Bottleneck(16, 4, groups=2) for _ in range(2)), head(16))
-
-
-def convnext_like() -> nn.Sequential:
-    """Depthwise convolutions, layer norms over channels that stand last, a scale a channel."""
-    return nn.Sequential(conv(3, 6, 3), CNBlock(6, 0.5, 0.0), conv(6, 8, 3), CNBlock(8, 0.5, 0.0), head(8))
-
-
-NETS: dict[str, Callable[[], nn.Module]] = {
-    "convnet": lambda: convnet((6, 8, 8, 10), in_channels=3, classes=5),
-    "resnet20": lambda: resnet20(4, classes=5),
-    "mobilenet_v2": lambda: MobileNetV2(5, 0.25, [[1, 8, 1, 1], [3, 12, 2, 2], [3, 16, 1, 2]]),
-    "densenet": lambda: densenet.DenseNet(4, (2, 2), 8, 2, num_classes=5),
-    "resnext": resnext_like,
-    "convnext": convnext_like,
-    "alexnet": alexnet_like,
-    "layer_norm_over_maps": lambda: nn.Sequential(
-        *(conv(3, 6, 3), nn.LayerNorm((6, 8, 8)), nn.ReLU(), conv(6, 5, 3)), head(5)
-    ),
-    "channels_last_in_a_layer_norm": lambda: nn.Sequential(
-        *(
-            conv(3, 6, 3),
-            Permute([0, 2, 3, 1]),
-            nn.LayerNorm((8, 8, 6)),
-            Permute([0, 3, 1, 2]),
-            conv(6, 5, 3),
-        ),
-        head(5),
-    ),
-}
-SHAPE = {"mobilenet_v2": (2, 3, 24, 24), "densenet": (2, 3, 32, 32)}
-every_net = pytest.mark.parametrize("name", NETS)
-some_nets = pytest.mark.parametrize("name", ["convnet", "densenet", "convnext", "alexnet"])
-
-
-def example(name: str, seed: int = 1) -> Tensor:
-    return torch.randn(SHAPE.get(name, (2, 3, 8, 8)), generator=torch.Generator().manual_seed(seed))
-
-
-def built(name: str) -> tuple[nn.Module, Tensor, Widths]:
-    torch.manual_seed(0)
-    net, x = randomised(NETS[name]()), example(name)
-    return net, x, discover(net, x)
 
 
 @st.composite
@@ -103,69 +57,6 @@ def _columns(size: int, count: int) -> st.SearchStrategy[list[int]]:
     return st.lists(st.integers(1, size), min_size=count, max_size=count)
 
 
-def halves(widths: Widths, *fractions: float) -> list[dict[str, int]]:
-    return [{n: max(1, int(widths[n].size * f)) for n in find_nestable(widths)} for f in fractions or (0.5,)]
-
-
-def norms(net: nn.Module) -> dict[str, nn.Module]:
-    return {path: module for path, module in net.named_modules() if isinstance(module, NORMS)}
-
-
-def nested(net: nn.Module, widths: Widths, sizes: list[dict[str, int]]) -> Levels:
-    """Levels whose norms are unlike the network's, so that one that is not the level's own is noticed."""
-    levels = Levels(net, widths, sizes)
-    torch.manual_seed(7)
-    randomised(levels.norms)
-    return levels
-
-
-def extracted(levels: Levels, k: int) -> nn.Module:
-    """Level k as a network of its own: cut out by re-indexing, with the level's norms put in by name."""
-    net = make_resized(levels.net, levels.widths, levels.sizes[k])
-    if k < len(levels) - 1:
-        own: Any = levels.norms[k]
-        for path, norm in norms(net).items():
-            norm.load_state_dict(own[path.replace(".", "/")].state_dict())
-    return net.train(levels.net.training)
-
-
-def evaluated(levels: Levels) -> Levels:
-    for level in levels:
-        level.eval()
-    return levels
-
-
-def close(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * (1 + float(b.detach().abs().max())))
-
-
-def shared(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that are not a norm's, by name."""
-    for path, module in net.named_modules():
-        if not isinstance(module, NORMS):
-            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-                if tensor is not None:
-                    yield f"{path}.{name}", tensor
-
-
-def inside(levels: Levels) -> None:
-    """Every level's tensors begin where the network's do, step as they do, and are a part of the next's."""
-    whole = dict(shared(levels.net))
-    for k, level in enumerate(levels[:-1]):
-        larger = dict(shared(levels[k + 1]))
-        assert larger.keys() == whole.keys()
-        for name, tensor in shared(level):
-            held = whole[name]
-            assert tensor.data_ptr() == held.data_ptr() and tensor.dtype == held.dtype, name
-            steps = [
-                (n, s, t)
-                for n, s, t in zip(tensor.shape, tensor.stride(), held.stride(), strict=True)
-                if n > 1
-            ]
-            assert all(s == t for _, s, t in steps), name
-            assert all(a <= b for a, b in zip(tensor.shape, larger[name].shape, strict=True)), name
-
-
 # --- what a level is -------------------------------------------------------------------------------------
 
 
@@ -183,7 +74,7 @@ def test_a_level_says_what_a_network_of_its_size_and_norms_says(case: Case, data
         own = extracted(levels, k)
         assert repr(level) == repr(own) and type(level) is type(net)
         close(level(x), own(x))
-        close(levels.forward(k, x), own(x))
+        close(levels.run(k, x), own(x))
 
 
 @every_net
@@ -197,7 +88,7 @@ def test_so_it_is_in_networks_of_many_kinds(name: str, data: st.DataObject) -> N
         own = extracted(levels, k)
         assert repr(level) == repr(own)
         close(level(x), own(x))
-        close(levels.forward(k, x), own(x))
+        close(levels.run(k, x), own(x))
 
 
 def test_all_cases_but_those_named_have_widths_to_cut() -> None:
@@ -255,9 +146,7 @@ def test_a_sequence_of_modules_the_last_one_the_network_itself() -> None:
     levels = Levels(net, widths, halves(widths, 0.4, 0.8))
     assert len(levels) == len(list(levels)) == 3 and levels[-1] is levels[2] is net
     assert levels[:2] == [levels[0], levels[1]] and levels.sizes[-1] == widths.sizes()
-    assert not any(p.requires_grad for _, p in shared(levels[0]) if p.shape != (5,)), (
-        "train through `forward`"
-    )
+    assert not any(p.requires_grad for _, p in shared(levels[0]) if p.shape != (5,)), "train through `run`"
     assert all(p.requires_grad for p in levels.norms.parameters())
     again = Levels(net, widths, levels.sizes[:-1])
     assert again.norms.state_dict().keys() == levels.norms.state_dict().keys()
@@ -283,24 +172,8 @@ def test_a_network_without_norms() -> None:
 # --- training ----------------------------------------------------------------------------------------------
 
 
-def step(net: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """A loss whose gradient reaches every logit differently; dropout draws the same each time."""
-    torch.manual_seed(5)
-    logits = net(x)
-    loss = (logits * torch.arange(1, logits.shape[1] + 1)).square().mean()
-    loss.backward()
-    return loss.detach()
-
-
-def placed(gradient: Tensor, like: Tensor) -> Tensor:
-    """A gradient of the first channels among zeros."""
-    whole = torch.zeros_like(like)
-    whole[tuple(map(slice, gradient.shape))] = gradient
-    return whole
-
-
 def check_gradients(net: nn.Module, x: Tensor, sizes: list[dict[str, int]]) -> None:
-    """Those of `Levels.forward` are the extracted network's, in the prefix, and zero elsewhere."""
+    """Those of `Levels.run` are the extracted network's, in the prefix, and zero elsewhere."""
     levels = nested(net.double().train(), discover(net, x.double()), sizes)
     levels.norms.double()
     x = x.double()
@@ -308,7 +181,7 @@ def check_gradients(net: nn.Module, x: Tensor, sizes: list[dict[str, int]]) -> N
         net.zero_grad()
         levels.norms.zero_grad()
         own = extracted(levels, k)
-        assert torch.allclose(step(lambda x, k=k: levels.forward(k, x), x), step(own, x), rtol=1e-9)
+        assert torch.allclose(step(lambda x, k=k: levels.run(k, x), x), step(own, x), rtol=1e-9)
         theirs = {name: p.grad for name, p in own.named_parameters()}
         for path, norm in norms(net).items():
             for name, parameter in norm.named_parameters():
@@ -344,7 +217,7 @@ def test_the_networks_own_gradient_is_plain() -> None:
     net, x, widths = built("convnet")
     twin = copy.deepcopy(net)
     levels = Levels(net, widths, halves(widths))
-    assert torch.equal(step(lambda x: levels.forward(1, x), x), step(twin, x))
+    assert torch.equal(step(lambda x: levels.run(1, x), x), step(twin, x))
     for a, b in zip(net.parameters(), twin.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad)  # type: ignore[arg-type]
 
@@ -360,7 +233,7 @@ def test_training_updates_only_the_levels_own_statistics(name: str) -> None:
 
     for k in range(len(levels)):
         before, own = states(), extracted(levels, k)
-        levels.forward(k, x)
+        levels.run(k, x)
         own(x)
         after = states()
         for j, (then, now) in enumerate(zip(before, after, strict=True)):
@@ -377,10 +250,10 @@ def test_a_level_follows_the_networks_mode() -> None:
     net, x, widths = built("alexnet")
     levels = Levels(net, widths, halves(widths))
     net.eval()
-    assert torch.equal(levels.forward(0, x), levels.forward(0, x))
+    assert torch.equal(levels.run(0, x), levels.run(0, x))
     net.train()
     torch.manual_seed(0)
-    assert not torch.equal(levels.forward(0, x), levels.forward(0, x)), "dropout"
+    assert not torch.equal(levels.run(0, x), levels.run(0, x)), "dropout"
 
 
 # --- running ---------------------------------------------------------------------------------------------
@@ -417,7 +290,7 @@ def test_channels_last(name: str) -> None:
     inside(levels)
     x = x.contiguous(memory_format=torch.channels_last)
     close(levels[0](x), extracted(levels, 0)(x))
-    close(levels.forward(0, x), extracted(levels, 0)(x))
+    close(levels.run(0, x), extracted(levels, 0)(x))
 
 
 @some_nets
@@ -467,7 +340,7 @@ def test_share_finds_the_storage_again(name: str, move: str) -> None:
     inside(levels)
     for level, expected in zip(levels, before, strict=True):
         close(level(x).float(), expected)
-        close(levels.forward(levels.index(level), x).float(), expected)
+        close(levels.run(levels.index(level), x).float(), expected)
     with torch.no_grad():
         for _, tensor in shared(net):
             tensor.mul_(1.5)

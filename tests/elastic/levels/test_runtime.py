@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from elastic.errors import FileError, StructureError
+from elastic.errors import FileError, OptionError
 from elastic.levels import runtime
 from elastic.levels.nested import Levels
 from elastic.levels.runtime import Runtime
 from elastic.levels.sizes import level_sizes
-from elastic.measure import machine
+from elastic.measure import machine, timing
 from elastic.measure.machine import RunCost, measure_latency_ms, measure_memory_mb, read_rapl_joules
 from elastic.models import convnet
 from elastic.widths.discovery import discover
@@ -24,13 +24,13 @@ X = torch.randn(1, 1, 8, 8)
 MS = (1.0, 2.0, 4.0, 8.0)  # what the levels take here
 
 
-def served(**options: object) -> Runtime:
+def served() -> Runtime:
     """Four networks that answer with their number, and costs that are known."""
     levels = [nn.Sequential(nn.Flatten(), nn.Linear(64, 1)) for _ in MS]
     for k, level in enumerate(levels):
         nn.init.zeros_(level[1].weight)
         nn.init.constant_(level[1].bias, k)
-    serve = Runtime(levels, X, **options)  # type: ignore[arg-type]
+    serve = Runtime(levels, X)
     serve.costs = [RunCost(ms, 10 * ms, 5 * ms) for ms in MS]
     return serve
 
@@ -56,12 +56,12 @@ def test_all_budgets_hold_together() -> None:
 
 def test_budgets_that_no_level_meets_are_refused() -> None:
     serve = served()
-    with pytest.raises(StructureError, match=r"no level is within latency_ms=0.5: the smallest takes 1"):
+    with pytest.raises(OptionError, match=r"no level is within latency_ms=0.5: the smallest takes 1"):
         serve.within(latency_ms=0.5)
-    with pytest.raises(StructureError, match="watts cannot be budgeted: there is no such budget"):
+    with pytest.raises(OptionError, match="watts cannot be budgeted: there is no such budget"):
         serve.within(watts=1)
     serve.costs = [RunCost(ms, 1) for ms in MS]
-    with pytest.raises(StructureError, match="energy_mj cannot be budgeted: there is no energy counter"):
+    with pytest.raises(OptionError, match="energy_mj cannot be budgeted: there is no energy counter"):
         serve.within(energy_mj=1)
     assert serve.level == 3, "as it was"
 
@@ -87,8 +87,10 @@ def test_under_a_steady_load_it_comes_to_one_level_that_meets_the_deadline(slowd
     assert k == 3 or slowdown * MS[k + 1] > 0.8 * 8 * (1 - 1e-6), "no smaller than it must be"
 
 
-def test_it_steps_down_at_once_and_up_again_with_patience() -> None:
-    serve = served(smoothing=1.0, patience=5)
+def test_it_steps_down_at_once_and_up_again_with_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "SMOOTHING", 1.0)
+    monkeypatch.setattr(runtime, "PATIENCE", 5)
+    serve = served()
     serve.within(latency_ms=8)
     assert drive(serve, 1.0, 3) == [3, 3, 3]
     assert drive(serve, 4.0, 3) == [3, 1, 1], "after one late answer"
@@ -112,7 +114,7 @@ def test_a_deadline_missed_is_believed_at_once() -> None:
     drive(serve, 1.0, 1000)
     assert drive(serve, 2.6, 2) == [3, 1], "of 4 ms 10.4 would come, and of 2 ms 5.2"
     back = drive(serve, 1.0, 30)
-    assert back.index(3) > serve.patience and back[back.index(3) :] == [3] * len(back[back.index(3) :])
+    assert back.index(3) > runtime.PATIENCE and back[back.index(3) :] == [3] * len(back[back.index(3) :])
 
 
 def test_without_a_deadline_nothing_is_watched() -> None:
@@ -190,7 +192,7 @@ def test_memory_is_that_of_the_level_not_of_its_storage() -> None:
 
 def test_latency_is_measured_in_evaluation_mode_and_leaves_the_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter(range(10**6))
-    monkeypatch.setattr(runtime.time, "perf_counter", lambda: next(now) / 1000)  # each look takes 1 ms
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(now) / 1000)  # each look takes 1 ms
     net = convnet().train()
     seen: list[bool] = []
     net.register_forward_hook(lambda m, x, y: seen.append(m.training))

@@ -10,8 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from elastic.errors import StructureError
-from elastic.levels.nested import Levels, find_nestable
+from elastic.errors import OptionError, StructureError
+from elastic.levels.cutting import find_nestable
+from elastic.levels.nested import Levels
 from elastic.levels.sizes import level_sizes, make_resized
 from elastic.measure import counts
 from elastic.models import convnet
@@ -224,7 +225,11 @@ def test_resized_holds_the_first_channels(data: st.DataObject) -> None:
 MOST = macs_by_hand(dict(zip(NAMES, CHANNELS, strict=True)))
 LEAST = macs_by_hand(dict.fromkeys(NAMES, 1))
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "an unknown kind": ({"levels": [0.5], "by": "flops"}, "'flops': choose fraction, macs, latency_ms"),
+    "an unknown kind": (
+        {"levels": [0.5], "by": "flops"},
+        "'flops': choose fraction, macs, latency_ms",
+        OptionError,
+    ),
     "no level": ({"levels": []}, "levels [] do not ascend"),
     "descending": ({"levels": [0.8, 0.5]}, "levels [0.8, 0.5] do not ascend"),
     "twice the same": ({"levels": [0.5, 0.5]}, "do not ascend"),
@@ -233,22 +238,35 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "the whole": ({"levels": [0.5, 1]}, "1 is no fraction"),
     "more than the whole": ({"levels": [1.5]}, "1.5 is no fraction"),
     "no number": ({"levels": [float("nan")]}, "nan is no fraction"),
-    "no channel left": ({"levels": [0.05]}, "a fraction of 0.05 leaves width '0' of 5 without a channel"),
+    "no channel left": (
+        {"levels": [0.05]},
+        "a fraction of 0.05 leaves width '0' of 5 without a channel",
+        StructureError,
+    ),
     "too small a budget": ({"levels": [LEAST - 1], "by": "macs"}, f"{LEAST:g} is the least"),
-    "too small with a multiple": ({"levels": [2 * LEAST], "by": "macs", "multiple": 8}, "lower the multiple"),
-    "the whole network": ({"levels": [MOST], "by": "macs"}, f"the whole network takes macs={MOST:g}"),
+    "too small with a multiple": (
+        {"levels": [2 * LEAST], "by": "macs", "multiple": 8},
+        "lower the multiple",
+        StructureError,
+    ),
+    "the whole network": (
+        {"levels": [MOST], "by": "macs"},
+        f"the whole network takes macs={MOST:g}",
+        StructureError,
+    ),
     "budgets that descend": ({"levels": [2 * LEAST, LEAST], "by": "macs"}, "do not ascend"),
     "a multiple of none": ({"levels": [0.5], "multiple": 0}, "multiple"),
     "a multiple of less": ({"levels": [2 * LEAST], "by": "macs", "multiple": -2}, "multiple"),
     "latency without a measure": ({"levels": [1.0], "by": "latency_ms"}, "latency_ms"),
 }
+OF_THE_NETWORK = {"no channel left", "too small a budget", "too small with a multiple", "the whole network"}
 
 
 @pytest.mark.parametrize("what", WRONG)
 def test_levels_that_cannot_be_are_refused(what: str) -> None:
     net, widths = network()
     options, named = WRONG[what]
-    with pytest.raises(StructureError) as caught:
+    with pytest.raises(StructureError if what in OF_THE_NETWORK else OptionError) as caught:
         level_sizes(net, widths, X, **options)
     assert named in str(caught.value) and "\n" not in str(caught.value)
 
@@ -258,3 +276,33 @@ def test_latency_budgets_that_cannot_be_are_refused(ms: float, named: str) -> No
     net, widths = network()
     with pytest.raises(StructureError, match=named):
         level_sizes(net, widths, X, [2.0], "latency_ms", latency_ms=lambda _: ms)
+
+
+def test_a_fraction_that_leaves_no_channel_says_which_one_would() -> None:
+    """Also of a width of one channel, which no level can have a part of."""
+    net = convnet((1, 8), (), in_channels=3, classes=5)
+    widths = discover(net, X)
+    with pytest.raises(StructureError, match=r"width '0' of 1 without a channel: ask for more than 0\.5$"):
+        level_sizes(net, widths, X, [0.5])
+    (sizes,) = level_sizes(net, widths, X, [0.51])
+    assert sizes == {"0": 1, "3": 4}
+
+
+@pytest.mark.parametrize("by", ["fraction", "macs"])
+def test_a_network_whose_widths_leave_no_room_for_a_level_says_so(by: Any) -> None:
+    """It said that two levels were the same, and to ask for larger steps."""
+    net, x = CASES["split"].model(), CASES["split"].example()
+    widths = discover(net, x)
+    with pytest.raises(StructureError, match="lie between others' channels, which leaves no room") as caught:
+        level_sizes(net, widths, x, [0.5 if by == "fraction" else counts.count_macs(net, x) / 2], by)
+    assert all(name in str(caught.value) for name in widths) and "\n" not in str(caught.value)
+    with pytest.raises(StructureError, match="leaves no room for a level"):
+        Levels(net, widths, [{}])
+
+
+def test_levels_that_come_out_the_same_say_where() -> None:
+    net, widths = network()
+    with pytest.raises(
+        StructureError, match="levels 0 and 1 are the same: the widest, '10', has 12 channels"
+    ):
+        Levels(net, widths, level_sizes(net, widths, X, [0.51, 0.515]))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torchvision.models import ResNet
 
-from elastic.errors import StructureError
+from elastic.errors import OptionError
 from elastic.models import alexnet, convnet, from_torchvision, resnet20, resnet56, vgg16_bn
 from elastic.models.resnet import resnet
 from elastic.widths.discovery import discover
@@ -144,5 +144,5 @@ def test_torchvisions_models_are_taken_untrained_with_the_classes_asked_for() ->
     ],
 )
 def test_what_torchvision_has_not_is_said(options: Any, said: str) -> None:
-    with pytest.raises(StructureError, match=f"^{said}"):
+    with pytest.raises(OptionError, match=f"^{said}"):
         from_torchvision(**options)

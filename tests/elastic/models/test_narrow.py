@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from elastic.errors import StructureError
+from elastic.errors import OptionError
 from elastic.levels.nested import Levels
 from elastic.levels.sizes import level_sizes
 from elastic.models import resnet20
@@ -36,5 +36,5 @@ def test_its_weights_are_drawn_for_its_own_size() -> None:
 
 
 def test_other_fractions_are_refused() -> None:
-    with pytest.raises(StructureError, match="between 0 and 1"):
+    with pytest.raises(OptionError, match="between 0 and 1"):
         narrow(resnet20, 1.0, pixels=16)

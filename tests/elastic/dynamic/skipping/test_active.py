@@ -14,32 +14,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from elastic.dynamic.modules import GRADED, Choice, find_active, ramp, scale
-from elastic.dynamic.skipping import active, native
-from elastic.dynamic.skipping.active import (
-    Active,
-    ActiveConv2d,
-    activate_kernels,
-    list_all_channels,
-    max_pool,
-    tiles_pay,
-)
-from elastic.dynamic.skipping.native import CACHE, call, compiled, work
+from elastic.dynamic.activations import GRADED, Activation, find_active, ramp, scale
+from elastic.dynamic.skipping import compiling, tiles
+from elastic.dynamic.skipping.active import Active, list_all_channels
+from elastic.dynamic.skipping.compiling import CACHE, load_kernel
+from elastic.dynamic.skipping.convolution import ActiveConv2d, Method
+from elastic.dynamic.skipping.layers import activate_kernels, max_pool
+from elastic.dynamic.skipping.native import call, get_workspace
+from elastic.dynamic.skipping.tiles import prefer_tiles
 
 needs_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "c++")) is None, reason="there is no C++ compiler"
 )
-WAYS = ["kernel", "stock", "dense"] if compiled() else ["stock", "dense"]
+METHODS = ["kernel", "stock", "dense"] if load_kernel() else ["stock", "dense"]
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
 @pytest.fixture(params=["kernel", "torch"])
 def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """With the kernel, and as on a machine without a compiler."""
-    if request.param == "kernel" and compiled() is None:
+    if request.param == "kernel" and load_kernel() is None:
         pytest.skip("there is no C++ compiler")
     if request.param == "torch":
-        monkeypatch.setattr(active, "compiled", lambda: None)
+        monkeypatch.setattr(compiling, "load_kernel", lambda: None)
     yield
 
 
@@ -62,16 +59,16 @@ def maps(mask_BK: Tensor) -> Tensor:
 @given(seed=st.integers(0, 10**6), batch=st.integers(1, 4), channels=st.integers(1, 40))
 def test_lists_are_masks(seed: int, batch: int, channels: int) -> None:
     gate_BK = gates(batch, channels, torch.Generator().manual_seed(seed))
-    lists = Active.of(gate_BK)
+    lists = Active.from_gates(gate_BK)
     for b in range(batch):
         assert lists.channel_BK[b, : lists.count_B[b]].tolist() == gate_BK[b].nonzero().flatten().tolist()
     for held, expected in zip(
-        list_all_channels(batch, channels), Active.of(torch.ones(batch, channels)), strict=True
+        list_all_channels(batch, channels), Active.from_gates(torch.ones(batch, channels)), strict=True
     ):
         assert torch.equal(held, expected)
 
 
-def some_convolution(way: str, data: st.DataObject) -> None:
+def some_convolution(method: Method, data: st.DataObject) -> None:
     """Any kernel, stride, border, size and gate, with and without a residual; what is off may be anything."""
     size = data.draw(st.sampled_from([1, 2, 3, 5, 7]))
     stride, pad = data.draw(st.integers(1, 3)), data.draw(st.integers(0, size // 2))
@@ -94,21 +91,21 @@ def some_convolution(way: str, data: st.DataObject) -> None:
         expected = expected if residual is None else expected + residual
         expected = (expected.relu() if relu else expected) * (maps(gate_BK) != 0)
         junk_BCHW = torch.where(maps(on_BC) != 0, x_BCHW, torch.nan)
-        layer = ActiveConv2d(conv, relu, zeros=True, way=way)
+        layer = ActiveConv2d(conv, relu, zeros=True, method=method)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(active, "tiles_pay", lambda *_: tiled)
-            found = layer(junk_BCHW, Active.of(on_BC), Active.of(gate_BK), residual)
+            patch.setattr(tiles, "prefer_tiles", lambda *_: tiled)
+            found = layer(junk_BCHW, Active.from_gates(on_BC), Active.from_gates(gate_BK), residual)
         torch.testing.assert_close(found, expected, **CLOSE)
         layer.zeros = False
-        found = layer(junk_BCHW, Active.of(on_BC), Active.of(gate_BK), residual)
+        found = layer(junk_BCHW, Active.from_gates(on_BC), Active.from_gates(gate_BK), residual)
         found = torch.where(maps(gate_BK) != 0, found, 0.0)
         torch.testing.assert_close(found, expected, **CLOSE)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("method", METHODS)
 @given(data=st.data())
-def test_a_convolution_of_active_channels_is_the_masked_one(way: str, data: st.DataObject) -> None:
-    some_convolution(way, data)
+def test_a_convolution_of_active_channels_is_the_masked_one(method: Method, data: st.DataObject) -> None:
+    some_convolution(method, data)
 
 
 @needs_compiler
@@ -118,11 +115,10 @@ def test_so_it_is_with_vectors_of_another_length(
 ) -> None:
     """As on other processors: the compiler puts vectors together that this one has not."""
     monkeypatch.setenv(CACHE, str(tmp_path))
-    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, *flag.split()))
-    library = compiled.__wrapped__()
-    assert library is not None
-    for module in (native, active):
-        monkeypatch.setattr(module, "compiled", lambda: library)
+    monkeypatch.setattr(compiling, "FLAGS", (*compiling.FLAGS, *flag.split()))
+    kernel = load_kernel.__wrapped__()
+    assert kernel is not None
+    monkeypatch.setattr(compiling, "load_kernel", lambda: kernel)
     given(data=st.data())(some_convolution)("kernel")
 
 
@@ -131,36 +127,36 @@ def test_so_it_is_with_vectors_of_another_length(
 def test_large_maps_are_tiled_in_strips(size: tuple[int, int]) -> None:
     torch.manual_seed(0)
     conv, x_BCHW = nn.Conv2d(65, 66, 3, padding=1), torch.randn(2, 65, *size)
-    assert tiles_pay(65, 66, *size)
+    assert prefer_tiles(65, 66, *size)
     with torch.no_grad():
         torch.testing.assert_close(ActiveConv2d(conv, False, False)(x_BCHW), conv(x_BCHW), **CLOSE)
 
 
-def test_tiles_pay_where_transforms_are_shared_by_many_channels() -> None:
-    assert tiles_pay(64, 64, 8, 8) and not tiles_pay(3, 64, 8, 8)
-    pays = [tiles_pay(channels, channels, 16, 16) for channels in range(1, 200)]
+def test_prefer_tiles_where_transforms_are_shared_by_many_channels() -> None:
+    assert prefer_tiles(64, 64, 8, 8) and not prefer_tiles(3, 64, 8, 8)
+    pays = [prefer_tiles(channels, channels, 16, 16) for channels in range(1, 200)]
     assert pays == sorted(pays) and not pays[0] and pays[-1]
 
 
 @needs_compiler
 @pytest.mark.parametrize("size", [1, 3])
 def test_what_is_not_a_number_stays_so(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(active, "tiles_pay", lambda *_: True)
+    monkeypatch.setattr(tiles, "prefer_tiles", lambda *_: True)
     conv = nn.Conv2d(1, 1, size, padding=size // 2)
     with torch.no_grad():
         assert ActiveConv2d(conv, relu=True, zeros=True)(torch.full((1, 1, 8, 8), torch.nan)).isnan().all()
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_so_it_is_whatever_the_layout_and_the_threads(way: str, threads: int) -> None:
+def test_so_it_is_whatever_the_layout_and_the_threads(method: Method, threads: int) -> None:
     before = torch.get_num_threads()
     torch.manual_seed(0)
     conv, x_BCHW = nn.Conv2d(48, 70, 3, padding=1), torch.randn(2, 48, 32, 32)
     try:
         torch.set_num_threads(threads)
         with torch.no_grad():
-            layer = ActiveConv2d(conv, relu=False, zeros=True, way=way)
+            layer = ActiveConv2d(conv, relu=False, zeros=True, method=method)
             for layout in (torch.contiguous_format, torch.channels_last):
                 for size in (32, 14, 8, 4, 2):
                     part = x_BCHW[:, :, :size, :size].contiguous(memory_format=layout)
@@ -169,11 +165,11 @@ def test_so_it_is_whatever_the_layout_and_the_threads(way: str, threads: int) ->
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_copy_has_weights_of_its_own(way: str) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_a_copy_has_weights_of_its_own(method: Method) -> None:
     torch.manual_seed(0)
     x_BCHW = torch.randn(1, 3, 8, 8)
-    layer = ActiveConv2d(nn.Conv2d(3, 4, 3), relu=False, zeros=True, way=way)
+    layer = ActiveConv2d(nn.Conv2d(3, 4, 3), relu=False, zeros=True, method=method)
     before = layer(x_BCHW)
     twin = copy.deepcopy(layer)
     layer.weight.zero_()
@@ -187,10 +183,10 @@ def test_only_active_outputs_are_written() -> None:
     """The kernel leaves the others alone: that is the work that is not done."""
     conv = ActiveConv2d(nn.Conv2d(2, 3, 1), relu=False, zeros=False)
     x_BCHW, y_BKHW = torch.ones(1, 2, 4, 4), torch.full((1, 3, 4, 4), 7.0)
-    lists, size = Active.of(torch.tensor([[1.0, 0, 1]])), conv._measure(4, 4)
+    lists, size = Active.from_gates(torch.tensor([[1.0, 0, 1]])), conv._plan(4, 4)
     call(
         *("convolution", size.shape, size.weight, conv.bias, x_BCHW, None, y_BKHW, 1),
-        *(*list_all_channels(1, 2)[:2], *lists, 0, 0, work(size.work), 1),
+        *(*list_all_channels(1, 2)[:2], *lists, 0, 0, get_workspace(size.work), 1),
     )
     assert (y_BKHW[:, 1] == 7).all() and (y_BKHW[:, ::2] != 7).all()
 
@@ -217,18 +213,18 @@ def test_other_layers_are_not_taken(layer: nn.Module) -> None:
 
 @pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("reads_all", [True, False])
-@pytest.mark.parametrize("choice", ["soft", *GRADED])
-def test_a_switch_engages_what_its_scores_say(reads_all: bool, choice: Choice) -> None:
+@pytest.mark.parametrize("activation", ["soft", *GRADED])
+def test_a_switch_engages_what_its_scores_say(reads_all: bool, activation: Activation) -> None:
     random = torch.Generator().manual_seed(0)
     x_BCHW = torch.randn(5, 6, 7, 9, generator=random)
     on_BC = torch.ones(5, 6) if reads_all else mask(5, 6, random)
     weight_KC, bias_K = torch.randn(8, 6, generator=random) * 4, torch.randn(8, generator=random)
     within_2C = torch.tensor([[-0.05, 0.01], [0.05, 0.1]]).repeat(1, 3)  # some means are beyond them
     mean_BC = (x_BCHW * maps(on_BC)).mean((2, 3)).clamp(*within_2C)
-    expected = GRADED.get(choice, find_active)(F.linear(mean_BC, weight_KC, bias_K))
+    expected = GRADED.get(activation, find_active)(F.linear(mean_BC, weight_KC, bias_K))
     junk_BCHW = torch.where(maps(on_BC) != 0, x_BCHW, torch.nan)
     found = activate_kernels(
-        junk_BCHW, None if reads_all else Active.of(on_BC), weight_KC, bias_K, within_2C, choice
+        junk_BCHW, None if reads_all else Active.from_gates(on_BC), weight_KC, bias_K, within_2C, activation
     )
     torch.testing.assert_close(found.gate_BK, expected)
     assert torch.equal(found.gate_BK != 0, expected != 0)
@@ -240,12 +236,12 @@ def test_a_switch_engages_what_its_scores_say(reads_all: bool, choice: Choice) -
 @pytest.mark.usefixtures("either")
 def test_the_strongest_kernel_is_never_off() -> None:
     bias_K = torch.tensor([-3.0, -1, -2])
-    for choice, gate in ("soft", 1.0), ("ramp", 1.0), ("scale", 0.5):
+    for activation, gate in ("soft", 1.0), ("ramp", 1.0), ("scale", 0.5):
         found = activate_kernels(
-            torch.randn(2, 4, 3, 3), None, torch.zeros(3, 4), bias_K, torch.zeros(2, 4), choice
+            torch.randn(2, 4, 3, 3), None, torch.zeros(3, 4), bias_K, torch.zeros(2, 4), activation
         )  # type: ignore[arg-type]
         assert found.gate_BK.tolist() == [[0, gate, 0]] * 2
-        assert GRADED.get(choice, find_active)(bias_K[None]).tolist() == [[0, gate, 0]]
+        assert GRADED.get(activation, find_active)(bias_K[None]).tolist() == [[0, gate, 0]]
 
 
 @pytest.mark.parametrize(
@@ -271,22 +267,22 @@ def test_pooling_of_active_maps(size: int, stride: int, side: int) -> None:
     random = torch.Generator().manual_seed(0)
     x_BCHW, on_BC = torch.randn(3, 5, side, side, generator=random), mask(3, 5, random)
     junk_BCHW = torch.where(maps(on_BC) != 0, x_BCHW, torch.nan)
-    found = max_pool(junk_BCHW, Active.of(on_BC), size, stride, zeros=True)
+    found = max_pool(junk_BCHW, Active.from_gates(on_BC), size, stride, zeros=True)
     assert torch.equal(found, F.max_pool2d(x_BCHW, size, stride) * maps(on_BC))
 
 
 @needs_compiler
 def test_where_there_is_a_compiler_it_compiles() -> None:
     """It would be done without, silently, if it did not."""
-    assert compiled() is not None
+    assert load_kernel() is not None
 
 
 def test_without_a_compiler_there_is_no_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert compiled.__wrapped__() is None
+    assert load_kernel.__wrapped__() is None
     monkeypatch.setenv("CXX", "false")  # one that fails
     monkeypatch.setenv(CACHE, str(tmp_path))
-    assert compiled.__wrapped__() is None
+    assert load_kernel.__wrapped__() is None
     assert not list(tmp_path.rglob("*.so"))
 
 
@@ -297,7 +293,7 @@ def test_a_compiler_may_come_with_flags_and_a_cache_be_relative(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CXX", f"{os.environ.get('CXX', 'c++')} -DNOTHING")
     monkeypatch.setenv(CACHE, ".")
-    assert compiled.__wrapped__() is not None and list(tmp_path.glob("active-*.so"))
+    assert load_kernel.__wrapped__() is not None and list(tmp_path.glob("active-*.so"))
 
 
 def test_without_a_place_to_keep_it_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,15 +302,15 @@ def test_without_a_place_to_keep_it_there_is_no_kernel(monkeypatch: pytest.Monke
 
     monkeypatch.delenv(CACHE, raising=False)
     monkeypatch.setattr(Path, "expanduser", nobody)
-    assert compiled.__wrapped__() is None
+    assert load_kernel.__wrapped__() is None
 
 
 @needs_compiler
 def test_it_is_compiled_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CACHE, str(tmp_path))
-    assert compiled.__wrapped__() is not None
+    assert load_kernel.__wrapped__() is not None
     (made,) = tmp_path.iterdir()
     calls: list[object] = []
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: calls.append(a))
-    assert compiled.__wrapped__() is not None
+    assert load_kernel.__wrapped__() is not None
     assert not calls and list(tmp_path.iterdir()) == [made]

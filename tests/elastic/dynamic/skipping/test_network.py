@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from elastic.dynamic.activations import Activation
 from elastic.dynamic.attaching import attach_modules
-from elastic.dynamic.modules import Choice, iterate_modules, select_set
-from elastic.dynamic.skipping import WAYS, make_masked, make_skipping, rewrite, tune
-from elastic.dynamic.skipping.native import compiled
+from elastic.dynamic.modules import iterate_modules, select_set
+from elastic.dynamic.skipping import METHODS, make_masked, make_skipping, rewrite, tune
+from elastic.dynamic.skipping.compiling import load_kernel
+from elastic.dynamic.skipping.convolution import ActiveConv2d
 from elastic.errors import StructureError
 from elastic.models import convnet, resnet20
 from elastic.widths.discovery import discover
@@ -26,21 +28,25 @@ from tests.elastic.zoo import CASES, Net, conv, head, randomised
 X = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
-def executed(net: fx.GraphModule, way: str) -> fx.GraphModule:
-    return make_masked(net) if way == "masked" else make_skipping(net, way=way)
+def executed(net: fx.GraphModule, method: str) -> fx.GraphModule:
+    return make_masked(net) if method == "masked" else make_skipping(net, method=method)
 
 
-@pytest.mark.parametrize("way", [*WAYS, "masked"])
+@pytest.mark.parametrize("method", [*METHODS, "masked"])
 @pytest.mark.parametrize("name", CASES)
-@given(seed=st.integers(0, 10**6), batch=st.integers(1, 3), choice=st.sampled_from(["scale", "ramp", "soft"]))
+@given(
+    seed=st.integers(0, 10**6), batch=st.integers(1, 3), activation=st.sampled_from(["scale", "ramp", "soft"])
+)
 @settings(max_examples=4)
-def test_skipping_says_what_masking_says(name: str, way: str, seed: int, batch: int, choice: Choice) -> None:
+def test_skipping_says_what_masking_says(
+    name: str, method: str, seed: int, batch: int, activation: Activation
+) -> None:
     case = CASES[name]
-    net = case_or_none(case, seed, choice)
+    net = case_or_none(case, seed, activation)
     if net is None:
         return
     x = case.example(seed)[:1].repeat(batch, *[1] * (len(case.shape) - 1))
-    random, fast = torch.Generator().manual_seed(seed), executed(net, way)
+    random, fast = torch.Generator().manual_seed(seed), executed(net, method)
     with torch.no_grad():
         for _ in range(2):  # the second time calls are replayed
             x = x + torch.randn(x.shape, generator=random)
@@ -52,15 +58,15 @@ TORCHVISION = ["resnet18", "mobilenet_v2", "vgg11_bn", "densenet121", "shufflene
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TORCHVISION)
-@pytest.mark.parametrize("way", [*WAYS, "masked"])
-def test_so_it_does_in_torchvisions_networks(name: str, way: str) -> None:
+@pytest.mark.parametrize("method", [*METHODS, "masked"])
+def test_so_it_does_in_torchvisions_networks(name: str, method: str) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 64, 64)
     net = gated(randomised(torchvision.models.get_model(name)).eval(), x)
     with torch.no_grad():
         expected = net(x)
         torch.testing.assert_close(
-            executed(net, way)(x), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())
+            executed(net, method)(x), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())
         )
     assert 0.1 < torch.cat([m.active_BK.flatten() for m in iterate_modules(net)]).mean() < 0.9
 
@@ -131,13 +137,13 @@ AWKWARD: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("way", [*WAYS, "masked"])
+@pytest.mark.parametrize("method", [*METHODS, "masked"])
 @pytest.mark.parametrize("name", AWKWARD)
-def test_so_it_does_where_layers_cannot_be_joined(name: str, way: str) -> None:
+def test_so_it_does_where_layers_cannot_be_joined(name: str, method: str) -> None:
     torch.manual_seed(0)
     net = gated(randomised(AWKWARD[name]()).eval(), X)
     with torch.no_grad():
-        fast = executed(net, way)
+        fast = executed(net, method)
         for x in (X, X.flip(0), X[:1]):  # the second time calls are replayed
             torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-5)
 
@@ -159,10 +165,10 @@ def test_networks_that_cannot_skip_are_refused(make: Callable[[nn.Module], nn.Mo
         make_skipping(net)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_modules_that_decide_at_random_decide_anew_each_time(way: str) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_modules_that_decide_at_random_decide_anew_each_time(method: str) -> None:
     net = gated(randomised(resnet20()).eval(), X, kind="random")
-    fast = make_skipping(net, way=way)
+    fast = make_skipping(net, method=method)
 
     def drawn(one: nn.Module, seed: int) -> Tensor:
         torch.manual_seed(seed)
@@ -175,7 +181,7 @@ def test_modules_that_decide_at_random_decide_anew_each_time(way: str) -> None:
             torch.testing.assert_close(drawn(fast, seed), drawn(net, seed), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(compiled() is None, reason="there is no C++ compiler")
+@pytest.mark.skipif(load_kernel() is None, reason="there is no C++ compiler")
 @pytest.mark.parametrize("seen", [False, True])
 @pytest.mark.parametrize(
     ("x", "message"),
@@ -194,7 +200,7 @@ def test_inputs_that_are_no_images_are_refused(x: Tensor, message: str, seen: bo
     """Also when what images call for has been recorded."""
     layers = {"a": nn.Conv2d(3, 8, 3), "b": nn.Conv2d(8, 6, 3), "pool": nn.MaxPool2d(2), "h": head(6)}
     net = Net(lambda n, x: n.h(n.pool(n.b(n.a(x).relu())).relu()), **layers)
-    fast = make_skipping(gated(randomised(net).eval(), X), way="kernel")
+    fast = make_skipping(gated(randomised(net).eval(), X), method="kernel")
     with torch.no_grad():
         if seen:
             fast(X[:1])
@@ -220,10 +226,10 @@ def test_a_network_in_training_can_be_looked_at() -> None:
         torch.testing.assert_close(fast(X), switched.eval()(X), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("way", ["kernel", "masked"])
-def test_a_set_is_chosen_between_requests_of_the_skipping_network_too(way: str) -> None:
+@pytest.mark.parametrize("method", ["kernel", "masked"])
+def test_a_set_is_chosen_between_requests_of_the_skipping_network_too(method: str) -> None:
     net = gated(convnet(in_channels=3).eval(), X, sets=2)
-    active = executed(net, way)
+    active = executed(net, method)
     with torch.no_grad():
         for chosen in (1, 0, 1):
             select_set(net, chosen)
@@ -233,20 +239,20 @@ def test_a_set_is_chosen_between_requests_of_the_skipping_network_too(way: str) 
 
 def test_tuning_gives_every_layer_its_fastest_way(monkeypatch: pytest.MonkeyPatch) -> None:
     net = rewrite(gated(convnet(in_channels=3).eval(), X))
-    layers = [m for m in net.modules() if type(m).__name__ == "ActiveConv2d"]
+    layers = [m for m in net.modules() if isinstance(m, ActiveConv2d)]
     fastest = dict(zip(layers, ["dense", "stock", "dense", "stock"], strict=True))
     clock = {"now": 0.0}
     for layer in layers:
         forward = layer.forward
 
         def slow(*args: Any, layer: Any = layer, forward: Any = forward) -> Tensor:
-            clock["now"] += 1.0 if layer.way == fastest[layer] else 2.0
+            clock["now"] += 1.0 if layer.method == fastest[layer] else 2.0
             return forward(*args)
 
         monkeypatch.setattr(layer, "forward", slow)
-    monkeypatch.setattr("elastic.skipping.network.time.perf_counter", lambda: clock["now"])
+    monkeypatch.setattr("elastic.dynamic.skipping.network.time.perf_counter", lambda: clock["now"])
     tune(net, [X[:1]])
-    assert {layer: layer.way for layer in layers} == fastest
+    assert {layer: layer.method for layer in layers} == fastest
 
 
 def test_a_network_without_modules_is_executed_in_full() -> None:

@@ -9,15 +9,15 @@ from torch import Tensor, fx, nn
 
 from elastic.dynamic.modules import select_set
 from elastic.dynamic.skipping import make_skipping, native, rewrite
-from elastic.dynamic.skipping.active import ActiveConv2d
-from elastic.dynamic.skipping.native import compiled
-from elastic.dynamic.skipping.replay import MOST_SAMPLES, MOST_TAPES, Replayed
+from elastic.dynamic.skipping.compiling import load_kernel
+from elastic.dynamic.skipping.convolution import ActiveConv2d
+from elastic.dynamic.skipping.replay import MAX_SAMPLES, MAX_TAPES, Replayed
 from elastic.errors import StructureError
 from elastic.models import resnet20
 from tests.elastic.dynamic.gated import gated
 from tests.elastic.zoo import randomised
 
-pytestmark = pytest.mark.skipif(compiled() is None, reason="there is no C++ compiler")
+pytestmark = pytest.mark.skipif(load_kernel() is None, reason="there is no C++ compiler")
 
 
 def images(batch: int = 1, side: int = 16, seed: int = 0) -> Tensor:
@@ -50,8 +50,8 @@ def test_a_residual_network_is_one_call(network: fx.GraphModule) -> None:
 def test_sizes_sets_and_modes_may_change_between_inputs(network: fx.GraphModule) -> None:
     """More shapes than tapes are kept, in both modes of torch, with either set, in any layout."""
     fast, slow = make_skipping(network), rewrite(network)
-    for seed in range(3 * MOST_TAPES):
-        x_BCHW = images(1 + seed % (MOST_SAMPLES + 2), 8 + 4 * (seed % 3), seed)
+    for seed in range(3 * MAX_TAPES):
+        x_BCHW = images(1 + seed % (MAX_SAMPLES + 2), 8 + 4 * (seed % 3), seed)
         x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last) if seed % 2 else x_BCHW
         select_set(fast, seed % 2)
         select_set(slow, seed % 2)

@@ -1,0 +1,125 @@
+"""Find the kernels that can be switched off: those whose maps need not be read where they are zero."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from elastic.dynamic.zeros import READS_SHAPE, keeps_zeros
+from elastic.errors import StructureError
+from elastic.widths.discovery import Width, Widths
+from elastic.widths.tracing import BATCH_NORM, get_layer, get_operation_name
+
+
+@dataclass(frozen=True)
+class Site:
+    """Name the layers that a width's kernels are in: who computes them, who reads or follows their maps."""
+
+    writer: str
+    readers: tuple[str, ...]
+    depthwise: tuple[str, ...]  # convolutions of each map by itself
+
+
+def find_sites(traced: fx.GraphModule, widths: Widths, names: Iterable[str] | None = None) -> list[Site]:
+    """Find the sites of the widths that are named, or of all that have one.
+
+    Raises:
+        StructureError: a width that is named has none, or where none is named no width has one.
+    """
+    if names is not None:
+        return [find_site(traced, widths[name]) for name in names]
+    sites, refusals = [], []
+    for width in widths.values():
+        try:
+            sites.append(find_site(traced, width))
+        except StructureError as refusal:
+            refusals.append(refusal)
+    if refusals and not sites:
+        raise refusals[0]
+    return sites
+
+
+def find_site(traced: fx.GraphModule, width: Width) -> Site:
+    """Find where a width's kernels are.
+
+    Raises:
+        StructureError: they cannot be switched off; it says why.
+    """
+    try:
+        call = _find_writer(traced, width)
+        readers, depthwise = _follow_maps(traced, call)
+    except StructureError as reason:
+        raise StructureError(f"the kernels of '{width.name}' cannot be switched off: {reason}") from reason
+    return Site(str(call.target), readers, depthwise)
+
+
+def find_calls(traced: fx.GraphModule, path: str) -> list[fx.Node]:
+    """Find the nodes that call a layer."""
+    return list(traced.graph.find_nodes(op="call_module", target=path))
+
+
+def find_norm(traced: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """Find the batch norm that alone reads a layer; without one it is the layer."""
+    users = list(node.users)
+    normed = len(users) == 1 and isinstance(get_layer(traced, users[0]), BATCH_NORM)
+    return users[0] if normed else node
+
+
+def _find_writer(traced: fx.GraphModule, width: Width) -> fx.Node:
+    """Find the one call of the one ordinary convolution that writes a width, and nothing but the width."""
+    writers = sorted({slot.module for slot in width.slots_with("out")})
+    if len(writers) != 1:
+        raise StructureError(f"its maps are sums, {' and '.join(writers[:2])} write them")
+    if width.mixed is not None:
+        raise StructureError(width.mixed)
+    (writer,) = writers
+    layer, calls = traced.get_submodule(writer), find_calls(traced, writer)
+    if type(layer) is not nn.Conv2d or layer.groups > 1:
+        raise StructureError(f"{writer} ({type(layer).__name__}) is no ordinary convolution")
+    if len(calls) != 1:
+        raise StructureError(f"{writer} is used {len(calls)} times")
+    if not calls[0].args:
+        raise StructureError(f"{writer} is given what it reads by name")
+    if width.size != layer.out_channels:
+        raise StructureError(f"it is a part of the channels of {writer}")
+    return calls[0]
+
+
+def _follow_maps(traced: fx.GraphModule, writer: fx.Node) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Follow maps, through whatever keeps zeros, to their readers and the depthwise layers between.
+
+    A depthwise convolution makes a constant of a map of zeros, its bias; a gate behind it makes that zero
+    again. So the maps are followed on from there.
+    """
+    readers: list[str] = []
+    depthwise: list[str] = []
+    ends = [find_norm(traced, writer)]
+    while ends:
+        for user in ends.pop().users:
+            layer = get_layer(traced, user)
+            if _is_depthwise(layer):
+                depthwise.append(_require_one_call(traced, user))
+                ends.append(find_norm(traced, user))
+            elif isinstance(layer, nn.Conv2d | nn.Linear):
+                readers.append(str(user.target))
+            elif keeps_zeros(traced, user):
+                ends.append(user)
+            elif get_operation_name(user) not in READS_SHAPE:
+                raise StructureError(f"{user.name} does more with its maps than to read them")
+    return tuple(dict.fromkeys(readers)), tuple(depthwise)
+
+
+def _is_depthwise(layer: nn.Module | None) -> bool:
+    return isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels == layer.out_channels > 1
+
+
+def _require_one_call(traced: fx.GraphModule, node: fx.Node) -> str:
+    path = str(node.target)
+    if (count := len(find_calls(traced, path))) != 1:
+        raise StructureError(f"{path} is used {count} times")
+    return path
+
+
+def iterate_layers(site: Site) -> Iterator[str]:
+    """Iterate over all layers whose work depends on which of a site's kernels are on."""
+    yield from (site.writer, *site.readers, *site.depthwise)

@@ -1,0 +1,168 @@
+"""Convolve active channels only, by the compiled kernel or by stock torch."""
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elastic.dynamic.skipping import compiling, tiles
+from elastic.dynamic.skipping.active import Active, ActiveLayer, check_maps, check_size, list_all_channels
+from elastic.dynamic.skipping.compiling import ConvolutionShape
+from elastic.dynamic.skipping.native import call, get_workspace, interrupt
+
+Method = Literal["kernel", "stock", "dense"]
+MAX_TAPS = 121  # as in the kernel
+SLACK = 64  # floats that vectors may read beyond the last kernel
+
+
+class _Plan(NamedTuple):
+    """Hold what a convolution has for one size of its input."""
+
+    shape: ConvolutionShape
+    weight: Tensor  # as the kernel wants it
+    out: tuple[int, int, int]
+    work: int  # floats that it needs for each thread
+
+
+class ActiveConv2d(ActiveLayer):
+    """Convolve, and apply the ReLU behind it, reading and computing active channels only.
+
+    Args:
+        conv: its weights are copied; norms must have been folded in.
+        relu: whether negative values become zero.
+        method: "kernel", "stock" (gathers weights for one sample, masks for several) or "dense" (masks).
+
+    `forward(x_BCHW, reads, writes, residual_BKHW)`: `reads` and `writes` are the active channels, None where
+    all are. Active outputs are multiplied by their gates, then the residual is added to them, then comes the
+    ReLU. A residual of another shape is added as torch would, and spreads or is spread.
+
+    Raises:
+        StructureError: inputs of another type, or of other channels, than its kernel takes.
+    """
+
+    def __init__(self, conv: nn.Conv2d, relu: bool, zeros: bool = True, method: Method = "kernel") -> None:
+        super().__init__()
+        self.stride, self.padding = conv.stride[0], int(conv.padding[0])
+        self.relu, self.zeros, self.method = relu, zeros, method
+        weight = conv.weight.detach()
+        padded = torch.zeros(weight.numel() + SLACK)
+        padded[: weight.numel()] = weight.flatten()
+        self.weight = padded[: weight.numel()].view(weight.shape)
+        self.bias = torch.zeros(len(weight)) if conv.bias is None else conv.bias.detach().clone()
+        self._plans: dict[tuple[int, int], _Plan] = {}
+
+    @staticmethod
+    def takes(conv: nn.Module) -> bool:
+        """Tell whether a layer is one that this can stand for."""
+        return (
+            type(conv) is nn.Conv2d
+            and conv.groups == 1
+            and conv.padding_mode == "zeros"
+            and not isinstance(conv.padding, str)
+            and len(set(conv.stride)) == len(set(conv.padding)) == len(set(conv.dilation)) == 1
+            and conv.dilation[0] == 1
+            and conv.weight[0, 0].numel() <= MAX_TAPS
+            and conv.weight.dtype == torch.float32
+        )
+
+    @property
+    def is_compiled(self) -> bool:
+        return self.method == "kernel" and super().is_compiled
+
+    def forward(
+        self,
+        x_BCHW: Tensor,
+        reads: Active | None = None,
+        writes: Active | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        fits = residual is None or self._fits(residual, x_BCHW)
+        if self.method == "kernel" and fits:
+            return self._run_kernel(x_BCHW, reads, writes, residual, self.relu)
+        y_BKHW = self._convolve(x_BCHW, reads, writes)
+        if residual is not None:
+            y_BKHW = y_BKHW.add_(residual) if fits else y_BKHW + residual
+        y_BKHW = y_BKHW.relu_() if self.relu else y_BKHW
+        return y_BKHW if writes is None or residual is None else writes.mask(y_BKHW)
+
+    def _fits(self, residual: Tensor, x_BCHW: Tensor) -> bool:
+        """Tell whether a residual has an entry for each of the result's, so that the kernel can add it."""
+        shape = (len(x_BCHW), *self._measure(*x_BCHW.shape[-2:]))
+        return residual.dtype == torch.float32 and residual.shape == shape
+
+    def _measure(self, height: int, width: int) -> tuple[int, int, int]:
+        """Measure the result of one size of input: channels, rows, columns."""
+        kernels, _, *kernel = self.weight.shape
+        rows, columns = (
+            (size + 2 * self.padding - taps) // self.stride + 1
+            for size, taps in zip((height, width), kernel, strict=True)
+        )
+        check_size((height, width), "kernel", (rows, columns))
+        return kernels, rows, columns
+
+    def _convolve(self, x_BCHW: Tensor, reads: Active | None, writes: Active | None) -> Tensor:
+        """Convolve without residual and ReLU."""
+        if self.method == "kernel":
+            interrupt()
+            return self._run_kernel(x_BCHW, reads, writes, None, relu=False)
+        if self.method == "stock" and len(x_BCHW) == 1 and (reads or writes):
+            return self._gather(x_BCHW, reads, writes)
+        x_BCHW = x_BCHW if reads is None else reads.mask(x_BCHW)
+        y_BKHW = F.conv2d(x_BCHW, self.weight, self.bias, self.stride, self.padding)
+        return y_BKHW if writes is None else writes.scale(y_BKHW)
+
+    def _gather(self, x_1CHW: Tensor, reads: Active | None, writes: Active | None) -> Tensor:
+        """Convolve one sample by stock torch, with the weights of its active channels."""
+        weight, bias = self.weight, self.bias
+        if writes is not None:
+            kernels = writes.channel_BK[0, : writes.count_B[0]]
+            weight, bias = weight.index_select(0, kernels), bias.index_select(0, kernels)
+        if reads is not None:
+            channels = reads.channel_BK[0, : reads.count_B[0]]
+            weight, x_1CHW = weight.index_select(1, channels), x_1CHW.index_select(1, channels)
+        y_1KHW = F.conv2d(x_1CHW, weight, bias, self.stride, self.padding)
+        if writes is None:
+            return y_1KHW
+        all_1KHW = y_1KHW.new_zeros(1, len(self.weight), *y_1KHW.shape[2:])
+        gated_1KHW = y_1KHW * writes.gate_BK[:, kernels, None, None]
+        return all_1KHW.index_copy_(1, kernels.long(), gated_1KHW)
+
+    def _run_kernel(
+        self,
+        x_BCHW: Tensor,
+        reads: Active | None,
+        writes: Active | None,
+        residual: Tensor | None,
+        relu: bool,
+    ) -> Tensor:
+        x_BCHW = check_maps(x_BCHW, self.weight.shape[1])
+        batch, _, height, width = x_BCHW.shape
+        plan = self._plans.get((height, width)) or self._plan(height, width)
+        y_BKHW = torch.empty(batch, *plan.out)
+        residual = None if residual is None else residual.contiguous()
+        inputs = reads or list_all_channels(batch, self.weight.shape[1])
+        outputs = writes or list_all_channels(batch, self.weight.shape[0])
+        threads = torch.get_num_threads()
+        call(
+            *("convolution", plan.shape, plan.weight, self.bias, x_BCHW, residual, y_BKHW, batch),
+            *(inputs.channel_BK, inputs.count_B, *outputs, relu, self.zeros),
+            *(get_workspace(threads * plan.work), threads),
+        )
+        return y_BKHW
+
+    def _plan(self, height: int, width: int) -> _Plan:
+        kernel, (_, channels, *taps), out = (
+            compiling.load_kernel(),
+            self.weight.shape,
+            self._measure(height, width),
+        )
+        assert kernel is not None
+        kernels, rows, columns = out
+        tiled = taps == [3, 3] and self.stride == 1 and tiles.prefer_tiles(channels, kernels, rows, columns)
+        weight = tiles.transform_weight(self.weight) if tiled else self.weight
+        sizes = (channels, height, width, kernels, *taps, self.stride, self.padding, rows, columns, tiled)
+        shape = ConvolutionShape(*sizes)
+        plan = _Plan(shape, weight, out, kernel.count_work(shape))
+        self._plans[height, width] = plan
+        return plan

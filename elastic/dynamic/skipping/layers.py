@@ -1,0 +1,95 @@
+"""Activate kernels, and pool active maps, by the compiled kernel or by stock torch."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elastic.dynamic.activations import GRADED, Activation, find_active
+from elastic.dynamic.modules import KernelActivation
+from elastic.dynamic.skipping import compiling
+from elastic.dynamic.skipping.active import Active, ActiveLayer, check_maps, check_size, list_all_channels
+from elastic.dynamic.skipping.native import call, get_workspace, interrupt
+
+HARD = 0  # gates are 0 or 1
+GATES = {"ramp": 1, "scale": 2}  # as in the kernel
+
+
+class ActiveModule(ActiveLayer):
+    """Run a kernel activation module at inference: maps and the active ones among them → the kernels engaged.
+
+    Its set of weights is looked up for each input, so that another one may be selected between requests.
+    """
+
+    def __init__(self, module: KernelActivation) -> None:
+        super().__init__()
+        self.module = module
+        self.folded = [head.fold() for head in module.iterate_heads()]
+
+    def forward(self, x_BCHW: Tensor, reads: Active | None = None) -> Active:
+        if not self.module.deterministic:
+            interrupt()  # what it draws is drawn anew each time
+            x_BCHW = x_BCHW if reads is None else reads.mask(x_BCHW)
+            return Active.from_gates(self.module(x_BCHW).flatten(1))
+        weight_KC, bias_K, within_2C = self.folded[self.module.active_set]
+        return activate_kernels(x_BCHW, reads, weight_KC, bias_K, within_2C, self.module.activation)
+
+
+class ActiveMaxPool2d(ActiveLayer):
+    """Pool the active maps, without padding."""
+
+    def __init__(self, size: int, stride: int) -> None:
+        super().__init__()
+        self.size, self.stride = size, stride
+
+    def forward(self, x_BCHW: Tensor, reads: Active) -> Tensor:
+        return max_pool(x_BCHW, reads, self.size, self.stride, self.zeros)
+
+
+def activate_kernels(
+    x_BCHW: Tensor,
+    reads: Active | None,
+    weight_KC: Tensor,
+    bias_K: Tensor,
+    within_2C: Tensor,
+    activation: Activation = "soft",
+) -> Active:
+    """Activate the kernels that a module engages: a positive score each, or the highest one.
+
+    The score is linear in the means of the active input maps, clamped between the least and the most of each.
+    Gates are what `activation` makes of it, or 1.
+    """
+    kernels, channels = weight_KC.shape
+    if compiling.load_kernel() is None:
+        x_BCHW = x_BCHW if reads is None else reads.mask(x_BCHW)
+        mean_BC = x_BCHW.mean((2, 3)).clamp(*within_2C)
+        return Active.from_gates(GRADED.get(activation, find_active)(F.linear(mean_BC, weight_KC, bias_K)))
+    x_BCHW = check_maps(x_BCHW, channels)
+    batch, _, height, width = x_BCHW.shape
+    active = Active(
+        torch.empty(batch, kernels, dtype=torch.int32),
+        torch.empty(batch, dtype=torch.int32),
+        torch.empty(batch, kernels),
+    )
+    reads = reads or list_all_channels(batch, channels)
+    call(
+        *("engage", x_BCHW, batch, channels, height * width, reads.channel_BK, reads.count_B),
+        *(weight_KC, bias_K, within_2C, kernels, GATES.get(activation, HARD), *active),
+        *(get_workspace(batch * channels), torch.get_num_threads()),
+    )
+    return active
+
+
+def max_pool(x_BCHW: Tensor, reads: Active, size: int, stride: int, zeros: bool) -> Tensor:
+    """Pool the active channels, without padding; the others are zero, or anything."""
+    if compiling.load_kernel() is None:
+        y_BCHW = F.max_pool2d(x_BCHW, size, stride)
+        return reads.mask(y_BCHW) if zeros else y_BCHW
+    x_BCHW = check_maps(x_BCHW, reads.channel_BK.shape[1])
+    batch, channels, height, width = x_BCHW.shape
+    out = ((height - size) // stride + 1, (width - size) // stride + 1)
+    check_size((height, width), "pool", out)
+    y_BCHW = torch.empty(batch, channels, *out)
+    lists = (reads.channel_BK, reads.count_B)
+    sizes = (batch, channels, height, width, size, stride, *out)
+    call("max_pool", x_BCHW, y_BCHW, *sizes, *lists, zeros, torch.get_num_threads())
+    return y_BCHW

@@ -1,0 +1,62 @@
+"""Recognise what stands around a convolution in a traced network: sums, ReLUs, and what works in place."""
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import fx, nn
+
+from elastic.dynamic.zeros import READS_SHAPE
+from elastic.widths.tracing import get_layer, get_operation_name
+
+ADD = (operator.add, torch.add)
+IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+
+
+def find_addend(user: fx.Node, node: fx.Node) -> fx.Node | None:
+    """Find what else is added, where a node's user is the sum of two tensors."""
+    adds = user.target in ADD or (user.target is operator.iadd and user.args[0] is node)
+    if user.op == "call_function" and adds and len(user.args) == 2 and not user.kwargs:
+        addends = [arg for arg in user.args if arg is not node]
+        if len(addends) == 1 and isinstance(addends[0], fx.Node) and not is_number(addends[0]):
+            return addends[0]
+    return None
+
+
+def is_number(node: fx.Node) -> bool:
+    """Tell whether a node is a number, computed from a tensor's shape."""
+    inputs = node.all_input_nodes
+    computed = node.op == "call_function" and bool(inputs) and all(map(is_number, inputs))
+    return computed or get_operation_name(node) in READS_SHAPE
+
+
+def works_in_place(traced: nn.Module, node: fx.Node) -> bool:
+    """Tell whether a node may change what it reads: by its layer, name (`relu_`, `iadd`), a flag or `out`."""
+    layer = get_layer(traced, node)
+    if layer is not None:
+        return bool(getattr(layer, "inplace", False))
+    flags = any(value is True for value in (*node.args, *node.kwargs.values()))
+    return node.target in IN_PLACE or get_operation_name(node).endswith("_") or flags or "out" in node.kwargs
+
+
+def find_next(traced: nn.Module, chain: Sequence[fx.Node]) -> fx.Node | None:
+    """Find what alone reads the end of a chain, if all of the chain may be carried out as late as that."""
+    if len(chain[-1].users) != 1:
+        return None
+    (user,) = chain[-1].users
+    between = chain[0].next
+    while between is not user:
+        if between not in chain and works_in_place(traced, between):
+            return None  # it might change what the chain reads
+        between = between.next
+    return user
+
+
+def find_pool_size(pool: nn.MaxPool2d) -> tuple[int, int] | None:
+    """Find size and stride of a pooling, if it is square and knows neither padding nor dilation."""
+    options = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+    values = [{value} if isinstance(value, int) else set(value) for value in options]
+    if any(len(value) > 1 for value in values) or pool.ceil_mode:
+        return None
+    size, stride, padding, dilation = (value.pop() for value in values)
+    return (size, stride) if padding == 0 and dilation == 1 else None
