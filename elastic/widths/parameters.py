@@ -1,14 +1,14 @@
-"""What a layer stores: the tensor behind a name, whether it is parametrized or not."""
+"""Read what a layer stores: the tensor behind a name, whether it is parametrized or not."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 
 class ChannelParametrization(nn.Module):
-    """A parametrization whose own tensors follow the channels of the tensor that it parametrizes.
+    """Carry tensors of one's own that follow the channels of the tensor that is parametrized.
 
     Surgery re-indexes them with it; any other parametrization fixes the width.
 
@@ -21,16 +21,27 @@ class ChannelParametrization(nn.Module):
     fresh: Mapping[str, float]
 
 
+def get_parametrizations(module: nn.Module, tensor: str) -> parametrize.ParametrizationList | None:
+    """Get the chain of parametrizations of a tensor, if it has any."""
+    if not parametrize.is_parametrized(module, tensor):
+        return None
+    return cast(parametrize.ParametrizationList, cast(nn.ModuleDict, module.parametrizations)[tensor])
+
+
+def list_parametrizations(module: nn.Module, tensor: str) -> Iterator[nn.Module]:
+    """List the parametrizations of a tensor, in order."""
+    yield from get_parametrizations(module, tensor) or ()
+
+
 def get_original(module: nn.Module, tensor: str) -> Tensor | None:
-    """The tensor that holds the values, whether gated or not."""
-    if parametrize.is_parametrized(module, tensor):
-        chain: Any = module.parametrizations[tensor]  # type: ignore[index]
-        return chain.original  # type: ignore[no-any-return]
-    return getattr(module, tensor, None)
+    """Get the tensor that holds the values, whether gated or not."""
+    parametrizations = get_parametrizations(module, tensor)
+    value = getattr(module, tensor, None) if parametrizations is None else parametrizations.original
+    return cast(Tensor | None, value)
 
 
 def get_weight(layer: nn.Module) -> Tensor:
-    """The weight that a convolution or linear layer stores, before any gate."""
+    """Get the weight that a convolution or linear layer stores, before any gate."""
     weight = get_original(layer, "weight")
     assert weight is not None
     return weight
