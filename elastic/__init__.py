@@ -12,7 +12,7 @@ from elastic.levels import Levels, Runtime, level_sizes
 from elastic.measure import census
 from elastic.pruning import Budget, attach_gates, compact
 from elastic.surgery import deepen, grow_index, reindex
-from elastic.widths import Width, Widths, discover
+from elastic.widths import Width, Widths, discover, register_op
 
 __all__ = [
     "Budget",
@@ -33,6 +33,7 @@ __all__ = [
     "grow_index",
     "level_sizes",
     "make_skipping",
+    "register_op",
     "reindex",
 ]
 

@@ -1,6 +1,20 @@
-"""What may change: the channel axes of any CNN, and how they are found."""
+"""Find what may change: the channel axes of any CNN; `register_op` teaches an operation of one's own."""
 
 from elastic.widths.discovery import Segment, Slot, Width, Widths, discover, find_widths
+from elastic.widths.operations import Axes, NotFollowed, Rule, Tracker, register_op
 from elastic.widths.parameters import ChannelParametrization
 
-__all__ = ["ChannelParametrization", "Segment", "Slot", "Width", "Widths", "discover", "find_widths"]
+__all__ = [
+    "Axes",
+    "ChannelParametrization",
+    "NotFollowed",
+    "Rule",
+    "Segment",
+    "Slot",
+    "Tracker",
+    "Width",
+    "Widths",
+    "discover",
+    "find_widths",
+    "register_op",
+]

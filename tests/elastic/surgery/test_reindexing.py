@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from elastic.errors import StructureError
 from elastic.surgery.fresh import Patch, random, split, zero_out
 from elastic.surgery.reindexing import FRESH, grow_index, reindex, resize_index
-from elastic.widths.discovery import StructureError, Widths, discover
+from elastic.widths.discovery import Widths, discover
 from tests.elastic.zoo import CASES, Case, Net, changes, conv, differences, head, states
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -14,8 +14,9 @@ from torch.nn.utils import parametrizations
 from torchvision import models
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from elastic.errors import StructureError
 from elastic.surgery.reindexing import grow_index, reindex
-from elastic.widths.discovery import StructureError, Widths, discover
+from elastic.widths.discovery import Widths, discover
 from tests.elastic.zoo import CASES, OUTPUT, Case, Net, changes, conv, differences, groupings, head, states
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)

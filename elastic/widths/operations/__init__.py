@@ -1,0 +1,82 @@
+"""List the operations that discovery follows; what any other one reads keeps its size, by name."""
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from elastic.widths.operations.cutting import chunk, get_item, split
+from elastic.widths.operations.interface import LAYER, Axes, NotFollowed, Role, Rule, Tracked, Tracker
+from elastic.widths.operations.joining import broadcast, concatenate
+from elastic.widths.operations.layers import (
+    convolve,
+    normalize_channels,
+    normalize_groups,
+    normalize_layer,
+    project,
+    rectify,
+)
+from elastic.widths.operations.registry import TABLE, register_op
+from elastic.widths.operations.reshaping import flatten, reshape, unflatten
+from elastic.widths.operations.shapes import (
+    mix_dimension,
+    permute,
+    reduce,
+    resample,
+    squeeze,
+    transpose,
+    unsqueeze,
+)
+
+__all__ = ["LAYER", "TABLE", "Axes", "NotFollowed", "Role", "Rule", "Tracked", "Tracker", "register_op"]
+
+LAYERS: dict[Rule, Iterable[type[nn.Module]]] = {
+    convolve: (nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    project: (nn.Linear,),
+    normalize_channels: (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm),
+    normalize_groups: (nn.GroupNorm,),
+    normalize_layer: (nn.LayerNorm,),
+    rectify: (nn.PReLU,),
+    flatten: (nn.Flatten,),
+    unflatten: (nn.Unflatten,),
+    mix_dimension: (nn.Softmax, nn.LogSoftmax, nn.Softmax2d),
+    resample: (
+        *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+        *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d),
+        *(nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.Upsample),
+    ),
+    broadcast: (
+        *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
+        *(nn.Sigmoid, nn.Tanh, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Softplus, nn.LogSigmoid),
+        *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    ),
+}
+
+# Functions and methods, without underscores at their ends.
+FUNCTIONS: dict[Rule, str] = {
+    broadcast: """
+        add sub mul truediv div iadd isub imul itruediv rsub neg pow sqrt rsqrt exp log abs square
+        maximum minimum relu relu6 leaky_relu elu selu celu gelu silu mish sigmoid tanh hardtanh hardswish
+        hardsigmoid softplus clamp clip dropout dropout1d dropout2d dropout3d feature_dropout contiguous
+        clone detach to float half bfloat16 double type type_as expand_as stochastic_depth where lerp
+        addcmul""",
+    resample: """
+        max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
+        adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d boolean_dispatch
+        interpolate pad""",
+    flatten: "flatten",
+    unflatten: "unflatten",
+    reshape: "view reshape",
+    reduce: "mean sum amax amin var std",
+    mix_dimension: "softmax log_softmax",
+    concatenate: "cat concat concatenate",
+    split: "split",
+    chunk: "chunk",
+    get_item: "getitem",
+    transpose: "transpose swapaxes swapdims",
+    permute: "permute",
+    squeeze: "squeeze",
+    unsqueeze: "unsqueeze",
+}
+
+TABLE.layers.update((kind, rule) for rule, kinds in LAYERS.items() for kind in kinds)
+TABLE.names.update((name, rule) for rule, names in FUNCTIONS.items() for name in names.split())

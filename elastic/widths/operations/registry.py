@@ -1,0 +1,70 @@
+"""Keep the rule of every operation; `register_op` adds one."""
+
+from collections.abc import Callable
+
+from torch import fx, nn
+
+from elastic.errors import OptionError
+from elastic.widths.operations.interface import Rule
+
+Operation = type[nn.Module] | Callable[..., object] | str
+
+# Functions of these packages are known by their names; one of a user's is meant by itself only.
+LIBRARIES = {"torch", "torchvision", "_operator", "math"}
+
+
+class OperationTable:
+    """Know the rule of types of layers (and their subclasses), of functions, and of methods by name."""
+
+    def __init__(self) -> None:
+        self.layers: dict[type[nn.Module], Rule] = {}
+        self.functions: dict[Callable[..., object], Rule] = {}
+        self.names: dict[str, Rule] = {}
+        self.leaves: set[type[nn.Module]] = set()
+
+    def find(self, layer: nn.Module | None, node: fx.Node) -> Rule | None:
+        """Find the rule of what a node calls, the given layer or a function or method."""
+        if layer is not None:
+            return next((self.layers[kind] for kind in type(layer).__mro__ if kind in self.layers), None)
+        if isinstance(node.target, str):
+            return self.names.get(node.target.strip("_"))
+        rule = self.functions.get(node.target)
+        return rule or (self.names.get(_get_name(node.target)) if _is_library(node.target) else None)
+
+
+TABLE = OperationTable()
+
+
+def register_op(operation: Operation, rule: Rule) -> None:
+    """Say how an operation carries channels: discovery follows it from now on.
+
+    Args:
+        operation: a layer's type, which is then not looked into; a function (one of your own needs
+            `torch.fx.wrap`); or the name of a tensor's method.
+        rule: takes the tracker and the node, returns the axes of the output; see `elastic.widths.Tracker`.
+    """
+    if isinstance(operation, type) and issubclass(operation, nn.Module):
+        TABLE.layers[operation] = rule
+        TABLE.leaves.add(operation)
+    elif isinstance(operation, str):
+        TABLE.names[operation.strip("_")] = rule
+    elif callable(operation):
+        TABLE.functions[operation] = rule
+    else:
+        raise OptionError(
+            f"{operation!r} is no operation: give a layer's type, a function, or a method's name"
+        )
+
+
+def is_registered(kind: type[nn.Module]) -> bool:
+    """Tell whether a type of layer is registered, or has the `forward` of one that is: it stays whole."""
+    return any(issubclass(kind, leaf) and kind.forward is leaf.forward for leaf in TABLE.leaves)
+
+
+def _get_name(function: Callable[..., object]) -> str:
+    return getattr(function, "__name__", "").strip("_")
+
+
+def _is_library(function: Callable[..., object]) -> bool:
+    """Tell whether a function is one of torch and its kin; built-in ones of torch name no module."""
+    return (getattr(function, "__module__", None) or "torch").partition(".")[0] in LIBRARIES

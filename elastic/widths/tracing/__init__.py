@@ -1,0 +1,21 @@
+"""Trace a model with torch.fx: without its data, in one mode or in both."""
+
+from elastic.widths.tracing.graph import describe_node, get_layer, get_operation_name, trace
+from elastic.widths.tracing.meta import BATCH_NORM, make_meta_copy
+from elastic.widths.tracing.modes import MODE, Mode, preserve_modes, sync_traced, trace_both_modes
+from elastic.widths.tracing.norms import find_following_norms
+
+__all__ = [
+    "BATCH_NORM",
+    "MODE",
+    "Mode",
+    "describe_node",
+    "find_following_norms",
+    "get_layer",
+    "get_operation_name",
+    "make_meta_copy",
+    "preserve_modes",
+    "sync_traced",
+    "trace",
+    "trace_both_modes",
+]

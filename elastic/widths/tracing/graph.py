@@ -1,0 +1,64 @@
+"""Trace a model, and read what a node of its graph calls."""
+
+from collections.abc import Iterator, Sequence
+
+from torch import fx, nn
+
+from elastic.errors import StructureError
+from elastic.widths.operations.registry import is_registered
+
+
+class _Tracer(fx.Tracer):
+    """Keep buffers as nodes and layers with a rule of their own whole."""
+
+    proxy_buffer_attributes = True  # or buffers in arithmetic would become constants
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return is_registered(type(m)) or super().is_leaf_module(m, module_qualified_name)
+
+
+def trace(model: nn.Module) -> fx.GraphModule:
+    """Trace a model with torch.fx; the result has the model's own layers.
+
+    Raises:
+        StructureError: torch.fx cannot trace it.
+    """
+    try:
+        return fx.GraphModule(model, _Tracer().trace(model))
+    except Exception as error:  # the model's own forward runs here: anything may come
+        raise StructureError(
+            f"{type(model).__name__} cannot be traced by torch.fx ({shorten(error)}); let torch.where choose "
+            "by data, and hide a function that chooses by shapes behind torch.fx.wrap"
+        ) from error
+
+
+def get_layer(traced: nn.Module, node: fx.Node) -> nn.Module | None:
+    """Get the layer that a node calls, if it calls one."""
+    return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def get_operation_name(node: fx.Node) -> str:
+    """Name the function, the method or the layer that a node calls: `relu_`, `add`, `stage1.0`."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def describe_node(node: fx.Node) -> str:
+    """Name an operation as a user would find it: `view(-1, 400) in features.6`."""
+    owner = node.graph.owning_module
+    layer = get_layer(owner, node) if owner is not None else None
+    if layer is not None:
+        return f"{node.target} ({type(layer).__name__})"
+    modules = node.meta.get("nn_module_stack") or {}
+    place = next(reversed(list(modules)), "") or "the model's forward"
+    shown = ", ".join("…" if isinstance(a, fx.Node) else str(a) for a in _flatten(node.args[1:]))
+    return f"{get_operation_name(node)}({shown}) in {place}"
+
+
+def _flatten(arguments: Sequence[object]) -> Iterator[object]:
+    for argument in arguments:
+        yield from argument if isinstance(argument, tuple | list) else (argument,)
+
+
+def shorten(error: Exception) -> str:
+    """Give an error's first line."""
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,90 @@
+"""Trace a model in training and in evaluation as one graph, which follows its mode."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import fx, nn
+
+from elastic.errors import StructureError
+from elastic.widths.tracing.graph import describe_node, trace
+
+MODE = "_mode"  # where a traced network holds its own
+
+
+@contextmanager
+def preserve_modes(model: nn.Module) -> Iterator[None]:
+    """Bring each module back into the mode it was in, whatever happens: some may be frozen."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+class Mode(nn.Module):
+    """Say whether it is in training: what `self.training` was before torch.fx made a constant of it."""
+
+    def forward(self) -> bool:
+        return self.training
+
+
+def sync_traced(traced: fx.GraphModule, model: nn.Module, training: bool) -> None:
+    """Give a traced network a mode, and the model's buffers, which moving the model replaces."""
+    if isinstance(mode := traced._modules.get(MODE), Mode):
+        mode.training = training
+    for node in traced.graph.find_nodes(op="get_attr"):
+        path, _, name = str(node.target).rpartition(".")
+        buffers = model.get_submodule(path)._buffers
+        if name in buffers:
+            traced.get_submodule(path)._buffers[name] = buffers[name]
+
+
+def trace_both_modes(model: nn.Module) -> fx.GraphModule:
+    """Trace a model to be trained and evaluated: flags like training=self.training follow its mode.
+
+    Raises:
+        StructureError: torch.fx cannot trace it, or it is another network in training than in evaluation.
+    """
+    with preserve_modes(model):
+        training, traced = (trace(model.train(mode)) for mode in (True, False))
+    traced.training = model.training
+    if traced.code == training.code:
+        return traced
+    try:
+        _join_modes(training, traced)
+    except ValueError as error:
+        raise StructureError(
+            f"{type(model).__name__} is another network in training than in evaluation ({error}): only flags "
+            "like F.dropout(x, training=self.training) may differ"
+        ) from error
+    return traced
+
+
+def _join_modes(training: fx.GraphModule, evaluation: fx.GraphModule) -> None:
+    """Let the flags in evaluation follow a mode; raise ValueError where more than flags differ."""
+    pairs = list(zip(training.graph.nodes, evaluation.graph.nodes, strict=True))
+    evaluation.add_submodule(MODE, Mode().train(evaluation.training))
+    with evaluation.graph.inserting_before(pairs[0][1]):
+        flag = evaluation.graph.call_module(MODE)
+    for train_node, eval_node in pairs:
+        if train_node.target != eval_node.target:
+            raise ValueError(f"{describe_node(train_node)} there is {describe_node(eval_node)} here")
+        eval_node.args = _join_arguments(train_node.args, eval_node.args, flag)
+        eval_node.kwargs = _join_arguments(train_node.kwargs, eval_node.kwargs, flag)
+    evaluation.recompile()
+
+
+def _join_arguments(train_value: Any, eval_value: Any, flag: fx.Node) -> Any:
+    """Keep the arguments in evaluation, but put the flag for what is true in training and false here."""
+    if isinstance(eval_value, tuple | list):
+        pairs = zip(train_value, eval_value, strict=True)
+        return type(eval_value)(_join_arguments(a, b, flag) for a, b in pairs)
+    if isinstance(eval_value, dict):
+        return {key: _join_arguments(train_value[key], value, flag) for key, value in eval_value.items()}
+    if train_value is True and eval_value is False:
+        return flag
+    if train_value != eval_value and str(train_value) != str(eval_value):  # nodes of two graphs agree by name
+        raise ValueError(f"{train_value} there is {eval_value} here")
+    return eval_value

@@ -1,0 +1,24 @@
+"""Find the batch norm that follows a layer."""
+
+from collections import defaultdict
+
+from torch import fx, nn
+
+from elastic.widths.tracing.graph import get_layer, trace
+from elastic.widths.tracing.meta import BATCH_NORM, make_meta_copy
+
+
+def find_following_norms(model: nn.Module) -> dict[str, str]:
+    """Find, for each layer that one batch norm and nothing else reads, that norm's path."""
+    traced = trace(make_meta_copy(model))
+    calls: dict[str, list[fx.Node]] = defaultdict(list)
+    for node in traced.graph.find_nodes(op="call_module"):
+        calls[str(node.target)].append(node)
+    norms = {}
+    for path, nodes in calls.items():
+        readers = [reader for node in nodes for reader in node.users]
+        if len(nodes) == len(readers) == 1 and isinstance(get_layer(traced, readers[0]), BATCH_NORM):
+            norm = str(readers[0].target)
+            if len(calls[norm]) == 1:
+                norms[path] = norm
+    return norms

@@ -1,0 +1,159 @@
+"""Carry channel axes through a traced model; nothing is computed, no memory is touched."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from elastic.errors import StructureError
+from elastic.widths.operations import LAYER, TABLE, NotFollowed, Role, Tracked
+from elastic.widths.operations.interface import Layer, list_tensors
+from elastic.widths.parameters import ChannelParametrization, get_original, list_parametrizations
+from elastic.widths.tracing import describe_node, get_layer
+from elastic.widths.tracing.graph import shorten
+from elastic.widths.union import Axis, ChannelUnion
+
+Place = tuple[str, str, int]  # module, tensor, dimension
+Records = dict[Place, tuple[Role, Axis]]  # what lies there
+# Values that hold no channels, though they may be computed from shapes.
+PLAIN = (int, float, complex, str, type(None), torch.Size, torch.device, torch.dtype)
+
+
+class AxisTracker(fx.Interpreter):
+    """Run a traced model on meta tensors and carry every value's channel axes along: see `Tracker`."""
+
+    def __init__(self, graph: fx.GraphModule, elements: ChannelUnion, records: Records) -> None:
+        super().__init__(graph, garbage_collect_values=False)
+        self.extra_traceback = False  # errors of one line
+        self.elements, self.records = elements, records
+        self._shared: dict[tuple[int, int], Axis] = {}  # by the identity of a tensor, and its dimension
+
+    def run_node(self, node: fx.Node) -> Any:
+        """Run a node, and note its value and the value's axes."""
+        try:
+            value = node.meta["value"] = super().run_node(node)
+        except Exception as error:  # the model's own code runs here: anything may come
+            shapes = [tuple(n.meta["value"].shape) for n in self.graph.find_nodes(op="placeholder")]
+            raise StructureError(
+                f"the model does not run on an example of shape {shapes}: "
+                f"{describe_node(node)}: {shorten(error)}"
+            ) from error
+        node.meta["axes"] = self._find_axes(node, value)
+        return value
+
+    def _find_axes(self, node: fx.Node, value: Any) -> Tracked:
+        if node.op == "output":
+            for source in node.all_input_nodes:
+                self.elements.fix_all(_flatten(source.meta["axes"]), "it is the model's output")
+            return None
+        if node.op == "get_attr":
+            return self._begin_attribute(node, value)
+        if node.op == "placeholder" or not list_tensors(node):
+            return _untracked(value)
+        try:
+            return self._apply_rule(node, value)
+        except NotFollowed as error:
+            self._fix_inputs(node, f"cannot be followed: it {error}")
+            return _untracked(value)
+
+    def _begin_attribute(self, node: fx.Node, value: Any) -> Tracked:
+        """Let channels begin on each dimension of a tensor that the model holds, but for those of size 1."""
+        if not isinstance(value, Tensor):
+            return None
+        module, _, name = str(node.target).rpartition(".")
+        return tuple(
+            self.begin(module, name, "per_channel", d) if size > 1 else None
+            for d, size in enumerate(value.shape)
+        )
+
+    def _apply_rule(self, node: fx.Node, value: Any) -> Tracked:
+        """Ask the operation's rule; without one, all that the node reads keeps its size."""
+        if isinstance(value, PLAIN):
+            return None
+        rule = TABLE.find(get_layer(self.module, node), node)
+        if rule is None:
+            self._fix_inputs(node, "cannot be followed")
+            return _untracked(value)
+        try:
+            axes = rule(self, node)
+            _check(axes, value)
+        except StructureError:
+            raise
+        except Exception as error:
+            name = getattr(rule, "__name__", repr(rule))
+            raise StructureError(
+                f"the rule {name} is at fault at {describe_node(node)}: "
+                f"{type(error).__name__}: {shorten(error)}"
+            ) from error
+        return axes
+
+    def _fix_inputs(self, node: fx.Node, reason: str) -> None:
+        for source in list_tensors(node):
+            self.fix(_flatten(source.meta["axes"]), node, reason)
+
+    # What the rules ask for, see `Tracker`.
+
+    def get_layer(self, node: fx.Node, kind: type[Layer]) -> Layer:
+        layer = get_layer(self.module, node)
+        if not isinstance(layer, kind):
+            raise TypeError(f"it is for a {kind.__name__}")
+        return layer
+
+    def begin(self, module: str, tensor: str, role: Role, dim: int = 0) -> Axis:
+        original = self._fetch_original(module, tensor)
+        if original is None:
+            raise LookupError(f"{module} has no tensor {tensor}")
+        axis = self.elements.new(original.shape[dim])
+        self.record(module, tensor, dim, role, axis)
+        return self.records[module, tensor, dim][1]
+
+    def record(self, module: str, tensor: str, dim: int, role: Role, axis: Axis | None) -> None:
+        original = self._fetch_original(module, tensor)
+        if axis is None or (original is None and tensor != LAYER):
+            return
+        first = self.records.setdefault((module, tensor, dim), (role, axis))[1]
+        self.elements.unite(first, axis)
+        if original is not None:  # one parameter may serve several layers
+            self.elements.unite(self._shared.setdefault((id(original), dim), first), first)
+            self._fix_foreign(module, tensor, first)
+
+    def unite(self, first: Axis | None, second: Axis | None, node: fx.Node) -> None:
+        if first is None or second is None:
+            self.fix([first, second], node, "joins a part that never changes")
+        else:
+            self.elements.unite(first, second)
+
+    def fix(self, axes: Sequence[Axis | None], node: fx.Node, reason: str) -> None:
+        self.elements.fix_all(axes, f"{describe_node(node)} {reason}")
+
+    def _fetch_original(self, module: str, tensor: str) -> Tensor | None:
+        return get_original(self.module.get_submodule(module), tensor) if tensor != LAYER else None
+
+    def _fix_foreign(self, module: str, tensor: str, axis: Axis) -> None:
+        """Fix what a parametrization computes whose own tensors do not follow channels."""
+        for parametrization in list_parametrizations(self.module.get_submodule(module), tensor):
+            if not isinstance(parametrization, ChannelParametrization):
+                name = type(parametrization).__name__
+                self.elements.fix(axis, f"{module}.{tensor} is parametrized by {name}")
+
+
+def _untracked(value: Any) -> Tracked:
+    return (None,) * value.dim() if isinstance(value, Tensor) else None
+
+
+def _flatten(tracked: Tracked | Axis) -> list[Axis]:
+    """List the axes of one tensor or of several."""
+    if tracked is None:
+        return []
+    return [tracked] if isinstance(tracked, np.ndarray) else [a for part in tracked for a in _flatten(part)]
+
+
+def _check(axes: Tracked, value: Any) -> None:
+    """Hold a rule to the shape of what the node gives."""
+    if not isinstance(value, Tensor):
+        return
+    sizes = [None if axis is None else len(axis) for axis in axes or ()]
+    if len(sizes) != value.dim() or any(n not in (None, m) for n, m in zip(sizes, value.shape, strict=True)):
+        raise AssertionError(f"it gives axes of {sizes} channels for a tensor of shape {tuple(value.shape)}")

@@ -1,0 +1,105 @@
+"""Describe what may change: widths, and the tensor dimensions on which their channels lie."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elastic.errors import StructureError
+from elastic.widths.operations.interface import Role
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Hold a run of positions in a tensor dimension: a width's channels in order, each `repeat` times.
+
+    `width` is None for positions that never change; `repeat` is then their number.
+    """
+
+    width: str | None
+    repeat: int
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Name one tensor dimension on which channels lie.
+
+    `role` is "out" where a layer writes its channels (weight dim 0), "in" where it reads them (weight
+    dim 1), "per_channel" for what is merely carried a channel (bias, norms), and "depthwise" where the layer
+    also keeps as many groups as channels (depthwise convolution, group norm of one channel a group). A
+    `tensor` of "" stands for a layer without tensors whose attributes count channels.
+    """
+
+    module: str
+    tensor: str
+    dim: int
+    role: Role
+    layout: tuple[Segment, ...]
+
+
+@dataclass
+class Width:
+    """Hold a channel axis: the set of tensor dimensions that must agree on their channels.
+
+    It is named after the first layer that writes it. `mixed` says which norm, if any, takes statistics
+    over its channels together, so that even a channel of zeros is felt by the others.
+    """
+
+    name: str
+    size: int
+    slots: tuple[Slot, ...]
+    mixed: str | None = None
+
+    def slots_with(self, role: Role) -> list[Slot]:
+        """List the slots of a role."""
+        return [slot for slot in self.slots if slot.role == role]
+
+
+@dataclass
+class Widths(Mapping[str, Width]):
+    """Hold the widths of one model by name; `fixed` says why each other written axis cannot change.
+
+    `example` holds the inputs it was traced with, without data.
+    """
+
+    widths: dict[str, Width]
+    fixed: dict[str, str] = field(default_factory=dict)
+    example: tuple[Tensor, ...] = field(default=(), compare=False)
+
+    def __getitem__(self, name: str) -> Width:
+        if name in self.widths:
+            return self.widths[name]
+        reason = self.fixed.get(name, f"there is none; the model has {', '.join(self.widths)}")
+        raise StructureError(f"width '{name}' cannot change: {reason}")
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.widths
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.widths)
+
+    def __len__(self) -> int:
+        return len(self.widths)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Get a width, or the default where there is none that can change."""
+        return self.widths.get(name, default)
+
+    def sizes(self) -> dict[str, int]:
+        """Give the architecture: channels of every width. With the initial model it says everything."""
+        return {name: width.size for name, width in self.widths.items()}
+
+    def extents(self, slot: Slot) -> list[int]:
+        """Count the positions that each segment of a slot takes now."""
+        return [s.repeat * (self.widths[s.width].size if s.width else 1) for s in slot.layout]
+
+    def positions(self, slot: Slot, width: str) -> Tensor:
+        """Find where a width's channels lie along a slot's dimension: (channels, copies)."""
+        parts, start = [], 0
+        for segment, extent in zip(slot.layout, self.extents(slot), strict=True):
+            if segment.width == width:
+                parts.append(torch.arange(start, start + extent).view(-1, segment.repeat))
+            start += extent
+        return torch.cat(parts, dim=1)
