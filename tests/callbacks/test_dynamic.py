@@ -18,6 +18,7 @@ from torch.optim import AdamW
 import elastic.experiments.train
 from elastic.callbacks import PruneDynamically
 from elastic.dynamic.loss import ActivationCost
+from elastic.dynamic.modules import iterate_modules
 from elastic.dynamic.norms import SetNorm
 from elastic.dynamic.skipping import make_skipping
 from elastic.errors import StructureError, TrainingError
