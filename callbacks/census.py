@@ -8,11 +8,11 @@ from typing import Any
 
 import lightning as L
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from elastic.callbacks.base import ElasticCallback, StepNetwork, list_elastic
 from elastic.files.atomic import write_atomically
 from elastic.measure.counts import census, count_macs
+from elastic.training.samples import count_samples
 
 PASSES = 3  # of a training step, in forward passes: a backward pass has two products for the forward's one
 
@@ -57,8 +57,7 @@ class Census(ElasticCallback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        size = next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), 0)
-        self._samples += size * trainer.world_size  # samplers give every process as many
+        self._samples += count_samples(batch) * trainer.world_size  # samplers give every process as many
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:

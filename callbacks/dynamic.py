@@ -15,6 +15,7 @@ from elastic.dynamic.modules import iterate_modules, select_set
 from elastic.dynamic.norms import SetNorm
 from elastic.errors import OptionError, TrainingError
 from elastic.training.progress import measure_epoch_progress
+from elastic.training.samples import count_samples
 from elastic.widths.discovery import discover
 
 COLD = 0.05  # the temperature at the end of a run, of soft gates
@@ -177,7 +178,7 @@ class PruneDynamically(ElasticCallback):
     ) -> None:
         if not self.costs:
             return
-        cost, size = self.costs[self.structure.level], len(batch[0])
+        cost, size = self.costs[self.structure.level], count_samples(batch)
         for by in MEASURES:
             pl_module.log(f"dynamic/{by}", cost.fraction(by), on_epoch=True, batch_size=size, sync_dist=True)
 

@@ -5,12 +5,12 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from elastic.callbacks.base import StepNetwork
 from elastic.callbacks.levels import TrainLevels
 from elastic.errors import OptionError
+from elastic.training.imitation import Outputs, check_outputs, compare_outputs
 
 
 class TrainJointly(TrainLevels):
@@ -21,6 +21,7 @@ class TrainJointly(TrainLevels):
 
     Args:
         between: levels a step that are neither the smallest nor the network.
+        outputs: what the network says: "classes" (scores in dimension 1) or "values" (regression).
         **levels: see `TrainLevels`.
 
     Raises:
@@ -31,11 +32,12 @@ class TrainJointly(TrainLevels):
         TrainJointly([0.512, 0.64, 0.8])
     """
 
-    def __init__(self, *args: Any, between: int = 2, **levels: Any) -> None:
+    def __init__(self, *args: Any, between: int = 2, outputs: Outputs = "classes", **levels: Any) -> None:
         super().__init__(*args, **levels)
+        check_outputs(outputs)
         if between < 0:
             raise OptionError(f"there cannot be {between} levels between: set between to 0 or more")
-        self.between = between
+        self.between, self.outputs = between, outputs
 
     def list_step_networks(self) -> Sequence[StepNetwork]:
         """List all levels; those between are executed in a part of the steps."""
@@ -53,9 +55,8 @@ class TrainJointly(TrainLevels):
             for k in reversed(range(len(self.levels) - 1)):
                 self.levels.copy_norms(k)
 
-    def compute_loss(self, x: Tensor, output: Tensor) -> Tensor:
+    def compute_loss(self, x: Tensor, output: Any) -> Tensor:
         """Return what the levels drawn for this step lose against the network's own output."""
-        soft_BK = output.detach().softmax(1)
         drawn = [0, *(1 + torch.randperm(len(self.levels) - 2)[: self.between]).tolist()]
-        losses = [F.cross_entropy(self.levels.run(k, x), soft_BK) for k in drawn]
+        losses = [compare_outputs(self.levels.run(k, x), output, self.outputs) for k in drawn]
         return torch.stack(losses).sum()

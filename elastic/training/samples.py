@@ -7,6 +7,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from elastic.errors import TrainingError
 
@@ -17,6 +18,11 @@ class Sampler(Protocol):
     train_set: Any
 
     def sample(self, n: int, seed: int) -> tuple[Tensor, Tensor]: ...
+
+
+def count_samples(batch: Any) -> int:
+    """Count the samples of a batch: the length of its first tensor."""
+    return next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), 0)
 
 
 def sample_batch(trainer: L.Trainer, count: int, seed: int) -> tuple[Tensor, Tensor]:
