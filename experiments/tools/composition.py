@@ -1,8 +1,8 @@
-"""Make a composed configuration mean what its command line says: nothing dropped in silence, nothing left over.
+"""Make a composed configuration mean what its command line says: nothing dropped, nothing left over.
 
 Hydra merges an experiment's options into whatever choices stand beside it. Where the command line replaces a
-choice, those options mean nothing any more; and where an option of the command line is read by nobody, its user
-has to know.
+choice, those options mean nothing any more; and where nobody reads an option of the command line, its user has
+to know.
 """
 
 import re
@@ -54,8 +54,8 @@ def settle(cfg: DictConfig, overrides: Sequence[str], choices: Mapping[str, str 
         for name, node in list(cfg.callbacks.items()):
             if node is not None and not OmegaConf.is_dict(node):
                 raise OptionError(
-                    f"callbacks.{name}={node} is no callback: set its options one by one, callbacks.{name}.…=…, "
-                    f"or leave it out with callbacks.{name}=null"
+                    f"callbacks.{name}={node} is no callback: set its options one by one, "
+                    f"callbacks.{name}.…=…, or leave it out with callbacks.{name}=null"
                 )
         for override in parsed:
             refuse_unread(override, cfg)
@@ -93,7 +93,7 @@ def refuse_unread(override: Override, cfg: DictConfig) -> None:
     top, _, rest = override.key_or_group.partition(".")
     callback = rest.partition(".")[0] if top == "callbacks" else READ_BY.get(top)
     left_out = override.is_delete() or override.key_or_group == f"callbacks.{callback}"
-    if callback is None or callback in list_active(cfg) or left_out:
+    if not callback or callback in list_active(cfg) or left_out:
         return
     raise OptionError(explain_unread(override.input_line or "", callback))
 
