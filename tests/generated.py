@@ -1,4 +1,4 @@
-"""A few random images in the layout of each data set, so that configurations can be tried without a download."""
+"""Write a few random images in the layout of each data set, for configurations to be tried with."""
 
 import pickle
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Test that every file of the configuration composes, what it names can be made, and a command means what it says."""
+"""Test that all of the configuration composes and can be made, and that a command means what it says."""
 
 import os
 from itertools import zip_longest
