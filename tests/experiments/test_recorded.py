@@ -1,4 +1,4 @@
-"""Test that recorded runs are in today's words: configurations, summaries, and the commands that made them."""
+"""Test that recorded runs are in today's words: configurations, summaries, the commands that made them."""
 
 import functools
 import json
