@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from elastic.experiments.tools.composition import list_active
-from elastic.experiments.tools.summary import SCHEDULE
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from elastic.data import ImageData
+from elastic.experiments.tools.composition import list_active
+from elastic.experiments.tools.summary import SCHEDULE
 from tests.runs import configure
 
 ROOT = Path(__file__).parents[2]
