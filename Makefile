@@ -58,7 +58,7 @@ test-peers: setup  ## comparisons with other pruning libraries; installs them fi
 
 bench-peers: setup  ## switching sub-networks beside once-for-all and ModelOpt; installs them first
 	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[peers]'
-	$(BIN)/python -W ignore -m experiments.switch
+	$(BIN)/python -W ignore -m experiments.switching
 
 clean:  ## remove what runs and builds leave behind (.venv stays)
 	rm -rf outputs multirun wandb site build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import lightning as L
 
 from elastic.callbacks.base import ElasticCallback, refuse_changes_beside
-from elastic.errors import TrainingError
+from elastic.errors import OptionError, TrainingError
 from elastic.levels.cutting import find_nestable
 from elastic.levels.importance import Importance, rank_channels, score_channels
 from elastic.levels.nested import Levels
@@ -46,6 +46,9 @@ class TrainLevels(ElasticCallback):
         if trainer.world_size > 1:
             raise TrainingError("levels are trained in one process: set trainer.devices=1")
         refuse_changes_beside(trainer, "levels")
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if sum(isinstance(callback, TrainLevels) for callback in callbacks) > 1:
+            raise OptionError("levels are trained jointly or by reconstruction: choose one of the schedules")
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)

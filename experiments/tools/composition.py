@@ -1,7 +1,7 @@
-"""Make a composed configuration mean what its command line says: nothing dropped in silence, nothing left over.
+"""Make a composed configuration mean what its command line says: nothing dropped, nothing left over.
 
 Hydra merges an experiment's options into whatever choices stand beside it. Where the command line replaces a
-choice, those options mean nothing any more; and where an option of the command line is read by nobody, its user
+choice, those options mean nothing any more; and where nobody reads an option of the command line, its user
 has to know.
 """
 
@@ -48,14 +48,14 @@ def settle(cfg: DictConfig, overrides: Sequence[str], choices: Mapping[str, str 
     """
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     with open_dict(cfg):
-        replaced = find_replaced(choices)
+        replaced = find_replaced(parsed, choices)
         for name, node in compose_alone(parsed, replaced).items():
             cfg[name] = node
         for name, node in list(cfg.callbacks.items()):
             if node is not None and not OmegaConf.is_dict(node):
                 raise OptionError(
-                    f"callbacks.{name}={node} is no callback: set its options one by one, callbacks.{name}.…=…, "
-                    f"or leave it out with callbacks.{name}=null"
+                    f"callbacks.{name}={node} is no callback: set its options one by one, "
+                    f"callbacks.{name}.…=…, or leave it out with callbacks.{name}=null"
                 )
         for override in parsed:
             refuse_unread(override, cfg)
@@ -65,14 +65,15 @@ def settle(cfg: DictConfig, overrides: Sequence[str], choices: Mapping[str, str 
     return cfg
 
 
-def find_replaced(choices: Mapping[str, str | None]) -> list[str]:
+def find_replaced(overrides: Sequence[Override], choices: Mapping[str, str | None]) -> list[str]:
     """Name the groups in which the command line has chosen otherwise than its experiment."""
     experiment = choices.get("experiment")
-    if experiment is None:
+    named = [o.key_or_group for o in overrides if o.key_or_group in OWN_OPTIONS]
+    if experiment is None or not named:
         return []
     composed = compose("config", [f"experiment={experiment}"], return_hydra_config=True)
     proposed = composed.hydra.runtime.choices
-    return [name for name in OWN_OPTIONS if choices.get(name) != proposed.get(name)]
+    return [name for name in named if choices.get(name) != proposed.get(name)]
 
 
 def compose_alone(overrides: Sequence[Override], groups: Sequence[str]) -> dict[str, DictConfig]:
@@ -93,7 +94,7 @@ def refuse_unread(override: Override, cfg: DictConfig) -> None:
     top, _, rest = override.key_or_group.partition(".")
     callback = rest.partition(".")[0] if top == "callbacks" else READ_BY.get(top)
     left_out = override.is_delete() or override.key_or_group == f"callbacks.{callback}"
-    if callback is None or callback in list_active(cfg) or left_out:
+    if not callback or callback in list_active(cfg) or left_out:
         return
     raise OptionError(explain_unread(override.input_line or "", callback))
 
@@ -102,7 +103,8 @@ def explain_unread(line: str, callback: str) -> str:
     """Tell that nothing takes an option, and what would."""
     schedules = list_choices("schedule")
     remedy = f"say schedule={callback}" if callback in schedules else f"there are {', '.join(schedules)}"
-    return f"nothing takes {line}: this run has no '{callback}'; leave it out, or choose a schedule with it, {remedy}"
+    lacking = f"this run has no '{callback}'"
+    return f"nothing takes {line}: {lacking}; leave it out, or choose a schedule with it, {remedy}"
 
 
 def list_choices(group: str) -> list[str]:

@@ -141,7 +141,7 @@ def draw_duty(seen: Any, images_NHWC: np.ndarray, path: Path) -> None:
     """How often each kernel is on; MACs by class and by image; the images that took least and most.
 
     Args:
-        seen: what `experiments.kernel_usage.look` found.
+        seen: what `experiments.usage.look` found.
         images_NHWC: the same images, as they are to be shown.
     """
     figure = plt.figure(figsize=(10, 7), layout="constrained")

@@ -22,7 +22,7 @@ from elastic.dynamic.modules import iterate_modules
 from elastic.dynamic.norms import SetNorm
 from elastic.dynamic.skipping import make_skipping
 from elastic.errors import StructureError, TrainingError
-from elastic.experiments import export, kernel_usage, latency
+from elastic.experiments import export, latency, usage
 from elastic.experiments.evaluate import evaluate
 from elastic.experiments.tools.per_image import batches, run_per_image
 from elastic.experiments.tools.restore import restore, restore_switched, teacher
@@ -162,7 +162,7 @@ def test_duty_is_shown_and_drawn(
     picture, table = tmp_path / "duty.png", tmp_path / "duty.csv"
     given = [f"run={finished}", "set=1", f"figure={picture}", f"csv={table}"]
     monkeypatch.setattr("sys.argv", ["duty", *given])
-    kernel_usage.main()
+    usage.main()
     row = summary_of(finished)["sets"][1]
     assert f"test accuracy {row['test/acc']:.2%}, {row['macs_dynamic']:,} MACs" in capsys.readouterr().out
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -189,10 +189,10 @@ def test_time_is_measured_beside_macs(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ((), "usage: python -m experiments.kernel_usage"),
-        (("run={run}", "colour=1"), "usage: python -m experiments.kernel_usage"),
-        (("run={run}", "set=last"), "usage: python -m experiments.kernel_usage"),
-        (("run={run}", "level=0.5"), "usage: python -m experiments.kernel_usage"),
+        ((), "usage: python -m experiments.usage"),
+        (("run={run}", "colour=1"), "usage: python -m experiments.usage"),
+        (("run={run}", "set=last"), "usage: python -m experiments.usage"),
+        (("run={run}", "level=0.5"), "usage: python -m experiments.usage"),
         (("run={run}", "set=9"), "there is no set 9 of kernel activation modules: the network has 0 … 1"),
         (("run={run}", "level=3"), "there is no level 3: the run's network has 0 … 0"),
     ],
@@ -202,7 +202,7 @@ def test_what_duty_cannot_show_is_one_line(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["duty", *(text.format(run=finished) for text in given)])
     with pytest.raises((TrainingError, StructureError), match=message):
-        kernel_usage.main()
+        usage.main()
 
 
 @pytest.mark.parametrize("given", [(), ("run={run}", "images=0"), ("run={run}", "set=x")])

@@ -323,7 +323,7 @@ def test_an_unknown_aim_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "window", [{"begin": 0.9, "end": 0.1}, {"begin": -0.5}, {"weight": -1.0}, {"grace": -1}]
+    "window", [{"begin": 0.9, "end": 0.1}, {"begin": -0.5}, {"penalty": -1.0}, {"grace": -1}]
 )
 def test_settings_that_make_no_sense_are_refused(window: dict[str, Any]) -> None:
     with pytest.raises((OptionError, TrainingError)):

@@ -1,8 +1,7 @@
-"""Every file of the configuration composes, everything it names can be made, every experiment runs."""
+"""Test that all of the configuration composes and can be made, and that a command means what it says."""
 
-import json
 import os
-import pickle
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +10,21 @@ import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import nn
-from torchvision import datasets
 
 import elastic.experiments.train
 from elastic.callbacks import Census, ElasticProgress, GrowOnSaturation, PruneByGates
 from elastic.data import ImageData
-from elastic.experiments.train import train
-from elastic.growth.amount import Growth
-from elastic.growth.triggers import Periodic, Plateau
-from tests.runs import CONF, configure, load
+from elastic.errors import OptionError
+from elastic.experiments.tools.composition import rewrite
+from elastic.experiments.tools.setup import make_loggers
+from elastic.experiments.train import build, train
+from elastic.growth import Growth, Periodic, Plateau
+from tests.generated import generate
+from tests.runs import CONF, configure, load, without_account
 
 QUICK = (
     *("callbacks.progress=null", "trainer.accelerator=cpu", "trainer.log_every_n_steps=1"),
@@ -33,7 +34,7 @@ QUICK = (
 
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes as long as the run, and has its own tests."""
+    """Leave out the picture: it takes as long as the run, and has its own tests."""
     monkeypatch.setattr(elastic.experiments.train, "draw_history", lambda *_: None)
 
 
@@ -41,9 +42,21 @@ def files(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
+def node(group: str, name: str) -> Any:
+    """A choice as it stands in its file, with what it takes from elsewhere in the configuration."""
+    cfg = OmegaConf.create(
+        {"seed": 0, "optimizer": {"lr": 0.1}, "model": OmegaConf.load(CONF / group / f"{name}.yaml")}
+    )
+    return cfg.model
+
+
 HYDRAS = "hydra"  # its own groups, launchers say, which its own defaults list names
-GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != HYDRAS)
-OPTIONS = [(group, name) for group in GROUPS for name in files(group)]
+GROUPS = sorted(
+    path.name for path in CONF.iterdir() if path.is_dir() and path.name not in (HYDRAS, "__pycache__")
+)
+# Choices of these say what others are, or need others, so that each is composed by itself.
+DELTAS = ("experiment", "sweep", "debug", "trigger")
+LISTS = ("schedule", "logger")
 
 
 def targets(node: Any) -> list[str]:
@@ -58,63 +71,57 @@ def test_the_groups_are_those_of_the_defaults_list() -> None:
     """A folder that the list does not name could never be chosen."""
     defaults: Any = OmegaConf.load(CONF / "config.yaml").defaults
     named = {next(iter(entry)) for entry in defaults if isinstance(entry, DictConfig)}
-    assert set(GROUPS) <= {str(name).split()[-1].strip("/") for name in named}
+    assert set(GROUPS) == {str(name) for name in named if not str(name).startswith("override")}
 
 
-@pytest.mark.parametrize(("group", "name"), OPTIONS)
-def test_every_option_composes_with_the_defaults(tmp_path: Path, group: str, name: str) -> None:
+def composed() -> list[tuple[str, ...]]:
+    """Overrides in which each choice of each group occurs: one of each at a time, deltas alone."""
+    columns = [
+        [f"{group}=[{name}]" if group in LISTS else f"{group}={name}" for name in files(group)]
+        for group in GROUPS
+        if group not in DELTAS
+    ]
+    rows = [tuple(option for option in row if option) for row in zip_longest(*columns)]
+    return rows + [(f"{group}={name}",) for group in DELTAS for name in files(group)]
+
+
+@pytest.mark.parametrize("overrides", composed(), ids=" ".join)
+def test_every_choice_composes(tmp_path: Path, overrides: tuple[str, ...]) -> None:
     """And every class or function it names can be imported."""
-    value = f"[{name}]" if group == "schedule" else name
-    cfg = configure(tmp_path, f"{group}={value}")
-    found = targets(OmegaConf.to_container(cfg))
-    assert len(found) > 8
-    for target in found:
-        owner, _, attribute = target.rpartition(".")
-        resolved = instantiate({"_target_": "hydra.utils.get_object", "path": target})
-        assert callable(resolved), f"{attribute} of {owner}"
-
-
-@pytest.mark.parametrize("name", files("model"))
-def test_every_model_can_be_made(tmp_path: Path, name: str) -> None:
-    net = instantiate(configure(tmp_path, f"model={name}").model, in_channels=3, classes=7)
-    assert isinstance(net, nn.Module) and net(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+    cfg = configure(tmp_path, *overrides)
+    names = targets(OmegaConf.to_container(cfg))
+    assert len(names) > 8
+    for name in names:
+        assert callable(instantiate({"_target_": "hydra.utils.get_object", "path": name}))
 
 
 @pytest.mark.parametrize("name", [name for name in files("model") if name != "narrow"])
-def test_every_model_can_be_narrow(tmp_path: Path, name: str) -> None:
-    given = ("model=narrow", f"model@model.model={name}", "model.fraction=0.5")
-    whole, narrow = (
-        instantiate(configure(tmp_path, *options).model, in_channels=3, classes=7)
-        for options in ([f"model={name}"], given)
-    )
+def test_every_model_can_be_made_and_be_narrow(name: str) -> None:
+    whole = instantiate(node("model", name), in_channels=3, classes=7)
+    assert isinstance(whole, nn.Module) and whole.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
+    fraction = OmegaConf.merge({"_target_": "elastic.models.narrow.narrow", "fraction": 0.5, "pixels": 32})
+    fraction.model = {**node("model", name), "_partial_": True}
+    narrow = instantiate(fraction, in_channels=3, classes=7)
     assert sum(p.numel() for p in narrow.parameters()) < 0.6 * sum(p.numel() for p in whole.parameters())
 
 
 @pytest.mark.parametrize("name", files("optimizer"))
-def test_every_optimizer_can_be_made(tmp_path: Path, name: str) -> None:
-    cfg = configure(tmp_path, f"optimizer={name}").optimizer
-    optimizer = instantiate(cfg.optimizer)([nn.Parameter(torch.zeros(2))])
-    scheduler = instantiate(cfg.scheduler)(optimizer, total_steps=20)
-    rates = []
-    for step in range(20):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        if step < 19:
-            scheduler.step()
-    assert max(rates) == pytest.approx(cfg.optimizer.lr) and rates[-1] < 0.01 * max(rates)
+def test_every_optimizer_can_be_made(name: str) -> None:
+    optimizer = instantiate(node("optimizer", name))([nn.Parameter(torch.zeros(2))])
+    assert optimizer.param_groups[0]["lr"] == node("optimizer", name).lr
 
 
 @pytest.mark.parametrize("name", files("data"))
 def test_every_data_set_can_be_named_without_being_there(tmp_path: Path, name: str) -> None:
     """Making it reads nothing; digits need no download at all."""
-    embedded = name in ("digits", "shapes")
-    root = () if embedded else (f"data.root={tmp_path / 'nothing'}", "data.download=false")
+    cfg = node("data", name)
+    if "root" in cfg:
+        cfg.root = str(tmp_path)
     if name == "folder":  # its classes are its folders
-        root = root[:1]
         for part in ("train", "test"):
-            (tmp_path / "nothing" / part / "one").mkdir(parents=True)
-            Image.new("RGB", (9, 9)).save(tmp_path / "nothing" / part / "one" / "1.png")
-    data = instantiate(configure(tmp_path, f"data={name}", *root).data)
+            (tmp_path / part / "one").mkdir(parents=True)
+            Image.new("RGB", (9, 9)).save(tmp_path / part / "one" / "1.png")
+    data = instantiate(cfg)
     assert isinstance(data, ImageData) and len(data.mean) == len(data.std) == data.shape[0]
     assert data.classes in (1, 4, 10, 100)
 
@@ -122,156 +129,126 @@ def test_every_data_set_can_be_named_without_being_there(tmp_path: Path, name: s
 @pytest.mark.parametrize(
     ("name", "kind"), [("plateau", Plateau), ("impatient", Plateau), ("periodic", Periodic)]
 )
-def test_every_trigger_can_be_made(tmp_path: Path, name: str, kind: type) -> None:
-    cfg = configure(tmp_path, "schedule=[growth]", f"trigger={name}", "experiment=smoke")
-    grow = instantiate(cfg.callbacks.growth)
-    assert isinstance(grow, GrowOnSaturation) and isinstance(grow.trigger, kind)
-    assert isinstance(grow.growth, Growth)
+def test_every_trigger_can_be_made(name: str, kind: type) -> None:
+    assert isinstance(instantiate(node("trigger", name)), kind)
     assert set(files("trigger")) == {"plateau", "impatient", "periodic"}
 
 
 def test_the_callbacks_can_be_made(tmp_path: Path) -> None:
-    made = [type(instantiate(c)) for c in configure(tmp_path).callbacks.values()]
-    assert {Census, ElasticProgress, GrowOnSaturation, PruneByGates} <= set(made)
+    made = {name: instantiate(c) for name, c in configure(tmp_path).callbacks.items()}
+    assert {Census, ElasticProgress, GrowOnSaturation, PruneByGates} <= {type(c) for c in made.values()}
+    assert isinstance(made["growth"].amount, Growth) and isinstance(made["growth"].trigger, Plateau)
 
 
-def test_loggers_write_into_the_runs_folder(tmp_path: Path) -> None:
-    logger = instantiate(configure(tmp_path).logger)
-    assert isinstance(logger, CSVLogger) and Path(logger.log_dir).parent == tmp_path / "metrics"
+# --- what a command means -----------------------------------------------------------------------------------
 
 
-# --- runs ---------------------------------------------------------------------------------------------------
+def test_no_experiment_is_on_by_default(tmp_path: Path) -> None:
+    cfg = configure(tmp_path, "data=cifar10", "model=resnet20", "callbacks.growth.amount.blocks=3")
+    assert cfg.name == "cifar10-resnet20" and cfg.callbacks.growth.amount.blocks == 3
+    assert (cfg.trainer.max_epochs, cfg.trainer.precision) == (60, "auto")
+    assert cfg.callbacks.gates.budget is None and cfg.lr_scheduler.pct_start == 0.2
+    assert cfg.data.batch_size == 128 and set(cfg.data.augment) == {"crop", "flip"}
 
 
-SCHEDULES = {
-    "static": "static",
-    "[growth]": "grow",
-    "[gates]": "prune",
-    "[growth,gates]": "growth+gates",
-    "[gates,growth]": "growth+gates",
-    "[growth,gates,ema]": "growth+gates+ema",
-    "[growth,magnitude]": "grow+magnitude",
+def test_an_experiment_is_what_it_says(tmp_path: Path) -> None:
+    cfg = configure(tmp_path, "experiment=digits")
+    assert (cfg.name, cfg.trainer.max_epochs, cfg.callbacks.gates.budget) == ("digits", 120, 2000)
+
+
+@pytest.mark.parametrize("budget", ["2000", "2e3", "2000.0"])
+def test_a_budget_is_a_whole_number_however_it_is_written(tmp_path: Path, budget: str) -> None:
+    cfg = configure(tmp_path, f"callbacks.gates.budget={budget}").callbacks
+    assert repr(instantiate(cfg.gates).budget.target) == "2000"
+
+
+def test_half_a_parameter_is_no_budget(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match=r"budget of 2000\.5 cannot be met"):
+        instantiate(configure(tmp_path, "callbacks.gates.budget=2000.5").callbacks.gates)
+
+
+UNREAD = {
+    "a callback's option": ("schedule=static", "experiment=digits", "callbacks.gates.budget=2000"),
+    "even if it is null": ("schedule=static", "experiment=digits", "callbacks.gates.budget=null"),
+    "a new one": ("schedule=static", "+callbacks.gates.budget=2000"),
+    "a trigger's": ("schedule=gates", "trigger.patience=2"),
+    "a trigger": ("schedule=[joint]", "trigger=periodic"),
+    "a timeline": ("schedule=static", "timeline=a/timeline.jsonl"),
 }
 
 
-@pytest.mark.parametrize("experiment", ["digits", "smoke"])
-@pytest.mark.parametrize("schedule", list(SCHEDULES))
-def test_every_schedule_runs(tmp_path: Path, schedule: str, experiment: str) -> None:
-    budget = ["callbacks.magnitude.budget=900"] if "magnitude" in schedule else []
-    given = (*QUICK, f"schedule={schedule}", f"experiment={experiment}", *budget)
-    summary = train(configure(tmp_path, *given), tmp_path)
-    assert summary["schedule"] == SCHEDULES[schedule]
-    gated = any("score" in name for name in load(tmp_path / "last.ckpt")["state_dict"])
-    assert gated == ("gates" in schedule or "magnitude" in schedule)
+@pytest.mark.parametrize("what", UNREAD)
+def test_an_option_that_nothing_takes_is_refused(tmp_path: Path, what: str) -> None:
+    *_, unread = UNREAD[what]
+    with pytest.raises(OptionError, match=r"nothing takes .*this run has no '(gates|growth)'") as caught:
+        configure(tmp_path, *UNREAD[what])
+    assert unread in str(caught.value) and "\n" not in str(caught.value)
 
 
-class SmallCIFAR10(datasets.CIFAR10):
-    """Generated batches have no checksums that anyone knows."""
-
-    train_list = [[name, None] for name, _ in datasets.CIFAR10.train_list]
-    test_list = [[name, None] for name, _ in datasets.CIFAR10.test_list]
-    meta = {**datasets.CIFAR10.meta, "md5": None}
+@pytest.mark.parametrize("value", ["nonsense", "3"])
+def test_what_is_no_callback_is_refused(tmp_path: Path, value: str) -> None:
+    with pytest.raises(OptionError, match=r"callbacks\.gates=.* is no callback"):
+        configure(tmp_path, f"callbacks.gates={value}")
 
 
-def generated(data: str, root: Path) -> tuple[str, ...]:
-    """A few random images in the layout of a set, and the overrides that use them."""
-    random = np.random.default_rng(0)
-    if data in ("digits", "shapes"):
-        return ("data.batch_size=64",)
-    if data == "folder":
-        for part in ("train", "test"):
-            for name in ("one", "two"):
-                folder = root / part / name
-                folder.mkdir(parents=True)
-                for i in range(20):
-                    pixels = random.integers(0, 256, (40, 40, 3), np.uint8)
-                    Image.fromarray(pixels).save(folder / f"{i}.png")
-        return (f"data.root={root}", "data.batch_size=9", "data.workers=0")
-    few = (f"data.root={root}", "data.download=false", "data.batch_size=9")
-    if data in ("mnist", "fashion_mnist"):
-        raw = root / {"mnist": "MNIST", "fashion_mnist": "FashionMNIST"}[data] / "raw"
-        raw.mkdir(parents=True)
-        for part, n in (("train", 60), ("t10k", 20)):
-            for kind, array in (
-                ("images", random.integers(0, 256, (n, 28, 28))),
-                ("labels", np.arange(n) % 10),
-            ):
-                header = bytes([0, 0, 8, array.ndim]) + b"".join(d.to_bytes(4, "big") for d in array.shape)
-                path = raw / f"{part}-{kind}-idx{array.ndim}-ubyte"
-                path.write_bytes(header + array.astype(np.uint8).tobytes())
-        return few
-    if data == "cifar10":
-        folder = root / SmallCIFAR10.base_folder
-        folder.mkdir(parents=True)
-        for name, _ in (*SmallCIFAR10.train_list, *SmallCIFAR10.test_list):
-            images = random.integers(0, 256, (20, 3072), np.uint8)
-            (folder / str(name)).write_bytes(pickle.dumps({"data": images, "labels": [*range(10)] * 2}))
-        (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [*"abcdefghij"]}))
-        return (*few, "data.dataset.path=tests.experiments.test_configs.SmallCIFAR10")
-    if data == "imagenette":
-        for part, n in (("train", 4), ("val", 1)):
-            for wnid in datasets.Imagenette._WNID_TO_CLASS:
-                folder = root / "imagenette2-160" / part / wnid
-                folder.mkdir(parents=True)
-                for i in range(n):
-                    pixels = random.integers(0, 256, (160, 180, 3), np.uint8)
-                    Image.fromarray(pixels).save(folder / f"{i}.JPEG")
-        return (*few, "data.workers=0")
-    pytest.skip(f"no generator for {data}: add one")
+def test_a_callback_is_left_out_by_null(tmp_path: Path) -> None:
+    assert {"growth", "gates"} <= set(configure(tmp_path).callbacks)
+    assert configure(tmp_path, "callbacks.gates=null").callbacks.gates is None
 
 
-def survives(folder: Path, experiment: str, *options: str) -> dict[str, Any]:
-    summary = train(configure(folder, *QUICK, f"experiment={experiment}", *options), folder)
-    assert summary["experiment"] == json.loads((folder / "summary.json").read_text())["experiment"]
-    assert np.isfinite(summary["test/acc"]) and summary["params"] > 0
-    return summary
-
-
-@pytest.mark.parametrize("experiment", files("experiment"))
-def test_every_experiment_survives_an_epoch(tmp_path: Path, experiment: str) -> None:
-    data = configure(tmp_path / "look", f"experiment={experiment}").choices.data
-    options = generated(data, tmp_path / "data")
-    summary = survives(tmp_path / "run", experiment, *options)
-    assert (summary["data"], summary["experiment"]) == (data, experiment)
-
-
-@pytest.mark.slow
-def test_a_torchvision_model_survives_at_the_size_it_was_made_for(tmp_path: Path) -> None:
-    options = generated("imagenette", tmp_path / "data")
-    few = (
-        "data.size=224",
-        "+trainer.limit_train_batches=1",
-        "+trainer.limit_val_batches=1",
-        "data.batch_size=2",
+def test_an_experiments_options_go_with_what_the_command_line_replaces(tmp_path: Path) -> None:
+    """Of the schedule, the scheduler, the optimizer and the model; the command line's own stay."""
+    cfg = configure(
+        tmp_path, "experiment=digits", "schedule=static", "lr_scheduler=step", "lr_scheduler.gamma=0.5"
     )
-    chosen = ("model=torchvision", "model.name=alexnet", "+trainer.limit_test_batches=1")
-    survives(tmp_path / "run", "imagenette_levels", *options, *chosen, *few)
-
-
-@pytest.mark.data
-@pytest.mark.parametrize("experiment", ["mnist", "cifar10"])
-def test_experiments_survive_a_few_batches_of_real_data(tmp_path: Path, experiment: str) -> None:
-    few = [f"+trainer.limit_{part}_batches=4" for part in ("train", "val")]
-    survives(tmp_path, experiment, *few, "data.download=false", "data.batch_size=32")
-
-
-@pytest.mark.parametrize("experiment", ["digits", "smoke"])
-def test_experiments_survive_fast_dev_run(tmp_path: Path, experiment: str) -> None:
-    """Lightning's own rehearsal: one batch, no logger, no checkpoint."""
-    survives(tmp_path, experiment, "+trainer.fast_dev_run=true")
-    assert not (tmp_path / "last.ckpt").exists()
+    assert not {"growth", "gates"} & set(cfg.callbacks)
+    assert dict(cfg.lr_scheduler) == {**node("lr_scheduler", "step"), "gamma": 0.5}
+    cfg = configure(tmp_path, "experiment=cifar10", "optimizer=sgd", "model=vgg16_bn", "optimizer.lr=0.05")
+    assert (cfg.optimizer.weight_decay, cfg.optimizer.lr, cfg.model.width) == (5e-4, 0.05, 64)
+    assert configure(tmp_path, "experiment=cifar10", "optimizer.lr=1e-3").optimizer.weight_decay == 4e-2
 
 
 @pytest.mark.parametrize(
-    ("fresh", "optimizer"),
-    [("zero_out", "sgd"), ("random", "adamw"), ("split", "sgd"), ("split", "adamw"), ("gradmax", "adamw")],
+    ("word", "rewritten"),
+    [
+        ("run=~/x", "run=/home/someone/x"),
+        ("data.root=~", "data.root=/home/someone"),
+        ("seed=1", "seed=1"),
+        ("~logger", "~logger"),
+        ("--multirun", "--multirun"),
+        ("logger=null", "logger=[]"),
+        ("lr_scheduler=null", "~lr_scheduler"),
+        ("callbacks.gates=null", "callbacks.gates=null"),
+        ("init=null", "init=null"),
+    ],
 )
-def test_every_start_runs(tmp_path: Path, optimizer: str, fresh: str) -> None:
-    every = ("trigger=periodic", "trigger.every=1", "callbacks.growth.until=1.0", "trainer.max_epochs=2")
-    chosen = (f"optimizer={optimizer}", f"callbacks.growth.fresh={fresh}", "callbacks.gates.begin=0.0")
-    survives(tmp_path, "smoke", *every, *chosen)
-    held = load(tmp_path / "last.ckpt")["elastic"]
-    assert all(held["sizes"][name] > size for name, size in held["start"].items())
+def test_words_that_hydra_does_not_know_are_rewritten(
+    monkeypatch: pytest.MonkeyPatch, word: str, rewritten: str
+) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert rewrite(word) == rewritten
+
+
+def test_several_loggers_are_all_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_account(monkeypatch, tmp_path)
+    csv, wandb = make_loggers(configure(tmp_path, "logger=[csv,wandb]", "seed=5"))
+    assert isinstance(csv, CSVLogger) and Path(csv.log_dir).parent == tmp_path / "metrics"
+    assert isinstance(wandb, WandbLogger) and wandb._wandb_init["name"] == "digits-convnet-seed5"
+    assert make_loggers(configure(tmp_path, "logger=[]")) == []
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "mlflow"])
+def test_a_logger_works_or_names_its_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cfg = configure(tmp_path, f"logger=[csv,{name}]")
+    try:
+        loggers = make_loggers(cfg)
+    except OptionError as error:
+        assert str(error).endswith(f"pip install 'elastic-cnn[{name}]'") and "\n" not in str(error)
+    else:
+        assert len(loggers) == 2
 
 
 def test_the_data_folder_is_that_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,14 +258,127 @@ def test_the_data_folder_is_that_of_the_environment(tmp_path: Path, monkeypatch:
     assert configure(tmp_path, "data=mnist").data.root == "data"
 
 
-def test_one_seed_rules_all(tmp_path: Path) -> None:
-    cfg = configure(tmp_path, "seed=5", "logger=wandb")
-    assert cfg.seed == cfg.data.seed == 5 and cfg.logger.name == "digits-seed5"
-
-
 def test_the_trainer_takes_what_lightning_takes(tmp_path: Path) -> None:
     cfg = configure(tmp_path, "+trainer.deterministic=true", "+trainer.gradient_clip_val=1.0", *QUICK)
     trainer = instantiate(cfg.trainer, logger=False)
     assert isinstance(trainer, L.Trainer) and trainer.gradient_clip_val == 1.0
     torch.use_deterministic_algorithms(False)
     os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+# --- runs ---------------------------------------------------------------------------------------------------
+
+
+FEW = ("+trainer.limit_train_batches=2", "+trainer.limit_val_batches=1", "data.batch_size=64")
+SCHEDULES = {
+    "static": "static",
+    "[growth]": "growth",
+    "[gates]": "gates",
+    "[gates,growth,ema]": "growth+gates+ema",
+    "[growth,magnitude]": "growth+magnitude",
+}
+
+
+@pytest.mark.parametrize("schedule", list(SCHEDULES))
+def test_every_schedule_runs(tmp_path: Path, schedule: str) -> None:
+    budget = ["callbacks.magnitude.budget=900"] if "magnitude" in schedule else []
+    summary = train(configure(tmp_path, *QUICK, *FEW, f"schedule={schedule}", *budget), tmp_path)
+    assert summary["schedule"] == SCHEDULES[schedule]
+    gated = any("score" in name for name in load(tmp_path / "last.ckpt")["state_dict"])
+    assert gated == ("gates" in schedule or "magnitude" in schedule)
+
+
+@pytest.mark.parametrize("name", files("lr_scheduler"))
+def test_every_scheduler_runs_at_its_own_pace(tmp_path: Path, name: str) -> None:
+    """By epochs or batches: what torch's own would do is tested elsewhere."""
+    logged = (
+        "trainer.max_epochs=2",
+        "schedule=static",
+        f"lr_scheduler={name}",
+        "+trainer.limit_train_batches=5",
+    )
+    train(configure(tmp_path, *QUICK, "data.batch_size=64", *logged), tmp_path)
+    lines = (tmp_path / "metrics" / "version_0" / "metrics.csv").read_text().splitlines()
+    column = lines[0].split(",").index("lr-AdamW/pg1")
+    rates = [float(line.split(",")[column]) for line in lines[1:] if line.split(",")[column]]
+    by_batch = name in ("onecycle", "cosine")
+    assert len(rates) == (2 if name in ("constant", "step", "multistep") else 10)
+    assert (len(set(rates)) >= 9) == by_batch
+
+
+def survive(folder: Path, experiment: str, *options: str) -> dict[str, Any]:
+    summary = train(configure(folder, *QUICK, f"experiment={experiment}", *options), folder)
+    assert np.isfinite(summary["test/acc"]) and summary["params"] > 0
+    return summary
+
+
+COSTLY = ("cifar10", "cifar10_levels", "cifar10_dynamic", "imagenette_levels", "mnist_dynamic")
+
+
+@pytest.mark.parametrize("experiment", [name for name in files("experiment") if name != "imagenette_levels"])
+def test_every_experiment_can_begin(tmp_path: Path, experiment: str) -> None:
+    cfg = configure(tmp_path, f"experiment={experiment}")
+    module, data = build(cfg)
+    assert cfg.name == experiment and module.example.shape[1:] == data.shape
+
+
+@pytest.mark.parametrize(
+    "experiment",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in COSTLY)) for name in files("experiment")],
+)
+def test_every_experiment_survives_an_epoch(tmp_path: Path, experiment: str) -> None:
+    data = configure(tmp_path / "look", f"experiment={experiment}").choices.data
+    options = generate(data, tmp_path / "data")
+    summary = survive(tmp_path / "run", experiment, *options)
+    assert (summary["data"], summary["experiment"]) == (data, experiment)
+
+
+@pytest.mark.slow
+def test_a_torchvision_model_survives_at_the_size_it_was_made_for(tmp_path: Path) -> None:
+    options = generate("imagenette", tmp_path / "data")
+    limits = (
+        "+trainer.limit_train_batches=1",
+        "+trainer.limit_val_batches=1",
+        "+trainer.limit_test_batches=1",
+    )
+    large = ("data.size=224", "data.batch_size=2", "model=torchvision", "model.name=alexnet")
+    survive(tmp_path / "run", "imagenette_levels", *options, *large, *limits)
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("experiment", ["mnist", "cifar10"])
+def test_experiments_survive_a_few_batches_of_real_data(tmp_path: Path, experiment: str) -> None:
+    few = [f"+trainer.limit_{part}_batches=4" for part in ("train", "val")]
+    survive(tmp_path, experiment, *few, "data.download=false", "data.batch_size=32")
+
+
+def test_one_batch_is_neither_logged_nor_saved(tmp_path: Path) -> None:
+    summary = train(configure(tmp_path, "debug=batch", "trainer.accelerator=cpu"), tmp_path)
+    assert (
+        summary["epochs"] == 1
+        and not (tmp_path / "last.ckpt").exists()
+        and not (tmp_path / "metrics").exists()
+    )
+
+
+@pytest.mark.filterwarnings("ignore:You requested to overfit:UserWarning")  # and does what we want
+def test_a_few_batches_are_learnt_by_heart(tmp_path: Path) -> None:
+    still = ("trainer.max_epochs=12", "schedule=static", "trainer.accelerator=cpu", "callbacks.progress=null")
+    still = (*still, "model.channels=[32,32,32,32]")
+    train(configure(tmp_path, "debug=overfit", *still), tmp_path)
+    last = (tmp_path / "history.jsonl").read_text().splitlines()[-1]
+    assert float(last.split('"train/acc": ')[1].split(",")[0].rstrip("}")) > 0.9
+
+
+def test_a_profile_is_in_the_runs_folder(tmp_path: Path) -> None:
+    train(configure(tmp_path, *QUICK, *FEW, "debug=profile"), tmp_path)
+    assert "run_training_batch" in (tmp_path / "fit-profile.txt").read_text()
+
+
+@pytest.mark.parametrize(("fresh", "optimizer"), [("split", "sgd"), ("gradmax", "adamw")])
+def test_a_start_runs_with_an_optimizer(tmp_path: Path, optimizer: str, fresh: str) -> None:
+    every = ("trigger=periodic", "trigger.every=1", "callbacks.growth.until=1.0", "trainer.max_epochs=2")
+    chosen = (f"optimizer={optimizer}", f"callbacks.growth.fresh={fresh}", "callbacks.gates.begin=0.0")
+    survive(tmp_path, "smoke", *FEW, *every, *chosen)
+    held = load(tmp_path / "last.ckpt")["elastic"]
+    assert all(held["sizes"][name] > size for name, size in held["start"].items())

@@ -1,6 +1,6 @@
 """How often the kernels of a network with kernel activation modules are on, and what images take.
 
-    python -m experiments.kernel_usage run=<folder> [level=<number>] [set=<number>] [figure=<png>] [csv=<file>]
+    python -m experiments.usage run=<folder> [level=<number>] [set=<number>] [figure=<png>] [csv=<file>]
 
 Prints the part of the images for which each layer's kernels are on; the figure has that, kernel by kernel,
 the MACs of each class and of each image, and the images that took least and most.
@@ -29,7 +29,7 @@ def main() -> None:
     known = {"run", "level", "set", "figure", "csv"}
     if "run" not in given or set(given) - known or not all(isinstance(number, int) for number in numbers):
         raise TrainingError(
-            "usage: python -m experiments.kernel_usage run=<folder> [level=…] [set=…] [figure=…] [csv=…]"
+            "usage: python -m experiments.usage run=<folder> [level=…] [set=…] [figure=…] [csv=…]"
         )
     _, gated, data = chosen(Path(str(given.run)), given.get("level"), given.get("set", 0))
     seen = run_per_image(gated, data)

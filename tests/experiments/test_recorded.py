@@ -1,0 +1,141 @@
+"""Test that recorded runs are in today's words: configurations, summaries, the commands that made them."""
+
+import functools
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from elastic.data import ImageData
+from elastic.experiments.tools.composition import list_active
+from elastic.experiments.tools.summary import SCHEDULE
+from tests.runs import configure
+
+ROOT = Path(__file__).parents[2]
+RUNS = sorted(path.parent for path in ROOT.glob("experiments/*/*/config.yaml"))
+READMES = sorted(ROOT.glob("experiments/*/README.md"))
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT / "experiments").as_posix()
+
+
+@functools.cache
+def read(folder: Path) -> DictConfig:
+    cfg = OmegaConf.load(folder / "config.yaml")
+    assert isinstance(cfg, DictConfig)
+    return cfg
+
+
+def test_there_are_recorded_runs() -> None:
+    assert len(RUNS) > 100 and len(READMES) > 10
+
+
+def test_every_recorded_network_and_its_data_can_be_made() -> None:
+    nets: dict[str, nn.Module] = {}
+    for folder in RUNS:
+        cfg = read(folder)
+        data = instantiate(cfg.data)
+        assert isinstance(data, ImageData)
+        key = repr((cfg.model, data.shape, data.classes))
+        if key not in nets:
+            nets[key] = instantiate(cfg.model, in_channels=data.shape[0], classes=data.classes)
+            assert isinstance(nets[key], nn.Module)
+
+
+def test_every_recorded_callback_optimizer_and_scheduler_can_be_made() -> None:
+    """Each of a kind once: what differs are numbers."""
+    made: set[tuple[str, ...]] = set()
+    for folder in RUNS:
+        cfg = read(folder)
+        nodes = {**cfg.callbacks, "optimizer": cfg.optimizer, "lr_scheduler": cfg.lr_scheduler, **cfg.logger}
+        for node in (node for part, node in nodes.items() if node is not None and part != "distil"):
+            if (kind := (node._target_, *sorted(node))) not in made:
+                made.add(kind)
+                instantiate(node)
+
+
+def keys(node: Any) -> dict[str, Any]:
+    """The names in a configuration, without its values."""
+    return {key: keys(node[key]) if OmegaConf.is_dict(node[key]) else None for key in node}
+
+
+@pytest.mark.parametrize("folder", RUNS[::7], ids=name)
+def test_a_recorded_configuration_has_the_names_of_todays(tmp_path: Path, folder: Path) -> None:
+    """And no other ones: a run with the same schedule would be described by the same keys today."""
+    cfg = read(folder)
+    methods = [method for method in (*SCHEDULE, "distil") if method in list_active(cfg)]
+    given = ["callbacks.magnitude.budget=9"] if "magnitude" in methods else []
+    today = configure(tmp_path, f"schedule=[{','.join(methods)}]", *given)
+    assert set(cfg) == set(today)
+    for method in methods:
+        ours, theirs = keys(cfg.callbacks[method]), keys(today.callbacks[method])
+        assert set(ours) == set(theirs) and ours.get("amount") == theirs.get("amount")
+
+
+def test_every_recorded_summary_names_its_schedule() -> None:
+    for folder in RUNS:
+        summary = json.loads((folder / "summary.json").read_text())
+        cfg = read(folder)
+        methods = [method for method in SCHEDULE if method in list_active(cfg)]
+        assert summary["schedule"] == ("+".join(methods) or "static"), folder
+        budget = {key for key in summary if key.startswith("budget/")} - {"budget/reason"}
+        assert budget in (set(), {"budget/by", "budget/target", "budget/actual"}), folder
+
+
+# --- commands -----------------------------------------------------------------------------------------------
+
+# Nothing but `python` can be called, and that only says what it was given.
+SHELL = "PATH=/nowhere; python() { printf '%s\\037' \"$@\"; printf '\\n'; }\n"
+
+
+def commands(readme: Path, folder: Path) -> Iterator[list[str]]:
+    """What a README gives to `python`, as a shell has it: loops and variables are expanded."""
+    for code in re.findall(r"^```bash\n(.*?)^```$", readme.read_text(), re.DOTALL | re.MULTILINE):
+        shell = subprocess.run(
+            ["bash", "-c", SHELL + code], cwd=folder, capture_output=True, text=True, check=False
+        )
+        yield from (line.split("\037")[:-1] for line in shell.stdout.splitlines())
+
+
+def single(overrides: list[str]) -> tuple[str, ...]:
+    """The first run of a sweep."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    return tuple(
+        f"{o.get_key_element()}={next(o.sweep_string_iterator())}"
+        if o.is_sweep_override()
+        else str(o.input_line)
+        for o in parsed
+    )
+
+
+@pytest.mark.parametrize("readme", READMES, ids=name)
+def test_the_commands_that_made_a_record_compose(readme: Path, tmp_path: Path) -> None:
+    composed: set[tuple[str, ...]] = set()
+    for python_m, module, *arguments in commands(readme, tmp_path):
+        assert python_m == "-m" and module.startswith("experiments.")
+        assert (ROOT / "experiments" / f"{module.removeprefix('experiments.')}.py").is_file(), module
+        if module != "experiments.train":
+            continue
+        said = [word for word in arguments if word != "-m" and not re.match("(run|seed|init)=", word)]
+        # What differs by the value of an option composes alike.
+        kind = tuple(word.partition("=")[0] if "." in word.partition("=")[0] else word for word in said)
+        if kind not in composed:
+            composed.add(kind)
+            cfg = configure(tmp_path, *single(said))
+            assert cfg.name in (
+                "digits",
+                "mnist",
+                "mnist_dynamic",
+                "cifar10",
+                "cifar10_levels",
+                "cifar10_dynamic",
+            )
