@@ -7,7 +7,6 @@ A run is a folder with a `summary.json`; folders named <arm>-seed<k> beside each
 failed are listed.
 """
 
-import csv
 import glob
 import json
 import re
@@ -15,6 +14,7 @@ import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from csv import writer as write_rows
 from pathlib import Path
 from typing import Any
 
@@ -125,42 +125,50 @@ def row(summaries: Sequence[dict[str, Any]]) -> dict[str, Cell]:
     return found
 
 
-def main() -> None:
-    given = OmegaConf.from_dotlist(sys.argv[1:])
-    if "runs" not in given or set(given) - {"runs", "csv", "figure", "html", "latency"}:
-        raise TrainingError(
-            "usage: python -m experiments.compare runs='<glob of run folders>' [csv=<file>] [figure=<png>] "
-            "[html=<file>] [latency=true]"
-        )
-    pattern = str(given.runs)
-    summaries = read(pattern)
+def compare_runs(
+    runs: str,
+    csv: Path | None = None,
+    figure: Path | None = None,
+    html: Path | None = None,
+    latency: bool = False,
+) -> None:
+    """Show one table of many runs, and write it down where a file is named.
+
+    Args:
+        runs: a glob of their folders.
+        csv: the table as a file.
+        figure: a picture of it.
+        html: a page about it that opens anywhere, with more figures.
+        latency: measure all networks, and their levels, on this machine.
+    """
+    summaries = read(runs)
     notes = []
-    if given.get("latency"):
+    if latency:
         quiet()
         notes.append(time_runs(summaries))
-    found = by_arm(summaries, named(pattern))
+    found = by_arm(summaries, named(runs))
     skips = switched(found)
     shown = {"latency_ms": bool(notes), "macs_dynamic": skips}
     columns = {key: column for key, column in COLUMNS.items() if shown.get(key, True)}
-    cells = {arm: row(runs) for arm, runs in found.items()}
+    cells = {arm: row(seeds) for arm, seeds in found.items()}
     head = ("arm", "runs", *(head for head, _, _ in columns.values()))
     table, rows = Table(Column("arm", overflow="fold"), *head[1:]), []
-    for arm, runs in found.items():
-        texts = (_shown(cells[arm][key], len(runs), digits) for key, (_, _, digits) in columns.items())
-        rows.append([arm, str(len(runs)), *texts])
+    for arm, seeds in found.items():
+        texts = (_shown(cells[arm][key], len(seeds), digits) for key, (_, _, digits) in columns.items())
+        rows.append([arm, str(len(seeds)), *texts])
         table.add_row(*rows[-1])
     Console(width=WIDTH).print(table)
-    broken = failed(pattern)
+    broken = failed(runs)
     for line in (*notes, *(f"failed: {name}: {why}" for name, why in broken.items())):
         print(line)
-    if "csv" in given:
-        write_csv(found, cells, columns, Path(str(given.csv)))
-    if "figure" in given:
-        draw_arms(found, "macs_dynamic" if skips else "params", Path(str(given.figure)))
-    if "html" in given:
-        parts = [*figures(found, histories(pattern), notes), failures(broken)]
-        text = page(pattern, head, rows, best(rows), parts)
-        write_atomically(Path(str(given.html)), lambda part: part.write_text(text))
+    if csv is not None:
+        write_csv(found, cells, columns, csv)
+    if figure is not None:
+        draw_arms(found, "macs_dynamic" if skips else "params", figure)
+    if html is not None:
+        parts = [*figures(found, histories(runs), notes), failures(broken)]
+        text = page(runs, head, rows, best(rows), parts)
+        write_atomically(html, lambda part: part.write_text(text))
 
 
 def write_csv(
@@ -170,7 +178,7 @@ def write_csv(
     path: Path,
 ) -> None:
     with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
+        writer = write_rows(file, lineterminator="\n")
         writer.writerow(["arm", "runs", *(f"{key} {part}" for key in columns for part in ("mean", "sd"))])
         for arm, runs in sorted(found.items()):
             values = (value for key in columns for value in cells[arm][key] or NONE)
@@ -222,6 +230,17 @@ def _shown(cell: Cell, runs: int, digits: int) -> str:
         return "–"
     form = ".2g" if 0 < abs(cell[0]) < 0.5 * 0.1**digits else f",.{digits}f"
     return " ± ".join(f"{value:{form}}" for value in cell[: min(runs, 2)])
+
+
+def main() -> None:
+    given = OmegaConf.from_dotlist(sys.argv[1:])
+    if "runs" not in given or set(given) - {"runs", "csv", "figure", "html", "latency"}:
+        raise TrainingError(
+            "usage: python -m experiments.compare runs='<glob of run folders>' [csv=<file>] [figure=<png>] "
+            "[html=<file>] [latency=true]"
+        )
+    files = {name: Path(str(given[name])) for name in ("csv", "figure", "html") if name in given}
+    compare_runs(str(given.runs), **files, latency=bool(given.get("latency")))
 
 
 if __name__ == "__main__":

@@ -61,6 +61,24 @@ def workspace(entity: str, project: str) -> Any:
     )
 
 
+def make_dashboard(entity: str = "", project: str = "elastic-cnn", print: bool = False) -> str:
+    """Make the dashboard in a project on W&B, and return its address; or return it as JSON, and send nothing.
+
+    Args:
+        entity: whose project it is; needed where it is sent.
+        print: return JSON instead.
+    """
+    try:
+        made = workspace(entity or "you", project)
+    except ImportError as error:
+        raise TrainingError(
+            "wandb-workspaces is not installed: pip install 'elastic-cnn[dashboards]'"
+        ) from error
+    if print:
+        return str(made._to_model().model_dump_json(by_alias=True))
+    return str(made.save().url)
+
+
 def main() -> None:
     quiet()
     known = {"entity": "", "project": "elastic-cnn", "print": False}
@@ -69,16 +87,7 @@ def main() -> None:
         raise TrainingError(
             "usage: python -m experiments.dashboard entity=<yours> [project=<name>] | print=true"
         )
-    try:
-        made = workspace(str(given.entity or "you"), str(given.project))
-    except ImportError as error:
-        raise TrainingError(
-            "wandb-workspaces is not installed: pip install 'elastic-cnn[dashboards]'"
-        ) from error
-    if given.print:
-        print(made._to_model().model_dump_json(by_alias=True))
-    else:
-        print(made.save().url)
+    print(make_dashboard(str(given.entity), str(given.project), bool(given.print)))
 
 
 if __name__ == "__main__":

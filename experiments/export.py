@@ -17,6 +17,19 @@ from elastic.files.exporting import export
 from elastic.levels.nested import Levels
 
 
+def export_run(run: Path, to: Path, level: int | None = None) -> None:
+    """Write the network of a finished run, or one of its levels, for other programs.
+
+    Raises:
+        TrainingError: the folder holds no finished run, or not that level.
+        StructureError: the network cannot be written.
+    """
+    net, data = restore_plain(run)
+    chosen = level_of(net, level) if level is not None else net.net if isinstance(net, Levels) else net
+    export(chosen, torch.zeros(1, *data.shape), to)
+    print(f"{to}: {to.stat().st_size:,} bytes, equal to the network to 1e-5")
+
+
 def main() -> None:
     quiet()
     given = OmegaConf.from_dotlist(sys.argv[1:])
@@ -25,11 +38,7 @@ def main() -> None:
         raise TrainingError(
             "usage: python -m experiments.export run=<finished run> to=<file.pt2 or .onnx> [level=<number>]"
         )
-    net, data = restore_plain(Path(str(given.run)))
-    chosen = level_of(net, level) if level is not None else net.net if isinstance(net, Levels) else net
-    path = Path(str(given.to))
-    export(chosen, torch.zeros(1, *data.shape), path)
-    print(f"{path}: {path.stat().st_size:,} bytes, equal to the network to 1e-5")
+    export_run(Path(str(given.run)), Path(str(given.to)), level)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ with its modules. Ratios are of medians over the batches. The last columns say w
 for each part of the MACs saved, modules counted, against the best of stock PyTorch and against our kernel.
 """
 
-import csv
 import statistics
 import sys
 from collections.abc import Sequence
+from csv import writer as write_rows
 from pathlib import Path
 
 import torch
@@ -62,21 +62,19 @@ def compare(net: nn.Module, gated: fx.GraphModule, inputs: Sequence[Tensor]) -> 
     return found | {"macs": statistics.fmean(shares, sizes)}
 
 
-def main() -> None:
-    quiet()
-    given = OmegaConf.merge({"images": 256, "set": 0}, OmegaConf.from_dotlist(sys.argv[1:]))
-    numbers = (OmegaConf.select(given, "level", default=0), given.set, given.images)
-    if (
-        "run" not in given
-        or set(given) - {"run", "set", "level", "images", "csv"}
-        or not all(isinstance(number, int) for number in numbers)
-        or given.images < 1
-    ):
-        raise TrainingError(
-            "usage: python -m experiments.latency run=<folder> [set=…] [level=…] [images=…] [csv=…]"
-        )
-    plain, gated, data = chosen(Path(str(given.run)), OmegaConf.select(given, "level"), given.set)
-    images_NCHW = some_images(data, given.images)
+def show_latency(
+    run: Path, level: int | None = None, set: int = 0, images: int = 256, csv: Path | None = None
+) -> None:
+    """Time a dynamic network beside its dense one, in batches of several sizes, on one and two threads.
+
+    Args:
+        level: of a network with levels, 0 being the smallest; the largest without one.
+        set: of the modules.
+        images: of the test split, how many.
+        csv: a table to write.
+    """
+    plain, gated, data = chosen(run, level, set)
+    images_NCHW = some_images(data, images)
 
     columns = ("threads", "batch", "stock", "folded", "channels_last", "kernel", "skipping", "macs")
     table = Table(
@@ -102,11 +100,28 @@ def main() -> None:
                 " and ".join(f"{each:.2f}" for each in saved),
             )
     Console(width=140).print(table)
-    if "csv" in given:
-        with open(str(given.csv), "w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
+    if csv is not None:
+        with csv.open("w", newline="") as file:
+            writer = write_rows(file, lineterminator="\n")
             writer.writerow(columns)
             writer.writerows([*row[:2], *(f"{value:.4f}" for value in row[2:])] for row in rows)
+
+
+def main() -> None:
+    quiet()
+    given = OmegaConf.merge({"images": 256, "set": 0}, OmegaConf.from_dotlist(sys.argv[1:]))
+    numbers = (OmegaConf.select(given, "level", default=0), given.set, given.images)
+    if (
+        "run" not in given
+        or set(given) - {"run", "set", "level", "images", "csv"}
+        or not all(isinstance(number, int) for number in numbers)
+        or given.images < 1
+    ):
+        raise TrainingError(
+            "usage: python -m experiments.latency run=<folder> [set=…] [level=…] [images=…] [csv=…]"
+        )
+    csv = Path(str(given.csv)) if "csv" in given else None
+    show_latency(Path(str(given.run)), OmegaConf.select(given, "level"), given.set, given.images, csv)
 
 
 if __name__ == "__main__":

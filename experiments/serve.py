@@ -9,7 +9,6 @@ one core, which a busy process shares with them in every other phase of so many 
 part of all images that is classified right and in time.
 """
 
-import csv
 import os
 import signal
 import statistics
@@ -18,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from csv import writer as write_rows
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +37,6 @@ from elastic.levels.nested import Levels
 from elastic.levels.runtime import Runtime
 
 PHASES = (False, True, False, True, False)  # whether the rival runs
-DEFAULTS = {"batch": 32, "deadline": 1.3, "seconds": 3.0, "repeats": 5}
 Batches = list[tuple[Tensor, Tensor]]
 
 
@@ -128,20 +127,32 @@ def images(data: ImageData, batch: int, count: int) -> Batches:
     return [(x_BCHW, y_B) for x_BCHW, y_B in batches(data) if len(y_B) == batch][:count]
 
 
-def main() -> None:
-    quiet()
+def serve_stream(
+    run: Path,
+    batch: int = 32,
+    deadline: float = 1.3,
+    seconds: float = 3.0,
+    repeats: int = 5,
+    csv: Path | None = None,
+    figure: Path | None = None,
+) -> None:
+    """Serve a stream of images by the elastic network and by each of its levels, and show who is best.
+
+    Args:
+        batch: images of a request.
+        deadline: relative to what the whole network takes on an idle core.
+        seconds: of each phase.
+        repeats: of the whole comparison.
+        csv: a table to write.
+        figure: a picture to draw.
+    """
     torch.set_num_threads(1)
-    given = OmegaConf.merge(DEFAULTS, OmegaConf.from_dotlist(sys.argv[1:]))
-    if "run" not in given or set(given) - {*DEFAULTS, "run", "csv", "figure"}:
-        raise TrainingError(
-            f"usage: {(__doc__ or '').strip().partition(chr(10) * 2)[2].strip().splitlines()[0]} …"
-        )
-    net, data = restore_plain(Path(str(given.run)))
+    net, data = restore_plain(run)
     if not isinstance(net, Levels):
-        raise TrainingError(f"{given.run} holds a network without levels: train some with schedule=joint")
+        raise TrainingError(f"{run} holds a network without levels: train some with schedule=joint")
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    found = compete(net, images(data, given.batch, 100), given.deadline, given.seconds, given.repeats)
+    found = compete(net, images(data, batch, 100), deadline, seconds, repeats)
 
     table = Table("server", "right in time (%)", "in time (%)", "accuracy in time (%)")
     rows = [(name, i, *score(answers)) for name, runs in found.items() for i, answers in enumerate(runs)]
@@ -149,19 +160,32 @@ def main() -> None:
         columns = list(zip(*(row[2:] for row in rows if row[0] == name), strict=True))
         table.add_row(name, *(_shown(column) for column in columns))
     Console().print(table)
-    if "csv" in given:
-        with open(str(given.csv), "w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
+    if csv is not None:
+        with csv.open("w", newline="") as file:
+            writer = write_rows(file, lineterminator="\n")
             writer.writerow(["server", "repeat", "right in time", "in time", "accuracy in time"])
             writer.writerows([name, i, *(f"{value:.4f}" for value in values)] for name, i, *values in rows)
-    if "figure" in given:
+    if figure is not None:
         scores = {name: [row[2] for row in rows if row[0] == name] for name in found}
-        draw_serving(found["elastic"][0], scores, Path(str(given.figure)))
+        draw_serving(found["elastic"][0], scores, figure)
 
 
 def _shown(values: tuple[float, ...]) -> str:
     sd = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{100 * statistics.mean(values):.2f} ± {100 * sd:.2f}"
+
+
+def main() -> None:
+    quiet()
+    given = OmegaConf.from_dotlist(sys.argv[1:])
+    numbers, files = ("batch", "deadline", "seconds", "repeats"), ("csv", "figure")
+    if "run" not in given or set(given) - {*numbers, *files, "run"}:
+        raise TrainingError(
+            f"usage: {(__doc__ or '').strip().partition(chr(10) * 2)[2].strip().splitlines()[0]} …"
+        )
+    options = {name: given[name] for name in numbers if name in given}
+    paths = {name: Path(str(given[name])) for name in files if name in given}
+    serve_stream(Path(str(given.run)), **options, **paths)
 
 
 if __name__ == "__main__":

@@ -143,13 +143,18 @@ def latencies(net: nn.Module, repeats: int) -> Table:
     return table
 
 
-def main() -> None:
+def compare_switching() -> None:
+    """Show what it takes to go from one sub-network to another, here and elsewhere."""
     warnings.simplefilter("ignore")  # the peers' own
     torch.manual_seed(0)
     torch.set_num_threads(1)
     console = Console(width=110)
     console.print(switches())
     console.print(latencies(resnet20(), 200))
+
+
+def main() -> None:
+    compare_switching()
 
 
 if __name__ == "__main__":
