@@ -1,7 +1,7 @@
 """Measure a finished run again: `python -m experiments.evaluate run=<folder> [level=…] [set=…]`.
 
 Rebuilds the network from `config.yaml` and `model.safetensors`, runs the test split, and ends with one line
-of JSON under the keys of `summary.json`; of a network with levels, all of them or the one asked for.
+of JSON under the keys of `summary.json`; of a network with levels, all of them or the one named.
 """
 
 import json
@@ -12,10 +12,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from elastic.errors import TrainingError
-from elastic.experiments.tools.restore import level_of, restore, restore_switched
+from elastic.experiments.tools.restore import restore
 from elastic.experiments.tools.setup import quiet, run
-from elastic.experiments.tools.summary import measure, measure_levels
-from elastic.levels.nested import Levels
+from elastic.experiments.tools.summary import measure_level, measure_network
 
 
 def evaluate(run: Path, level: int | None = None, set: int | None = None) -> dict[str, Any]:
@@ -26,24 +25,14 @@ def evaluate(run: Path, level: int | None = None, set: int | None = None) -> dic
         set: measure with this set of kernel activation modules, instead of all of them.
 
     Raises:
-        TrainingError: the folder holds no finished run, or not that level.
+        FileError: the folder holds no finished run.
+        OptionError: the network has no such level or set.
     """
-    net, data, summary = restore(run)
-    switched = restore_switched(net, run, data)
-    levels, row = net if isinstance(net, Levels) else None, dict[str, Any]()
-    plain = level_of(net, level) if level is not None else levels.net if levels is not None else net
-    modules = switched[-1 if level is None else level] if switched else None
-    measured = measure(plain, data, modules)
-    if set is not None:
-        if not 0 <= set < len(measured["sets"]):
-            raise TrainingError(
-                f"there is no set {set} of kernel activation modules: the network has {len(measured['sets'])}"
-            )
-        row = {**measured["sets"][set], "sets": []}
-        del row["set"]
-    elif level is None and levels is not None:
-        row = {"levels": measure_levels(levels, data, switched)}
-    return summary | measured | row
+    finished = restore(run)
+    if level is None and set is None:
+        return finished.summary | measure_network(finished.network, finished.data)
+    sets = None if set is None else [set]
+    return finished.summary | measure_level(finished.network, finished.data, level, sets)
 
 
 def main() -> None:

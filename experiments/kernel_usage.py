@@ -1,4 +1,4 @@
-"""How often the kernels of a network with kernel activation modules are on, and what images take.
+"""Show how often the kernels of a dynamic network are on, and what images take.
 
     python -m experiments.kernel_usage run=<folder> [level=…] [set=…] [figure=<png>] [csv=<file>]
 
@@ -7,7 +7,7 @@ the MACs of each class and of each image, and the images that took least and mos
 """
 
 import sys
-from csv import writer as write_rows
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -16,10 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 from elastic.errors import TrainingError
-from elastic.experiments.tools.figure import draw_duty
-from elastic.experiments.tools.per_image import run_per_image
-from elastic.experiments.tools.restore import chosen
+from elastic.experiments.tools.per_image import PerImage, run_per_image
+from elastic.experiments.tools.restore import restore
+from elastic.experiments.tools.runtime_figures import draw_kernel_usage
 from elastic.experiments.tools.setup import quiet, run
+from elastic.experiments.tools.tables import write_csv
 
 
 def show_kernel_usage(
@@ -28,28 +29,35 @@ def show_kernel_usage(
     """Show how often each layer's kernels are on over the test split, and what images take.
 
     Args:
-        level: of a network with levels, 0 being the smallest; the largest without one.
+        level: of a network with levels, 0 being the smallest; the largest by default.
         set: of the modules.
         figure: a picture to draw.
         csv: a table of every kernel to write.
     """
-    _, gated, data = chosen(run, level, set)
-    seen = run_per_image(gated, data)
-    table = Table("convolution", "kernels", "on, mean (%)", "always on", "never on")
-    for name, duty_K in seen.duty.items():
-        always, never = int((duty_K == 1).sum()), int((duty_K == 0).sum())
-        table.add_row(name, str(len(duty_K)), f"{100 * duty_K.mean():.1f}", str(always), str(never))
-    Console().print(table)
-    print(f"test accuracy {seen.accuracy:.2%}, {seen.macs:,.0f} MACs an image, modules included")
+    finished = restore(run)
+    images = run_per_image(finished.network.dynamic(level, set), finished.data)
+    Console().print(_make_table(images))
+    print(f"test accuracy {images.accuracy:.2%}, {images.macs:,.0f} MACs an image, modules included")
     if csv is not None:
-        with csv.open("w", newline="") as file:
-            writer = write_rows(file, lineterminator="\n")
-            writer.writerow(["convolution", "kernel", "on"])
-            for name, duty_K in seen.duty.items():
-                writer.writerows([name, k, f"{on:.4f}"] for k, on in enumerate(duty_K.tolist()))
+        write_csv(csv, ["convolution", "kernel", "on"], _list_kernels(images))
     if figure is not None:
-        raw_NCHW = torch.cat([x for x, _ in data.test_dataloader()])
-        draw_duty(seen, raw_NCHW.permute(0, 2, 3, 1).numpy(), figure)
+        raw_NCHW = torch.cat([x_BCHW for x_BCHW, _ in finished.data.test_dataloader()])
+        draw_kernel_usage(images, raw_NCHW.permute(0, 2, 3, 1).numpy(), figure)
+
+
+def _make_table(images: PerImage) -> Table:
+    table = Table("convolution", "kernels", "on, mean (%)", "always on", "never on")
+    for name, usage_K in images.usage.items():
+        always, never = int((usage_K == 1).sum()), int((usage_K == 0).sum())
+        table.add_row(name, str(len(usage_K)), f"{100 * usage_K.mean():.1f}", str(always), str(never))
+    return table
+
+
+def _list_kernels(images: PerImage) -> Iterator[tuple[str, int, str]]:
+    """List every kernel with the part of the images for which it was on."""
+    for name, usage_K in images.usage.items():
+        for k, part in enumerate(usage_K.tolist()):
+            yield name, k, f"{part:.4f}"
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from elastic.errors import TrainingError
 from elastic.experiments.tools.composition import CONF, rewrite, settle
 from elastic.experiments.tools.figure import draw_history
 from elastic.experiments.tools.publish import publish
+from elastic.experiments.tools.restore import WEIGHTS, build_network
 from elastic.experiments.tools.setup import (
     active,
     alone,
@@ -39,22 +40,14 @@ from elastic.experiments.tools.setup import (
     settings,
 )
 from elastic.experiments.tools.summary import (
-    measure,
-    measure_levels,
-    revision,
+    find_revision,
+    measure_network,
     show,
     summarise,
     write_summary,
 )
 from elastic.experiments.tools.sweep import one_of_many, values
-from elastic.files.network import (
-    holds_levels,
-    load_compact,
-    load_levels,
-    refuse_switched,
-    save_compact,
-    save_levels,
-)
+from elastic.files.network import Network
 from elastic.pruning.compaction import compact
 from elastic.training.classifier import ElasticClassifier
 from elastic.training.compilation import compile_network
@@ -62,20 +55,13 @@ from elastic.training.compilation import compile_network
 
 def build(cfg: DictConfig) -> tuple[ElasticClassifier, ImageData]:
     """The data and the network, as the configuration describes them before anything has changed."""
-    L.seed_everything(cfg.seed, verbose=False)
-    data: ImageData = instantiate(cfg.data)
-    net = instantiate(cfg.model, in_channels=data.shape[0], classes=data.classes)
+    net, data = build_network(cfg)
     levels = None
     if cfg.get("init") is not None:
-        weights, example = (
-            finished(Path(cfg.init).expanduser()) / "model.safetensors",
-            torch.zeros(1, *data.shape),
-        )
-        refuse_switched(weights)
-        if "dynamic" in active(cfg) and holds_levels(weights):  # each gets modules of its own
-            levels = load_levels(net, weights, example)
-        else:
-            load_compact(net, weights, example)
+        weights = finished(Path(cfg.init).expanduser()) / WEIGHTS
+        network = Network.load(net, weights, torch.zeros(1, *data.shape))
+        network.reject_modules(weights)
+        levels = network.levels if "dynamic" in active(cfg) else None  # each gets modules of its own
         net.train()
     module = ElasticClassifier(
         net,
@@ -112,7 +98,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
 def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     quiet()
-    revision()  # of the code that trains, not of what is there when it has
+    find_revision()  # of the code that trains, not of what is there when it has
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     callbacks = make_callbacks(cfg)  # which may build networks, too
@@ -148,19 +134,14 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     is_whole = levels is not None or dynamic
     plain = structure.net.eval() if is_whole else compact(structure.net, structure.example)
     census = next((callback for callback in callbacks if isinstance(callback, Census)), Census())
-    measured = measure(plain, data, dynamic[-1] if dynamic else None)
+    network = Network(plain if levels is None else levels, dynamic)
+    measured = measure_network(network, data)
     summary = summarise(cfg, measured, census.seconds, census.macs_training)
     summary["epochs"] = trainer.current_epoch  # that were trained, whatever was planned
     summary["val/acc"] = census.history[-1].get("val/acc") if census.history else None
-    if levels is not None:
-        summary["levels"] = measure_levels(levels, data, dynamic)
     for callback in list_elastic(trainer):
         summary |= callback.report()
-    about, weights = {"widths": structure.widths.sizes()}, folder / "model.safetensors"
-    if levels is None:
-        save_compact(plain, weights, about, dynamic)
-    else:
-        save_levels(levels, weights, about, dynamic)
+    network.save(folder / WEIGHTS, {"widths": structure.widths.sizes()})
     write_lines(folder / "history.jsonl", census.history)
     draw_history(census.history, structure.timeline, folder / "history.png")
     write_summary(summary, folder)

@@ -23,7 +23,7 @@ HISTORY = "._extra_state"
 def load_module(module_class: type[M], checkpoint: Path | str, **arguments: Any) -> M:
     """Load a module from a checkpoint that a run with elastic callbacks has left.
 
-    `load_from_checkpoint` makes the network as its class does, which is not as large as the one that is saved.
+    `load_from_checkpoint` makes the network as its class does, not as large as the one that is saved.
 
     Args:
         module_class: the class that was trained.

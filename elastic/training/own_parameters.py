@@ -19,6 +19,8 @@ from elastic.errors import TrainingError
 from elastic.training.groups import remove_parameters
 
 FOLLOWED = ("lr", "betas", "momentum")  # what schedulers change
+# These have one operator for a whole group, on CPUs too: scores are many and small.
+FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,8 @@ def _make_groups(
         options = {name: value for name, value in home.param_groups[i].items() if name != "params"}
         if not own.decays and "weight_decay" in options:
             options["weight_decay"] = 0.0
+        if type(home) in FUSED and not options.get("amsgrad") and own.parameter.is_floating_point():
+            options |= {"fused": True, "foreach": False}
         key = (i, own.rate, own.decays)
         group = groups.setdefault(key, {**options, "home": i, "rate": own.rate, "params": []})
         group["params"].append(own.parameter)
