@@ -12,8 +12,8 @@ from elastic.experiments.evaluate import evaluate
 RECORDED = Path(__file__).parents[2] / "experiments"
 FOLDERS = sorted(path.parent for path in RECORDED.glob("*/*-seed*/model.safetensors"))
 EXACT = ("params", "params_dense", "macs")
-# Accuracy may differ by a sum's last bit, and so may which kernels an image needs.
-ACCURACY, MACS_DYNAMIC = 0.001, 1e-3
+# Sums differ in their last bits from machine to machine, and with them an answer or a kernel that is on.
+ACCURACY, MACS_DYNAMIC = 0.001, 5e-3
 
 
 def mark(folder: Path) -> Any:
