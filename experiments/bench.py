@@ -1,14 +1,12 @@
-"""What elasticity costs and saves, each beside the plain way in the same run: `python -m experiments.bench`.
+"""Measure what elasticity costs and saves, each beside the plain way: `python -m experiments.bench`.
 
 Every row times the two sides in turn and gives the median of the ratios ours / theirs, with their range.
 Absolute times depend on the machine; ratios much less.
 """
 
 import copy
-import statistics
-import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +17,11 @@ from torch import Tensor, nn
 from elastic.dynamic.attaching import attach_modules
 from elastic.dynamic.modules import iterate_modules
 from elastic.dynamic.skipping import make_skipping
-from elastic.experiments.latency import stock
+from elastic.experiments.tools.timing import Work, make_forward, make_stock, time_pairs
 from elastic.levels.cutting import extract_level
 from elastic.levels.nested import Levels
 from elastic.levels.sizes import level_sizes
-from elastic.measure.timing import Network, choose_fastest
+from elastic.measure.timing import choose_fastest
 from elastic.models import convnet, resnet20, vgg16_bn
 from elastic.pruning import gates
 from elastic.pruning.compaction import compact
@@ -31,30 +29,19 @@ from elastic.surgery.reindexing import grow_index, reindex
 from elastic.training.compilation import compile_network
 from elastic.widths.discovery import discover
 
-Work = Callable[[], Any]
+Pair = tuple[Work, Work]  # ours, theirs
+FRACTIONS = (0.512, 0.64, 0.8)  # of the MACs, of the levels below the network
 
 
-def paired(ours: Work, theirs: Work, repeats: int) -> tuple[float, float, list[float]]:
-    """Median milliseconds of each side, and the ratios pair by pair, after one unmeasured pair."""
-    times: list[tuple[float, float]] = []
-    for _ in range(repeats + 1):
-        pair = []
-        for work in (ours, theirs):
-            start = time.perf_counter()
-            work()
-            pair.append(1e3 * (time.perf_counter() - start))
-        times.append((pair[0], pair[1]))
-    a, b = zip(*times[1:], strict=True)
-    return statistics.median(a), statistics.median(b), [x / y for x, y in times[1:]]
-
-
-def training_step(net: nn.Module, optimizer: torch.optim.Optimizer, x_BCHW: Tensor) -> Work:
-    penalised = any(gates.iterate_gates(net))
+def make_step(net: nn.Module, x_BCHW: Tensor, optimizer: torch.optim.Optimizer | None = None) -> Work:
+    """Make a training step, with the penalty of the gates that the network has."""
+    gated = any(gates.iterate_gates(net))
     y_B = torch.zeros(len(x_BCHW), dtype=torch.long)
+    optimizer = optimizer or torch.optim.AdamW(net.parameters())
 
     def step() -> None:
         loss = F.cross_entropy(net(x_BCHW), y_B)
-        if penalised:
+        if gated:
             loss = loss + 1e-4 * gates.compute_penalty(net)
         optimizer.zero_grad()
         loss.backward()
@@ -63,28 +50,26 @@ def training_step(net: nn.Module, optimizer: torch.optim.Optimizer, x_BCHW: Tens
     return step
 
 
-def gated_step(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work]:
+def make_gated_step(net: nn.Module, x_BCHW: Tensor) -> Pair:
+    """Train with a gate on every weight, against without."""
     gated = copy.deepcopy(net)
     gates.attach_gates(gated, discover(gated, x_BCHW), "weight")
-    ours, theirs = (
-        training_step(model, torch.optim.AdamW(model.parameters()), x_BCHW) for model in (gated, net)
-    )
-    return ours, theirs
+    return make_step(gated, x_BCHW), make_step(net, x_BCHW)
 
 
-def compacted_forward(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work]:
-    """Half of every layer's channels gated off: removed, against masked."""
-    widths = discover(net, x_BCHW)
-    gates.attach_gates(net, widths, "channel")
+def make_compacted_forward(net: nn.Module, x_BCHW: Tensor) -> Pair:
+    """Gate off half of every layer's channels: removed, against masked."""
+    gates.attach_gates(net, discover(net, x_BCHW), "channel")
     for _, _, gate in gates.iterate_gates(net):
         gate.score.data[::2] = -1
-    return forward(compact(net, x_BCHW), x_BCHW), forward(gates.fold_gates(net).eval(), x_BCHW)
+    masked = gates.fold_gates(net).eval()
+    return make_forward(compact(net, x_BCHW), x_BCHW), make_forward(masked, x_BCHW)
 
 
-def growth(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work]:
-    """Growing every width by a channel, AdamW's state included, against one training step."""
+def make_growth(net: nn.Module, x_BCHW: Tensor) -> Pair:
+    """Grow every width by a channel, AdamW's state included, against one training step."""
     optimizer = torch.optim.AdamW(net.parameters())
-    step = training_step(net, optimizer, x_BCHW)
+    step = make_step(net, x_BCHW, optimizer)
     step()
     widths = discover(net, x_BCHW)
 
@@ -94,124 +79,127 @@ def growth(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work]:
     return grow, step
 
 
-def compiled_step(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work]:
-    """Compiled against eager, once that is done."""
+def make_compiled_step(net: nn.Module, x_BCHW: Tensor) -> Pair:
+    """Train compiled, once that is done, against eager."""
     compiled = copy.deepcopy(net)
     compile_network(compiled)
-    ours, theirs = (
-        training_step(model, torch.optim.AdamW(model.parameters()), x_BCHW) for model in (compiled, net)
-    )
-    return ours, theirs
+    return make_step(compiled, x_BCHW), make_step(net, x_BCHW)
 
 
-def recompilation(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work]:
-    """The first compiled step after a growth, against an eager step."""
+def make_recompilation(net: nn.Module, x_BCHW: Tensor) -> Pair:
+    """Take the first compiled step after a growth, against an eager step."""
     compiled = copy.deepcopy(net)
     compile_network(compiled)
-    grow, step = growth(compiled, x_BCHW)
+    grow, step = make_growth(compiled, x_BCHW)
 
-    def regrown() -> None:
+    def grow_and_step() -> None:
         grow()
         torch.compiler.reset()
         step()
 
-    return regrown, training_step(net, torch.optim.AdamW(net.parameters()), x_BCHW)
+    return grow_and_step, make_step(net, x_BCHW)
 
 
-def forward(net: Network, x_BCHW: Tensor) -> Work:
-    def run() -> None:
-        with torch.inference_mode():
-            net(x_BCHW)
-
-    return run
-
-
-def level_in_place(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work]:
-    """The smallest of four levels on parts of the network's tensors, against the same with its own."""
+def _make_levels(net: nn.Module, x_BCHW: Tensor) -> Levels:
     widths = discover(net, x_BCHW)
-    levels = Levels(net.eval(), widths, level_sizes(net, widths, x_BCHW, [0.512, 0.64, 0.8]))
-    core = levels[0].eval()
-    return forward(core, x_BCHW), forward(extract_level(core), x_BCHW)
+    return Levels(net, widths, level_sizes(net, widths, x_BCHW, FRACTIONS))
 
 
-def joint_step(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work]:
-    """Gradients of all four levels through the network's tensors, against those of four networks."""
-    widths = discover(net, x_BCHW)
-    levels = Levels(net, widths, level_sizes(net, widths, x_BCHW, [0.512, 0.64, 0.8]))
-    alone = [extract_level(level).requires_grad_() for level in levels]
+def make_core_forward(net: nn.Module, x_BCHW: Tensor) -> Pair:
+    """Run the smallest of four levels on parts of the network's tensors, against the same with its own."""
+    core = _make_levels(net.eval(), x_BCHW)[0].eval()
+    return make_forward(core, x_BCHW), make_forward(extract_level(core), x_BCHW)
 
-    def together() -> None:
+
+def make_joint_gradients(net: nn.Module, x_BCHW: Tensor) -> Pair:
+    """Compute gradients of all four levels through the network's tensors, against those of four networks."""
+    levels = _make_levels(net, x_BCHW)
+    extracted = [extract_level(level).requires_grad_() for level in levels]
+
+    def compute_jointly() -> None:
         losses = [levels.run(k, x_BCHW).square().mean() for k in range(len(levels))]
         torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
 
-    def apart() -> None:
-        for each in alone:
-            each(x_BCHW).square().mean().backward()
+    def compute_each() -> None:
+        for level in extracted:
+            level(x_BCHW).square().mean().backward()
 
-    return together, apart
+    return compute_jointly, compute_each
 
 
-def skipped_forward(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work]:
-    """About half of the kernels that modules switch are on, against the fastest way of stock torch."""
-    gated = attach_modules(net.eval(), discover(net, x_BCHW))
-    for module in iterate_modules(gated):
+def make_skipped_forward(net: nn.Module, x_BCHW: Tensor) -> Pair:
+    """Run with about half of the kernels that modules switch, against the fastest stock execution."""
+    dynamic = attach_modules(net.eval(), discover(net, x_BCHW))
+    for module in iterate_modules(dynamic):
         for parameter in module.heads.parameters():
             nn.init.normal_(parameter)
-    dense = choose_fastest(list(stock(net).values()), [x_BCHW])
-    return forward(make_skipping(gated, [x_BCHW]), x_BCHW), forward(dense, x_BCHW)
+    dense = choose_fastest(list(make_stock(net).values()), [x_BCHW])
+    return make_forward(make_skipping(dynamic, [x_BCHW]), x_BCHW), make_forward(dense, x_BCHW)
 
 
-def discovery(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work] | None:
-    """Against Torch-Pruning's dependency graph, where that is installed (extra `peers`)."""
-    try:
-        import torch_pruning
-    except ImportError:
-        return None
+def make_discovery(net: nn.Module, x_BCHW: Tensor) -> Pair:
+    """Discover widths, against Torch-Pruning's dependency graph (extra `peers`)."""
+    import torch_pruning
+
     return (
         lambda: discover(net, x_BCHW),
         lambda: torch_pruning.DependencyGraph().build_dependency(net, example_inputs=x_BCHW),
     )
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Comparison:
+    """Hold a row of the table: two sides, the network and the images they are made of, how often they run."""
+
+    name: str
+    make: Callable[[nn.Module, Tensor], Pair]
+    net: Callable[[], nn.Module]
+    repeats: int
+    images: int = 128
+    shape: tuple[int, int, int] = (3, 32, 32)
+
+
+COMPARISONS = (
+    Comparison("gated / plain training step, convnet", make_gated_step, convnet, 30, shape=(1, 28, 28)),
+    Comparison("gated / plain training step, resnet20", make_gated_step, resnet20, 5),
+    Comparison(
+        "compacted / masked forward, half the channels, resnet20", make_compacted_forward, resnet20, 10
+    ),
+    Comparison("growing all widths / one training step, resnet20", make_growth, resnet20, 5),
+    Comparison("compiled / eager training step, resnet20", make_compiled_step, resnet20, 5),
+    Comparison("first compiled step after growth / eager step, resnet20", make_recompilation, resnet20, 2),
+    Comparison("core in place / extracted, one image, resnet20", make_core_forward, resnet20, 200, 1),
+    Comparison("core in place / extracted, one image, vgg16_bn", make_core_forward, vgg16_bn, 50, 1),
+    Comparison("step of 4 levels / steps of 4 such networks, resnet20", make_joint_gradients, resnet20, 3),
+    Comparison("half of the kernels / stock, one image, resnet20", make_skipped_forward, resnet20, 100, 1),
+    Comparison("half of the kernels / stock, one image, vgg16_bn", make_skipped_forward, vgg16_bn, 50, 1),
+    Comparison("half of the kernels / stock, resnet20", make_skipped_forward, resnet20, 5),
+    Comparison("half of the kernels / stock, vgg16_bn", make_skipped_forward, vgg16_bn, 3),
+    Comparison("discovery / Torch-Pruning's graph, resnet20", make_discovery, resnet20, 10, 1),
+)
+
+
+def run_benchmarks() -> None:
+    """Show what elasticity costs and saves, a row a comparison."""
     torch.manual_seed(0)
     torch.set_flush_denormal(True)
-    small, large = torch.randn(128, 1, 28, 28), torch.randn(128, 3, 32, 32)
-    rows = [
-        ("gated / plain training step, convnet", gated_step(convnet(), small), 30),
-        ("gated / plain training step, resnet20", gated_step(resnet20(), large), 5),
-        ("compacted / masked forward, half the channels, resnet20", compacted_forward(resnet20(), large), 10),
-        ("growing all widths / one training step, resnet20", growth(resnet20(), large), 5),
-        ("compiled / eager training step, resnet20", compiled_step(resnet20(), large), 5),
-        ("first compiled step after growth / eager step, resnet20", recompilation(resnet20(), large), 2),
-        ("core in place / extracted, one image, resnet20", level_in_place(resnet20(), large[:1]), 200),
-        ("core in place / extracted, one image, vgg16_bn", level_in_place(vgg16_bn(), large[:1]), 50),
-        ("step of 4 levels / steps of 4 such networks, resnet20", joint_step(resnet20(), large), 3),
-        (
-            "half of the kernels / stock, one image, resnet20",
-            skipped_forward(resnet20(), large[:1]),
-            100,
-        ),
-        (
-            "half of the kernels / stock, one image, vgg16_bn",
-            skipped_forward(vgg16_bn(), large[:1]),
-            50,
-        ),
-        ("half of the kernels / stock, resnet20", skipped_forward(resnet20(), large), 5),
-        ("half of the kernels / stock, vgg16_bn", skipped_forward(vgg16_bn(), large), 3),
-        ("discovery / Torch-Pruning's graph, resnet20", discovery(resnet20(), large[:1]), 10),
-    ]
     table = Table(title=f"{torch.get_num_threads()} threads, batch 128, fp32, torch {torch.__version__}")
     for column in ("ours / theirs", "ours, ms", "theirs, ms", "ratio", "range"):
         table.add_column(column)
-    for name, sides, repeats in rows:
-        if sides is None:
-            table.add_row(name, "", "", "", "not installed")
+    for comparison in COMPARISONS:
+        x_BCHW = torch.randn(comparison.images, *comparison.shape)
+        try:
+            pair = comparison.make(comparison.net(), x_BCHW)
+        except ImportError:
+            table.add_row(comparison.name, "", "", "", "not installed")
             continue
-        a, b, ratios = paired(*sides, repeats)
-        spread = f"{min(ratios):.2f} … {max(ratios):.2f}"
-        table.add_row(name, f"{a:.1f}", f"{b:.1f}", f"{statistics.median(ratios):.2f}", spread)
+        times = time_pairs(*pair, comparison.repeats)
+        table.add_row(comparison.name, *times.format_medians(1))
     Console(width=110).print(table)
+
+
+def main() -> None:
+    run_benchmarks()
 
 
 if __name__ == "__main__":

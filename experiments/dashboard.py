@@ -1,4 +1,4 @@
-"""A W&B dashboard of this project's runs, made by one command in a project of your own.
+"""Make a W&B dashboard of this project's runs in a project of your own.
 
     python -m experiments.dashboard entity=<yours> project=elastic-cnn
     python -m experiments.dashboard print=true
@@ -16,37 +16,37 @@ from elastic.errors import TrainingError
 from elastic.experiments.tools.setup import quiet, run
 
 # By section: the title of each panel, and the keys that it shows.
-LINES: dict[str, dict[str, list[Any]]] = {
+LINES: dict[str, dict[str, list[str]]] = {
     "Accuracy": {"Accuracy": ["val/acc", "train/acc"], "Loss": ["val/loss", "train/loss"]},
     "Structure": {
         "Parameters": ["size/params", "size/params_dense"],
         "MACs": ["size/macs"],
-        "Engaged": ["engaged/count", "engaged/macs"],
+        "Active": ["dynamic/kernels", "dynamic/macs"],
     },
 }
 MEDIA = {"Structure": ["widths over time"], "Images": ["samples"]}
-HISTOGRAMS = ["gates/score", "engaged/duty"]
+HISTOGRAMS = ["gates/score", "dynamic/usage"]
 TABLES = ["timeline", "levels", "sets"]
 FRONT = ("params", "test/acc")  # of the summary: size against accuracy, a point a run
 
 
-def workspace(entity: str, project: str) -> Any:
-    """The dashboard as `wandb_workspaces` has it; nothing is sent."""
+def make_workspace(entity: str, project: str) -> Any:
+    """Make the dashboard as `wandb_workspaces` has it; nothing is sent."""
     import wandb_workspaces.reports.v2 as panels
     import wandb_workspaces.workspaces as workspaces
 
-    def lines(section: str) -> list[Any]:
-        held = LINES.get(section, {})
-        return [panels.LinePlot(title=title, x="epoch", y=list(keys)) for title, keys in held.items()]
-
+    lines = {
+        section: [panels.LinePlot(title=title, x="epoch", y=list(keys)) for title, keys in plots.items()]
+        for section, plots in LINES.items()
+    }
     x, y = (panels.SummaryMetric(name) for name in FRONT)
-    shown = {
+    sections = {
         "Accuracy": [
-            *lines("Accuracy"),
+            *lines["Accuracy"],
             panels.ScatterPlot(title="Accuracy against size", x=x, y=y, log_x=True),
         ],
         "Structure": [
-            *lines("Structure"),
+            *lines["Structure"],
             *(panels.MediaBrowser(media_keys=[key]) for key in MEDIA["Structure"]),
             *(panels.WeavePanelSummaryTable(table_name=name) for name in TABLES),
         ],
@@ -57,8 +57,28 @@ def workspace(entity: str, project: str) -> Any:
         entity=entity,
         project=project,
         name="Elastic CNNs",
-        sections=[workspaces.Section(name=name, panels=held, is_open=True) for name, held in shown.items()],
+        sections=[
+            workspaces.Section(name=name, panels=shown, is_open=True) for name, shown in sections.items()
+        ],
     )
+
+
+def make_dashboard(entity: str = "", project: str = "elastic-cnn", print: bool = False) -> str:
+    """Make the dashboard in a project on W&B, and return its address; or return it as JSON, and send nothing.
+
+    Args:
+        entity: whose project it is; needed where it is sent.
+        print: return JSON instead.
+    """
+    try:
+        workspace = make_workspace(entity or "you", project)
+    except ImportError as error:
+        raise TrainingError(
+            "wandb-workspaces is not installed: pip install 'elastic-cnn[dashboards]'"
+        ) from error
+    if print:
+        return str(workspace._to_model().model_dump_json(by_alias=True))
+    return str(workspace.save().url)
 
 
 def main() -> None:
@@ -69,16 +89,7 @@ def main() -> None:
         raise TrainingError(
             "usage: python -m experiments.dashboard entity=<yours> [project=<name>] | print=true"
         )
-    try:
-        made = workspace(str(given.entity or "you"), str(given.project))
-    except ImportError as error:
-        raise TrainingError(
-            "wandb-workspaces is not installed: pip install 'elastic-cnn[dashboards]'"
-        ) from error
-    if given.print:
-        print(made._to_model().model_dump_json(by_alias=True))
-    else:
-        print(made.save().url)
+    print(make_dashboard(str(given.entity), str(given.project), bool(given.print)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Measure a finished run again: `python -m experiments.evaluate run=<folder> [level=<number>]`.
+"""Measure a finished run again: `python -m experiments.evaluate run=<folder> [level=…] [set=…]`.
 
 Rebuilds the network from `config.yaml` and `model.safetensors`, runs the test split, and ends with one line
-of JSON under the keys of `summary.json`; of a network with levels, all of them or the one asked for.
+of JSON under the keys of `summary.json`; of a network with levels, all of them or the one named.
 """
 
 import json
@@ -12,38 +12,39 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from elastic.errors import TrainingError
-from elastic.experiments.tools.restore import level_of, restore, restore_switched
+from elastic.experiments.tools.restore import restore
 from elastic.experiments.tools.setup import quiet, run
-from elastic.experiments.tools.summary import measure, measure_levels
-from elastic.levels.nested import Levels
+from elastic.experiments.tools.summary import measure_level, measure_network
 
 
-def evaluate(folder: Path, level: int | None = None) -> dict[str, Any]:
-    """The summary of a run as its files give it now.
+def evaluate(run: Path, level: int | None = None, set: int | None = None) -> dict[str, Any]:
+    """Measure a finished run again: its summary as its files give it now.
 
     Args:
         level: measure this level, 0 being the smallest, instead of the whole network.
+        set: measure with this set of kernel activation modules, instead of all of them.
 
     Raises:
-        TrainingError: the folder holds no finished run, or not that level.
+        FileError: the folder holds no finished run.
+        OptionError: the network has no such level or set.
     """
-    net, data, summary = restore(folder)
-    switched = restore_switched(net, folder, data)
-    if level is not None:
-        return summary | measure(level_of(net, level), data, switched[level] if switched else None)
-    last = switched[-1] if switched else None
-    if isinstance(net, Levels):
-        return summary | measure(net.net, data, last) | {"levels": measure_levels(net, data, switched)}
-    return summary | measure(net, data, last)
+    finished = restore(run)
+    if level is None and set is None:
+        return finished.summary | measure_network(finished.network, finished.data)
+    sets = None if set is None else [set]
+    return finished.summary | measure_level(finished.network, finished.data, level, sets)
 
 
 def main() -> None:
     quiet()
     given = OmegaConf.from_dotlist(sys.argv[1:])
-    level = given.get("level")
-    if given.get("run") is None or set(given) - {"run", "level"} or not isinstance(level, int | None):
-        raise TrainingError("usage: python -m experiments.evaluate run=<finished run> [level=<number>]")
-    print(json.dumps(evaluate(Path(str(given.run)), level)))
+    numbers = {name: given.get(name) for name in ("level", "set")}
+    whole = all(isinstance(number, int | None) for number in numbers.values())
+    if given.get("run") is None or set(given) - {"run", "level", "set"} or not whole:
+        raise TrainingError(
+            "usage: python -m experiments.evaluate run=<finished run> [level=<number>] [set=<number>]"
+        )
+    print(json.dumps(evaluate(Path(str(given.run)), **numbers)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What skipping kernels saves in time, beside what it saves in MACs.
+"""Measure what skipping kernels saves in time, beside what it saves in MACs.
 
     python -m experiments.latency run=<folder> [set=0] [level=…] [images=256] [csv=<file>]
 
@@ -8,7 +8,6 @@ with its modules. Ratios are of medians over the batches. The last columns say w
 for each part of the MACs saved, modules counted, against the best of stock PyTorch and against our kernel.
 """
 
-import csv
 import statistics
 import sys
 from collections.abc import Sequence
@@ -20,46 +19,83 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx, nn
 
-from elastic.data import ImageData
 from elastic.dynamic.loss import ActivationCost
-from elastic.dynamic.skipping import make_masked, make_skipping
-from elastic.errors import TrainingError
-from elastic.experiments.tools.per_image import batches
-from elastic.experiments.tools.restore import chosen
+from elastic.dynamic.skipping import make_skipping
+from elastic.errors import OptionError, TrainingError
+from elastic.experiments.tools.per_image import sample_images
+from elastic.experiments.tools.restore import restore
 from elastic.experiments.tools.setup import quiet, run
-from elastic.measure.timing import Network, measure_medians_ms
+from elastic.experiments.tools.tables import write_csv
+from elastic.experiments.tools.timing import TUNED_ON, make_stock
+from elastic.measure.timing import measure_medians_ms
 
-BATCHES, THREADS, TUNED_ON = (1, 8, 64), (1, 2), 8
+BATCHES, THREADS = (1, 8, 64), (1, 2)
+STOCK = ("stock", "folded", "channels_last")
+TIMES = (*STOCK, "kernel", "skipping")
+HEAD = ("threads", "batch", *TIMES, "macs")
 
 
-def stock(net: nn.Module) -> dict[str, Network]:
-    """The ways of stock PyTorch: the network as it is, and with its norms folded in both memory formats."""
-    return {
-        "stock": net.eval(),
-        "folded": make_masked(net, torch.contiguous_format),
-        "channels_last": make_masked(net, torch.channels_last),
+def show_latency(
+    run: Path, level: int | None = None, set: int = 0, images: int = 256, csv: Path | None = None
+) -> None:
+    """Time a dynamic network beside its dense one, in batches of several sizes, on one and two threads.
+
+    Args:
+        level: of a network with levels, 0 being the smallest; the largest by default.
+        set: of the modules.
+        images: of the test split, how many.
+        csv: a table to write.
+    """
+    if images < 1:
+        raise OptionError(f"latency cannot be measured with {images} images: set images to 1 or more")
+    finished = restore(run)
+    dynamic = finished.network.dynamic(level, set)
+    plain, images_NCHW = finished.network.plain(level), sample_images(finished.data, images)
+    rows = []
+    for threads in THREADS:
+        torch.set_num_threads(threads)
+        for size in BATCHES:
+            row = measure_executions(plain, dynamic, images_NCHW.split(size))
+            rows.append(row | {"threads": threads, "batch": size})
+    Console(width=140).print(_make_table(rows))
+    if csv is not None:
+        values = ([row["threads"], row["batch"], *(f"{row[key]:.4f}" for key in HEAD[2:])] for row in rows)
+        write_csv(csv, HEAD, values)
+
+
+def measure_executions(net: nn.Module, dynamic: fx.GraphModule, inputs: Sequence[Tensor]) -> dict[str, float]:
+    """Measure each execution's milliseconds, and the part of the dense MACs that is active."""
+    samples = inputs[:TUNED_ON]
+    executions = {
+        **make_stock(net),
+        "kernel": make_skipping(net, samples),
+        "skipping": make_skipping(dynamic, samples),
     }
-
-
-def some_images(data: ImageData, count: int) -> Tensor:
-    """Some images of the test split, always the same ones, as networks take them."""
-    images_NCHW = torch.cat([x_BCHW for x_BCHW, _ in batches(data)])
-    return images_NCHW[torch.randperm(len(images_NCHW), generator=torch.Generator().manual_seed(0))[:count]]
-
-
-def compare(net: nn.Module, gated: fx.GraphModule, inputs: Sequence[Tensor]) -> dict[str, float]:
-    """Milliseconds of each way for these inputs, and the part of the dense MACs that is engaged."""
-    tuned = inputs[:TUNED_ON]
-    ways = stock(net) | {"kernel": make_skipping(net, tuned), "skipping": make_skipping(gated, tuned)}
-    found = dict(zip(ways, measure_medians_ms(list(ways.values()), inputs), strict=True))
-    engaged = ActivationCost(gated, inputs[0])
+    times = dict(zip(executions, measure_medians_ms(list(executions.values()), inputs), strict=True))
+    cost = ActivationCost(dynamic, inputs[0])
+    fractions = []
     with torch.inference_mode():
-        shares = []
         for x_BCHW in inputs:
-            gated(x_BCHW)
-            shares.append(float(engaged.fraction("macs")))
+            dynamic(x_BCHW)
+            fractions.append(float(cost.fraction("macs")))
     sizes = [len(x_BCHW) for x_BCHW in inputs]  # the last may be smaller
-    return found | {"macs": statistics.fmean(shares, sizes)}
+    return times | {"macs": statistics.fmean(fractions, sizes)}
+
+
+def _make_table(rows: Sequence[dict[str, float]]) -> Table:
+    heads = (*(f"{name}, ms" for name in TIMES), "MACs", "÷ stock", "÷ kernel", "saved ÷ MACs saved")
+    table = Table("threads", "batch", *heads)
+    for row in rows:
+        fastest = min(row[name] for name in STOCK)
+        ratios = [row["skipping"] / dense for dense in (fastest, row["kernel"])]
+        savings = [(1 - ratio) / (1 - row["macs"]) for ratio in ratios]
+        table.add_row(
+            *(str(row[key]) for key in ("threads", "batch")),
+            *(f"{row[key]:.3f}" for key in (*TIMES, "macs")),
+            *(f"{ratio:.2f}" for ratio in ratios),
+            " and ".join(f"{saving:.2f}" for saving in savings),
+        )
+    return table
 
 
 def main() -> None:
@@ -75,38 +111,8 @@ def main() -> None:
         raise TrainingError(
             "usage: python -m experiments.latency run=<folder> [set=…] [level=…] [images=…] [csv=…]"
         )
-    plain, gated, data = chosen(Path(str(given.run)), OmegaConf.select(given, "level"), given.set)
-    images_NCHW = some_images(data, given.images)
-
-    columns = ("threads", "batch", "stock", "folded", "channels_last", "kernel", "skipping", "macs")
-    table = Table(
-        *columns[:2],
-        *(f"{name}, ms" for name in columns[2:7]),
-        "MACs",
-        "÷ stock",
-        "÷ kernel",
-        "saved ÷ MACs saved",
-    )
-    rows = []
-    for threads in THREADS:
-        torch.set_num_threads(threads)
-        for size in BATCHES:
-            found = compare(plain, gated, images_NCHW.split(size))
-            best = min(found[name] for name in ("stock", "folded", "channels_last"))
-            ratios = [found["skipping"] / dense for dense in (best, found["kernel"])]
-            saved = [(1 - ratio) / (1 - found["macs"]) for ratio in ratios]
-            rows.append([threads, size, *(found[name] for name in columns[2:])])
-            table.add_row(
-                *(str(threads), str(size), *(f"{found[name]:.3f}" for name in columns[2:7])),
-                *(f"{found['macs']:.3f}", *(f"{ratio:.2f}" for ratio in ratios)),
-                " and ".join(f"{each:.2f}" for each in saved),
-            )
-    Console(width=140).print(table)
-    if "csv" in given:
-        with open(str(given.csv), "w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(columns)
-            writer.writerows([*row[:2], *(f"{value:.4f}" for value in row[2:])] for row in rows)
+    csv = Path(str(given.csv)) if "csv" in given else None
+    show_latency(Path(str(given.run)), OmegaConf.select(given, "level"), given.set, given.images, csv)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,21 @@
-"""Requests with a deadline while another process loads and releases the CPU: is the elastic model best?
+"""Serve requests with a deadline while another process loads the CPU: is the elastic model best?
 
     python -m experiments.serve run=<folder> [batch=32] [deadline=1.3] [seconds=3] [repeats=5]
         [csv=<file>] [figure=<png>]
 
 A stream of images from the test split comes at a fixed rate, a batch as soon as the last one is due. The same
-stream is served by the network whose level `elastic.runtime.Runtime` chooses, and by each level alone; all on
-one core, which a busy process shares with them in every other phase of so many seconds. What counts is the
-part of all images that is classified right and in time.
+stream is served by the network whose level `elastic.Runtime` chooses, and by each level alone; all on one
+core, which a busy process shares with them in every other phase of so many seconds. What counts is the part
+of all images that is classified right and in time.
 """
 
-import csv
 import os
 import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,143 +24,188 @@ import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from elastic.data import ImageData
-from elastic.errors import TrainingError
-from elastic.experiments.tools.figure import draw_serving
-from elastic.experiments.tools.per_image import batches
-from elastic.experiments.tools.restore import restore_plain
+from elastic.errors import FileError, TrainingError
+from elastic.experiments.tools.per_image import read_test_batches
+from elastic.experiments.tools.restore import restore
+from elastic.experiments.tools.runtime_figures import draw_serving
 from elastic.experiments.tools.setup import quiet, run
-from elastic.levels.nested import Levels
+from elastic.experiments.tools.tables import write_csv
 from elastic.levels.runtime import Runtime
 
-PHASES = (False, True, False, True, False)  # whether the rival runs
-DEFAULTS = {"batch": 32, "deadline": 1.3, "seconds": 3.0, "repeats": 5}
+PHASES = (False, True, False, True, False)  # whether the busy process runs
+REQUESTS = 100  # different batches, at most
+SCORES = ("right in time", "in time", "accuracy in time")
 Batches = list[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """To one request: when it came (s), whether the rival ran, the level, how long it took (ms)."""
+    """Hold the answer to one request.
 
-    came_s: float
+    Attributes:
+        arrival_s: when the request came.
+        loaded: whether the busy process ran.
+        level: that answered.
+        accuracy: part of the images that were classified right.
+        latency_ms: from the request's arrival.
+        in_time: whether the deadline was met.
+    """
+
+    arrival_s: float
     loaded: bool
     level: int
-    right: float
-    took_ms: float
-    met: bool
+    accuracy: float
+    latency_ms: float
+    in_time: bool
+
+
+Answers = list[Answer]
+
+
+def serve_stream(
+    run: Path,
+    batch: int = 32,
+    deadline: float = 1.3,
+    seconds: float = 3.0,
+    repeats: int = 5,
+    csv: Path | None = None,
+    figure: Path | None = None,
+) -> None:
+    """Serve a stream of images by the elastic network and by each of its levels, and show who is best.
+
+    Args:
+        batch: images of a request.
+        deadline: relative to what the whole network takes on an idle core.
+        seconds: of each phase.
+        repeats: of the whole comparison.
+        csv: a table to write.
+        figure: a picture to draw.
+    """
+    torch.set_num_threads(1)
+    finished = restore(run).reject_modules()
+    if len(finished.network) == 1:
+        raise FileError(f"{run} holds a network without levels: train some with schedule=joint")
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    batches = read_requests(finished.data, batch)
+    answers = run_servers(finished.network.nets, batches, deadline, seconds, repeats)
+    scores = {name: [score(repeat) for repeat in of_server] for name, of_server in answers.items()}
+    Console().print(_make_table(scores))
+    if csv is not None:
+        rows = (
+            [name, i, *(f"{value:.4f}" for value in values)]
+            for name, of_server in scores.items()
+            for i, values in enumerate(of_server)
+        )
+        write_csv(csv, ("server", "repeat", *SCORES), rows)
+    if figure is not None:
+        right = {name: [values[0] for values in of_server] for name, of_server in scores.items()}
+        draw_serving(answers["elastic"][0], right, figure)
+
+
+def read_requests(data: ImageData, batch: int) -> Batches:
+    """Read batches of the test split, as the network takes them."""
+    data.batch_size = batch
+    return [(x_BCHW, y_B) for x_BCHW, y_B in read_test_batches(data) if len(y_B) == batch][:REQUESTS]
 
 
 @contextmanager
-def rival() -> Iterator[Callable[[bool], None]]:
-    """A busy process on this process's core; gives what lets it run or stops it."""
-    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+def start_rival() -> Iterator[Callable[[bool], None]]:
+    """Start a busy process on this process's core; yield what lets it run or stops it."""
+    rival = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
-        busy.send_signal(signal.SIGSTOP)
-        yield lambda on: busy.send_signal(signal.SIGCONT if on else signal.SIGSTOP)
+        rival.send_signal(signal.SIGSTOP)
+        yield lambda on: rival.send_signal(signal.SIGCONT if on else signal.SIGSTOP)
     finally:
-        busy.kill()
-        busy.wait()
+        rival.kill()
+        rival.wait()
 
 
-def stream(
-    serve: Callable[[Tensor], Tensor],
+def run_servers(
+    levels: Sequence[nn.Module], batches: Batches, deadline: float, seconds: float, repeats: int
+) -> dict[str, list[Answers]]:
+    """Answer the stream by every server in every repeat, the servers in turn.
+
+    Args:
+        deadline: relative to what the whole network takes on an idle core.
+    """
+    runtime = Runtime(levels, batches[0][0])
+    deadline_ms = deadline * runtime.costs[-1].latency_ms
+    budgets = {"elastic": {"latency_ms": deadline_ms}}
+    budgets |= {f"level {k}": {"memory_mb": cost.memory_mb} for k, cost in enumerate(runtime.costs)}
+    answers: dict[str, list[Answers]] = {name: [] for name in budgets}
+    with start_rival() as load:
+        for _ in range(repeats):
+            for name, budget in budgets.items():
+                runtime.within(**budget)
+                stream = answer_stream(
+                    runtime, lambda: runtime.level, batches, deadline_ms / 1e3, seconds, load
+                )
+                answers[name].append(stream)
+    return answers
+
+
+def answer_stream(
+    network: Callable[[Tensor], Tensor],
     level: Callable[[], int],
     batches: Batches,
     deadline_s: float,
     seconds: float,
     load: Callable[[bool], None],
-) -> list[Answer]:
-    """Serve requests through all phases; one that is past its deadline before its turn is dropped."""
+) -> Answers:
+    """Answer requests through all phases; one that is past its deadline before its turn is dropped."""
     answers = []
     begin = time.perf_counter()
     for i in range(int(len(PHASES) * seconds / deadline_s)):
-        came = i * deadline_s
-        loaded = PHASES[int(came / seconds)]
+        arrival_s = i * deadline_s
+        loaded = PHASES[int(arrival_s / seconds)]
         load(loaded)
-        while (now := time.perf_counter() - begin) < came:
-            time.sleep(min(1e-3, came - now))
+        while (now := time.perf_counter() - begin) < arrival_s:
+            time.sleep(min(1e-3, arrival_s - now))
         x_BCHW, y_B = batches[i % len(batches)]
-        k, right = level(), 0.0
-        served = now < came + deadline_s
+        k, accuracy = level(), 0.0
+        served = now < arrival_s + deadline_s
         if served:
-            right = float((serve(x_BCHW).argmax(1) == y_B).float().mean())
-        took_s = time.perf_counter() - begin - came
-        answers.append(Answer(came, loaded, k, right, 1e3 * took_s, served and took_s <= deadline_s))
+            accuracy = float((network(x_BCHW).argmax(1) == y_B).float().mean())
+        latency_s = time.perf_counter() - begin - arrival_s
+        in_time = served and latency_s <= deadline_s
+        answers.append(Answer(arrival_s, loaded, k, accuracy, 1e3 * latency_s, in_time))
     return answers
 
 
-def compete(
-    levels: Levels, batches: Batches, deadline: float, seconds: float, repeats: int
-) -> dict[str, list]:
-    """The answers of every server in every repeat, the servers in turn.
-
-    Args:
-        deadline: relative to what the whole network takes on an idle core.
-    """
-    serve = Runtime(levels, batches[0][0])
-    deadline_ms = deadline * serve.costs[-1].latency_ms
-    found: dict[str, list[list[Answer]]] = {}
-    with rival() as load:
-        for _ in range(repeats):
-            for name in ("elastic", *(f"level {k}" for k in range(len(levels)))):
-                if name == "elastic":
-                    serve.within(latency_ms=deadline_ms)
-                else:
-                    serve.within(memory_mb=serve.costs[int(name[-1])].memory_mb)
-                answers = stream(serve, lambda: serve.level, batches, deadline_ms / 1e3, seconds, load)
-                found.setdefault(name, []).append(answers)
-    return found
+def score(answers: Answers) -> tuple[float, float, float]:
+    """Compute the parts of the images that are right in time, in time, and right where in time."""
+    in_time = [answer for answer in answers if answer.in_time]
+    right = sum(answer.accuracy for answer in in_time)
+    return right / len(answers), len(in_time) / len(answers), right / max(1, len(in_time))
 
 
-def score(answers: list[Answer]) -> tuple[float, float, float]:
-    """Parts of the images: right in time, in time, and right where in time."""
-    met = [answer for answer in answers if answer.met]
-    right = sum(answer.right for answer in met)
-    return right / len(answers), len(met) / len(answers), right / max(1, len(met))
+def _make_table(scores: dict[str, list[tuple[float, float, float]]]) -> Table:
+    table = Table("server", *(f"{name} (%)" for name in SCORES))
+    for name, repeats in scores.items():
+        table.add_row(name, *map(_format_mean, zip(*repeats, strict=True)))
+    return table
 
 
-def images(data: ImageData, batch: int, count: int) -> Batches:
-    """Batches of the test split, as the network takes them."""
-    data.batch_size = batch
-    return [(x_BCHW, y_B) for x_BCHW, y_B in batches(data) if len(y_B) == batch][:count]
+def _format_mean(values: tuple[float, ...]) -> str:
+    sd = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{100 * statistics.mean(values):.2f} ± {100 * sd:.2f}"
 
 
 def main() -> None:
     quiet()
-    torch.set_num_threads(1)
-    given = OmegaConf.merge(DEFAULTS, OmegaConf.from_dotlist(sys.argv[1:]))
-    if "run" not in given or set(given) - {*DEFAULTS, "run", "csv", "figure"}:
+    given = OmegaConf.from_dotlist(sys.argv[1:])
+    numbers, files = ("batch", "deadline", "seconds", "repeats"), ("csv", "figure")
+    if "run" not in given or set(given) - {*numbers, *files, "run"}:
         raise TrainingError(
             f"usage: {(__doc__ or '').strip().partition(chr(10) * 2)[2].strip().splitlines()[0]} …"
         )
-    net, data = restore_plain(Path(str(given.run)))
-    if not isinstance(net, Levels):
-        raise TrainingError(f"{given.run} holds a network without levels: train some with schedule=joint")
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    found = compete(net, images(data, given.batch, 100), given.deadline, given.seconds, given.repeats)
-
-    table = Table("server", "right in time (%)", "in time (%)", "accuracy in time (%)")
-    rows = [(name, i, *score(answers)) for name, runs in found.items() for i, answers in enumerate(runs)]
-    for name in found:
-        columns = list(zip(*(row[2:] for row in rows if row[0] == name), strict=True))
-        table.add_row(name, *(_shown(column) for column in columns))
-    Console().print(table)
-    if "csv" in given:
-        with open(str(given.csv), "w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["server", "repeat", "right in time", "in time", "accuracy in time"])
-            writer.writerows([name, i, *(f"{value:.4f}" for value in values)] for name, i, *values in rows)
-    if "figure" in given:
-        scores = {name: [row[2] for row in rows if row[0] == name] for name in found}
-        draw_serving(found["elastic"][0], scores, Path(str(given.figure)))
-
-
-def _shown(values: tuple[float, ...]) -> str:
-    sd = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{100 * statistics.mean(values):.2f} ± {100 * sd:.2f}"
+    options = {name: given[name] for name in numbers if name in given}
+    paths = {name: Path(str(given[name])) for name in files if name in given}
+    serve_stream(Path(str(given.run)), **options, **paths)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""What it takes to go from one sub-network to another, here and elsewhere: `python -m experiments.switch`.
+"""Measure what it takes to go from one sub-network to another, here and elsewhere.
 
-Each way goes to and fro between the smallest and the largest sub-network of a ResNet for 32×32 images, and
+    python -m experiments.switching
+
+Each method goes to and fro between the smallest and the largest sub-network of a ResNet for 32×32 images, and
 does all that its authors say must be done before the next answer can be trusted. Once-for-all and ModelOpt
 (extra `peers`) have one set of batch norm statistics for all sub-networks, taken anew from data: 2,000 images
 by once-for-all's own default, 50 batches (of 128 here) by ModelOpt's. Once-for-all brings its own network.
@@ -12,6 +14,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +23,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from elastic.experiments.bench import forward, paired
+from elastic.experiments.tools.timing import make_forward, time_pairs
 from elastic.levels.cutting import extract_level
 from elastic.levels.nested import Levels
 from elastic.levels.runtime import Runtime
@@ -29,38 +32,71 @@ from elastic.measure import counts
 from elastic.models import resnet20
 from elastic.widths.discovery import discover
 
-X = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-Switch = Callable[[int], Any]  # to the smallest (0) or the largest (1)
-# A switch, what has to follow before the sub-network may answer, and the images that it needs.
-Way = tuple[Switch, Callable[[], Any], int]
+X_BCHW = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+FRACTIONS = (0.512, 0.64, 0.8)  # of the MACs, of the levels below the network
 
 
-class Moved(TorchDispatchMode):
-    """Counts the bytes that operations write into storage of their own, or into what is there."""
+@dataclass(frozen=True)
+class Method:
+    """Hold how a library goes from one sub-network to another.
+
+    Attributes:
+        switch: to the smallest sub-network (0) or the largest (1).
+        finish: what has to follow before the sub-network may answer.
+        images: that this needs.
+    """
+
+    switch: Callable[[int], Any]
+    finish: Callable[[], Any]
+    images: int
+
+
+class ByteCounter(TorchDispatchMode):
+    """Count the bytes that operations write into storage of their own, or into what is there."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        known = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
-        for each in out if isinstance(out, (tuple, list)) else [out]:
-            viewed = isinstance(each, Tensor) and each.untyped_storage().data_ptr() in known
-            if isinstance(each, Tensor) and (not viewed or func._schema.is_mutable):
-                self.bytes += each.nbytes
-        return out
+        outputs = func(*args, **(kwargs or {}))
+        storages = {storage for value in args for storage in _list_storages(value)}
+        for output in outputs if isinstance(outputs, (tuple, list)) else [outputs]:
+            in_place = storages.intersection(_list_storages(output))
+            if not in_place or func._schema.is_mutable:
+                self.bytes += getattr(output, "nbytes", 0)
+        return outputs
 
 
-def ours() -> Way:
-    net = resnet20()
-    widths = discover(net, X)
-    serve = Runtime(Levels(net, widths, level_sizes(net, widths, X, [0.512, 0.64, 0.8])), X)
-    budgets = [serve.costs[0].memory_mb, serve.costs[-1].memory_mb]
-    return lambda k: serve.within(memory_mb=budgets[k]), lambda: None, 0
+def _list_storages(value: Any) -> list[int]:
+    return [value.untyped_storage().data_ptr()] if isinstance(value, Tensor) else []
 
 
-def once_for_all() -> Way:
+def compare_switching() -> None:
+    """Show what it takes to go from one sub-network to another, here and elsewhere."""
+    warnings.simplefilter("ignore")  # the peers' own
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    console = Console(width=110)
+    console.print(compare_methods())
+    console.print(compare_levels(resnet20(), 200))
+
+
+def make_ours() -> Method:
+    """Switch the levels of this library."""
+    levels = _make_levels(resnet20())
+    runtime = Runtime(levels, X_BCHW)
+    budgets_mb = [runtime.costs[0].memory_mb, runtime.costs[-1].memory_mb]
+    return Method(lambda k: runtime.within(memory_mb=budgets_mb[k]), lambda: None, 0)
+
+
+def _make_levels(net: nn.Module) -> Levels:
+    widths = discover(net, X_BCHW)
+    return Levels(net, widths, level_sizes(net, widths, X_BCHW, FRACTIONS))
+
+
+def make_once_for_all() -> Method:
+    """Switch the sub-networks of once-for-all."""
     from ofa.imagenet_classification.elastic_nn.networks import OFAResNets
     from ofa.imagenet_classification.elastic_nn.utils import set_running_statistics
 
@@ -72,84 +108,75 @@ def once_for_all() -> Way:
     def switch(k: int) -> None:
         net.set_active_subnet(d=2 * k, e=(0.2, 0.35)[k], w=k)
 
-    return switch, lambda: set_running_statistics(net.eval(), data), 2000
+    return Method(switch, lambda: set_running_statistics(net.eval(), data), 2000)
 
 
-def modelopt() -> Way:
+def make_modelopt() -> Method:
+    """Switch the sub-networks of ModelOpt."""
     import modelopt.torch.nas as nas
 
     data = [torch.randn(128, 3, 32, 32) for _ in range(50)]
     net = nas.convert(resnet20(), mode="autonas")
-    ends = [nas.sample(net, least) for least in (min, max)]
+    ends = [nas.sample(net, extreme) for extreme in (min, max)]
 
-    def settle() -> None:
+    def finish() -> None:
         nas.patch.prep_for_eval(net, lambda model: [model(x_BCHW) for x_BCHW in data])
 
-    return lambda k: nas.select(net, ends[k]), settle, 50 * 128
+    return Method(lambda k: nas.select(net, ends[k]), finish, 50 * 128)
 
 
-def measure(way: Way, repeats: int) -> tuple[list[float], list[float], int]:
-    """Microseconds of each switch, without and with what has to follow; the bytes that one moves in all."""
-    switch, settle, _ = way
+METHODS: dict[str, tuple[Callable[[], Method], int]] = {  # and how often each is measured
+    "ours": (make_ours, 1000),
+    "once-for-all": (make_once_for_all, 5),
+    "ModelOpt": (make_modelopt, 5),
+}
+
+
+def measure(method: Method, repeats: int) -> tuple[list[float], list[float], int]:
+    """Measure the microseconds of each switch, without and with what has to follow, and the bytes of one."""
     times = []
     for i in range(repeats + 2):
         start = time.perf_counter()
-        switch(i % 2)
-        switched = time.perf_counter()
-        settle()
-        times.append((1e6 * (switched - start), 1e6 * (time.perf_counter() - start)))
-    with Moved() as moved:
-        switch(repeats % 2)
-        settle()
-    alone_us, whole_us = map(list, zip(*times[2:], strict=True))
-    return alone_us, whole_us, moved.bytes
+        method.switch(i % 2)
+        middle = time.perf_counter()
+        method.finish()
+        times.append((1e6 * (middle - start), 1e6 * (time.perf_counter() - start)))
+    with ByteCounter() as counter:
+        method.switch(repeats % 2)
+        method.finish()
+    switch_us, total_us = map(list, zip(*times[2:], strict=True))
+    return switch_us, total_us, counter.bytes
 
 
-def switches() -> Table:
-    table = Table("way", "switch, µs", "until it may answer, µs", "range", "bytes moved", "images")
-    for name, make, repeats in [
-        ("ours", ours, 1000),
-        ("once-for-all", once_for_all, 5),
-        ("ModelOpt", modelopt, 5),
-    ]:
+def compare_methods() -> Table:
+    """Measure every method that is installed."""
+    table = Table("method", "switch, µs", "until it may answer, µs", "range", "bytes moved", "images")
+    for name, (make, repeats) in METHODS.items():
         try:
-            way = make()
+            method = make()
         except ImportError:
             table.add_row(name, "not installed")
             continue
-        alone_us, whole_us, moved = measure(way, repeats)
-        medians = (f"{statistics.median(each):,.0f}" for each in (alone_us, whole_us))
-        spread = f"{min(whole_us):,.0f} … {max(whole_us):,.0f}"
-        table.add_row(name, *medians, spread, f"{moved:,}", f"{way[2]:,}")
+        switch_us, total_us, moved = measure(method, repeats)
+        medians = (f"{statistics.median(times):,.0f}" for times in (switch_us, total_us))
+        spread = f"{min(total_us):,.0f} … {max(total_us):,.0f}"
+        table.add_row(name, *medians, spread, f"{moved:,}", f"{method.images:,}")
     return table
 
 
-def latencies(net: nn.Module, repeats: int) -> Table:
-    """Each level in place and extracted, in turn, one image."""
-    widths = discover(net, X)
-    levels = Levels(net, widths, level_sizes(net, widths, X, [0.512, 0.64, 0.8]))
+def compare_levels(net: nn.Module, repeats: int) -> Table:
+    """Time each level in place and extracted, in turn, for one image."""
     table = Table("level", "params", "macs", "in place, ms", "extracted, ms", "ratio", "range")
-    for k, level in enumerate(levels):
-        alone = extract_level(level.eval()).eval()
-        a, b, ratios = paired(forward(level, X), forward(alone, X), repeats)
-        shown = (
-            f"{counts.count_params(level):,}",
-            f"{counts.count_macs(level, X):,}",
-            f"{a:.3f}",
-            f"{b:.3f}",
-        )
-        spread = f"{min(ratios):.2f} … {max(ratios):.2f}"
-        table.add_row(str(k), *shown, f"{statistics.median(ratios):.3f}", spread)
+    for k, level in enumerate(_make_levels(net)):
+        extracted = extract_level(level.eval()).eval()
+        times = time_pairs(make_forward(level, X_BCHW), make_forward(extracted, X_BCHW), repeats)
+        sizes = counts.count_params(level), counts.count_macs(level, X_BCHW)
+        table.add_row(str(k), *(f"{size:,}" for size in sizes), *times.format_medians(3))
     return table
 
 
 def main() -> None:
-    warnings.simplefilter("ignore")  # the peers' own
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    console = Console(width=110)
-    console.print(switches())
-    console.print(latencies(resnet20(), 200))
+    compare_switching()
 
 
 if __name__ == "__main__":

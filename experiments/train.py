@@ -23,6 +23,7 @@ from elastic.errors import TrainingError
 from elastic.experiments.tools.composition import CONF, rewrite, settle
 from elastic.experiments.tools.figure import draw_history
 from elastic.experiments.tools.publish import publish
+from elastic.experiments.tools.restore import WEIGHTS, build_network
 from elastic.experiments.tools.setup import (
     active,
     alone,
@@ -39,43 +40,29 @@ from elastic.experiments.tools.setup import (
     settings,
 )
 from elastic.experiments.tools.summary import (
-    measure,
-    measure_levels,
-    revision,
+    find_revision,
+    measure_network,
     show,
     summarise,
     write_summary,
 )
 from elastic.experiments.tools.sweep import one_of_many, values
-from elastic.files.network import (
-    holds_levels,
-    load_compact,
-    load_levels,
-    refuse_switched,
-    save_compact,
-    save_levels,
-)
+from elastic.files.network import Network
 from elastic.pruning.compaction import compact
 from elastic.training.classifier import ElasticClassifier
 from elastic.training.compilation import compile_network
+from elastic.training.structure import Structure
 
 
 def build(cfg: DictConfig) -> tuple[ElasticClassifier, ImageData]:
     """The data and the network, as the configuration describes them before anything has changed."""
-    L.seed_everything(cfg.seed, verbose=False)
-    data: ImageData = instantiate(cfg.data)
-    net = instantiate(cfg.model, in_channels=data.shape[0], classes=data.classes)
+    net, data = build_network(cfg)
     levels = None
     if cfg.get("init") is not None:
-        weights, example = (
-            finished(Path(cfg.init).expanduser()) / "model.safetensors",
-            torch.zeros(1, *data.shape),
-        )
-        refuse_switched(weights)
-        if "dynamic" in active(cfg) and holds_levels(weights):  # each gets modules of its own
-            levels = load_levels(net, weights, example)
-        else:
-            load_compact(net, weights, example)
+        weights = finished(Path(cfg.init).expanduser()) / WEIGHTS
+        network = Network.load(net, weights, torch.zeros(1, *data.shape))
+        network.reject_modules(weights)
+        levels = network.levels if "dynamic" in active(cfg) else None  # each gets modules of its own
         net.train()
     module = ElasticClassifier(
         net,
@@ -101,22 +88,29 @@ def make_callbacks(cfg: DictConfig) -> list[L.Callback]:
 
 
 def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
-    """Carry out a run in its folder, from the start or from its last checkpoint; returns the summary.
+    """Carry out a run in its folder, from the start or from its last checkpoint; return the summary.
 
     Raises:
         BusyError: another process does.
     """
     with alone(folder):
-        return _train(cfg, folder)
+        quiet()
+        find_revision()  # of the code that trains, not of what is there when it has
+        if cfg.threads is not None:
+            torch.set_num_threads(cfg.threads)
+        callbacks = make_callbacks(cfg)  # which may build networks, too
+        module, data = build(cfg)
+        trainer = make_trainer(cfg, callbacks, folder)
+        fit(cfg, trainer, module, data, folder)
+        return finish(cfg, trainer, module, data, folder) if trainer.is_global_zero else {}
 
 
-def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
-    quiet()
-    revision()  # of the code that trains, not of what is there when it has
-    if cfg.threads is not None:
-        torch.set_num_threads(cfg.threads)
-    callbacks = make_callbacks(cfg)  # which may build networks, too
-    module, data = build(cfg)
+def make_trainer(cfg: DictConfig, callbacks: list[L.Callback], folder: Path) -> L.Trainer:
+    """Make the trainer of a run, and refuse what it could not carry out.
+
+    Raises:
+        TrainingError: no epochs, or processes or callbacks that cannot be in one run.
+    """
     if cfg.trainer.max_epochs < 1:
         raise TrainingError(f"trainer.max_epochs is {cfg.trainer.max_epochs}: set it to 1 or more")
     trainer: L.Trainer = instantiate(
@@ -130,6 +124,13 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     check_processes(trainer)
     for callback in list_elastic(trainer):
         callback.check(trainer)
+    return trainer
+
+
+def fit(
+    cfg: DictConfig, trainer: L.Trainer, module: ElasticClassifier, data: ImageData, folder: Path
+) -> None:
+    """Train, from the start or from the last checkpoint."""
     last = readable(folder / "last.ckpt")
     if trainer.is_global_zero and last is None:
         OmegaConf.save(portable(cfg), folder / "config.yaml")
@@ -139,36 +140,38 @@ def _train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     trainer.fit(module, data)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # the first process goes on alone
-    if not trainer.is_global_zero:
-        return {}
 
-    module.cpu()
-    structure = module.structure
-    levels, dynamic = structure.levels, structure.dynamic_nets
-    is_whole = levels is not None or dynamic
-    plain = structure.net.eval() if is_whole else compact(structure.net, structure.example)
-    census = next((callback for callback in callbacks if isinstance(callback, Census)), Census())
-    measured = measure(plain, data, dynamic[-1] if dynamic else None)
-    summary = summarise(cfg, measured, census.seconds, census.macs_training)
+
+def finish(
+    cfg: DictConfig, trainer: L.Trainer, module: ElasticClassifier, data: ImageData, folder: Path
+) -> dict[str, Any]:
+    """Measure the network once on the test split, and write down and show what the run has come to."""
+    structure = module.cpu().structure
+    network = make_network(structure)
+    census = next((callback for callback in list_elastic(trainer) if isinstance(callback, Census)), Census())
+    summary = summarise(cfg, measure_network(network, data), census.seconds, census.macs_training)
     summary["epochs"] = trainer.current_epoch  # that were trained, whatever was planned
     summary["val/acc"] = census.history[-1].get("val/acc") if census.history else None
-    if levels is not None:
-        summary["levels"] = measure_levels(levels, data, dynamic)
     for callback in list_elastic(trainer):
         summary |= callback.report()
-    about, weights = {"widths": structure.widths.sizes()}, folder / "model.safetensors"
-    if levels is None:
-        save_compact(plain, weights, about, dynamic)
-    else:
-        save_levels(levels, weights, about, dynamic)
+    network.save(folder / WEIGHTS, {"widths": structure.widths.sizes()})
     write_lines(folder / "history.jsonl", census.history)
     draw_history(census.history, structure.timeline, folder / "history.png")
     write_summary(summary, folder)
-    plain_cfg = OmegaConf.to_container(portable(cfg), resolve=True)
+    options = OmegaConf.to_container(portable(cfg), resolve=True)
     for logger in trainer.loggers:
-        publish(logger, folder, plain_cfg, summary, census.history, structure.timeline)
+        publish(logger, folder, options, summary, census.history, structure.timeline)
     show(summary, census.history, folder)
     return summary
+
+
+def make_network(structure: Structure) -> Network:
+    """Make what a run leaves of a network: compacted, unless levels or modules know its channels."""
+    if structure.levels is not None:
+        return Network(structure.levels, structure.dynamic_nets)
+    if structure.dynamic_nets:
+        return Network(structure.net.eval(), structure.dynamic_nets)
+    return Network(compact(structure.net, structure.example))
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")

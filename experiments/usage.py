@@ -1,13 +1,13 @@
-"""How often the kernels of a network with kernel activation modules are on, and what images take.
+"""Show how often the kernels of a dynamic network are on, and what images take.
 
-    python -m experiments.usage run=<folder> [level=<number>] [set=<number>] [figure=<png>] [csv=<file>]
+    python -m experiments.usage run=<folder> [level=…] [set=…] [figure=<png>] [csv=<file>]
 
 Prints the part of the images for which each layer's kernels are on; the figure has that, kernel by kernel,
 the MACs of each class and of each image, and the images that took least and most.
 """
 
-import csv
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -16,10 +16,48 @@ from rich.console import Console
 from rich.table import Table
 
 from elastic.errors import TrainingError
-from elastic.experiments.tools.figure import draw_duty
-from elastic.experiments.tools.per_image import run_per_image
-from elastic.experiments.tools.restore import chosen
+from elastic.experiments.tools.per_image import PerImage, run_per_image
+from elastic.experiments.tools.restore import restore
+from elastic.experiments.tools.runtime_figures import draw_kernel_usage
 from elastic.experiments.tools.setup import quiet, run
+from elastic.experiments.tools.tables import write_csv
+
+
+def show_kernel_usage(
+    run: Path, level: int | None = None, set: int = 0, figure: Path | None = None, csv: Path | None = None
+) -> None:
+    """Show how often each layer's kernels are on over the test split, and what images take.
+
+    Args:
+        level: of a network with levels, 0 being the smallest; the largest by default.
+        set: of the modules.
+        figure: a picture to draw.
+        csv: a table of every kernel to write.
+    """
+    finished = restore(run)
+    images = run_per_image(finished.network.dynamic(level, set), finished.data)
+    Console().print(_make_table(images))
+    print(f"test accuracy {images.accuracy:.2%}, {images.macs:,.0f} MACs an image, modules included")
+    if csv is not None:
+        write_csv(csv, ["convolution", "kernel", "on"], _list_kernels(images))
+    if figure is not None:
+        raw_NCHW = torch.cat([x_BCHW for x_BCHW, _ in finished.data.test_dataloader()])
+        draw_kernel_usage(images, raw_NCHW.permute(0, 2, 3, 1).numpy(), figure)
+
+
+def _make_table(images: PerImage) -> Table:
+    table = Table("convolution", "kernels", "on, mean (%)", "always on", "never on")
+    for name, usage_K in images.usage.items():
+        always, never = int((usage_K == 1).sum()), int((usage_K == 0).sum())
+        table.add_row(name, str(len(usage_K)), f"{100 * usage_K.mean():.1f}", str(always), str(never))
+    return table
+
+
+def _list_kernels(images: PerImage) -> Iterator[tuple[str, int, str]]:
+    """List every kernel with the part of the images for which it was on."""
+    for name, usage_K in images.usage.items():
+        for k, part in enumerate(usage_K.tolist()):
+            yield name, k, f"{part:.4f}"
 
 
 def main() -> None:
@@ -31,23 +69,8 @@ def main() -> None:
         raise TrainingError(
             "usage: python -m experiments.usage run=<folder> [level=…] [set=…] [figure=…] [csv=…]"
         )
-    _, gated, data = chosen(Path(str(given.run)), given.get("level"), given.get("set", 0))
-    seen = run_per_image(gated, data)
-    table = Table("convolution", "kernels", "on, mean (%)", "always on", "never on")
-    for name, duty_K in seen.duty.items():
-        always, never = int((duty_K == 1).sum()), int((duty_K == 0).sum())
-        table.add_row(name, str(len(duty_K)), f"{100 * duty_K.mean():.1f}", str(always), str(never))
-    Console().print(table)
-    print(f"test accuracy {seen.accuracy:.2%}, {seen.macs:,.0f} MACs an image, modules included")
-    if "csv" in given:
-        with open(str(given.csv), "w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["convolution", "kernel", "on"])
-            for name, duty_K in seen.duty.items():
-                writer.writerows([name, k, f"{on:.4f}"] for k, on in enumerate(duty_K.tolist()))
-    if "figure" in given:
-        raw_NCHW = torch.cat([x for x, _ in data.test_dataloader()])
-        draw_duty(seen, raw_NCHW.permute(0, 2, 3, 1).numpy(), Path(str(given.figure)))
+    figure, csv = (Path(str(given[name])) if name in given else None for name in ("figure", "csv"))
+    show_kernel_usage(Path(str(given.run)), given.get("level"), given.get("set", 0), figure, csv)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def test_most_rooms_need_torch_alone(path: Path) -> None:
 
 
 def test_importing_the_face_loads_torch_alone() -> None:
-    libraries = ("lightning", "hydra", "wandb", "torchvision")
+    libraries = ("lightning", "hydra", "wandb", "torchvision", "safetensors")
     code = f"import sys, elastic; print(*(m for m in {libraries} if m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

@@ -1,1 +1,6 @@
-"""What a run leaves: files of networks, and their export."""
+"""Keep what a run leaves, and write it for other programs."""
+
+from elastic.files.exporting import export
+from elastic.files.network import Network, load, save
+
+__all__ = ["Network", "export", "load", "save"]

@@ -1,4 +1,4 @@
-"""Files that are put in place at once."""
+"""Put files in place at once."""
 
 import os
 from collections.abc import Callable

@@ -1,72 +1,99 @@
-"""A network as a file that other programs run, checked against the network before it is left behind."""
+"""Write a network as a file that other programs run, and check it against the network before it is left."""
 
 import io
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
 
-from elastic.errors import StructureError
+from elastic.errors import FileError, OptionError, StructureError
 from elastic.files.atomic import write_atomically
 from elastic.levels.cutting import extract_level
 
-TOLERANCE = 1e-5  # absolute, and relative to the largest output
+TOLERANCE = 1e-5  # absolute, and relative to the largest value of an output
+Outputs = list[Tensor]
 
 
 def export(net: nn.Module, example: Tensor, path: Path) -> None:
     """Write a network for any batch size: `.pt2` (torch.export) or `.onnx` (extra `export`).
+
+    Its outputs may be a tensor or nested tuples, lists and dictionaries of tensors. `.pt2` gives them back as
+    they are, ONNX one after the other.
 
     Args:
         net: plain, e.g. compacted or a level.
         example: an input, batch first.
 
     Raises:
-        StructureError: a kind of file that is not known, a package that is missing, or outputs that differ
-            by more than 1e-5. Nothing is written then.
+        OptionError: a kind of file that is not known.
+        FileError: outputs that differ by more than 1e-5, or a package that is missing.
     """
-    if path.suffix not in (".pt2", ".onnx"):
-        raise StructureError(f"{path} cannot be written: name a file that ends in .pt2 or .onnx")
+    if path.suffix not in WRITERS:
+        raise OptionError(f"{path} cannot be written: name a file that ends in {' or '.join(WRITERS)}")
+    write, batch_axis = WRITERS[path.suffix]
     # A level's tensors are parts of others.
     net = extract_level(net).eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    twice = torch.cat([example, example])[:2]  # a batch of one would be taken for granted
-    batch = {0: torch.export.Dim.AUTO if path.suffix == ".pt2" else torch.export.Dim("batch")}
-    program = torch.export.export(net, (twice,), dynamic_shapes=(batch,))
+    pair = torch.cat([example, example])[:2]  # a batch of one would be taken for granted
+    program = torch.export.export(net, (pair,), dynamic_shapes=({0: batch_axis},))
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(3, *example.shape[1:], generator=generator)
     with torch.no_grad():
-        expected = net(probe)
+        expected = list_tensors(net(probe))
 
-    def write(part: Path) -> None:
-        found = (_pt2 if path.suffix == ".pt2" else _onnx)(program, part, probe)
-        apart = float((found - expected).abs().max())
-        if not apart <= TOLERANCE * max(1.0, float(expected.abs().max())):
-            raise StructureError(f"{path} would differ from the network by {apart:.1e}: export it in fp32")
+    def write_checked(part: Path) -> None:
+        difference = _compare(write(program, part, probe), expected)
+        if not difference <= TOLERANCE:  # nor is NaN
+            raise FileError(f"{path} would differ from the network by {difference:.1e}: export it in fp32")
 
-    write_atomically(path, write)
+    write_atomically(path, write_checked)
 
 
-# Each writes the file, and says what it makes of the probe.
+def list_tensors(outputs: Any) -> Outputs:
+    """List the tensors of nested tuples, lists and dictionaries, in the order of torch.export and ONNX."""
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def _compare(actual: Outputs, expected: Outputs) -> float:
+    """Measure the largest difference of outputs, relative to the largest value where that is above 1."""
+    if len(actual) != len(expected):
+        raise StructureError(f"{len(actual)} of {len(expected)} outputs can be written: return tensors alone")
+    pairs = zip(actual, expected, strict=True)
+    return max(float((a - b).abs().max()) / max(1.0, float(b.abs().max())) for a, b in pairs)
+
+
+# Each writes the file, and runs the probe through what it has written.
 
 
 @torch.no_grad()
-def _pt2(program: torch.export.ExportedProgram, part: Path, probe: Tensor) -> Tensor:
+def _write_pt2(program: ExportedProgram, part: Path, probe: Tensor) -> Outputs:
     buffer = io.BytesIO()  # by name it would insist on an ending
     torch.export.save(program, buffer)
     part.write_bytes(buffer.getbuffer())
     buffer.seek(0)
-    found: Tensor = torch.export.load(buffer).module()(probe)
-    return found
+    return list_tensors(torch.export.load(buffer).module()(probe))
 
 
-def _onnx(program: torch.export.ExportedProgram, part: Path, probe: Tensor) -> Tensor:
+def _write_onnx(program: ExportedProgram, part: Path, probe: Tensor) -> Outputs:
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  torch needs it
     except ImportError as error:
-        raise StructureError(f"{error.name} is not installed: install the extra `export`") from error
-    written = torch.onnx.export(program, dynamo=True, verbose=False)
-    assert written is not None
-    written.save(part)
+        raise FileError(f"{error.name} is not installed: install the extra `export`") from error
+    # The program knows the batch axis as a symbol of torch's own making; named here, so it is in the file.
+    onnx = torch.onnx.export(program, dynamo=True, verbose=False, dynamic_shapes=({0: "batch"},))
+    assert onnx is not None
+    onnx.save(part)
     session = onnxruntime.InferenceSession(part, providers=["CPUExecutionProvider"])
-    found = session.run(None, {session.get_inputs()[0].name: probe.numpy()})[0]
-    return torch.from_numpy(found)
+    outputs = session.run(None, {session.get_inputs()[0].name: probe.numpy()})
+    return [torch.from_numpy(output) for output in outputs]
+
+
+# By ending: what writes it, and how its batch axis is declared.
+WRITERS: dict[str, tuple[Callable[[ExportedProgram, Path, Tensor], Outputs], Any]] = {
+    ".pt2": (_write_pt2, Dim.AUTO),
+    ".onnx": (_write_onnx, Dim("batch")),
+}

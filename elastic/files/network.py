@@ -1,202 +1,208 @@
-"""What a run leaves: the tensors of a compacted network in one small file, with its levels if it has any.
+"""Keep what a run results in: a compacted network with its levels and its kernel activation modules.
 
-The file is a safetensors file; the architecture is in its shapes and metadata. Tensors that are mostly zero
-are stored as a bitmap and their non-zeros.
+The file is a safetensors file. The architecture is in its shapes and metadata; the network as it was first
+built comes from the caller, so that no code is read from a file.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
 from elastic.dynamic.attaching import MODULES, attach_modules
-from elastic.dynamic.modules import iterate_modules
-from elastic.errors import StructureError
-from elastic.files.atomic import write_atomically
+from elastic.dynamic.modules import iterate_modules, select_set
+from elastic.errors import FileError, OptionError, StructureError
+from elastic.files.packing import read_tensors, write_tensors
 from elastic.levels.nested import Levels
 from elastic.surgery.rebuilding import add_blocks, rebuild
-from elastic.widths.discovery import discover
+from elastic.widths.discovery import Widths, discover
 
-SPARSE = 0.75  # a tensor of fewer non-zeros than this is stored as a bitmap and its non-zeros
 # What levels own, and kernel activation modules, are stored under these: no layer's name begins with a dot.
-NORMS, KAMS = ".levels.", ".kams."
+LEVEL_NORMS, LEVEL_MODULES = ".levels.", ".kams."
 
 
-Switched = Sequence[fx.GraphModule]
-
-
-def save_compact(net: nn.Module, path: Path, about: Mapping[str, Any], switched: Switched = ()) -> None:
-    """Write a compacted network's tensors, the sparse ones without their zeros, atomically.
+class Network:
+    """Carry a run's result: one level or more, smallest first, with or without kernel activation modules.
 
     Args:
-        switched: the network, or each of its levels, with kernel activation modules, if there are any.
+        levels: the levels of a network, or a network that is its only level.
+        dynamic_nets: each level with its kernel activation modules, if there are any.
+
+    Attributes:
+        levels: the levels that share one storage; None where there is one only.
     """
-    _write(net.state_dict() | _kams(switched), path, {**about, **_about(switched)})
 
-
-def save_levels(levels: Levels, path: Path, about: Mapping[str, Any], switched: Switched = ()) -> None:
-    """Write a network as `save_compact` does, and the sizes and norms of its levels."""
-    norms = {NORMS + name: tensor for name, tensor in levels.norms.state_dict().items()}
-    about = {**about, **_about(switched), "levels": levels.sizes[:-1]}
-    _write(levels.net.state_dict() | norms | _kams(switched), path, about)
-
-
-def _kams(switched: Switched) -> dict[str, Tensor]:
-    kept = ((k, net.get_submodule(MODULES).state_dict()) for k, net in enumerate(switched))
-    return {f"{KAMS}{k}.{name}": tensor for k, state in kept for name, tensor in state.items()}
-
-
-def _about(switched: Switched) -> dict[str, Any]:
-    """What `attach` has to be told, to make the same modules again."""
-    if not switched:
-        return {}
-    first = next(iterate_modules(switched[0]))
-    return {"switched": {"sets": len(first.heads), "kind": first.kind, "choice": first.activation}}
-
-
-def load_switched(net: nn.Module | Levels, path: Path, example: Tensor) -> list[fx.GraphModule]:
-    """The network of a file, or each of its levels, with the kernel activation modules that the file has.
-
-    Args:
-        net: from `load_compact` or `load_levels`.
-
-    Raises:
-        StructureError: the file is missing or damaged, or has no modules.
-    """
-    state, about = _read(path)
-    if "switched" not in about:
-        raise StructureError(f"{path} has no kernel activation modules: train some with schedule=dynamic")
-    options = {"activation" if name == "choice" else name: value for name, value in about["switched"].items()}
-    found = []
-    for k, level in enumerate(net if isinstance(net, Levels) else [net]):
-        made = attach_modules(level, discover(level, example), **options)
-        prefix = f"{KAMS}{k}."
-        kams = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-        try:
-            made.get_submodule(MODULES).load_state_dict(kams)
-        except RuntimeError as error:
-            raise StructureError(f"{path} lacks modules of level {k}: train again or restore it") from error
-        found.append(made.eval())
-    return found
-
-
-def holds_switched(path: Path) -> bool:
-    """Whether a file has kernel activation modules.
-
-    Raises:
-        StructureError: it is missing or damaged.
-    """
-    return "switched" in _read(path)[1]
-
-
-def refuse_switched(path: Path) -> None:
-    """Refuse a file's network to those who know nothing of kernel activation modules.
-
-    Raises:
-        StructureError: it has some; or the file is missing or damaged.
-    """
-    if holds_switched(path):
-        raise StructureError(
-            f"{path} holds a network that is another one without its kernel activation modules: take a run "
-            "that has none, such as the one that it started from"
-        )
-
-
-def _write(state: Mapping[str, Tensor], path: Path, about: Mapping[str, Any]) -> None:
-    tensors: dict[str, Tensor] = {}
-    shapes: dict[str, list[int]] = {}
-    for name, tensor in state.items():
-        tensor = tensor.detach().cpu().contiguous()
-        kept = tensor != 0
-        if tensor.is_floating_point() and kept.sum() < SPARSE * tensor.numel():
-            shapes[name] = list(tensor.shape)
-            bits = kept.flatten().to(torch.uint8)
-            bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).view(-1, 8)
-            tensors[f"{name}:bits"] = (bits << torch.arange(8)).sum(1).to(torch.uint8)
-            tensors[f"{name}:values"] = tensor[kept]
+    def __init__(self, levels: Levels | nn.Module, dynamic_nets: Sequence[fx.GraphModule] = ()) -> None:
+        if isinstance(levels, nn.Module):
+            self.levels, self.nets = None, [levels]
         else:
-            tensors[name] = tensor
-    meta = {"elastic": json.dumps({"about": dict(about), "sparse": shapes})}  # one key: their order is random
-    write_atomically(path, lambda part: save_file(tensors, part, meta))
+            self.levels, self.nets = levels, list(levels)
+        self.dynamic_nets = list(dynamic_nets)
+        if self.dynamic_nets and len(self.dynamic_nets) != len(self.nets):
+            raise StructureError(
+                f"{len(self.dynamic_nets)} dynamic networks for {len(self.nets)} levels: give each its own"
+            )
+
+    def __len__(self) -> int:
+        """Count the levels."""
+        return len(self.nets)
+
+    @property
+    def sets(self) -> int:
+        """Count the sets of kernel activation modules; 0 without any."""
+        return len(next(iterate_modules(self.dynamic_nets[0])).heads) if self.dynamic_nets else 0
+
+    def plain(self, level: int | None = None) -> nn.Module:
+        """Return a level without its kernel activation modules, the largest by default.
+
+        Raises:
+            OptionError: there is no such level.
+        """
+        return self.nets[self._index(level)]
+
+    def dynamic(self, level: int | None = None, set: int = 0) -> fx.GraphModule:
+        """Return a level, the largest by default, with a set of its kernel activation modules selected.
+
+        Raises:
+            OptionError: there is no such level or set.
+        """
+        if not 0 <= set < self.sets:
+            extent = f"0 … {self.sets - 1}" if self.sets else "none: train some with schedule=dynamic"
+            raise OptionError(f"there is no set {set} of kernel activation modules: the network has {extent}")
+        net = self.dynamic_nets[self._index(level)]
+        select_set(net, set)
+        return net
+
+    def run(self, x_BCHW: Tensor, level: int | None = None, set: int | None = None) -> Any:
+        """Run a level, with its kernel activation modules if it has any, the first set by default.
+
+        Raises:
+            OptionError: there is no such level or set.
+        """
+        if set is None and not self.dynamic_nets:
+            return self.plain(level)(x_BCHW)
+        return self.dynamic(level, set or 0)(x_BCHW)
+
+    def _index(self, level: int | None) -> int:
+        last = len(self) - 1
+        if level is not None and not 0 <= level <= last:
+            extent = f"0 … {last}" if last else "level 0 alone"
+            raise OptionError(f"there is no level {level}: the run's network has {extent}")
+        return last if level is None else level
+
+    def reject_modules(self, path: Path) -> None:
+        """Refuse kernel activation modules, for a caller that cannot run them.
+
+        Args:
+            path: of the network's file, to be named.
+
+        Raises:
+            FileError: the network has some.
+        """
+        if self.dynamic_nets:
+            raise FileError(
+                f"{path} holds a network that is another one without its kernel activation modules: take a "
+                "run that has none, such as the one that it started from"
+            )
+
+    def save(self, path: Path, about: Mapping[str, Any] | None = None) -> None:
+        """Write the network atomically, its sparse tensors without their zeros.
+
+        Args:
+            about: what else is to be said of it, in plain containers.
+        """
+        tensors, about = dict(self.plain().state_dict()), dict(about or {})
+        for k, net in enumerate(self.dynamic_nets):
+            modules = net.get_submodule(MODULES).state_dict()
+            tensors |= {f"{LEVEL_MODULES}{k}.{name}": tensor for name, tensor in modules.items()}
+        if self.dynamic_nets:
+            first = next(iterate_modules(self.dynamic_nets[0]))
+            about["switched"] = {"sets": self.sets, "kind": first.kind, "choice": first.activation}
+        if self.levels is not None:
+            norms = self.levels.norms.state_dict()
+            tensors |= {LEVEL_NORMS + name: tensor for name, tensor in norms.items()}
+            about["levels"] = self.levels.sizes[:-1]
+        write_tensors(tensors, about, path)
+
+    @classmethod
+    def load(cls, model: nn.Module, path: Path, example: Tensor) -> "Network":
+        """Read a network from its file, which is read once, ready for inference.
+
+        Args:
+            model: the network as it was first built, before anything had changed; it is filled in place.
+            example: an input, batch first.
+
+        Raises:
+            FileError: the file is missing or damaged.
+            StructureError: it is of another architecture.
+        """
+        tensors, about = read_tensors(path)
+        widths = _fill(model, {name: t for name, t in tensors.items() if not name.startswith(".")}, example)
+        if "levels" in about:
+            levels = Levels(model, widths, about["levels"])
+            _load_state(levels.norms, _select(tensors, LEVEL_NORMS), f"{path} lacks norms of its levels")
+            network = cls(levels)
+        else:
+            network = cls(model)
+        for net in network.nets:
+            net.eval()
+        if "switched" in about:
+            network._attach(tensors, about["switched"], example, path)
+        return network
+
+    def _attach(self, tensors: Mapping[str, Tensor], modules: Any, example: Tensor, path: Path) -> None:
+        """Give every level the kernel activation modules of a file."""
+        for k, net in enumerate(self.nets):
+            dynamic = attach_modules(
+                net, discover(net, example), None, modules["sets"], modules["choice"], modules["kind"]
+            )
+            state = _select(tensors, f"{LEVEL_MODULES}{k}.")
+            _load_state(dynamic.get_submodule(MODULES), state, f"{path} lacks modules of level {k}")
+            self.dynamic_nets.append(dynamic.eval())
 
 
-def load_compact(net: nn.Module, path: Path, example: Tensor) -> nn.Module:
-    """Put the tensors of `save_compact` into the network they were compacted from, as first built.
-
-    Of a network with levels it is the largest.
-
-    Raises:
-        StructureError: the file is missing or damaged, or of another architecture.
-    """
-    state, _ = _read(path)
-    state = {name: tensor for name, tensor in state.items() if not name.startswith(".")}
-    add_blocks(net, discover(net, example), state)
-    layers = dict(net.named_modules())
-    for name in state.keys() - net.state_dict().keys():  # compaction may have given a layer a bias
-        layer, _, tensor_name = name.rpartition(".")
-        if tensor_name == "bias" and getattr(layers.get(layer), "bias", 0) is None:
-            layers[layer].bias = nn.Parameter(torch.zeros_like(state[name]))
-    rebuild(net, discover(net, example), state)
-    net.load_state_dict(state)
-    return net.eval()
+def save(network: Network | Levels | nn.Module, path: Path, about: Mapping[str, Any] | None = None) -> None:
+    """Write a network into a small file; see `Network.save`."""
+    (network if isinstance(network, Network) else Network(network)).save(path, about)
 
 
-def load_levels(net: nn.Module, path: Path, example: Tensor) -> Levels:
-    """Put the tensors of `save_levels` into the network as first built, and give it its levels.
+def load(model: nn.Module, path: Path, example: Tensor) -> Network:
+    """Read a network from its file; see `Network.load`."""
+    return Network.load(model, path, example)
 
-    Raises:
-        StructureError: the file is missing or damaged, of another architecture, or has no levels.
-    """
-    state, about = _read(path)
-    if "levels" not in about:
-        raise StructureError(f"{path} holds a network without levels: leave the level out, or train some")
-    levels = Levels(load_compact(net, path, example), discover(net, example), about["levels"])
-    norms = {name.removeprefix(NORMS): t for name, t in state.items() if name.startswith(NORMS)}
+
+def _select(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Take the tensors under a prefix, without it."""
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _load_state(module: nn.Module, state: Mapping[str, Tensor], fault: str) -> None:
     try:
-        levels.norms.load_state_dict(norms)
-    except RuntimeError as error:
-        raise StructureError(
-            f"{path} lacks norms that its levels need, or has others: train again or restore it"
-        ) from error
-    for level in levels:
-        level.eval()
-    return levels
+        module.load_state_dict(state)
+    except RuntimeError as error:  # names that are missing or too many, or other shapes
+        raise FileError(f"{fault}, or has others: train again or restore it") from error
 
 
-def holds_levels(path: Path) -> bool:
-    """Whether a file is of `save_levels`.
-
-    Raises:
-        StructureError: it is missing or damaged.
-    """
-    return "levels" in _read(path)[1]
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        return _unpacked(path)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        cause = str(error).splitlines()[0]
-        raise StructureError(f"{path} cannot be read ({cause}): train again or restore it") from error
+def _fill(model: nn.Module, state: Mapping[str, Tensor], example: Tensor) -> Widths:
+    """Give a network as first built the shapes and the values of a state, and return its widths."""
+    widths = discover(model, example)
+    add_blocks(model, widths, state)
+    if _add_biases(model, state):
+        widths = discover(model, example)  # which has the biases, too
+    rebuild(model, widths, state)
+    model.load_state_dict(state)
+    return widths
 
 
-def _unpacked(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    with safe_open(path, framework="pt") as file:
-        held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        meta = json.loads(file.metadata()["elastic"])
-    shapes = meta["sparse"]
-    state = {name: tensor for name, tensor in held.items() if ":" not in name}
-    for name, shape in shapes.items():
-        kept = (held[f"{name}:bits"][:, None] >> torch.arange(8) & 1).bool().flatten()
-        values = held[f"{name}:values"]
-        if int(kept.sum()) != len(values):
-            raise ValueError(f"'{name}' has {len(values)} values for {int(kept.sum())} places")
-        tensor = torch.zeros(shape, dtype=values.dtype)
-        tensor.view(-1)[kept[: tensor.numel()]] = values
-        state[name] = tensor
-    return state, meta["about"]
+def _add_biases(model: nn.Module, state: Mapping[str, Tensor]) -> bool:
+    """Give layers the biases that compaction has given them, and return whether there are any."""
+    layers = dict(model.named_modules())
+    added = False
+    for name in state.keys() - model.state_dict().keys():
+        path, _, tensor_name = name.rpartition(".")
+        if tensor_name == "bias" and getattr(layers.get(path), "bias", 0) is None:
+            layers[path].bias = nn.Parameter(torch.zeros_like(state[name]))
+            added = True
+    return added

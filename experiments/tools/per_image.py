@@ -1,4 +1,4 @@
-"""What a network with kernel activation modules does with each image of the test split."""
+"""Run the test split image by image: what a network with kernel activation modules does with each."""
 
 from dataclasses import dataclass
 
@@ -10,22 +10,33 @@ from elastic.data.images import to_unit
 from elastic.dynamic.loss import ActivationCost
 from elastic.dynamic.modules import iterate_modules
 
+Batch = tuple[Tensor, Tensor]
+
 
 @dataclass(frozen=True)
 class PerImage:
-    """Of each image: whether it was classified right, and its MACs. Of each layer's kernels: how often on."""
+    """Hold what each image took, and how often each kernel was on.
 
-    right_N: Tensor
+    Attributes:
+        correct_N: whether the image was classified right.
+        macs_N: what it took, modules included.
+        label_N: its class.
+        usage: by convolution, the part of the images for which each kernel was on.
+    """
+
+    correct_N: Tensor
     macs_N: Tensor
     label_N: Tensor
-    duty: dict[str, Tensor]
+    usage: dict[str, Tensor]
 
     @property
     def accuracy(self) -> float:
-        return float(self.right_N.double().mean())
+        """Average over the images."""
+        return float(self.correct_N.double().mean())
 
     @property
     def macs(self) -> float:
+        """Average over the images."""
         return float(self.macs_N.double().mean())
 
 
@@ -33,22 +44,30 @@ class PerImage:
 def run_per_image(net: fx.GraphModule, data: ImageData) -> PerImage:
     """Run the test split, in fp32, through a network with modules."""
     net.eval()
-    engaged = ActivationCost(net, torch.zeros(1, *data.shape))
-    right, macs, labels = [], [], []
-    duty = {module.site.writer: torch.zeros(module.active_BK.shape[1]) for module in iterate_modules(net)}
-    for x_BCHW, y_B in batches(data):
-        right.append(net(x_BCHW).argmax(1) == y_B)
-        macs.append(engaged.macs_B())
+    cost = ActivationCost(net, torch.zeros(1, *data.shape))
+    modules = {module.site.writer: module for module in iterate_modules(net)}
+    counts = {name: torch.zeros(module.active_BK.shape[1]) for name, module in modules.items()}
+    correct, macs, labels = [], [], []
+    for x_BCHW, y_B in read_test_batches(data):
+        correct.append(net(x_BCHW).argmax(1) == y_B)
+        macs.append(cost.macs_B())
         labels.append(y_B)
-        for module in iterate_modules(net):
-            duty[module.site.writer] += module.active_BK.sum(0)
-    count = sum(map(len, labels))
-    shares = {name: on_K / count for name, on_K in duty.items()}
-    return PerImage(torch.cat(right), torch.cat(macs), torch.cat(labels), shares)
+        for name, module in modules.items():
+            counts[name] += module.active_BK.sum(0)
+    images = sum(map(len, labels))
+    usage = {name: count_K / images for name, count_K in counts.items()}
+    return PerImage(torch.cat(correct), torch.cat(macs), torch.cat(labels), usage)
 
 
-def batches(data: ImageData) -> list[tuple[Tensor, Tensor]]:
-    """The test split as networks take it."""
+def read_test_batches(data: ImageData) -> list[Batch]:
+    """Read the test split as networks take it."""
     data.prepare_data()
     data.setup("test")
-    return [(data.normalise(to_unit(x)), y) for x, y in data.test_dataloader()]
+    return [(data.normalise(to_unit(x_BCHW)), y_B) for x_BCHW, y_B in data.test_dataloader()]
+
+
+def sample_images(data: ImageData, count: int) -> Tensor:
+    """Draw images of the test split, always the same ones, as networks take them."""
+    images_NCHW = torch.cat([x_BCHW for x_BCHW, _ in read_test_batches(data)])
+    order_N = torch.randperm(len(images_NCHW), generator=torch.Generator().manual_seed(0))
+    return images_NCHW[order_N[:count]]

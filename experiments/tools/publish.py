@@ -1,14 +1,16 @@
-"""The end of a run on W&B: its summary, how it came about in tables and pictures, its network as artifact."""
+"""Publish the end of a run on W&B: its summary, tables, pictures, its network as an artifact."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 
-from elastic.experiments.tools.figure import heat_map
+from elastic.experiments.tools.figure import draw_heat_map
 
 FILES = ("model.safetensors", "config.yaml", "summary.json", "timeline.jsonl", "history.jsonl")
-EVENT = ("epoch", "step", "why", "width", "stage", "before", "after")
+EVENT = ("epoch", "step", "why", "width", "stage", "before", "after")  # keys of the timeline
+Rows = Sequence[Mapping[str, Any]]
 
 
 def publish(
@@ -17,7 +19,7 @@ def publish(
     config: Any,
     summary: dict[str, Any],
     history: list[dict[str, Any]],
-    timeline: list[dict[str, Any]],
+    timeline: Rows,
 ) -> None:
     """Log what is known once a run has ended, and close it; with another logger nothing happens.
 
@@ -30,22 +32,29 @@ def publish(
 
     run = logger.experiment
     run.config.update(config, allow_val_change=True)
-    run.summary.update({name: value for name, value in summary.items() if not isinstance(value, list)})
-    logged: dict[str, Any] = {
-        "timeline": wandb.Table(list(EVENT), [[event.get(name) for name in EVENT] for event in timeline])
-    }
+    run.summary.update({name: value for name, value in summary.items() if name not in ("levels", "sets")})
+    media: dict[str, Any] = {"timeline": _make_table(EVENT, timeline)}
     if history:
-        rows = [[row["epoch"], name, size] for row in history for name, size in row["widths"].items()]
-        logged["widths"] = wandb.Table(["epoch", "width", "channels"], rows)
-        logged["widths over time"] = wandb.Image(heat_map(history))
+        sizes = [
+            {"epoch": row["epoch"], "width": name, "channels": size}
+            for row in history
+            for name, size in row["widths"].items()
+        ]
+        media["widths"] = _make_table(("epoch", "width", "channels"), sizes)
+        media["widths over time"] = wandb.Image(draw_heat_map(history))
     for kind in ("levels", "sets"):
-        if held := summary.get(kind):
-            names = [name for name in held[0] if not isinstance(held[0][name], list)]
-            logged[kind] = wandb.Table(names, [[row[name] for name in names] for row in held])
-    run.log(logged)
-    made = wandb.Artifact(f"{summary['experiment']}-{folder.name}", type="model", metadata=summary)
+        if rows := summary.get(kind):
+            media[kind] = _make_table([name for name in rows[0] if name != "sets"], rows)
+    run.log(media)
+    artifact = wandb.Artifact(f"{summary['experiment']}-{folder.name}", type="model", metadata=summary)
     for name in FILES:
         if (folder / name).exists():
-            made.add_file(str(folder / name))
-    run.log_artifact(made, aliases=["latest", f"seed{summary['seed']}"])
+            artifact.add_file(str(folder / name))
+    run.log_artifact(artifact, aliases=["latest", f"seed{summary['seed']}"])
     run.finish()  # or the next run of a sweep, in this process, would go on in it
+
+
+def _make_table(names: Sequence[str], rows: Rows) -> Any:
+    import wandb
+
+    return wandb.Table(list(names), [[row.get(name) for name in names] for row in rows])

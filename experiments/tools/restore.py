@@ -1,105 +1,82 @@
-"""What a finished run has saved, as a network again."""
+"""Restore what a finished run has saved: its network, its data, and what it says of both."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
-from torch import fx, nn
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import nn
 
 from elastic.data import ImageData
-from elastic.dynamic.modules import select_set
-from elastic.errors import TrainingError
+from elastic.errors import FileError, OptionError
 from elastic.experiments.tools.setup import finished, saved_config
-from elastic.experiments.train import build
-from elastic.files.network import (
-    holds_levels,
-    holds_switched,
-    load_compact,
-    load_levels,
-    load_switched,
-    refuse_switched,
-)
-from elastic.levels.nested import Levels
+from elastic.files.network import Network
+
+WEIGHTS = "model.safetensors"
 
 
-def restore(folder: Path) -> tuple[nn.Module | Levels, ImageData, dict[str, Any]]:
-    """The network of a finished run, with its levels if it has any, its data and its summary.
+@dataclass(frozen=True)
+class FinishedRun:
+    """Hold what a finished run has saved."""
+
+    network: Network
+    data: ImageData
+    summary: dict[str, Any]
+    config: DictConfig
+    folder: Path
+
+    @property
+    def example(self) -> torch.Tensor:
+        """Make an input of the network."""
+        return torch.zeros(1, *self.data.shape)
+
+    def reject_modules(self) -> "FinishedRun":
+        """Refuse kernel activation modules, for a caller that cannot run them.
+
+        Raises:
+            FileError: the network has some.
+        """
+        self.network.reject_modules(self.folder / WEIGHTS)
+        return self
+
+
+def restore(folder: Path) -> FinishedRun:
+    """Restore a finished run from its folder.
 
     Raises:
-        TrainingError: the folder holds no finished run, or a damaged one.
-        StructureError: the weights are missing or damaged, or of another architecture.
+        FileError: the folder holds no finished run, or a damaged one.
+        StructureError: the weights are of another architecture.
     """
     cfg = saved_config(finished(folder))
-    cfg.init = None  # the saved weights say all
     try:
         summary = json.loads((folder / "summary.json").read_text())
     except ValueError as error:
-        raise TrainingError(
-            f"{folder / 'summary.json'} is damaged: finish the run with run={folder}"
-        ) from error
-    module, data = build(cfg)
-    weights = folder / "model.safetensors"
-    load = load_levels if holds_levels(weights) else load_compact
-    return load(module.net, weights, module.structure.example), data, summary
+        raise FileError(f"{folder / 'summary.json'} is damaged: finish the run with run={folder}") from error
+    net, data = build_network(cfg)
+    network = Network.load(net, folder / WEIGHTS, torch.zeros(1, *data.shape))
+    return FinishedRun(network, data, summary, cfg, folder)
 
 
-def restore_plain(folder: Path) -> tuple[nn.Module | Levels, ImageData]:
-    """The network of a finished run and its data, for those who know nothing of kernel activation modules.
-
-    Raises:
-        TrainingError: see `restore`.
-        StructureError: see there; or it has such modules.
-    """
-    net, data, _ = restore(folder)
-    refuse_switched(folder / "model.safetensors")
-    return net, data
+def build_network(cfg: DictConfig) -> tuple[nn.Module, ImageData]:
+    """Build the network of a configuration as it is before anything has changed, and its data."""
+    L.seed_everything(cfg.seed, verbose=False)
+    data: ImageData = instantiate(cfg.data)
+    return instantiate(cfg.model, in_channels=data.shape[0], classes=data.classes), data
 
 
-def teacher(run: str | None) -> nn.Module:
-    """The network of a finished run, the largest if it has levels, to be learnt from; with its modules.
+def restore_teacher(run: str | None) -> nn.Module:
+    """Restore the network of a finished run to learn from: the largest level, with its modules if it has any.
 
     Raises:
-        TrainingError: no run is named, or it is not finished.
-        StructureError: see `restore`.
+        OptionError: no run is named.
+        FileError: see `restore`.
+        StructureError: see there.
     """
     if run is None:
-        raise TrainingError("there is nobody to learn from: set init=<folder of a finished run>")
-    net, data, _ = restore(Path(run))
-    switched = restore_switched(net, Path(run), data)
-    return switched[-1] if switched else net.net if isinstance(net, Levels) else net
-
-
-def restore_switched(net: nn.Module | Levels, folder: Path, data: ImageData) -> list[fx.GraphModule]:
-    """The network, or each of its levels, with its kernel activation modules; nothing where it has none."""
-    weights = folder / "model.safetensors"
-    return load_switched(net, weights, torch.zeros(1, *data.shape)) if holds_switched(weights) else []
-
-
-def chosen(folder: Path, level: int | None, chosen_set: int) -> tuple[nn.Module, fx.GraphModule, ImageData]:
-    """A level of a finished run (the largest without a number), with a set of its modules, and its data.
-
-    Raises:
-        TrainingError: there is no such level.
-        StructureError: the run has no kernel activation modules, or no such set of them.
-    """
-    net, data, _ = restore(folder)
-    switched = load_switched(net, folder / "model.safetensors", torch.zeros(1, *data.shape))
-    level = len(switched) - 1 if level is None else level
-    if not 0 <= level < len(switched):
-        raise TrainingError(f"there is no level {level}: the run's network has 0 … {len(switched) - 1}")
-    select_set(switched[level], chosen_set)
-    return net[level] if isinstance(net, Levels) else net, switched[level], data
-
-
-def level_of(net: nn.Module | Levels, level: int) -> nn.Module:
-    """One level of a run's network, 0 being the smallest.
-
-    Raises:
-        TrainingError: there is none such.
-    """
-    if not isinstance(net, Levels):
-        raise TrainingError(f"there is no level {level}: the run's network has none; leave the level out")
-    if not 0 <= level < len(net):
-        raise TrainingError(f"there is no level {level}: the run's network has 0 … {len(net) - 1}")
-    return net[level]
+        raise OptionError("there is nobody to learn from: set init=<folder of a finished run>")
+    network = restore(Path(run)).network
+    return network.dynamic() if network.sets else network.plain()

@@ -1,10 +1,10 @@
-"""The end of a run: measured once on the test split, written down, shown."""
+"""Measure a run's network once on the test split, write that down, show it."""
 
 import copy
 import functools
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +14,81 @@ import torchvision
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
-from torch import fx, nn
+from torch import nn
 
 from elastic.data import ImageData
 from elastic.dynamic.loss import ActivationCost
-from elastic.dynamic.modules import iterate_modules, select_set
+from elastic.dynamic.modules import iterate_modules
 from elastic.experiments.tools.per_image import run_per_image
 from elastic.experiments.tools.setup import active
 from elastic.files.atomic import write_atomically
-from elastic.levels.nested import Levels
+from elastic.files.network import Network
 from elastic.measure import counts
 from elastic.training.classifier import ElasticClassifier
 
-# What changes the network, or what is kept of it, in the order in which `schedule` names it.
+# The callbacks that change the network, or what is kept of it, in the order in which `schedule` names them.
 SCHEDULE = ("growth", "gates", "magnitude", "ema", "joint", "reconstruct", "dynamic")
+LEVEL_KEYS = ("params", "macs", "test/acc")  # of the summary, that each level has
+DYNAMIC_KEYS = ("macs_dynamic", "sets")  # and where it has kernel activation modules
+Row = dict[str, Any]
 
 
-def test_accuracy(net: nn.Module, data: ImageData) -> float:
-    """On the official test split, in fp32, of a copy: laid out anew, a level would leave its network."""
+def measure_network(network: Network, data: ImageData) -> Row:
+    """Measure a network on the test split, and each of its levels.
+
+    Returns:
+        what `measure_level` has of the largest level, and `levels`, if there are several.
+    """
+    rows = [measure_level(network, data, k) for k in range(len(network))]
+    keys = (*LEVEL_KEYS, *DYNAMIC_KEYS) if network.sets else LEVEL_KEYS
+    levels = [{"level": k, **{key: row[key] for key in keys}} for k, row in enumerate(rows)]
+    return rows[-1] | {"levels": levels if len(levels) > 1 else []}
+
+
+def measure_level(
+    network: Network, data: ImageData, level: int | None = None, sets: Iterable[int] | None = None
+) -> Row:
+    """Measure a level: its accuracy on the test split, `params`, `params_dense`, `macs` and `macs_dynamic`.
+
+    With kernel activation modules, accuracy and `macs_dynamic`, the mean over the test split, are those with
+    the first set, and all counts have the modules in them.
+
+    Args:
+        level: the largest by default.
+        sets: of the modules, all by default.
+
+    Raises:
+        OptionError: there is no such level or set.
+    """
+    plain, example = network.plain(level), torch.zeros(1, *data.shape)
+    size = {
+        "params": counts.count_params(plain),
+        "params_dense": counts.count_params_dense(plain),
+        "levels": [],
+        "sets": [],
+    }
+    indices = range(network.sets) if sets is None else sets
+    rows = [_measure_set(network, data, level, index) for index in indices]
+    if not rows:
+        macs = counts.count_macs(plain, example)
+        return {"test/acc": measure_accuracy(plain, data), **size, "macs": macs, "macs_dynamic": macs}
+    dynamic = network.dynamic(level)
+    heads = [module.heads[0] for module in iterate_modules(dynamic)]
+    for name, count in (("params", counts.count_params), ("params_dense", counts.count_params_dense)):
+        size[name] += sum(map(count, heads))
+    cost = ActivationCost(dynamic, example)
+    first = {key: rows[0][key] for key in ("test/acc", "macs_dynamic")}
+    return {**size, "sets": rows, **first, "macs": cost.dense_macs + cost.module_macs}
+
+
+def _measure_set(network: Network, data: ImageData, level: int | None, index: int) -> Row:
+    images = run_per_image(network.dynamic(level, index), data)
+    return {"set": index, "test/acc": images.accuracy, "macs_dynamic": round(images.macs)}
+
+
+def measure_accuracy(net: nn.Module, data: ImageData) -> float:
+    """Measure accuracy on the official test split, in fp32."""
+    # Of a copy: laid out anew, a level would leave its network.
     judge = ElasticClassifier(copy.deepcopy(net), data.shape, data.classes, torch.optim.SGD)
     trainer = L.Trainer(
         accelerator="auto", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False
@@ -40,54 +97,13 @@ def test_accuracy(net: nn.Module, data: ImageData) -> float:
         return float(trainer.test(judge, data, verbose=False)[0]["test/acc"])
 
 
-def measure(plain: nn.Module, data: ImageData, switched: fx.GraphModule | None = None) -> dict[str, Any]:
-    """What a compacted network is: accuracy on the test split, `params`, `params_dense` and `macs`.
+def summarise(cfg: DictConfig, measured: Row, wall_s: float, macs_training: int | None) -> Row:
+    """Make one flat object, under the keys that every run shares.
 
     Args:
-        switched: the same network with kernel activation modules: `test/acc` is then with the first set of
-            them, `macs_dynamic` the mean over the test split, and all counts have the modules in them.
-    """
-    found: dict[str, Any] = {
-        "params": counts.count_params(plain),
-        "params_dense": counts.count_params_dense(plain),
-        "levels": [],
-        "sets": [],
-    }
-    if switched is None:
-        macs = counts.count_macs(plain, torch.zeros(1, *data.shape))
-        return {"test/acc": test_accuracy(plain, data), **found, "macs": macs, "macs_dynamic": macs}
-    engaged, heads = ActivationCost(switched, torch.zeros(1, *data.shape)), list(iterate_modules(switched))
-    for chosen in range(len(heads[0].heads)):
-        select_set(switched, chosen)
-        seen = run_per_image(switched, data)
-        found["sets"].append({"set": chosen, "test/acc": seen.accuracy, "macs_dynamic": round(seen.macs)})
-    select_set(switched, 0)
-    for name, count in (("params", counts.count_params), ("params_dense", counts.count_params_dense)):
-        found[name] += sum(count(module.heads[0]) for module in heads)
-    first = {name: found["sets"][0][name] for name in ("test/acc", "macs_dynamic")}
-    return {**found, **first, "macs": engaged.dense_macs + engaged.module_macs}
-
-
-def measure_levels(
-    levels: Levels, data: ImageData, switched: Sequence[fx.GraphModule] = ()
-) -> list[dict[str, Any]]:
-    """What each level is, the smallest first; the last one is the network itself."""
-    shown = ("params", "macs", "test/acc", *(("macs_dynamic", "sets") if switched else ()))
-    found = []
-    for k, level in enumerate(levels):
-        row = measure(level, data, switched[k] if switched else None)
-        found.append({"level": k, **{name: row[name] for name in shown}})
-    return found
-
-
-def summarise(
-    cfg: DictConfig, measured: dict[str, Any], wall_s: float, macs_training: int | None
-) -> dict[str, Any]:
-    """One flat object, under the keys that every run shares.
-
-    Args:
-        measured: what the network is, from `measure`.
-        wall_s, macs_training: what training took, see `callbacks.Census`; None where it was not counted.
+        measured: what the network is, from `measure_network`.
+        wall_s: what training took.
+        macs_training: the same in MACs, see `callbacks.Census`; None where they were not counted.
     """
     return {
         "experiment": cfg.name,
@@ -99,67 +115,74 @@ def summarise(
         **measured,
         "macs_training": macs_training,
         "wall_s": round(wall_s, 1),
-        "git": revision(),
+        "git": find_revision(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "lightning": L.__version__,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _find_cpu(),
     }
 
 
-def show(summary: dict[str, Any], history: list[dict[str, Any]], folder: Path) -> None:
-    """The table at the end of a run."""
-    table = Table(title=f"{summary['experiment']}, seed {summary['seed']}: {summary['schedule']}")
-    for column in ("", "start", "largest", "end, compacted"):
-        table.add_column(column, justify="right" if column else "left")
-    if history:
-        first, most = history[0], max(history, key=lambda row: row["params_dense"])
-        for name in ("params", "params_dense", "macs"):
-            table.add_row(name, f"{first[name]:,}", f"{most[name]:,}", f"{summary[name]:,}")
-    if "budget/target" in summary:
-        target, actual = (f"{summary[f'budget/{name}']:,}" for name in ("target", "actual"))
-        table.add_row(f"budget ({summary['budget/by']})", "", f"target {target}", f"actual {actual}")
-    for each in summary.get("sets", []):
-        table.add_row(f"macs, mean, set {each['set']}", "", "", f"{each['macs_dynamic']:,}")
-        table.add_row(f"test accuracy, set {each['set']}", "", "", f"{each['test/acc']:.2%}")
-    if not summary.get("sets"):
-        table.add_row("test accuracy", "", "", f"{summary['test/acc']:.2%}")
-    Console().print(table)
-    if summary.get("levels"):
-        Console().print(_levels(summary["levels"]))
-    if "budget/reason" in summary:
-        print(f"the budget was missed by more than 2 %: {summary['budget/reason']}")
-    print(f"{summary['epochs']} epochs in {summary['wall_s']:.0f} s; see {folder}/history.png")
-
-
-def _levels(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="levels, each a part of the next")
-    columns = {"level": "d", "params": ",", "macs": ",", "macs_dynamic": ",", "test/acc": ".2%"}
-    held = {name: form for name, form in columns.items() if name in rows[0]}
-    for name in held:
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(*(f"{row[name]:{form}}" for name, form in held.items()))
-    return table
-
-
-def write_summary(summary: dict[str, Any], folder: Path) -> None:
+def write_summary(summary: Row, folder: Path) -> None:
+    """Write a run's summary into its folder, atomically."""
     text = json.dumps(summary, indent=2) + "\n"
     write_atomically(folder / "summary.json", lambda part: part.write_text(text))
 
 
 @functools.cache
-def revision() -> str | None:
-    """The commit of the code, as it is when first asked, with a mark where it has been changed since."""
-    here = Path(__file__).parent
-    said = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False
-    )
-    return said.stdout.strip() or None
+def find_revision() -> str | None:
+    """Find the commit of the code as it is at the first call, with a mark where it has been changed."""
+    command = ["git", "describe", "--always", "--dirty"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
 
 
-def _cpu() -> str:
+def _find_cpu() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
     return f"{names[0]}, {torch.get_num_threads()} threads" if names else "CPU"
+
+
+# --- the tables at the end of a run ---------------------------------------------------------------
+
+
+def show(summary: Row, history: list[Row], folder: Path) -> None:
+    """Show what a run has come to."""
+    console = Console()
+    console.print(_make_table(summary, history))
+    if summary.get("levels"):
+        console.print(_make_level_table(summary["levels"]))
+    if "budget/reason" in summary:
+        print(f"the budget was missed by more than 2 %: {summary['budget/reason']}")
+    print(f"{summary['epochs']} epochs in {summary['wall_s']:.0f} s; see {folder}/history.png")
+
+
+def _make_table(summary: Row, history: list[Row]) -> Table:
+    table = Table(title=f"{summary['experiment']}, seed {summary['seed']}: {summary['schedule']}")
+    for column in ("", "start", "largest", "end, compacted"):
+        table.add_column(column, justify="right" if column else "left")
+    if history:
+        first, largest = history[0], max(history, key=lambda row: row["params_dense"])
+        for name in ("params", "params_dense", "macs"):
+            table.add_row(name, f"{first[name]:,}", f"{largest[name]:,}", f"{summary[name]:,}")
+    if "budget/target" in summary:
+        target, actual = (f"{name} {summary[f'budget/{name}']:,}" for name in ("target", "actual"))
+        table.add_row(f"budget ({summary['budget/by']})", "", target, actual)
+    for row in summary.get("sets", []):
+        table.add_row(f"macs, mean, set {row['set']}", "", "", f"{row['macs_dynamic']:,}")
+        table.add_row(f"test accuracy, set {row['set']}", "", "", f"{row['test/acc']:.2%}")
+    if not summary.get("sets"):
+        table.add_row("test accuracy", "", "", f"{summary['test/acc']:.2%}")
+    return table
+
+
+def _make_level_table(rows: list[Row]) -> Table:
+    table = Table(title="levels, each a part of the next")
+    formats = {"level": "d", "params": ",", "macs": ",", "macs_dynamic": ",", "test/acc": ".2%"}
+    formats = {name: digits for name, digits in formats.items() if name in rows[0]}
+    for name in formats:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*(f"{row[name]:{digits}}" for name, digits in formats.items()))
+    return table

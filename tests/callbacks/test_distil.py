@@ -13,7 +13,7 @@ from torch import nn
 import elastic.experiments.train
 from elastic.callbacks import Distil
 from elastic.errors import TrainingError
-from elastic.experiments.tools.restore import teacher
+from elastic.experiments.tools.restore import restore_teacher
 from elastic.experiments.train import train
 from tests.fitted import EXACT, Spy, command, prepare
 from tests.runs import configure, load
@@ -95,7 +95,7 @@ def test_another_run_can_teach(first: Path, tmp_path: Path) -> None:
         x_BCHW, _ = run.data.sample(64, seed=0)
         with torch.no_grad():
             said_BK, held_BK = (
-                net.eval()(x_BCHW).softmax(1) for net in (run.module.net, teacher(str(other)))
+                net.eval()(x_BCHW).softmax(1) for net in (run.module.net, restore_teacher(str(other)))
             )
         apart[schedule] = float((said_BK - held_BK).abs().mean())
     assert apart["[static,distil]"] < 0.7 * apart["static"]

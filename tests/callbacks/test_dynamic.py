@@ -21,11 +21,11 @@ from elastic.dynamic.loss import ActivationCost
 from elastic.dynamic.modules import iterate_modules
 from elastic.dynamic.norms import SetNorm
 from elastic.dynamic.skipping import make_skipping
-from elastic.errors import StructureError, TrainingError
+from elastic.errors import ElasticError, FileError, StructureError, TrainingError
 from elastic.experiments import export, latency, usage
 from elastic.experiments.evaluate import evaluate
-from elastic.experiments.tools.per_image import batches, run_per_image
-from elastic.experiments.tools.restore import restore, restore_switched, teacher
+from elastic.experiments.tools.per_image import read_test_batches, run_per_image
+from elastic.experiments.tools.restore import restore, restore_teacher
 from elastic.experiments.train import train
 from elastic.measure.counts import count_macs
 from elastic.training.classifier import ElasticClassifier
@@ -128,17 +128,17 @@ def test_a_greater_gain_engages_less(finished: Path) -> None:
 def test_the_summary_is_what_the_skipping_network_does(finished: Path) -> None:
     """Accuracy by counting its answers; MACs from the kernels that it engages."""
     summary = summary_of(finished)
-    net, data, _ = restore(finished)
-    (switched,) = restore_switched(net, finished, data)  # type: ignore[arg-type]
+    run = restore(finished)
+    net, data, switched = run.network.plain(), run.data, run.network.dynamic()
     active, right, count = make_skipping(switched), 0, 0
     with torch.no_grad():
-        for x_BCHW, y_B in batches(data):
+        for x_BCHW, y_B in read_test_batches(data):
             right += int((active(x_BCHW).argmax(1) == y_B).sum())
             count += len(y_B)
     assert right / count == pytest.approx(summary["test/acc"], abs=1.5 / count)
     seen = run_per_image(switched, data)
     assert round(seen.macs) == summary["macs_dynamic"] == summary["sets"][0]["macs_dynamic"]
-    plain = sum(p.numel() for p in net.parameters())  # type: ignore[union-attr]
+    plain = sum(p.numel() for p in net.parameters())
     own = sum(p.numel() for m in iterate_modules(switched) for p in m.heads[0].parameters())
     assert summary["params"] == summary["params_dense"] == plain + own
     engaged = ActivationCost(switched, torch.zeros(1, *data.shape))
@@ -147,27 +147,26 @@ def test_the_summary_is_what_the_skipping_network_does(finished: Path) -> None:
 
 
 def test_what_is_seen_adds_up(finished: Path) -> None:
-    net, data, _ = restore(finished)
-    (switched,) = restore_switched(net, finished, data)  # type: ignore[arg-type]
-    seen = run_per_image(switched, data)
-    assert len(seen.right_N) == len(seen.macs_N) == len(seen.label_N) == 360
-    kernels = torch.cat(list(seen.duty.values()))
+    run = restore(finished)
+    seen = run_per_image(run.network.dynamic(), run.data)
+    assert len(seen.correct_N) == len(seen.macs_N) == len(seen.label_N) == 360
+    kernels = torch.cat(list(seen.usage.values()))
     assert ((kernels >= 0) & (kernels <= 1)).all() and kernels.mean() < 1
     assert seen.macs_N.max() <= summary_of(finished)["macs"]
 
 
-def test_duty_is_shown_and_drawn(
+def test_kernel_usage_is_shown_and_drawn(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    picture, table = tmp_path / "duty.png", tmp_path / "duty.csv"
+    picture, table = tmp_path / "usage.png", tmp_path / "usage.csv"
     given = [f"run={finished}", "set=1", f"figure={picture}", f"csv={table}"]
-    monkeypatch.setattr("sys.argv", ["duty", *given])
+    monkeypatch.setattr("sys.argv", ["usage", *given])
     usage.main()
     row = summary_of(finished)["sets"][1]
     assert f"test accuracy {row['test/acc']:.2%}, {row['macs_dynamic']:,} MACs" in capsys.readouterr().out
     assert picture.read_bytes().startswith(b"\x89PNG")
-    net, _, _ = restore(finished)
-    kernels = sum(m.out_channels for m in net.modules() if isinstance(m, nn.Conv2d))  # type: ignore[union-attr]
+    net = restore(finished).network.plain()
+    kernels = sum(m.out_channels for m in net.modules() if isinstance(m, nn.Conv2d))
     assert len(table.read_text().splitlines()) == 1 + kernels
 
 
@@ -194,14 +193,14 @@ def test_time_is_measured_beside_macs(
         (("run={run}", "set=last"), "usage: python -m experiments.usage"),
         (("run={run}", "level=0.5"), "usage: python -m experiments.usage"),
         (("run={run}", "set=9"), "there is no set 9 of kernel activation modules: the network has 0 … 1"),
-        (("run={run}", "level=3"), "there is no level 3: the run's network has 0 … 0"),
+        (("run={run}", "level=3"), "there is no level 3: the run's network has level 0 alone"),
     ],
 )
-def test_what_duty_cannot_show_is_one_line(
+def test_what_kernel_usage_cannot_show_is_one_line(
     finished: Path, given: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["duty", *(text.format(run=finished) for text in given)])
-    with pytest.raises((TrainingError, StructureError), match=message):
+    monkeypatch.setattr("sys.argv", ["usage", *(text.format(run=finished) for text in given)])
+    with pytest.raises(ElasticError, match=message):
         usage.main()
 
 
@@ -339,20 +338,19 @@ def test_each_level_has_modules_of_its_own(joint: Path, tmp_path: Path, only: bo
     given = (f"init={joint}", "trainer.max_epochs=6", f"callbacks.dynamic.modules_only={only}")
     given += (f"callbacks.dynamic.gain={gain}",)
     summary = train(configure(gated, *TRAINING, *given), gated)
-    old, data, _ = restore(joint)
-    new, _, _ = restore(gated)
+    old, new, data = restore(joint).network.nets, restore(gated).network, restore(gated).data
     assert [row["params"] for row in summary["levels"]] == sorted(row["params"] for row in summary["levels"])
-    x_BCHW = batches(data)[0][0]
+    x_BCHW = read_test_batches(data)[0][0]
     with torch.no_grad():
-        for before, after in zip(old, new, strict=True):  # type: ignore[arg-type]
+        for before, after in zip(old, new.nets, strict=True):
             assert torch.equal(before(x_BCHW), after(x_BCHW)) == only
-    switched = restore_switched(new, gated, data)
+    switched = new.dynamic_nets
     assert len(switched) == len(summary["levels"]) == 3
     for net, row in zip(switched, summary["levels"], strict=True):
         seen = run_per_image(net, data)
         assert (seen.accuracy, round(seen.macs)) == (row["test/acc"], row["macs_dynamic"])
     assert evaluate(gated, 1)["macs_dynamic"] == summary["levels"][1]["macs_dynamic"]
-    executed = sum(count_macs(level, torch.zeros(1, *data.shape)) for level in old) / 3  # type: ignore[union-attr]
+    executed = sum(count_macs(level, torch.zeros(1, *data.shape)) for level in old) / 3
     images = 6 * (len(data.train_set) // 300 * 300)  # type: ignore[arg-type]
     assert summary["macs_training"] == pytest.approx(3 * executed * images, rel=1e-6)
 
@@ -361,19 +359,19 @@ def test_what_others_start_from_or_learn_from_has_its_modules(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without them it is another network: a run or a file of it is refused, a teacher has them."""
-    net, data, _ = restore(finished)
-    (switched,) = restore_switched(net, finished, data)  # type: ignore[arg-type]
-    x_BCHW = batches(data)[0][0]
+    run = restore(finished)
+    net, data, switched = run.network.plain(), run.data, run.network.dynamic()
+    x_BCHW = read_test_batches(data)[0][0]
     with torch.no_grad():
-        assert torch.equal(teacher(str(finished)).eval()(x_BCHW), switched(x_BCHW))
-        assert not torch.equal(switched(x_BCHW), net(x_BCHW))  # type: ignore[operator]
+        assert torch.equal(restore_teacher(str(finished)).eval()(x_BCHW), switched(x_BCHW))
+        assert not torch.equal(switched(x_BCHW), net(x_BCHW))
     taught = ("schedule=[static,distil]", f"callbacks.distil.teacher.run={finished}", "trainer.max_epochs=2")
     train(configure(tmp_path / "taught", *EXACT, *taught), tmp_path / "taught")
     refused = "another one without its kernel activation modules: take a run that has none"
-    with pytest.raises(StructureError, match=refused):
+    with pytest.raises(FileError, match=refused):
         train(configure(tmp_path / "next", *TRAINING, f"init={finished}"), tmp_path / "next")
     monkeypatch.setattr("sys.argv", ["export", f"run={finished}", f"to={tmp_path / 'net.pt2'}"])
-    with pytest.raises(StructureError, match=refused):
+    with pytest.raises(FileError, match=refused):
         export.main()
 
 

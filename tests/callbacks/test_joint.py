@@ -16,7 +16,7 @@ from elastic.callbacks import TrainJointly
 from elastic.errors import TrainingError
 from elastic.experiments.evaluate import evaluate
 from elastic.experiments.train import build, train
-from elastic.files.network import load_levels
+from elastic.files.network import Network
 from elastic.levels.importance import score_channels
 from elastic.levels.nested import Levels
 from elastic.measure import counts
@@ -290,7 +290,7 @@ def test_all_levels_learn(tmp_path: Path) -> None:
     assert min(accuracies) > 0.7 and found["schedule"] == "joint"
     assert evaluate(tmp_path) == found
     module, _ = build(configure(tmp_path / "again", *options))
-    levels = load_levels(module.net, tmp_path / "model.safetensors", module.structure.example)
+    levels = Network.load(module.net, tmp_path / "model.safetensors", module.structure.example).nets
     assert [counts.count_macs(level, module.structure.example) for level in levels] == [
         row["macs"] for row in found["levels"]
     ]

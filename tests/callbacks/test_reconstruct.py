@@ -19,9 +19,9 @@ import elastic.experiments.train
 from elastic.callbacks import Reconstruct, TrainJointly
 from elastic.errors import StructureError, TrainingError
 from elastic.experiments.evaluate import evaluate
-from elastic.experiments.tools.summary import measure_levels
+from elastic.experiments.tools.summary import measure_network
 from elastic.experiments.train import build, train
-from elastic.files.network import load_compact, load_levels
+from elastic.files.network import Network
 from elastic.levels.freezing import Phase
 from elastic.levels.importance import score_channels
 from elastic.levels.nested import Levels
@@ -362,10 +362,9 @@ def test_a_run_that_was_cut_by_latency_goes_on_with_the_sizes_it_began_with(
     monkeypatch.setattr(elastic.callbacks.levels, "measure_latency_ms", fake_ms(1e-3))
     train(configure(broken, *given), broken)
     same_run(whole, broken)
-    levels = load_levels(
-        build(configure(tmp_path / "third", *given))[0].net, whole / "model.safetensors", EXAMPLE
-    )
-    for level, most in zip(levels, (0.3, 0.6, 1.0), strict=True):
+    net = build(configure(tmp_path / "third", *given))[0].net
+    network = Network.load(net, whole / "model.safetensors", EXAMPLE)
+    for level, most in zip(network.nets, (0.3, 0.6, 1.0), strict=True):
         assert fake_ms(1.0)(level, EXAMPLE) <= most
 
 
@@ -392,7 +391,9 @@ def test_the_summary_has_a_row_a_level(finished: Path) -> None:
     """Counted and tested again on networks that are cut out of the saved file."""
     found = summary(finished)
     module, data = build(configure(finished / "x", *FINISHED))
-    levels = load_levels(module.net, finished / "model.safetensors", module.structure.example)
+    network = Network.load(module.net, finished / "model.safetensors", module.structure.example)
+    levels = network.levels
+    assert levels is not None
     data.prepare_data()
     data.setup("test")
     assert [row["level"] for row in found["levels"]] == [0, 1, 2] and found["schedule"] == "reconstruct"
@@ -406,7 +407,7 @@ def test_the_summary_has_a_row_a_level(finished: Path) -> None:
         name: last[name] for name in ("params", "macs", "test/acc")
     }
     assert [row["params"] for row in found["levels"]] == sorted(row["params"] for row in found["levels"])
-    assert measure_levels(levels, data) == found["levels"]
+    assert measure_network(network, data)["levels"] == found["levels"]
     inside(levels)  # to measure is not to change
 
 
@@ -471,13 +472,15 @@ def test_a_level_that_is_no_number_is_refused(
     refused(err, code, "level=<number>")
 
 
-def test_a_network_without_levels_has_none_to_measure(
+def test_a_network_without_levels_is_its_only_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     train(configure(tmp_path, *EXACT, "schedule=static"), tmp_path)
-    given = (f"run={tmp_path}", "level=0")
+    found = evaluate(tmp_path, 0)
+    assert found == evaluate(tmp_path), "level 0 is the network itself"
+    given = (f"run={tmp_path}", "level=1")
     code, out, err = command(elastic.experiments.evaluate.main, monkeypatch, capsys, *given)
-    refused(err, code, "no level 0", "has none")
+    refused(err, code, "no level 1", "level 0 alone")
     assert out == ""
 
 
@@ -503,9 +506,8 @@ def test_a_run_starts_from_one_that_grew_and_was_pruned(tmp_path: Path) -> None:
     assert run.module.structure.start_sizes != build(configure(tmp_path / "x", *RECONSTRUCTING))[0].start, (
         "it has grown"
     )
-    plain = load_compact(
-        build(configure(tmp_path / "y", *growing))[0].net, first / "model.safetensors", EXAMPLE
-    )
+    net = build(configure(tmp_path / "y", *growing))[0].net
+    plain = Network.load(net, first / "model.safetensors", EXAMPLE).plain()
     run.fit()
     with torch.no_grad():
         assert torch.allclose(held[0], plain(batch(run.data)[0]), atol=1e-5)

@@ -5,14 +5,13 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import pytest
 
-from elastic.experiments import compare
+from elastic.experiments.compare import compare_runs
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
@@ -92,9 +91,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write(folder / f"{name}-seed{seed}", 0.931 + seed / 100, 20_100)
     (folder / "broken-seed0").mkdir()
     (folder / "broken-seed0" / "failed.json").write_text(json.dumps({"error": "a/path/without/end" * 20}))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["compare", f"runs={folder}/*-seed*", f"html={folder}/page.html"])
-        compare.main()
+    compare_runs(f"{folder}/*-seed*", html=folder / "page.html")
     return folder / "page.html"
 
 

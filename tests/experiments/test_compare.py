@@ -2,7 +2,6 @@
 
 import csv
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from elastic.errors import TrainingError
-from elastic.experiments import compare
+from elastic.errors import FileError
+from elastic.experiments.compare import compare_runs
+from elastic.experiments.tools.arms import read_arms, read_summaries, shorten_names
+from elastic.experiments.tools.results import make_tables, write_latex
 
 
 def write(folder: Path, accuracy: float, params: int, **more: Any) -> None:
@@ -20,16 +21,13 @@ def write(folder: Path, accuracy: float, params: int, **more: Any) -> None:
     (folder / "summary.json").write_text(json.dumps(summary))
 
 
-def test_mean_and_sd_by_arm(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_mean_and_sd_by_arm(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     accuracies = [0.91, 0.95, 0.93]
     for seed, accuracy in enumerate(accuracies):
         write(tmp_path / f"grown-seed{seed}", accuracy, 100 + seed)
     write(tmp_path / "dense-seed0", 0.5, 1000)
     (tmp_path / "grown-seed9").mkdir()  # unfinished
-    monkeypatch.setattr(sys, "argv", ["compare", f"runs={tmp_path}/*", f"csv={tmp_path}/results.csv"])
-    compare.main()
+    compare_runs(f"{tmp_path}/*", csv=tmp_path / "results.csv")
     shown = capsys.readouterr().out
     mean, sd = 100 * np.mean(accuracies), 100 * np.std(accuracies, ddof=1)
     assert f"{mean:.2f} ± {sd:.2f}" in shown and "50.00 ± " not in shown, "of one run there is no sd"
@@ -39,53 +37,46 @@ def test_mean_and_sd_by_arm(
 
 
 def shown(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    folder: Path, capsys: pytest.CaptureFixture
 ) -> tuple[dict[str, list[str]], dict[str, dict[str, str]]]:
     """The table's cells and the file's, by arm."""
-    monkeypatch.setattr(sys, "argv", ["compare", f"runs={folder}/*", f"csv={folder}/results.csv"])
-    compare.main()
+    compare_runs(f"{folder}/*", csv=folder / "results.csv")
     lines = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines()]
     cells = {line[0].strip(): [cell.strip() for cell in line[1:]] for line in lines if line}
     rows = csv.DictReader((folder / "results.csv").read_text().splitlines())
     return cells, {row["arm"]: row for row in rows}
 
 
-def test_training_macs_are_shown_in_units_of_1e12(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_training_macs_are_shown_in_units_of_1e12(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for seed, macs in enumerate((1_500_000_000_000, 2_500_000_000_000)):
         write(tmp_path / f"new-seed{seed}", 0.9, 10, macs_training=macs)
-    cells, rows = shown(tmp_path, monkeypatch, capsys)
+    cells, rows = shown(tmp_path, capsys)
     assert "2.000 ± 0.707" in cells["new"]
     assert float(rows["new"]["macs_training mean"]) == 2
     assert float(rows["new"]["macs_training sd"]) == pytest.approx(0.5**0.5, rel=1e-5)
 
 
-def test_sets_of_modules_are_arms_and_have_mean_macs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_sets_of_modules_are_arms_and_have_mean_macs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write(tmp_path / "dense-seed0", 0.95, 10, macs_dynamic=7)
-    _, rows = shown(tmp_path, monkeypatch, capsys)
+    _, rows = shown(tmp_path, capsys)
     assert "macs_dynamic mean" not in rows["dense"], "where nothing is switched off, they say nothing"
     sets = [
         {"set": 0, "test/acc": 0.9, "macs_dynamic": 5},
         {"set": 1, "test/acc": 0.8, "macs_dynamic": 3},
     ]
     write(tmp_path / "switched-seed0", 0.9, 11, macs_dynamic=5, sets=sets)
-    _, rows = shown(tmp_path, monkeypatch, capsys)
+    _, rows = shown(tmp_path, capsys)
     for arm, mean, right in (("dense", 7, 95), ("switched", 5, 90), ("switched set 1", 3, 80)):
         assert (float(rows[arm]["macs_dynamic mean"]), float(rows[arm]["test/acc mean"])) == (mean, right)
 
 
-def test_what_a_recorded_run_lacks_is_a_dash(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_what_a_recorded_run_lacks_is_a_dash(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Summaries of before the count; and no mean over some seeds only."""
     write(tmp_path / "old-seed0", 0.9, 10)
     write(tmp_path / "begun_before-seed0", 0.9, 20, macs_training=None)
     write(tmp_path / "mixed-seed0", 0.9, 30)
     write(tmp_path / "mixed-seed1", 0.9, 30, macs_training=5)
-    cells, rows = shown(tmp_path, monkeypatch, capsys)
+    cells, rows = shown(tmp_path, capsys)
     assert list(cells) == ["old", "begun_before", "mixed"], "by size"
     assert all(line.count("–") == 1 for line in cells.values())
     assert all(row["macs_training mean"] == row["macs_training sd"] == "" for row in rows.values())
@@ -93,29 +84,117 @@ def test_what_a_recorded_run_lacks_is_a_dash(
 
 
 def test_the_recorded_runs_can_be_compared() -> None:
-    recorded = Path(compare.__file__).parent / "*" / "*-seed*"
-    arms = compare.by_arm(compare.read(str(recorded)), compare.named(str(recorded)))
+    recorded = str(Path(__file__).parents[2] / "experiments" / "*" / "*-seed*")
+    arms = {arm.name: arm for arm in read_arms(recorded, read_summaries(recorded))}
     assert "first_runs/gnap" in arms and "controls_cifar10/gnap" in arms
-    for arm, summaries in arms.items():
-        cells = compare.row(summaries)
-        of_runs = () if " level " in arm else ("params_dense", "wall_s")
-        assert all(cells[key] is not None for key in ("test/acc", "params", "macs", *of_runs))
+    for name, arm in arms.items():
+        of_runs = () if " level " in name else ("params_dense", "wall_s")
+        assert all(arm.list_values(key) for key in ("test/acc", "params", "macs", *of_runs))
+    tables = {table.data: table for table in make_tables(list(arms.values()))}
+    assert tables.keys() == {"cifar10", "digits", "mnist"}
+    assert sum(len(table.rows) for table in tables.values()) == len(arms)
+
+
+@pytest.mark.parametrize(
+    "summary", ["{", "[1]", "3", "{}", '{"test/acc": null}', '{"test/acc": 1, "macs": "x"}']
+)
+def test_a_damaged_summary_is_named(tmp_path: Path, summary: str) -> None:
+    (tmp_path / "run-seed0").mkdir()
+    (tmp_path / "run-seed0" / "summary.json").write_text(summary)
+    with pytest.raises(FileError, match=r"run-seed0/summary\.json is damaged"):
+        read_summaries(f"{tmp_path}/*")
 
 
 def test_no_run_is_said_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="name finished runs") as error:
-        compare.read(f"{tmp_path}/*")
+    with pytest.raises(FileError, match="name finished runs") as error:
+        read_summaries(f"{tmp_path}/*")
     assert "\n" not in str(error.value)
 
 
-def test_the_figure_is_drawn_of_old_and_new_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_figure_is_drawn_of_old_and_new_runs(tmp_path: Path) -> None:
     write(tmp_path / "new-seed0", 0.9, 10, macs_training=10**12)
     write(tmp_path / "new-seed1", 0.8, 10, macs_training=10**12)
     write(tmp_path / "old-seed0", 0.7, 20)
     for name in ("of_params", "of_macs"):
-        monkeypatch.setattr(
-            sys, "argv", ["compare", f"runs={tmp_path}/*-seed*", f"figure={tmp_path}/{name}.png"]
-        )
-        compare.main()
+        compare_runs(f"{tmp_path}/*-seed*", figure=tmp_path / f"{name}.png")
         assert plt.imread(tmp_path / f"{name}.png").std() > 0.05
-        write(tmp_path / f"{name}-seed0", 0.7, 20, macs_dynamic=3)
+        write(tmp_path / f"{name}-seed0", 0.7, 20, macs_dynamic=3, data="other")
+
+
+# --- several data sets, names, units ------------------------------------------------------------------------
+
+
+def test_each_data_set_has_a_table_with_a_best_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    write(tmp_path / "mnist-dense-seed0", 0.99, 10, data="mnist")
+    write(tmp_path / "mnist-gates-seed0", 0.98, 5, data="mnist")
+    write(tmp_path / "cifar10-dense-seed0", 0.90, 100, data="cifar10")
+    write(tmp_path / "cifar10-gates-seed0", 0.91, 50, data="cifar10")
+    pattern = f"{tmp_path}/*"
+    cifar10, mnist = make_tables(read_arms(pattern, read_summaries(pattern)))
+    assert (cifar10.data, mnist.data) == ("cifar10", "mnist")
+    assert [row[0] for row in cifar10.rows] == [row[0] for row in mnist.rows] == ["gates", "dense"]
+    assert {(0, 2), (0, 3)} <= cifar10.best and {(1, 2), (0, 3)} <= mnist.best
+    _, rows = shown(tmp_path, capsys)
+    assert rows.keys() == {f"{data}-{arm}" for data in ("mnist", "cifar10") for arm in ("dense", "gates")}
+    compare_runs(pattern)
+    out = capsys.readouterr().out
+    assert out.index("cifar10") < out.index("91.00") < out.index("mnist") < out.index("98.00")
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (["a-x-1", "a-y-1"], ["x", "y"]),
+        (["mnist-growth+gates-budget=2000", "mnist-growth+gates-budget=500"], ["budget=2000", "budget=500"]),
+        (["a-x", "a"], ["a-x", "a"]),  # nothing were left of the second
+        (["x-y", "y-x"], ["x-y", "y-x"]),
+        (["one/gnap", "one/dense"], ["gnap", "dense"]),
+        (["one/gnap", "two/gnap"], ["one/", "two/"]),
+        (["one/a-gnap", "two/b-gnap"], ["one/a", "two/b"]),
+        (["alone-1"], ["alone-1"]),
+        (["gnap", "dense"], ["gnap", "dense"]),
+    ],
+)
+def test_names_are_what_varies(names: list[str], short: list[str]) -> None:
+    assert list(shorten_names(names).values()) == short
+
+
+def test_levels_and_sets_keep_their_numbers_behind_short_names(tmp_path: Path) -> None:
+    levels = [{"level": k, "params": 5 + k, "macs": 4, "test/acc": 0.5} for k in range(2)]
+    for arm in ("joint", "reconstruct"):
+        write(tmp_path / f"mnist-{arm}-seed0", 0.9, 6, data="mnist", levels=levels)
+    arms = read_arms(f"{tmp_path}/*", read_summaries(f"{tmp_path}/*"))
+    assert {arm.label for arm in arms} == {"joint", "joint level 0", "reconstruct", "reconstruct level 0"}
+
+
+@pytest.mark.parametrize(
+    ("macs", "head", "texts"),
+    [
+        ([430_000_000, 2_000_000_000], "training GMACs", ["0.430", "2.000"]),
+        ([6_200_000_000_000, 16_700_000_000_000], "training TMACs", ["6.200", "16.700"]),
+        ([400_000, 2_000_000_000_000], "training TMACs", ["0.00000040", "2.00000000"]),
+        ([12, 13], "training MACs", ["12.000", "13.000"]),
+    ],
+)
+def test_a_column_has_one_unit_and_digits_for_its_smallest(
+    tmp_path: Path, macs: list[int], head: str, texts: list[str]
+) -> None:
+    for i, value in enumerate(macs):
+        write(tmp_path / f"arm{i}-seed0", 0.9, 10 + i, macs_training=value)
+    (table,) = make_tables(read_arms(f"{tmp_path}/*", read_summaries(f"{tmp_path}/*")))
+    column = list(table.head).index(head)
+    assert [row[column] for row in table.rows] == texts
+
+
+def test_latex_can_be_typeset(tmp_path: Path) -> None:
+    write(tmp_path / "a_b-seed0", 0.9, 1000)
+    write(tmp_path / "a_b-seed1", 0.8, 1000)
+    write(tmp_path / "c%d-seed0", 0.7, 2000, macs_training=10)
+    (table,) = make_tables(read_arms(f"{tmp_path}/*", read_summaries(f"{tmp_path}/*")))
+    lines = write_latex(table).splitlines()
+    assert lines[0] == r"\begin{tabular}{lrrrrrrr}" and lines[-1] == r"\end{tabular}"
+    assert lines[4].startswith(r"a\_b & 2 & \textbf{85.00 $\pm$ 7.07} & \textbf{1,000 $\pm$ 0} & ")
+    assert lines[5].startswith(r"c\%d & 1 & 70.00 & 2,000 & ")
+    assert lines[4].split(" & ")[6] == "--" and all(line.count(" & ") == 7 for line in lines[4:6])

@@ -15,7 +15,7 @@ import elastic.experiments.compare
 import elastic.experiments.export
 import elastic.experiments.serve
 from elastic.experiments import serve
-from elastic.experiments.serve import PHASES, Answer, score, stream
+from elastic.experiments.serve import PHASES, Answer, answer_stream, score
 from elastic.experiments.tools.restore import restore
 from elastic.experiments.train import train
 from tests.fitted import EXACT, command
@@ -48,7 +48,7 @@ def test_a_level_is_exported_as_it_is_in_its_network(
     assert code == 0 and not err and out.startswith(f"{tmp_path / 'net.pt2'}: ")
     x = torch.randn(3, 1, 8, 8)
     with torch.no_grad():
-        expected = restore(finished)[0][-1 if level is None else level](x)  # type: ignore[index,operator]
+        expected = restore(finished).network.run(x, level)
         found = torch.export.load(tmp_path / "net.pt2").module()(x)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
@@ -116,23 +116,23 @@ def answered(clock: Clock, takes_s: float, slower: float, deadline_s: float = 0.
         clock.now += takes_s * (slower if clock.loaded else 1)
         return x
 
-    return stream(answer, lambda: 1, batches, deadline_s, 1.0, lambda on: setattr(clock, "loaded", on))
+    return answer_stream(answer, lambda: 1, batches, deadline_s, 1.0, lambda on: setattr(clock, "loaded", on))
 
 
 def test_who_is_fast_enough_is_judged_by_accuracy_alone(clock: Clock) -> None:
     answers = answered(clock, takes_s=0.004, slower=2)
-    assert len(answers) == 100 * len(PHASES) and all(a.met and a.level == 1 for a in answers)
+    assert len(answers) == 100 * len(PHASES) and all(a.in_time and a.level == 1 for a in answers)
     assert score(answers) == (0.5, 1.0, 0.5)
     assert sum(a.loaded for a in answers) == 100 * sum(PHASES)
-    assert {round(a.took_ms, 6) for a in answers if a.loaded} == {8.0}
+    assert {round(a.latency_ms, 6) for a in answers if a.loaded} == {8.0}
 
 
 def test_who_is_late_under_load_gets_nothing_there(clock: Clock) -> None:
     answers = answered(clock, takes_s=0.008, slower=2)
     idle = [a for a in answers if not a.loaded]
-    met = sum(a.met for a in idle) / len(idle)
+    met = sum(a.in_time for a in idle) / len(idle)
     assert 0.95 < met < 1, "the first after a load wait for what came before"
-    assert not any(a.met for a in answers if a.loaded), "16 ms for each, one every 10 ms"
+    assert not any(a.in_time for a in answers if a.loaded), "16 ms for each, one every 10 ms"
     assert score(answers)[0] == pytest.approx(0.5 * met * 3 / 5)
 
 

@@ -3,7 +3,6 @@
 import html
 import json
 import re
-import sys
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -15,19 +14,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.text import Text
 
-from elastic.experiments import compare
+from elastic.experiments.compare import compare_runs
+from elastic.experiments.tools.arms import name_arms, read_arms, read_summaries
 from elastic.experiments.tools.charts import (
     LONGEST,
-    Arm,
-    against,
-    apart,
-    by_level,
-    front,
-    height,
-    over_time,
-    short,
+    Series,
+    compute_height,
+    find_front,
+    plot_against,
+    plot_levels,
+    plot_over_time,
+    shorten,
+    space_out,
 )
-from elastic.experiments.tools.html import failures, picture
+from elastic.experiments.tools.html import list_failures, make_figure
 
 TITLES = ("Accuracy against size", "Accuracy against work", "Levels and sets", "Size over time")
 
@@ -38,16 +38,15 @@ def write(folder: Path, acc: float, params: int, **more: Any) -> None:
     (folder / "summary.json").write_text(json.dumps({"test/acc": acc, "params": params, **common, **more}))
 
 
-def made(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(sys, "argv", ["compare", f"runs={folder}/*", f"html={folder}/page.html"])
-    compare.main()
+def make_page(folder: Path) -> str:
+    compare_runs(f"{folder}/*", html=folder / "page.html")
     return (folder / "page.html").read_text()
 
 
 class Tags(HTMLParser):
     """Checks that tags close in order, and collects attributes and the text of bold cells."""
 
-    VOID = {"meta", "img", "wbr"}
+    VOID = {"meta", "img", "wbr", "br"}
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -85,21 +84,21 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_page_holds_all_that_it_shows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = made(folder, monkeypatch)
+def test_the_page_holds_all_that_it_shows(folder: Path) -> None:
+    text = make_page(folder)
     tags = Tags(text)
     assert all(link.startswith("data:image/png;base64,") for link in tags.links) and len(tags.links) >= 5
     assert "http" not in re.sub(r"base64,[^\"]+", "", text)
     assert len(text) < 2_000_000
     for title in TITLES:
-        assert f"<h2>{title}</h2>" in text
+        assert f"<h3>{title}</h3>" in text
     assert "<td>small</td><td>2</td>" in text and "small level 0" in text
 
 
 def test_the_best_of_each_column_is_bold_and_what_failed_is_named(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = made(folder, monkeypatch)
+    text = make_page(folder)
     bold = Tags(text).bold
     assert bold[:2] == ["10 ± 0", "10 ± 0"], "params and macs of the smallest level, in the first row"
     assert "95.00" in bold and "90.50 ± 0.71" not in bold and "2,000 ± 0" in bold and "1.000 ± 0.000" in bold
@@ -107,16 +106,16 @@ def test_the_best_of_each_column_is_bold_and_what_failed_is_named(
     assert "failed: broken-seed0: lr < 0" in capsys.readouterr().out
 
 
-def test_what_there_is_nothing_of_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_there_is_nothing_of_is_left_out(tmp_path: Path) -> None:
     write(tmp_path / "alone-seed0", 0.9, 1000)
-    text = made(tmp_path, monkeypatch)
-    assert "<h2>" not in text and Tags(text).bold[0] == "90.00"
-    assert failures({}) == ""
+    text = make_page(tmp_path)
+    assert "<h2>" not in text and "<h3>" not in text and Tags(text).bold[0] == "90.00"
+    assert list_failures({}) == ""
 
 
 @given(st.lists(st.tuples(st.integers(1, 20), st.integers(0, 20)), min_size=1, max_size=12))
 def test_the_front_is_what_nothing_beats(points: list[tuple[float, float]]) -> None:
-    found = front(points)
+    found = find_front(points)
     for i, (size, right) in enumerate(points):
         beaten = any((s <= size and r >= right) and (s, r) != (size, right) for s, r in points)
         assert ((size, right) in [points[k] for k in found]) == (not beaten), i
@@ -125,8 +124,8 @@ def test_the_front_is_what_nothing_beats(points: list[tuple[float, float]]) -> N
 
 
 @given(st.lists(st.floats(-0.5, 1.5, allow_nan=False), min_size=1, max_size=30), st.floats(0.001, 1 / 30))
-def test_names_keep_their_order_and_lie_apart(wanted: list[float], gap: float) -> None:
-    places = apart(wanted, gap)
+def test_names_keep_their_order_and_lie_space_out(wanted: list[float], gap: float) -> None:
+    places = space_out(wanted, gap)
     order = sorted(range(len(wanted)), key=lambda i: (wanted[i], i))
     found = [places[i] for i in order]
     assert all(after - before >= gap - 1e-9 for before, after in pairwise(found))
@@ -134,17 +133,17 @@ def test_names_keep_their_order_and_lie_apart(wanted: list[float], gap: float) -
 
 
 def test_names_that_have_room_are_where_they_are_wanted() -> None:
-    assert apart([0.9, 0.1, 0.5], 0.1) == pytest.approx([0.9, 0.1, 0.5])
-    assert apart([0.5, 0.5, 2.0], 0.1) == pytest.approx([0.5, 0.6, 1.0])
+    assert space_out([0.9, 0.1, 0.5], 0.1) == pytest.approx([0.9, 0.1, 0.5])
+    assert space_out([0.5, 0.5, 2.0], 0.1) == pytest.approx([0.5, 0.6, 1.0])
 
 
 def test_names_of_a_drawn_figure_do_not_overlap() -> None:
     """As they are drawn: twelve arms at nearly the same point, one with a long name, and one far away."""
-    names = [short("a very " + "long " * 20 + "name"), *(f"arm {i}" for i in range(11))]
-    arms = [Arm(name, "C0", [{"test/acc": 0.9 + i / 1e4, "params": 100}]) for i, name in enumerate(names)]
-    arms.append(Arm("far", "C1", [{"test/acc": 0.1, "params": 1000}]))
-    figure, panel = plt.subplots(figsize=(9, height(len(arms))), layout="constrained")
-    assert against(arms, "params", "x")(panel)
+    names = [shorten("a very " + "long " * 20 + "name"), *(f"arm {i}" for i in range(11))]
+    arms = [Series(name, "C0", [{"test/acc": 0.9 + i / 1e4, "params": 100}]) for i, name in enumerate(names)]
+    arms.append(Series("far", "C1", [{"test/acc": 0.1, "params": 1000}]))
+    figure, panel = plt.subplots(figsize=(9, compute_height(len(arms))), layout="constrained")
+    assert plot_against(arms, "params", "x")(panel)
     figure.canvas.draw()
     boxes = sorted((Text.get_window_extent(text) for text in panel.texts), key=lambda box: box.y0)
     shown = figure.get_window_extent()
@@ -157,10 +156,10 @@ def test_names_of_a_drawn_figure_do_not_overlap() -> None:
 @pytest.mark.parametrize("values", [(1, 10**6), (6.2e12, 16.7e12), (5, 5), (0.2, 0.9)])
 def test_ticks_of_a_logarithmic_axis_have_labels(values: tuple[float, float]) -> None:
     arms = [
-        Arm(str(i), "C0", [{"test/acc": 0.5 + i / 10, "params": value}]) for i, value in enumerate(values)
+        Series(str(i), "C0", [{"test/acc": 0.5 + i / 10, "params": value}]) for i, value in enumerate(values)
     ]
     figure, panel = plt.subplots(layout="constrained")
-    assert against(arms, "params", "x")(panel)
+    assert plot_against(arms, "params", "x")(panel)
     figure.canvas.draw()
     low, high = panel.get_xlim()
     inside = [label.get_text() for label in panel.get_xticklabels() if low <= label.get_position()[0] <= high]
@@ -171,27 +170,53 @@ def test_ticks_of_a_logarithmic_axis_have_labels(values: tuple[float, float]) ->
 
 
 def test_a_name_is_shortened_in_its_middle() -> None:
-    assert short("x" * LONGEST) == "x" * LONGEST
-    assert len(short("begin" + "x" * 200 + "end")) <= LONGEST
-    assert short("begin" + "x" * 200 + "end").startswith("begin") and short("x" * 200 + "end").endswith("end")
+    assert shorten("x" * LONGEST) == "x" * LONGEST
+    assert len(shorten("begin" + "x" * 200 + "end")) <= LONGEST
+    assert shorten("begin" + "x" * 200 + "end").startswith("begin") and shorten("x" * 200 + "end").endswith(
+        "end"
+    )
 
 
 def test_arms_of_the_same_name_in_different_folders_are_different(tmp_path: Path) -> None:
     write(tmp_path / "digits" / "gnap-seed0", 0.9, 1000)
     write(tmp_path / "cifar" / "gnap-seed0", 0.8, 2000)
-    names = compare.named(f"{tmp_path}/*/*")
-    assert list(compare.by_arm(compare.read(f"{tmp_path}/*/*"), names)) == ["digits/gnap", "cifar/gnap"]
-    assert set(compare.named(f"{tmp_path}/digits/*").values()) == {"gnap"}
+    arms = read_arms(f"{tmp_path}/*/*", read_summaries(f"{tmp_path}/*/*"))
+    assert [arm.name for arm in arms] == ["digits/gnap", "cifar/gnap"]
+    assert set(name_arms(f"{tmp_path}/digits/*").values()) == {"gnap"}
 
 
 def test_figures_of_nothing_are_nothing() -> None:
-    def draw(name: str, run: dict[str, Any]) -> list[Arm]:
-        return [Arm(name, "C0", [run], [[]])]
+    def series(run: dict[str, Any]) -> list[Series]:
+        return [Series("one", "C0", [run], [[]])]
 
-    assert picture("a", "b", against(draw("one", {"test/acc": 0.5, "params": 3}), "params", "x")) == ""
-    assert picture("a", "b", over_time(draw("one", {}), "params", "x")) == ""
-    assert picture("a", "b", by_level(draw("one", {"test/acc": 0.5, "levels": []}), ["macs"], "x")) == ""
-    sets = {"sets": [{"macs_dynamic": 1, "test/acc": 0.1}, {"macs_dynamic": 2, "test/acc": 0.2}]}
-    assert picture("a", "b", by_level(draw("one", sets), ["latency_ms"], "x")) == ""
-    drawn = picture("<a>", "b & c", by_level(draw("one", sets), ["macs_dynamic", "macs"], "x"))
-    assert html.escape("<a>") in drawn and "b &amp; c" in drawn
+    assert make_figure("a", "b", plot_against(series({"test/acc": 0.5, "params": 3}), "params", "x")) == ""
+    assert make_figure("a", "b", plot_over_time(series({}), "params", "x")) == ""
+    assert make_figure("a", "b", plot_levels(series({"test/acc": 0.5, "levels": []}), ["macs"], "x")) == ""
+    sets = series({"sets": [{"macs_dynamic": 1, "test/acc": 0.1}, {"macs_dynamic": 2, "test/acc": 0.2}]})
+    assert make_figure("a", "b", plot_levels(sets, ["latency_ms"], "x")) == ""
+    figure = make_figure("<a>", "b & c", plot_levels(sets, ["macs_dynamic", "macs"], "x"))
+    assert html.escape("<a>") in figure and "b &amp; c" in figure
+
+
+def test_each_data_set_has_a_section_with_its_own_front(tmp_path: Path) -> None:
+    for data in ("mnist", "cifar10"):
+        for arm, params in (("dense", 1000), ("gates", 10)):
+            write(tmp_path / f"{data}-{arm}-seed0", 0.9, params, data=data, git="abc1234", seed=0)
+    text = make_page(tmp_path)
+    Tags(text)
+    parts = re.split("<h2>", text)
+    assert [part.partition("</h2>")[0] for part in parts[1:]] == ["cifar10", "mnist"]
+    for part in parts[1:]:
+        assert part.count("<h3>Accuracy against size</h3>") == 1 and part.count("<table>") == 1
+        assert part.count(r"\begin{tabular}") == 1 and "<td>dense</td>" in part and "<td>gates</td>" in part
+
+
+def test_the_page_says_what_was_run(tmp_path: Path) -> None:
+    about = {"git": "abc1234", "device": "a machine <1>", "torch": "2.13", "budget/target": 2000}
+    for seed in (0, 1):
+        write(tmp_path / f"gnap-seed{seed}", 0.9, 1000, seed=seed, **about)
+    text = make_page(tmp_path)
+    hardware = "Hardware: a machine &lt;1&gt;"
+    for fact in ("Commit: abc1234", hardware, "Seeds: 0, 1", "Budget: 2,000", "torch: 2.13"):
+        assert fact in text
+    assert re.search(r"Made: \d{4}-\d\d-\d\d<br>", text)

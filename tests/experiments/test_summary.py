@@ -10,10 +10,15 @@ import torch
 from PIL import Image
 
 from elastic.experiments.tools.figure import draw_history
-from elastic.experiments.tools.summary import measure, show, summarise, write_summary
-from elastic.experiments.tools.summary import test_accuracy as accuracy
+from elastic.experiments.tools.summary import (
+    measure_accuracy,
+    measure_network,
+    show,
+    summarise,
+    write_summary,
+)
 from elastic.experiments.train import build, train
-from elastic.files.network import load_compact
+from elastic.files.network import Network
 from elastic.models import convnet
 from tests.runs import TINY, configure
 
@@ -73,7 +78,7 @@ def test_the_summary_is_flat_and_complete(finished: Path) -> None:
 def test_params_are_the_non_zeros_in_the_file(finished: Path) -> None:
     """Counted on the tensors of the file that are parameters: buffers are left out."""
     module, _ = build(configure(finished / "again", *PRUNING))
-    plain = load_compact(module.net, finished / "model.safetensors", module.example)
+    plain = Network.load(module.net, finished / "model.safetensors", module.structure.example).plain()
     parameters = dict(plain.named_parameters())
     assert not [name for name in parameters if "running" in name]
     found = {name: t for name, t in plain.state_dict().items() if name in parameters}
@@ -85,7 +90,7 @@ def test_params_are_the_non_zeros_in_the_file(finished: Path) -> None:
 
 def test_macs_are_those_of_the_compacted_network_by_hand(finished: Path) -> None:
     module, _ = build(configure(finished / "again", *PRUNING))
-    plain = load_compact(module.net, finished / "model.safetensors", module.example)
+    plain = Network.load(module.net, finished / "model.safetensors", module.structure.example).plain()
     convs = [m for m in plain if isinstance(m, torch.nn.Conv2d)]  # type: ignore[union-attr]
     positions = (64, 64, 16, 16)
     macs = sum(n * c.weight.numel() for n, c in zip(positions, convs, strict=True)) + plain[-1].weight.numel()  # type: ignore[index,operator]
@@ -120,7 +125,7 @@ def test_the_accuracy_is_that_of_the_images_right(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = convnet((4, 4)).eval()
     _, data = build(configure(tmp_path, *PRUNING, "data.batch_size=100"))
-    found = accuracy(net, data)
+    found = measure_accuracy(net, data)
     x_BCHW, y_B = data.test_set.__getitems__(list(range(360)))  # type: ignore[union-attr]
     with torch.no_grad():
         right = net(data.normalise(x_BCHW.float() / 255)).argmax(1) == y_B
@@ -131,7 +136,7 @@ def test_measuring_leaves_the_network_alone(tmp_path: Path) -> None:
     net = convnet((4, 4)).eval()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     _, data = build(configure(tmp_path, *PRUNING))
-    measure(net, data)
+    measure_network(Network(net), data)
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 

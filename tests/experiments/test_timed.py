@@ -10,7 +10,7 @@ import torch
 
 import elastic.experiments.compare
 from elastic.experiments.tools import timing
-from elastic.experiments.tools.timing import networks, time_runs
+from elastic.experiments.tools.timing import make_timed, time_runs
 from elastic.experiments.train import train
 from tests.fitted import EXACT, command
 from tests.runs import configure
@@ -38,11 +38,11 @@ def summaries(folder: Path) -> dict[Path, dict[str, Any]]:
 def test_every_network_is_measured_with_what_executes_it(folder: Path) -> None:
     ways = {}
     for run, summary in summaries(folder).items():
-        found = list(networks(run, summary))
-        ways[run.name] = [len(each.ways) for each in found]
+        found = list(make_timed(run, summary))
+        ways[run.name] = [len(each.executions) for each in found]
         for each in found:
             with torch.inference_mode():
-                outputs = [way(each.inputs[0]) for way in each.ways]
+                outputs = [way(each.inputs[0]) for way in each.executions]
             for other in outputs[1:]:
                 torch.testing.assert_close(other, outputs[0], atol=1e-4, rtol=1e-4)
     assert ways == {"plain-seed0": [3], "joint-seed0": [3, 3], "switched-seed0": [1, 1]}
@@ -55,7 +55,7 @@ def test_the_median_of_the_fastest_way_is_written_down(folder: Path, monkeypatch
         assert len(ways) == len(inputs) and torch.get_num_threads() == 1
         return [[n + 1.0] * 9 + [1000.0] * 3 for n in range(len(ways))]
 
-    monkeypatch.setattr(timing, "times_ms", pretend)
+    monkeypatch.setattr(timing, "measure_times_ms", pretend)
     given = summaries(folder)
     said = time_runs(given)
     joint, plain, switched = given.values()  # in the order of their names
@@ -77,7 +77,7 @@ def test_the_table_and_the_page_have_it_where_it_was_asked_for(
     assert rows.keys() == {"plain", "joint", "joint level 0", "switched", "switched set 1"}
     assert all(0.01 < float(row["latency_ms mean"]) < 1000 for row in rows.values())
     text = (tmp_path / "page.html").read_text()
-    assert "<h2>Accuracy against latency</h2>" in text and "<h2>Levels and sets by latency</h2>" in text
+    assert "<h3>Accuracy against latency</h3>" in text and "<h3>Levels and sets by latency</h3>" in text
     assert "latency (ms)" in text and text.count("5 networks in turn") == 2
 
 

@@ -1,14 +1,17 @@
 """Files for other programs: the same outputs, at any batch size, or no file."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.export import Dim, ExportedProgram
 
-from elastic.errors import StructureError
-from elastic.files import exporting as exporting
-from elastic.files.exporting import export
+from elastic.errors import FileError, OptionError
+from elastic.files import exporting
+from elastic.files.exporting import export, list_tensors
 from elastic.levels.nested import Levels
 from elastic.levels.sizes import level_sizes
 from elastic.models import convnet, resnet20
@@ -20,17 +23,30 @@ from tests.elastic.zoo import randomised
 X = torch.randn(1, 3, 8, 8)
 
 
-def run(path: Path, x: torch.Tensor) -> torch.Tensor:
+@torch.no_grad()
+def run_all(path: Path, x: torch.Tensor) -> list[torch.Tensor]:
     if path.suffix == ".pt2":
-        return torch.export.load(path).module()(x).detach()
+        return list_tensors(torch.export.load(path).module()(x))
     session = pytest.importorskip("onnxruntime").InferenceSession(path)
-    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    return [torch.from_numpy(y) for y in session.run(None, {session.get_inputs()[0].name: x.numpy()})]
+
+
+def run(path: Path, x: torch.Tensor) -> torch.Tensor:
+    (output,) = run_all(path, x)
+    return output
 
 
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
-def test_levels_in_place_are_levels_exported(suffix: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "build",
+    [lambda: convnet((4, 6), in_channels=3), pytest.param(lambda: resnet20(4), marks=pytest.mark.slow)],
+    ids=["convnet", "resnet20"],
+)
+def test_levels_in_place_are_levels_exported(
+    build: Callable[[], nn.Module], suffix: str, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
-    net = randomised(resnet20(4)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net = randomised(build()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     widths = discover(net, X)
     levels = Levels(net, widths, level_sizes(net, widths, X, [0.5]))
     x = torch.randn(5, 3, 8, 8)
@@ -54,20 +70,69 @@ def test_a_gated_network_is_as_its_compacted_one(tmp_path: Path) -> None:
 
 
 def test_what_would_differ_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        exporting, "_pt2", lambda program, part, probe: part.write_text("x") + torch.ones(3, 10)
-    )
-    with pytest.raises(StructureError, match="would differ from the network by"):
+    def write(program: ExportedProgram, part: Path, probe: torch.Tensor) -> list[torch.Tensor]:
+        part.write_text("x")
+        return [torch.ones(3, 10)]
+
+    monkeypatch.setitem(exporting.WRITERS, ".pt2", (write, Dim.AUTO))
+    with pytest.raises(FileError, match="would differ from the network by"):
         export(convnet(in_channels=3), X, tmp_path / "net.pt2")
     assert not list(tmp_path.iterdir())
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(StructureError, match=r"name a file that ends in .pt2 or .onnx"):
+    with pytest.raises(OptionError, match=r"name a file that ends in .pt2 or .onnx"):
         export(nn.Identity(), X, tmp_path / "net.pth")
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
-    with pytest.raises(StructureError, match="onnxruntime is not installed: install the extra `export`"):
+    with pytest.raises(FileError, match="onnxruntime is not installed: install the extra `export`"):
         export(convnet(in_channels=3), X, tmp_path / "net.onnx")
+
+
+class TwoHeads(nn.Module):
+    """Return a dictionary with a tuple in it, not in the order of its keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.small, self.large = nn.Conv2d(3, 4, 3), nn.Linear(4, 2), nn.Linear(4, 5)
+
+    def forward(self, x_BCHW: torch.Tensor) -> dict[str, Any]:
+        mean_BC = self.body(x_BCHW).mean((2, 3))
+        return {"z": self.small(mean_BC), "a": (self.large(mean_BC), mean_BC)}
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_all_outputs_are_exported_in_their_order(suffix: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, path = TwoHeads().eval(), tmp_path / f"net{suffix}"
+    export(net, X, path)
+    x = torch.randn(5, 3, 8, 8)
+    with torch.no_grad():
+        expected = list_tensors(net(x))
+    assert [output.shape[1] for output in expected] == [2, 5, 4]
+    torch.testing.assert_close(run_all(path, x), expected, atol=1e-5, rtol=1e-5)
+    if suffix == ".pt2":
+        assert torch.export.load(path).module()(x).keys() == {"z", "a"}
+
+
+def test_one_wrong_output_of_several_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = TwoHeads().eval()
+
+    def write(program: ExportedProgram, part: Path, probe: torch.Tensor) -> list[torch.Tensor]:
+        part.write_text("x")
+        with torch.no_grad():
+            return [*list_tensors(net(probe))[:2], torch.ones(3, 4)]
+
+    monkeypatch.setitem(exporting.WRITERS, ".pt2", (write, Dim.AUTO))
+    with pytest.raises(FileError, match="would differ from the network by"):
+        export(net, X, tmp_path / "net.pt2")
+
+
+def test_the_batch_axis_has_a_name_in_onnx(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    export(convnet((4,), in_channels=3), X, tmp_path / "net.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    (image,), (logits,) = session.get_inputs(), session.get_outputs()
+    assert image.shape == ["batch", 3, 8, 8] and logits.shape == ["batch", 10]

@@ -1,4 +1,4 @@
-"""Networks with levels in one file: all bits come back, into levels that share storage again."""
+"""Networks in one file: all bits come back, into levels that share storage again."""
 
 import json
 from pathlib import Path
@@ -10,8 +10,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from elastic.errors import StructureError
-from elastic.files.network import load_compact, load_levels, save_compact, save_levels
+import elastic
+from elastic.dynamic.attaching import attach_modules
+from elastic.dynamic.modules import iterate_modules, select_set
+from elastic.errors import FileError, OptionError, StructureError
+from elastic.files import packing
+from elastic.files.network import Network
 from elastic.levels.nested import Levels
 from elastic.pruning import gates
 from elastic.pruning.compaction import compact
@@ -35,6 +39,12 @@ def fresh(name: str) -> nn.Module:
     return NETS[name]()
 
 
+def load_levels(net: nn.Module, path: Path, x: Tensor) -> Levels:
+    levels = Network.load(net, path, x).levels
+    assert levels is not None
+    return levels
+
+
 def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
     assert one.keys() == two.keys()
     for name, tensor in one.items():
@@ -49,7 +59,7 @@ def test_levels_come_back_to_the_last_bit(tmp_path: Path, name: str) -> None:
         with torch.no_grad():
             for tensor in (*net.parameters(), *levels.norms.parameters()):
                 tensor[torch.rand(tensor.shape) < 0.6] = 0
-    save_levels(levels, tmp_path / "levels", {"seed": 3})
+    Network(levels).save(tmp_path / "levels", {"seed": 3})
     again = load_levels(fresh(name), tmp_path / "levels", x)
     assert again.sizes == levels.sizes and len(again) == len(levels)
     for a, b in zip(levels, again, strict=True):
@@ -65,8 +75,8 @@ def test_levels_come_back_to_the_last_bit(tmp_path: Path, name: str) -> None:
 def test_without_its_levels_it_is_the_whole_network(tmp_path: Path, name: str) -> None:
     net, x, widths = built(name)
     levels = nested(net.eval(), widths, halves(widths, 0.5))
-    save_levels(levels, tmp_path / "levels", {})
-    whole = load_compact(fresh(name), tmp_path / "levels", x)
+    Network(levels).save(tmp_path / "levels", {})
+    whole = Network.load(fresh(name), tmp_path / "levels", x).plain()
     same(net.state_dict(), whole.state_dict())
     assert torch.equal(net(x), whole(x))
 
@@ -74,7 +84,7 @@ def test_without_its_levels_it_is_the_whole_network(tmp_path: Path, name: str) -
 def test_the_file_says_sizes_and_whatever_it_is_told(tmp_path: Path) -> None:
     net, _, widths = built("convnet")
     sizes = halves(widths, 0.3, 0.7)
-    save_levels(Levels(net, widths, sizes), tmp_path / "levels", {"seed": 3})
+    Network(Levels(net, widths, sizes)).save(tmp_path / "levels", {"seed": 3})
     with safe_open(tmp_path / "levels", framework="pt") as file:
         about = json.loads(file.metadata()["elastic"])["about"]
     assert about == {"seed": 3, "levels": sizes}
@@ -84,8 +94,8 @@ def test_equal_levels_make_equal_files_small_ones(tmp_path: Path) -> None:
     net, _, widths = built("resnet20")
     levels = nested(net, widths, halves(widths, 0.3, 0.7))
     for file in ("one", "two"):
-        save_levels(levels, tmp_path / file, {})
-    save_compact(net, tmp_path / "net", {})
+        Network(levels).save(tmp_path / file, {})
+    Network(net).save(tmp_path / "net")
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     held, alone = load_file(tmp_path / "one"), load_file(tmp_path / "net")
     own = sum(t.nbytes for t in levels.norms.state_dict().values())
@@ -104,7 +114,7 @@ def test_levels_of_a_network_that_was_grown_and_pruned(tmp_path: Path) -> None:
     plain = compact(net.eval(), x)
     widths = discover(plain, x)
     levels = evaluated(nested(plain, widths, halves(widths, 0.3, 0.7)))
-    save_levels(levels, tmp_path / "levels", {})
+    Network(levels).save(tmp_path / "levels", {})
     again = load_levels(fresh("convnet"), tmp_path / "levels", x)
     for a, b in zip(levels, again, strict=True):
         same(a.state_dict(), b.state_dict())
@@ -122,12 +132,12 @@ def test_a_network_whose_own_layers_are_called_levels(tmp_path: Path, nest: bool
     widths = discover(net, x)
     levels = evaluated(nested(net, widths, halves(widths, 0.5)))
     if nest:
-        save_levels(levels, tmp_path / "net", {})
+        Network(levels).save(tmp_path / "net", {})
         for a, b in zip(levels, load_levels(build(), tmp_path / "net", x), strict=True):
             assert torch.equal(a(x), b(x))
     else:
-        save_compact(net, tmp_path / "net", {})
-    assert torch.equal(load_compact(build(), tmp_path / "net", x)(x), net(x))
+        Network(net).save(tmp_path / "net")
+    assert torch.equal(Network.load(build(), tmp_path / "net", x).run(x), net(x))
 
 
 # --- refusals ----------------------------------------------------------------------------------------------
@@ -135,22 +145,16 @@ def test_a_network_whose_own_layers_are_called_levels(tmp_path: Path, nest: bool
 
 def refused(name: str, path: Path, *named: str) -> None:
     net, x = fresh(name), built(name)[1]
-    with pytest.raises(StructureError) as caught:
-        load_levels(net, path, x)
+    with pytest.raises(FileError) as caught:
+        Network.load(net, path, x)
     assert all(part in str(caught.value) for part in (*named, str(path))), str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def saved(path: Path, name: str = "convnet") -> Path:
     net, _, widths = built(name)
-    save_levels(nested(net, widths, halves(widths, 0.3, 0.7)), path, {})
+    Network(nested(net, widths, halves(widths, 0.3, 0.7))).save(path)
     return path
-
-
-def test_a_file_without_levels_is_refused(tmp_path: Path) -> None:
-    net, _, _ = built("convnet")
-    save_compact(net, tmp_path / "net", {})
-    refused("convnet", tmp_path / "net", "holds a network without levels")
 
 
 def test_a_file_that_is_missing_or_damaged_is_refused(tmp_path: Path) -> None:
@@ -198,3 +202,122 @@ def test_a_file_whose_levels_are_no_levels_is_refused(tmp_path: Path) -> None:
     net, x = fresh("convnet"), built("convnet")[1]
     with pytest.raises(StructureError, match="from small to large"):
         load_levels(net, path, x)
+
+
+# --- one level or several, with and without kernel activation modules --------------------------------------
+
+
+def dynamic(levels: Levels | nn.Module, x: Tensor, sets: int = 1) -> Network:
+    """A network whose modules switch kernels, each set others."""
+    plain = [levels] if isinstance(levels, nn.Module) else list(levels)
+    nets = [attach_modules(net, discover(net, x), sets=sets).eval() for net in plain]
+    for net in nets:
+        for module in iterate_modules(net):
+            for parameter in module.heads.parameters():
+                nn.init.normal_(parameter)
+    return Network(levels, nets)
+
+
+@pytest.mark.parametrize("nest", [False, True])
+@pytest.mark.parametrize("sets", [1, 3])
+def test_modules_come_back_with_their_levels_and_sets(tmp_path: Path, nest: bool, sets: int) -> None:
+    net, x, widths = built("convnet")
+    levels = evaluated(nested(net, widths, halves(widths, 0.5))) if nest else net.eval()
+    network = dynamic(levels, x, sets)
+    network.save(tmp_path / "net", {"seed": 3})
+    again = Network.load(fresh("convnet"), tmp_path / "net", x)
+    assert len(again) == len(network) == 1 + nest and again.sets == network.sets == sets
+    for level in range(len(network)):
+        outputs = [network.run(x, level, k) for k in range(sets)]
+        assert all(torch.equal(again.run(x, level, k), y) for k, y in enumerate(outputs))
+        assert torch.equal(again.run(x, level), outputs[0]), "the first set, whatever was selected last"
+        assert not torch.equal(outputs[0], network.plain(level)(x)), "they leave something out"
+        assert not any(module.training for module in again.dynamic(level).modules())
+        if sets > 1:
+            assert not torch.equal(outputs[0], outputs[1])
+    assert again.nets[-1] is again.plain() and torch.equal(again.plain()(x), network.plain()(x))
+
+
+def test_what_runs_is_the_level_and_the_set_that_are_named() -> None:
+    net, x, widths = built("convnet")
+    network = Network(evaluated(nested(net, widths, halves(widths, 0.5))))
+    assert torch.equal(network.run(x, 0), network.plain(0)(x))
+    assert torch.equal(network.run(x), network.run(x, 1))
+    assert not torch.equal(network.run(x), network.run(x, 0))
+    switched = dynamic(net.eval(), x, sets=2)
+    select_set(switched.dynamic_nets[0], 1)
+    expected = switched.dynamic_nets[0](x)
+    assert torch.equal(switched.run(x, set=1), expected)
+
+
+@pytest.mark.parametrize(
+    ("level", "index", "text"),
+    [
+        (1, 0, "there is no level 1: the run's network has level 0 alone"),
+        (-1, 0, "there is no level -1"),
+        (0, 2, "there is no set 2 of kernel activation modules: the network has 0 … 1"),
+        (0, -1, "there is no set -1"),
+    ],
+)
+def test_a_level_or_set_that_is_not_there_is_an_error(level: int, index: int, text: str) -> None:
+    net, x, _ = built("convnet")
+    network = dynamic(net, x, sets=2)
+    with pytest.raises(OptionError, match=text):
+        network.run(x, level, index)
+
+
+def test_a_network_without_modules_has_no_set() -> None:
+    net, x, _ = built("convnet")
+    with pytest.raises(OptionError, match="has none: train some with schedule=dynamic"):
+        Network(net).run(x, set=0)
+    assert Network(net).sets == 0
+
+
+def test_who_cannot_run_modules_refuses_them(tmp_path: Path) -> None:
+    net, x, _ = built("convnet")
+    Network(net).reject_modules(tmp_path)
+    with pytest.raises(FileError, match=f"{tmp_path} holds a network that is another one without"):
+        dynamic(net, x).reject_modules(tmp_path)
+
+
+def test_every_level_needs_modules_of_its_own() -> None:
+    net, x, widths = built("convnet")
+    levels = nested(net, widths, halves(widths, 0.5))
+    with pytest.raises(StructureError, match="1 dynamic networks for 2 levels"):
+        Network(levels, dynamic(net, x).dynamic_nets)
+
+
+def test_a_file_without_the_modules_of_a_level_is_refused(tmp_path: Path) -> None:
+    def lose(tensors: dict[str, Tensor], about: Any) -> None:
+        for name in [name for name in tensors if name.startswith(".kams.1.") and ":" not in name]:
+            del tensors[name]
+
+    net, x, widths = built("convnet")
+    dynamic(evaluated(nested(net, widths, halves(widths, 0.5))), x).save(tmp_path / "net")
+    changed(tmp_path / "net", lose)
+    refused("convnet", tmp_path / "net", "lacks modules of level 1")
+
+
+def test_a_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x, widths = built("convnet")
+    dynamic(evaluated(nested(net, widths, halves(widths, 0.5))), x, sets=2).save(tmp_path / "net")
+    opened = []
+
+    def watch(path: Path, **options: Any) -> Any:
+        opened.append(path)
+        return safe_open(path, **options)
+
+    monkeypatch.setattr(packing, "safe_open", watch)
+    Network.load(fresh("convnet"), tmp_path / "net", x)
+    assert opened == [tmp_path / "net"]
+
+
+def test_the_package_saves_and_loads(tmp_path: Path) -> None:
+    net, x, widths = built("convnet")
+    elastic.save(net.eval(), tmp_path / "net")
+    elastic.save(evaluated(nested(net, widths, halves(widths, 0.5))), tmp_path / "levels")
+    assert torch.equal(elastic.load(fresh("convnet"), tmp_path / "net", x).run(x), net(x))
+    assert len(elastic.load(fresh("convnet"), tmp_path / "levels", x)) == 2
+    assert elastic.Network is Network
+    with pytest.raises(AttributeError, match="has no attribute 'lode'"):
+        elastic.lode  # noqa: B018

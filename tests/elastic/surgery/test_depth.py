@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from elastic import discover
 from elastic.errors import StructureError
-from elastic.files.network import load_compact, rebuild, save_compact
+from elastic.files.network import Network
 from elastic.models import resnet20
 from elastic.models.resnet import BasicBlock
 from elastic.pruning import gates
 from elastic.pruning.compaction import compact
 from elastic.surgery.depth import count_blocks, deepen, find_stages
+from elastic.surgery.rebuilding import rebuild
 from elastic.surgery.reindexing import grow_index, reindex
 from tests.elastic import zoo
 
@@ -155,8 +156,8 @@ def test_compacted_saved_and_loaded(tmp_path: Path) -> None:
     gates.keep_best_gates(net, 0.3 * gates.count_gated(net))
     plain = compact(net, X)
     assert torch.allclose(run(plain, False), run(net, False), atol=1e-5)
-    save_compact(plain, tmp_path / "m", {})
-    assert torch.equal(run(load_compact(built(), tmp_path / "m", X), False), run(plain, False))
+    Network(plain).save(tmp_path / "m", {})
+    assert torch.equal(run(Network.load(built(), tmp_path / "m", X).plain(), False), run(plain, False))
 
 
 class Forward(nn.Module):

@@ -1,0 +1,168 @@
+"""Gather finished runs into arms: the seeds of one configuration, with its levels and its sets of modules.
+
+A run is a folder with a `summary.json`; folders named <arm>-seed<k> beside each other are one arm.
+"""
+
+import glob
+import json
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from elastic.errors import FileError
+from elastic.experiments.tools.sweep import FAILED
+
+NUMBERS = (  # of a summary, that are compared
+    *("test/acc", "params", "params_dense", "macs", "macs_dynamic", "macs_training"),
+    *("latency_ms", "wall_s"),
+)
+Summary = dict[str, Any]
+History = list[dict[str, Any]]  # what the census found in each epoch of a run
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Hold the runs of one configuration.
+
+    Attributes:
+        name: of their folders, without the seed; and which level or set it is.
+        label: the same, without what all arms on the same data have in common.
+        runs: their summaries, a seed each.
+        histories: of those that kept one.
+    """
+
+    name: str
+    label: str
+    runs: Sequence[Summary]
+    histories: Sequence[History] = field(default=())
+
+    @property
+    def data(self) -> str:
+        """Name the data set."""
+        return str(self.runs[0].get("data", ""))
+
+    def list_values(self, key: str) -> list[float]:
+        """List a figure of all runs; of none, where one of them lacks it."""
+        values = [run[key] for run in self.runs if run.get(key) is not None]
+        return values if len(values) == len(self.runs) else []
+
+    def compute_mean(self, key: str) -> tuple[float, float] | None:
+        """Compute mean and sample standard deviation, 0 of a single run; None where a run lacks it."""
+        values = self.list_values(key)
+        if not values:
+            return None
+        return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def read_arms(pattern: str, summaries: Mapping[Path, Summary]) -> list[Arm]:
+    """Gather summaries into arms, the smallest first; levels and sets of modules are arms of their own.
+
+    Args:
+        pattern: of the runs' folders.
+    """
+    names = name_arms(pattern)
+    groups: dict[str, list[Summary]] = defaultdict(list)
+    for folder, summary in summaries.items():
+        for suffix, part in _split_summary(summary):
+            groups[names[folder] + suffix].append(part)
+    histories = read_histories(names)
+    arms = [Arm(name, name, runs, histories.get(name, ())) for name, runs in groups.items()]
+    return sorted(_label(arms), key=lambda arm: arm.compute_mean("params") or ())
+
+
+def _split_summary(summary: Summary) -> list[tuple[str, Summary]]:
+    """Split a summary into those of the network, of its other levels, and of its other sets."""
+    common = {key: value for key, value in summary.items() if key not in ("levels", "sets")}
+    levels = summary.get("levels", [])[:-1]  # the last one is the network itself
+    sets = summary.get("sets", [])[1:]  # the first one is what the summary is of
+    return [
+        ("", summary),
+        *((f" level {row['level']}", {"data": summary.get("data", ""), **row}) for row in levels),
+        *((f" set {row['set']}", common | row) for row in sets),
+    ]
+
+
+def _label(arms: Sequence[Arm]) -> list[Arm]:
+    """Label arms by what varies among those on the same data."""
+    names: dict[str, set[str]] = defaultdict(set)
+    for arm in arms:
+        names[arm.data].add(_find_stem(arm.name))
+    labels = {data: shorten_names(sorted(stems)) for data, stems in names.items()}
+    return [replace(arm, label=_find_label(arm, labels[arm.data])) for arm in arms]
+
+
+def _find_label(arm: Arm, labels: Mapping[str, str]) -> str:
+    stem = _find_stem(arm.name)
+    return labels[stem] + arm.name.removeprefix(stem)
+
+
+def _find_stem(name: str) -> str:
+    return re.sub(r" (level|set) \d+$", "", name)
+
+
+def shorten_names(names: Sequence[str]) -> dict[str, str]:
+    """Shorten names by the parts, between dashes, that all of them have; unless nothing were left of one."""
+    parts = {name: re.findall(r"[^/]+/|[^-/]+", name) for name in names}
+    common = set.intersection(*(set(own) for own in parts.values())) if len(names) > 1 else set()
+    short = {
+        name: "-".join(part for part in own if part not in common).replace("/-", "/")
+        for name, own in parts.items()
+    }
+    if not all(short.values()) or len(set(short.values())) < len(names):
+        return {name: name for name in names}
+    return short
+
+
+def name_arms(pattern: str) -> dict[Path, str]:
+    """Name the arm of each folder that matches: its name without the seed.
+
+    Where they lie in several folders, with that folder's: the same name may be of different questions.
+    """
+    folders = sorted(Path(match) for match in glob.glob(pattern))
+    several = len({folder.parent for folder in folders}) > 1
+    names = {folder: re.sub(r"-seed\d+$", "", folder.name) for folder in folders}
+    return {folder: f"{folder.parent.name}/{arm}" if several else arm for folder, arm in names.items()}
+
+
+def read_summaries(pattern: str) -> dict[Path, Summary]:
+    """Read the summaries of all runs that match, by folder.
+
+    Raises:
+        FileError: there is none, or a damaged one.
+    """
+    files = {folder: folder / "summary.json" for folder in name_arms(pattern)}
+    summaries = {folder: _read_summary(file) for folder, file in files.items() if file.exists()}
+    if not summaries:
+        raise FileError(f"no summary.json under {pattern}: name finished runs, say runs='outputs/*/*'")
+    return summaries
+
+
+def _read_summary(path: Path) -> Summary:
+    try:
+        summary: Summary = json.loads(path.read_text())
+        float(summary["test/acc"])  # without it there is nothing to compare
+        for key in NUMBERS:
+            float(summary.get(key) or 0)
+        return summary
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise FileError(f"{path} is damaged: finish its run again, or leave it out of runs") from error
+
+
+def read_failures(pattern: str) -> dict[str, str]:
+    """Read why runs of a sweep failed, by folder."""
+    notes = (folder / FAILED for folder in name_arms(pattern))
+    return {note.parent.name: json.loads(note.read_text())["error"] for note in notes if note.exists()}
+
+
+def read_histories(names: Mapping[Path, str]) -> dict[str, list[History]]:
+    """Read what the census found in each epoch of each run that kept it, by arm."""
+    histories: dict[str, list[History]] = defaultdict(list)
+    for folder, arm in names.items():
+        if (folder / "history.jsonl").exists():
+            lines = (folder / "history.jsonl").read_text().splitlines()
+            histories[arm].append([json.loads(line) for line in lines])
+    return histories

@@ -1,0 +1,175 @@
+"""Make tables of arms: mean ± sd over seeds, in one unit and with the same digits in a column."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from elastic.experiments.tools.arms import Arm
+
+NONE = "–"
+
+
+@dataclass(frozen=True)
+class Column:
+    """Hold what a column shows of a summary.
+
+    Attributes:
+        key: of the summary.
+        head: of the column; `{}` stands for a unit's prefix.
+        scale: that values are multiplied by.
+        digits: behind the point.
+    """
+
+    key: str
+    head: str
+    scale: float = 1.0
+    digits: int = 0
+
+
+COLUMNS = (
+    Column("test/acc", "test acc (%)", 100, 2),
+    Column("params", "params"),
+    Column("params_dense", "params_dense"),
+    Column("macs", "macs"),
+    Column("macs_dynamic", "macs, mean"),  # where kernels are switched off
+    Column("macs_training", "training {}MACs", digits=3),
+    Column("latency_ms", "latency (ms)", digits=3),  # of all runs, or of none
+    Column("wall_s", "wall (s)"),
+)
+PREFIXES = {"P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
+CSV_SCALES = {"test/acc": 100, "macs_training": 1e-12}  # in files, whose units do not depend on the runs
+LATEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "±": r"$\pm$", "–": "--", "×": r"$\times$"}
+
+
+@dataclass(frozen=True)
+class ResultTable:
+    """Hold the arms on one data set as text.
+
+    Attributes:
+        data: the data set.
+        arms: a row each.
+        head: of the columns.
+        rows: of the table.
+        best: row and column of the best mean of each column, as it is shown.
+    """
+
+    data: str
+    arms: Sequence[Arm]
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    best: set[tuple[int, int]]
+
+
+def make_tables(arms: Sequence[Arm]) -> list[ResultTable]:
+    """Make a table for each data set, in the order of their names."""
+    return [
+        make_table(data, [arm for arm in arms if arm.data == data])
+        for data in sorted({arm.data for arm in arms})
+    ]
+
+
+def make_table(data: str, arms: Sequence[Arm]) -> ResultTable:
+    """Make a table of arms."""
+    columns = [fit_column(column, arms) for column in select_columns(arms)]
+    rows = [
+        [arm.label, str(len(arm.runs)), *(format_mean(arm, column) for column in columns)] for arm in arms
+    ]
+    head = ("arm", "runs", *(column.head for column in columns))
+    return ResultTable(data, arms, head, rows, find_best(rows))
+
+
+def select_columns(arms: Sequence[Arm]) -> list[Column]:
+    """Select the columns that say something of these arms."""
+    shown = {"latency_ms": any(arm.list_values("latency_ms") for arm in arms), "macs_dynamic": skips(arms)}
+    return [column for column in COLUMNS if shown.get(column.key, True)]
+
+
+def skips(arms: Sequence[Arm]) -> bool:
+    """Tell whether a network has kernels that are switched off."""
+    runs = (run for arm in arms for run in arm.runs)
+    return any(run.get("macs_dynamic", run.get("macs")) != run.get("macs") for run in runs)
+
+
+def fit_column(column: Column, arms: Sequence[Arm]) -> Column:
+    """Choose a column's unit by its largest mean, and as many digits as its smallest one needs."""
+    means = [mean[0] for arm in arms if (mean := arm.compute_mean(column.key)) is not None and mean[0] > 0]
+    if not means:
+        return replace(column, head=column.head.format("T"))
+    if "{}" in column.head:
+        prefix, unit = next(((p, u) for p, u in PREFIXES.items() if max(means) >= u), ("", 1.0))
+        column = replace(column, head=column.head.format(prefix), scale=1 / unit)
+    smallest = column.scale * min(means)
+    if smallest < 0.5 * 0.1**column.digits:  # it would be shown as zero: two digits of it, then, for all
+        return replace(column, digits=1 - math.floor(math.log10(smallest)))
+    return column
+
+
+def format_mean(arm: Arm, column: Column) -> str:
+    """Write mean ± sd, or what the only run has."""
+    mean = arm.compute_mean(column.key)
+    if mean is None:
+        return NONE
+    values = (column.scale * value for value in mean[: min(len(arm.runs), 2)])
+    return " ± ".join(f"{value:,.{column.digits}f}" for value in values)
+
+
+def find_best(rows: Sequence[Sequence[str]]) -> set[tuple[int, int]]:
+    """Find the cells with the best mean of each column as shown: accuracy is good, all else costs."""
+    best = set()
+    for column in range(2, len(rows[0])):
+        texts = {i: row[column].partition(" ")[0].replace(",", "") for i, row in enumerate(rows)}
+        means = {i: float(text) for i, text in texts.items() if text != NONE}
+        target = (max if column == 2 else min)(means.values(), default=None)
+        best |= {(i, column) for i, mean in means.items() if mean == target}
+    return best
+
+
+def list_csv(arms: Sequence[Arm]) -> tuple[list[str], list[list[str]]]:
+    """List head and rows of a file: means and sd apart, in units that do not depend on the arms."""
+    columns = select_columns(arms)
+    head = ["arm", "runs", *(f"{column.key} {part}" for column in columns for part in ("mean", "sd"))]
+    rows = []
+    for arm in sorted(arms, key=lambda arm: arm.name):
+        values: list[str] = []
+        for column in columns:
+            scale = CSV_SCALES.get(column.key, 1.0)
+            mean = arm.compute_mean(column.key)
+            values += ["", ""] if mean is None else [f"{scale * value:.6g}" for value in mean]
+        rows.append([arm.name, str(len(arm.runs)), *values])
+    return head, rows
+
+
+def write_latex(table: ResultTable) -> str:
+    """Write a table in LaTeX, for the package booktabs; the best of each column is bold."""
+
+    def write_cell(text: str, bold: bool) -> str:
+        escaped = re.sub("|".join(map(re.escape, LATEX)), lambda match: LATEX[match[0]], text)
+        return rf"\textbf{{{escaped}}}" if bold else escaped
+
+    lines = [
+        " & ".join(write_cell(text, (i, j) in table.best) for j, text in enumerate(row)) + r" \\"
+        for i, row in enumerate(table.rows)
+    ]
+    head = " & ".join(write_cell(text, False) for text in table.head) + r" \\"
+    begin = rf"\begin{{tabular}}{{l{'r' * (len(table.head) - 1)}}}"
+    return "\n".join([begin, r"\toprule", head, r"\midrule", *lines, r"\bottomrule", r"\end{tabular}"])
+
+
+def list_facts(arms: Sequence[Arm]) -> Mapping[str, str]:
+    """List what runs have in common or differ in: code, hardware, seeds and budgets."""
+    runs = [run for arm in arms for run in arm.runs]
+
+    def list_distinct(key: str) -> str:
+        values = {run[key] for run in runs if run.get(key) is not None}
+        return ", ".join(f"{value:,}" if type(value) is int else str(value) for value in sorted(values))
+
+    names = {
+        "Commit": "git",
+        "Hardware": "device",
+        "torch": "torch",
+        "Seeds": "seed",
+        "Budget": "budget/target",
+    }
+    facts = {name: list_distinct(key) for name, key in names.items()}
+    return {name: text for name, text in facts.items() if text}
