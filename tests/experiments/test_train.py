@@ -72,7 +72,7 @@ def test_a_run_leaves_its_files_and_nothing_else(tmp_path: Path, monkeypatch: Pa
     assert f"{summary['test/acc']:.2%}" in out and f"{summary['params']:,}" in out
     assert str(tmp_path) in out
     held = load(tmp_path / "last.ckpt")
-    assert (held["epoch"], held["elastic"]["timeline"]) == (
+    assert (held["epoch"], held["state_dict"]["structure._extra_state"]["timeline"]) == (
         3,
         [json.loads(line) for line in (tmp_path / "timeline.jsonl").read_text().splitlines()],
     )
@@ -246,8 +246,8 @@ def test_a_residual_network_grows_and_prunes(tmp_path: Path) -> None:
         "callbacks.growth.amount.factor=1.1",
     )
     summary = train(configure(tmp_path, *SMOKE, *options, *every, "callbacks.gates.begin=0.0"), tmp_path)
-    sizes = load(tmp_path / "last.ckpt")["elastic"]
-    assert all(sizes["sizes"][name] > size for name, size in sizes["start"].items())
+    sizes = load(tmp_path / "last.ckpt")["state_dict"]["structure._extra_state"]
+    assert all(sizes["sizes"][name] > size for name, size in sizes["start_sizes"].items())
     assert summary["params"] <= summary["params_dense"]
 
 
