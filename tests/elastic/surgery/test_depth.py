@@ -8,6 +8,7 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.resnet import Bottleneck, ResNet
 
 from elastic import discover
 from elastic.errors import StructureError
@@ -24,7 +25,7 @@ X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 NETS: dict[str, Callable[[], nn.Module]] = {
     "resnet20": lambda: resnet20(width=4),
     "resnet18": lambda: torchvision.models.resnet18(num_classes=10),
-    "bottlenecks": lambda: torchvision.models.resnet50(num_classes=10, width_per_group=8),
+    "bottlenecks": lambda: ResNet(Bottleneck, [2, 2, 2, 2], num_classes=10, width_per_group=8),
 }
 
 
