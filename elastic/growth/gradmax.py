@@ -1,4 +1,4 @@
-"""Fresh channels that get the largest gradient: GradMax (Evci et al., arXiv 2201.05125).
+"""Start fresh channels so that they get the largest gradient: GradMax (Evci et al., arXiv 2201.05125).
 
 The paper sets a new neuron's incoming weights to zero and chooses the outgoing ones, by a singular value
 decomposition, so that the gradient's norm is largest. Behind batch norm and ReLU a channel of zeros has no
@@ -20,22 +20,22 @@ from elastic.widths.discovery import Width, Widths
 from elastic.widths.parameters import get_weight
 
 HE = 2**0.5  # the expected length of a He-normal row, whatever its fan-in
+Loss = Callable[[nn.Module], Tensor]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Writes given rows, (channels, in, …) a layer at its old fan-in, into the fresh channels."""
+    """Write rows, (channels, in, …) a layer at its old fan-in, into the fresh channels."""
 
     rows: Mapping[str, Tensor]
 
     def __call__(self, patch: Patch, generator: torch.Generator) -> Tensor:
         weight = zero_out(patch, generator)
-        given = self.rows.get(patch.layer)
-        if given is None:
+        rows = self.rows.get(patch.layer)
+        if rows is None:
             return weight
-        old = (patch.in_source >= 0).nonzero().flatten()
         fresh = torch.zeros_like(weight[patch.fresh_out])
-        fresh[:, old] = given.to(weight)
+        fresh[:, ~patch.fresh_in] = rows.to(weight)
         return weight.index_copy(0, patch.fresh_out.nonzero().flatten(), fresh)
 
 
@@ -43,11 +43,11 @@ def gradmax(
     model: nn.Module,
     widths: Widths,
     added: Mapping[str, int],
-    loss: Callable[[nn.Module], Tensor],
+    loss: Loss,
     generator: torch.Generator,
     candidates: int = 64,
 ) -> Rows:
-    """The strategy to grow with, for a batch's loss.
+    """Find the strategy to grow with, for a batch's loss.
 
     Args:
         added: fresh channels for each width that grows.
@@ -55,65 +55,68 @@ def gradmax(
         candidates: directions tried a width; with as many as the fan-in has entries the search is complete.
     """
     rows: dict[str, Tensor] = {}
-    for name, by in added.items():
+    for name, count in added.items():
+        # Where a channel is several rows of a layer (groups), one direction would not do.
         if all(widths.positions(slot, name).shape[1] == 1 for slot in widths[name].slots_with("out")):
-            rows |= _best(model, widths, widths[name], by, loss, generator, candidates)
+            probe = _Probe(model, widths, widths[name], loss)
+            rows |= probe.split_by_layer(HE * _find_directions(probe, count, candidates, generator))
     return Rows(rows)
 
 
-def _best(
-    model: nn.Module,
-    widths: Widths,
-    width: Width,
-    by: int,
-    loss: Callable[[nn.Module], Tensor],
-    generator: torch.Generator,
-    candidates: int,
-) -> dict[str, Tensor]:
-    """Unit directions in the joint fan-in of all layers that write the width, best first, cut by layer."""
-    writers = [slot.module for slot in width.slots_with("out")]
-    shapes = {path: get_weight(model.get_submodule(path)).shape[1:] for path in writers}
-    fan_in = sum(shape.numel() for shape in shapes.values())
-    tried = torch.linalg.qr(torch.randn(fan_in, min(candidates, fan_in), generator=generator)).Q.T
-    gradients = _gradients(model, widths, width, _cut(HE * tried, shapes), loss)
-    directions = torch.linalg.svd(gradients, full_matrices=False).U.T @ tried
+def _find_directions(probe: "_Probe", count: int, candidates: int, generator: torch.Generator) -> Tensor:
+    """Find `count` unit directions in the joint fan-in of all layers that write the width, best first."""
+    tried = _draw_orthonormal(min(candidates, probe.fan_in), probe.fan_in, generator)
+    # Of a linear network the gradient is linear in the direction, and these singular vectors are the best.
+    directions = torch.linalg.svd(probe.compute_gradients(tried), full_matrices=False).U.T @ tried
     # The network is not linear, so what counts is measured: each direction or its opposite, and whether
     # together they do better than the best candidates as they are.
-    norms = _gradients(
-        model, widths, width, _cut(HE * torch.cat([directions, -directions, tried]), shapes), loss
-    ).norm(dim=1)
-    plus, minus, plain = norms.split([len(directions), len(directions), len(tried)])
-    signed = torch.where((plus >= minus)[:, None], directions, -directions)
-    top = plain.argsort(descending=True, stable=True)[:by]
-    better = torch.maximum(plus, minus)[:by].square().sum() >= plain[top].square().sum()
-    spare = torch.randn(max(0, by - len(tried)), fan_in, generator=generator)
-    best = signed[:by] if better else tried[top]
-    return _cut(HE * torch.cat([best, spare / spare.norm(dim=1, keepdim=True)]), shapes)
+    norms = probe.compute_gradients(torch.cat([directions, -directions, tried])).norm(dim=1)
+    norm_plus, norm_minus, norm_tried = norms.split([len(directions), len(directions), len(tried)])
+    signed = torch.where((norm_plus >= norm_minus)[:, None], directions, -directions)
+    norm_signed = torch.maximum(norm_plus, norm_minus)
+    top = norm_tried.argsort(descending=True, stable=True)[:count]
+    is_better = norm_signed[:count].square().sum() >= norm_tried[top].square().sum()
+    best = signed[:count] if is_better else tried[top]
+    # Channels beyond the fan-in's entries have no direction of their own.
+    spare = torch.randn(max(0, count - len(tried)), probe.fan_in, generator=generator)
+    return torch.cat([best, spare / spare.norm(dim=1, keepdim=True)])
 
 
-def _gradients(
-    model: nn.Module,
-    widths: Widths,
-    width: Width,
-    rows: Mapping[str, Tensor],
-    loss: Callable[[nn.Module], Tensor],
-) -> Tensor:
-    """The gradient of all that would read each of the given channels: (channels, weights)."""
-    probe, grown = copy.deepcopy(model), copy.deepcopy(widths)
-    count = len(next(iter(rows.values())))
-    reindex(probe, grown, {width.name: grow_index(width.size, count)}, fresh=Rows(rows))
-    probe.zero_grad()
-    loss(probe).backward()
-    gradients = []
-    for slot in width.slots_with("in"):
-        weight = get_weight(probe.get_submodule(slot.module))
-        assert weight.grad is not None
-        places = grown.positions(slot, width.name)[width.size :]
-        gradient = weight.grad[:, places.flatten()].unflatten(1, places.shape)
-        gradients.append(gradient.transpose(0, 1).flatten(1))
-    return torch.cat(gradients, 1).cpu().float()
+def _draw_orthonormal(count: int, size: int, generator: torch.Generator) -> Tensor:
+    return torch.linalg.qr(torch.randn(size, count, generator=generator)).Q.T
 
 
-def _cut(rows: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    parts = rows.split([shape.numel() for shape in shapes.values()], dim=1)
-    return {path: part.reshape(-1, *shapes[path]) for path, part in zip(shapes, parts, strict=True)}
+class _Probe:
+    """Try directions for fresh channels of a width, on copies of the network.
+
+    A direction is one row of all layers that write the width, flattened and set side by side.
+    """
+
+    def __init__(self, model: nn.Module, widths: Widths, width: Width, loss: Loss) -> None:
+        self.model, self.widths, self.width, self.loss = model, widths, width, loss
+        writers = [slot.module for slot in width.slots_with("out")]
+        self.shapes = {path: get_weight(model.get_submodule(path)).shape[1:] for path in writers}
+        self.fan_in = sum(shape.numel() for shape in self.shapes.values())
+
+    def compute_gradients(self, directions: Tensor) -> Tensor:
+        """Compute the gradient of all that would read each of the channels: (channels, weights)."""
+        replica, widths = copy.deepcopy(self.model), copy.deepcopy(self.widths)
+        name, size = self.width.name, self.width.size
+        rows = Rows(self.split_by_layer(HE * directions))
+        reindex(replica, widths, {name: grow_index(size, len(directions))}, fresh=rows)
+        replica.zero_grad()
+        self.loss(replica).backward()
+        gradients = []
+        for slot in self.width.slots_with("in"):
+            weight = get_weight(replica.get_submodule(slot.module))
+            assert weight.grad is not None
+            positions = widths.positions(slot, name)[size:]
+            gradient = weight.grad[:, positions.flatten()].unflatten(1, positions.shape)
+            gradients.append(gradient.transpose(0, 1).flatten(1))
+        return torch.cat(gradients, 1).cpu().float()
+
+    def split_by_layer(self, rows: Tensor) -> dict[str, Tensor]:
+        """Split joint rows into those of each layer that writes the width."""
+        parts = rows.split([shape.numel() for shape in self.shapes.values()], dim=1)
+        pairs = zip(self.shapes.items(), parts, strict=True)
+        return {path: part.reshape(-1, *shape) for (path, shape), part in pairs}

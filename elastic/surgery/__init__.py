@@ -1,4 +1,4 @@
-"""How a network is changed: every structural change is a re-indexing of widths."""
+"""Change a network: every structural change is a re-indexing of widths."""
 
 from elastic.surgery.depth import count_blocks, deepen
 from elastic.surgery.rebuilding import rebuild

@@ -1,23 +1,23 @@
-"""What is really stored for a layer's tensor, and what a stock layer says of itself."""
+"""Know what is stored for a layer's tensor, and what a stock layer says of itself."""
 
 from dataclasses import dataclass
-from typing import Any
+from functools import singledispatch
+from typing import cast
 
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 
-NORMS = (
-    nn.modules.batchnorm._BatchNorm,
-    nn.modules.instancenorm._InstanceNorm,
-    nn.GroupNorm,
-    nn.LayerNorm,
-)
+from elastic.widths.parameters import ChannelParametrization, get_original, list_parametrizations
+
+NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
 NEUTRAL = {"bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
 
 
 @dataclass(frozen=True)
 class LayerTensor:
-    """A stored tensor that follows its layer's channels.
+    """Hold a stored tensor that follows its layer's channels.
 
     `dims` are the dimensions on which it has an entry a channel (a gate of coarse grain lacks some);
     `fill` is what a fresh entry starts with, None for the mean along the axis; `has_fresh_strategy` says that
@@ -31,49 +31,70 @@ class LayerTensor:
 
 
 def list_tensors(module: nn.Module, tensor: str) -> list[LayerTensor]:
-    """The tensors behind `module.<tensor>`: itself, or a gated tensor's original and its gates' own."""
-    if not parametrize.is_parametrized(module, tensor):
-        value = getattr(module, tensor, None)
-        return [] if value is None else [_plain(module, tensor, value)]
-    chain: Any = module.parametrizations[tensor]  # type: ignore[index]
-    found = [_plain(module, tensor, chain.original)]
-    for gate in chain:
-        found += [LayerTensor(getattr(gate, name), gate.dims, fill) for name, fill in gate.fresh.items()]
-    return found
+    """List the tensors behind `module.<tensor>`: itself, or a gated tensor's original and its gates' own."""
+    value = get_original(module, tensor)
+    if value is None:
+        return []
+    items = [_describe(module, tensor, value)]
+    for parametrization in list_parametrizations(module, tensor):
+        gate = cast(ChannelParametrization, parametrization)  # discovery fixes widths with any other
+        items += [LayerTensor(getattr(gate, name), gate.dims, fill) for name, fill in gate.fresh.items()]
+    return items
 
 
-def _plain(module: nn.Module, tensor: str, value: Tensor) -> LayerTensor:
+def _describe(module: nn.Module, tensor: str, value: Tensor) -> LayerTensor:
     dims = frozenset(range(value.dim()))
-    if tensor == "weight" and value.dim() > 1 and not isinstance(module, NORMS):
-        return LayerTensor(value, dims, 0.0, has_fresh_strategy=True)
     if tensor == "weight" and isinstance(module, NORMS):
         return LayerTensor(value, dims, 1.0)
+    if tensor == "weight" and value.dim() > 1:
+        return LayerTensor(value, dims, 0.0, has_fresh_strategy=True)
     return LayerTensor(value, dims, NEUTRAL.get(tensor))
 
 
-def resize_attributes(module: nn.Module, tensor: str, dim: int, size: int, each: bool) -> None:
-    """Make a stock layer's attributes say that one of its tensors' dimensions has a new size.
+@singledispatch
+def resize_attributes(module: nn.Module, tensor: str, dim: int, size: int, depthwise: bool) -> None:
+    """Make a layer's attributes say that one of its tensors' dimensions has a new size.
+
+    A layer of one's own that counts channels registers a function of its own.
 
     Args:
-        each: the layer keeps as many groups as channels.
+        depthwise: the layer keeps as many groups as channels.
     """
-    if isinstance(module, nn.modules.conv._ConvNd) and tensor == "weight":
-        if dim == 1:
-            module.in_channels = size * module.groups
-        else:
-            if each:
-                module.groups = module.in_channels = size * module.groups // module.out_channels
-            module.out_channels = size
-    elif isinstance(module, nn.Linear) and tensor == "weight":
+
+
+@resize_attributes.register
+def _(module: _ConvNd, tensor: str, dim: int, size: int, depthwise: bool) -> None:
+    if tensor == "weight" and dim == 1:
+        module.in_channels = size * module.groups
+    elif tensor == "weight":
+        if depthwise:  # as many outputs a group as before
+            module.groups = module.in_channels = size * module.groups // module.out_channels
+        module.out_channels = size
+
+
+@resize_attributes.register
+def _(module: nn.Linear, tensor: str, dim: int, size: int, depthwise: bool) -> None:
+    if tensor == "weight":
         setattr(module, "in_features" if dim == 1 else "out_features", size)
-    elif isinstance(module, nn.GroupNorm):
-        module.num_channels = size
-        module.num_groups = size if each else module.num_groups
-    elif isinstance(module, nn.LayerNorm):
-        shape = list(module.normalized_shape)
-        shape[dim] = size
-        module.normalized_shape = tuple(shape)
-    elif isinstance(module, nn.PReLU):
-        module.num_parameters = size
-    elif isinstance(module, NORMS):
-        module.num_features = size  # type: ignore[assignment]
+
+
+@resize_attributes.register
+def _(module: nn.GroupNorm, tensor: str, dim: int, size: int, depthwise: bool) -> None:
+    module.num_channels = size
+    module.num_groups = size if depthwise else module.num_groups
+
+
+@resize_attributes.register
+def _(module: nn.LayerNorm, tensor: str, dim: int, size: int, depthwise: bool) -> None:
+    before, after = module.normalized_shape[:dim], module.normalized_shape[dim + 1 :]
+    module.normalized_shape = (*before, size, *after)
+
+
+@resize_attributes.register
+def _(module: nn.PReLU, tensor: str, dim: int, size: int, depthwise: bool) -> None:
+    module.num_parameters = size
+
+
+@resize_attributes.register
+def _(module: _NormBase, tensor: str, dim: int, size: int, depthwise: bool) -> None:
+    module.num_features = size

@@ -1,4 +1,4 @@
-"""Saved weights and the shapes they need: a checkpoint holds tensors only, its shapes are the architecture.
+"""Give a model the shapes of saved weights: a checkpoint holds tensors only, its shapes are the architecture.
 
 Nothing is pickled but tensors and plain containers, so every file here loads with `weights_only=True`.
 """
@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from elastic.errors import StructureError
-from elastic.surgery.depth import count_blocks, deepen
+from elastic.surgery.depth import count_blocks, deepen, get_blocks
 from elastic.surgery.reindexing import reindex, resize_index
-from elastic.widths.discovery import Widths
+from elastic.widths.discovery import Slot, Widths
+
+REFUSAL = "the checkpoint is of another architecture"
 
 
 def rebuild(model: nn.Module, widths: Widths, state: Mapping[str, Tensor], prefix: str = "") -> None:
@@ -20,21 +22,21 @@ def rebuild(model: nn.Module, widths: Widths, state: Mapping[str, Tensor], prefi
     Raises:
         StructureError: the state is of another architecture; the model is as it was.
     """
-    first = widths.sizes()
-    held = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers())]
-    shallow, depths = copy.deepcopy(widths), count_blocks(model)
+    values = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers())]
+    before, blocks = copy.deepcopy(widths), count_blocks(model)
     try:
         add_blocks(model, widths, state, prefix)
-        _resize(model, widths, {name: _size(state, widths, name, prefix) for name in widths})
+        _resize(model, widths, {name: _read_size(state, widths, name, prefix) for name in widths})
         _check(model, state, prefix)
     except StructureError:
-        for stage, count in depths.items():
-            del model.get_submodule(stage)[count:]  # type: ignore[operator]
-        for name in first:
-            shallow[name].size = widths[name].size
-        widths.widths, widths.fixed = shallow.widths, shallow.fixed
-        _resize(model, widths, first)
-        for tensor, value in held:
+        for stage, count in blocks.items():
+            del get_blocks(model, stage)[count:]
+        sizes = before.sizes()
+        for name, width in before.items():
+            width.size = widths[name].size
+        widths.widths, widths.fixed = before.widths, before.fixed
+        _resize(model, widths, sizes)
+        for tensor, value in values:
             tensor.data = value
         raise
 
@@ -43,36 +45,41 @@ def add_blocks(model: nn.Module, widths: Widths, state: Mapping[str, Tensor], pr
     """Append to every stage the blocks that a state dict has beyond the model's."""
     for stage, count in count_blocks(model).items():
         head = f"{prefix}{stage}." if stage else prefix
-        blocks = {name.removeprefix(head).partition(".")[0] for name in state if name.startswith(head)}
-        for _ in range(count, 1 + max((int(block) for block in blocks if block.isdigit()), default=-1)):
+        children = {name.removeprefix(head).partition(".")[0] for name in state if name.startswith(head)}
+        last = max((int(child) for child in children if child.isdigit()), default=-1)
+        for _ in range(count, 1 + last):
             deepen(model, widths, stage)
 
 
 def _resize(model: nn.Module, widths: Widths, sizes: Mapping[str, int]) -> None:
-    changed = {name: size for name, size in sizes.items() if size != widths[name].size}
-    reindex(model, widths, {name: resize_index(widths[name].size, size) for name, size in changed.items()})
+    changes = {name: size for name, size in sizes.items() if size != widths[name].size}
+    reindex(model, widths, {name: resize_index(widths[name].size, size) for name, size in changes.items()})
 
 
 def _check(model: nn.Module, state: Mapping[str, Tensor], prefix: str) -> None:
-    own = {prefix + name: tensor.shape for name, tensor in model.state_dict().items()}
-    theirs = {name for name in state if name.startswith(prefix)}
-    for name in sorted(own.keys() ^ theirs):
-        side = "lacks" if name in own else "also holds"
-        raise StructureError(f"the checkpoint is of another architecture: it {side} '{name}'")
-    for name, shape in own.items():
+    """Raise StructureError unless the state has the model's tensors, each of its shape."""
+    shapes = {prefix + name: tensor.shape for name, tensor in model.state_dict().items()}
+    names = {name for name in state if name.startswith(prefix)}
+    for name in sorted(shapes.keys() ^ names):
+        raise StructureError(f"{REFUSAL}: it {'lacks' if name in shapes else 'also holds'} '{name}'")
+    for name, shape in shapes.items():
         if state[name].shape != shape:
             raise StructureError(
-                f"the checkpoint is of another architecture: '{name}' is {tuple(state[name].shape)}, "
-                f"the model's is {tuple(shape)}"
+                f"{REFUSAL}: '{name}' is {tuple(state[name].shape)}, the model's is {tuple(shape)}"
             )
 
 
-def _size(state: Mapping[str, Tensor], widths: Widths, name: str, prefix: str) -> int:
-    """The channels that a width has in a state dict, read off one of its tensors."""
+def _read_size(state: Mapping[str, Tensor], widths: Widths, name: str, prefix: str) -> int:
+    """Read the channels that a width has in a state dict off one of its tensors."""
     for slot in widths[name].slots:
-        if all(segment.width == name for segment in slot.layout):
-            for tensor in (slot.tensor, f"parametrizations.{slot.tensor}.original"):
-                held = state.get(f"{prefix}{slot.module}.{tensor}")
-                if held is not None and held.dim() > slot.dim:
-                    return max(1, held.shape[slot.dim] // sum(s.repeat for s in slot.layout))
-    raise StructureError(f"the checkpoint is of another architecture: it lacks width '{name}'")
+        value = _find_tensor(state, slot, prefix)
+        if value is not None and all(segment.width == name for segment in slot.layout):
+            return max(1, value.shape[slot.dim] // sum(segment.repeat for segment in slot.layout))
+    raise StructureError(f"{REFUSAL}: it lacks width '{name}'")
+
+
+def _find_tensor(state: Mapping[str, Tensor], slot: Slot, prefix: str) -> Tensor | None:
+    """Find a slot's tensor in a state dict, gated or not; None where there is none of that dimension."""
+    names = (slot.tensor, f"parametrizations.{slot.tensor}.original")
+    values = (state.get(f"{prefix}{slot.module}.{name}") for name in names)
+    return next((value for value in values if value is not None and value.dim() > slot.dim), None)

@@ -51,8 +51,8 @@ def test_both_couple_the_same_layers(case: tuple[nn.Module, torch.Tensor]) -> No
             layer = dependency.target.module
             if isinstance(layer, LAYERS):
                 role = "out" if graph.is_out_channel_pruning_fn(dependency.handler) else "in"
-                role = "along" if isinstance(layer, nn.BatchNorm2d) else role
-                theirs.add((names[layer], "each" if getattr(layer, "groups", 1) > 1 else role))
+                role = "per_channel" if isinstance(layer, nn.BatchNorm2d) else role
+                theirs.add((names[layer], "depthwise" if getattr(layer, "groups", 1) > 1 else role))
         ours = {(slot.module, slot.role) for slot in width.slots if slot.tensor == "weight"}
         assert ours == theirs, name
 

@@ -8,12 +8,14 @@ from torch import Tensor, nn
 from elastic.errors import StructureError
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
+# Layers whose output has the shape of their input, and which are slow on the meta device.
+KEEPS_SHAPE = (BATCH_NORM, nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.SiLU, nn.GELU)
 
 
 def make_meta_copy(model: nn.Module) -> nn.Module:
     """Copy a model without its data: every tensor is on the meta device.
 
-    Shapes are all that is asked of the copy: torch's own batch norms, slow on that device, only keep them.
+    Shapes are all that is asked of the copy: some of torch's own layers, slow on that device, only keep them.
     """
     memo: dict[int, Tensor] = {}
     for parameter in model.parameters():
@@ -27,6 +29,6 @@ def make_meta_copy(model: nn.Module) -> nn.Module:
         memo[id(tensor)] = tensor.to("meta")
     replica = copy.deepcopy(model, memo)
     for module in replica.modules():
-        if isinstance(module, BATCH_NORM) and type(module).__module__.startswith("torch.nn."):
+        if isinstance(module, KEEPS_SHAPE) and type(module).__module__.startswith("torch.nn."):
             vars(module)["forward"] = torch.empty_like
     return replica

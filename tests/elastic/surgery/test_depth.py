@@ -1,6 +1,7 @@
 """Growth in depth: a block that enters as an identity, and all that has to follow."""
 
 import copy
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.resnet import Bottleneck, ResNet
 
 from elastic import discover
 from elastic.errors import StructureError
@@ -21,11 +23,11 @@ from elastic.surgery.rebuilding import rebuild
 from elastic.surgery.reindexing import grow_index, reindex
 from tests.elastic import zoo
 
-X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 NETS: dict[str, Callable[[], nn.Module]] = {
     "resnet20": lambda: resnet20(width=4),
     "resnet18": lambda: torchvision.models.resnet18(num_classes=10),
-    "bottlenecks": lambda: torchvision.models.resnet50(num_classes=10, width_per_group=8),
+    "bottlenecks": lambda: ResNet(Bottleneck, [2, 2, 2, 2], num_classes=10, width_per_group=8),
 }
 
 
@@ -106,8 +108,13 @@ def test_gates_start_open_and_in_grace_and_copies_get_the_same_block() -> None:
 # --- saved and restored -------------------------------------------------------------------------------------
 
 
-def deepened(seed: int = 1) -> nn.Module:
-    net = built(seed=seed)
+def deepened() -> nn.Module:
+    return copy.deepcopy(_deepened())
+
+
+@functools.cache
+def _deepened() -> nn.Module:
+    net = built(seed=1)
     widths = discover(net, X)
     deepen(net, widths, "stage1")
     reindex(net, widths, {"stage1.3.conv1": range(3), "conv": range(3)})

@@ -1,0 +1,97 @@
+"""Gather the entries of a tensor anew along the dimensions that a width's channels lie on."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from elastic.errors import StructureError
+from elastic.surgery.fresh import Fresh, Patch
+from elastic.surgery.layers import LayerTensor
+from elastic.widths.discovery import Slot
+
+# Optimizer state that holds second moments: a zero there makes a fresh channel's first step many times
+# the learning rate, so fresh entries take the mean along the axis.
+SECOND_MOMENTS = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf"}
+
+
+@dataclass(frozen=True)
+class Move:
+    """Say how one tensor dimension is re-indexed: the old position of each new one, -1 where it is fresh."""
+
+    slot: Slot
+    index: Tensor
+
+
+def gather_with_fresh(
+    layer: str, item: LayerTensor, moves: Sequence[Move], fresh: Fresh, generator: torch.Generator
+) -> Tensor:
+    """Re-index a layer's tensor; a strategy fills the fresh entries of a weight."""
+    value = gather(item, moves)
+    if not item.has_fresh_strategy:
+        return value
+    index = [torch.arange(n, device=value.device) for n in value.shape[:2]]
+    for move in moves:
+        index[move.slot.dim] = move.index.to(value.device)
+    rows, columns = index
+    patch = Patch(layer, value, rows < 0, columns < 0, columns)
+    return keep_memory_format(fresh(patch, generator), item.value)
+
+
+def gather(item: LayerTensor, moves: Sequence[Move]) -> Tensor:
+    """Re-index the dimensions on which a tensor has an entry a channel.
+
+    The readers of a channel that is taken several times share its weight.
+    """
+    value = item.value.detach()
+    for move in _select(item, moves):
+        dim, index = move.slot.dim, move.index.to(value.device)
+        shape = [-1 if d == dim else 1 for d in range(value.dim())]
+        fill = value.mean(dim, keepdim=True) if item.fill is None else value.new_tensor(item.fill)
+        value = value.index_select(dim, index.clamp(min=0))
+        if item.has_fresh_strategy and move.slot.role == "in":
+            copies = torch.bincount(index[index >= 0], minlength=1)[index.clamp(min=0)]
+            value = value / copies.clamp(min=1).view(shape)
+        value = value.where((index >= 0).view(shape), fill)
+    return keep_memory_format(value, item.value)
+
+
+def gather_from_model(item: LayerTensor, moves: Sequence[Move], renewed: Tensor) -> Tensor:
+    """Re-index a copy's tensor; the entries of fresh channels are those of the model's, renewed already."""
+    value = gather(item, moves)
+    for move in _select(item, moves):
+        shape = [-1 if d == move.slot.dim else 1 for d in range(value.dim())]
+        value = value.where((move.index >= 0).to(value.device).view(shape), renewed.to(value))
+    return keep_memory_format(value, item.value)
+
+
+def gather_state(
+    optimizer: torch.optim.Optimizer, item: LayerTensor, moves: Sequence[Move]
+) -> Iterator[tuple[dict[str, Tensor], str, Tensor]]:
+    """Re-index what an optimizer keeps of a parameter: yield the state, a key, and the value for it.
+
+    Raises:
+        StructureError: it keeps something of another shape.
+    """
+    state = optimizer.state.get(item.value, {})
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            continue
+        if value.shape != item.value.shape:
+            raise StructureError(
+                f"{type(optimizer).__name__} keeps '{key}' of shape {tuple(value.shape)} for a tensor of "
+                f"shape {tuple(item.value.shape)}, which cannot follow: use SGD, Adam or AdamW"
+            )
+        fill = None if key in SECOND_MOMENTS else 0.0
+        yield state, key, gather(LayerTensor(value, item.dims, fill), moves)
+
+
+def keep_memory_format(value: Tensor, old: Tensor) -> Tensor:
+    """Lay a tensor out as another: runs must not depend on when a tensor was last rebuilt."""
+    last = old.dim() == 4 and not old.is_contiguous() and old.is_contiguous(memory_format=torch.channels_last)
+    return value.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def _select(item: LayerTensor, moves: Sequence[Move]) -> Iterator[Move]:
+    return (move for move in moves if move.slot.dim in item.dims)
