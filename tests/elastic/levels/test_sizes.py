@@ -241,18 +241,15 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no channel left": (
         {"levels": [0.05]},
         "a fraction of 0.05 leaves width '0' of 5 without a channel",
-        StructureError,
     ),
     "too small a budget": ({"levels": [LEAST - 1], "by": "macs"}, f"{LEAST:g} is the least"),
     "too small with a multiple": (
         {"levels": [2 * LEAST], "by": "macs", "multiple": 8},
         "lower the multiple",
-        StructureError,
     ),
     "the whole network": (
         {"levels": [MOST], "by": "macs"},
         f"the whole network takes macs={MOST:g}",
-        StructureError,
     ),
     "budgets that descend": ({"levels": [2 * LEAST, LEAST], "by": "macs"}, "do not ascend"),
     "a multiple of none": ({"levels": [0.5], "multiple": 0}, "multiple"),
