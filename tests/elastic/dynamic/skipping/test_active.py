@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -56,6 +56,7 @@ def maps(mask_BK: Tensor) -> Tensor:
 
 
 @given(seed=st.integers(0, 10**6), batch=st.integers(1, 4), channels=st.integers(1, 40))
+@settings(max_examples=40)
 def test_lists_are_masks(seed: int, batch: int, channels: int) -> None:
     gate_BK = gates(batch, channels, torch.Generator().manual_seed(seed))
     lists = Active.from_gates(gate_BK)
