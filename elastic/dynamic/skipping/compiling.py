@@ -3,10 +3,12 @@
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -15,6 +17,8 @@ SOURCES = Path(__file__).with_name("kernel")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 CACHE = "ELASTIC_CACHE"  # the environment's name for a folder other than the user's cache
 MAX_ARGUMENTS = 16  # as in the kernel
+TIMEOUT_S = 300  # of the compiler
+LOG = logging.getLogger(__name__)
 
 
 class ConvolutionShape(ctypes.Structure):
@@ -46,6 +50,7 @@ class Kernel:
     """
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         library = ctypes.CDLL(str(path))
         try:
             self._work, self._run = library.active_work, library.active_run
@@ -63,43 +68,92 @@ class Kernel:
         self._run(ctypes.addressof(steps), len(steps))
 
 
+class _NoKernel(Exception):
+    """Say why there is no kernel, and what to do."""
+
+
 @functools.cache
 def load_kernel() -> Kernel | None:
-    """Load the kernel; None where it cannot be compiled: no compiler, or one that does not know a flag."""
+    """Load the kernel; where it can neither be loaded nor compiled that is said, once, and there is none."""
+    try:
+        return _load()
+    except _NoKernel as reason:
+        LOG.warning("kernels are skipped by stock PyTorch, which saves less time: %s", reason)
+        return None
+
+
+def _load() -> Kernel:
+    """Load the kernel from the cache, or compile it into it.
+
+    What is loaded runs as the user; so nobody else may have put it there. A damaged library would end the
+    process: its name has its digest, and one that has another is made again.
+    """
+    command = _find_compiler()
+    folder = _open_cache()
+    name = f"active-{_digest_sources(command)[:16]}"
+    try:
+        for library in folder.glob(f"{name}-*.so"):
+            if _belongs_to_user(library) and library.stem == f"{name}-{_digest(library.read_bytes())}":
+                return Kernel(library)
+            library.unlink()
+        return Kernel(_compile(command, folder, name))
+    except OSError as error:
+        raise _NoKernel(f"{folder} cannot be used ({error}); set {CACHE} to another folder") from error
+
+
+def _find_compiler() -> list[str]:
+    """Find the compiler, and all its flags."""
     program, *flags = shlex.split(os.environ.get("CXX", "")) or ["c++"]
     compiler = shutil.which(program)
     if compiler is None:
-        return None
-    command = [compiler, *flags, *FLAGS]
+        raise _NoKernel(f"there is no C++ compiler '{program}'; install one, or set CXX to its name")
+    return [compiler, *flags, *FLAGS]
+
+
+def _open_cache() -> Path:
+    """Make the folder that libraries are kept in, unless it is there and the user's own."""
+    path = os.environ.get(CACHE) or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "elastic-cnn")
     try:
-        library = _find_cache() / f"active-{_digest_sources(command)[:16]}.so"
-        if not library.exists():
-            _compile(command, library)
-        return Kernel(library)
-    except (OSError, subprocess.SubprocessError, RuntimeError):  # of the last kind: there is no home folder
-        return None
+        folder = Path(path).expanduser().absolute()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # of the second kind: there is no home folder
+        raise _NoKernel(f"{path} cannot be used ({error}); set {CACHE} to another folder") from error
+    if not _belongs_to_user(folder):
+        raise _NoKernel(f"{folder} is others', or they may write to it; set {CACHE} to a folder of your own")
+    return folder
 
 
-def _find_cache() -> Path:
-    folder = Path(os.environ.get(CACHE) or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "elastic-cnn"))
-    return folder.expanduser().absolute()
+def _belongs_to_user(path: Path) -> bool:
+    status = path.stat()
+    owned = not hasattr(os, "getuid") or status.st_uid == os.getuid()  # Windows has its own rules
+    return owned and not status.st_mode & stat.S_IWOTH
 
 
 def _digest_sources(command: list[str]) -> str:
     """Digest all that the machine code depends on."""
     sources = [source.read_bytes() for source in sorted(SOURCES.glob("*.[ch]*"))]
-    return hashlib.sha256(
-        b"".join([*sources, " ".join([*command, _describe_processor()]).encode()])
-    ).hexdigest()
+    machine = " ".join([*command, _describe_processor()]).encode()
+    return _digest(b"".join([*sources, machine]))
 
 
-def _compile(command: list[str], library: Path) -> None:
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:  # another process may do the same
-        part = Path(folder, "active.so")
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _compile(command: list[str], folder: Path, name: str) -> Path:
+    """Compile the kernel into a library whose name ends with its digest."""
+    with tempfile.TemporaryDirectory(dir=folder) as part_folder:  # another process may do the same
+        part = Path(part_folder, "active.so")
         arguments = [*command, str(SOURCES / "active.cpp"), "-o", str(part)]
-        subprocess.run(arguments, check=True, capture_output=True, timeout=300)
-        part.replace(library)
+        try:
+            subprocess.run(arguments, check=True, capture_output=True, text=True, timeout=TIMEOUT_S)
+        except subprocess.SubprocessError as error:
+            output = getattr(error, "stderr", None) or str(error)
+            reason = output.strip().splitlines()[0]
+            raise _NoKernel(f"'{command[0]}' fails ({reason}); set CXX to another compiler") from error
+        part.chmod(0o700)
+        library = folder / f"{name}-{_digest(part.read_bytes())}.so"
+        return part.replace(library)
 
 
 def _describe_processor() -> str:

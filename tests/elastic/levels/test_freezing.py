@@ -21,7 +21,7 @@ parts = st.floats(-0.5, 1.5) | st.sampled_from([0.0, 0.3, 0.4, 1 / 3, 0.5, 1.0])
 
 
 @given(st.integers(2, 6), st.integers(1, 120), parts, parts)
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_phases_cover_the_run_in_order_or_are_refused(
     levels: int, epochs: int, dense: float, prune: float
 ) -> None:
@@ -146,7 +146,14 @@ def test_what_is_frozen_keeps_its_bits_and_the_rest_is_trained(phase: Phase, opt
 
 
 @every_phase
-@pytest.mark.parametrize("name", ["resnet20", "densenet", "convnext", "mobilenet_v2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet20",
+        "convnext",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("densenet", "mobilenet_v2")),
+    ],
+)
 def test_so_it_is_in_networks_of_many_kinds(name: str, phase: Phase) -> None:
     check_frozen(name, phase, "adamw")
 

@@ -62,7 +62,7 @@ def _columns(size: int, count: int) -> st.SearchStrategy[list[int]]:
 
 @case_with_levels
 @given(data=st.data())
-@settings(max_examples=3)
+@settings(max_examples=2)
 def test_a_level_says_what_a_network_of_its_size_and_norms_says(case: Case, data: st.DataObject) -> None:
     net, x = case.model(), case.example()
     widths = discover(net, x)

@@ -1,7 +1,8 @@
-// Layers of which only some input and output channels exist; see ../active.py.
+// Layers of which only some input and output channels exist; see ../layers.py and ../convolution.py.
 //
 // Tensors are fp32, NCHW, contiguous and of full size; lists name the active channels, so nothing is gathered.
 
+#include <cmath>
 #include <utility>
 
 #include "pixels.h"
@@ -55,9 +56,18 @@ void convolution(const Shape *shape, const float *weight, const float *bias, con
 
 enum Gates { HARD, RAMP, SCALE };
 
+// The gate of a kernel that has not the highest score. As torch has it, one that is not a number stays so where gates are
+// computed with it: such a kernel counts as engaged, and all that it writes is not a number.
+float gate_of(float score, int32_t gates) {
+    if (std::isnan(score)) return gates == HARD ? 0.0f : score;
+    if (score <= 0) return 0.0f;
+    return gates == SCALE ? score + 0.5f : gates == RAMP ? std::min(score, 1.0f) : 1.0f;
+}
+
 // The kernels that a module engages: those with a positive score, or the one with the highest. Gates are the scores, 1
 // at most and 1 for the highest (RAMP), or one half more, at least one half (SCALE), or just 1 (HARD); those of other
-// kernels are 0. Means count as at least `within`, (2, channels), and at most its second row.
+// kernels are 0. Means count as at least `within`, (2, channels), and at most its second row. The first score that is
+// not a number is the highest.
 void engage(const float *x, int32_t batch, int32_t channels, int64_t pixels, const int32_t *in,
             const int32_t *in_count, const float *weight, const float *bias, const float *within,
             int32_t kernels, int32_t gates, int32_t *out, int32_t *out_count, float *gate, float *means, int32_t threads) {
@@ -76,19 +86,18 @@ void engage(const float *x, int32_t batch, int32_t channels, int64_t pixels, con
         for (int c = 0; c < channels; c++)
             mean[c] = std::min(std::max(mean[c], within[c]), within[channels + c]);
         int best = 0, count = 0;
-        float highest = 0;
+        float highest = -INFINITY;
         for (int k = 0; k < kernels; k++) {
             float score = bias[k];
             const float *row = weight + (int64_t)k * channels;
 #pragma omp simd reduction(+ : score)
             for (int c = 0; c < channels; c++) score += row[c] * mean[c];
-            if (k == 0 || score > highest) highest = score, best = k;
-            if (score > 0) out[b * kernels + count++] = k;
-            const float on = gates == SCALE ? score + 0.5f : gates == RAMP ? std::min(score, 1.0f) : 1.0f;
-            gate[b * kernels + k] = score > 0 ? on : 0.0f;
+            if (score > highest || (std::isnan(score) && !std::isnan(highest))) highest = score, best = k;
+            gate[b * kernels + k] = gate_of(score, gates);
         }
-        if (count == 0) out[b * kernels + count++] = best;
         gate[b * kernels + best] = gates == SCALE ? std::max(highest, 0.0f) + 0.5f : 1.0f;
+        for (int k = 0; k < kernels; k++)
+            if (gate[b * kernels + k] != 0) out[b * kernels + count++] = k;
         out_count[b] = count;
     }
 }
@@ -103,7 +112,10 @@ void max_pool_map(const float *plane, float *out, int32_t width, int32_t size, i
         for (int j = 0; j < out_width; j++) {
             float most = rows[j * stride];
             for (int r = 0; r < size; r++)
-                for (int c = 0; c < size; c++) most = std::max(most, rows[r * width + j * stride + c]);
+                for (int c = 0; c < size; c++) {
+                    const float value = rows[r * width + j * stride + c];
+                    if (value > most || value != value) most = value;  // what is not a number stays, as torch has it
+                }
             out[j] = most;
         }
     }
