@@ -73,8 +73,9 @@ class Census(ElasticCallback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.history and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-            self.history[-1] |= {n: v for n, v in metrics.items() if n.startswith(("train/", "val/"))}
+            for name, value in trainer.callback_metrics.items():
+                if name.startswith(("train/", "val/")) and not name.endswith("_step"):  # of one batch
+                    self.history[-1][name] = float(value)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Structure changes as an epoch begins: this one's is that of now.

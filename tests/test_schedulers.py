@@ -12,7 +12,8 @@ from torch.optim import SGD
 from torch.optim import lr_scheduler as lrs
 
 from tests.fitted import EXACT, Run, Spy, prepare
-from tests.test_resume import Kill, Killed
+from tests.programs import Killed
+from tests.resuming import Kill
 
 EPOCHS, PER_EPOCH, GROWTH, LR = 5, 3, 2, 0.02
 STEPS = EPOCHS * PER_EPOCH
