@@ -20,13 +20,13 @@ CHANGING = (
     "trigger.every=2",
     "callbacks.growth.amount.factor=1.3",
     "callbacks.growth.until=0.9",
-    "callbacks.gates.penalty=3e-1",
+    "callbacks.gates.penalty=1",
     "data.batch_size=128",
     "callbacks.gates.grain=kernel",
     "callbacks.gates.begin=0.0",
     "callbacks.gates.budget=null",
     "callbacks.gates.grace=1",
-    "optimizer.lr=3e-2",
+    "optimizer.lr=0.1",
 )
 
 

@@ -21,7 +21,7 @@ from elastic.dynamic.loss import ActivationCost
 from elastic.dynamic.modules import iterate_modules
 from elastic.dynamic.norms import SetNorm
 from elastic.dynamic.skipping import make_skipping
-from elastic.errors import ElasticError, FileError, OptionError, StructureError, TrainingError
+from elastic.errors import ElasticError, FileError, OptionError, TrainingError
 from elastic.experiments import export, latency, usage
 from elastic.experiments.evaluate import evaluate
 from elastic.experiments.tools.per_image import read_test_batches, run_per_image
