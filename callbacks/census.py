@@ -2,16 +2,16 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from torch import Tensor
+from torch import nn
 
 from elastic.callbacks.base import ElasticCallback, StepNetwork, list_elastic
 from elastic.files.atomic import write_atomically
-from elastic.measure.counts import census, count_macs
+from elastic.measure.counts import count_macs, count_params, count_params_dense
 from elastic.training.samples import count_samples
 
 PASSES = 3  # of a training step, in forward passes: a backward pass has two products for the forward's one
@@ -41,6 +41,7 @@ class Census(ElasticCallback):
         self._start = time.monotonic()
         self._samples = 0  # of this epoch, in all processes
         self._written = -1  # events
+        self._macs: dict[tuple[Any, ...], int] = {}  # by network and shapes: each structure is counted once
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
@@ -62,19 +63,20 @@ class Census(ElasticCallback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        structure = self.structure
-        now = census(structure.net, structure.widths, structure.example)
-        counts = {"params": now.params, "params_dense": now.params_dense, "macs": now.macs}
+        net, sizes = self.structure.net, self.structure.widths.sizes()
+        counts = {"params": count_params(net), "params_dense": count_params_dense(net)}
+        counts["macs"] = self._count_macs(net)
         pl_module.log_dict({f"size/{name}": float(value) for name, value in counts.items()})
-        pl_module.log_dict({f"widths/{name}": float(size) for name, size in now.widths.items()})
+        pl_module.log_dict({f"widths/{name}": float(size) for name, size in sizes.items()})
         if self.history and self.history[-1]["epoch"] == trainer.current_epoch:
             self.history.pop()  # an epoch may be validated several times: its end counts
-        self.history.append({"epoch": trainer.current_epoch, **counts, "widths": now.widths})
+        self.history.append({"epoch": trainer.current_epoch, **counts, "widths": sizes})
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.history and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-            self.history[-1] |= {n: v for n, v in metrics.items() if n.startswith(("train/", "val/"))}
+            for name, value in trainer.callback_metrics.items():
+                if name.startswith(("train/", "val/")) and not name.endswith("_step"):  # of one batch
+                    self.history[-1][name] = float(value)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Structure changes as an epoch begins: this one's is that of now.
@@ -89,7 +91,13 @@ class Census(ElasticCallback):
         networks = [step for callback in list_elastic(trainer) for step in callback.list_step_networks()]
         if not any(step.trained for step in networks):
             networks.append(StepNetwork(self.structure.net))
-        return count_step_macs(networks, self.structure.example)
+        return count_step_macs(networks, self._count_macs)
+
+    def _count_macs(self, net: nn.Module) -> int:
+        key = (id(net), *(parameter.shape for parameter in net.parameters()))
+        if key not in self._macs:
+            self._macs[key] = count_macs(net, self.structure.example)
+        return self._macs[key]
 
     def _write_timeline(self, trainer: L.Trainer) -> None:
         timeline = self.structure.timeline
@@ -105,10 +113,14 @@ class Census(ElasticCallback):
         self.macs_training = state_dict["macs_training"]
 
 
-def count_step_macs(networks: Sequence[StepNetwork], example: Tensor) -> int:
-    """Count the MACs of a training step for one input."""
-    trained = sum(step.times * count_macs(step.net, example) for step in networks if step.trained)
-    return PASSES * round(trained) + sum(count_macs(s.net, example) for s in networks if not s.trained)
+def count_step_macs(networks: Sequence[StepNetwork], count: Callable[[nn.Module], int]) -> int:
+    """Count the MACs of a training step for one input.
+
+    Args:
+        count: counts those of a network's forward pass.
+    """
+    trained = sum(step.times * count(step.net) for step in networks if step.trained)
+    return PASSES * round(trained) + sum(count(step.net) for step in networks if not step.trained)
 
 
 def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -105,6 +105,7 @@ def fit(
     folder: Path | None = None,
     checkpoint: str | None = None,
     every: int | None = None,
+    at_epoch_end: bool = False,
     **options: Any,
 ) -> L.Trainer:
     """Fit a module to the images for a few epochs.
@@ -112,12 +113,10 @@ def fit(
     Args:
         folder: where a checkpoint is kept, each epoch or each `every` batches; none without.
         checkpoint: the one to go on from.
+        at_epoch_end: keep it when all callbacks have noted the epoch, not right after validation.
     """
-    keep = (
-        [ModelCheckpoint(folder, "last", every_n_train_steps=every, enable_version_counter=False)]
-        if folder
-        else []
-    )
+    when = {"every_n_train_steps": every, "save_on_train_epoch_end": at_epoch_end or None}
+    keep = [ModelCheckpoint(folder, "last", enable_version_counter=False, **when)] if folder else []
     trainer = L.Trainer(
         **{
             "max_epochs": 6,

@@ -51,6 +51,12 @@ def load(path: Path) -> Any:
     return torch.load(path, weights_only=True)
 
 
+def load_history(folder: Path) -> dict[str, Any]:
+    """Load what has happened to the network, as the run's last checkpoint tells it."""
+    history: dict[str, Any] = load(folder / "last.ckpt")["state_dict"]["structure._extra_state"]
+    return history
+
+
 def without_account(patch: pytest.MonkeyPatch, folder: Path) -> None:
     """Whatever W&B keeps, it keeps in this folder; and there is no account."""
     for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):

@@ -11,8 +11,8 @@ from torch._dynamo.testing import CompileCounter
 import elastic.experiments.train
 from elastic.experiments.train import train
 from elastic.training.compilation import compile_network
-from tests.runs import configure, load
-from tests.test_resume import CHANGING
+from tests.resuming import CHANGING
+from tests.runs import configure, load, load_history
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,9 @@ def run(folder: Path, *overrides: str) -> dict[str, Any]:
 def test_every_structure_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a backend that counts and runs the graph as it is: the eager run, bit for bit."""
     counter = CompileCounter()
-    monkeypatch.setattr(elastic.experiments.train, "compile_whole", partial(compile_network, backend=counter))
+    monkeypatch.setattr(
+        elastic.experiments.train, "compile_network", partial(compile_network, backend=counter)
+    )
     more = (
         "callbacks.growth.until=1.0",
         "trigger.every=1",
@@ -39,7 +41,7 @@ def test_every_structure_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyP
     eager = run(tmp_path / "eager", *more)
     assert counter.frame_count == 0
     compiled = run(tmp_path / "compiled", "compile=true", *more)
-    events = {e["epoch"] for e in load(tmp_path / "compiled" / "last.ckpt")["elastic"]["timeline"]}
+    events = {e["epoch"] for e in load_history(tmp_path / "compiled")["timeline"]}
     assert len(events) > 8, "more structures than dynamo keeps for one module"
     assert counter.frame_count > len(events)
     assert eager.keys() == compiled.keys()

@@ -10,12 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from torch import nn
 
-from elastic.callbacks import PruneDynamically
 from elastic.experiments.train import main, train
 from elastic.training import processes
 from elastic.training.processes import find_differing_processes
@@ -37,26 +35,6 @@ CHANGING = (
 )
 TWO = ("trainer.devices=2", "trainer.strategy=ddp")
 MODEL = "model._target_=tests.nets.without_norms"
-
-
-class Witness(L.Callback):
-    """What each process holds in the end, one file a process."""
-
-    def __init__(self, folder: str) -> None:
-        self.folder = Path(folder)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.folder.mkdir(exist_ok=True)
-        torch.save(pl_module.net.state_dict(), self.folder / f"{trainer.global_rank}.pt")  # type: ignore
-
-
-class PriceWitness(Witness):
-    """What each process asks for a kernel in the end."""
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.folder.mkdir(exist_ok=True)
-        (switch,) = (callback for callback in trainer.callbacks if isinstance(callback, PruneDynamically))  # type: ignore
-        torch.save(switch.price_LS, self.folder / f"{trainer.global_rank}.pt")
 
 
 def start(folder: Path, *overrides: str) -> "subprocess.Popen[str]":
@@ -116,7 +94,7 @@ def test_two_processes_prune_by_magnitude_as_one(tmp_path: Path) -> None:
     same = (*TINY, *exact, *smallest, *growing, MODEL)
 
     def witnessed(name: str) -> str:
-        return f"+callbacks.witness={{_target_: tests.test_processes.Witness, folder: {tmp_path / name}-end}}"
+        return f"+callbacks.witness={{_target_: tests.witnesses.Witness, folder: {tmp_path / name}-end}}"
 
     two = start(tmp_path / "two", *same, *TWO, "data.batch_size=100", witnessed("two"))
     alone = configure(tmp_path / "one", *same, "data.batch_size=200", witnessed("one"))
@@ -141,7 +119,7 @@ def test_two_processes_ask_one_price(tmp_path: Path) -> None:
     """Each engages other kernels, on images of its own."""
     target = ("callbacks.dynamic.form=target", "callbacks.dynamic.target=0.3", "callbacks.dynamic.end=0.3")
     end = tmp_path / "end"
-    witness = f"+callbacks.witness={{_target_: tests.test_processes.PriceWitness, folder: {end}}}"
+    witness = f"+callbacks.witness={{_target_: tests.witnesses.MultiplierWitness, folder: {end}}}"
     options = (*TINY, "experiment=smoke", "schedule=dynamic", *target, MODEL, witness)
     finish(start(tmp_path / "run", *options, *TWO))
     first, second = (load(end / f"{rank}.pt") for rank in (0, 1))

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 from torch.utils.data import DataLoader
 
-from elastic.callbacks import Census
 from elastic.callbacks.census import write_lines
 from elastic.measure import counts
-from tests.fitted import EXACT, Spy, fit, prepare
+from tests.fitted import EXACT, Run, Spy, fit, prepare
 
 CHANGING = (
     *EXACT,
@@ -31,9 +30,46 @@ CHANGING = (
 )
 
 
-def test_the_timeline_replayed_on_the_start_gives_the_end(tmp_path: Path) -> None:
-    run = fit(tmp_path, *CHANGING)
-    events = [json.loads(line) for line in (tmp_path / "timeline.jsonl").read_text().splitlines()]
+Counts = dict[tuple[Any, ...], int]
+
+
+class Counter:
+    """Count, on the network that makes each step and is validated, what the census is to count."""
+
+    def __init__(self) -> None:
+        self.sizes: list[tuple[int, int, int]] = []
+        self.steps: list[int] = []
+        self.macs: Counts = {}
+
+    def count(self, module: Any) -> int:
+        """Count once for each structure."""
+        key = tuple(p.shape for p in module.net.parameters())
+        if key not in self.macs:
+            self.macs[key] = counts.count_macs(module.net, module.structure.example)
+        return self.macs[key]
+
+    def look(self, trainer: Any, module: Any) -> None:
+        if not trainer.sanity_checking:
+            net = module.net
+            self.sizes.append((counts.count_params(net), counts.count_params_dense(net), self.count(module)))
+
+    def step(self, trainer: Any, module: Any, out: Any, batch: Any, index: int) -> None:
+        self.steps.append(3 * len(batch[1]) * self.count(module))
+
+    def spy(self) -> Spy:
+        return Spy(on_validation_start=self.look, on_train_batch_end=self.step)
+
+
+@pytest.fixture(scope="module")
+def changed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Counter]:
+    """A run that grows and is pruned; several tests look at it."""
+    counter = Counter()
+    return fit(tmp_path_factory.mktemp("changed"), *CHANGING, after=(counter.spy(),)), counter
+
+
+def test_the_timeline_replayed_on_the_start_gives_the_end(changed: tuple[Run, Counter]) -> None:
+    run, _ = changed
+    events = [json.loads(line) for line in (run.folder / "timeline.jsonl").read_text().splitlines()]
     assert {event["why"].split(":")[0] for event in events} == {"grow", "prune"}
     sizes = dict(run.module.structure.start_sizes)
     for event in events:
@@ -43,26 +79,18 @@ def test_the_timeline_replayed_on_the_start_gives_the_end(tmp_path: Path) -> Non
     assert sizes == run.module.structure.widths.sizes()
     places = [(event["epoch"], event["step"]) for event in events]
     assert places == sorted(places) and all(step == epoch * 10 for epoch, step in places)
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(run.folder.glob("*.part"))
 
 
-def test_the_history_has_a_row_an_epoch_with_that_epochs_figures(tmp_path: Path) -> None:
+def test_the_history_has_a_row_an_epoch_with_that_epochs_figures(changed: tuple[Run, Counter]) -> None:
     """Against the CSV logger's file, and against counts taken at the same moment."""
-    counted: list[tuple[int, int, int]] = []
-
-    def look(trainer: Any, module: Any) -> None:
-        if trainer.sanity_checking:
-            return
-        macs = counts.count_macs(module.net, module.structure.example)
-        counted.append((counts.count_params(module.net), counts.count_params_dense(module.net), macs))
-
-    run = fit(tmp_path, *CHANGING, after=(Spy(on_validation_start=look),))
+    run, counter = changed
     history = run.callbacks["census"].history
     assert [row["epoch"] for row in history] == list(range(8))
-    assert [(row["params"], row["params_dense"], row["macs"]) for row in history] == counted
+    assert [(row["params"], row["params_dense"], row["macs"]) for row in history] == counter.sizes
     assert len({row["params_dense"] for row in history}) > 1
 
-    with (tmp_path / "metrics" / "version_0" / "metrics.csv").open() as file:
+    with (run.folder / "metrics" / "version_0" / "metrics.csv").open() as file:
         lines = [line for line in csv.DictReader(file) if line["val/acc"]]
     assert len(lines) == 8
     for row, line in zip(history, lines, strict=True):
@@ -95,7 +123,7 @@ def test_the_sanity_check_and_later_validation_are_no_epochs(tmp_path: Path) -> 
 
 
 def test_two_validations_in_an_epoch_make_one_row(tmp_path: Path) -> None:
-    run = fit(tmp_path, *EXACT, "+trainer.val_check_interval=0.5", "trainer.max_epochs=2")
+    run = fit(tmp_path, *EXACT, "schedule=[gates]", "+trainer.val_check_interval=0.5", "trainer.max_epochs=2")
     assert [row["epoch"] for row in run.callbacks["census"].history] == [0, 1]
 
 
@@ -106,29 +134,31 @@ def test_training_macs_by_hand(tmp_path: Path) -> None:
     assert run.callbacks["census"].macs_training == 3 * 2 * 5 * 256 * once
 
 
+TWICE = ("+trainer.val_check_interval=0.5", "+trainer.limit_train_batches=4")
+
+
 @pytest.mark.parametrize(
     "options",
     [
-        CHANGING,
-        (*CHANGING, "+trainer.check_val_every_n_epoch=3", "trigger.every=1"),
-        (*CHANGING, "+trainer.val_check_interval=0.5", "+trainer.limit_train_batches=4"),
-        (*CHANGING, "+trainer.accumulate_grad_batches=3", "trainer.num_sanity_val_steps=1"),
+        pytest.param(("+trainer.check_val_every_n_epoch=3", "trigger.every=1"), marks=pytest.mark.slow),
+        pytest.param((*TWICE, "callbacks.growth.monitor=train/loss"), marks=pytest.mark.slow),
+        ("+trainer.accumulate_grad_batches=3", "trainer.num_sanity_val_steps=1", "trainer.max_epochs=4"),
     ],
-    ids=["each epoch", "every third", "twice an epoch", "accumulated"],
+    ids=["every third", "twice an epoch", "accumulated"],
 )
 def test_training_macs_are_those_of_every_step(tmp_path: Path, options: tuple[str, ...]) -> None:
-    """Counted step by step, on the network that makes the step."""
-    steps: list[int] = []
-    sizes: set[int] = set()
+    counter = Counter()
+    check_steps(fit(tmp_path, *CHANGING, *options, after=(counter.spy(),)), counter)
 
-    def step(trainer: Any, module: Any, out: Any, given: Any, index: int) -> None:
-        if index == 0:
-            sizes.add(counts.count_macs(module.net, module.structure.example))
-        steps.append(3 * len(given[1]) * counts.count_macs(module.net, module.structure.example))
 
-    run = fit(tmp_path, *options, after=(Spy(on_train_batch_end=step),))
-    assert len(sizes) > 1, "nothing has changed: the test shows nothing"
-    assert run.callbacks["census"].macs_training == sum(steps)
+def test_training_macs_are_those_of_every_step_where_channels_leave(changed: tuple[Run, Counter]) -> None:
+    check_steps(*changed)
+
+
+def check_steps(run: Run, counter: Counter) -> None:
+    """Compare with a count step by step, on the network that makes the step."""
+    assert len(counter.macs) > 1, "nothing has changed: the test shows nothing"
+    assert run.callbacks["census"].macs_training == sum(counter.steps)
 
 
 def test_a_last_batch_counts_for_what_it_holds(tmp_path: Path) -> None:
@@ -141,14 +171,6 @@ def test_a_last_batch_counts_for_what_it_holds(tmp_path: Path) -> None:
     run.fit()
     once = counts.count_macs(run.module.net, run.module.structure.example)
     assert run.callbacks["census"].macs_training == 3 * len(part) * once
-
-
-def test_a_run_begun_without_the_count_has_none() -> None:
-    """Half of it would be a lie."""
-    census = Census()
-    old = {"history": [], "seconds": 1.0}
-    census.load_state_dict(old)
-    assert census.macs_training is None and census.state_dict()["macs_training"] is None
 
 
 def test_a_timeline_that_cannot_be_written_leaves_the_last_one(

@@ -12,12 +12,12 @@ from torch import nn
 
 import elastic.experiments.train
 from elastic.callbacks import Distil
-from elastic.errors import TrainingError
+from elastic.errors import OptionError, TrainingError
 from elastic.experiments.tools.restore import restore_teacher
 from elastic.experiments.train import train
 from tests.fitted import EXACT, Spy, command, prepare
+from tests.resuming import assert_same_run, kill
 from tests.runs import configure, load
-from tests.test_resume import killed, same_run
 
 TRAINING = (*EXACT, "data.batch_size=300", "trainer.max_epochs=3", "optimizer.lr=2e-2")
 
@@ -52,7 +52,7 @@ def test_the_gradient_is_that_of_the_paper(weight: float, temperature: float) ->
     torch.manual_seed(0)
     given_BK, asked_BK = torch.randn(6, 10, dtype=torch.double, requires_grad=True), torch.randn(6, 10)
     teacher = Says(asked_BK)
-    Distil(teacher, weight, temperature).loss(given_BK, teacher, torch.zeros(6, 1)).backward()  # type: ignore[no-untyped-call]
+    Distil(teacher, weight, temperature).compute_loss(torch.zeros(6, 1), given_BK).backward()  # type: ignore[no-untyped-call]
     q_BK, p_BK = (given_BK / temperature).softmax(1), (asked_BK / temperature).softmax(1)
     torch.testing.assert_close(given_BK.grad.float(), (weight * temperature * (q_BK - p_BK) / 6).float())
 
@@ -67,7 +67,8 @@ def test_the_teacher_is_what_the_run_starts_from(first: Path, tmp_path: Path, sc
         if trainer.global_step == 0:
             x_BCHW = batch[0]
             seen["start"] = copy.deepcopy(module.net).eval()(x_BCHW)
-            seen["x"], seen["term"] = x_BCHW, module.structure.loss_terms["distil"](x_BCHW, seen["start"])
+            seen["x"] = x_BCHW
+            seen["term"] = run.callbacks["distil"].compute_loss(x_BCHW, seen["start"])
 
     run = prepare(
         tmp_path, *TRAINING, f"schedule={schedule}", f"init={first}", after=(Spy(on_train_batch_start=start),)
@@ -149,9 +150,9 @@ def test_resumed_equals_uninterrupted(
         given += ("callbacks.reconstruct.dense=0", "callbacks.reconstruct.prune=0.5")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train(configure(whole, *given), whole)
-    killed(configure(broken, *given), broken, monkeypatch, 4, 1)
+    kill(configure(broken, *given), broken, monkeypatch, 4, 1)
     train(configure(broken, *given), broken)
-    same_run(whole, broken)
+    assert_same_run(whole, broken)
 
 
 def test_training_costs_what_the_teacher_costs_too(first: Path, tmp_path: Path) -> None:
@@ -164,7 +165,7 @@ def test_training_costs_what_the_teacher_costs_too(first: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("options", [{"weight": 0}, {"weight": -1}, {"temperature": 0}])
 def test_options_that_cannot_be_are_refused(options: Any) -> None:
-    with pytest.raises(TrainingError, match=r"distil by .* both must be above 0"):
+    with pytest.raises(OptionError, match=r"distil by .* both must be above 0"):
         Distil(nn.Identity(), **options)
 
 

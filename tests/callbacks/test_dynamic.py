@@ -21,7 +21,7 @@ from elastic.dynamic.loss import ActivationCost
 from elastic.dynamic.modules import iterate_modules
 from elastic.dynamic.norms import SetNorm
 from elastic.dynamic.skipping import make_skipping
-from elastic.errors import ElasticError, FileError, StructureError, TrainingError
+from elastic.errors import ElasticError, FileError, OptionError, TrainingError
 from elastic.experiments import export, latency, usage
 from elastic.experiments.evaluate import evaluate
 from elastic.experiments.tools.per_image import read_test_batches, run_per_image
@@ -30,8 +30,8 @@ from elastic.experiments.train import train
 from elastic.measure.counts import count_macs
 from elastic.training.classifier import ElasticClassifier
 from tests.fitted import EXACT, Run, Spy, prepare
+from tests.resuming import assert_same_run, kill
 from tests.runs import configure
-from tests.test_resume import killed, same_run
 
 AT_ONCE = ("callbacks.dynamic.begin=0.0", "callbacks.dynamic.end=0.0")
 SCHEDULE = ("schedule=dynamic", *AT_ONCE, "optimizer.lr=2e-2")
@@ -61,29 +61,40 @@ def summary_of(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_the_loss_is_the_tasks_and_that_of_what_is_engaged(tmp_path: Path) -> None:
-    seen: list[tuple[float, float]] = []
+def test_the_gradient_is_that_of_the_task_and_of_what_is_engaged(tmp_path: Path) -> None:
+    """The oracle adds both losses up and asks autograd; the loss that is logged is the task's."""
+    expected: list[tuple[Tensor, list[Tensor]]] = []
+    results: list[tuple[Tensor, list[Tensor]]] = []
 
-    def compare(trainer: L.Trainer, module: ElasticClassifier, outputs: Any, batch: Any, _: int) -> None:
-        own = run.callbacks["dynamic"]
-        share = float(own.costs[0].fraction("macs").detach())
-        seen.append((float(outputs["loss"].detach()), share))
+    def expect(trainer: L.Trainer, module: ElasticClassifier, batch: Any, _: int) -> None:
+        buffers = {name: value.clone() for name, value in module.named_buffers()}
+        x_BCHW, y_B = batch
+        task = F.cross_entropy(module.structure.run_active(x_BCHW), y_B)
+        loss = task + 7.0 * run.callbacks["dynamic"].costs[0].fraction("macs")
+        expected.append((task.detach(), list(torch.autograd.grad(loss, trained_by(module)))))
+        for name, value in module.named_buffers():
+            value.copy_(buffers[name])
 
-    run = prepare(tmp_path, *TRAINING, "callbacks.dynamic.gain=7.0", after=(Spy(on_train_batch_end=compare),))
-    losses: list[float] = []
-    step = run.module.training_step
+    def note(trainer: L.Trainer, module: ElasticClassifier, optimizer: Any) -> None:
+        results.append((torch.empty(0), [p.grad.clone() for p in trained_by(module)]))  # type: ignore[union-attr]
 
-    def plain(batch: Any, batch_idx: int) -> Any:
-        loss = step(batch, batch_idx)
-        with torch.no_grad():
-            losses.append(float(loss) - 7.0 * float(run.callbacks["dynamic"].costs[0].fraction("macs")))
-        return loss
+    def note_loss(trainer: L.Trainer, module: ElasticClassifier, outputs: Any, *_: Any) -> None:
+        results[-1] = outputs["loss"].detach(), results[-1][1]
 
-    run.module.training_step = plain  # type: ignore[method-assign]
-    run.fit()
-    assert len(seen) == len(losses) > 3
-    for (whole, share), task in zip(seen, losses, strict=True):
-        assert whole == pytest.approx(task + 7.0 * share, rel=1e-4) and task > 0
+    def trained_by(module: ElasticClassifier) -> list[nn.Parameter]:
+        return [p for p in (*module.net.parameters(), *module.structure.parameters()) if p.requires_grad]
+
+    look = {
+        "before": (Spy(on_before_optimizer_step=note),),
+        "after": (Spy(on_train_batch_start=expect, on_train_batch_end=note_loss),),
+    }
+    few = ("callbacks.dynamic.gain=7.0", "trainer.max_epochs=2")
+    run = prepare(tmp_path, *TRAINING, *few, **look).fit()
+    assert len(results) == len(expected) > 3
+    for (loss, gradients), (task, by_hand) in zip(results, expected, strict=True):
+        torch.testing.assert_close(loss, task)
+        torch.testing.assert_close(gradients, by_hand, rtol=1e-3, atol=1e-6)
+    assert any(iterate_modules(run.module))
 
 
 def test_the_loss_sets_in_at_its_beginning_and_is_whole_at_its_end(tmp_path: Path) -> None:
@@ -93,8 +104,8 @@ def test_the_loss_sets_in_at_its_beginning_and_is_whole_at_its_end(tmp_path: Pat
     def note(trainer: L.Trainer, module: ElasticClassifier, *_: Any) -> None:
         own = run.callbacks["dynamic"]
         share = float(own.costs[0].fraction("macs").detach())
-        term = module.structure.loss_terms.get("parsimony")
-        held.append(0.0 if term is None else float(term(None, None).detach()) / (2.0 * share))
+        loss = own.compute_loss(None, None)
+        held.append(0.0 if loss is None else float(loss.detach()) / (2.0 * share))
 
     options = ("callbacks.dynamic.begin=0.25", "callbacks.dynamic.end=0.75", "callbacks.dynamic.gain=2.0")
     short = ("data.batch_size=1000", "trainer.max_epochs=8")
@@ -115,7 +126,7 @@ def test_each_step_trains_one_set(tmp_path: Path) -> None:
 
     spy = Spy(on_before_optimizer_step=note)
     more = ("callbacks.dynamic.gain=[0.1,0.5,2.0]", "trainer.max_epochs=6")
-    run = prepare(tmp_path, *TRAINING, *more, after=(spy,)).fit()
+    run = prepare(tmp_path, *TRAINING, *more, before=(spy,)).fit()
     assert set(drawn) == {0, 1, 2}
     assert {m.active_set for m in iterate_modules(run.module)} == {0}
 
@@ -246,9 +257,9 @@ def test_resumed_equals_uninterrupted(
     given = (*TRAINING, "trainer.max_epochs=4", *(option.format(joint=joint) for option in options))
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train(configure(whole, *given), whole)
-    killed(configure(broken, *given), broken, monkeypatch, 2, 1)
+    kill(configure(broken, *given), broken, monkeypatch, 2, 1)
     train(configure(broken, *given), broken)
-    same_run(whole, broken)
+    assert_same_run(whole, broken)
 
 
 def test_the_network_itself_keeps_the_statistics_of_the_first_set(tmp_path: Path) -> None:
@@ -270,7 +281,7 @@ def test_killed_when_all_is_trained_nothing_is_missing(joint: Path, tmp_path: Pa
     for name in ("model.safetensors", "summary.json"):
         (broken / name).unlink()
     train(configure(broken, *given), broken)
-    same_run(whole, broken)
+    assert_same_run(whole, broken)
     measured = [summary_of(folder) for folder in (whole, broken)]
     assert measured[0]["sets"] == measured[1]["sets"] and measured[0]["levels"] == measured[1]["levels"]
 
@@ -311,15 +322,16 @@ def test_modules_move_rate_times_as_far_as_the_network_in_a_step(tmp_path: Path,
         run.fit()
         moved[each] = {name: p.detach() - start[name] for name, p in run.module.named_parameters()}
     for name, one in moved[1.0].items():
-        factor = rate if name.startswith("kams.") else 1.0
+        factor = rate if name.startswith("structure.kernel_modules.") else 1.0
         torch.testing.assert_close(moved[rate][name], factor * one, rtol=1e-4, atol=1e-6)
-    assert any(one.any() for name, one in moved[1.0].items() if name.startswith("kams."))
+    assert any(one.any() for name, one in moved[1.0].items() if name.startswith("structure.kernel_modules."))
 
 
 def test_what_a_step_moves_a_score_does_not_grow_with_what_its_module_reads(tmp_path: Path) -> None:
     """Steps of Adam are of one size, and the noise of C of them adds up to √C of it."""
     run = prepare(tmp_path, *EXACT, "schedule=dynamic", "callbacks.dynamic.rate=3.0").fit()
-    rates = {id(p): g.get("rate", 1.0) for g in run.trainer.optimizers[0].param_groups for p in g["params"]}
+    (own,) = run.module.structure.own.optimizers
+    rates = {id(p): group["rate"] for group in own.param_groups for p in group["params"]}
     reads = set()
     for module in iterate_modules(run.module):
         linear = module.heads[0].linear
@@ -328,7 +340,8 @@ def test_what_a_step_moves_a_score_does_not_grow_with_what_its_module_reads(tmp_
         assert rates[id(linear.bias)] == 3.0
         reads.add(linear.in_features)
     assert len(reads) > 2
-    assert all(rates[id(p)] == 1.0 for p in run.module.net.parameters())
+    stepped = {id(p) for group in run.trainer.optimizers[0].param_groups for p in group["params"]}
+    assert stepped == {id(p) for p in run.module.net.parameters()} and not stepped & rates.keys()
 
 
 @pytest.mark.parametrize(("only", "gain"), [(True, "1.0"), (False, "1.0"), (False, "[0.1,1.0]")])
@@ -387,9 +400,9 @@ def test_controls_do_not_see_the_input(tmp_path: Path, kind: str) -> None:
     run.module.eval()
     x_BCHW, _ = run.data.sample(64, seed=0)
     with torch.no_grad():
-        run.module(x_BCHW[:1].expand(64, -1, -1, -1))
+        run.module.structure.run_active(x_BCHW[:1].expand(64, -1, -1, -1))
         same = [m.active_BK.clone() for m in iterate_modules(run.module)]
-        run.module(x_BCHW)
+        run.module.structure.run_active(x_BCHW)
     assert all(CONTROLS[kind](gates_BK) for gates_BK in same)
     assert all(float(m.heads[0].linear.weight.abs().max()) == 0 for m in iterate_modules(run.module))  # type: ignore[union-attr, operator]
 
@@ -405,7 +418,7 @@ def test_controls_do_not_see_the_input(tmp_path: Path, kind: str) -> None:
     ],
 )
 def test_options_that_cannot_be_are_refused(options: Any, message: str) -> None:
-    with pytest.raises(StructureError, match=message):
+    with pytest.raises(OptionError, match=message):
         PruneDynamically(**options)
 
 
@@ -415,9 +428,9 @@ def test_other_ways_of_changing_the_network_are_refused(tmp_path: Path, schedule
         train(configure(tmp_path, *EXACT, f"schedule={schedule}"), tmp_path)
 
 
-@pytest.mark.parametrize("option", ["kind=smell", "choice=hope"])
+@pytest.mark.parametrize("option", ["kind=smell", "activation=hope"])
 def test_what_attach_refuses_is_refused_before_training(tmp_path: Path, option: str) -> None:
-    with pytest.raises(StructureError, match=r"modules cannot look at 'smell'|cannot be activated by 'hope'"):
+    with pytest.raises(OptionError, match=r"modules cannot look at 'smell'|cannot be activated by 'hope'"):
         train(configure(tmp_path, *TRAINING, f"callbacks.dynamic.{option}"), tmp_path)
 
 
@@ -474,10 +487,10 @@ def test_what_is_moved_is_moved_with_what_was_traced_of_it() -> None:
     module, x_NCHW, loader = its_module()
     program(PruneDynamically(0.5)).fit(module, loader, loader)
     with torch.no_grad():
-        expected = module.eval()(x_NCHW)
+        expected = module.eval().structure.run_active(x_NCHW)
         module.double()
         assert module.structure.dynamic_nets[0].mean is module.net.mean
-        torch.testing.assert_close(module(x_NCHW.double()).float(), expected)
+        torch.testing.assert_close(module.structure.run_active(x_NCHW.double()).float(), expected)
 
 
 def test_it_may_be_validated_before_it_is_trained_and_trained_twice_but_not_switched_twice() -> None:
@@ -489,7 +502,7 @@ def test_it_may_be_validated_before_it_is_trained_and_trained_twice_but_not_swit
     program(PruneDynamically(0.5)).validate(module, loader, verbose=False)
     program(own).fit(its_module()[0], loader, loader)
     for other in (own, PruneDynamically(0.5)):  # its own has gone to another network
-        with pytest.raises(TrainingError, match="of another SwitchKernels: continue with that one"):
+        with pytest.raises(TrainingError, match="another PruneDynamically's: continue with that"):
             program(other).fit(module, loader, loader)
 
 
@@ -515,7 +528,7 @@ def test_in_any_lightning_program() -> None:
     module, x_NCHW, loader = its_module()
     program(PruneDynamically(0.5)).fit(module, loader, loader)
     with torch.no_grad():
-        expected = module.eval()(x_NCHW)
+        expected = module.eval().structure.run_active(x_NCHW)
         torch.testing.assert_close(
             make_skipping(module.structure.dynamic_nets[0])(x_NCHW), expected, rtol=1e-4, atol=1e-5
         )

@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from elastic.callbacks import ElasticCallback
 from elastic.pruning import gates
 from elastic.surgery.fresh import STRATEGIES
 from elastic.training.classifier import ElasticClassifier
 from tests.fitted import EXACT, Run, Spy, prepare
+from tests.programs import Killed
+from tests.resuming import Kill, assert_same
 from tests.runs import load
-from tests.test_resume import Kill, Killed, same
 
 DECAY = 0.8
 AVERAGED = (
@@ -52,7 +54,7 @@ def widened(old: Tensor, new: Tensor) -> Tensor:
     return wide
 
 
-@pytest.mark.parametrize("fresh", ["zero_out", "random"])
+@pytest.mark.parametrize("fresh", [pytest.param("zero_out", marks=pytest.mark.slow), "random"])
 def test_the_model_ends_as_the_average_over_all_steps_through_growth(tmp_path: Path, fresh: str) -> None:
     """Averaged by hand: a_1 = w_1, a_t = d a_(t-1) + (1 - d) w_t; fresh entries start at the model's."""
     own: dict[str, Tensor] = {}
@@ -79,13 +81,13 @@ def test_the_model_ends_as_the_average_over_all_steps_through_growth(tmp_path: P
 
 STEPS, SINCE = "+callbacks.ema.update_every_n_steps", "+callbacks.ema.update_starting_at"
 LATE = {  # of 5 epochs of 6 steps: the arguments, and the steps and epochs after which the average is updated
-    "at the start of an epoch": ([f"{SINCE}_step=12"], range(12, 30), ()),
     "inside an epoch": ([f"{SINCE}_step=14"], range(14, 30), ()),
+    "at the start of an epoch": ([f"{SINCE}_step=12"], range(12, 30), ()),
     "every third step": ([f"{SINCE}_step=12", f"{STEPS}=3"], range(12, 30, 3), ()),
     "at the end of epochs": ([f"{SINCE}_epoch=2", f"{STEPS}=0"], (), (2, 3, 4)),
 }
 DEEP = (
-    "model=resnet20",
+    *("model=resnet20", "model._target_=elastic.models.resnet.resnet", "+model.blocks=2"),
     "model.width=2",
     "callbacks.growth.amount.blocks=1",
     "callbacks.growth.amount.ceiling=2",
@@ -93,7 +95,12 @@ DEEP = (
 
 
 @pytest.mark.parametrize(
-    ("start", "model"), [*((start, ()) for start in LATE), ("inside an epoch", DEEP)], ids=[*LATE, "in depth"]
+    ("start", "model"),
+    [
+        ("inside an epoch", DEEP),
+        ("at the end of epochs", ()),
+        *(pytest.param(start, (), marks=pytest.mark.slow) for start in list(LATE)[:3]),
+    ],
 )
 def test_an_average_that_starts_late_follows_growth_before_at_and_after_its_start(
     tmp_path: Path, start: str, model: tuple[str, ...]
@@ -182,7 +189,7 @@ def test_the_average_is_what_is_validated_and_training_goes_on_without_it(tmp_pa
     def validated(trainer: Any, module: Any) -> None:
         if trainer.sanity_checking:
             return
-        same(tensors(module.net), trained)
+        assert_same(tensors(module.net), trained)
         data = trainer.datamodule
         x_BCHW, y_B = data.val_set.__getitems__(list(range(len(data.val_set))))
         logits_BK = averaged(module).eval()(data.normalise(x_BCHW.float() / 255))
@@ -201,15 +208,18 @@ def test_the_average_is_what_is_validated_and_training_goes_on_without_it(tmp_pa
     )
 
 
-def values(state: dict[str, Tensor]) -> dict[str, Any]:
-    """The memory format of an averaged tensor may differ: nothing is computed with it."""
-    return {name: (list(value.shape), value.flatten()) for name, value in state.items()}
+def flatten(state: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the memory format, which may differ in an average: nothing is computed with it."""
+    return {
+        name: (list(value.shape), value.flatten()) if isinstance(value, Tensor) else value
+        for name, value in state.items()
+    }
 
 
 def same_checkpoint(one: dict[str, Any], two: dict[str, Any]) -> None:
     for key in ("current_model_state", "averaging_state", "optimizer_states", "lr_schedulers", "elastic"):
-        same(one[key], two[key], key)
-    same(values(one["state_dict"]), values(two["state_dict"]))
+        assert_same(one[key], two[key], key)
+    assert_same(flatten(one["state_dict"]), flatten(two["state_dict"]))
 
 
 def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
@@ -229,10 +239,10 @@ def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     events = {(event["epoch"], event["why"][:5]) for event in whole.module.structure.timeline}
     assert (2, "grow:") in events and events & {(epoch, "prune") for epoch in range(5)}
     same_checkpoint(load(tmp_path / "whole" / "last.ckpt"), load(last))
-    same(tensors(whole.module.net), tensors(broken.module.net))
+    assert_same(tensors(whole.module.net), tensors(broken.module.net))
     held = load(last)["state_dict"]
     assert all(torch.equal(value, held[f"net.{name}"]) for name, value in tensors(broken.module.net).items())
-    same(tensors(whole.module.net), tensors(ready("broken").fit(ckpt_path=last).module.net))
+    assert_same(tensors(whole.module.net), tensors(ready("broken").fit(ckpt_path=last).module.net))
 
 
 def test_frozen_gates_decide_in_the_average_as_in_the_model(tmp_path: Path) -> None:
@@ -250,7 +260,7 @@ def test_frozen_gates_decide_in_the_average_as_in_the_model(tmp_path: Path) -> N
     slow = ("callbacks.ema.decay=0.999", "trainer.max_epochs=10", "callbacks.gates.end=0.9")
     chosen = (*AVERAGED, "schedule=[gates,ema]", *GATED, *slow, "callbacks.gates.budget=700")
     run = prepare(tmp_path, *chosen, after=(Spy(on_train_batch_end=look),)).fit()
-    report = run.callbacks["gates"].report(run.module)
+    report = run.callbacks["gates"].report()
     assert set(frozen) == {9} and 0.8 * 700 < report["budget/actual"] <= 700
 
 
@@ -260,33 +270,36 @@ def test_counts_are_counted_not_averaged(tmp_path: Path) -> None:
     assert held and all(int(value) == run.trainer.global_step for value in held)
 
 
-def test_a_further_fit_averages_anew_and_copies_neither_copies_nor_loss_terms(tmp_path: Path) -> None:
+class Single(ElasticCallback):
+    """Answer what the loss is, and hold what cannot be copied."""
+
+    def compute_loss(self, x: Tensor, output: Any) -> Tensor:
+        return torch.zeros(())
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise AssertionError("copied")
+
+
+def test_a_further_fit_averages_anew_and_copies_neither_copies_nor_callbacks(tmp_path: Path) -> None:
     seen: list[Any] = []
 
     def look(trainer: Any, module: Any) -> None:
         twin: Any = run.callbacks["ema"]._average_model.module
-        assert not twin.copies and not twin.loss_terms and twin.net is averaged(module)
+        structure = twin.structure
+        assert structure.copies == [] and structure.trainer is None and structure.net is twin.net
+        assert twin.net is averaged(module) and twin.net._compiled_call_impl is None
+        assert module.net._compiled_call_impl is not None
         seen.append(twin)
 
-    run = prepare(tmp_path, *AVERAGED, "schedule=[growth,ema]", *GROWING, after=(Spy(on_fit_start=look),))
-    run.module.loss_terms["bound"] = Refuses().term
+    around = {"before": (Single(),), "after": (Spy(on_fit_start=look),)}
+    run = prepare(tmp_path, *AVERAGED, "schedule=[growth,ema]", *GROWING, **around)
     run.fit()
-    assert not run.module.structure.copies and set(run.module.loss_terms) == {"bound"}
+    assert not run.module.structure.copies and run.module.net._compiled_call_impl is None
     run.trainer.fit_loop.max_epochs = 7
     start = tensors(run.module.net)
     run.fit()
     assert len(seen) == 2 and seen[0] is not seen[1] and not run.module.structure.copies
     assert run.module.structure.widths["0"].size > start["0.weight"].shape[0]
-
-
-class Refuses:
-    """A callback may hold what cannot be copied."""
-
-    def term(self, *_: Any) -> Tensor:
-        return torch.zeros(())
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        raise AssertionError("copied")
 
 
 def test_another_copy_stays_where_it_is(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import elastic.experiments.train
 from elastic.callbacks import TrainJointly
-from elastic.errors import TrainingError
+from elastic.errors import OptionError
 from elastic.experiments.evaluate import evaluate
 from elastic.experiments.train import build, train
 from elastic.files.network import Network
@@ -24,12 +24,15 @@ from elastic.training.classifier import ElasticClassifier
 from tests.elastic.levels.nets import extracted, inside, norms, placed
 from tests.elastic.zoo import randomised
 from tests.fitted import EXACT, Run, Spy, outputs, prepare
+from tests.resuming import assert_same_run, kill
 from tests.runs import TINY, configure
-from tests.test_resume import killed, same_run
 
 SCHEDULE = ("schedule=joint", "callbacks.joint.fractions=[0.4,0.6,0.8]", "optimizer.lr=2e-2")
 TRAINING = (*EXACT, *SCHEDULE, "data.batch_size=300", "trainer.max_epochs=3")
-RESNET = ("model=resnet20", "model.width=4", "optimizer=sgd", "optimizer.lr=2e-2")
+RESNET = (
+    *("model=resnet20", "model._target_=elastic.models.resnet.resnet", "+model.blocks=1", "model.width=4"),
+    *("optimizer=sgd", "optimizer.lr=2e-2"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +52,7 @@ def levels_of(module: ElasticClassifier) -> Levels:
 def sandwich(
     levels: Levels, chosen: list[int], x_BCHW: Tensor, y_B: Tensor, smoothing: float
 ) -> dict[str, Any]:
-    """The rule written out over networks of their own: loss, and gradients in the network's shapes.
+    """Write the rule out over networks of their own: the task's loss, and gradients in the network's shapes.
 
     CE of the network with the labels, and of each chosen level with the network's softmax, which is given.
     """
@@ -58,24 +61,23 @@ def sandwich(
     loss = F.cross_entropy(logits_BK, y_B, label_smoothing=smoothing)
     loss.backward()
     soft_BK = logits_BK.softmax(1).detach()
-    total = loss.detach()
+    task = loss.detach()
     found = {name: p.grad.clone() for name, p in full.named_parameters()}  # type: ignore[union-attr]
     own = {}
     for k in chosen:
         small = extracted(levels, k).train()
         loss = -(soft_BK * small(x_BCHW).log_softmax(1)).sum(1).mean()
         loss.backward()
-        total = total + loss.detach()
         for name, p in small.named_parameters():
             if name.rpartition(".")[0] in norms(small):
                 own[k, name] = p.grad
             else:
                 found[name] += placed(p.grad, found[name])  # type: ignore[arg-type]
-    return {"loss": total, "network": found, "norms": own}
+    return {"loss": task, "network": found, "norms": own}
 
 
 @pytest.mark.parametrize(
-    ("between", "model"), [(0, ()), (1, ()), (2, ()), (5, ()), (1, RESNET)], ids=[*"0125", "resnet20"]
+    ("between", "model"), [(0, ()), (1, ()), (2, ()), (5, ()), (1, RESNET)], ids=[*"0125", "resnet"]
 )
 def test_the_gradient_of_a_step_is_that_of_the_sandwich(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, between: int, model: tuple[str, ...]
@@ -83,12 +85,12 @@ def test_the_gradient_of_a_step_is_that_of_the_sandwich(
     """In the second step, when norms and statistics have left their start."""
     seen: list[int] = []
     held: dict[str, Any] = {}
-    forward = Levels.forward
+    run_level = Levels.run
 
     def counted(self: Levels, k: int, x_BCHW: Tensor, *more: Any) -> Tensor:
         if self[k].training or self.net.training:
             seen.append(k)
-        return forward(self, k, x_BCHW, *more)
+        return run_level(self, k, x_BCHW, *more)
 
     def before(trainer: Any, module: Any, given: Any, index: int) -> None:
         if index == 1 and not held:
@@ -111,11 +113,11 @@ def test_the_gradient_of_a_step_is_that_of_the_sandwich(
         if index == 1:
             held.setdefault("loss", out["loss"])
 
-    monkeypatch.setattr(Levels, "forward", counted)
+    monkeypatch.setattr(Levels, "run", counted)
     spy = Spy(on_train_batch_start=before, on_before_optimizer_step=after, on_train_batch_end=done)
     options = (*TRAINING, *model, "label_smoothing=0.1", f"callbacks.joint.between={between}")
     exact = ("trainer.max_epochs=1", "trainer.precision=64-true", "lr_scheduler=constant")
-    prepare(tmp_path, *options, *exact, after=(spy,)).fit()
+    prepare(tmp_path, *options, *exact, before=(spy,)).fit()
     chosen = held["chosen"]
     assert chosen[0] == 0 and len(set(chosen)) == len(chosen) == 1 + min(between, 2)
     expected = sandwich(held["levels"], chosen, *held["batch"], 0.1)
@@ -141,21 +143,21 @@ def test_the_levels_between_are_drawn_anew_in_each_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[list[int]] = []
-    forward = Levels.forward
+    run_level = Levels.run
 
     def counted(self: Levels, k: int, x_BCHW: Tensor, *more: Any) -> Tensor:
         if self.net.training:
             drawn[-1].append(k)
-        return forward(self, k, x_BCHW, *more)
+        return run_level(self, k, x_BCHW, *more)
 
-    monkeypatch.setattr(Levels, "forward", counted)
+    monkeypatch.setattr(Levels, "run", counted)
     options = (*TRAINING, "data.batch_size=64", "callbacks.joint.between=1", "trainer.max_epochs=2")
     run = prepare(tmp_path, *options, after=(Spy(on_train_batch_start=lambda *_: drawn.append([])),)).fit()
-    assert all(step[:2] == [3, 0] and len(step) == 3 for step in drawn)
-    third = [step[2] for step in drawn]
-    assert set(third) == {1, 2} and 0.25 < third.count(1) / len(third) < 0.75
-    half = len(third) // 2
-    assert third[:half] != third[half:], "each epoch draws its own"
+    assert all(step[0] == 0 and len(step) == 2 for step in drawn), "the network itself runs in its own call"
+    between = [step[1] for step in drawn]
+    assert set(between) == {1, 2} and 0.25 < between.count(1) / len(between) < 0.75
+    half = len(between) // 2
+    assert between[:half] != between[half:], "each epoch draws its own"
     counted_macs = [counts.count_macs(level, run.module.structure.example) for level in levels_of(run.module)]
     per_step = counted_macs[3] + counted_macs[0] + (counted_macs[1] + counted_macs[2]) / 2
     samples = 64 * len(drawn)
@@ -165,7 +167,7 @@ def test_the_levels_between_are_drawn_anew_in_each_step(
 def test_two_levels_are_trained_too(tmp_path: Path) -> None:
     run = prepare(tmp_path, *TRAINING, "callbacks.joint.fractions=[0.5]", "trainer.max_epochs=2").fit()
     assert len(levels_of(run.module)) == 2
-    moments = run.trainer.optimizers[0].state
+    moments = run.module.structure.own.optimizers[0].state
     assert all(moments[p]["exp_avg"].any() for p in levels_of(run.module).norms.parameters())
 
 
@@ -233,11 +235,11 @@ def _batch_norms(net: nn.Module) -> list[nn.BatchNorm2d]:
 
 
 def states(module: ElasticClassifier) -> dict[str, Tensor]:
-    kept = ("net.", "level_norms.")
+    kept = ("net.", "structure.level_norms.")
     return {n: t.clone() for n, t in module.state_dict().items() if n.startswith(kept)}
 
 
-@pytest.fixture(scope="module", params=[(), RESNET], ids=["convnet", "resnet20"])
+@pytest.fixture(scope="module", params=[(), RESNET], ids=["convnet", "resnet"])
 def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Watch]:
     watch = Watch()
     options = (*TRAINING, *request.param, "data.batch_size=100")
@@ -269,7 +271,7 @@ def test_channels_are_put_in_order_once(seen: tuple[Run, Watch]) -> None:
     """No epoch after the first begins with a change of any bit, norms of the levels included."""
     _, watch = seen
     for end, start in zip(watch.ends, watch.starts[1:], strict=False):
-        assert end.keys() == start.keys() and any(name.startswith("level_norms") for name in end)
+        assert end.keys() == start.keys() and any(name.startswith("structure.level_norms") for name in end)
         assert all(torch.equal(value, start[name]) for name, value in end.items())
     assert len(watch.ends) == len(watch.starts) == 3
 
@@ -316,15 +318,15 @@ def test_resumed_equals_uninterrupted(
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     one = train(configure(whole, *given), whole)
     for epoch, index in ((1, 2), (3, 0)):
-        killed(configure(broken, *given), broken, monkeypatch, epoch, index)
+        kill(configure(broken, *given), broken, monkeypatch, epoch, index)
     two = train(configure(broken, *given), broken)
-    same_run(whole, broken)
+    assert_same_run(whole, broken)
     assert train(configure(broken, *given), broken)["levels"] == two["levels"], "finished: measured again"
     assert [row["test/acc"] for row in one["levels"]] == [row["test/acc"] for row in two["levels"]]
     assert json.loads((whole / "summary.json").read_text())["levels"] == one["levels"]
 
 
 def test_a_number_of_levels_that_cannot_be_is_refused() -> None:
-    with pytest.raises(TrainingError, match="between") as caught:
+    with pytest.raises(OptionError, match="between") as caught:
         TrainJointly([0.5], between=-1)
     assert "\n" not in str(caught.value)

@@ -18,8 +18,8 @@ from elastic.pruning import gates
 from elastic.pruning.compaction import compact
 from elastic.training.classifier import ElasticClassifier
 from tests.fitted import EXACT, Spy, batch, fit, outputs, prepare
+from tests.resuming import assert_same_run, kill
 from tests.runs import configure
-from tests.test_resume import killed, same_run
 
 FULL = 1146  # parameters of the network
 FIRST = FULL - 24  # where norms' shifts are still zero
@@ -71,7 +71,7 @@ def test_the_budget_is_met_where_the_end_lies_behind_the_last_epoch(tmp_path: Pa
 def test_nothing_is_closed_where_the_budget_is_larger_than_the_network(tmp_path: Path) -> None:
     run = fit(tmp_path, *PRUNING, "callbacks.magnitude.budget=5000")
     assert all(mask.all() for mask in masks(run.module)) and not run.module.structure.timeline
-    report = run.callbacks["magnitude"].report(run.module)
+    report = run.callbacks["magnitude"].report()
     assert (report["budget/target"], report["budget/actual"]) == (5000, FULL)
     assert report["budget/reason"] == "all gates are open: the network is no larger"
 
@@ -191,13 +191,13 @@ def test_a_run_killed_and_continued_is_the_whole_run(tmp_path: Path, monkeypatch
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     summary = train(configure(whole, *given), whole)
     for epoch, index in ((5, 1), (7, 0)):
-        killed(configure(broken, *given), broken, monkeypatch, epoch, index)
+        kill(configure(broken, *given), broken, monkeypatch, epoch, index)
     train(configure(broken, *given), broken)
     events = [json.loads(line) for line in (whole / "timeline.jsonl").read_text().splitlines()]
     pruned = {event["epoch"] for event in events if event["why"].startswith("prune")}
     assert min(pruned) < 5 <= max(pruned), "channels have left before and after the kills"
-    same_run(whole, broken)
-    assert summary["schedule"] == "grow+magnitude" and summary["params"] <= 200
+    assert_same_run(whole, broken)
+    assert summary["schedule"] == "growth+magnitude" and summary["params"] <= 200
 
 
 @pytest.mark.parametrize("schedule", ["[gates,magnitude]", "[magnitude,gates]"])

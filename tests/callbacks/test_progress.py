@@ -8,7 +8,7 @@ import pytest
 from elastic.measure import counts
 from tests.fitted import EXACT, Spy, fit, prepare
 
-BAR = "callbacks.progress={_target_: callbacks.ElasticProgress}"
+BAR = "callbacks.progress={_target_: elastic.callbacks.ElasticProgress}"
 
 
 def shown(folder: Path, *options: str) -> list[dict[str, Any]]:
@@ -35,7 +35,7 @@ def test_it_shows_params_widths_and_lambda(tmp_path: Path, capsys: pytest.Captur
         "callbacks.gates.penalty=2e-4",
     )
     assert [row["widths"] for row in rows] == ["4-6-6-8"] + ["6-9-9-12"] * 3
-    assert [row["λ"] for row in rows] == ["2.0e-04"] * 3 + ["frozen"]
+    assert [row["λ"] for row in rows] == ["2.0e-04"] * 3 + ["0.0e+00"]
     assert all(row["params"] == row["counted"] for row in rows)
     assert all({"train/loss", "train/acc", "val/acc"} <= row.keys() and "v_num" not in row for row in rows)
     assert "params: " in capsys.readouterr().out.replace("\n", " ")

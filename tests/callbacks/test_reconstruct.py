@@ -31,8 +31,8 @@ from elastic.training.classifier import ElasticClassifier
 from elastic.widths.discovery import discover
 from tests.elastic.levels.nets import extracted, inside
 from tests.fitted import EXACT, Run, Spy, batch, command, prepare
+from tests.resuming import assert_same_run, kill
 from tests.runs import TINY, configure
-from tests.test_resume import killed, same_run
 
 SCHEDULE = ("schedule=reconstruct", "callbacks.reconstruct.fractions=[0.5,0.75]", "trainer.max_epochs=10")
 RECONSTRUCTING = (*EXACT, *SCHEDULE, "data.batch_size=400", "optimizer.lr=2e-2")
@@ -43,7 +43,10 @@ PHASES = [
 ]
 MODELS: dict[str, tuple[str, ...]] = {
     "convnet": ("optimizer.weight_decay=0.5",),
-    "resnet20": ("model=resnet20", "model.width=4", "optimizer=sgd", "optimizer.weight_decay=0.01"),
+    "resnet": (
+        *("model=resnet20", "model._target_=elastic.models.resnet.resnet", "+model.blocks=1"),
+        *("model.width=4", "optimizer=sgd", "optimizer.weight_decay=0.01"),
+    ),
 }
 Capture = pytest.CaptureFixture[str]
 
@@ -335,13 +338,13 @@ def test_resumed_equals_uninterrupted(
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train(configure(whole, *given), whole)
     for epoch, index in ((5, 1), (8, 0), (9, 1)):
-        killed(configure(broken, *given), broken, monkeypatch, epoch, index)
+        kill(configure(broken, *given), broken, monkeypatch, epoch, index)
     train(configure(broken, *given), broken)
     events = [json.loads(line) for line in (whole / "timeline.jsonl").read_text().splitlines()]
     assert {e["epoch"] for e in events} == {4, 6, 8, 10}
-    same_run(whole, broken)
+    assert_same_run(whole, broken)
     train(configure(broken, *given), broken)  # finished: there is nothing left to train
-    same_run(whole, broken)
+    assert_same_run(whole, broken)
 
 
 def fake_ms(scale: float) -> Callable[..., float]:
@@ -358,10 +361,10 @@ def test_a_run_that_was_cut_by_latency_goes_on_with_the_sizes_it_began_with(
     train(configure(whole, *given), whole)
     for scale, epoch, index in ((1.0, 3, 1), (1.3, 5, 1), (100.0, 9, 1)):
         monkeypatch.setattr(elastic.callbacks.levels, "measure_latency_ms", fake_ms(scale))
-        killed(configure(broken, *given), broken, monkeypatch, epoch, index)
+        kill(configure(broken, *given), broken, monkeypatch, epoch, index)
     monkeypatch.setattr(elastic.callbacks.levels, "measure_latency_ms", fake_ms(1e-3))
     train(configure(broken, *given), broken)
-    same_run(whole, broken)
+    assert_same_run(whole, broken)
     net = build(configure(tmp_path / "third", *given))[0].net
     network = Network.load(net, whole / "model.safetensors", EXAMPLE)
     for level, most in zip(network.nets, (0.3, 0.6, 1.0), strict=True):
@@ -503,9 +506,8 @@ def test_a_run_starts_from_one_that_grew_and_was_pruned(tmp_path: Path) -> None:
 
     given = (*RECONSTRUCTING, f"init={first}", "callbacks.reconstruct.dense=0")
     run = prepare(second, *given, before=(Spy(on_fit_start=look),))
-    assert run.module.structure.start_sizes != build(configure(tmp_path / "x", *RECONSTRUCTING))[0].start, (
-        "it has grown"
-    )
+    fresh, _ = build(configure(tmp_path / "x", *RECONSTRUCTING))
+    assert run.module.structure.start_sizes != fresh.structure.start_sizes, "it has grown"
     net = build(configure(tmp_path / "y", *growing))[0].net
     plain = Network.load(net, first / "model.safetensors", EXAMPLE).plain()
     run.fit()

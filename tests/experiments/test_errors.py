@@ -19,8 +19,8 @@ import elastic.experiments.compare
 import elastic.experiments.train
 from elastic.experiments.tools.setup import run
 from tests.fitted import EXACT, Spy, command, fit
-from tests.runs import load
-from tests.test_resume import same_run
+from tests.resuming import assert_same_run
+from tests.runs import load, load_history
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ("experiment=smoke", "trainer.accelerator=cpu", "trainer.log_every_n_steps=1", "data.batch_size=256")
@@ -250,8 +250,8 @@ def test_a_run_killed_and_continued_is_the_whole_run(tmp_path: Path, wait_s: flo
     assert running.returncode == -signal.SIGKILL, "it had finished already"
     assert load(broken / "last.ckpt")["epoch"] < 29 and not (broken / "summary.json").exists()
     assert process(f"run={broken}")[0] == 0
-    assert load(whole / "last.ckpt")["elastic"]["timeline"]
-    same_run(whole, broken)
+    assert load_history(whole)["timeline"]
+    assert_same_run(whole, broken)
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (whole, broken)]
     for summary in summaries:
         summary.pop("wall_s")

@@ -19,8 +19,8 @@ from PIL import Image
 import elastic.experiments.train
 from elastic.experiments.train import build, train
 from tests.fitted import command
+from tests.resuming import assert_same
 from tests.runs import TINY, configure, load
-from tests.test_resume import same
 
 ROOT = Path(__file__).parents[2]
 SMOKE = (*TINY, "experiment=smoke", "trainer.max_epochs=2")
@@ -92,12 +92,12 @@ def test_the_configuration_that_is_kept_gives_the_same_run_again(tmp_path: Path)
     assert str(tmp_path) not in text
     assert set(re.findall(r"\$\{([^},]+)", text)) <= {"run", "oc.env:ELASTIC_DATA"}
     one, two = (load(tmp_path / name / "last.ckpt") for name in ("one", "two"))
-    same(one["state_dict"], two["state_dict"])
+    assert_same(one["state_dict"], two["state_dict"])
 
 
 def test_the_network_and_the_data_follow_from_the_seed(tmp_path: Path) -> None:
     nets = [build(configure(tmp_path, f"seed={seed}"))[0].state_dict() for seed in (0, 0, 1)]
-    same(nets[0], nets[1])
+    assert_same(nets[0], nets[1])
     assert not torch.equal(nets[0]["net.0.weight"], nets[2]["net.0.weight"])
     assert build(configure(tmp_path, "seed=3"))[1].seed == 3
 

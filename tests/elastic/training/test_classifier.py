@@ -1,6 +1,7 @@
 """The LightningModule: steps, seeds, schedules, structure, and runs that go wrong."""
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,22 +10,25 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Conv2d
 from torch.optim import SGD, AdamW, lr_scheduler
 
 import elastic.experiments.train
+from elastic.callbacks import ElasticCallback
 from elastic.errors import StructureError, TrainingError
 from elastic.experiments.train import train
 from elastic.levels.nested import Levels
+from elastic.levels.sizes import level_sizes
 from elastic.models import convnet, resnet20
 from elastic.pruning import gates
 from elastic.surgery.fresh import draw_he_normal
 from elastic.surgery.reindexing import grow_index
 from elastic.training.classifier import ElasticClassifier
+from elastic.training.own_parameters import OwnOptimizers
 from tests.fitted import EXACT, Run, Spy, fit, outputs, prepare
+from tests.resuming import assert_same
 from tests.runs import TINY, configure, load
-from tests.test_resume import same
 
 STATIC = (*EXACT, "schedule=static", "data.batch_size=512")
 PLAIN_SGD = (
@@ -58,38 +62,26 @@ def module(seed: int = 0, **options: Any) -> ElasticClassifier:
 def attached(**options: Any) -> ElasticClassifier:
     """As if in a run of 40 steps."""
     made = module(**options)
-    made._trainer = SimpleNamespace(estimated_stepping_batches=40)  # type: ignore[assignment]
+    made._trainer = SimpleNamespace(estimated_stepping_batches=40, num_training_batches=8)  # type: ignore[assignment]
     return made
 
 
 # --- steps --------------------------------------------------------------------------------------------------
 
 
-def test_a_step_is_lr_scale_times_the_learning_rate(tmp_path: Path) -> None:
-    moved = {}
-    for scale in (1.0, 0.25, 0.0):
-        run = prepare(tmp_path / str(scale), *STATIC, *PLAIN_SGD, "trainer.max_epochs=1")
-        run.trainer.fit_loop.epoch_loop.max_steps = 1
-        start = run.module.net[0].weight.detach().clone()
-        run.module.lr_scale = scale
-        run.fit()
-        moved[scale] = run.module.net[0].weight.detach() - start
-        assert run.trainer.optimizers[0].param_groups[0]["lr"] == 0.1
-    assert moved[1.0].abs().max() > 1e-3
-    assert torch.allclose(moved[0.25], 0.25 * moved[1.0], atol=1e-6)
-    assert not moved[0.0].any()
-
-
 def test_the_first_step_is_that_of_plain_torch(tmp_path: Path) -> None:
-    """-lr times the gradient of the smoothed cross entropy plus the loss terms."""
+    """-lr times the gradient of the smoothed cross entropy plus what callbacks add."""
     held: dict[str, Any] = {}
 
+    class Pull(ElasticCallback):
+        def compute_loss(self, x: Tensor, output: Any) -> Tensor:
+            return 0.1 * self.structure.net[0].weight.square().sum()  # type: ignore[index, no-any-return]
+
     def look(trainer: Any, m: ElasticClassifier, given: Any, index: int) -> None:
-        m.structure.loss_terms["pull"] = lambda *_: 0.1 * m.net[0].weight.square().sum()
         held.update(batch=given, net=copy.deepcopy(m.net))
 
     options = ("trainer.max_epochs=1", "label_smoothing=0.1")
-    run = prepare(tmp_path, *STATIC, *PLAIN_SGD, *options, after=(Spy(on_train_batch_start=look),))
+    run = prepare(tmp_path, *STATIC, *PLAIN_SGD, *options, after=(Pull(), Spy(on_train_batch_start=look)))
     run.trainer.fit_loop.epoch_loop.max_steps = 1
     run.fit()
     net, (x_BCHW, y_B) = held["net"].train(), held["batch"]
@@ -113,39 +105,24 @@ def test_validation_loss_is_the_plain_cross_entropy_of_all_images(tmp_path: Path
 def test_weights_decay_and_nothing_else_does() -> None:
     made = attached()
     gates.attach_gates(made.net, made.structure.widths, "weight")
-    decayed, free = made.configure_optimizers().param_groups
+    optimizer = made.configure_optimizers()
+    scores = OwnOptimizers([optimizer], made.structure.list_own_parameters()).optimizers[0].param_groups
+    decayed, free = optimizer.param_groups
     names = {id(p): name for name, p in made.net.named_parameters()}
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
     assert [names[id(p)] for p in decayed["params"]] == [
         f"{i}.parametrizations.weight.original" for i in (0, 3, 7, 10, 16)
     ]
-    assert len(free["params"]) + len(decayed["params"]) == len(names)
+    stepped = sum(len(group["params"]) for group in (decayed, free, *scores))
+    assert stepped == len(names) and [group["weight_decay"] for group in scores] == [0.0]
 
 
-@pytest.mark.parametrize(
-    ("scheduler", "length"),
-    [
-        (partial(lr_scheduler.OneCycleLR, max_lr=0.1), "total_steps"),
-        (lr_scheduler.CosineAnnealingLR, "T_max"),
-        (lr_scheduler.PolynomialLR, "total_iters"),
-        (lr_scheduler.LinearLR, "total_iters"),
-    ],
-)
-def test_a_scheduler_is_told_the_steps_where_it_asks(scheduler: Any, length: str) -> None:
-    made = attached(scheduler=scheduler).configure_optimizers()
-    assert getattr(made["lr_scheduler"]["scheduler"], length) == 40
-    assert made["lr_scheduler"]["interval"] == "step"
-
-
-def test_a_scheduler_keeps_the_length_it_was_given() -> None:
-    """A warm-up of 5 steps is one of 5 steps."""
-    made = attached(scheduler=partial(lr_scheduler.LinearLR, total_iters=5)).configure_optimizers()
-    assert made["lr_scheduler"]["scheduler"].total_iters == 5
-
-
-def test_a_scheduler_that_asks_for_no_length_gets_none() -> None:
-    made = attached(scheduler=partial(lr_scheduler.StepLR, step_size=7)).configure_optimizers()
-    assert made["lr_scheduler"]["scheduler"].step_size == 7
+def test_a_schedule_lasts_as_long_as_the_run() -> None:
+    made = attached(scheduler=lr_scheduler.CosineAnnealingLR).configure_optimizers()
+    assert made["lr_scheduler"]["scheduler"].T_max == 40
+    part = attached(scheduler=lr_scheduler.CosineAnnealingLR)
+    part.structure.schedule_fraction = 0.25
+    assert part.configure_optimizers()["lr_scheduler"]["scheduler"].T_max == 10
     assert isinstance(attached().configure_optimizers(), AdamW)
 
 
@@ -169,9 +146,9 @@ def end_of(folder: Path, *options: str) -> dict[str, Any]:
 
 def test_the_same_seed_gives_the_same_run_bit_for_bit(tmp_path: Path) -> None:
     one, two, other = (end_of(tmp_path / str(i), f"seed={seed}") for i, seed in enumerate((0, 0, 1)))
-    assert one["elastic"]["timeline"]
+    assert one["state_dict"]["structure._extra_state"]["timeline"]
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "elastic"):
-        same(one[key], two[key], key)
+        assert_same(one[key], two[key], key)
     files = [(tmp_path / str(i) / "model.safetensors").read_bytes() for i in range(3)]
     assert files[0] == files[1] != files[2]
     assert not torch.equal(one["state_dict"]["net.1.running_mean"], other["state_dict"]["net.1.running_mean"])
@@ -181,7 +158,7 @@ def test_what_was_drawn_before_does_not_matter(tmp_path: Path) -> None:
     """The global generator's state when a run starts is no part of it."""
     one = end_of(tmp_path / "a", "trainer.max_epochs=2")
     torch.rand(100)
-    same(one["state_dict"], end_of(tmp_path / "b", "trainer.max_epochs=2")["state_dict"])
+    assert_same(one["state_dict"], end_of(tmp_path / "b", "trainer.max_epochs=2")["state_dict"])
 
 
 def test_each_event_of_each_run_has_randomness_of_its_own() -> None:
@@ -196,25 +173,45 @@ def test_each_event_of_each_run_has_randomness_of_its_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "precision", "last"),
+    ("net", "levels", "precision", "last"),
     [
-        (("schedule=static", "model=resnet20", "model.width=4"), "32-true", False),
-        (("schedule=static", "model=resnet20", "model.width=16"), "32-true", True),
-        (("schedule=joint", "model=resnet20", "model.width=16"), "32-true", False),  # its core reads 8
-        (("schedule=static", "model=resnet20", "model.width=4"), "bf16-mixed", True),
-        (("schedule=static", "model=convnet"), "32-true", True),
+        (lambda: resnet20(4, in_channels=1), (), "32-true", False),
+        (lambda: resnet20(16, in_channels=1), (), "32-true", True),
+        (lambda: resnet20(16, in_channels=1), (0.5,), "32-true", False),  # its core reads 8
+        (lambda: resnet20(4, in_channels=1), (), "bf16-mixed", True),
+        (lambda: convnet((4, 6, 6, 8)), (), "32-true", True),
     ],
 )
 def test_no_layout_is_trained_in_that_torch_cannot_differentiate_safely(
-    tmp_path: Path, model: tuple[str, ...], precision: str, last: bool
+    net: Callable[[], nn.Module], levels: tuple[float, ...], precision: str, last: bool
 ) -> None:
     """Strided 1×1 convolutions in fp32 that read fewer channels than 16: it may crash, or not."""
-    run = fit(
-        tmp_path,
-        *(*EXACT, "data.batch_size=512", "trainer.max_epochs=1", f"trainer.precision={precision}"),
-        *model,
+    own = ElasticClassifier(net(), (1, 8, 8), 10, torch.optim.SGD)
+    structure = own.structure
+    if levels:
+        sizes = level_sizes(own.net, structure.widths, structure.example, levels)
+        structure.nest(Levels(own.net, structure.widths, sizes))
+    structure.trainer = trainer_on_cpu(precision)
+    structure.lay_out()
+    assert laid_out_last(own.net) == last
+
+
+def test_a_run_lays_its_network_out_by_its_precision(tmp_path: Path) -> None:
+    options = (
+        "schedule=static",
+        "data.batch_size=512",
+        "trainer.max_epochs=1",
+        "+trainer.limit_train_batches=1",
     )
-    assert laid_out_last(run.module.net) == last
+    run = fit(tmp_path, *EXACT, *options, "model=resnet20", "model.width=2")
+    assert not laid_out_last(run.module.net)
+
+
+def trainer_on_cpu(precision: str) -> Any:
+    """Make what a structure asks of a run in one process."""
+    strategy = SimpleNamespace(root_device=torch.device("cpu"), model=None)
+    place = {"current_epoch": 0, "global_step": 0, "world_size": 1, "optimizers": []}
+    return SimpleNamespace(strategy=strategy, precision=precision, **place)
 
 
 def laid_out_last(net: nn.Module) -> bool:
@@ -228,7 +225,7 @@ def test_the_layout_follows_what_grows() -> None:
     net = resnet20(8, in_channels=1)
     made = ElasticClassifier(net, (1, 8, 8), 10, torch.optim.SGD)
     made.structure.copies.append(copy.deepcopy(net))
-    made.overruns = True
+    made.structure.trainer = trainer_on_cpu("32-true")
     for size, last in ((8, False), (16, True)):
         (stream,) = (
             n
@@ -246,7 +243,7 @@ def test_levels_are_moved_with_their_network() -> None:
     own.structure.nest(Levels(own.net, own.structure.widths, [half]))
     x_BCHW = torch.randn(2, *own.structure.example.shape[1:])
     with torch.no_grad():
-        expected = own.eval().run_level(0, x_BCHW)
+        expected = own.eval().structure.run(0, x_BCHW)
         own.double()
         assert own.structure.levels is not None
         torch.testing.assert_close(own.structure.levels[0](x_BCHW.double()).float(), expected)
@@ -288,8 +285,8 @@ def test_a_state_of_other_widths_is_taken() -> None:
         gates.attach_gates(made.net, made.structure.widths, "kernel")
     one.structure.restructure({"0": grow_index(4, 3), "3": [0, 2]}, "test")
     two.load_state_dict(one.state_dict())
-    assert two.widths.sizes() == {"0": 7, "3": 2, "7": 6, "10": 8}
-    same(one.state_dict(), two.state_dict())
+    assert two.structure.widths.sizes() == {"0": 7, "3": 2, "7": 6, "10": 8}
+    assert_same(one.state_dict(), two.state_dict())
     x_BCHW = torch.randn(3, 1, 8, 8)
     assert torch.equal(one.eval()(x_BCHW), two.eval()(x_BCHW))
 
@@ -328,6 +325,10 @@ def broken(folder: Path, epoch: int, *options: str) -> str:
     return str(caught.value)
 
 
+def tensors(state: dict[str, Any]) -> list[Tensor]:
+    return [value for value in state.values() if isinstance(value, Tensor)]
+
+
 def continued(folder: Path) -> Run:
     run = prepare(folder, *STATIC, "trainer.max_epochs=4")
     return run.fit(ckpt_path=folder / "last.ckpt")
@@ -335,12 +336,12 @@ def continued(folder: Path) -> Run:
 
 def test_a_loss_that_is_not_a_number_ends_the_run_and_the_epochs_before_are_kept(tmp_path: Path) -> None:
     message = broken(tmp_path / "broken", 2)
-    assert "epoch 2" in message and "nan" in message
+    assert "epoch 2" in message and "nan" in message and "saved" in message
     held = load(tmp_path / "broken" / "last.ckpt")
     assert held["epoch"] == 1
-    assert all(t.isfinite().all() for t in held["state_dict"].values())
+    assert all(value.isfinite().all() for value in tensors(held["state_dict"]))
     whole = fit(tmp_path / "whole", *STATIC, "trainer.max_epochs=4")
-    same(whole.module.state_dict(), continued(tmp_path / "broken").module.state_dict())
+    assert_same(whole.module.state_dict(), continued(tmp_path / "broken").module.state_dict())
 
 
 def test_the_remedy_names_a_setting_that_exists(tmp_path: Path) -> None:
@@ -351,7 +352,7 @@ def test_the_remedy_names_a_setting_that_exists(tmp_path: Path) -> None:
 def test_nothing_is_promised_where_no_epoch_was_saved(tmp_path: Path) -> None:
     message = broken(tmp_path, 0)
     assert not (tmp_path / "last.ckpt").exists()
-    assert "continues" not in message
+    assert "saved" not in message
 
 
 def test_one_batch_that_is_not_a_number_is_enough(tmp_path: Path) -> None:
@@ -375,7 +376,7 @@ def test_a_gradient_of_nan_in_the_last_batch_is_not_saved(tmp_path: Path) -> Non
     with pytest.raises(TrainingError):
         fit(tmp_path, *STATIC, "trainer.max_epochs=4", after=(Spy(on_before_optimizer_step=spoil),))
     held = load(tmp_path / "last.ckpt")["state_dict"]
-    assert all(tensor.isfinite().all() for tensor in held.values())
+    assert all(value.isfinite().all() for value in tensors(held))
 
 
 def test_the_module_takes_any_torch_optimizer() -> None:

@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounter
 from elastic.levels.nested import Levels
 from elastic.levels.sizes import level_sizes
 from elastic.models import convnet, resnet20
+from elastic.models.resnet import resnet
 from elastic.training.compilation import compile_network
 from elastic.widths.discovery import discover
 
@@ -45,7 +46,7 @@ def test_names_and_copies_are_those_of_a_plain_network() -> None:
 
 def test_every_level_is_compiled_once_however_often_they_are_switched() -> None:
     """Eleven of one class: more than torch keeps for one code object."""
-    net = resnet20(width=20)
+    net = resnet(1, width=20)
     widths = discover(net, X)
     sizes = level_sizes(net, widths, X, [0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.65, 0.7, 0.8, 0.9])
     levels, counter = Levels(net, widths, sizes), CompileCounter()
