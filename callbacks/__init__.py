@@ -1,4 +1,4 @@
-"""Lightning callbacks: one behaviour a file. Hooks adapt; functions in `elastic` decide."""
+"""Make any LightningModule elastic: one behaviour a file. Hooks adapt; functions in `elastic` decide."""
 
 from elastic.callbacks.base import ElasticCallback, FollowNetwork
 from elastic.callbacks.census import Census

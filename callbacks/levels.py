@@ -64,7 +64,7 @@ class TrainLevels(ElasticCallback):
 
     @property
     def levels(self) -> Levels:
-        """The levels of the network, once there are any."""
+        """Return the levels of the network, once there are any."""
         assert self.structure.levels is not None
         return self.structure.levels
 

@@ -1,4 +1,4 @@
-"""Elastic CNNs: networks that change size while they train and while they run. This much needs torch alone.
+"""Change the size of CNNs while they train and while they run. This much needs torch alone.
 
 `elastic.callbacks` has the Lightning callbacks.
 """

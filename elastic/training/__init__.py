@@ -1,1 +1,1 @@
-"""What training needs of Lightning: the classifier, checkpoints, processes, the timeline."""
+"""Train elastic networks with Lightning: what has happened to a network, and all that follows it."""

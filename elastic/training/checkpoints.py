@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there."""
+"""Write checkpoints that are whole or not there."""
 
 import io
 from pathlib import Path
@@ -11,7 +11,7 @@ from elastic.files.atomic import write_atomically
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
-    """Lightning's own, but written beside its place: a temporary file elsewhere may be copied half-way."""
+    """Write checkpoints beside their place: a temporary file elsewhere may be copied half-way."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""`torch.compile` for networks that change, and for many of one class."""
+"""Compile networks that change, and many of one class."""
 
 import types
 from typing import Any
@@ -8,7 +8,7 @@ from torch import nn
 
 
 def compile_network(net: nn.Module, **options: Any) -> None:
-    """`net.compile(**options)`, as one graph and with a cache of its own; names in state dicts stay.
+    """Compile a network as one graph and with a cache of its own; names in state dicts stay.
 
     torch skips the forward of its own containers, so that `nn.Sequential.compile` compiles what is in it
     piece by piece; and it keeps compiled code by code object, eight of them, then runs eagerly with no more

@@ -1,4 +1,4 @@
-"""What a change of structure means for a run of several processes (DistributedDataParallel)."""
+"""Change the structure in a run of several processes (DistributedDataParallel)."""
 
 import gc
 import hashlib

@@ -87,7 +87,7 @@ class Structure(nn.Module):
 
     @property
     def nets(self) -> list[nn.Module]:
-        """The levels, the smallest first, or the network alone."""
+        """Return the levels, the smallest first, or the network alone."""
         return [self.net] if self.levels is None else list(self.levels)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The structural events of a run, one a line of JSON; growth that is read off another run's.
+"""Read the structural events of a run, one a line of JSON, and the growth among them.
 
 A row has epoch, step, why, before and after, and either `width` (channels) or `stage` (blocks).
 """
@@ -12,7 +12,7 @@ from elastic.errors import StructureError
 
 
 def read_timeline(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `timeline.jsonl`.
+    """Read the rows of a `timeline.jsonl`.
 
     Raises:
         StructureError: there is no such file, or it is none of a run.
@@ -32,12 +32,12 @@ def read_timeline(path: Path) -> list[dict[str, Any]]:
 
 
 def select_growth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of growth. Pruning is not replayed: what is dead in one run may be alive in another."""
+    """Select the rows of growth. Pruning is not replayed: a channel dead in one run may be alive in the next."""
     return [row for row in rows if row["after"] > row["before"]]
 
 
 def find_growth_at(rows: Sequence[dict[str, Any]], epoch: int) -> tuple[dict[str, int], list[str]]:
-    """What grew at the start of an epoch: the channels that widths then had, and the stages deepened."""
+    """Find what grew as an epoch began: the channels that widths then had, the stages deepened."""
     grown = [row for row in select_growth(rows) if row["epoch"] == epoch]
     sizes = {row["width"]: row["after"] for row in grown if "width" in row}
     return sizes, [row["stage"] for row in grown if "stage" in row]

@@ -109,7 +109,7 @@ def test_what_was_measured_is_the_last_epochs_network(tmp_path: Path) -> None:
     module, data = build(cfg)
     from elastic.pruning import gates
 
-    gates.attach(module.net, module.widths, "weight")
+    gates.attach_gates(module.net, module.structure.widths, "weight")
     module.load_state_dict(load(tmp_path / "last.ckpt")["state_dict"])
     data.prepare_data()
     data.setup("test")
