@@ -139,17 +139,18 @@ class FollowNetwork(ElasticCallback):
 
     Args:
         network: its path in the module, say "backbone" or "model.encoder".
+        example: an input of it, where the module's own forward does not lead to it.
 
     Example::
 
         trainer = L.Trainer(callbacks=[FollowNetwork("backbone"), PruneByGates(budget=100_000)])
     """
 
-    def __init__(self, network: str) -> None:
-        self.network = network
+    def __init__(self, network: str, example: Tensor | None = None) -> None:
+        self.network, self.example = network, example
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        join_structure(trainer, pl_module, self.network)
+        join_structure(trainer, pl_module, self.network, self.example)
         super().setup(trainer, pl_module, stage)
 
 

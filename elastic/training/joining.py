@@ -20,11 +20,14 @@ def find_structure(module: nn.Module) -> Structure | None:
     return next((child for child in module.children() if isinstance(child, Structure)), None)
 
 
-def join_structure(trainer: L.Trainer, module: L.LightningModule, network: str | None = None) -> Structure:
+def join_structure(
+    trainer: L.Trainer, module: L.LightningModule, network: str | None = None, example: Tensor | None = None
+) -> Structure:
     """Return the structure of a module; the first to ask makes it.
 
     Args:
         network: the path of the network in the module; where it is left out, the module's one child.
+        example: an input of the network; where it is left out, it is found.
 
     Raises:
         TrainingError: it cannot be told which child is the network, or what its input is.
@@ -34,7 +37,8 @@ def join_structure(trainer: L.Trainer, module: L.LightningModule, network: str |
     if structure is None:
         net = find_network(module, network)
         seed, path = torch.initial_seed() % 2**32, find_path(module, net)
-        structure = Structure(net, find_example(trainer, module, net), seed, path=path)
+        example = find_example(trainer, module, net) if example is None else example
+        structure = Structure(net, example, seed, path=path)
         module.add_module(ATTRIBUTE, structure)
     if structure.trainer is not trainer:
         structure.trainer = trainer
@@ -103,7 +107,12 @@ def _capture(module: L.LightningModule, net: nn.Module, inputs: Tensor) -> Tenso
         hook.remove()
         for child, training in modes.items():
             child.training = training
-    return captured[0].detach() if captured else inputs
+    if not captured:
+        raise TrainingError(
+            f"{type(module).__name__}'s forward does not reach its network: give an input of that, with "
+            "FollowNetwork('…', example=…)"
+        )
+    return captured[0].detach()
 
 
 def _take_batch(trainer: L.Trainer, module: L.LightningModule) -> Any:

@@ -32,7 +32,7 @@ def read_timeline(path: Path) -> list[dict[str, Any]]:
 
 
 def select_growth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Select the rows of growth. Pruning is not replayed: a channel dead in one run may be alive in the next."""
+    """Select the rows of growth. Pruning is not replayed: channels die elsewhere in another run."""
     return [row for row in rows if row["after"] > row["before"]]
 
 
