@@ -27,7 +27,18 @@ from elastic.widths.operations.shapes import (
     unsqueeze,
 )
 
-__all__ = ["LAYER", "TABLE", "Axes", "NotFollowed", "Role", "Rule", "Tracked", "Tracker", "register_op"]
+__all__ = [
+    "LAYER",
+    "READS_COUNTS",
+    "TABLE",
+    "Axes",
+    "NotFollowed",
+    "Role",
+    "Rule",
+    "Tracked",
+    "Tracker",
+    "register_op",
+]
 
 LAYERS: dict[Rule, Iterable[type[nn.Module]]] = {
     convolve: (nn.Conv1d, nn.Conv2d, nn.Conv3d),
@@ -77,6 +88,9 @@ FUNCTIONS: dict[Rule, str] = {
     squeeze: "squeeze",
     unsqueeze: "unsqueeze",
 }
+
+# These understand numbers computed from sizes; with any other rule such a number fixes what it counts.
+READS_COUNTS: tuple[Rule, ...] = (reshape, unflatten, split, get_item)
 
 TABLE.layers.update((kind, rule) for rule, kinds in LAYERS.items() for kind in kinds)
 TABLE.names.update((name, rule) for rule, names in FUNCTIONS.items() for name in names.split())
