@@ -29,6 +29,7 @@ class AxisTracker(fx.Interpreter):
         super().__init__(graph, garbage_collect_values=False)
         self.extra_traceback = False  # errors of one line
         self.elements, self.records = elements, records
+        self._recorded: list[Axis] = []  # what the rule of this node has recorded
         self._shared: dict[tuple[int, int], Axis] = {}  # by the identity of a tensor, and its dimension
 
     def run_node(self, node: fx.Node) -> Any:
@@ -90,8 +91,10 @@ class AxisTracker(fx.Interpreter):
             self._fix_inputs(node, "cannot be followed")
             return _untracked(value)
         try:
+            self._recorded = []
             axes = rule(self, node)
             _check(axes, value)
+            self._fix_lost(node, axes)
         except StructureError:
             raise
         except Exception as error:
@@ -101,6 +104,16 @@ class AxisTracker(fx.Interpreter):
                 f"{type(error).__name__}: {shorten(error)}"
             ) from error
         return axes
+
+    def _fix_lost(self, node: fx.Node, axes: Tracked) -> None:
+        """Fix what a rule neither carries on nor records: nothing is known of what became of it."""
+        sources = [axis for source in list_tensors(node) for axis in _flatten(source.meta["axes"])]
+        kept = [*_flatten(axes), *self._recorded]
+        lost = [axis for axis in sources if not any(axis is other for other in kept)]
+        if lost:
+            roots = self.elements.represent(np.concatenate([*kept, np.empty(0, np.int64)]))
+            lost = [axis[~np.isin(self.elements.represent(axis), roots)] for axis in lost]
+            self.fix(lost, node, "does not carry them on")
 
     def _fix_inputs(self, node: fx.Node, reason: str) -> None:
         for source in list_tensors(node):
@@ -128,6 +141,7 @@ class AxisTracker(fx.Interpreter):
             return
         first = self.records.setdefault((module, tensor, dim), (role, axis))[1]
         self.elements.unite(first, axis)
+        self._recorded.append(axis)
         if original is not None:  # one parameter may serve several layers
             self.elements.unite(self._shared.setdefault((id(original), dim), first), first)
             self._fix_foreign(module, tensor, first)
