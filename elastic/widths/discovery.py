@@ -18,17 +18,22 @@ from elastic.widths.width import Segment, Slot, Width, Widths
 __all__ = ["Segment", "Slot", "Width", "Widths", "discover", "find_widths"]
 
 
-def discover(model: nn.Module, *example: Tensor) -> Widths:
+def discover(model: nn.Module, *example: Tensor, check: bool = False) -> Widths:
     """Find the widths of a model.
 
     Args:
         model: any CNN that torch.fx can trace; it is not changed and not run.
         example: its inputs, batch first; only their shapes and types matter.
+        check: change every width of a copy of the model, and run it: what makes it another function is fixed.
 
     Raises:
         StructureError: the model cannot be traced, or none of its channel axes can change.
     """
     widths = find_widths(model, *example)
+    if check:
+        from elastic.surgery.checking import fix_wrong_widths  # which stands on this
+
+        fix_wrong_widths(model, widths)
     if not widths:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in widths.fixed.items())
         raise StructureError(

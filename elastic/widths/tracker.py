@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, fx
 
 from elastic.errors import StructureError
-from elastic.widths.operations import LAYER, TABLE, NotFollowed, Role, Tracked
+from elastic.widths.operations import LAYER, READS_COUNTS, TABLE, NotFollowed, Role, Rule, Tracked
+from elastic.widths.operations.counts import count_node, list_counts
 from elastic.widths.operations.interface import Layer, list_tensors
 from elastic.widths.parameters import ChannelParametrization, get_original, list_parametrizations
 from elastic.widths.tracing import describe_node, get_layer
@@ -17,8 +18,8 @@ from elastic.widths.union import Axis, ChannelUnion
 
 Place = tuple[str, str, int]  # module, tensor, dimension
 Records = dict[Place, tuple[Role, Axis]]  # what lies there
-# Values that hold no channels, though they may be computed from shapes.
-PLAIN = (int, float, complex, str, type(None), torch.Size, torch.device, torch.dtype)
+# Values that hold no channels, though they may count them.
+PLAIN = (int, float, torch.Size, torch.device, torch.dtype)
 
 
 class AxisTracker(fx.Interpreter):
@@ -28,6 +29,7 @@ class AxisTracker(fx.Interpreter):
         super().__init__(graph, garbage_collect_values=False)
         self.extra_traceback = False  # errors of one line
         self.elements, self.records = elements, records
+        self._recorded: list[Axis] = []  # what the rule of this node has recorded
         self._shared: dict[tuple[int, int], Axis] = {}  # by the identity of a tensor, and its dimension
 
     def run_node(self, node: fx.Node) -> Any:
@@ -40,7 +42,10 @@ class AxisTracker(fx.Interpreter):
                 f"the model does not run on an example of shape {shapes}: "
                 f"{describe_node(node)}: {shorten(error)}"
             ) from error
-        node.meta["axes"] = self._find_axes(node, value)
+        if _is_plain(value):
+            node.meta["axes"], node.meta["counts"] = None, count_node(node, value)
+        else:
+            node.meta["axes"] = self._find_axes(node, value)
         return value
 
     def _find_axes(self, node: fx.Node, value: Any) -> Tracked:
@@ -50,13 +55,25 @@ class AxisTracker(fx.Interpreter):
             return None
         if node.op == "get_attr":
             return self._begin_attribute(node, value)
-        if node.op == "placeholder" or not list_tensors(node):
+        if node.op == "placeholder":
+            return _untracked(value)
+        rule = TABLE.find(get_layer(self.module, node), node)
+        if rule not in READS_COUNTS:
+            self._fix_counts(node)
+        if not list_tensors(node):
             return _untracked(value)
         try:
-            return self._apply_rule(node, value)
+            return self._apply_rule(rule, node, value)
         except NotFollowed as error:
             self._fix_inputs(node, f"cannot be followed: it {error}")
+            self._fix_counts(node)
             return _untracked(value)
+
+    def _fix_counts(self, node: fx.Node) -> None:
+        """Fix the channels that a node computes with as numbers."""
+        for source in node.all_input_nodes:
+            for count in list_counts(source) if "counts" in source.meta else ():
+                self.fix(count.axes, node, "computes with the number of channels")
 
     def _begin_attribute(self, node: fx.Node, value: Any) -> Tracked:
         """Let channels begin on each dimension of a tensor that the model holds, but for those of size 1."""
@@ -68,17 +85,16 @@ class AxisTracker(fx.Interpreter):
             for d, size in enumerate(value.shape)
         )
 
-    def _apply_rule(self, node: fx.Node, value: Any) -> Tracked:
+    def _apply_rule(self, rule: Rule | None, node: fx.Node, value: Any) -> Tracked:
         """Ask the operation's rule; without one, all that the node reads keeps its size."""
-        if isinstance(value, PLAIN):
-            return None
-        rule = TABLE.find(get_layer(self.module, node), node)
         if rule is None:
             self._fix_inputs(node, "cannot be followed")
             return _untracked(value)
         try:
+            self._recorded = []
             axes = rule(self, node)
             _check(axes, value)
+            self._fix_lost(node, axes)
         except StructureError:
             raise
         except Exception as error:
@@ -88,6 +104,16 @@ class AxisTracker(fx.Interpreter):
                 f"{type(error).__name__}: {shorten(error)}"
             ) from error
         return axes
+
+    def _fix_lost(self, node: fx.Node, axes: Tracked) -> None:
+        """Fix what a rule neither carries on nor records: nothing is known of what became of it."""
+        sources = [axis for source in list_tensors(node) for axis in _flatten(source.meta["axes"])]
+        kept = [*_flatten(axes), *self._recorded]
+        lost = [axis for axis in sources if not any(axis is other for other in kept)]
+        if lost:
+            roots = self.elements.represent(np.concatenate([*kept, np.empty(0, np.int64)]))
+            lost = [axis[~np.isin(self.elements.represent(axis), roots)] for axis in lost]
+            self.fix(lost, node, "does not carry them on")
 
     def _fix_inputs(self, node: fx.Node, reason: str) -> None:
         for source in list_tensors(node):
@@ -115,6 +141,7 @@ class AxisTracker(fx.Interpreter):
             return
         first = self.records.setdefault((module, tensor, dim), (role, axis))[1]
         self.elements.unite(first, axis)
+        self._recorded.append(axis)
         if original is not None:  # one parameter may serve several layers
             self.elements.unite(self._shared.setdefault((id(original), dim), first), first)
             self._fix_foreign(module, tensor, first)
@@ -137,6 +164,12 @@ class AxisTracker(fx.Interpreter):
             if not isinstance(parametrization, ChannelParametrization):
                 name = type(parametrization).__name__
                 self.elements.fix(axis, f"{module}.{tensor} is parametrized by {name}")
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, PLAIN) or (
+        isinstance(value, tuple | list) and all(isinstance(part, PLAIN) for part in value)
+    )
 
 
 def _untracked(value: Any) -> Tracked:

@@ -21,13 +21,24 @@ from elastic.widths.operations.shapes import (
     mix_dimension,
     permute,
     reduce,
-    resample,
     squeeze,
     transpose,
     unsqueeze,
 )
+from elastic.widths.operations.spatial import pad, pool, resize
 
-__all__ = ["LAYER", "TABLE", "Axes", "NotFollowed", "Role", "Rule", "Tracked", "Tracker", "register_op"]
+__all__ = [
+    "LAYER",
+    "READS_COUNTS",
+    "TABLE",
+    "Axes",
+    "NotFollowed",
+    "Role",
+    "Rule",
+    "Tracked",
+    "Tracker",
+    "register_op",
+]
 
 LAYERS: dict[Rule, Iterable[type[nn.Module]]] = {
     convolve: (nn.Conv1d, nn.Conv2d, nn.Conv3d),
@@ -39,11 +50,13 @@ LAYERS: dict[Rule, Iterable[type[nn.Module]]] = {
     flatten: (nn.Flatten,),
     unflatten: (nn.Unflatten,),
     mix_dimension: (nn.Softmax, nn.LogSoftmax, nn.Softmax2d),
-    resample: (
+    pool: (
         *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
-        *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d),
-        *(nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.Upsample),
+        *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.LPPool2d),
+        *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
     ),
+    pad: (nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d),
+    resize: (nn.Upsample,),
     broadcast: (
         *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
         *(nn.Sigmoid, nn.Tanh, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Softplus, nn.LogSigmoid),
@@ -59,10 +72,11 @@ FUNCTIONS: dict[Rule, str] = {
         hardsigmoid softplus clamp clip dropout dropout1d dropout2d dropout3d feature_dropout contiguous
         clone detach to float half bfloat16 double type type_as expand_as stochastic_depth where lerp
         addcmul""",
-    resample: """
+    pool: """
         max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
-        adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d boolean_dispatch
-        interpolate pad""",
+        adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d""",
+    pad: "pad",
+    resize: "interpolate",
     flatten: "flatten",
     unflatten: "unflatten",
     reshape: "view reshape",
@@ -77,6 +91,9 @@ FUNCTIONS: dict[Rule, str] = {
     squeeze: "squeeze",
     unsqueeze: "unsqueeze",
 }
+
+# These understand numbers computed from sizes; with any other rule such a number fixes what it counts.
+READS_COUNTS: tuple[Rule, ...] = (reshape, unflatten, split, get_item)
 
 TABLE.layers.update((kind, rule) for rule, kinds in LAYERS.items() for kind in kinds)
 TABLE.names.update((name, rule) for rule, names in FUNCTIONS.items() for name in names.split())

@@ -15,6 +15,7 @@ def convolve(tracker: Tracker, node: fx.Node) -> Axes:
     )
     channel = len(x) - len(layer.kernel_size) - 1  # 0 where there is no batch
     source = x[channel]
+    tracker.fix(x[channel + 1 :], node, "works on channels as if they were space")
     if 1 < layer.groups == layer.in_channels:
         written = tracker.begin(name, "weight", "depthwise")
         # Each input channel gives a run of as many output channels.
@@ -42,6 +43,7 @@ def project(tracker: Tracker, node: fx.Node) -> Axes:
 def normalize_channels(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow batch and instance norm: they hold one scalar (of each kind) a channel."""
     x = get_axes(get_input(node))
+    tracker.fix([x[0], *x[2:]], node, "works on channels as if they were space")
     for tensor in _list_norm_tensors(tracker.get_layer(node, nn.Module)):
         tracker.record(str(node.target), tensor, 0, "per_channel", x[1])
     return x
@@ -59,6 +61,7 @@ def normalize_groups(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow group norm: its groups grow and shrink alike, or in number where each is one channel."""
     layer, x = tracker.get_layer(node, nn.GroupNorm), get_axes(get_input(node))
     single = layer.num_groups == layer.num_channels > 1
+    tracker.fix(x[2:], node, "works on channels as if they were space")
     if x[1] is not None and not single:
         tracker.elements.tie(x[1], layer.num_groups)
         tracker.elements.mix(x[1], f"{node.target} (GroupNorm) normalises over its channels")

@@ -1,6 +1,6 @@
 """Follow channels through view, reshape, flatten and unflatten.
 
-A size written as a number fixes the channels it counts; a size computed from a tensor's own shape, or -1,
+A size written as a number fixes the channels it counts; a size computed from these channels' number, or -1,
 follows them. One axis may be cut by constant factors (channel shuffle): the cuts change alike.
 """
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from math import prod
 
 import numpy as np
-import torch
-from torch import fx
+from torch import fx, nn
 
+from elastic.widths.operations.counts import Count, Counts, get_counts
 from elastic.widths.operations.interface import (
     Axes,
     NotFollowed,
@@ -35,30 +35,44 @@ class Run:
 
 
 def flatten(tracker: Tracker, node: fx.Node) -> Axes:
-    """Follow flattening: the one dimension that it makes takes what it needs."""
-    return _carry_runs(tracker, node, frozenset(range(len(get_shape(node)))))
+    """Follow flattening: each dimension takes what it needs."""
+    return _carry_runs(tracker, node, [None] * len(get_shape(node)))
 
 
 def unflatten(tracker: Tracker, node: fx.Node) -> Axes:
-    """Follow unflattening: its sizes are numbers."""
-    return _carry_runs(tracker, node, frozenset())
+    """Follow unflattening: one dimension is given sizes, the others stay."""
+    if node.op == "call_module":
+        layer = tracker.get_layer(node, nn.Unflatten)
+        dim, sizes = layer.dim, layer.unflattened_size
+    else:
+        dim, sizes = get_argument(node, 1, "dim"), get_argument(node, 2, "sizes")
+    if not isinstance(dim, int):
+        raise NotFollowed("names its dimensions")
+    source = get_input(node)
+    counts: list[Count | None] = [None] * len(get_shape(source))
+    counts[dim % len(counts) : dim % len(counts) + 1] = _read_sizes(get_counts(sizes))
+    return _carry_runs(tracker, node, counts)
 
 
 def reshape(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow a view or a reshape: sizes are given one by one, or as another's shape."""
     sizes = get_argument(node, 1, "shape", "size")
-    if isinstance(get_value(sizes), torch.Size):
-        computed = [isinstance(sizes, fx.Node)] * len(get_shape(node))
-    else:
-        listed = list_arguments(node, 1, "shape", "size")
-        computed = [isinstance(size, fx.Node) or size == -1 for size in listed]
-        if len(computed) != len(get_shape(node)):
-            raise NotFollowed("is given no sizes")  # another type of numbers, say
-    return _carry_runs(tracker, node, frozenset(d for d, free in enumerate(computed) if free))
+    if not isinstance(get_value(sizes), tuple | list):
+        sizes = list_arguments(node, 1)
+    counts = _read_sizes(get_counts(sizes))
+    if len(counts) != len(get_shape(node)):
+        raise NotFollowed("is given no sizes")  # but another type of numbers, say
+    return _carry_runs(tracker, node, counts)
 
 
-def _carry_runs(tracker: Tracker, node: fx.Node, free: frozenset[int]) -> Axes:
-    """Carry each run of dimensions on its own; `free` dimensions of the output follow the channels."""
+def _read_sizes(counts: Counts) -> list[Count | None]:
+    """Read sizes; None stands for -1, which takes what the others leave."""
+    listed = [counts] if isinstance(counts, Count) else counts
+    return [None if not count.terms and count.constant == -1 else count for count in listed]
+
+
+def _carry_runs(tracker: Tracker, node: fx.Node, sizes: Sequence[Count | None]) -> Axes:
+    """Carry each run of dimensions on its own to the given sizes."""
     source = get_input(node)
     x, before, after = get_axes(source), get_shape(source), get_shape(node)
     if 0 in before:
@@ -69,19 +83,29 @@ def _carry_runs(tracker: Tracker, node: fx.Node, free: frozenset[int]) -> Axes:
         if all(axis is None for axis in axes):
             continue
         merged = merge_axes(axes, [before[d] for d in run.before])
-        target = _find_target(run, after, free, merged)
+        target = _find_target(run, after, sizes, merged)
         if merged is None or target is None:
             tracker.fix(axes, node, "fixes the number of channels")
         else:
             y[target] = _cut(tracker, merged, [after[d] for d in run.after], target - run.after.start)
+    for axis, size in zip(y, sizes, strict=True):
+        if size is not None and (axis is not None or size.terms) and not size.counts(axis, tracker.elements):
+            tracker.fix([axis, *size.axes], node, "is given a size that counts other channels")
     return tuple(y)
 
 
-def _find_target(run: Run, after: Sequence[int], free: frozenset[int], merged: Axis | None) -> int | None:
-    """Find the one dimension after that can follow the channels: free, and the only such that is not 1."""
-    candidates = [d for d in run.after if d in free]
+def _find_target(
+    run: Run, after: Sequence[int], sizes: Sequence[Count | None], merged: Axis | None
+) -> int | None:
+    """Find the one dimension after that can follow the channels.
+
+    It is the one whose size is computed from channels, or else the one that takes what the others leave; of
+    those of size 1 the first will do, where there is but a single channel.
+    """
+    computed = [d for d in run.after if (size := sizes[d]) is not None and size.terms]
+    candidates = computed or [d for d in run.after if sizes[d] is None]
     longer = [d for d in candidates if after[d] > 1]
-    if not longer and merged is not None and merged.size == 1:  # a single channel: the first will do
+    if not longer and merged is not None and merged.size == 1:
         return next(iter(candidates), None)
     return longer[0] if len(longer) == 1 else None
 

@@ -1,10 +1,9 @@
-"""Follow channels where dimensions change places, come, or go; and where only space changes."""
+"""Follow channels where dimensions change places, come, or go."""
 
 from torch import fx, nn
 
 from elastic.widths.operations.interface import (
     Axes,
-    NotFollowed,
     Tracker,
     get_argument,
     get_axes,
@@ -68,14 +67,3 @@ def mix_dimension(tracker: Tracker, node: fx.Node) -> Axes:
         dim = get_argument(node, 1, "dim")
     tracker.fix(x if dim is None else [x[dim]], node, "mixes channels")
     return x
-
-
-def resample(tracker: Tracker, node: fx.Node) -> Axes:
-    """Follow pooling, padding and resizing: they work on space, channels pass through."""
-    source = get_input(node)
-    x, before, after = get_axes(source), get_shape(source), get_shape(node)
-    if len(before) != len(after):
-        raise NotFollowed("changes the number of dimensions")
-    changed = [d for d in range(len(x)) if before[d] != after[d]]
-    tracker.fix([x[d] for d in changed], node, "changes the number of channels")
-    return tuple(None if d in changed else axis for d, axis in enumerate(x))

@@ -1,0 +1,57 @@
+"""Follow channels past what works on space: pooling, padding, resizing."""
+
+import re
+from collections.abc import Iterable
+
+from torch import fx, nn
+
+from elastic.widths.operations.interface import (
+    Axes,
+    NotFollowed,
+    Tracker,
+    get_argument,
+    get_axes,
+    get_input,
+    get_shape,
+    get_value,
+)
+
+
+def pool(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow pooling: it works on the last dimensions, of which its name says the number."""
+    if node.op == "call_module":
+        name = type(tracker.get_layer(node, nn.Module)).__name__
+    else:
+        name = getattr(node.target, "__name__", str(node.target))
+    digit = re.search("([123])d", name)
+    if digit is None:
+        raise NotFollowed("does not say on how many dimensions it works")
+    return _pass_beside(tracker, node, range(-int(digit[1]), 0))
+
+
+def pad(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow padding: it is given two numbers a dimension, the last one first."""
+    if node.op == "call_module":
+        padding = getattr(tracker.get_layer(node, nn.Module), "padding")  # noqa: B009
+    else:
+        padding = get_argument(node, 1, "pad")
+    amounts = [get_value(amount) for amount in get_value(padding)]
+    pairs = zip(amounts[::2], amounts[1::2], strict=True)
+    return _pass_beside(tracker, node, [-1 - i for i, pair in enumerate(pairs) if any(pair)])
+
+
+def resize(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow resizing: it works on all dimensions but batch and channels."""
+    return _pass_beside(tracker, node, range(2 - len(get_shape(node)), 0))
+
+
+def _pass_beside(tracker: Tracker, node: fx.Node, dims: Iterable[int]) -> Axes:
+    """Let all axes pass but those on the given dimensions, counted from the end, which are fixed."""
+    source = get_input(node)
+    x, before, after = list(get_axes(source)), get_shape(source), get_shape(node)
+    for d in dims:
+        is_same = before[d] == after[d]
+        reason = "works on channels as if they were space" if is_same else "changes the number of channels"
+        tracker.fix([x[d]], node, reason)
+        x[d] = None
+    return tuple(x)

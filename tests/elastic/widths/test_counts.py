@@ -1,0 +1,114 @@
+"""Numbers computed from sizes: followed where they count the channels they stand for, else refused."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from elastic.errors import StructureError
+from elastic.surgery.checking import fix_wrong_widths
+from elastic.widths.discovery import discover, find_widths
+from tests.elastic.widths.odd import between
+from tests.elastic.zoo import conv
+
+X = torch.randn(2, 3, 6, 8, generator=torch.Generator().manual_seed(0))
+
+
+def unpack_own(m, x: Tensor) -> Tensor:
+    b, c, h, w = x.shape
+    return x.reshape(b, c, h * w).reshape(b, c, h, w)
+
+
+def unpack_anothers(m, x: Tensor) -> Tensor:
+    b, c, h, w = x.shape
+    return m.one(x).reshape(b, c, h * w).reshape(b, c, h, w)
+
+
+def shuffle_by_shape(m, x: Tensor) -> Tensor:
+    b, c, h, w = x.shape
+    return x.reshape(b, 2, c // 2, h, w).transpose(1, 2).reshape(b, -1, h, w)
+
+
+def attend(m, x: Tensor) -> Tensor:
+    """Attend over positions, by the number of channels (arXiv 1805.08318, section 3)."""
+    b, c, h, w = x.shape
+    weights = torch.softmax((x.flatten(2) * c**-0.5).mean(1, keepdim=True), -1)
+    return x * weights.view(b, 1, h, w)
+
+
+FOLLOWED: dict[str, Callable[[], nn.Module]] = {
+    "own shape, unpacked": lambda: between(unpack_own),
+    "size() of each": lambda: between(lambda m, x: x.view(x.size(0), x.size(1), -1).view(x.size())),
+    "own shape, joined": lambda: between(lambda m, x: x.view(x.shape[:2] + (-1,)).view(x.shape)),
+    "product of sizes": lambda: between(
+        lambda m, x: m.up(x.reshape(x.shape[0], x.shape[1] * x.shape[2] * x.shape[3]))[..., None, None],
+        up=nn.Linear(8 * 48, 8),
+    ),
+    "number of entries": lambda: between(
+        lambda m, x: m.up(x.reshape(x.shape[0], x.numel() // x.shape[0]))[..., None, None],
+        up=nn.Linear(8 * 48, 8),
+    ),
+    "channel shuffle": lambda: between(shuffle_by_shape),
+    "unflattened": lambda: between(lambda m, x: x.unflatten(1, (2, x.shape[1] // 2)).flatten(1, 2)),
+    "first half": lambda: between(lambda m, x: x[:, : x.shape[1] // 2], reads=4),
+    "quarter and rest": lambda: between(
+        lambda m, x: torch.cat([x[:, : x.shape[1] // 4], F.relu(x[:, x.shape[1] // 4 :])], 1)
+    ),
+    "split in half": lambda: between(lambda m, x: x.split(x.shape[1] // 2, 1)[1], reads=4),
+    "split by a list": lambda: between(
+        lambda m, x: x.split([x.shape[1] // 4, x.shape[1] - x.shape[1] // 4], 1)[1], reads=6
+    ),
+    "computed from space": lambda: between(lambda m, x: x * x.shape[3] ** -0.5),
+}
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "scaled by channels": (lambda: between(lambda m, x: x * x.shape[1] ** -0.5), "computes with the number"),
+    "divided by channels": (lambda: between(lambda m, x: x / x.size(1)), "computes with the number"),
+    "attention": (lambda: between(attend), "computes with the number"),
+    "another's shape": (lambda: between(unpack_anothers, one=conv(8, 8)), "counts other channels"),
+    "view of another's shape": (
+        lambda: between(lambda m, x: m.one(x).view(x.shape), one=conv(8, 8)),
+        "counts other channels",
+    ),
+    "all but four": (lambda: between(lambda m, x: x[:, : x.shape[1] - 4], reads=4), "fixes the number"),
+    "from four on": (lambda: between(lambda m, x: x[:, x.shape[1] - 4 :], reads=4), "fixes the number"),
+    "rounded": (lambda: between(lambda m, x: x[:, : x.shape[1] // 3], reads=2), "fixes the number"),
+    "split at four": (
+        lambda: between(lambda m, x: x.split([4, x.shape[1] - 4], 1)[0], reads=4),
+        "fixes the number",
+    ),
+    "ones of that shape": (
+        lambda: between(lambda m, x: x * x.new_ones(x.shape[1], 1, 1)),
+        "computes with the number",
+    ),
+}
+
+
+@pytest.mark.parametrize("build", FOLLOWED.values(), ids=FOLLOWED)
+def test_a_size_that_counts_its_channels_is_followed(build: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = build()
+    widths = discover(model, X)
+    assert "stem" in widths
+    names = list(widths)
+    fix_wrong_widths(model, widths)
+    assert list(widths) == names
+
+
+@pytest.mark.parametrize(("build", "reason"), REFUSED.values(), ids=REFUSED)
+def test_another_number_fixes_the_channels_it_is_computed_from(
+    build: Callable[[], nn.Module], reason: str
+) -> None:
+    torch.manual_seed(0)
+    widths = find_widths(build(), X)
+    assert reason in widths.fixed["stem"]
+
+
+def test_an_assertion_on_channels_fixes_them() -> None:
+    def forward(m, x: Tensor) -> Tensor:
+        torch._assert(x.shape[1] == 8, "eight channels")
+        return x
+
+    with pytest.raises(StructureError, match="computes with the number of channels"):
+        find_widths(between(forward), X)["stem"]
