@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,9 +13,8 @@ from elastic.pruning.compaction import compact
 from elastic.pruning.gates import Grain
 from elastic.pruning.live import count_live_macs, count_live_params, find_live_entries, read_entries
 from elastic.widths.discovery import Widths, discover
-from tests.elastic.zoo import CASES, Case
-
-every_grain = pytest.mark.parametrize("grain", ["weight", "kernel", "channel"])
+from tests.elastic.pruning.grains import every_case_and_grain, every_grain
+from tests.elastic.zoo import Case
 
 
 def close_at_random(net: nn.Module, rate: float, seed: int = 0) -> None:
@@ -55,8 +53,7 @@ def find_masks(model: nn.Module, widths: Widths) -> dict[tuple[str, str], Tensor
             return masks
 
 
-@every_grain
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@every_case_and_grain
 def test_live_entries_entry_by_entry(case: Case, grain: Grain) -> None:
     net, x = case.model(), case.example()
     widths = discover(net, x)
