@@ -27,6 +27,7 @@ from elastic.measure.timing import Network, choose_fastest
 from elastic.models import convnet, resnet20, vgg16_bn
 from elastic.pruning import gates
 from elastic.pruning.compaction import compact
+from elastic.pruning.folding import fold_gates
 from elastic.surgery.reindexing import grow_index, reindex
 from elastic.training.compilation import compile_network
 from elastic.widths.discovery import discover
@@ -78,7 +79,7 @@ def compacted_forward(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work]:
     gates.attach_gates(net, widths, "channel")
     for _, _, gate in gates.iterate_gates(net):
         gate.score.data[::2] = -1
-    return forward(compact(net, x_BCHW), x_BCHW), forward(gates.fold_gates(net).eval(), x_BCHW)
+    return forward(compact(net, x_BCHW), x_BCHW), forward(fold_gates(net).eval(), x_BCHW)
 
 
 def growth(net: nn.Module, x_BCHW: Tensor) -> tuple[Work, Work]:

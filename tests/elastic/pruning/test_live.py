@@ -10,8 +10,10 @@ from elastic.measure.counts import count_macs, count_macs_per_weight, count_para
 from elastic.models import convnet, resnet20
 from elastic.pruning import gates
 from elastic.pruning.compaction import compact
+from elastic.pruning.folding import compute_mask
 from elastic.pruning.gates import Grain
 from elastic.pruning.live import count_live_macs, count_live_params, find_live_entries, read_entries
+from elastic.pruning.ranking import reopen_gates
 from elastic.widths.discovery import Widths, discover
 from tests.elastic.pruning.grains import every_case_and_grain, every_grain
 from tests.elastic.zoo import Case
@@ -31,7 +33,7 @@ def close_at_random(net: nn.Module, rate: float, seed: int = 0) -> None:
 def find_masks(model: nn.Module, widths: Widths) -> dict[tuple[str, str], Tensor]:
     """Find which entries live, by the definition: entry by entry, until nothing changes."""
     slots = [slot for width in widths.values() for slot in width.slots if slot.tensor in ("weight", "bias")]
-    masks = {(s.module, s.tensor): gates.compute_mask(model.get_submodule(s.module), s.tensor) for s in slots}
+    masks = {(s.module, s.tensor): compute_mask(model.get_submodule(s.module), s.tensor) for s in slots}
     while True:
         before = {key: mask.clone() for key, mask in masks.items()}
         for name, width in widths.items():
@@ -104,7 +106,7 @@ def test_the_device_is_read_once(grain: Grain) -> None:
         lambda: count_live_params(net, widths),
         lambda: count_live_macs(net, widths, uses),
         lambda: gates.count_open(net),
-        lambda: gates.reopen_gates(net, 0.0),
+        lambda: reopen_gates(net, 0.0),
         lambda: count_params(net),
     )
     for look in looks:
