@@ -16,6 +16,7 @@ from elastic.pruning.budget import Budget
 from elastic.pruning.fitting import fit_gates_to_budget, measure_compacted, report_budget
 from elastic.pruning.gates import Grain
 from elastic.pruning.penalty import add_penalty_gradient
+from elastic.pruning.ranking import keep_best_gates, reopen_gates
 from elastic.training.progress import is_last_epoch, measure_epoch_progress, measure_step_progress
 
 EVERY = 10  # batches between two looks at what is open
@@ -137,7 +138,7 @@ class PruneByGates(ElasticCallback):
         with self.structure.changing():
             if self.budget is not None:  # its controller has come near to it
                 size = partial(measure_compacted, net, self.structure.example, self.by, count_zeros=True)
-                fit_gates_to_budget(net, self.budget.target, gates.keep_best_gates, size)
+                fit_gates_to_budget(net, self.budget.target, keep_best_gates, size)
             gates.freeze_gates(net)
 
     def _steer(self, trainer: L.Trainer) -> None:
@@ -150,7 +151,7 @@ class PruneByGates(ElasticCallback):
             self.is_above_path = size > path
             if size < LEAST * path:
                 least = gates.count_open(net) * path / size
-        gates.reopen_gates(net, least)
+        reopen_gates(net, least)
 
     def _set_prices(self) -> None:
         """Set what a weight of each layer costs, relative to the average."""

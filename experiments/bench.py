@@ -25,6 +25,7 @@ from elastic.measure.timing import choose_fastest
 from elastic.models import convnet, resnet20, vgg16_bn
 from elastic.pruning import gates
 from elastic.pruning.compaction import compact
+from elastic.pruning.folding import fold_gates
 from elastic.surgery.reindexing import grow_index, reindex
 from elastic.training.compilation import compile_network
 from elastic.widths.discovery import discover
@@ -62,7 +63,7 @@ def make_compacted_forward(net: nn.Module, x_BCHW: Tensor) -> Pair:
     gates.attach_gates(net, discover(net, x_BCHW), "channel")
     for _, _, gate in gates.iterate_gates(net):
         gate.score.data[::2] = -1
-    masked = gates.fold_gates(net).eval()
+    masked = fold_gates(net).eval()
     return make_forward(compact(net, x_BCHW), x_BCHW), make_forward(masked, x_BCHW)
 
 

@@ -22,7 +22,7 @@ from elastic.pruning.constants import (
     read_constants,
 )
 from elastic.pruning.dead import find_unread, find_unwritten, list_kept
-from elastic.pruning.gates import fold_gates
+from elastic.pruning.folding import fold_gates
 from elastic.surgery.reindexing import reindex
 from elastic.widths.discovery import Width, Widths, find_widths
 from elastic.widths.tracing import find_following_norms

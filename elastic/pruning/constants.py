@@ -84,8 +84,8 @@ def _find_constants(layer: nn.Module, x: Tensor) -> Tensor:
     """Give the value of each channel that is the same everywhere in all samples, NaN for the others."""
     channel = x.dim() - get_weight(layer).dim() + 1
     others = [dim for dim in range(x.dim()) if dim != channel]
-    low, high = x.detach().amin(others), x.detach().amax(others)
-    return torch.where(high - low <= SPREAD * (1 + high.abs()), (low + high) / 2, torch.nan)
+    lower, upper = x.detach().amin(others), x.detach().amax(others)
+    return torch.where(upper - lower <= SPREAD * (1 + upper.abs()), (lower + upper) / 2, torch.nan)
 
 
 def has_forward_of(layer: nn.Module, forwards: Iterable[Callable[..., Tensor]]) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic.pruning.constants import observe_constants, read_constants
-from elastic.pruning.gates import compute_mask
+from elastic.pruning.folding import compute_mask
 from elastic.widths.discovery import Slot, Width, Widths
 from elastic.widths.tracing import preserve_modes
 

@@ -17,9 +17,9 @@ from elastic.pruning.gates import (
     count_open,
     count_open_gates,
     iterate_gates,
-    keep_best_gates,
     set_score,
 )
+from elastic.pruning.ranking import keep_best_gates
 from elastic.widths.parameters import get_weight
 
 TOLERANCE = 0.02  # of a budget
@@ -61,30 +61,30 @@ def fit_gates_to_budget(
 
 
 def search_count(
-    measure_excess: Callable[[int], float], low: int, low_excess: float, high: int, high_excess: float
+    measure_excess: Callable[[int], float], lower: int, lower_excess: float, upper: int, upper_excess: float
 ) -> int:
-    """Find the largest count without excess between `low`, which has none, and `high`.
+    """Find the largest count without excess between `lower`, which has none, and `upper`.
 
     The size is nearly linear in the weights kept, so that regula falsi needs a few tries where halving needs
     log2 of the number of weights. An end that stays twice counts half the second time (Illinois, Dowell &
     Jarratt 1971), or the search would creep towards it.
     """
-    if high_excess <= 0:
-        return high
+    if upper_excess <= 0:
+        return upper
     last_excess = 0.0
-    while high - low > 1 and low_excess < 0:
+    while upper - lower > 1 and lower_excess < 0:
         # Where the line through both ends meets zero, but inside of them.
-        count = round(low + (high - low) * low_excess / (low_excess - high_excess))
-        count = min(max(count, low + 1), high - 1)
+        count = round(lower + (upper - lower) * lower_excess / (lower_excess - upper_excess))
+        count = min(max(count, lower + 1), upper - 1)
         excess = measure_excess(count)
         if excess <= 0:
-            low, low_excess = count, excess
-            high_excess /= 2 if last_excess < 0 else 1
+            lower, lower_excess = count, excess
+            upper_excess /= 2 if last_excess < 0 else 1
         else:
-            high, high_excess = count, excess
-            low_excess /= 2 if last_excess > 0 else 1
+            upper, upper_excess = count, excess
+            lower_excess /= 2 if last_excess > 0 else 1
         last_excess = excess
-    return low
+    return lower
 
 
 def measure_compacted(

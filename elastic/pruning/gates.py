@@ -7,7 +7,6 @@ re-open where the loss asks for it. GNAP (arXiv 2603.19759) does not publish its
 straight-through idea is Bengio et al., arXiv 1308.3432.
 """
 
-import copy
 from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
@@ -16,15 +15,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from elastic.errors import OptionError
-from elastic.measure.counts import list_chains
 from elastic.widths.discovery import Widths
-from elastic.widths.parameters import ChannelParametrization, get_original, get_weight, list_parametrizations
+from elastic.widths.parameters import ChannelParametrization, get_weight, list_parametrizations
 from elastic.widths.tracing import find_following_norms
 
 Grain = Literal["weight", "kernel", "channel"]
 START = 1.0
-REOPENED = 0.3  # the score of a gate that is opened again
-MARGIN = 1e-3  # gates opened or closed by rank are at least so far from the threshold
 
 
 class _Step(torch.autograd.Function):
@@ -113,9 +109,9 @@ def find_grain(model: nn.Module) -> Grain | None:
     dims = [(len(gate.dims), get_weight(layer).dim()) for _, layer, gate in iterate_gates(model)]
     if not dims:
         return None
-    if all(kept == 1 for kept, _ in dims):
+    if all(depth == 1 for depth, _ in dims):
         return "channel"
-    return "kernel" if all(kept == 2 < of_weight for kept, of_weight in dims if of_weight > 2) else "weight"
+    return "kernel" if all(depth == 2 for depth, of_weight in dims if of_weight > 2) else "weight"
 
 
 def compute_penalty(model: nn.Module) -> Tensor:
@@ -148,55 +144,9 @@ def freeze_gates(model: nn.Module) -> None:
         gate.score.grad = None
 
 
-# --- opening and closing ----------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def keep_best_gates(model: nn.Module, count: float) -> None:
-    """Open the gates of highest score as far as `count` allows, and close the others.
-
-    A gate takes the price of the weights behind it off `count`, 1 a weight unless the penalty is on MACs.
-    Of every layer the best gate stays, whatever `count` is.
-    """
-    layers = [(gate, compute_worth(layer, gate)) for _, layer, gate in iterate_gates(model)]
-    sizes = [gate.score.numel() for gate, _ in layers]
-    scores = torch.cat([gate.score.flatten() for gate, _ in layers]).cpu()
-    prices = torch.cat([torch.full((size,), worth) for size, (_, worth) in zip(sizes, layers, strict=True)])
-    starts = torch.tensor([0, *sizes[:-1]]).cumsum(0)
-    best = starts + torch.stack([part.argmax() for part in scores.split(sizes)])
-    # The best of each layer come first, so that the others share what is left of `count`. The order is
-    # stable: gates that nothing has moved yet have equal scores.
-    ranking = scores.index_fill(0, best, torch.inf).sort(descending=True, stable=True).indices
-    is_open = torch.zeros(len(scores), dtype=torch.bool)
-    is_open[ranking] = prices[ranking].cumsum(0) <= count
-    is_open[best] = True
-    for (gate, _), part in zip(layers, is_open.split(sizes), strict=True):
-        mask = part.view(gate.score.shape).to(gate.score.device)
-        set_score(gate, gate.score.clamp(min=MARGIN).where(mask, gate.score.clamp(max=-MARGIN)))
-
-
-@torch.no_grad()
-def reopen_gates(model: nn.Module, least: float) -> None:
-    """Open shut gates, of highest score first, until about `least` weights (Σ price) stay, and one a layer.
-
-    Penalties shut gates that are alike in the same few steps. A layer whose gates are all shut passes nothing
-    on, and no gradient comes that could open one again.
-    """
-    if least == 0 and all(count_open_gates(model)):
-        return
-    scores = {gate: gate.score.clone() for _, _, gate in iterate_gates(model)}
-    keep_best_gates(model, least)
-    for gate, score in scores.items():
-        is_reopened = (score <= 0) & (gate.score > 0)
-        set_score(gate, score.masked_fill_(is_reopened, REOPENED))
-
-
 def set_score(gate: Gate, score: Tensor) -> None:
     """Set a gate's score, in the memory format that it has: a resumed run must not differ."""
     gate.score.data.copy_(score)
-
-
-# --- counting and folding -----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -215,41 +165,3 @@ def count_open(model: nn.Module) -> float:
 def count_gated(model: nn.Module) -> float:
     """Sum the price of all gated weights."""
     return sum(gate.price * get_weight(layer).numel() for _, layer, gate in iterate_gates(model))
-
-
-@torch.no_grad()
-def compute_mask(layer: nn.Module, tensor: str) -> Tensor:
-    """Compute what the gates of a layer's tensor let through: 1 or 0 an entry, 1 where there is no gate."""
-    stored = get_original(layer, tensor)
-    assert stored is not None
-    mask = torch.ones_like(stored)
-    for gate in list_parametrizations(layer, tensor):
-        mask = gate(mask)
-    return mask
-
-
-def fold_gates(model: nn.Module) -> nn.Module:
-    """Make a plain copy of a model, whose weights hold what the gates left of them."""
-    plain = copy.deepcopy(model)
-    for module in plain.modules():
-        if parametrize.is_parametrized(module):
-            _fold(module)
-    return plain
-
-
-def _fold(module: nn.Module) -> None:
-    """Make parametrized tensors ordinary parameters.
-
-    `parametrize.remove_parametrizations` would strip the class, which all copies of the model share.
-    """
-    values = {}
-    for name, chain in list_chains(module).items():
-        is_trained = all(stored.requires_grad for stored in chain.parameters(recurse=False))
-        values[name] = nn.Parameter(getattr(module, name).detach().clone(), is_trained)
-    del module._modules["parametrizations"]
-    module.__class__ = type(module).__bases__[0]
-    # Parameters that were gated come first, as they did when the layer was made.
-    others = dict(module._parameters)
-    module._parameters.clear()
-    for name, value in (*values.items(), *others.items()):
-        module.register_parameter(name, value)

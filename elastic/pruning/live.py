@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from elastic.measure.counts import count_nonzero
-from elastic.pruning.gates import compute_mask
+from elastic.pruning.folding import compute_mask
 from elastic.widths.discovery import Slot, Width, Widths
 
 Key = tuple[str, str]  # (layer, tensor)
@@ -108,7 +108,7 @@ def read_entries(model: nn.Module, widths: Widths) -> tuple[int, dict[Key, Entri
             dims.setdefault((slot.module, slot.tensor), set()).add(slot.dim)
     counts = {key: _count(model.get_submodule(key[0]), key[1], dims[key]) for key in dims}
     flat = [count.flatten() for count in counts.values()]
-    params, *read = torch.cat([count_nonzero(model)[None], *flat]).cpu().split([1, *map(len, flat)])
+    params, *read = torch.cat([count_nonzero(model)[None].int(), *flat]).cpu().split([1, *map(len, flat)])
     arrays = [part.numpy().reshape(count.shape) for part, count in zip(read, counts.values(), strict=True)]
     return int(params), {
         key: Entries(tuple(sorted(dims[key])), *array) for key, array in zip(dims, arrays, strict=True)

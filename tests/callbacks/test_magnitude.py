@@ -16,6 +16,7 @@ from elastic.experiments.train import train
 from elastic.measure import counts
 from elastic.pruning import gates
 from elastic.pruning.compaction import compact
+from elastic.pruning.folding import fold_gates
 from elastic.training.classifier import ElasticClassifier
 from tests.fitted import EXACT, Spy, batch, fit, outputs, prepare
 from tests.resuming import assert_same_run, kill
@@ -107,7 +108,7 @@ def test_nothing_trains_the_gates_and_the_loss_is_the_tasks(tmp_path: Path) -> N
     def before_step(trainer: Any, module: Any, given: Any, index: int) -> None:
         x_BCHW, y_B = given
         if index == 0:
-            task.append(F.cross_entropy(gates.fold_gates(module.net).train()(x_BCHW), y_B).item())
+            task.append(F.cross_entropy(fold_gates(module.net).train()(x_BCHW), y_B).item())
         assert all(not gate.score.requires_grad for _, _, gate in gates.iterate_gates(module.net))
 
     def after_step(trainer: Any, module: Any, out: Any, given: Any, index: int) -> None:

@@ -15,6 +15,7 @@ from elastic.errors import StructureError
 from elastic.levels.cutting import extract_level, find_nestable
 from elastic.levels.nested import Levels
 from elastic.pruning import gates
+from elastic.pruning.folding import fold_gates
 from elastic.surgery.layers import NORMS
 from elastic.surgery.reindexing import reindex
 from elastic.widths.discovery import Widths, discover
@@ -482,5 +483,5 @@ def test_a_gated_network_is_refused(grain: Any) -> None:
     with pytest.raises(StructureError, match="a gated network has no levels") as caught:
         Levels(net, widths, halves(widths))
     assert "\n" not in str(caught.value)
-    folded = gates.fold_gates(net)
+    folded = fold_gates(net)
     assert len(Levels(folded, discover(folded, x), halves(widths))) == 2

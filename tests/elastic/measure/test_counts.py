@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from elastic.measure.counts import census, count_macs, count_macs_by_layer, count_params, count_params_dense
 from elastic.models import convnet, resnet20
 from elastic.pruning import gates
+from elastic.pruning.folding import fold_gates
 from elastic.pruning.gates import Grain
 from elastic.widths.discovery import discover
 from tests.elastic.zoo import CASES, Case, Net, conv, differences, head, states
@@ -158,7 +159,7 @@ def test_parameters_of_a_gated_model(grain: Grain) -> None:
     lost = 27 + 3 if grain == "channel" else 27  # with its bias and the norm's two
     assert count_params(net) == dense - lost
     assert count_params_dense(net) == dense
-    assert count_params(net) == count_params(gates.fold_gates(net))
+    assert count_params(net) == count_params(fold_gates(net))
     net[0].parametrizations["weight"].original.data[0, 0, 0, 0] = 0
     assert count_params(net) == dense - lost - 1
 

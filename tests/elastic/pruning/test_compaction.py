@@ -19,9 +19,11 @@ from elastic.pruning import compaction, gates
 from elastic.pruning.compaction import TINY, compact
 from elastic.pruning.constants import keeps_constants, observe_constants
 from elastic.pruning.dead import find_removable_channels
+from elastic.pruning.gates import Grain
 from elastic.surgery.reindexing import reindex
 from elastic.widths.discovery import discover
 from elastic.widths.parameters import get_original, get_weight
+from tests.elastic.pruning.grains import every_case_and_grain
 from tests.elastic.zoo import CASES, Case, Net, conv, differences, head, states
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -209,21 +211,12 @@ def evaluated(net: nn.Module, x: Tensor = X) -> Tensor:
 # --- properties -----------------------------------------------------------------------------------------
 
 
-@given(net=networks())
-@settings(slow_to_draw, max_examples=80)
-def test_a_compacted_network_computes_the_same(net: nn.Module) -> None:
-    small = compact(net, X)
+def check_function(net: nn.Module, small: nn.Module) -> None:
     close(evaluated(small), evaluated(net))
     close(evaluated(small, 3 * X + 1), evaluated(net, 3 * X + 1))
 
 
-@given(net=networks())
-@settings(slow_to_draw, max_examples=20)
-def test_a_compacted_network_is_plain_and_never_larger(net: nn.Module) -> None:
-    before, drawn = states(net), torch.get_rng_state()
-    small = compact(net, X)
-    assert torch.equal(torch.get_rng_state(), drawn)
-    assert not differences(before, states(net))
+def check_size(net: nn.Module, small: nn.Module) -> None:
     assert not any(module._forward_pre_hooks for module in (*net.modules(), *small.modules()))
     assert not any(parametrize.is_parametrized(module) for module in small.modules())
     assert not any(module.training for module in small.modules())
@@ -233,21 +226,15 @@ def test_a_compacted_network_is_plain_and_never_larger(net: nn.Module) -> None:
         assert not ((parameter != 0) & (parameter.abs() < TINY)).any()
 
 
-@given(net=networks())
-@settings(slow_to_draw, max_examples=20)
-def test_compacting_twice_changes_nothing_more(net: nn.Module) -> None:
-    once = compact(net, X)
-    twice = compact(once, X)
-    assert repr(twice) == repr(once)
-    for (name, tensor), its in zip(twice.state_dict().items(), once.state_dict().values(), strict=True):
-        assert torch.equal(tensor, its), name
+def check_rest(small: nn.Module) -> None:
+    again = compact(small, X)
+    assert repr(again) == repr(small)
+    for (name, tensor), before in zip(again.state_dict().items(), small.state_dict().values(), strict=True):
+        assert torch.equal(tensor, before), name
 
 
-@given(net=networks())
-@settings(slow_to_draw, max_examples=10)
-def test_a_compacted_network_trains(net: nn.Module) -> None:
-    small = compact(net, X).train()
-    optimizer = torch.optim.Adam(small.parameters(), lr=1e-3)
+def check_training(small: nn.Module) -> None:
+    optimizer = torch.optim.Adam(small.train().parameters(), lr=1e-3)
     for _ in range(2):
         optimizer.zero_grad()
         F.cross_entropy(small(X), torch.arange(4)).backward()
@@ -256,37 +243,70 @@ def test_a_compacted_network_trains(net: nn.Module) -> None:
     assert torch.isfinite(evaluated(small)).all()
 
 
-@given(net=networks())
-@settings(slow_to_draw, max_examples=25)
-def test_dropping_what_is_silent_changes_nothing(net: nn.Module) -> None:
+def check_removal(net: nn.Module) -> None:
     widths = discover(net, X)
-    before, drawn, sizes = states(net), torch.get_rng_state(), widths.sizes()
+    before, drawn, first = states(net), torch.get_rng_state(), widths.sizes()
     keep = find_removable_channels(net, widths, X)
     assert torch.equal(torch.get_rng_state(), drawn)
     assert not differences(before, states(net))
     assert not any(module._forward_pre_hooks for module in net.modules())
     for name, index in keep.items():
-        assert 0 < len(index) < sizes[name]
+        assert 0 < len(index) < first[name]
         assert index.tolist() == sorted(set(index.tolist()))
     expected = evaluated(net)
     reindex(net, widths, keep)
     close(evaluated(net), expected)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("grain", ["weight", "kernel", "channel"])
-def test_every_structure_that_can_be_followed_can_be_compacted(case: Case, grain: gates.Grain) -> None:
+@given(net=networks())
+@settings(slow_to_draw, max_examples=40)
+def test_a_compacted_network_computes_the_same_and_is_never_larger(net: nn.Module) -> None:
+    before, drawn = states(net), torch.get_rng_state()
+    small = compact(net, X)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert not differences(before, states(net))
+    check_function(net, small)
+    check_size(net, small)
+
+
+@given(net=networks())
+@settings(slow_to_draw, max_examples=8)
+def test_compacting_twice_changes_nothing_more_and_the_network_trains(net: nn.Module) -> None:
+    small = compact(net, X)
+    check_rest(small)
+    check_training(small)
+
+
+@given(net=networks())
+@settings(slow_to_draw, max_examples=15)
+def test_dropping_what_is_silent_changes_nothing(net: nn.Module) -> None:
+    check_removal(net)
+
+
+@pytest.mark.slow
+@given(net=networks())
+@settings(slow_to_draw, max_examples=400)
+def test_all_of_it_holds_for_many_networks(net: nn.Module) -> None:
+    small = compact(net, X)
+    check_function(net, small)
+    check_size(net, small)
+    check_rest(small)
+    check_training(small)
+    check_removal(net)
+
+
+@every_case_and_grain
+def test_every_structure_that_can_be_followed_can_be_compacted(case: Case, grain: Grain) -> None:
     x = case.example()
-    for seed, rate in ((0, 0.3), (1, 0.8)):
-        net = case.model(seed)
-        shaken(net)
-        gates.attach_gates(net, discover(net, x), grain)
-        shut(net, rate)
-        close(evaluated(compact(net, x), x), evaluated(net, x))
-        widths = discover(net, x)
-        expected = evaluated(net, x)
-        reindex(net, widths, find_removable_channels(net, widths, x))
-        close(evaluated(net, x), expected)
+    net = case.model()
+    shaken(net)
+    widths = discover(net, x)
+    gates.attach_gates(net, widths, grain)
+    shut(net, 0.6)
+    expected = evaluated(net, x)
+    close(evaluated(compact(net, x), x), expected)
+    reindex(net, widths, find_removable_channels(net, widths, x))
+    close(evaluated(net, x), expected)
 
 
 # --- by hand ---------------------------------------------------------------------------------------------

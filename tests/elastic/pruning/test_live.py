@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -11,12 +10,13 @@ from elastic.measure.counts import count_macs, count_macs_per_weight, count_para
 from elastic.models import convnet, resnet20
 from elastic.pruning import gates
 from elastic.pruning.compaction import compact
+from elastic.pruning.folding import compute_mask
 from elastic.pruning.gates import Grain
 from elastic.pruning.live import count_live_macs, count_live_params, find_live_entries, read_entries
+from elastic.pruning.ranking import reopen_gates
 from elastic.widths.discovery import Widths, discover
-from tests.elastic.zoo import CASES, Case
-
-every_grain = pytest.mark.parametrize("grain", ["weight", "kernel", "channel"])
+from tests.elastic.pruning.grains import every_case_and_grain, every_grain
+from tests.elastic.zoo import Case
 
 
 def close_at_random(net: nn.Module, rate: float, seed: int = 0) -> None:
@@ -33,7 +33,7 @@ def close_at_random(net: nn.Module, rate: float, seed: int = 0) -> None:
 def find_masks(model: nn.Module, widths: Widths) -> dict[tuple[str, str], Tensor]:
     """Find which entries live, by the definition: entry by entry, until nothing changes."""
     slots = [slot for width in widths.values() for slot in width.slots if slot.tensor in ("weight", "bias")]
-    masks = {(s.module, s.tensor): gates.compute_mask(model.get_submodule(s.module), s.tensor) for s in slots}
+    masks = {(s.module, s.tensor): compute_mask(model.get_submodule(s.module), s.tensor) for s in slots}
     while True:
         before = {key: mask.clone() for key, mask in masks.items()}
         for name, width in widths.items():
@@ -55,8 +55,7 @@ def find_masks(model: nn.Module, widths: Widths) -> dict[tuple[str, str], Tensor
             return masks
 
 
-@every_grain
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@every_case_and_grain
 def test_live_entries_entry_by_entry(case: Case, grain: Grain) -> None:
     net, x = case.model(), case.example()
     widths = discover(net, x)
@@ -107,7 +106,7 @@ def test_the_device_is_read_once(grain: Grain) -> None:
         lambda: count_live_params(net, widths),
         lambda: count_live_macs(net, widths, uses),
         lambda: gates.count_open(net),
-        lambda: gates.reopen_gates(net, 0.0),
+        lambda: reopen_gates(net, 0.0),
         lambda: count_params(net),
     )
     for look in looks:

@@ -13,8 +13,8 @@ from elastic.pruning import gates
 from elastic.pruning.gates import Grain
 from elastic.pruning.penalty import add_penalty_gradient
 from elastic.widths.discovery import discover
+from tests.elastic.pruning.grains import every_grain
 
-every_grain = pytest.mark.parametrize("grain", ["weight", "kernel", "channel"])
 CALLS = 12
 
 

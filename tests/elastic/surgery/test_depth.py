@@ -18,6 +18,7 @@ from elastic.models import resnet20
 from elastic.models.resnet import BasicBlock
 from elastic.pruning import gates
 from elastic.pruning.compaction import compact
+from elastic.pruning.ranking import keep_best_gates
 from elastic.surgery.depth import count_blocks, deepen, find_stages
 from elastic.surgery.rebuilding import rebuild
 from elastic.surgery.reindexing import grow_index, reindex
@@ -160,7 +161,7 @@ def test_the_shallower_state_is_refused_by_a_deeper_network() -> None:
 def test_compacted_saved_and_loaded(tmp_path: Path) -> None:
     net = deepened()
     gates.attach_gates(net, discover(net, X), "weight")
-    gates.keep_best_gates(net, 0.3 * gates.count_gated(net))
+    keep_best_gates(net, 0.3 * gates.count_gated(net))
     plain = compact(net, X)
     assert torch.allclose(run(plain, False), run(net, False), atol=1e-5)
     Network(plain).save(tmp_path / "m", {})

@@ -1,0 +1,48 @@
+"""Fold gates into the weights behind them: a plain model comes out."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from elastic.measure.counts import list_chains
+from elastic.widths.parameters import get_original, list_parametrizations
+
+
+@torch.no_grad()
+def compute_mask(layer: nn.Module, tensor: str) -> Tensor:
+    """Compute what the gates of a layer's tensor let through: 1 or 0 an entry, 1 where there is no gate."""
+    stored = get_original(layer, tensor)
+    assert stored is not None
+    mask = torch.ones_like(stored)
+    for gate in list_parametrizations(layer, tensor):
+        mask = gate(mask)
+    return mask
+
+
+def fold_gates(model: nn.Module) -> nn.Module:
+    """Make a plain copy of a model, whose weights hold what the gates left of them."""
+    plain = copy.deepcopy(model)
+    for module in plain.modules():
+        if parametrize.is_parametrized(module):
+            _fold(module)
+    return plain
+
+
+def _fold(module: nn.Module) -> None:
+    """Make parametrized tensors ordinary parameters.
+
+    `parametrize.remove_parametrizations` would strip the class, which all copies of the model share.
+    """
+    values = {}
+    for name, chain in list_chains(module).items():
+        is_trained = all(stored.requires_grad for stored in chain.parameters(recurse=False))
+        values[name] = nn.Parameter(getattr(module, name).detach().clone(), is_trained)
+    del module._modules["parametrizations"]
+    module.__class__ = type(module).__bases__[0]
+    # Parameters that were gated come first, as they did when the layer was made.
+    others = dict(module._parameters)
+    module._parameters.clear()
+    for name, value in (*values.items(), *others.items()):
+        module.register_parameter(name, value)
