@@ -1,6 +1,7 @@
 """Attach kernel activation modules to any CNN, where maps that are off need not be read."""
 
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -40,11 +41,12 @@ def attach_modules(
         raise OptionError(f"modules cannot look at '{kind}': set kind to {', '.join(KINDS)}")
     traced = trace_both_modes(net)
     sites = find_sites(traced, widths, names)
-    traced.add_submodule(MODULES, nn.ModuleDict())
+    modules = nn.ModuleDict()
+    traced.add_submodule(MODULES, modules)
     for site in sites:
         _attach(traced, site, KINDS[kind], sets, activation)
     if sets > 1:
-        _attach_norms(traced, sets)
+        _attach_norms(traced, modules, sets)
     traced.graph.lint()
     traced.recompile()
     return traced
@@ -69,23 +71,16 @@ def _measure_worth(traced: fx.GraphModule, site: Site, kernels: int) -> Tensor:
     worth_K = torch.zeros(kernels)
     for layer in (traced.get_submodule(path) for path in site.readers):
         if getattr(layer, "groups", 1) == 1:
-            weight_KN = _get_weight(layer).transpose(0, 1).unflatten(0, (kernels, -1)).flatten(1)
+            weight = cast(Tensor, layer.weight)
+            weight_KN = weight.transpose(0, 1).unflatten(0, (kernels, -1)).flatten(1)
             worth_K += weight_KN.square().sum(1).cpu()
     norm = get_layer(traced, find_norm(traced, call))
     gain_K = None if norm is None else norm._parameters.get("weight")
     return worth_K if gain_K is None or gain_K.dim() > 1 else worth_K * gain_K.square().cpu()
 
 
-def _get_weight(layer: nn.Module) -> Tensor:
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
-def _attach_norms(traced: fx.GraphModule, sets: int) -> None:
+def _attach_norms(traced: fx.GraphModule, modules: nn.ModuleDict, sets: int) -> None:
     """Keep statistics of norms for each set of modules, wherever statistics are kept."""
-    modules = traced.get_submodule(MODULES)
-    assert isinstance(modules, nn.ModuleDict)
     for node in traced.graph.nodes:
         norm, name = get_layer(traced, node), str(node.target).replace(".", "/")
         if isinstance(norm, BATCH_NORM) and norm.running_mean is not None:

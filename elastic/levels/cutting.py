@@ -88,11 +88,12 @@ def cut_tensors(widths: Widths, sizes: Sizes) -> Cut:
 def make_level(net: nn.Module, widths: Widths, sizes: Sizes, cut: Cut) -> nn.Module:
     """Make a level: the network's modules anew, around parts of its tensors; norms are copied."""
     level = copy.deepcopy(net, {id(tensor): tensor for _, _, tensor in iterate_shared(net)})
+    norms = dict(iterate_norms(level))
     for (path, name), part in cut.items():
         layer = level.get_submodule(path)
         tensor = getattr(layer, name)
         view = tensor.detach()[part]
-        if isinstance(layer, NORMS):
+        if path in norms:
             tensor.data = view.clone()
         elif name in layer._parameters:
             layer._parameters[name] = nn.Parameter(view, requires_grad=False)

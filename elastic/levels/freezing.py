@@ -8,11 +8,11 @@ trains what it has beyond the level before it, and nothing else.
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from elastic.errors import OptionError
+from elastic.levels.cutting import iterate_shared
 from elastic.levels.nested import Levels
-from elastic.surgery.layers import NORMS
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def plan_phases(levels: int, epochs: int, dense: float, prune: float) -> list[Ph
 class _Entry:
     """Remember a parameter: what it was, and which part of it may change."""
 
-    parameter: nn.Parameter
+    parameter: Tensor
     before: Tensor
     level: tuple[slice, ...]
     below: tuple[slice, ...] | None  # of what the level has, what the one below has, too
@@ -78,18 +78,12 @@ class FrozenPart:
 
     def __init__(self, levels: Levels, phase: Phase) -> None:
         cut, below = levels.cuts[phase.level], levels.cuts[phase.level - 1] if phase.grown else None
-        self._entries = [
-            _Entry(
-                parameter,
-                parameter.detach().clone(),
-                cut.get((path, name), ()),
-                None if below is None else below.get((path, name), ()),
-            )
-            for path, layer in levels.net.named_modules()
-            if not isinstance(layer, NORMS)
-            for name, parameter in layer._parameters.items()
-            if parameter is not None
-        ]
+        self._entries: list[_Entry] = []
+        for path, name, tensor in iterate_shared(levels.net):
+            if name in levels.net.get_submodule(path)._parameters:
+                part = None if below is None else below.get((path, name), ())
+                entry = _Entry(tensor, tensor.detach().clone(), cut.get((path, name), ()), part)
+                self._entries.append(entry)
 
     @torch.no_grad()
     def restore(self) -> None:

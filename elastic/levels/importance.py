@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic.errors import OptionError, StructureError
+from elastic.levels.cutting import iterate_norms
 from elastic.pruning.gates import Gate
-from elastic.surgery.layers import NORMS
 from elastic.widths.discovery import Slot, Width, Widths
 from elastic.widths.parameters import get_original, get_weight
 
@@ -94,11 +94,8 @@ def _score_width(
 
 def _find_norms(model: nn.Module, width: Width) -> list[Slot]:
     """Find the gains of norms on a width."""
-    slots = [
-        slot
-        for slot in width.slots
-        if slot.tensor == "weight" and isinstance(model.get_submodule(slot.module), NORMS)
-    ]
+    norms = dict(iterate_norms(model))
+    slots = [slot for slot in width.slots if slot.tensor == "weight" and slot.module in norms]
     if not slots:
         raise StructureError(f"no norm lies on width '{width.name}': choose another importance than 'norm'")
     return slots

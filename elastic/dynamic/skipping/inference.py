@@ -24,13 +24,11 @@ def _fold_norms(traced: fx.GraphModule) -> None:
     """Fold each batch norm that alone reads a convolution into it, in place."""
     for node in list(traced.graph.nodes):
         norm = get_layer(traced, node)
-        source = node.args[0] if node.args else None
         if not isinstance(norm, BATCH_NORM | SetNorm) or norm.running_mean is None:
             continue
-        if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) != 1:
-            continue
+        (source,) = node.all_input_nodes
         conv, path = get_layer(traced, source), str(source.target)
-        if isinstance(conv, nn.Conv2d) and len(find_calls(traced, path)) == 1:
+        if len(source.users) == 1 and isinstance(conv, nn.Conv2d) and len(find_calls(traced, path)) == 1:
             owner, _, name = path.rpartition(".")
             folded = fuse_conv_bn_eval(conv, norm)  # type: ignore[arg-type]  # SetNorm has what it reads
             setattr(traced.get_submodule(owner), name, folded)

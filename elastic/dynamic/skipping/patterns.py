@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.utils import _pair
 
 from elastic.dynamic.zeros import READS_SHAPE
 from elastic.widths.tracing import get_layer, get_operation_name
@@ -55,7 +56,7 @@ def find_next(traced: nn.Module, chain: Sequence[fx.Node]) -> fx.Node | None:
 def find_pool_size(pool: nn.MaxPool2d) -> tuple[int, int] | None:
     """Find size and stride of a pooling, if it is square and knows neither padding nor dilation."""
     options = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
-    values = [{value} if isinstance(value, int) else set(value) for value in options]
+    values = [set(_pair(value)) for value in options]
     if any(len(value) > 1 for value in values) or pool.ceil_mode:
         return None
     size, stride, padding, dilation = (value.pop() for value in values)

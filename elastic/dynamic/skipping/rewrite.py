@@ -81,9 +81,9 @@ class _Rewriter:
     @singledispatchmethod
     def _rewrite(self, layer: nn.Module | None, node: fx.Node) -> None:
         """Rewrite a node by the kind of its layer; this is for all others, and for functions."""
-        if self._applies_gates(node):
+        if (gates := self._get_gates(node)) is not None:
             node.target = scale
-            self._list_active(node, node.args[1])
+            self._list_active(node, gates)
         elif keeps_zeros(self.traced, node) and name_operation(self.traced, node) not in RESHAPES:
             self._list_active(node, self._get_active(node))
 
@@ -111,9 +111,11 @@ class _Rewriter:
             return
         chain, gates, residual = [node], None, None
         user = find_next(self.traced, chain)
-        if user is not None and self._applies_gates(user) and user.args[0] is node:
-            chain, gates = [*chain, user], user.args[1]
-        elif user is not None and (residual := find_addend(user, node)) is not None:
+        if user is not None and user.args[:1] == (node,):
+            gates = self._get_gates(user)
+        if user is not None and gates is None:
+            residual = find_addend(user, node)
+        if user is not None and (gates or residual):
             chain = [*chain, user]
         user = find_next(self.traced, chain)
         has_relu = user is not None and name_operation(self.traced, user) == "relu"
@@ -128,13 +130,16 @@ class _Rewriter:
         source = node.args[0] if node.args else None
         return self.active.get(source) if isinstance(source, fx.Node) else None
 
-    def _list_active(self, node: fx.Node, active: fx.node.Argument) -> None:
-        if isinstance(active, fx.Node):
+    def _list_active(self, node: fx.Node, active: fx.Node | None) -> None:
+        if active is not None:
             self.active[node] = active
 
-    def _applies_gates(self, node: fx.Node) -> bool:
+    def _get_gates(self, node: fx.Node) -> fx.Node | None:
+        """Get the gates that a node multiplies maps by, if that is what it does."""
         gates = node.args[1] if node.target is torch.mul and len(node.args) == 2 else None
-        return isinstance(gates, fx.Node) and isinstance(get_layer(self.traced, gates), ActiveModule)
+        if isinstance(gates, fx.Node) and isinstance(get_layer(self.traced, gates), ActiveModule):
+            return gates
+        return None
 
     def _replace(self, chain: Chain, layer: ActiveLayer, args: tuple[fx.node.Argument, ...]) -> fx.Node:
         """Call a layer in the place of a chain."""
