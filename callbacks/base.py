@@ -84,9 +84,9 @@ class ElasticCallback(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._leads(trainer):
             self.structure.take_own_parameters()
-            if self._own_states is not None:
+            if self._own_states:  # none where the network had nothing of the kind when it was saved
                 self.structure.own.load_state_dict(self._own_states)
-                self._own_states = None
+            self._own_states = None
             self._route(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -102,6 +102,8 @@ class ElasticCallback(L.Callback):
             own = self.structure.own
             parameters = own.list_parameters(optimizer)
             finite = own.unscale(optimizer, get_scaler(trainer))
+            # Before the penalty comes, which is not the task's: a budget's λ would be steered in vain.
+            own.clip(optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
             for callback in list_elastic(trainer):
                 callback.add_gradients(parameters)
             own.step(optimizer, skip=not finite)

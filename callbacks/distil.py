@@ -62,7 +62,8 @@ class Distil(ElasticCallback):
             raise TrainingError(f"the teacher knows {known} classes of {classes}: name the run of another")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.teacher.to(pl_module.device, memory_format=self.structure.memory_format)  # type: ignore[call-overload]
+        place = {"device": pl_module.device, "dtype": next(self.structure.net.parameters()).dtype}
+        self.teacher.to(**place, memory_format=self.structure.memory_format)  # type: ignore[call-overload]
 
     def compute_loss(self, x: Tensor, output: Tensor) -> Tensor:
         """Return the loss against the teacher's output for the same images."""

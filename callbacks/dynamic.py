@@ -1,5 +1,6 @@
 """Switch kernels off per input: kernel activation modules, and the loss that makes them sparing."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -112,6 +113,12 @@ class PruneDynamically(ElasticCallback):
                 net.requires_grad_(False)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        has_target = any(loss.target is not None for loss in self.losses)
+        if has_target and not math.isfinite(trainer.num_training_batches):
+            raise TrainingError(
+                "a target is approached epoch by epoch, and the data has no length: set "
+                "trainer.limit_train_batches, or another form"
+            )
         self.multiplier_LS = self.multiplier_LS.to(pl_module.device)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

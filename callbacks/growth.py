@@ -138,7 +138,7 @@ class GrowOnSaturation(ElasticCallback):
             }
             sizes = self.amount.propose(now, structure.start_sizes)
             stages = self.amount.deepen(blocks, structure.start_depth)
-            reason = getattr(self.trigger, "why", f"{self.monitor} saturated")
+            reason = getattr(self.trigger, "reason", f"{self.monitor} saturated")
             self._grow(trainer, sizes, stages, f"grow: {reason}")
 
     def _grow(self, trainer: L.Trainer, sizes: Mapping[str, int], stages: Iterable[str], reason: str) -> None:

@@ -106,6 +106,8 @@ def fit(
     checkpoint: str | None = None,
     every: int | None = None,
     at_epoch_end: bool = False,
+    loader: DataLoader[Any] | None = None,
+    batch: int = BATCH,
     **options: Any,
 ) -> L.Trainer:
     """Fit a module to the images for a few epochs.
@@ -114,6 +116,7 @@ def fit(
         folder: where a checkpoint is kept, each epoch or each `every` batches; none without.
         checkpoint: the one to go on from.
         at_epoch_end: keep it when all callbacks have noted the epoch, not right after validation.
+        loader: of training batches, where it is not that of the images.
     """
     when = {"every_n_train_steps": every, "save_on_train_epoch_end": at_epoch_end or None}
     keep = [ModelCheckpoint(folder, "last", enable_version_counter=False, **when)] if folder else []
@@ -131,6 +134,6 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    loader = DataLoader(make_data(), BATCH)
+    loader = DataLoader(make_data(), batch) if loader is None else loader
     trainer.fit(module, loader, DataLoader(make_data(1), BATCH), ckpt_path=checkpoint)
     return trainer

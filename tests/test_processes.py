@@ -17,6 +17,7 @@ from torch import nn
 from elastic.experiments.train import main, train
 from elastic.training import processes
 from elastic.training.processes import find_differing_processes
+from tests import foreign
 from tests.fitted import command
 from tests.runs import TINY, configure, load
 
@@ -77,6 +78,24 @@ def test_two_processes_follow_one(tmp_path: Path) -> None:
     assert found["test/acc"] == pytest.approx(summary["test/acc"], abs=0.01)
 
 
+def test_two_processes_train_a_module_that_knows_nothing_of_them(tmp_path: Path) -> None:
+    """Growth and gates in any Lightning program: bit for bit in both, and as one process makes it."""
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.foreign", str(tmp_path), "2"],
+        **{"cwd": ROOT, "text": True, "capture_output": True, "timeout": 200},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+    )
+    assert run.returncode == 0, run.stderr
+    foreign.run(tmp_path, 1)
+    one, first, second = (load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    assert first["timeline"] == second["timeline"] == one["timeline"]
+    assert {event["why"].partition(":")[0] for event in one["timeline"]} == {"grow", "prune"}
+    for name, value in first["net"].items():
+        assert torch.equal(value, second["net"][name]), name
+        torch.testing.assert_close(value, one["net"][name], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.slow
 def test_two_processes_prune_by_magnitude_as_one(tmp_path: Path) -> None:
     """After growth. Every process ends with the same structure, zeros and weights, to the last bit."""
     smallest = (
@@ -115,7 +134,8 @@ def test_two_processes_prune_by_magnitude_as_one(tmp_path: Path) -> None:
     assert found["params"] == summary["params"] == found["budget/actual"] <= 150
 
 
-def test_two_processes_ask_one_price(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_two_processes_charge_the_same(tmp_path: Path) -> None:
     """Each engages other kernels, on images of its own."""
     target = ("callbacks.dynamic.form=target", "callbacks.dynamic.target=0.3", "callbacks.dynamic.end=0.3")
     end = tmp_path / "end"

@@ -1,5 +1,6 @@
 """Train a classifier: the recipe of this library's own runs, one user of `Structure` among others."""
 
+import math
 from collections.abc import Callable
 
 import lightning as L
@@ -111,12 +112,15 @@ class ElasticClassifier(L.LightningModule):
         optimizer = self.make_optimizer([{"params": weights}, {"params": others, "weight_decay": 0.0}])
         if self.make_scheduler is None:
             return optimizer
-        steps = round(self.trainer.estimated_stepping_batches * self.structure.schedule_fraction)
-        batches = int(self.trainer.num_training_batches)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": make_schedule(self.make_scheduler, optimizer, steps, batches),
-        }
+        steps, batches = self.trainer.estimated_stepping_batches, self.trainer.num_training_batches
+        if not (math.isfinite(steps) and math.isfinite(batches)):
+            raise TrainingError(
+                "a schedule lasts as long as the run, whose end is not known: set trainer.max_epochs and, "
+                "where the data has no length, trainer.limit_train_batches; or lr_scheduler=constant"
+            )
+        steps = round(steps * self.structure.schedule_fraction)
+        schedule = make_schedule(self.make_scheduler, optimizer, steps, int(batches))
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
 
 def _make_accuracy(classes: int) -> MulticlassAccuracy:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 from elastic.errors import TrainingError
 from elastic.training.groups import remove_parameters
@@ -93,6 +94,12 @@ class OwnOptimizers:
         inverse = torch.full_like(overflow, 1 / scaler.get_scale())
         torch._amp_foreach_non_finite_check_and_unscale_(grads, overflow, inverse)
         return not bool(overflow)
+
+    def clip(self, home: torch.optim.Optimizer, limit: float | None, algorithm: str | None) -> None:
+        """Clip gradients as a run clips those of the user's optimizer, which no longer holds them."""
+        if limit is not None and limit > 0:
+            clip = clip_grad_value_ if algorithm == "value" else clip_grad_norm_
+            clip(self.list_parameters(home), limit)
 
     def state_dict(self) -> list[dict[str, Any]]:
         """Return the state of each optimizer."""

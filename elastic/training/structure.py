@@ -323,6 +323,8 @@ class Structure(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Structure":
         """Look again where tensors are moved or converted, which the network shares or holds buffers of."""
         super()._apply(fn, recurse)
+        # A network in 64 or 16 bits takes no other input; where it is does not matter.
+        self.example = self.example.to(fn(self.example.new_empty(0)).dtype)
         if self.levels is not None:
             self.levels.refresh()
         for net, level in zip(self.dynamic_nets, self.nets, strict=False):

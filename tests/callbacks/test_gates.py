@@ -416,14 +416,14 @@ GROWN = (
     *("callbacks.growth.amount.ceiling=1", "callbacks.growth.amount.blocks=1"),
 )
 SHRUNK = (
-    *("schedule=[magnitude]", "callbacks.magnitude.budget=20", "trainer.max_epochs=5"),
+    *("schedule=[magnitude]", "callbacks.magnitude.budget=17", "trainer.max_epochs=5"),
     *("callbacks.magnitude.begin=0.1", "callbacks.magnitude.end=0.5", "optimizer.lr=2e-2"),
 )
 
 
 @pytest.mark.parametrize(
     ("given", "pruning", "asked", "why"),
-    [(GROWN, "prune", 45, "grow: "), (SHRUNK, "magnitude", 20, "prune: ")],
+    [(GROWN, "gates", 45, "grow: "), (SHRUNK, "magnitude", 17, "prune: ")],
     ids=["grown", "shrunk"],
 )
 def test_a_budget_is_not_checked_again_where_a_run_goes_on(

@@ -16,8 +16,17 @@ from torch import Tensor, nn
 import elastic.callbacks.levels
 import elastic.experiments.evaluate
 import elastic.experiments.train
-from elastic.callbacks import Reconstruct, TrainJointly
-from elastic.errors import StructureError, TrainingError
+from elastic import Growth, Periodic
+from elastic.callbacks import (
+    AverageWeights,
+    ElasticCallback,
+    GrowOnSaturation,
+    PruneByGates,
+    PruneByMagnitude,
+    Reconstruct,
+    TrainJointly,
+)
+from elastic.errors import ElasticError, StructureError, TrainingError
 from elastic.experiments.evaluate import evaluate
 from elastic.experiments.tools.summary import measure_network
 from elastic.experiments.train import build, train
@@ -29,8 +38,10 @@ from elastic.measure import counts
 from elastic.pruning import gates
 from elastic.training.classifier import ElasticClassifier
 from elastic.widths.discovery import discover
+from tests import programs
 from tests.elastic.levels.nets import extracted, inside
 from tests.fitted import EXACT, Run, Spy, batch, command, prepare
+from tests.programs import Program
 from tests.resuming import assert_same_run, kill
 from tests.runs import TINY, configure
 
@@ -529,30 +540,55 @@ def test_a_run_starts_from_one_that_grew_and_was_pruned(tmp_path: Path) -> None:
 
 # --- refusals ----------------------------------------------------------------------------------------------
 
-CONFLICTS = ("growth", "gates", "magnitude", "ema")
-WRONG: dict[str, tuple[tuple[str, ...], str]] = {
-    "too few epochs": (("trainer.max_epochs=4",), "of 4 epochs none is left"),
-    "no time to grow": (("callbacks.reconstruct.dense=0.7",), "none is left to grow level 1"),
-    "a dense phase of less than none": (("callbacks.reconstruct.dense=-0.1",), "dense=-0.1"),
-    "levels that descend": (("callbacks.reconstruct.fractions=[0.8,0.5]",), "do not ascend"),
-    "no levels": (("callbacks.reconstruct.fractions=[]",), "do not ascend"),
-    "an unknown measure": (("callbacks.reconstruct.by=flops",), "'flops'"),
-    "an unknown importance": (("callbacks.reconstruct.importance=l3",), "'l3'"),
-    "an importance that there is nothing for": (("callbacks.reconstruct.importance=gate",), "no gates"),
-    "a multiple of none": (("callbacks.reconstruct.multiple=0",), "multiple"),
-    "a budget below the least": (
-        ("callbacks.reconstruct.by=macs", "callbacks.reconstruct.fractions=[10]"),
-        "no level is within macs=10",
-    ),
-    "a width that vanishes": (("callbacks.reconstruct.fractions=[0.1]",), "without a channel"),
-    "levels that come out the same": (
-        ("callbacks.reconstruct.fractions=[0.5,0.51]",),
-        "levels 0 and 1 are the same",
-    ),
-    "a start that is not there": (("init=/nonexistent",), "/nonexistent"),
-    "both ways at once": (("schedule=[reconstruct,joint]",), ""),
-    "both ways at once, the other first": (("schedule=[joint,reconstruct]",), ""),
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "too few epochs": ({"max_epochs": 4}, "of 4 epochs none is left"),
+    "no time to grow": ({"dense": 0.7}, "none is left to grow level 1"),
+    "a dense phase of less than none": ({"dense": -0.1}, r"dense=-0\.1"),
+    "levels that descend": ({"fractions": [0.8, 0.5]}, "do not ascend"),
+    "no levels": ({"fractions": []}, "do not ascend"),
+    "an unknown measure": ({"by": "flops"}, "'flops'"),
+    "an unknown importance": ({"importance": "l3"}, "'l3'"),
+    "an importance that there is nothing for": ({"importance": "gate"}, "no gates"),
+    "a multiple of none": ({"multiple": 0}, "multiple"),
+    "a budget below the least": ({"by": "macs", "fractions": [10]}, "no level is within macs=10"),
+    "a width that vanishes": ({"fractions": [0.05]}, "without a channel"),
+    "levels that come out the same": ({"fractions": [0.5, 0.51]}, "levels 0 and 1 are the same"),
 }
+
+
+class Untrained(Program):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        raise AssertionError("trained")
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_cannot_be_is_refused_before_training(what: str) -> None:
+    options, said = WRONG[what]
+    given = {"fractions": [0.5, 0.75], **options}
+    epochs = given.pop("max_epochs", 10)
+    with pytest.raises(ElasticError, match=said) as caught:
+        programs.fit(Untrained(), [Reconstruct(**given)], max_epochs=epochs)
+    assert "\n" not in str(caught.value)
+
+
+OTHERS: dict[str, Callable[[], ElasticCallback]] = {
+    "growth": lambda: GrowOnSaturation(Periodic(), Growth()),
+    "gates": PruneByGates,
+    "magnitude": lambda: PruneByMagnitude(500),
+    "ema": AverageWeights,
+}
+
+
+@pytest.mark.parametrize("method", [Reconstruct, TrainJointly])
+@pytest.mark.parametrize("other", OTHERS)
+def test_other_ways_of_changing_the_network_are_refused(
+    method: type[Reconstruct | TrainJointly], other: str
+) -> None:
+    levels = method([0.5])
+    for callbacks in ([levels, OTHERS[other]()], [OTHERS[other](), levels]):
+        trainer: Any = SimpleNamespace(world_size=1, callbacks=callbacks)
+        with pytest.raises(TrainingError, match=r"cannot be in one run.* init="):
+            levels.check(trainer)
 
 
 def tried(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, *options: str) -> tuple[int, str]:
@@ -568,44 +604,39 @@ def tried(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, *optio
     return code, err
 
 
-@pytest.mark.parametrize("what", WRONG)
-def test_what_cannot_be_is_refused_before_training(
+REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
+    "a dense phase of less than none": (
+        ("schedule=reconstruct", "callbacks.reconstruct.dense=-0.1"),
+        "dense",
+    ),
+    "a start that is not there": (("schedule=reconstruct", "init=/nonexistent"), "/nonexistent"),
+    "both ways at once": (("schedule=[joint,reconstruct]",), "choose one of the schedules"),
+    "another change": (("schedule=[gates,reconstruct]",), "init="),
+    "two processes": (
+        ("schedule=joint", "trainer.devices=2", "trainer.strategy=ddp"),
+        "set trainer.devices=1",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_run_that_cannot_be_is_refused_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, what: str
 ) -> None:
-    options, named = WRONG[what]
-    schedule = [o for o in RECONSTRUCTING if not any(o.split("=")[0] == p.split("=")[0] for p in options)]
-    code, err = tried(tmp_path, monkeypatch, capsys, *schedule, *options)
-    refused(err, code, named)
-
-
-@pytest.mark.parametrize("way", ["reconstruct", "joint"])
-@pytest.mark.parametrize("other", CONFLICTS)
-@pytest.mark.parametrize("first", [True, False])
-def test_other_ways_of_changing_the_network_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, way: str, other: str, first: bool
-) -> None:
-    schedule = f"schedule=[{way},{other}]" if first else f"schedule=[{other},{way}]"
-    budget = ("callbacks.magnitude.budget=500",) if other == "magnitude" else ()
-    given = (*TINY, "experiment=smoke", "trainer.max_epochs=12", schedule, *budget)
+    options, said = REFUSED[what]
+    given = (*TINY, "experiment=smoke", "trainer.max_epochs=12", *options)
     code, err = tried(tmp_path, monkeypatch, capsys, *given)
-    refused(err, code, "cannot be in one run", "init=")
+    refused(err, code, said)
 
 
-@pytest.mark.parametrize("way", ["reconstruct", "joint"])
-def test_several_processes_are_refused_before_they_are_started(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, way: str
+@pytest.mark.parametrize("method", [Reconstruct, TrainJointly])
+def test_several_processes_are_refused_however_they_came(
+    method: type[Reconstruct | TrainJointly], tmp_path: Path
 ) -> None:
-    two = ("trainer.devices=2", "trainer.strategy=ddp", f"schedule={way}", "trainer.max_epochs=12")
-    code, err = tried(tmp_path, monkeypatch, capsys, *TINY, "experiment=smoke", *two)
-    refused(err, code, "set trainer.devices=1")
-
-
-@pytest.mark.parametrize("way", [Reconstruct, TrainJointly])
-def test_they_are_refused_however_they_came(way: type[Reconstruct | TrainJointly], tmp_path: Path) -> None:
     module, _ = build(configure(tmp_path, *RECONSTRUCTING))
     trainer: Any = SimpleNamespace(world_size=2, callbacks=[], max_epochs=10)
     with pytest.raises(TrainingError, match=r"trainer\.devices=1") as caught:
-        way([0.5]).setup(trainer, module, "fit")
+        method([0.5]).setup(trainer, module, "fit")
     assert "\n" not in str(caught.value) and module.structure.levels is None
 
 

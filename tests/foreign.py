@@ -1,0 +1,36 @@
+"""Train a module that knows nothing of the library in processes of its own: `python -m tests.foreign`."""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from elastic import Growth, Periodic
+from elastic.callbacks import GrowOnSaturation, PruneByGates
+from elastic.training.joining import find_structure
+from tests.programs import Program, fit, make_network
+
+
+def run(folder: Path, devices: int) -> None:
+    """Grow and prune; each process writes what it ends with.
+
+    There are no norms: what they make of a batch depends on how processes share it.
+    """
+    torch.manual_seed(0)
+    net = nn.Sequential(*(layer for layer in make_network() if not isinstance(layer, nn.BatchNorm2d)))
+    module = Program(net)
+    growth = GrowOnSaturation(Periodic(2), Growth(factor=1.5, ceiling=2), until=0.5)
+    pruning = PruneByGates(penalty=0.1, begin=0.0, end=0.8, grain="channel")
+    strategy = "ddp" if devices > 1 else "auto"
+    batch = 32 // devices
+    trainer = fit(module, [growth, pruning], batch=batch, devices=devices, strategy=strategy)
+    structure = find_structure(module)
+    assert structure is not None
+    scores = [gate.detach() for name, gate in net.named_parameters() if name.endswith("score")]
+    state = {"net": net.state_dict(), "timeline": structure.timeline, "scores": scores}
+    torch.save(state, folder / f"{devices}-{trainer.global_rank}.pt")
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), int(sys.argv[2]))
