@@ -21,7 +21,7 @@ from elastic.callbacks import Census, ElasticProgress, GrowOnSaturation, PruneBy
 from elastic.data import ImageData
 from elastic.errors import OptionError
 from elastic.experiments.tools.composition import rewrite
-from elastic.experiments.tools.setup import make_loggers
+from elastic.experiments.tools.parts import make_loggers
 from elastic.experiments.train import build, train
 from elastic.growth import Growth, Periodic, Plateau
 from tests.generated import generate
