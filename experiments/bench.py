@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from elastic.dynamic.attaching import attach_modules
 from elastic.dynamic.modules import iterate_modules
 from elastic.dynamic.skipping import make_skipping
+from elastic.experiments.tools.environment import silence
+from elastic.experiments.tools.errors import run
+from elastic.experiments.tools.options import call
 from elastic.experiments.tools.timing import Work, make_forward, make_stock, time_pairs
 from elastic.levels.cutting import extract_level
 from elastic.levels.nested import Levels
@@ -200,8 +203,9 @@ def run_benchmarks() -> None:
 
 
 def main() -> None:
-    run_benchmarks()
+    silence()
+    call(run_benchmarks)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

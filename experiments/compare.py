@@ -8,16 +8,13 @@ A run is a folder with a `summary.json`; folders named <arm>-seed<k> beside each
 failed are listed.
 """
 
-import sys
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Column, Table
 
-from elastic.errors import TrainingError
 from elastic.experiments.tools.arms import read_arms, read_failures, read_summaries
 from elastic.experiments.tools.charts import (
     compute_height,
@@ -26,10 +23,12 @@ from elastic.experiments.tools.charts import (
     plot_levels,
     plot_over_time,
 )
+from elastic.experiments.tools.environment import silence
+from elastic.experiments.tools.errors import run
 from elastic.experiments.tools.figure import draw_arms
 from elastic.experiments.tools.html import list_failures, make_figure, make_page, make_section
+from elastic.experiments.tools.options import call
 from elastic.experiments.tools.results import ResultTable, list_csv, list_facts, make_tables, skips
-from elastic.experiments.tools.setup import quiet, run
 from elastic.experiments.tools.tables import write_csv
 from elastic.experiments.tools.timing import time_runs
 from elastic.files.atomic import write_atomically
@@ -55,7 +54,6 @@ def compare_runs(
     """
     summaries, notes = read_summaries(runs), []
     if latency:
-        quiet()
         notes.append(time_runs(summaries))
     arms, failures = read_arms(runs, summaries), read_failures(runs)
     tables = make_tables(arms)
@@ -113,14 +111,8 @@ def draw_figures(table: ResultTable, notes: Sequence[str]) -> list[str]:
 
 
 def main() -> None:
-    given = OmegaConf.from_dotlist(sys.argv[1:])
-    if "runs" not in given or set(given) - {"runs", "csv", "figure", "html", "latency"}:
-        raise TrainingError(
-            "usage: python -m experiments.compare runs='<glob of run folders>' [csv=<file>] [figure=<png>] "
-            "[html=<file>] [latency=true]"
-        )
-    files = {name: Path(str(given[name])) for name in ("csv", "figure", "html") if name in given}
-    compare_runs(str(given.runs), **files, latency=bool(given.get("latency")))
+    silence()
+    call(compare_runs)
 
 
 if __name__ == "__main__":

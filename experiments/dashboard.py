@@ -7,13 +7,12 @@ The first needs an account and the extra `dashboards`; the second prints the sam
 what `logger=wandb` logs; a test reads it back from a run that was logged offline.
 """
 
-import sys
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from elastic.errors import TrainingError
-from elastic.experiments.tools.setup import quiet, run
+from elastic.experiments.tools.environment import silence
+from elastic.experiments.tools.errors import run
+from elastic.experiments.tools.options import call
 
 # By section: the title of each panel, and the keys that it shows.
 LINES: dict[str, dict[str, list[str]]] = {
@@ -82,14 +81,8 @@ def make_dashboard(entity: str = "", project: str = "elastic-cnn", print: bool =
 
 
 def main() -> None:
-    quiet()
-    known = {"entity": "", "project": "elastic-cnn", "print": False}
-    given = OmegaConf.merge(known, OmegaConf.from_dotlist(sys.argv[1:]))
-    if set(given) - set(known) or not (given.entity or given.print):
-        raise TrainingError(
-            "usage: python -m experiments.dashboard entity=<yours> [project=<name>] | print=true"
-        )
-    print(make_dashboard(str(given.entity), str(given.project), bool(given.print)))
+    silence()
+    print(call(make_dashboard))
 
 
 if __name__ == "__main__":

@@ -5,15 +5,13 @@ of JSON under the keys of `summary.json`; of a network with levels, all of them 
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from elastic.errors import TrainingError
+from elastic.experiments.tools.environment import silence
+from elastic.experiments.tools.errors import run
+from elastic.experiments.tools.options import call
 from elastic.experiments.tools.restore import restore
-from elastic.experiments.tools.setup import quiet, run
 from elastic.experiments.tools.summary import measure_level, measure_network
 
 
@@ -36,15 +34,8 @@ def evaluate(run: Path, level: int | None = None, set: int | None = None) -> dic
 
 
 def main() -> None:
-    quiet()
-    given = OmegaConf.from_dotlist(sys.argv[1:])
-    numbers = {name: given.get(name) for name in ("level", "set")}
-    whole = all(isinstance(number, int | None) for number in numbers.values())
-    if given.get("run") is None or set(given) - {"run", "level", "set"} or not whole:
-        raise TrainingError(
-            "usage: python -m experiments.evaluate run=<finished run> [level=<number>] [set=<number>]"
-        )
-    print(json.dumps(evaluate(Path(str(given.run)), **numbers)))
+    silence()
+    print(json.dumps(call(evaluate)))
 
 
 if __name__ == "__main__":

@@ -4,14 +4,12 @@ With `level=<number>` it is that level. The file ends in .pt2 (torch.export) or 
 any batch size, and has been checked against the network. Images come normalised as the run's data was.
 """
 
-import sys
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
-from elastic.errors import TrainingError
+from elastic.experiments.tools.environment import silence
+from elastic.experiments.tools.errors import run
+from elastic.experiments.tools.options import call
 from elastic.experiments.tools.restore import restore
-from elastic.experiments.tools.setup import quiet, run
 from elastic.files.exporting import export
 
 
@@ -28,14 +26,8 @@ def export_run(run: Path, to: Path, level: int | None = None) -> None:
 
 
 def main() -> None:
-    quiet()
-    given = OmegaConf.from_dotlist(sys.argv[1:])
-    level = given.get("level")
-    if not {"run", "to"} <= set(given) <= {"run", "to", "level"} or not isinstance(level, int | None):
-        raise TrainingError(
-            "usage: python -m experiments.export run=<finished run> to=<file.pt2 or .onnx> [level=<number>]"
-        )
-    export_run(Path(str(given.run)), Path(str(given.to)), level)
+    silence()
+    call(export_run)
 
 
 if __name__ == "__main__":

@@ -9,22 +9,22 @@ for each part of the MACs saved, modules counted, against the best of stock PyTo
 """
 
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx, nn
 
 from elastic.dynamic.loss import ActivationCost
 from elastic.dynamic.skipping import make_skipping
-from elastic.errors import OptionError, TrainingError
+from elastic.errors import OptionError
+from elastic.experiments.tools.environment import silence
+from elastic.experiments.tools.errors import run
+from elastic.experiments.tools.options import call
 from elastic.experiments.tools.per_image import sample_images
 from elastic.experiments.tools.restore import restore
-from elastic.experiments.tools.setup import quiet, run
 from elastic.experiments.tools.tables import write_csv
 from elastic.experiments.tools.timing import TUNED_ON, make_stock
 from elastic.measure.timing import measure_medians_ms
@@ -99,20 +99,8 @@ def _make_table(rows: Sequence[dict[str, float]]) -> Table:
 
 
 def main() -> None:
-    quiet()
-    given = OmegaConf.merge({"images": 256, "set": 0}, OmegaConf.from_dotlist(sys.argv[1:]))
-    numbers = (OmegaConf.select(given, "level", default=0), given.set, given.images)
-    if (
-        "run" not in given
-        or set(given) - {"run", "set", "level", "images", "csv"}
-        or not all(isinstance(number, int) for number in numbers)
-        or given.images < 1
-    ):
-        raise TrainingError(
-            "usage: python -m experiments.latency run=<folder> [set=…] [level=…] [images=…] [csv=…]"
-        )
-    csv = Path(str(given.csv)) if "csv" in given else None
-    show_latency(Path(str(given.run)), OmegaConf.select(given, "level"), given.set, given.images, csv)
+    silence()
+    call(show_latency)
 
 
 if __name__ == "__main__":

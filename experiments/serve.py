@@ -21,17 +21,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from elastic.data import ImageData
-from elastic.errors import FileError, TrainingError
+from elastic.errors import FileError
+from elastic.experiments.tools.environment import silence
+from elastic.experiments.tools.errors import run
+from elastic.experiments.tools.options import call
 from elastic.experiments.tools.per_image import read_test_batches
 from elastic.experiments.tools.restore import restore
 from elastic.experiments.tools.runtime_figures import draw_serving
-from elastic.experiments.tools.setup import quiet, run
 from elastic.experiments.tools.tables import write_csv
 from elastic.levels.runtime import Runtime
 
@@ -196,16 +197,8 @@ def _format_mean(values: tuple[float, ...]) -> str:
 
 
 def main() -> None:
-    quiet()
-    given = OmegaConf.from_dotlist(sys.argv[1:])
-    numbers, files = ("batch", "deadline", "seconds", "repeats"), ("csv", "figure")
-    if "run" not in given or set(given) - {*numbers, *files, "run"}:
-        raise TrainingError(
-            f"usage: {(__doc__ or '').strip().partition(chr(10) * 2)[2].strip().splitlines()[0]} …"
-        )
-    options = {name: given[name] for name in numbers if name in given}
-    paths = {name: Path(str(given[name])) for name in files if name in given}
-    serve_stream(Path(str(given.run)), **options, **paths)
+    silence()
+    call(serve_stream)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,9 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from elastic.experiments.tools.environment import silence
+from elastic.experiments.tools.errors import run
+from elastic.experiments.tools.options import call
 from elastic.experiments.tools.timing import make_forward, time_pairs
 from elastic.levels.cutting import extract_level
 from elastic.levels.nested import Levels
@@ -176,8 +179,9 @@ def compare_levels(net: nn.Module, repeats: int) -> Table:
 
 
 def main() -> None:
-    compare_switching()
+    silence()
+    call(compare_switching)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

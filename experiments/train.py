@@ -1,4 +1,4 @@
-"""Train one run: `python -m experiments.train [experiment=<name>] [any Hydra override] [-m]`.
+"""Train one run: `elastic train [experiment=<name>] [any Hydra override] [-m]`.
 
 The run's folder gets the resolved configuration, `last.ckpt`, `timeline.jsonl`, the logger's files,
 `model.safetensors` (compacted), `summary.json` and `history.png`. `run=<folder>` continues a run.
@@ -20,25 +20,21 @@ from elastic.callbacks.base import list_elastic
 from elastic.callbacks.census import write_lines
 from elastic.data import ImageData
 from elastic.errors import TrainingError
-from elastic.experiments.tools.composition import CONF, rewrite, settle
+from elastic.experiments.tools.composition import CONF, list_callbacks, rewrite, settle
+from elastic.experiments.tools.environment import check_processes, choose_precision, is_multirun, silence
+from elastic.experiments.tools.errors import pass_hydra, run
 from elastic.experiments.tools.figure import draw_history
+from elastic.experiments.tools.folders import (
+    CONFIG,
+    check_finished,
+    continue_config,
+    find_checkpoint,
+    lock_folder,
+    make_portable,
+)
+from elastic.experiments.tools.parts import make_callbacks, make_loggers
 from elastic.experiments.tools.publish import publish
 from elastic.experiments.tools.restore import WEIGHTS, build_network
-from elastic.experiments.tools.setup import (
-    active,
-    alone,
-    check_processes,
-    finished,
-    make_loggers,
-    multirun,
-    past_hydra,
-    portable,
-    precision,
-    quiet,
-    readable,
-    run,
-    settings,
-)
 from elastic.experiments.tools.summary import (
     find_revision,
     measure_network,
@@ -46,7 +42,7 @@ from elastic.experiments.tools.summary import (
     summarise,
     write_summary,
 )
-from elastic.experiments.tools.sweep import one_of_many, values
+from elastic.experiments.tools.sweep import read_objectives, run_in_sweep
 from elastic.files.network import Network
 from elastic.pruning.compaction import compact
 from elastic.training.classifier import ElasticClassifier
@@ -55,14 +51,14 @@ from elastic.training.structure import Structure
 
 
 def build(cfg: DictConfig) -> tuple[ElasticClassifier, ImageData]:
-    """The data and the network, as the configuration describes them before anything has changed."""
+    """Build the network and its data, as the configuration describes them before anything has changed."""
     net, data = build_network(cfg)
     levels = None
     if cfg.get("init") is not None:
-        weights = finished(Path(cfg.init).expanduser()) / WEIGHTS
+        weights = check_finished(Path(cfg.init).expanduser()) / WEIGHTS
         network = Network.load(net, weights, torch.zeros(1, *data.shape))
         network.reject_modules(weights)
-        levels = network.levels if "dynamic" in active(cfg) else None  # each gets modules of its own
+        levels = network.levels if "dynamic" in list_callbacks(cfg) else None  # each gets modules of its own
         net.train()
     module = ElasticClassifier(
         net,
@@ -79,22 +75,14 @@ def build(cfg: DictConfig) -> tuple[ElasticClassifier, ImageData]:
     return module, data
 
 
-def make_callbacks(cfg: DictConfig) -> list[L.Callback]:
-    """Make the callbacks of a run; the learning rate is watched where there is a logger to tell."""
-    silent = not cfg.get("logger")
-    return [
-        instantiate(node) for name, node in active(cfg).items() if not (silent and name == "learning_rate")
-    ]
-
-
 def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Carry out a run in its folder, from the start or from its last checkpoint; return the summary.
 
     Raises:
         BusyError: another process does.
     """
-    with alone(folder):
-        quiet()
+    with lock_folder(folder):
+        silence()
         find_revision()  # of the code that trains, not of what is there when it has
         if cfg.threads is not None:
             torch.set_num_threads(cfg.threads)
@@ -115,10 +103,10 @@ def make_trainer(cfg: DictConfig, callbacks: list[L.Callback], folder: Path) -> 
         raise TrainingError(f"trainer.max_epochs is {cfg.trainer.max_epochs}: set it to 1 or more")
     trainer: L.Trainer = instantiate(
         cfg.trainer,
-        precision=precision(cfg.trainer.precision),
+        precision=choose_precision(cfg.trainer.precision),
         callbacks=callbacks,
         logger=make_loggers(cfg),
-        enable_progress_bar="progress" in active(cfg),
+        enable_progress_bar="progress" in list_callbacks(cfg),
         default_root_dir=folder,
     )
     check_processes(trainer)
@@ -131,9 +119,9 @@ def fit(
     cfg: DictConfig, trainer: L.Trainer, module: ElasticClassifier, data: ImageData, folder: Path
 ) -> None:
     """Train, from the start or from the last checkpoint."""
-    last = readable(folder / "last.ckpt")
+    last = find_checkpoint(folder)
     if trainer.is_global_zero and last is None:
-        OmegaConf.save(portable(cfg), folder / "config.yaml")
+        OmegaConf.save(make_portable(cfg), folder / CONFIG)
     if cfg.get("compile"):
         compile_network(module.net)
     trainer.ckpt_path = last  # given to `fit`, callbacks would not know of it while they are set up
@@ -158,7 +146,7 @@ def finish(
     write_lines(folder / "history.jsonl", census.history)
     draw_history(census.history, structure.timeline, folder / "history.png")
     write_summary(summary, folder)
-    options = OmegaConf.to_container(portable(cfg), resolve=True)
+    options = OmegaConf.to_container(make_portable(cfg), resolve=True)
     for logger in trainer.loggers:
         publish(logger, folder, options, summary, census.history, structure.timeline)
     show(summary, census.history, folder)
@@ -177,14 +165,14 @@ def make_network(structure: Structure) -> Network:
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def run_job(cfg: DictConfig) -> float | tuple[float, ...]:
     """Train what Hydra has composed; returns what a search goes by."""
-    with past_hydra():
+    with pass_hydra():
         hydra_cfg = HydraConfig.get()
         folder = Path(hydra_cfg.runtime.output_dir)
         cfg = settle(cfg, hydra_cfg.overrides.task, hydra_cfg.runtime.choices)
-        if multirun():
+        if is_multirun():
             cfg.run = str(folder)
-            return values(one_of_many(cfg, folder, train), cfg.objectives)
-        return values(train(settings(cfg, folder), folder), cfg.objectives)
+            return read_objectives(run_in_sweep(cfg, folder, train), cfg.objectives)
+        return read_objectives(train(continue_config(cfg, folder), folder), cfg.objectives)
 
 
 def main() -> None:

@@ -6,20 +6,19 @@ Prints the part of the images for which each layer's kernels are on; the figure 
 the MACs of each class and of each image, and the images that took least and most.
 """
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from elastic.errors import TrainingError
+from elastic.experiments.tools.environment import silence
+from elastic.experiments.tools.errors import run
+from elastic.experiments.tools.options import call
 from elastic.experiments.tools.per_image import PerImage, run_per_image
 from elastic.experiments.tools.restore import restore
 from elastic.experiments.tools.runtime_figures import draw_kernel_usage
-from elastic.experiments.tools.setup import quiet, run
 from elastic.experiments.tools.tables import write_csv
 
 
@@ -61,16 +60,8 @@ def _list_kernels(images: PerImage) -> Iterator[tuple[str, int, str]]:
 
 
 def main() -> None:
-    quiet()
-    given = OmegaConf.from_dotlist(sys.argv[1:])
-    numbers = (given.get("level", 0), given.get("set", 0))
-    known = {"run", "level", "set", "figure", "csv"}
-    if "run" not in given or set(given) - known or not all(isinstance(number, int) for number in numbers):
-        raise TrainingError(
-            "usage: python -m experiments.usage run=<folder> [level=…] [set=…] [figure=…] [csv=…]"
-        )
-    figure, csv = (Path(str(given[name])) if name in given else None for name in ("figure", "csv"))
-    show_kernel_usage(Path(str(given.run)), given.get("level"), given.get("set", 0), figure, csv)
+    silence()
+    call(show_kernel_usage)
 
 
 if __name__ == "__main__":

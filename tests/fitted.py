@@ -15,7 +15,9 @@ from hydra.utils import instantiate
 from torch import Tensor
 
 from elastic.data import ImageData
-from elastic.experiments.tools.setup import make_loggers, precision, quiet, run
+from elastic.experiments.tools.environment import choose_precision, silence
+from elastic.experiments.tools.errors import run
+from elastic.experiments.tools.parts import make_loggers
 from elastic.experiments.train import build
 from elastic.training.classifier import ElasticClassifier
 from tests.runs import TINY, configure
@@ -59,13 +61,13 @@ def prepare(
     folder: Path, *overrides: str, before: tuple[L.Callback, ...] = (), after: tuple[L.Callback, ...] = ()
 ) -> Run:
     """What `experiments.train.train` would fit, with callbacks of the test around the run's own."""
-    quiet()
+    silence()
     cfg = configure(folder, *overrides)
     own = {name: instantiate(c) for name, c in cfg.callbacks.items() if c is not None}
     module, data = build(cfg)
     trainer = instantiate(
         cfg.trainer,
-        precision=precision(cfg.trainer.precision),
+        precision=choose_precision(cfg.trainer.precision),
         callbacks=[*before, *own.values(), *after],
         logger=make_loggers(cfg),
         enable_progress_bar="progress" in own,

@@ -94,7 +94,7 @@ def refuse_unread(override: Override, cfg: DictConfig) -> None:
     top, _, rest = override.key_or_group.partition(".")
     callback = rest.partition(".")[0] if top == "callbacks" else READ_BY.get(top)
     left_out = override.is_delete() or override.key_or_group == f"callbacks.{callback}"
-    if not callback or callback in list_active(cfg) or left_out:
+    if not callback or callback in list_callbacks(cfg) or left_out:
         return
     raise OptionError(explain_unread(override.input_line or "", callback))
 
@@ -112,9 +112,9 @@ def list_choices(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
-def list_active(cfg: DictConfig) -> list[str]:
-    """Name the callbacks of a run."""
-    return [name for name, node in cfg.callbacks.items() if node is not None and "_target_" in node]
+def list_callbacks(cfg: DictConfig) -> dict[str, DictConfig]:
+    """List the callbacks of a run by name, without an experiment's options for what the run has not."""
+    return {name: c for name, c in cfg.callbacks.items() if c is not None and "_target_" in c}
 
 
 def explain(error: Exception) -> str | None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from elastic.data import ImageData
 from elastic.errors import FileError, OptionError
-from elastic.experiments.tools.setup import finished, saved_config
+from elastic.experiments.tools.folders import check_finished, load_config
 from elastic.files.network import Network
 
 WEIGHTS = "model.safetensors"
@@ -51,7 +51,7 @@ def restore(folder: Path) -> FinishedRun:
         FileError: the folder holds no finished run, or a damaged one.
         StructureError: the weights are of another architecture.
     """
-    cfg = saved_config(finished(folder))
+    cfg = load_config(check_finished(folder))
     try:
         summary = json.loads((folder / "summary.json").read_text())
     except ValueError as error:

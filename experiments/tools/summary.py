@@ -19,8 +19,8 @@ from torch import nn
 from elastic.data import ImageData
 from elastic.dynamic.loss import ActivationCost
 from elastic.dynamic.modules import iterate_modules
+from elastic.experiments.tools.composition import list_callbacks
 from elastic.experiments.tools.per_image import run_per_image
-from elastic.experiments.tools.setup import active
 from elastic.files.atomic import write_atomically
 from elastic.files.network import Network
 from elastic.measure import counts
@@ -110,7 +110,7 @@ def summarise(cfg: DictConfig, measured: Row, wall_s: float, macs_training: int 
         "seed": cfg.seed,
         "data": cfg.choices.data,
         "model": cfg.choices.model,
-        "schedule": "+".join(name for name in SCHEDULE if name in active(cfg)) or "static",
+        "schedule": "+".join(name for name in SCHEDULE if name in list_callbacks(cfg)) or "static",
         "epochs": cfg.trainer.max_epochs,
         **measured,
         "macs_training": macs_training,

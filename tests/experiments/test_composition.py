@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import elastic.experiments.train
-from elastic.experiments.tools.setup import THEIRS, one_line
+from elastic.experiments.tools.errors import THEIRS, format_error
 from elastic.experiments.train import train
 from tests.experiments.test_configs import files, generated
 from tests.runs import configure
@@ -62,7 +62,7 @@ def test_every_pair_is_covered() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("data", "model", "schedule"), covering())
-def test_it_runs_or_is_refused_in_one_line(
+def test_it_runs_or_is_refused_in_format_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: str, model: str, schedule: str
 ) -> None:
     monkeypatch.setattr(elastic.experiments.train, "draw_history", lambda *_: None)
@@ -78,7 +78,7 @@ def test_it_runs_or_is_refused_in_one_line(
     try:
         summary = train(configure(tmp_path / "run", *given), tmp_path / "run")
     except THEIRS as error:
-        said = one_line(error)
+        said = format_error(error)
         why = ("does not run on an example", "3 colours", "no width", "none is left")
         assert any(reason in said for reason in why) and "\n" not in said, said
     else:

@@ -17,7 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 import elastic.experiments.compare
 import elastic.experiments.train
-from elastic.experiments.tools.setup import run
+from elastic.experiments.tools.errors import run
 from tests.fitted import EXACT, Spy, command, fit
 from tests.resuming import assert_same_run
 from tests.runs import load, load_history

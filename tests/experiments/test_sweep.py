@@ -15,8 +15,15 @@ from omegaconf import OmegaConf
 
 from elastic.errors import SweepError, TrainingError
 from elastic.experiments.tools import sweep
-from elastic.experiments.tools.setup import alone, portable
-from elastic.experiments.tools.sweep import arm, grid, one_of_many, progress, remaining, values
+from elastic.experiments.tools.folders import lock_folder, make_portable
+from elastic.experiments.tools.sweep import (
+    count_grid,
+    count_remaining,
+    describe_progress,
+    name_run,
+    read_objectives,
+    run_in_sweep,
+)
 from tests.runs import TINY, configure
 
 
@@ -32,20 +39,20 @@ from tests.runs import TINY, configure
     ],
 )
 def test_a_run_is_named_after_what_sets_it_apart(overrides: str, name: str) -> None:
-    assert arm(overrides) == name
+    assert name_run(overrides) == name
 
 
 @given(st.lists(st.integers(0, 99), min_size=1, max_size=4), st.sampled_from(["static", "[growth,gates]"]))
 def test_names_are_folders_and_tell_runs_apart(channels: list[int], schedule: str) -> None:
-    name = arm(f"model.channels={channels},schedule={schedule},seed=0".replace(" ", ""))
+    name = name_run(f"model.channels={channels},schedule={schedule},seed=0".replace(" ", ""))
     assert "/" not in name and name.endswith("-seed0")
     assert not set(name) & set("[]*?,'\" ")
-    assert name != arm(f"model.channels={[*channels, 1]},schedule={schedule},seed=0".replace(" ", ""))
+    assert name != name_run(f"model.channels={[*channels, 1]},schedule={schedule},seed=0".replace(" ", ""))
 
 
 def test_long_names_are_cut_and_still_tell_runs_apart() -> None:
     many = ",".join(f"callbacks.gates.option{i}=value{i}" for i in range(40))
-    one, two = arm(f"{many},callbacks.last=1,seed=7"), arm(f"{many},callbacks.last=2,seed=7")
+    one, two = name_run(f"{many},callbacks.last=1,seed=7"), name_run(f"{many},callbacks.last=2,seed=7")
     assert one != two and len(one) < 200 and one.endswith("-seed7")
 
 
@@ -62,10 +69,10 @@ def test_a_run_that_another_process_is_at_is_left_to_it(
     """A sweep that is started again while jobs of the first start are running: they have not failed."""
 
     def busy(cfg: Any, folder: Path) -> dict[str, Any]:
-        with alone(folder), alone(folder):
+        with lock_folder(folder), lock_folder(folder):
             raise AssertionError
 
-    assert one_of_many(configure(tmp_path, *TINY), tmp_path / "run", busy) == {}
+    assert run_in_sweep(configure(tmp_path, *TINY), tmp_path / "run", busy) == {}
     assert "another process trains in" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock"}
 
@@ -75,7 +82,7 @@ def test_what_no_run_of_the_sweep_can_do_ends_it(tmp_path: Path) -> None:
         raise SweepError("none")
 
     with pytest.raises(SweepError):
-        one_of_many(run_of(tmp_path), tmp_path, refuse)
+        run_in_sweep(run_of(tmp_path), tmp_path, refuse)
 
 
 def run_of(folder: Path, *overrides: str) -> Any:
@@ -88,22 +95,22 @@ def never(cfg: Any, folder: Path) -> dict[str, Any]:
 
 def test_a_run_that_is_done_is_not_done_again(tmp_path: Path) -> None:
     cfg = run_of(tmp_path)
-    OmegaConf.save(portable(cfg), tmp_path / "config.yaml")
+    OmegaConf.save(make_portable(cfg), tmp_path / "config.yaml")
     (tmp_path / "summary.json").write_text('{"val/acc": 0.5}')
-    assert one_of_many(cfg, tmp_path, never) == {"val/acc": 0.5}
+    assert run_in_sweep(cfg, tmp_path, never) == {"val/acc": 0.5}
 
 
 def test_a_run_that_was_killed_goes_on(tmp_path: Path) -> None:
     cfg = run_of(tmp_path)
-    OmegaConf.save(portable(cfg), tmp_path / "config.yaml")
+    OmegaConf.save(make_portable(cfg), tmp_path / "config.yaml")
     (tmp_path / "failed.json").write_text("{}")
-    assert one_of_many(cfg, tmp_path, lambda *_: {"val/acc": 0.7}) == {"val/acc": 0.7}
+    assert run_in_sweep(cfg, tmp_path, lambda *_: {"val/acc": 0.7}) == {"val/acc": 0.7}
     assert not (tmp_path / "failed.json").exists()
 
 
 def test_another_run_in_the_folder_is_left_alone(tmp_path: Path) -> None:
-    OmegaConf.save(portable(run_of(tmp_path, "seed=4")), tmp_path / "config.yaml")
-    assert one_of_many(run_of(tmp_path), tmp_path, never) == {}
+    OmegaConf.save(make_portable(run_of(tmp_path, "seed=4")), tmp_path / "config.yaml")
+    assert run_in_sweep(run_of(tmp_path), tmp_path, never) == {}
     assert "holds another run" in json.loads((tmp_path / "failed.json").read_text())["error"]
 
 
@@ -114,16 +121,16 @@ def test_a_run_that_fails_says_why_and_lets_the_others_go_on(tmp_path: Path, err
     def fail(cfg: Any, folder: Path) -> dict[str, Any]:
         raise error
 
-    assert one_of_many(run_of(tmp_path), tmp_path, fail) == {}
+    assert run_in_sweep(run_of(tmp_path), tmp_path, fail) == {}
     noted = json.loads((tmp_path / "failed.json").read_text())
     assert noted["kind"] == type(error).__name__ and "\n" not in noted["error"] and noted["error"]
 
 
 def test_a_search_goes_by_what_it_asked_for() -> None:
     summary = {"val/acc": 0.9, "params": 1200}
-    assert values(summary, ["val/acc"]) == 0.9
-    assert values(summary, ["val/acc", "params"]) == (0.9, 1200.0)
-    failed = values({}, ["val/acc", "params"])
+    assert read_objectives(summary, ["val/acc"]) == 0.9
+    assert read_objectives(summary, ["val/acc", "params"]) == (0.9, 1200.0)
+    failed = read_objectives({}, ["val/acc", "params"])
     assert isinstance(failed, tuple) and all(value != value for value in failed)
 
 
@@ -143,9 +150,9 @@ def test_progress_counts_the_folders(tmp_path: Path) -> None:
     os.utime(tmp_path / "e" / "failed.json", (0, 0))
     plan = {"runs": 7, "since": time.time() - 600, "behind": 1}
     (tmp_path / "sweep.json").write_text(json.dumps(plan))
-    assert progress(tmp_path) == f"{tmp_path}: 1 of 7 done, 1 running, 2 failed; about 20 min left"
+    assert describe_progress(tmp_path) == f"{tmp_path}: 1 of 7 done, 1 running, 2 failed; about 20 min left"
     (tmp_path / "sweep.json").write_text(json.dumps({**plan, "runs": 3}))
-    assert progress(tmp_path) == f"{tmp_path}: 1 of 3 done, 1 running, 2 failed"
+    assert describe_progress(tmp_path) == f"{tmp_path}: 1 of 3 done, 1 running, 2 failed"
 
 
 @given(
@@ -157,7 +164,7 @@ def test_a_sweep_knows_how_many_runs_it_has(of_file: dict[str, Any], of_command:
     line = [f"{key}={value}" for key, value in given_.items()]
     whole = OverridesParser.create().parse_overrides([*(f"{k}={v}" for k, v in params.items()), *line])
     (jobs,) = BasicSweeper.split_arguments(whole, None)
-    assert grid(params, line) == len(jobs)
+    assert count_grid(params, line) == len(jobs)
 
 
 def test_a_search_that_was_killed_goes_on_with_what_it_was_doing(tmp_path: Path) -> None:
@@ -167,25 +174,25 @@ def test_a_search_that_was_killed_goes_on_with_what_it_was_doing(tmp_path: Path)
     sweeper = OmegaConf.create(
         {"study_name": "s", "storage": storage, "direction": ["maximize", "minimize"], "n_trials": 5}
     )
-    assert remaining(sweeper) == 5
+    assert count_remaining(sweeper) == 5
     study = optuna.load_study(study_name="s", storage=storage)
     space = {"x": optuna.distributions.FloatDistribution(0, 1)}
     study.tell(study.ask(space), [0.5, 100])
     study.tell(study.ask(space), state=optuna.trial.TrialState.FAIL)
     killed = study.ask(space)
-    assert remaining(sweeper) == 3, "two are done, one of them failed"
-    assert remaining(sweeper) == 3, "and looking changes nothing"
+    assert count_remaining(sweeper) == 3, "two are done, one of them failed"
+    assert count_remaining(sweeper) == 3, "and looking changes nothing"
     again = study.ask(space)
     assert again.params == killed.params
-    assert remaining(sweeper) == 3, "killed once more"
+    assert count_remaining(sweeper) == 3, "killed once more"
     twice = study.ask(space)
     assert twice.params == killed.params
     study.tell(twice, [0.6, 90])
-    assert remaining(sweeper) == 2
+    assert count_remaining(sweeper) == 2
 
 
 def test_the_sweepers_configuration_is_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "remaining", lambda sweeper: sweeper.n_trials - 3)
+    monkeypatch.setattr(sweep, "count_remaining", lambda sweeper: sweeper.n_trials - 3)
     sweeper = {"storage": "x", "n_trials": 7}
     config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path / "new")}, "sweeper": sweeper}})
     sweep.Sweep().on_multirun_start(config)

@@ -1,0 +1,68 @@
+"""Call a command by name: `elastic <command> …`; in a checkout `python -m experiments.<command> …` does the same.
+
+Nothing is imported that a command does not need, so that help comes at once.
+"""
+
+import difflib
+import sys
+from importlib import import_module
+
+from elastic.errors import OptionError
+from elastic.experiments.tools.options import HELP
+
+# Kept here, since to import a command takes seconds.
+COMMANDS = {
+    "train": "train a network, or sweep over many: data × model × schedule",
+    "evaluate": "measure a finished run again",
+    "compare": "put many runs in one table, a figure, or a page",
+    "export": "write a finished run's network for other programs",
+    "latency": "time a network with dynamic kernels beside its dense one",
+    "serve": "serve a stream of images by an elastic network under load",
+    "usage": "show how often dynamic kernels are on",
+    "switching": "time the way from one sub-network to another, here and elsewhere",
+    "bench": "time what elasticity costs and saves",
+    "dashboard": "make a W&B dashboard of runs",
+}
+
+
+def describe_commands() -> str:
+    """Describe what there is to call."""
+    lines = [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: elastic <command> [key=value …]",
+            "",
+            *lines,
+            "",
+            "elastic <command> --help tells its options.",
+        ]
+    )
+
+
+def run_command() -> None:
+    """Run the command that the command line names.
+
+    Raises:
+        OptionError: there is none such.
+    """
+    name, *words = sys.argv[1:] or HELP[:1]
+    if name in HELP:
+        print(describe_commands())
+        return
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, 1)
+        remedy = f"did you mean {close[0]}?" if close else f"choose {', '.join(COMMANDS)}"
+        raise OptionError(f"there is no command '{name}': {remedy}")
+    command = import_module(f"elastic.experiments.{name}")
+    sys.argv = [str(command.__file__), *words]  # as `python -m` has it: runs of several processes start so
+    command.main()
+
+
+def main() -> None:
+    from elastic.experiments.tools.errors import run
+
+    run(run_command)
+
+
+if __name__ == "__main__":
+    main()

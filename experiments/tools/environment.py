@@ -1,0 +1,64 @@
+"""Prepare a process for its task: quiet libraries, the right precision, processes that it will hear of."""
+
+import logging
+import warnings
+
+import lightning as L
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+
+from elastic.errors import SweepError, TrainingError
+
+ADVICE = (
+    ".*does not have many workers.*",  # the sets are held in memory
+    ".*LeafSpec.*",
+    ".*`srun` command is available.*",  # launchers use it, nobody else has to
+    ".*sync_dist=True.*",  # what is logged is the same in every process
+    ".*exists and is not empty.*",  # a run's folder is its own
+    ".*You requested to overfit.*",  # and does what is meant
+)
+
+
+def silence() -> None:
+    """Silence advice that does not apply here, and make the CPU flush denormals."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in ADVICE:
+        warnings.filterwarnings("ignore", message)
+    torch.set_flush_denormal(True)
+
+
+def choose_precision(precision: str) -> str:
+    """Choose for `auto` bf16 autocast where the GPU or CPU computes in it, and fp32 elsewhere."""
+    if precision != "auto":
+        return precision
+    if torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
+    # On CPUs without such instructions bf16 is emulated, and slower than fp32.
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return "bf16-mixed" if native else "32-true"
+
+
+def check_processes(trainer: L.Trainer) -> None:
+    """Refuse several processes but by Lightning's `ddp`, or by SLURM, for one run at a time.
+
+    Raises:
+        TrainingError: another way, of which this process, or the runs of a sweep, would not know the outcome.
+    """
+    if trainer.world_size == 1:
+        return
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise TrainingError("such processes take the result along as they end: set trainer.strategy=ddp")
+    relaunches = isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher)
+    if relaunches and is_multirun():
+        raise SweepError(
+            "a sweep cannot start runs of several processes, each would sweep again: leave out -m, or sweep "
+            "with hydra/launcher=submitit_slurm"
+        )
+
+
+def is_multirun() -> bool:
+    """Tell whether this run is one of a sweep."""
+    return bool(HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN)

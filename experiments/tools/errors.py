@@ -1,0 +1,58 @@
+"""Say in one line what a user can mend; anything else is a fault of the code and keeps its traceback."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from hydra.errors import HydraException, InstantiationException
+from omegaconf.errors import OmegaConfBaseException
+
+from elastic.errors import ElasticError
+from elastic.experiments.tools.composition import explain
+
+THEIRS = (ElasticError, OmegaConfBaseException, HydraException, OSError)
+FULL = "HYDRA_FULL_ERROR"  # set to 1 it shows tracebacks, as for any program with Hydra
+
+
+class Stop(BaseException):
+    """Carry an error out of a job past Hydra, which would print lines of its own."""
+
+
+@contextmanager
+def pass_hydra() -> Iterator[None]:
+    """Let what a user can mend leave a job of Hydra's as it is."""
+    try:
+        yield
+    except THEIRS as error:
+        raise Stop from error
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Call an entry point; what a user can mend is shown as one line, with exit code 1."""
+    is_full = os.environ.get(FULL)
+    os.environ[FULL] = "1"  # or Hydra would print errors its own way, over many lines
+    try:
+        main()
+    except (*THEIRS, Stop) as error:
+        cause = error.__cause__ if isinstance(error, Stop) else error
+        assert cause is not None
+        if is_full:
+            raise cause from cause.__cause__
+        print(f"error: {format_error(cause)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def format_error(error: BaseException) -> str:
+    """Format what went wrong as a user would want to read it, in one line."""
+    cause = error
+    while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    if isinstance(cause, HydraException) and (text := explain(cause)):
+        return text
+    lines = [line.strip() for line in str(cause).strip().splitlines()] or [type(cause).__name__]
+    shown = " ".join(lines[:2]) if isinstance(cause, HydraException) else lines[0]
+    if cause is not error and not isinstance(cause, ElasticError):
+        shown += f" ({str(error).splitlines()[-1]})"
+    return shown

@@ -1,0 +1,135 @@
+"""Read a command's options, `key=value`, by the signature and the docstring of the function that does it."""
+
+import inspect
+import re
+import sys
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from elastic.errors import OptionError
+
+T = TypeVar("T")
+HELP = ("-h", "--help")
+NONE = ("null", "none")
+
+
+def read_path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+def read_int(text: str) -> int:
+    """Read a whole number, which may be written as 2e3."""
+    if not float(text).is_integer():
+        raise ValueError
+    return int(float(text))
+
+
+def read_bool(text: str) -> bool:
+    return {"true": True, "false": False}[text.lower()]
+
+
+# How each type is read from a word, and what it is called.
+TYPES: dict[type, tuple[Callable[[str], Any], str]] = {
+    Path: (read_path, "path"),
+    str: (str, "text"),
+    int: (read_int, "whole number"),
+    float: (float, "number"),
+    bool: (read_bool, "true or false"),
+}
+
+
+@dataclass(frozen=True)
+class Option:
+    """Describe an option of a command."""
+
+    name: str
+    kind: type
+    optional: bool  # may be null
+    default: Any
+    help: str
+
+    @property
+    def required(self) -> bool:
+        return self.default is inspect.Parameter.empty
+
+    def read(self, text: str) -> Any:
+        """Read the option's value.
+
+        Raises:
+            OptionError: it is of another type.
+        """
+        if self.optional and text.lower() in NONE:
+            return None
+        read, kind = TYPES[self.kind]
+        try:
+            return read(text)
+        except (ValueError, KeyError, OverflowError):
+            raise OptionError(f"{self.name}={text} is no {kind}: set {self.name} to one") from None
+
+
+def list_options(function: Callable[..., Any]) -> dict[str, Option]:
+    """List the options of a function by name."""
+    hints, helps = get_type_hints(function), read_helps(inspect.getdoc(function) or "")
+    options = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        is_union = get_origin(hints[name]) in (Union, types.UnionType)
+        kinds = [kind for kind in get_args(hints[name]) or [hints[name]] if kind is not type(None)]
+        options[name] = Option(name, kinds[0], is_union, parameter.default, helps.get(name, ""))
+    return options
+
+
+def read_helps(doc: str) -> dict[str, str]:
+    """Read what the `Args:` of a docstring say of each name."""
+    block = re.search(r"^Args:\n((?:[ ]+.*\n?|\n)*)", doc, re.MULTILINE)
+    entries = re.findall(
+        r"^ {4}([\w, ]+): ((?:.*\n?)(?: {5,}.*\n?)*)", block[1] if block else "", re.MULTILINE
+    )
+    return {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}
+
+
+def read_options(function: Callable[..., Any], words: Sequence[str]) -> dict[str, Any]:
+    """Read a function's options from the words of a command line.
+
+    Raises:
+        OptionError: an unknown option, one of another type, or one that is missing.
+    """
+    options, values = list_options(function), {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals or name not in options:
+            known = ", ".join(f"{name}=…" for name in options) or "none"
+            raise OptionError(f"there is no option {word}; there are: {known}")
+        values[name] = options[name].read(text)
+    missing = [
+        f"{option.name}=…" for option in options.values() if option.required and option.name not in values
+    ]
+    if missing:
+        raise OptionError(f"name {' and '.join(missing)}: see --help")
+    return values
+
+
+def describe(function: Callable[..., Any], command: str) -> str:
+    """Describe a command: what it does, its options, their types and defaults."""
+    options, doc = list_options(function).values(), inspect.getdoc(function) or ""
+    usage = " ".join([command, *(f"{o.name}=…" if o.required else f"[{o.name}=…]" for o in options)])
+    summary = " ".join(doc.partition("\n\n")[0].split())
+    lines = [f"  {o.name + '=':<10} {_describe_value(o):<24} {o.help}".rstrip() for o in options]
+    return "\n".join([f"usage: {usage}", "", summary, "", *lines]).rstrip()
+
+
+def _describe_value(option: Option) -> str:
+    kind = TYPES[option.kind][1]
+    default = option.default
+    return kind if option.required or default in (None, "") else f"{kind} ({str(default).lower()})"
+
+
+def call(function: Callable[..., T]) -> T:
+    """Call a function with the options of this command line; `--help` describes it instead."""
+    words = sys.argv[1:]
+    if any(word in HELP for word in words):
+        print(describe(function, f"elastic {Path(sys.argv[0]).stem}"))
+        raise SystemExit(0)
+    return function(**read_options(function, words))
