@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -204,7 +205,7 @@ def main() -> None:
             f"usage: {(__doc__ or '').strip().partition(chr(10) * 2)[2].strip().splitlines()[0]} …"
         )
     options = {name: given[name] for name in numbers if name in given}
-    paths = {name: Path(str(given[name])) for name in files if name in given}
+    paths: dict[str, Any] = {name: Path(str(given[name])) for name in files if name in given}
     serve_stream(Path(str(given.run)), **options, **paths)
 
 

@@ -19,7 +19,7 @@ SIXTEEN_BITS = ("I;16", "I;16L", "I;16B")  # modes of Pillow, whose conversion w
 
 
 class VisibleFolders(datasets.ImageFolder):
-    """List images a folder a class, without hidden folders, such as `.ipynb_checkpoints`, and hidden files."""
+    """List images a folder a class, without hidden folders and files, such as `.ipynb_checkpoints`."""
 
     def __init__(self, folder: Path) -> None:
         suffixes = datasets.folder.IMG_EXTENSIONS
@@ -39,7 +39,7 @@ class VisibleFolders(datasets.ImageFolder):
 
 
 class ImageFiles(ImageSet):
-    """Decode the images of `folder/<class>/*`, their shorter side scaled to `size`, the centre square cut out."""
+    """Decode images of `folder/<class>/*`: the shorter side scaled to `size`, the centre square cut out."""
 
     def __init__(self, folder: Path, size: int) -> None:
         try:
@@ -79,14 +79,12 @@ def read_rgb(path: str | Path) -> Image.Image:
             grey = (np.asarray(image, dtype=np.float32) / 257).round().astype(np.uint8)  # 65,535 is 255
             return Image.fromarray(grey).convert("RGB")
         if image.mode in ("I", "F"):
-            raise DataError(
-                f"{path} has values of an unknown range ({image.mode}): save it with 8 or 16 bits"
-            )
+            raise DataError(f"{path} has values of an unknown range: save it with 8 or 16 bits")
         return image.convert("RGB")
 
 
 class ImageFolderData(ImageData):
-    """Provide your own images: `root/train/<class>/*` and `root/test/<class>/*` (or `root/val` for the latter).
+    """Provide your own images: `root/train/<class>/*` and `root/test/<class>/*` (or `root/val`).
 
     Args:
         size: height and width the images are brought to.

@@ -9,7 +9,7 @@ Shapes: B samples of a batch, C channels, H rows, W columns.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
@@ -181,7 +181,8 @@ class ImageData(L.LightningDataModule, ABC):
         if not 1 <= n <= len(train):
             raise DataError(f"cannot sample {n} of {len(train)} training images: ask for 1 to {len(train)}")
         index = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:n]
-        x_BCHW, y_B = train.__getitems__(index.tolist())
+        batch: Any = train.__getitems__(index.tolist())  # torch's types say a list, it is what the set gives
+        x_BCHW, y_B = batch
         return self.normalise(scale_bytes(x_BCHW)), y_B
 
 
@@ -190,7 +191,7 @@ def scale_bytes(x_BCHW: Tensor) -> Tensor:
     return x_BCHW.float() / 255
 
 
-def _pass_through(batch: Batch) -> Batch:
+def _pass_through(batch: Any) -> Any:
     """Collate what is a batch already; here, where a worker process can import it."""
     return batch
 
