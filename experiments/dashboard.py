@@ -39,7 +39,7 @@ def make_workspace(entity: str, project: str) -> Any:
         for section, plots in LINES.items()
     }
     x, y = (panels.SummaryMetric(name) for name in FRONT)
-    sections = {
+    sections: dict[str, list[Any]] = {
         "Accuracy": [
             *lines["Accuracy"],
             panels.ScatterPlot(title="Accuracy against size", x=x, y=y, log_x=True),

@@ -1,4 +1,4 @@
-"""Image data as Lightning data modules, with augmentation on the device."""
+"""Offer image data as Lightning data modules, with augmentation on the device."""
 
 from elastic.data.folders import ImageFolderData, Imagenette
 from elastic.data.images import ImageData

@@ -1,4 +1,4 @@
-"""Augmentation of whole batches on any device, with a draw of its own for every sample.
+"""Augment whole batches on any device, with a draw of its own for every sample.
 
 Every class maps x_BCHW to x_BCHW and draws from torch's global generator of the batch's device, so the same
 `torch.manual_seed` gives the same batch bit for bit. Images come in [0, 1], before normalisation: what moves
@@ -53,7 +53,7 @@ class RandomAffine:
 
     def __call__(self, x_BCHW: Tensor) -> Tensor:
         unit_5B = torch.rand(5, len(x_BCHW), dtype=x_BCHW.dtype, device=x_BCHW.device) * 2 - 1
-        return affine(
+        return apply_affine(
             x_BCHW,
             angle_B=unit_5B[0] * self.degrees,
             shift_2B=unit_5B[1:3] * self.translate_px,
@@ -74,17 +74,19 @@ class Cutout:
 
     def __call__(self, x_BCHW: Tensor) -> Tensor:
         B, _, H, W = x_BCHW.shape
-        rows_BH = self._covered(B, H, x_BCHW.device)
-        columns_BW = self._covered(B, W, x_BCHW.device)
+        rows_BH = self._mask(B, H, x_BCHW.device)
+        columns_BW = self._mask(B, W, x_BCHW.device)
         return x_BCHW.masked_fill(rows_BH[:, None, :, None] & columns_BW[:, None, None, :], 0.0)
 
-    def _covered(self, samples: int, length: int, device: torch.device) -> Tensor:
+    def _mask(self, samples: int, length: int, device: torch.device) -> Tensor:
         start_B = torch.randint(length, (samples,), device=device) - self.size // 2
         offset_BL = torch.arange(length, device=device) - start_B[:, None]
         return (offset_BL >= 0) & (offset_BL < self.size)
 
 
-def affine(x_BCHW: Tensor, angle_B: Tensor, shift_2B: Tensor, scale_B: Tensor, shear_B: Tensor) -> Tensor:
+def apply_affine(
+    x_BCHW: Tensor, angle_B: Tensor, shift_2B: Tensor, scale_B: Tensor, shear_B: Tensor
+) -> Tensor:
     """Shear, scale and turn about the centre, then shift, as `torchvision`'s affine but a sample each.
 
     Args:
@@ -95,13 +97,13 @@ def affine(x_BCHW: Tensor, angle_B: Tensor, shift_2B: Tensor, scale_B: Tensor, s
     """
     _, _, H, W = x_BCHW.shape
     cos_B, sin_B = angle_B.deg2rad().cos(), angle_B.deg2rad().sin()
-    lean_B = shear_B.deg2rad().tan()
+    slope_B = shear_B.deg2rad().tan()
     # A pixel of the result looks back at its source: undo the shift, then the turn, the scale and the shear.
     # affine_grid measures width and height as 2 each, however many pixels they have.
-    row_0 = [cos_B - lean_B * sin_B, (sin_B + lean_B * cos_B) * H / W]
+    row_0 = [cos_B - slope_B * sin_B, (sin_B + slope_B * cos_B) * H / W]
     row_1 = [-sin_B * W / H, cos_B]
-    back_B22 = (torch.stack(row_0 + row_1) / scale_B).T.reshape(-1, 2, 2)
+    inverse_B22 = (torch.stack(row_0 + row_1) / scale_B).T.reshape(-1, 2, 2)
     shift_B21 = torch.stack([shift_2B[0] * 2 / W, shift_2B[1] * 2 / H], dim=1)[:, :, None]
-    theta_B23 = torch.cat([back_B22, -back_B22 @ shift_B21], dim=2)
+    theta_B23 = torch.cat([inverse_B22, -inverse_B22 @ shift_B21], dim=2)
     grid_BHW2 = F.affine_grid(theta_B23, list(x_BCHW.shape), align_corners=False)
     return F.grid_sample(x_BCHW, grid_BHW2, padding_mode="zeros", align_corners=False)

@@ -1,4 +1,4 @@
-"""Asking torchvision for a set of images: never waiting for long, and failing in one line."""
+"""Ask torchvision for a set of images: never wait for long, and fail in one line."""
 
 import os
 import socket
@@ -13,32 +13,33 @@ SILENCE_S = 15.0
 
 
 @contextmanager
-def fetching(name: str, folder: Path, download: bool) -> Iterator[None]:
-    """Run torchvision's constructor inside; whatever it raises becomes a `DataError` that tells missing from
-    corrupt.
+def guard_fetch(name: str, folder: Path, download: bool) -> Iterator[None]:
+    """Run torchvision's constructor inside, and turn what it raises into a `DataError`.
+
+    The error tells missing from corrupt.
 
     Args:
         name: of the data set.
         folder: that holds it.
         download: whether the constructor may fetch it.
     """
-    absent = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
-    patience = socket.getdefaulttimeout()
+    missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
+    timeout_s = socket.getdefaulttimeout()
     socket.setdefaulttimeout(SILENCE_S)
     try:
         yield
     except Exception as error:  # from AssertionError to zlib.error, depending on the byte that is wrong
-        for path in absent:  # leave no folder behind that was created for a download which then failed
+        for path in missing:  # leave no folder behind that was created for a download which then failed
             with suppress(OSError):  # it is not there, or it is not empty
                 path.rmdir()
         raise DataError(_explain(name, folder, error, download)) from error
     finally:
-        socket.setdefaulttimeout(patience)
+        socket.setdefaulttimeout(timeout_s)
 
 
 def _explain(name: str, folder: Path, error: Exception, download: bool) -> str:
     reason = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
-    if _holds_something(folder):
+    if _has_content(folder):
         return (
             f"{name} in {folder} is incomplete or corrupt ({reason}): delete that folder, "
             "then copy it whole or set data.download=true on a connected machine"
@@ -54,7 +55,7 @@ def _explain(name: str, folder: Path, error: Exception, download: bool) -> str:
     )
 
 
-def _holds_something(folder: Path) -> bool:
+def _has_content(folder: Path) -> bool:
     try:
         return any(folder.iterdir())
     except OSError:  # absent, not a folder, or not ours to read

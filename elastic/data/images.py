@@ -1,4 +1,4 @@
-"""What all image data have in common: the split, the loaders, normalisation and where augmentation happens.
+"""Give all image data the split, the loaders, normalisation and a place for augmentation.
 
 A set is read into bytes once. Loaders hand over whole batches of bytes, and everything done in floating point
 (scaling, augmentation, normalisation) runs after the transfer, on the device, a batch at a time.
@@ -9,7 +9,7 @@ Shapes: B samples of a batch, C channels, H rows, W columns.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
@@ -17,14 +17,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 from elastic.data.imageset import Batch, ImageSet
-from elastic.data.split import stratified_split
+from elastic.data.split import split_stratified
 from elastic.errors import DataError
 
 Change = Callable[[Tensor], Tensor]
+Part = TypeVar("Part", bound=Dataset[Batch])
 
 
 class ImageData(L.LightningDataModule, ABC):
-    """Train, validation and test batches of one set of images; a subclass says how to `load` it.
+    """Provide train, validation and test batches of one set of images; a subclass says how to `load` it.
 
     The validation part is cut from the official training data, class by class, by `split_seed`; runs that
     differ in `seed` therefore share it. The test part is the official one.
@@ -80,13 +81,18 @@ class ImageData(L.LightningDataModule, ABC):
 
     @abstractmethod
     def load(self, download: bool) -> tuple[ImageSet, ImageSet]:
-        """The official training and test data, or a `DataError`."""
+        """Load the official training and test data.
+
+        Raises:
+            DataError: they are missing or corrupt.
+        """
 
     def prepare_data(self) -> None:
         """Download if need be. Only the first process of a machine comes here; it keeps what it has read."""
         self._read(self.download)
 
     def setup(self, stage: str | None = None) -> None:
+        """Read the data, in every process."""
         self._read(download=False)
 
     def _read(self, download: bool) -> None:
@@ -99,7 +105,7 @@ class ImageData(L.LightningDataModule, ABC):
                 )
         official, test = self.load(download)
         val_count = min(max(1, round(len(official) * (self.val_fraction or 0.1))), len(official) - 1)
-        train, val = stratified_split(official.labels, val_count, self.split_seed)
+        train, val = split_stratified(official.labels, val_count, self.split_seed)
         if self.val_fraction == 0:
             train = torch.arange(len(official))
         if len(train) < self.batch_size:
@@ -111,18 +117,21 @@ class ImageData(L.LightningDataModule, ABC):
         self.test_set = test
 
     def train_dataloader(self) -> DataLoader[Batch]:
+        """Load training images, shuffled anew in each epoch."""
         # A DistributedSampler in one process too: its order follows from (seed, epoch) alone, so that a
         # resumed run sees the batches it would have seen.
-        sampler = self._sampler(self._made(self.train_set), shuffle=True)
+        sampler = self._sampler(self._require(self.train_set), shuffle=True)
         return self._loader(sampler, drop_last=len(sampler) >= self.batch_size)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        return self._loader(self._sampler(self._made(self.val_set), shuffle=False))
+        """Load validation images in their order."""
+        return self._loader(self._sampler(self._require(self.val_set), shuffle=False))
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        return self._loader(self._sampler(self._made(self.test_set), shuffle=False))
+        """Load test images in their order."""
+        return self._loader(self._sampler(self._require(self.test_set), shuffle=False))
 
-    def _made(self, part: Any) -> Any:
+    def _require(self, part: Part | None) -> Part:
         if part is None:
             raise DataError(f"{type(self).__name__} has no data yet: call prepare_data() and setup() first")
         return part
@@ -140,54 +149,55 @@ class ImageData(L.LightningDataModule, ABC):
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
-            collate_fn=_as_it_is,
+            collate_fn=_pass_through,
             # Without one of its own, every pass over a loader draws from the global generator.
             generator=torch.Generator().manual_seed(self.seed),
         )
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Bytes to normalised floats, on the device; augmented while the trainer is training."""
+        """Turn bytes into normalised floats, on the device; augment while the trainer is training."""
         x_BCHW, y_B = batch
-        x_BCHW = to_unit(x_BCHW)
+        x_BCHW = scale_bytes(x_BCHW)
         if self.trainer is not None and self.trainer.training:
-            for change in self.augment:
-                x_BCHW = change(x_BCHW)
+            for augment in self.augment:
+                x_BCHW = augment(x_BCHW)
         x_BCHW = self.normalise(x_BCHW)
         if self.trainer is not None:  # Lightning has looked for floats to cast already, and found bytes
             x_BCHW = self.trainer.precision_plugin.convert_input(x_BCHW)
         return x_BCHW, y_B
 
     def normalise(self, x_BCHW: Tensor) -> Tensor:
-        """(x - mean) / std, a channel each, of images in [0, 1]."""
-        return (x_BCHW - _per_channel(self.mean, x_BCHW.device)) / _per_channel(self.std, x_BCHW.device)
+        """Subtract the mean and divide by the sd, a channel each, of images in [0, 1]."""
+        return (x_BCHW - _make_channels(self.mean, x_BCHW.device)) / _make_channels(self.std, x_BCHW.device)
 
     def sample(self, n: int, seed: int) -> Batch:
-        """x_BCHW and y_B of `n` training images as validation would see them, on the CPU.
+        """Draw x_BCHW and y_B of `n` training images as validation would see them, on the CPU.
 
         The choice depends on `seed` alone and leaves the global generator as it was.
         """
         if self.train_set is None:
             self.prepare_data()
-        train = self._made(self.train_set)
+        train = self._require(self.train_set)
         if not 1 <= n <= len(train):
             raise DataError(f"cannot sample {n} of {len(train)} training images: ask for 1 to {len(train)}")
         index = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:n]
-        x_BCHW, y_B = train.__getitems__(index.tolist())
-        return self.normalise(to_unit(x_BCHW)), y_B
+        batch: Any = train.__getitems__(index.tolist())  # torch's types say a list, it is what the set gives
+        x_BCHW, y_B = batch
+        return self.normalise(scale_bytes(x_BCHW)), y_B
 
 
-def to_unit(x_BCHW: Tensor) -> Tensor:
-    """Bytes as floats in [0, 1]."""
+def scale_bytes(x_BCHW: Tensor) -> Tensor:
+    """Scale bytes to floats in [0, 1]."""
     return x_BCHW.float() / 255
 
 
-def _as_it_is(batch: Any) -> Any:
-    """Collation of what is a batch already; here, where a worker process can import it."""
+def _pass_through(batch: Any) -> Any:
+    """Collate what is a batch already; here, where a worker process can import it."""
     return batch
 
 
 @lru_cache(maxsize=16)
-def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Shape C, 1, 1; kept, since copying it to the device anew would make every batch wait."""
+def _make_channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Make a tensor of shape C, 1, 1, once: copying it to the device anew would make every batch wait."""
     with torch.inference_mode(False):  # the first use may be validation, a later one needs a gradient
         return torch.tensor(values, device=device)[:, None, None]

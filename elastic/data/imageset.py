@@ -1,4 +1,4 @@
-"""Sets of images that are fetched by the batch, as bytes.
+"""Fetch images of a set by the batch, as bytes.
 
 Shapes: B samples of a batch, N of the set, C channels, H rows, W columns.
 """
@@ -14,7 +14,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class ImageSet(Dataset[Batch], ABC):
-    """Images as bytes with their labels, fetched by the batch.
+    """Fetch images as bytes with their labels, by the batch.
 
     Attributes:
         labels: y_N, int64.
@@ -24,7 +24,7 @@ class ImageSet(Dataset[Batch], ABC):
 
     @abstractmethod
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """x_BCHW in uint8 and y_B in int64."""
+        """Fetch x_BCHW in uint8 and y_B in int64."""
 
     def __getitem__(self, index: int) -> Batch:
         x_BCHW, y_B = self.__getitems__([index])
@@ -35,7 +35,7 @@ class ImageSet(Dataset[Batch], ABC):
 
 
 class InMemory(ImageSet):
-    """Images x_NCHW in uint8, held as one tensor."""
+    """Hold images x_NCHW in uint8 as one tensor."""
 
     def __init__(self, x_NCHW: Tensor, y_N: Tensor) -> None:
         self.images, self.labels = x_NCHW, y_N

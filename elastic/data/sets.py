@@ -1,4 +1,4 @@
-"""Sets held in memory: scikit-learn's digits, torchvision's MNIST and CIFAR and their kin."""
+"""Read sets into memory: scikit-learn's digits, torchvision's MNIST and CIFAR and their kin."""
 
 from pathlib import Path
 from typing import Any
@@ -7,14 +7,14 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from elastic.data.fetch import fetching
+from elastic.data.fetch import guard_fetch
 from elastic.data.images import ImageData
 from elastic.data.imageset import ImageSet, InMemory
-from elastic.data.split import stratified_split
+from elastic.data.split import split_stratified
 
 
 class Digits(ImageData):
-    """scikit-learn's 1,797 handwritten digits, 8×8 grey pixels; nothing to download.
+    """Provide scikit-learn's 1,797 handwritten digits, 8×8 grey pixels; nothing to download.
 
     The grey values 0 … 16 are scaled to 0 … 255. The set has no official test split: 360 images, stratified
     by label and the same for every run, are kept apart as one.
@@ -24,15 +24,16 @@ class Digits(ImageData):
     classes = 10
 
     def load(self, download: bool) -> tuple[ImageSet, ImageSet]:
+        """Read what scikit-learn brings."""
         digits = load_digits()
         images = torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8)[:, None]
         labels = torch.from_numpy(digits.target).long()
-        train, test = stratified_split(labels, count=360, seed=0)
+        train, test = split_stratified(labels, count=360, seed=0)
         return InMemory(images[train], labels[train]), InMemory(images[test], labels[test])
 
 
 class TorchvisionImages(ImageData):
-    """A set of torchvision's that keeps all images in `data` and all labels in `targets`.
+    """Provide a set of torchvision's that keeps all images in `data` and all labels in `targets`.
 
     So do MNIST, FashionMNIST, KMNIST, CIFAR10 and CIFAR100.
 
@@ -49,15 +50,16 @@ class TorchvisionImages(ImageData):
         self.dataset, self.shape, self.classes = dataset, (C, H, W), classes
 
     def load(self, download: bool) -> tuple[ImageSet, ImageSet]:
+        """Read the set, or download it."""
         name = self.dataset.__name__
         folder = Path(self.root) / getattr(self.dataset, "base_folder", f"{name}/raw")
-        with fetching(name, folder, download):
+        with guard_fetch(name, folder, download):
             train, test = (self.dataset(self.root, train=part, download=download) for part in (True, False))
             return self._in_memory(train), self._in_memory(test)
 
     def _in_memory(self, part: Any) -> InMemory:
-        x_NCHW, y_N = _channels_first(torch.as_tensor(part.data)), torch.as_tensor(part.targets).long()
-        # Raised inside `fetching`, which names the folder and the remedy.
+        x_NCHW, y_N = _move_channels_first(torch.as_tensor(part.data)), torch.as_tensor(part.targets).long()
+        # Raised inside `guard_fetch`, which names the folder and the remedy.
         if x_NCHW.dtype != torch.uint8 or tuple(x_NCHW.shape[1:]) != self.shape:
             raise ValueError(f"images are {x_NCHW.dtype} {tuple(x_NCHW.shape[1:])}, not bytes {self.shape}")
         if len(x_NCHW) != len(y_N) or len(y_N) == 0:
@@ -67,6 +69,6 @@ class TorchvisionImages(ImageData):
         return InMemory(x_NCHW, y_N)
 
 
-def _channels_first(x: Tensor) -> Tensor:
-    """N, H, W or N, H, W, C as N, C, H, W."""
+def _move_channels_first(x: Tensor) -> Tensor:
+    """Turn N, H, W or N, H, W, C into N, C, H, W."""
     return x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2).contiguous()

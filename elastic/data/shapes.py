@@ -1,4 +1,4 @@
-"""Drawn images: small, coloured, and nothing to download."""
+"""Draw images: small, coloured, and nothing to download."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ TRAIN, TEST, SIDE = 1200, 300, 16
 
 
 class Shapes(ImageData):
-    """Disks, squares, triangles and crosses, 16×16 in colour: 1,200 to train, 300 for the test.
+    """Provide disks, squares, triangles and crosses, 16×16 in colour: 1,200 to train, 300 for the test.
 
     Place, size and the two colours of each are drawn at random, the same for every run, with noise on top.
     For trying things out: what works here may fail anywhere else.
@@ -20,12 +20,13 @@ class Shapes(ImageData):
     classes = 4
 
     def load(self, download: bool) -> tuple[ImageSet, ImageSet]:
+        """Draw them."""
         x_NCHW, y_N = draw(TRAIN + TEST, torch.Generator().manual_seed(0))
         return InMemory(x_NCHW[:TRAIN], y_N[:TRAIN]), InMemory(x_NCHW[TRAIN:], y_N[TRAIN:])
 
 
 def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """x_NCHW in bytes, and y_N: disk, square, triangle, cross."""
+    """Draw x_NCHW in bytes, and y_N: disk, square, triangle, cross."""
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(count, *shape, generator=generator)

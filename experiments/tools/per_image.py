@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from elastic.data import ImageData
-from elastic.data.images import to_unit
+from elastic.data.images import scale_bytes
 from elastic.dynamic.loss import ActivationCost
 from elastic.dynamic.modules import iterate_modules
 
@@ -63,7 +63,7 @@ def read_test_batches(data: ImageData) -> list[Batch]:
     """Read the test split as networks take it."""
     data.prepare_data()
     data.setup("test")
-    return [(data.normalise(to_unit(x_BCHW)), y_B) for x_BCHW, y_B in data.test_dataloader()]
+    return [(data.normalise(scale_bytes(x_BCHW)), y_B) for x_BCHW, y_B in data.test_dataloader()]
 
 
 def sample_images(data: ImageData, count: int) -> Tensor:

@@ -61,7 +61,7 @@ def measure_level(
         OptionError: there is no such level or set.
     """
     plain, example = network.plain(level), torch.zeros(1, *data.shape)
-    size = {
+    size: Row = {
         "params": counts.count_params(plain),
         "params_dense": counts.count_params_dense(plain),
         "levels": [],

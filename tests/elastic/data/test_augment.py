@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as V
 
-from elastic.data.augment import Cutout, RandomAffine, RandomCrop, RandomFlip, affine
+from elastic.data.augment import Cutout, RandomAffine, RandomCrop, RandomFlip, apply_affine
 
 
 def images(samples=16, channels=3, height=8, width=8, seed=0):
@@ -91,7 +91,7 @@ def test_affine_with_zero_ranges_is_the_identity(size):
 def test_affine_by_whole_pixels_is_a_shift(right, down):
     x = images(2, 3, 7, 10)
     same, one = torch.zeros(2), torch.ones(2)
-    result = affine(x, same, torch.tensor([[float(right)] * 2, [float(down)] * 2]), one, same)
+    result = apply_affine(x, same, torch.tensor([[float(right)] * 2, [float(down)] * 2]), one, same)
     padded = F.pad(x, (3, 3, 3, 3))
     expected = padded[:, :, 3 - down : 10 - down, 3 - right : 13 - right]
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
@@ -103,7 +103,7 @@ def test_affine_is_torchvisions_sample_by_sample():
     angle, shear = torch.rand(2, 12, generator=draw) * 60 - 30
     shift = torch.randint(-3, 4, (2, 12), generator=draw).float()
     scale = torch.rand(12, generator=draw) * 0.6 + 0.7
-    result = affine(x, angle, shift, scale, shear)
+    result = apply_affine(x, angle, shift, scale, shear)
 
     def oracle(image, i):
         lean, shift_px = [shear[i].item(), 0.0], shift[:, i].tolist()

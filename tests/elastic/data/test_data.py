@@ -23,8 +23,9 @@ from torchvision import datasets
 import elastic.data
 from elastic.data import Digits, ImageFolderData, Imagenette, TorchvisionImages, fetch
 from elastic.data.augment import RandomAffine
-from elastic.data.images import to_unit
-from elastic.data.split import stratified_split
+from elastic.data.folders import ImageFiles
+from elastic.data.images import scale_bytes
+from elastic.data.split import split_stratified
 from elastic.errors import DataError
 
 CONF = Path(elastic.data.__file__).parents[2] / "conf" / "data"
@@ -156,7 +157,7 @@ def test_stratified_split_takes_each_class_its_share(sizes, fraction):
     y = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     y = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(0))]
     count = round(fraction * len(y))
-    rest, part = stratified_split(y, count, seed=5)
+    rest, part = split_stratified(y, count, seed=5)
     assert len(part) == count
     assert sorted(rest.tolist() + part.tolist()) == list(range(len(y)))
     taken = torch.bincount(y[part], minlength=len(sizes))
@@ -254,7 +255,7 @@ def test_augmentation_runs_in_order_on_unit_images_while_training_only(named):
     changes = {"halve": halve, "brighten": lambda x: x + 1}
     data = ready(Digits(augment=changes if named else changes.values(), mean=(0.5,), std=(0.25,)))
     batch = next(iter(data.val_dataloader()))
-    unit = to_unit(batch[0])
+    unit = scale_bytes(batch[0])
     assert unit.min() == 0 and unit.max() == 1
     plain = data.on_after_batch_transfer(batch, 0)[0]
     torch.testing.assert_close(plain, (unit - 0.5) / 0.25)
@@ -318,9 +319,9 @@ def test_trainer_shuffles_anew_and_augments_training_but_not_validation():
     assert torch.equal(*(torch.sort(y).values for y in epochs))
     for e in (0, 1):
         assert order(data.train_dataloader(), e) == epochs[e].tolist()
-    plain = to_unit(data.val_set.__getitems__(range(144))[0])
+    plain = scale_bytes(data.val_set.__getitems__(range(144))[0])
     assert all(torch.equal(x, plain) for x, _ in watcher.validated)
-    known = {image.numpy().tobytes() for image in to_unit(data.train_set.__getitems__(range(1293))[0])}
+    known = {image.numpy().tobytes() for image in scale_bytes(data.train_set.__getitems__(range(1293))[0])}
     assert not any(image.numpy().tobytes() in known for image in watcher.trained[0][0])
 
 
@@ -540,6 +541,36 @@ def test_corrupt_image_is_named(tmp_path, content):
     path.write_bytes(path.read_bytes()[:60] if content is None else content)
     data = ready(ImageFolderData(size=8, root=str(tmp_path), batch_size=2))
     assert refused(lambda: list(data.test_dataloader())) == f"{path} is not a readable image: {REPLACE}"
+
+
+def test_hidden_folders_and_files_are_no_classes_and_no_images(tmp_path):
+    for part in ("train", "test"):
+        write_images(tmp_path / part, ("cat", "dog"), 3)
+        write_images(tmp_path / part, (".ipynb_checkpoints",), 2)
+        write_images(tmp_path / part / "cat", (".ipynb_checkpoints",), 2)
+        (tmp_path / part / "dog" / "._0.png").write_bytes(b"of another system")
+    data = ready(ImageFolderData(8, root=str(tmp_path), batch_size=2))
+    assert data.classes == 2 and len(data._train) == len(data.test_set) == 6
+    assert refused(lambda: ImageFolderData(8, root=str(tmp_path / "train"))).startswith(f"{tmp_path}")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tiff"])
+def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path, suffix):
+    values = np.array([[0, 257], [128 * 257, 65535]], dtype=np.uint16)
+    folder = tmp_path / "train" / "grey"
+    folder.mkdir(parents=True)
+    Image.fromarray(values).save(folder / f"0{suffix}")
+    (x_BCHW, _) = ImageFiles(tmp_path / "train", 2).__getitems__([0])
+    assert x_BCHW[0].tolist() == [[[0, 1], [128, 255]]] * 3
+
+
+def test_values_of_an_unknown_range_are_refused(tmp_path):
+    for part in ("train", "test"):
+        write_images(tmp_path / part, ("cat",), 3)
+    path = tmp_path / "train" / "cat" / "9.tiff"
+    Image.fromarray(np.ones((9, 9), np.float32)).save(path)
+    message = refused(lambda: ImageFiles(tmp_path / "train", 8).__getitems__(range(4)))
+    assert str(path) in message and "save it with 8 or 16 bits" in message
 
 
 def test_half_of_imagenette(tmp_path):
