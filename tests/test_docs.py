@@ -1,127 +1,343 @@
-"""What the README and the pages of the documentation show works as it stands."""
+"""Run what the README and the pages of the documentation show, and assert what it did."""
 
+import html
+import importlib
+import json
 import pkgutil
 import re
 import shlex
 import subprocess
 import sys
-from importlib import import_module
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
-from hydra.core.override_parser.overrides_parser import OverridesParser
+import yaml
 
 import elastic
 import elastic.callbacks
 import elastic.experiments.train
+from elastic.experiments import results
 from tests.fitted import command
 from tests.runs import configure, without_account
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
-
-
-def name(page: Path) -> str:
-    return page.relative_to(ROOT).as_posix()
+# In the default suite one page stands for each kind of block. These cost more, or are of a kind with others.
+SLOW = ("ema_distil", "dynamic", "sweeps")
+DOWNLOADED = ("mnist", "fashion_mnist", "cifar10", "cifar100", "imagenette")
+LIBRARY = ("growth", "gates", "magnitude", "ema", "joint", "reconstruct", "dynamic", "distil")
+Summary = dict[str, Any]
 
 
 class Block(NamedTuple):
-    """Of code; what has a title is a file."""
+    """Hold a block of code; one with a title is a file."""
 
     language: str
     title: str
     code: str
 
 
-def blocks(page: Path) -> list[Block]:
+def name_page(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def read_blocks(page: Path) -> list[Block]:
+    """Read the blocks of a page."""
     text = page.read_text()
-    found = re.findall(r'^```(\w*)(?: title="([^"\n]+)")?\n(.*?)^```$', text, re.DOTALL | re.MULTILINE)
-    assert 2 * len(found) == text.count("```"), f"{page.name} has a block that is not understood"
-    return [Block(*each) for each in found]
+    matches = re.findall(r'^```(\w*)(?: title="([^"\n]+)")?\n(.*?)^```$', text, re.DOTALL | re.MULTILINE)
+    assert 2 * len(matches) == text.count("```"), f"{page.name} has a block that cannot be read"
+    return [Block(*match) for match in matches]
 
 
-def commands(code: str) -> list[list[str]]:
-    """The words of each line that is no comment."""
+def split_commands(code: str) -> list[list[str]]:
+    """Split a block into the words of each line that is no comment."""
     lines = (shlex.split(line, comments=True) for line in code.replace("\\\n", " ").splitlines())
     return [words for words in lines if words]
 
 
+def list_commands(page: Path) -> list[list[str]]:
+    blocks = (block for block in read_blocks(page) if block.language == "bash")
+    return [words for block in blocks for words in split_commands(block.code)]
+
+
 def write_files(page: Path) -> None:
-    for block in (block for block in blocks(page) if block.title):
+    """Write the files that a page shows where it says."""
+    for block in (block for block in read_blocks(page) if block.title):
         path = Path(block.title)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(block.code)
         sys.modules.pop(path.stem, None)  # another page's
 
 
+# --- what a training command has to do, read off its words --------------------------------------------
+
+
+def read_overrides(words: Sequence[str]) -> dict[str, str]:
+    return dict(word.lstrip("+").split("=", 1) for word in words if "=" in word and not word.startswith("~"))
+
+
+def read_experiment(name: str, folder: Path | None) -> Mapping[str, Any]:
+    """Read the file of an experiment, of the user's folder or of this project."""
+    places = [base / "experiment" / f"{name}.yaml" for base in (folder, ROOT / "conf") if base is not None]
+    content: Mapping[str, Any] = yaml.safe_load(next(p for p in places if p.exists()).read_text())
+    return content
+
+
+def expect(words: Sequence[str]) -> Summary:
+    """Say what the summary of a run has to hold: the defaults, its experiment's file, its command line."""
+    given = read_overrides(words)
+    expected: Summary = {"data": "digits", "model": "convnet", "schedule": ["growth", "gates"], "seed": 0}
+    expected |= {"epochs": 60, "experiment": None, "budget/target": None}
+    if "experiment" in given:
+        folder = Path(words[words.index("--config-dir") + 1]) if "--config-dir" in words else None
+        content = read_experiment(given["experiment"], folder)
+        for line in content.get("defaults", ()):
+            expected |= {key.removeprefix("override /"): value for key, value in line.items()}
+        expected["experiment"] = content["name"]
+        expected["epochs"] = content.get("trainer", {}).get("max_epochs", 60)
+        budget = content.get("callbacks", {}).get("gates", {}).get("budget")
+        expected["budget/target"] = budget["target"] if isinstance(budget, dict) else budget
+    expected |= {key: given[key] for key in ("data", "model") if key in given}
+    if "schedule" in given:
+        expected["schedule"] = given["schedule"].strip("[]").split(",")
+    expected["epochs"] = int(given.get("trainer.max_epochs", expected["epochs"]))
+    expected["epochs"] = 1 if given.get("debug") == "batch" else expected["epochs"]
+    expected["seed"] = int(given.get("seed", 0))
+    budgets = [int(given[f"callbacks.{key}.budget"]) for key in LIBRARY if f"callbacks.{key}.budget" in given]
+    expected["budget/target"] = budgets[0] if budgets else expected["budget/target"]
+    expected["experiment"] = (
+        given.get("name") or expected["experiment"] or "{data}-{model}".format(**expected)
+    )
+    return expected
+
+
+def assert_trained(summary: Summary, words: Sequence[str]) -> None:
+    """Assert that a run was of the data, model, schedule, epochs, seed, name and budget of its command."""
+    expected = expect(words)
+    methods = [name for name in expected.pop("schedule") if name in LIBRARY]
+    schedule = summary["schedule"].split("+")
+    assert set(schedule) - {"static", "distil"} == set(methods) - {"distil"}, words
+    assert {key: summary.get(key) for key in expected} == expected, words
+    assert 0 <= summary["test/acc"] <= 1 and summary["params"] > 0
+
+
+def expand_sweep(words: Sequence[str]) -> list[list[str]]:
+    """Expand the values of a sweep, of its command line or its file, into a command for each run."""
+    given, runs = read_overrides(words), [[word for word in words if word != "-m"]]
+    values: dict[str, Any] = {key: value for key, value in given.items()}
+    if "sweep" in given and given["sweep"] != "search":
+        path = Path(words[words.index("--config-dir") + 1], "sweep", f"{given['sweep']}.yaml")
+        content = yaml.safe_load(path.read_text())
+        values |= {"trainer.max_epochs": str(content["trainer"]["max_epochs"])}
+        values |= content["hydra"]["sweeper"]["params"]
+    for key, value in values.items():
+        choices = re.split(r",(?![^\[]*\])", value)
+        runs = [[*run, f"{key}={choice}"] for run in runs for choice in choices]
+    return runs * int(given.get("hydra.sweeper.n_trials", 1))
+
+
+# --- running ---------------------------------------------------------------------------------------
+
+
+def read_summaries() -> dict[Path, tuple[int, Summary]]:
+    paths = sorted(Path().glob("*/**/summary.json"))
+    return {path.parent: (path.stat().st_mtime_ns, json.loads(path.read_text())) for path in paths}
+
+
+def run_train(words: Sequence[str], call: Callable[..., str]) -> None:
+    """Run a training command, and assert what each of its runs did."""
+    before = read_summaries()
+    call("train", *words)
+    after = read_summaries()
+    changed = {
+        folder: summary for folder, (time, summary) in after.items() if before.get(folder, (0,))[0] != time
+    }
+    given = read_overrides(words)
+    folder = Path(given.get("run", "."))
+    if "-m" in words:
+        runs = expand_sweep(words)
+        if not changed:  # a sweep that has been done
+            changed = {
+                folder: summary for folder, (_, summary) in after.items() if "multirun" in folder.parts
+            }
+            changed = {f: s for f, s in changed.items() if given.get("sweep", "") in f.as_posix()}
+        assert len(changed) == len(runs), words
+        if given.get("sweep") != "search":
+            key = lambda summary: (summary["seed"], summary["params_dense"])  # noqa: E731
+            for run, summary in zip(runs, sorted(changed.values(), key=key), strict=True):
+                assert_trained(summary, run)
+    elif folder in before and set(given) == {"run"}:  # a run that is continued
+        assert changed[folder]["epochs"] == before[folder][1]["epochs"]
+        assert changed[folder]["test/acc"] == before[folder][1]["test/acc"]
+    else:
+        ((place, summary),) = changed.items()
+        assert place == folder or folder == Path(), words
+        assert_trained(summary, words)
+
+
+def check_evaluate(out: str, given: Mapping[str, str]) -> None:
+    summary = json.loads(Path(given["run"], "summary.json").read_text())
+    if "level" in given:
+        summary |= summary["levels"][int(given["level"])]
+    measured = json.loads(out.strip().splitlines()[-1])
+    assert measured["test/acc"] == pytest.approx(summary["test/acc"])
+    assert measured["params"] == summary["params"]
+
+
+def check_files(out: str, given: Mapping[str, str]) -> None:
+    """Assert that what a command is asked to write is there."""
+    for key in {"to", "csv", "figure", "html"} & set(given):
+        assert Path(given[key]).stat().st_size > 100, given
+
+
+CHECKS: dict[str, Callable[[str, Mapping[str, str]], None]] = {"evaluate": check_evaluate}
+
+
 @pytest.fixture
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty folder, whose modules can be imported; pictures of runs have their own tests."""
+def call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., str]]:
+    """Call commands in an empty folder whose modules can be imported; figures have tests of their own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(elastic.experiments.train, "draw_history", lambda *_: None)
     monkeypatch.syspath_prepend(str(tmp_path))
     without_account(monkeypatch, tmp_path)
 
+    def call_command(name: str, *arguments: str) -> str:
+        main = importlib.import_module(f"elastic.experiments.{name}").main
+        code, out, err = command(main, monkeypatch, capsys, *arguments)
+        assert code == 0, f"{name} {arguments}: {err}"
+        return out
 
-@pytest.mark.usefixtures("elsewhere")
-@pytest.mark.parametrize("page", PAGES, ids=name)
-def test_what_a_page_shows_works(
-    page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    yield call_command
+
+
+def run_command(words: Sequence[str], call: Callable[..., str]) -> None:
+    program, name, *arguments = words
+    assert program == "elastic", words
+    given = read_overrides(arguments)
+    if name == "train" and given.get("data") in DOWNLOADED:
+        return  # composed below, and trained where the data are
+    if name == "train":
+        run_train(arguments, call)
+    else:
+        out = call(name, *arguments)
+        assert out
+        CHECKS.get(name, check_files)(out, given)
+
+
+@pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX`")
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, marks=[pytest.mark.slow] if p.stem in SLOW else [], id=name_page(p)) for p in PAGES],
+)
+def test_what_a_page_shows_works(page: Path, call: Callable[..., str]) -> None:
     write_files(page)
     names: dict[str, object] = {}
-    for block in (block for block in blocks(page) if not block.title):
+    for block in (block for block in read_blocks(page) if not block.title):
         if block.language == "python":
             exec(compile(block.code, str(page), "exec"), names)
-        elif block.language == "bash":
-            shown = [] if page == README else commands(block.code)  # there they take hours
-            for python, m, module, *arguments in shown:
-                assert (python, m) == ("python", "-m")
-                code, _, err = command(import_module(module).main, monkeypatch, capsys, *arguments)
-                assert code == 0, f"{module} {arguments}: {err}"
+        elif block.language == "bash" and page != README:
+            for words in split_commands(block.code):
+                run_command(words, call)
         else:
-            assert block.language in ("", "text"), f"nothing tries what is in {block.language}"
+            assert block.language in ("", "text") or page == README, f"nothing runs {block.language}"
 
 
-def given() -> list[list[str]]:
-    """What the README gives to `experiments.train`."""
-    lines = [words for block in blocks(README) if block.language == "bash" for words in commands(block.code)]
-    return [words[3:] for words in lines if words[1:3] == ["-m", "experiments.train"]]
+def list_downloaded() -> list[list[str]]:
+    commands = [words[2:] for page in PAGES for words in list_commands(page) if words[1] == "train"]
+    return [words for words in commands if read_overrides(words).get("data") in DOWNLOADED]
 
 
-@pytest.mark.usefixtures("elsewhere")
-@pytest.mark.parametrize("arguments", given(), ids=" ".join)
-def test_the_readmes_commands_compose(arguments: list[str], tmp_path: Path) -> None:
-    write_files(README)
-    if "--config-dir" in arguments:
-        arguments = [f"hydra.searchpath=[file://{tmp_path / arguments[1]}]", *arguments[2:]]
-    overrides = [text for text in arguments if text != "-m" and not text.startswith("run=")]
-    swept = OverridesParser.create().parse_overrides(overrides)
-    single = [
-        f"{o.get_key_element()}={next(o.sweep_string_iterator())}" if o.is_sweep_override() else o.input_line
-        for o in swept
-    ]
-    cfg = configure(tmp_path, *single)
-    assert cfg.name == ("mine" if "experiment=mine" in arguments else "digits")
+@pytest.mark.parametrize("words", list_downloaded(), ids=" ".join)
+def test_commands_on_downloaded_data_mean_what_they_say(words: list[str], tmp_path: Path) -> None:
+    expected, cfg = expect(words), configure(tmp_path, *words)
+    assert (cfg.name, cfg.trainer.max_epochs) == (expected["experiment"], expected["epochs"])
+    assert (cfg.choices.data, cfg.choices.model) == (expected["data"], expected["model"])
+    assert cfg.callbacks.gates.budget == expected["budget/target"]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
+@pytest.mark.data
+@pytest.mark.parametrize("words", list_downloaded(), ids=" ".join)
+def test_commands_on_downloaded_data_train(words: list[str], call: Callable[..., str]) -> None:
+    run_train([*words, "debug=batch"], call)
+
+
+# --- the README --------------------------------------------------------------------------------------
+
+
+def test_the_readme_is_of_one_screen() -> None:
+    assert len(README.read_text().split()) <= 700
+
+
+def test_the_readme_gives_the_spread_of_the_demo() -> None:
+    summaries = results.read_summaries(ROOT / "experiments" / "first_runs", "gnap")
+    low, high = (100 * pick(s["test/acc"] for s in summaries) for pick in (min, max))
+    text = " ".join(README.read_text().split())
+    assert f"{low:.1f} to {high:.1f} % over five seeds" in text and len(summaries) == 5
+
+
+def test_the_demo_is_the_one_that_the_readme_tells_of(tmp_path: Path) -> None:
+    make = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True)
+    words = shlex.split(make.stdout.strip().splitlines()[-1])
+    cfg = configure(tmp_path, *(word for word in words if "=" in word))
+    assert (cfg.name, cfg.choices.data, cfg.trainer.max_epochs) == ("digits", "digits", 120)
+    assert cfg.callbacks.gates.budget == 2000
+
+
+# --- the site ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=name_page)
 def test_what_a_page_links_to_exists(page: Path) -> None:
     prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", prose):
         assert (page.parent / target).exists(), target
 
 
-def test_the_site_is_complete_and_fetches_nothing(tmp_path: Path) -> None:
+def test_names_of_the_library_on_the_pages_exist() -> None:
+    for page in PAGES:
+        prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+        for name in re.findall(r"`(elastic(?:\.\w+)+)`", prose):
+            module, _, attribute = name.rpartition(".")
+            try:
+                importlib.import_module(name)
+            except ImportError:
+                assert hasattr(importlib.import_module(module), attribute), f"{page.name}: {name}"
+
+
+def test_the_navigation_has_every_page() -> None:
+    listed = set(re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text()))
+    assert listed == {page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:]}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the site."""
     pytest.importorskip("mkdocs")
     pytest.importorskip("mkdocstrings_handlers.python")
-    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    folder = tmp_path_factory.mktemp("site")
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for page in tmp_path.rglob("*.html"):
+    return folder
+
+
+@pytest.mark.slow
+def test_the_site_is_complete_and_fetches_nothing(site: Path) -> None:
+    for page in site.rglob("*.html"):
         assert not re.search(r"<(script|link|img)[^>]* (src|href)=.?(https?:)?//", page.read_text()), page
     for package in (elastic, elastic.callbacks):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            assert f'id="{module.name}"' in (tmp_path / f"api/{module.name}.html").read_text()
+            if not module.name.startswith(("elastic.experiments", "elastic.conf", "elastic.tests")):
+                assert f'id="{module.name}"' in (site / f"api/{module.name}.html").read_text()
+
+
+@pytest.mark.slow
+def test_the_site_can_be_searched(site: Path) -> None:
+    index = json.loads((site / "search/search_index.json").read_text())
+    texts = [entry["text"] + entry["title"] for entry in index["docs"]]
+    assert any("kernel activation module" in html.unescape(text) for text in texts)

@@ -1,0 +1,160 @@
+"""Write the README's table of results from recorded runs: `python -m experiments.results`.
+
+A row names recorded runs by their folder and says in words what they are of; every number comes from their
+`summary.json`. The table stands between two marks in README.md.
+"""
+
+import json
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from elastic.errors import FileError
+from elastic.experiments.tools.setup import run
+from elastic.files.atomic import write_atomically
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- results: made by `python -m experiments.results` -->", "<!-- end of results -->"
+HEAD = ("method", "task", "test accuracy", "dense network", "parameters", "MACs", "seeds")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Declare one row of the table.
+
+    Args:
+        method: names the page in `docs/` that tells of it.
+        question, arm: the recorded runs, `experiments/<question>/<arm>-seed*`.
+        task: data and network, in words.
+        dense: runs of the same network without the method, `<question>/<arm>`, where such runs are recorded.
+    """
+
+    method: str
+    question: str
+    arm: str
+    task: str
+    dense: str | None = None
+
+
+LEVELS_DENSE, VGG_DENSE = "prune_and_grow/resnet20-dense", "prune_and_grow/vgg16_bn_half-dense"
+ROWS = (
+    Row("growth", "first_runs", "gnap", "digits, the demo", "first_runs/dense"),
+    Row("growth", "gnap_mnist", "best", "MNIST, CNN that starts with 979 parameters"),
+    Row("growth", "gnap_cifar10", "small", "CIFAR-10, ResNet-20"),
+    Row("levels", "prune_and_grow", "resnet20-joint", "CIFAR-10, ResNet-20, 4 levels", LEVELS_DENSE),
+    Row("dynamic", "dynamic_pruning", "convnet-long", "MNIST, CNN", "controls_mnist/dense_full"),
+    Row("dynamic", "dynamic_pruning", "vgg16_bn_half-bounded", "CIFAR-10, half VGG-16", VGG_DENSE),
+    Row("dynamic", "composition_mnist", "gated", "MNIST: grown, pruned, 3 levels"),
+)
+
+
+def make_table(rows: Sequence[Row], root: Path = ROOT) -> str:
+    """Make the table in Markdown.
+
+    Raises:
+        FileError: a row's runs are not there, or damaged.
+    """
+    cells = [HEAD, ("---",) * len(HEAD), *(_make_cells(row, root / "experiments") for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def read_summaries(folder: Path, arm: str) -> list[dict[str, Any]]:
+    """Read the summaries of all seeds of an arm.
+
+    Raises:
+        FileError: there is none, or one is damaged.
+    """
+    paths = sorted(folder.glob(f"{arm}-seed*/summary.json"))
+    if not paths:
+        raise FileError(f"{folder} has no run {arm}-seed…: record one, or take its row out of the table")
+    try:
+        return [json.loads(path.read_text()) for path in paths]
+    except ValueError as error:
+        raise FileError(f"a summary.json of {folder / arm} is damaged: restore it") from error
+
+
+def replace_table(text: str, table: str) -> str:
+    """Put the table between the marks of a text.
+
+    Raises:
+        FileError: the text has no such marks.
+    """
+    marked = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+    if not marked.search(text):
+        raise FileError(f"README.md has no place for the table: put '{BEGIN}' and '{END}' around it")
+    return marked.sub(lambda _: f"{BEGIN}\n{table}\n{END}", text)
+
+
+def _make_cells(row: Row, folder: Path) -> tuple[str, ...]:
+    summaries = read_summaries(folder / row.question, row.arm)
+    dense = "–"
+    if row.dense is not None:
+        question, _, arm = row.dense.partition("/")
+        dense = _show_accuracy(read_summaries(folder / question, arm))
+    return (
+        f"[{row.method}](docs/{row.method}.md)",
+        row.task,
+        _show_accuracy(summaries),
+        dense,
+        _show_params(summaries),
+        _show_macs(summaries),
+        f"[{len(summaries)}](experiments/{row.question}/README.md)",
+    )
+
+
+def _get_levels(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return what the summary says of each level, or of the network alone."""
+    return summary.get("levels") or [summary]
+
+
+def _list_ends(summaries: Sequence[Mapping[str, Any]], key: str) -> list[list[float]]:
+    """List a number of all seeds: of the smallest level and the largest, or of the network alone."""
+    levels = [_get_levels(summary) for summary in summaries]
+    ends = sorted({0, len(levels[0]) - 1})
+    return [[float(each[k].get(key, each[k]["macs"])) for each in levels] for k in ends]
+
+
+def _show_accuracy(summaries: Sequence[Mapping[str, Any]]) -> str:
+    """Show mean ± sd over seeds in percent."""
+    texts = []
+    for values in _list_ends(summaries, "test/acc"):
+        spread = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        texts.append(f"{100 * statistics.fmean(values):.2f}{spread}")
+    return " to ".join(texts) + " %"
+
+
+def _show_params(summaries: Sequence[Mapping[str, Any]]) -> str:
+    return " to ".join(f"{statistics.fmean(values):,.0f}" for values in _list_ends(summaries, "params"))
+
+
+def _show_macs(summaries: Sequence[Mapping[str, Any]]) -> str:
+    """Show what an input takes; where kernels are switched off, the mean, and what all kernels would take."""
+    active, dense = (
+        [statistics.fmean(values) for values in _list_ends(summaries, key)]
+        for key in ("macs_dynamic", "macs")
+    )
+    text = " to ".join(map(_shorten, active))
+    return text if active == dense else f"{text} of {' to '.join(map(_shorten, dense))}"
+
+
+def _shorten(count: float) -> str:
+    """Write a count in three digits: 2.4M."""
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.0f}"
+
+
+def main() -> None:
+    """Print the table, and put it into README.md."""
+    table, readme = make_table(ROWS), ROOT / "README.md"
+    text = replace_table(readme.read_text(), table)
+    write_atomically(readme, lambda part: part.write_text(text))
+    print(table)
+
+
+if __name__ == "__main__":
+    run(main)
