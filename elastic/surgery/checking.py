@@ -38,8 +38,8 @@ def fix_wrong_widths(model: nn.Module, widths: Widths) -> None:
 def _make_probe(model: nn.Module, widths: Widths) -> "_Probe":
     """Make copies in double precision, unless the model runs in its own only."""
     for dtype in (torch.float64, None):
-        probe = _Probe(model, widths, dtype)
         try:
+            probe = _Probe(model, widths, dtype)
             probe.run(probe.model)
             return probe
         except Exception as error:  # the model's own code runs here: anything may come

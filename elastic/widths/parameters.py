@@ -34,10 +34,11 @@ def list_parametrizations(module: nn.Module, tensor: str) -> Iterator[nn.Module]
 
 
 def get_original(module: nn.Module, tensor: str) -> Tensor | None:
-    """Get the tensor that holds the values, whether gated or not."""
+    """Get the tensor that holds the values, whether gated or not; what is computed of several is computed."""
     parametrizations = get_parametrizations(module, tensor)
-    value = getattr(module, tensor, None) if parametrizations is None else parametrizations.original
-    return cast(Tensor | None, value)
+    if parametrizations is None or not hasattr(parametrizations, "original"):
+        return cast(Tensor | None, getattr(module, tensor, None))
+    return parametrizations.original
 
 
 def get_weight(layer: nn.Module) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from elastic.errors import StructureError
+from elastic.widths.hooks import watch_hooks
 from elastic.widths.operations import LAYER, READS_COUNTS, TABLE, NotFollowed, Role, Rule, Tracked
 from elastic.widths.operations.counts import count_node, list_counts
 from elastic.widths.operations.interface import Layer, list_tensors
@@ -29,6 +30,7 @@ class AxisTracker(fx.Interpreter):
         super().__init__(graph, garbage_collect_values=False)
         self.extra_traceback = False  # errors of one line
         self.elements, self.records = elements, records
+        self._hooked = watch_hooks(graph)
         self._recorded: list[Axis] = []  # what the rule of this node has recorded
         self._shared: dict[tuple[int, int], Axis] = {}  # by the identity of a tensor, and its dimension
 
@@ -46,6 +48,9 @@ class AxisTracker(fx.Interpreter):
             node.meta["axes"], node.meta["counts"] = None, count_node(node, value)
         else:
             node.meta["axes"] = self._find_axes(node, value)
+        if node.op == "call_module" and str(node.target) in self._hooked:
+            axes = [*_flatten(node.meta["axes"]), *self._list_input_axes(node)]
+            self.fix(axes, node, "has a hook that may change them")
         return value
 
     def _find_axes(self, node: fx.Node, value: Any) -> Tracked:
@@ -107,7 +112,7 @@ class AxisTracker(fx.Interpreter):
 
     def _fix_lost(self, node: fx.Node, axes: Tracked) -> None:
         """Fix what a rule neither carries on nor records: nothing is known of what became of it."""
-        sources = [axis for source in list_tensors(node) for axis in _flatten(source.meta["axes"])]
+        sources = self._list_input_axes(node)
         kept = [*_flatten(axes), *self._recorded]
         lost = [axis for axis in sources if not any(axis is other for other in kept)]
         if lost:
@@ -116,8 +121,10 @@ class AxisTracker(fx.Interpreter):
             self.fix(lost, node, "does not carry them on")
 
     def _fix_inputs(self, node: fx.Node, reason: str) -> None:
-        for source in list_tensors(node):
-            self.fix(_flatten(source.meta["axes"]), node, reason)
+        self.fix(self._list_input_axes(node), node, reason)
+
+    def _list_input_axes(self, node: fx.Node) -> list[Axis]:
+        return [axis for source in list_tensors(node) for axis in _flatten(source.meta["axes"])]
 
     # What the rules ask for, see `Tracker`.
 
@@ -159,8 +166,11 @@ class AxisTracker(fx.Interpreter):
         return get_original(self.module.get_submodule(module), tensor) if tensor != LAYER else None
 
     def _fix_foreign(self, module: str, tensor: str, axis: Axis) -> None:
-        """Fix what a parametrization computes whose own tensors do not follow channels."""
-        for parametrization in list_parametrizations(self.module.get_submodule(module), tensor):
+        """Fix what a hook computes, or a parametrization whose own tensors do not follow channels."""
+        owner = self.module.get_submodule(module)
+        if tensor in vars(owner) and owner._forward_pre_hooks:
+            self.elements.fix(axis, f"{module}.{tensor} is computed by a hook")
+        for parametrization in list_parametrizations(owner, tensor):
             if not isinstance(parametrization, ChannelParametrization):
                 name = type(parametrization).__name__
                 self.elements.fix(axis, f"{module}.{tensor} is parametrized by {name}")

@@ -74,7 +74,8 @@ FUNCTIONS: dict[Rule, str] = {
         addcmul""",
     pool: """
         max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
-        adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d""",
+        adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
+        adaptive_max_pool3d""",
     pad: "pad",
     resize: "interpolate",
     flatten: "flatten",

@@ -1,0 +1,38 @@
+"""Watch the hooks of a traced model's layers: torch.fx does not look into them."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+Hook = Callable[..., Any]
+
+
+def watch_hooks(model: nn.Module) -> set[str]:
+    """Watch all forward hooks of a model, in place: collect the paths of layers that one may change."""
+    changed: set[str] = set()
+    for path, module in model.named_modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                hooks[key] = partial(_run_watched, hook, changed, path)
+    return changed
+
+
+def _run_watched(hook: Hook, changed: set[str], path: str, module: nn.Module, *values: Any) -> Any:
+    """Run a hook on tensors without data; what it returns or writes, and a failure, count as a change."""
+    before = _list_versions(values)
+    try:
+        result = hook(module, *values)
+    except Exception:  # it may look at numbers, which are not there
+        result = None
+        changed.add(path)
+    if result is not None or _list_versions(values) != before:
+        changed.add(path)
+    return result
+
+
+def _list_versions(values: Any) -> list[int]:
+    """List how often each tensor has been written to."""
+    return [value._version for value in tree_leaves(values) if isinstance(value, Tensor)]
