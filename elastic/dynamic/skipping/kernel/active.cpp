@@ -111,12 +111,14 @@ void max_pool_map(const float *plane, float *out, int32_t width, int32_t size, i
         const float *rows = plane + (int64_t)i * stride * width;
         for (int j = 0; j < out_width; j++) {
             float most = rows[j * stride];
+            bool numbers = true;
             for (int r = 0; r < size; r++)
                 for (int c = 0; c < size; c++) {
                     const float value = rows[r * width + j * stride + c];
-                    if (value > most || value != value) most = value;  // what is not a number stays, as torch has it
+                    most = std::max(most, value);
+                    numbers &= value == value;
                 }
-            out[j] = most;
+            out[j] = numbers ? most : NAN;  // as torch has it
         }
     }
 }
