@@ -7,17 +7,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elastic.dynamic import attach_modules, make_skipping
-from elastic.errors import ElasticError
-from elastic.growth import Growth, Periodic, Plateau
-from elastic.levels import Levels, Runtime, level_sizes
-from elastic.measure import census
-from elastic.pruning import Budget, attach_gates, compact
-from elastic.surgery import deepen, grow_index, reindex
-from elastic.widths import Width, Widths, discover, register_op
-
 if TYPE_CHECKING:
+    from elastic.dynamic import attach_modules, make_skipping
+    from elastic.errors import ElasticError
     from elastic.files import Network, export, load, save
+    from elastic.growth import Growth, Periodic, Plateau
+    from elastic.levels import Levels, Runtime, level_sizes
+    from elastic.measure import census
+    from elastic.pruning import Budget, attach_gates, compact
+    from elastic.surgery import deepen, grow_index, reindex
+    from elastic.widths import Width, Widths, discover, register_op
 
 __all__ = [
     "Budget",
@@ -46,14 +45,31 @@ __all__ = [
     "save",
 ]
 
-_FILES = ("Network", "export", "load", "save")  # these need more than torch, so they come when asked for
+# Imported when first asked for: a command line answers before torch is there, files need more than torch.
+_ROOMS = {
+    "dynamic": ("attach_modules", "make_skipping"),
+    "errors": ("ElasticError",),
+    "files": ("Network", "export", "load", "save"),
+    "growth": ("Growth", "Periodic", "Plateau"),
+    "levels": ("Levels", "Runtime", "level_sizes"),
+    "measure": ("census",),
+    "pruning": ("Budget", "attach_gates", "compact"),
+    "surgery": ("deepen", "grow_index", "reindex"),
+    "widths": ("Width", "Widths", "discover", "register_op"),
+}
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs more than torch when it is first asked for."""
-    if name not in _FILES:
+    """Import a name from its room when it is first asked for."""
+    if name not in _ROOM_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("elastic.files"), name)
+    value = globals()[name] = getattr(import_module(f"elastic.{_ROOM_OF[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 # Installed, callbacks/, conf/ and experiments/ are sub-packages of this one; in a checkout they are siblings.

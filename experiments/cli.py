@@ -1,4 +1,4 @@
-"""Call a command by name: `elastic <command> …`; in a checkout `python -m experiments.<command> …` does the same.
+"""Call a command by name: `elastic <command> …`, in a checkout also `python -m experiments.<command> …`.
 
 Nothing is imported that a command does not need, so that help comes at once.
 """
@@ -10,7 +10,7 @@ from importlib import import_module
 from elastic.errors import OptionError
 from elastic.experiments.tools.options import HELP
 
-# Kept here, since to import a command takes seconds.
+# Kept here, since importing a command takes seconds.
 COMMANDS = {
     "train": "train a network, or sweep over many: data × model × schedule",
     "evaluate": "measure a finished run again",
@@ -53,6 +53,11 @@ def run_command() -> None:
         close = difflib.get_close_matches(name, COMMANDS, 1)
         remedy = f"did you mean {close[0]}?" if close else f"choose {', '.join(COMMANDS)}"
         raise OptionError(f"there is no command '{name}': {remedy}")
+    if name == "train" and set(words) & set(HELP):  # for which nobody needs torch
+        from elastic.experiments.tools.training_help import describe_training
+
+        print(describe_training())
+        return
     command = import_module(f"elastic.experiments.{name}")
     sys.argv = [str(command.__file__), *words]  # as `python -m` has it: runs of several processes start so
     command.main()

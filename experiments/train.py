@@ -20,7 +20,7 @@ from elastic.callbacks.base import list_elastic
 from elastic.callbacks.census import write_lines
 from elastic.data import ImageData
 from elastic.errors import TrainingError
-from elastic.experiments.tools.composition import CONF, list_callbacks, rewrite, settle
+from elastic.experiments.tools.composition import CONF, check_flags, list_callbacks, rewrite, settle
 from elastic.experiments.tools.environment import check_processes, choose_precision, is_multirun, silence
 from elastic.experiments.tools.errors import pass_hydra, run
 from elastic.experiments.tools.figure import draw_history
@@ -32,7 +32,8 @@ from elastic.experiments.tools.folders import (
     lock_folder,
     make_portable,
 )
-from elastic.experiments.tools.parts import make_callbacks, make_loggers
+from elastic.experiments.tools.options import HELP
+from elastic.experiments.tools.parts import make_callbacks, make_loggers, make_recipe
 from elastic.experiments.tools.publish import publish
 from elastic.experiments.tools.restore import WEIGHTS, build_network
 from elastic.experiments.tools.summary import (
@@ -43,6 +44,7 @@ from elastic.experiments.tools.summary import (
     write_summary,
 )
 from elastic.experiments.tools.sweep import read_objectives, run_in_sweep
+from elastic.experiments.tools.training_help import describe_training
 from elastic.files.network import Network
 from elastic.pruning.compaction import compact
 from elastic.training.classifier import ElasticClassifier
@@ -64,8 +66,7 @@ def build(cfg: DictConfig) -> tuple[ElasticClassifier, ImageData]:
         net,
         data.shape,
         data.classes,
-        instantiate(cfg.optimizer),
-        instantiate(cfg.get("lr_scheduler")),
+        *make_recipe(cfg),
         cfg.seed,
         cfg.label_smoothing,
     )
@@ -176,7 +177,11 @@ def run_job(cfg: DictConfig) -> float | tuple[float, ...]:
 
 
 def main() -> None:
+    if any(word in HELP for word in sys.argv[1:]):
+        print(describe_training())
+        return
     sys.argv[1:] = [rewrite(word) for word in sys.argv[1:]]
+    check_flags(sys.argv[1:])
     run_job()
 
 

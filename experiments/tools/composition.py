@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hydra import compose
+from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException, MissingConfigException
@@ -34,6 +35,17 @@ def rewrite(word: str) -> str:
     if value == "null" and (CONF / key).is_dir() and key != "callbacks":
         return f"{key}=[]" if key in LISTS else f"~{key}"
     return f"{key}={Path(value).expanduser()}" if value.startswith("~") else word
+
+
+def check_flags(words: Sequence[str]) -> None:
+    """Refuse flags that Hydra does not know, which it would show over many lines.
+
+    Raises:
+        OptionError: one is unknown.
+    """
+    _, unknown = get_args_parser().parse_known_args(words)
+    if flags := [word for word in unknown if word.startswith("-")]:
+        raise OptionError(f"there is no {flags[0]}: see --help")
 
 
 def settle(cfg: DictConfig, overrides: Sequence[str], choices: Mapping[str, str | None]) -> DictConfig:

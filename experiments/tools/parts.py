@@ -1,13 +1,19 @@
 """Make the parts of a run that its configuration names and that something has to be said of."""
 
+from collections.abc import Callable
+
 import lightning as L
+import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
+from torch import nn
+from torch.optim import Optimizer
 
 from elastic.errors import OptionError
 from elastic.experiments.tools.composition import list_callbacks
+from elastic.training.schedules import Scheduler, make_schedule
 
 
 def make_callbacks(cfg: DictConfig) -> list[L.Callback]:
@@ -15,6 +21,24 @@ def make_callbacks(cfg: DictConfig) -> list[L.Callback]:
     has_logger = bool(cfg.get("logger"))
     nodes = list_callbacks(cfg).items()
     return [instantiate(node) for name, node in nodes if has_logger or name != "learning_rate"]
+
+
+def make_recipe(cfg: DictConfig) -> tuple[Callable[..., Optimizer], Callable[..., Scheduler] | None]:
+    """Make what makes a run's optimizer and its scheduler, after trying both on a parameter.
+
+    Raises:
+        OptionError: an option that one of them does not take.
+    """
+    optimizer, scheduler = instantiate(cfg.optimizer), instantiate(cfg.get("lr_scheduler"))
+    part = "optimizer"
+    try:
+        trial = optimizer([nn.Parameter(torch.zeros(1))])
+        part = "lr_scheduler"
+        if scheduler is not None:
+            make_schedule(scheduler, trial, steps=1000, batches=10)
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"{part}: {error}: change its options, or choose another {part}") from error
+    return optimizer, scheduler
 
 
 def make_loggers(cfg: DictConfig) -> list[Logger]:
