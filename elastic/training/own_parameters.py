@@ -20,8 +20,9 @@ from elastic.errors import TrainingError
 from elastic.training.groups import remove_parameters
 
 FOLLOWED = ("lr", "betas", "momentum")  # what schedulers change
-# These have one operator for a whole group, on CPUs too: scores are many and small.
-FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+# These have one operator for a whole group, on CPUs too: scores are many and small. (SGD's wants a momentum
+# of all parameters or of none, and a level that was not drawn has none yet.)
+FUSED = (torch.optim.Adam, torch.optim.AdamW)
 
 
 @dataclass(frozen=True)
