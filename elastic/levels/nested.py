@@ -6,7 +6,7 @@ contain it have. Norms are a level's own, affine and statistics, since what they
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -68,23 +68,21 @@ class Levels(Sequence[nn.Module]):
     def __len__(self) -> int:
         return len(self._levels)
 
-    def run(self, k: int, x_BCHW: Tensor, traced: nn.Module | None = None) -> Tensor:
+    def run(self, k: int, *inputs: Tensor, traced: nn.Module | None = None) -> Any:
         """Run level k in training: gradients reach the network's own parameters, and the level's norms.
 
         Args:
             k: the level.
-            x_BCHW: images.
+            inputs: of the network.
             traced: what is made of the level's own layers, and is called in its place.
         """
         level = self._levels[k]
         net = level if traced is None else traced
         if level is self.net:
-            y_BK: Tensor = net(x_BCHW)
-            return y_BK
+            return net(*inputs)
         level.train(self.net.training)
         views = {f"{path}.{name}".lstrip("."): view for path, name, view in self._iterate_views(k)}
-        y_BK = functional_call(net, views, (x_BCHW,))
-        return y_BK
+        return functional_call(net, views, inputs)
 
     def _iterate_views(self, k: int) -> Iterator[tuple[str, str, Tensor]]:
         """Iterate over what level k has of the network's tensors: (layer, name, view)."""

@@ -43,7 +43,7 @@ def join_structure(
     if structure.trainer is not trainer:
         structure.trainer = trainer
         hooks = module._load_state_dict_pre_hooks.values()
-        if not any(getattr(hook.hook, "__self__", None) is structure for hook in hooks):
+        if not any(getattr(hook, "hook", hook) == structure.prepare_load for hook in hooks):
             module.register_load_state_dict_pre_hook(structure.prepare_load)
     return structure
 

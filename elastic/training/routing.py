@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 LossTerm = Callable[[Tensor, Any], Tensor | None]
@@ -17,8 +17,6 @@ LossTerm = Callable[[Tensor, Any], Tensor | None]
 
 class Runner(Protocol):
     """Execute a network as it is to be trained now."""
-
-    net: nn.Module
 
     def run_active(self, *args: Any, **kwargs: Any) -> Any: ...
 

@@ -77,7 +77,7 @@ class Structure(nn.Module):
         self.dynamic_nets: list[fx.GraphModule] = []
         self.module_rate = 1.0
         self.schedule_fraction = 1.0
-        self.own = OwnOptimizers((), ())
+        self.own: OwnOptimizers = OwnOptimizers((), ())
         self.trainer: L.Trainer | None = None
         self._inner_call: Callable[..., Any] | None = None
 
@@ -218,7 +218,7 @@ class Structure(nn.Module):
         if dynamic is not None:
             sync_traced(dynamic, self.nets[level], self.net.training)
         if self.levels is not None and level < len(self.levels) - 1:
-            return self.levels.run(level, *args, dynamic)
+            return self.levels.run(level, *args, traced=dynamic)
         return (dynamic or self._inner_call or self.net)(*args, **kwargs)
 
     def run_active(self, *args: Any, **kwargs: Any) -> Any:
