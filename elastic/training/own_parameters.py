@@ -20,8 +20,9 @@ from elastic.errors import TrainingError
 from elastic.training.groups import remove_parameters
 
 FOLLOWED = ("lr", "betas", "momentum")  # what schedulers change
-# These have one operator for a whole group, on CPUs too: scores are many and small.
-FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+# These have one operator for a whole group, on CPUs too: scores are many and small. That of SGD fails where
+# some have a momentum and others, whose first gradient came later, have none yet.
+FUSED = (torch.optim.Adam, torch.optim.AdamW)
 
 
 @dataclass(frozen=True)
