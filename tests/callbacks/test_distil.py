@@ -57,7 +57,10 @@ def test_the_gradient_is_that_of_the_paper(weight: float, temperature: float) ->
     torch.testing.assert_close(given_BK.grad.float(), (weight * temperature * (q_BK - p_BK) / 6).float())
 
 
-@pytest.mark.parametrize("schedule", ["[static,distil]", "[dynamic,distil]", "[gates,distil]"])
+@pytest.mark.parametrize(
+    "schedule",
+    [pytest.param("[static,distil]", marks=pytest.mark.slow), "[dynamic,distil]", "[gates,distil]"],
+)
 def test_the_teacher_is_what_the_run_starts_from(first: Path, tmp_path: Path, schedule: str) -> None:
     """Its loss is nothing at the very start, and it is the same network at the very end."""
     seen: dict[str, Any] = {}

@@ -33,6 +33,7 @@ from tests.fitted import EXACT, Run, Spy, prepare
 from tests.resuming import assert_same_run, kill
 from tests.runs import configure
 
+SLOW = pytest.mark.slow
 AT_ONCE = ("callbacks.dynamic.begin=0.0", "callbacks.dynamic.end=0.0")
 SCHEDULE = ("schedule=dynamic", *AT_ONCE, "optimizer.lr=2e-2")
 TRAINING = (*EXACT, *SCHEDULE, "data.batch_size=300", "trainer.max_epochs=3")
@@ -89,7 +90,8 @@ def test_the_gradient_is_that_of_the_task_and_of_what_is_engaged(tmp_path: Path)
         "after": (Spy(on_train_batch_start=expect, on_train_batch_end=note_loss),),
     }
     few = ("callbacks.dynamic.gain=7.0", "trainer.max_epochs=2")
-    run = prepare(tmp_path, *TRAINING, *few, **look).fit()
+    run = prepare(tmp_path, *TRAINING, *few, **look)
+    run.fit()
     assert len(results) == len(expected) > 3
     for (loss, gradients), (task, by_hand) in zip(results, expected, strict=True):
         torch.testing.assert_close(loss, task)
@@ -237,10 +239,13 @@ def joint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "options",
     [
         ("callbacks.dynamic.gain=[0.1,1.0]",),
-        (
-            "callbacks.dynamic.activation=gumbel",
-            "callbacks.dynamic.modules_only=true",
-            "callbacks.dynamic.rate=3.0",
+        pytest.param(
+            (
+                "callbacks.dynamic.activation=gumbel",
+                "callbacks.dynamic.modules_only=true",
+                "callbacks.dynamic.rate=3.0",
+            ),
+            marks=SLOW,
         ),
         (
             "callbacks.dynamic.activation=soft",
@@ -272,7 +277,7 @@ def test_the_network_itself_keeps_the_statistics_of_the_first_set(tmp_path: Path
         assert not torch.equal(norm.mean_SC[0], norm.mean_SC[1])
 
 
-@pytest.mark.parametrize("init", ["null", "{joint}"])
+@pytest.mark.parametrize("init", [pytest.param("null", marks=SLOW), "{joint}"])
 def test_killed_when_all_is_trained_nothing_is_missing(joint: Path, tmp_path: Path, init: str) -> None:
     given = (*TRAINING, f"init={init.format(joint=joint)}", "callbacks.dynamic.gain=[0.1,1.0]")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -303,7 +308,7 @@ def test_the_modules_alone_may_be_trained(tmp_path: Path, gain: str) -> None:
     )  # type: ignore[union-attr, arg-type]
 
 
-@pytest.mark.parametrize("rate", [0.5, 4.0])
+@pytest.mark.parametrize("rate", [pytest.param(0.5, marks=SLOW), 4.0])
 def test_modules_move_rate_times_as_far_as_the_network_in_a_step(tmp_path: Path, rate: float) -> None:
     """Under plain SGD, from the same start and the same batch."""
     sgd = ("optimizer=sgd", "lr_scheduler=constant", "optimizer.momentum=0.0")
@@ -344,7 +349,9 @@ def test_what_a_step_moves_a_score_does_not_grow_with_what_its_module_reads(tmp_
     assert stepped == {id(p) for p in run.module.net.parameters()} and not stepped & rates.keys()
 
 
-@pytest.mark.parametrize(("only", "gain"), [(True, "1.0"), (False, "1.0"), (False, "[0.1,1.0]")])
+@pytest.mark.parametrize(
+    ("only", "gain"), [(True, "1.0"), pytest.param(False, "1.0", marks=SLOW), (False, "[0.1,1.0]")]
+)
 def test_each_level_has_modules_of_its_own(joint: Path, tmp_path: Path, only: bool, gain: str) -> None:
     """On levels that stay as they are to the last bit, or all learn; each is measured with its own."""
     gated = tmp_path / "gated"

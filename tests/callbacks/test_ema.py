@@ -324,7 +324,7 @@ def test_blocks_that_a_stage_gains_are_averaged_and_resumed(tmp_path: Path) -> N
     """They start as the model's."""
     small = ("model=resnet20", "model._target_=elastic.models.resnet.resnet", "+model.blocks=2")
     when = ("trigger.every=1", "callbacks.growth.until=0.5", "trainer.max_epochs=3")
-    chosen = (*AVERAGED, "schedule=[growth,ema]", *GROWING, *small, "model.width=4", *when)
+    chosen = (*AVERAGED, "schedule=[growth,ema]", *GROWING, *small, "model.width=2", *when)
     chosen += ("callbacks.growth.amount.blocks=1",)
     began: list[bool] = []
 

@@ -26,6 +26,7 @@ GROWING = (
     "callbacks.growth.amount.factor=1.5",
     "callbacks.growth.amount.ceiling=2",
 )
+SLOW = pytest.mark.slow
 START = {"0": 4, "3": 6, "7": 6, "10": 8}
 GROWN = {"0": 6, "3": 9, "7": 9, "10": 12}
 FULL = {"0": 8, "3": 12, "7": 12, "10": 16}
@@ -89,7 +90,7 @@ def test_never_grows_above_the_ceiling(tmp_path: Path) -> None:
     assert {event["why"] for event in run.module.structure.timeline} == {"grow: by the clock"}
 
 
-@pytest.mark.parametrize(("until", "last"), [(0.5, 3), (0.26, 2), (0.25, 1), (0.0, None)])
+@pytest.mark.parametrize(("until", "last"), [(0.26, 2), (0.25, 1), pytest.param(0.0, None, marks=SLOW)])
 def test_nothing_grows_after_until(tmp_path: Path, until: float, last: int | None) -> None:
     """Epoch e of 8 may grow where e / 8 is less than `until`."""
     growth = ("callbacks.growth.amount.factor=1.01", "callbacks.growth.amount.ceiling=4")
@@ -204,7 +205,10 @@ RESIDUAL = (
 )
 
 
-@pytest.mark.parametrize(("ceiling", "blocks"), [(1, 2), (1.5, 2), (1.5, 0)])
+@pytest.mark.parametrize(
+    ("ceiling", "blocks"),
+    [(1.5, 2), *(pytest.param(*both, marks=SLOW) for both in ((1, 2), (1.5, 0)))],
+)
 def test_stages_gain_blocks_one_at_a_time_up_to_so_many(tmp_path: Path, ceiling: float, blocks: int) -> None:
     """In depth alone, in both ways and in width alone; function and moments of what was there are kept."""
     seen: list[tuple[Any, Any]] = []

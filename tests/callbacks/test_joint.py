@@ -77,7 +77,12 @@ def sandwich(
 
 
 @pytest.mark.parametrize(
-    ("between", "model"), [(0, ()), (1, ()), (2, ()), (5, ()), (1, RESNET)], ids=[*"0125", "resnet"]
+    ("between", "model"),
+    [
+        *(pytest.param(n, (), marks=pytest.mark.slow, id=str(n)) for n in (0, 1)),
+        pytest.param(5, (), id="5"),
+        pytest.param(1, RESNET, id="resnet"),
+    ],
 )
 def test_the_gradient_of_a_step_is_that_of_the_sandwich(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, between: int, model: tuple[str, ...]
@@ -302,10 +307,13 @@ def test_all_levels_learn(tmp_path: Path) -> None:
     "options",
     [
         ("trainer.precision=32-true", "optimizer=sgd", "callbacks.joint.importance=taylor"),
-        (
-            "trainer.precision=bf16-mixed",
-            "callbacks.joint.by=macs",
-            "callbacks.joint.fractions=[9e3,14e3,20e3]",
+        pytest.param(
+            (
+                "trainer.precision=bf16-mixed",
+                "callbacks.joint.by=macs",
+                "callbacks.joint.fractions=[9e3,14e3,20e3]",
+            ),
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["sgd", "adamw"],

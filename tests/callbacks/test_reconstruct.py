@@ -333,10 +333,13 @@ RESUMED = (
     "options",
     [
         ("trainer.precision=32-true", "optimizer=sgd", "callbacks.reconstruct.importance=taylor"),
-        (
-            "trainer.precision=bf16-mixed",
-            "callbacks.reconstruct.by=macs",
-            "callbacks.reconstruct.fractions=[9e3,18e3]",
+        pytest.param(
+            (
+                "trainer.precision=bf16-mixed",
+                "callbacks.reconstruct.by=macs",
+                "callbacks.reconstruct.fractions=[9e3,18e3]",
+            ),
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["sgd", "adamw"],

@@ -57,6 +57,24 @@ def test_they_are_stepped_as_in_the_users_optimizer_without_decay(name: str) -> 
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_one_whose_first_gradient_comes_later_is_stepped_like_the_others(name: str) -> None:
+    """A level that is not drawn in each step, a block that is added: against torch's own optimizer."""
+    user, own = make_parameters(), make_parameters()
+    home, oracle = OPTIMIZERS[name](user), OPTIMIZERS[name](own)
+    followers = OwnOptimizers([home], [OwnParameter(p) for p in user])
+    for step in range(4):
+        set_gradients(user, step)
+        set_gradients(own, step)
+        for late in (user[1], own[1]):
+            late.grad = late.grad if step > 1 else None
+        followers.step(home)
+        oracle.step()
+        oracle.zero_grad()
+    for a, b in zip(user, own, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_a_rate_multiplies_the_scheduled_one() -> None:
     user, own = make_parameters(2), make_parameters(2)
     home = torch.optim.SGD(user, lr=0.1)
