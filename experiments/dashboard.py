@@ -9,7 +9,7 @@ what `logger=wandb` logs; a test reads it back from a run that was logged offlin
 
 from typing import Any
 
-from elastic.errors import TrainingError
+from elastic.errors import OptionError, TrainingError
 from elastic.experiments.tools.environment import silence
 from elastic.experiments.tools.errors import run
 from elastic.experiments.tools.options import call
@@ -67,8 +67,15 @@ def make_dashboard(entity: str = "", project: str = "elastic-cnn", print: bool =
 
     Args:
         entity: whose project it is; needed where it is sent.
+        project: its name.
         print: return JSON instead.
+
+    Raises:
+        OptionError: neither is named.
+        TrainingError: a package is missing.
     """
+    if not (entity or print):
+        raise OptionError("the dashboard has no place: name entity=<yours>, or print=true to see it as JSON")
     try:
         workspace = make_workspace(entity or "you", project)
     except ImportError as error:

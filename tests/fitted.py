@@ -101,8 +101,6 @@ def command(
     GlobalHydra.instance().clear()
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", [main.__module__, *arguments])
-        if hasattr(main, "__wrapped__"):  # as `python -m` has it, or Hydra looks for a package `conf`
-            patch.setattr(main.__wrapped__, "__module__", "__main__")
         patch.setenv("HYDRA_FULL_ERROR", "")  # and what `run` sets is forgotten afterwards
         capsys.readouterr()
         code = 0

@@ -201,10 +201,10 @@ def test_time_is_measured_beside_macs(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ((), "usage: python -m experiments.usage"),
-        (("run={run}", "colour=1"), "usage: python -m experiments.usage"),
-        (("run={run}", "set=last"), "usage: python -m experiments.usage"),
-        (("run={run}", "level=0.5"), "usage: python -m experiments.usage"),
+        ((), "name run=…"),
+        (("run={run}", "colour=1"), "there is no option colour=1; there are: run=…, level=…"),
+        (("run={run}", "set=last"), "set=last is no whole number"),
+        (("run={run}", "level=0.5"), "level=0.5 is no whole number"),
         (("run={run}", "set=9"), "there is no set 9 of kernel activation modules: the network has 0 … 1"),
         (("run={run}", "level=3"), "there is no level 3: the run's network has level 0 alone"),
     ],
@@ -217,12 +217,15 @@ def test_what_kernel_usage_cannot_show_is_one_line(
         usage.main()
 
 
-@pytest.mark.parametrize("given", [(), ("run={run}", "images=0"), ("run={run}", "set=x")])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [((), "name run=…"), (("run={run}", "images=0"), "set images"), (("run={run}", "set=x"), "set=x is no")],
+)
 def test_what_latency_cannot_measure_is_one_line(
-    finished: Path, given: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    finished: Path, given: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.argv", ["latency", *(text.format(run=finished) for text in given)])
-    with pytest.raises(TrainingError, match=r"usage: python -m experiments\.latency"):
+    with pytest.raises(ElasticError, match=message):
         latency.main()
 
 

@@ -12,14 +12,14 @@ import pytest
 import elastic.experiments.train
 from elastic.experiments.tools.errors import THEIRS, format_error
 from elastic.experiments.train import train
-from tests.experiments.test_configs import files, generated
-from tests.runs import configure
+from tests.generated import generate
+from tests.runs import CONF, configure
 
 SCHEDULES = (
     *("static", "[growth]", "[gates]", "[growth,gates]", "[magnitude]", "joint", "reconstruct", "dynamic"),
 )
 GENERATED = ("digits", "shapes", "mnist", "cifar10", "imagenette", "folder")
-MODELS = tuple(files("model"))
+MODELS = tuple(sorted(path.stem for path in (CONF / "model").glob("*.yaml")))
 # What these need beside their choice; 32 pixels where a set has no size of its own.
 MORE = {
     "[magnitude]": ["callbacks.magnitude.budget=900"],
@@ -72,7 +72,7 @@ def test_it_runs_or_is_refused_in_format_error(
         *("callbacks.progress=null", "trainer.accelerator=cpu", "trainer.precision=32-true"),
         "trainer.log_every_n_steps=1",
         *("+trainer.limit_train_batches=2", "+trainer.limit_val_batches=1", "+trainer.limit_test_batches=1"),
-        *generated(data, tmp_path / "data"),
+        *generate(data, tmp_path / "data"),
         *more,
     ]
     try:

@@ -58,8 +58,8 @@ def test_a_level_is_exported_as_it_is_in_its_network(
     [
         (["to=net.pt2", "level=2"], "there is no level 2: the run's network has 0 … 1"),
         (["to=net.pth"], "name a file that ends in .pt2 or .onnx"),
-        ([], "usage: python -m experiments.export"),
-        (["to=net.pt2", "level=core"], "usage: python -m experiments.export"),
+        ([], "name to=…"),
+        (["to=net.pt2", "level=core"], "level=core is no whole number"),
     ],
 )
 def test_what_cannot_be_exported_is_one_line(
