@@ -18,8 +18,8 @@ setup: .venv/.stamp  ## make .venv with the pinned versions (the other targets d
 	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[dev,docs,export,sweeps,dashboards]'
 	@touch $@
 
-demo: setup  ## train with the defaults, no download: make demo ARGS='experiment=... seed=1'
-	$(BIN)/python -m experiments.train $(ARGS)
+demo: setup  ## grow and prune a network on images that need no download: make demo ARGS='seed=1'
+	$(BIN)/python -m experiments.train experiment=digits $(ARGS)
 
 test: setup  ## the default suite, warnings are errors
 	$(PYTEST) -n 2

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic.errors import FileError
-from elastic.experiments.tools.setup import run
+from elastic.experiments.tools.errors import run
 from elastic.files.atomic import write_atomically
 
 ROOT = Path(__file__).parents[1]
