@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,13 @@ from elastic.training.joining import find_structure
 from tests.programs import Program, fit, make_network
 
 
+class Hasty(Program):
+    """Learn by steps so large that gates close within a few epochs."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=5e-2)
+
+
 def run(folder: Path, devices: int) -> None:
     """Grow and prune; each process writes what it ends with.
 
@@ -19,12 +27,12 @@ def run(folder: Path, devices: int) -> None:
     """
     torch.manual_seed(0)
     net = nn.Sequential(*(layer for layer in make_network() if not isinstance(layer, nn.BatchNorm2d)))
-    module = Program(net)
+    module = Hasty(net)
     growth = GrowOnSaturation(Periodic(2), Growth(factor=1.5, ceiling=2), until=0.5)
-    pruning = PruneByGates(penalty=0.1, begin=0.0, end=0.8, grain="channel")
+    pruning = PruneByGates(penalty=1.0, begin=0.0, end=0.8, grain="channel")
     strategy = "ddp" if devices > 1 else "auto"
     batch = 32 // devices
-    trainer = fit(module, [growth, pruning], batch=batch, devices=devices, strategy=strategy)
+    trainer = fit(module, [growth, pruning], batch=batch, max_epochs=10, devices=devices, strategy=strategy)
     structure = find_structure(module)
     assert structure is not None
     scores = [gate.detach() for name, gate in net.named_parameters() if name.endswith("score")]
