@@ -11,7 +11,13 @@ from tests.resuming import CHANGING, assert_same_run, kill
 from tests.runs import configure
 
 DEEPER = ("model=resnet20", "model._target_=elastic.models.resnet.resnet", "+model.blocks=2")
-IN_DEPTH = (*DEEPER, "model.width=2", "callbacks.growth.amount.blocks=1", "callbacks.gates.grain=channel")
+IN_DEPTH = (
+    *DEEPER,
+    "model.width=2",
+    "data.batch_size=300",
+    "callbacks.growth.amount.blocks=1",
+    "callbacks.gates.grain=channel",
+)
 
 
 @pytest.fixture(autouse=True)

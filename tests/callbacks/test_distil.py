@@ -22,12 +22,6 @@ from tests.runs import configure, load
 TRAINING = (*EXACT, "data.batch_size=300", "trainer.max_epochs=3", "optimizer.lr=2e-2")
 
 
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes as long as the run, and has its own tests."""
-    monkeypatch.setattr(elastic.experiments.train, "draw_history", lambda *_: None)
-
-
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "first"

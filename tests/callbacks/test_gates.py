@@ -273,7 +273,7 @@ def budgeted(folder: Path, target: int, *options: str) -> Run:
 @pytest.mark.parametrize("grain", ["weight", pytest.param("kernel", marks=SLOW)])
 def test_the_budget_is_met(tmp_path: Path, grain: str) -> None:
     """Never above, and 2 % below at the finest grain; a channel's last kernel takes it along."""
-    options = ("trainer.max_epochs=20", "data.batch_size=128", f"callbacks.gates.grain={grain}")
+    options = ("trainer.max_epochs=10", "data.batch_size=128", f"callbacks.gates.grain={grain}")
     run = budgeted(tmp_path, 400, *options)
     plain = compact(run.module.net, run.module.structure.example)
     assert 400 - (8 if grain == "weight" else 40) <= counts.count_params(plain) <= 400
@@ -283,7 +283,7 @@ def test_the_budget_is_met(tmp_path: Path, grain: str) -> None:
 def test_no_layer_shuts_all_of_its_gates(tmp_path: Path, budget: tuple[str, ...]) -> None:
     """A penalty a thousand times too strong would shut every channel within a few steps."""
     held: list[bool] = []
-    steps = ("data.batch_size=32", "trainer.max_epochs=2", "optimizer.lr=0.1")
+    steps = ("data.batch_size=64", "trainer.max_epochs=2", "optimizer.lr=0.1")
     look = Spy(
         on_train_batch_end=lambda trainer, module, *_: (
             held.append(all((score > 0).any() for score in scores(module)))
@@ -315,7 +315,7 @@ def test_gates_settle_on_the_budget_when_they_freeze(tmp_path: Path) -> None:
 
 def test_the_controller_steers_lambda(tmp_path: Path) -> None:
     """Above its path it raises λ, below it lowers it; without a budget λ is what it was."""
-    few = ("trainer.max_epochs=4", "data.batch_size=128")
+    few = ("trainer.max_epochs=3", "data.batch_size=128")
     assert budgeted(tmp_path / "a", 20, *few).callbacks["gates"].penalty > 1.1e-3
     assert budgeted(tmp_path / "b", 2000, *few).callbacks["gates"].penalty < 0.9e-3
     run = fit(tmp_path / "c", *PRUNING, *few, "callbacks.gates.penalty=1e-3")
@@ -364,7 +364,7 @@ def test_a_run_continued_before_any_event_is_the_whole_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Down to the memory format of the scores: sums over them must run in the same order."""
-    given = (*PRUNING, "data.batch_size=64", "trainer.max_epochs=3", "callbacks.gates.penalty=5e-3")
+    given = (*PRUNING, "data.batch_size=128", "trainer.max_epochs=3", "callbacks.gates.penalty=5e-3")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train(configure(whole, *given), whole)
     kill(configure(broken, *given), broken, monkeypatch, epoch=1, batch=3)

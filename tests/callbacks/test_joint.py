@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import elastic.experiments.train
 from elastic.callbacks import TrainJointly
 from elastic.errors import OptionError
 from elastic.experiments.evaluate import evaluate
@@ -33,12 +32,6 @@ RESNET = (
     *("model=resnet20", "model._target_=elastic.models.resnet.resnet", "+model.blocks=1", "model.width=4"),
     *("optimizer=sgd", "optimizer.lr=2e-2"),
 )
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes as long as the run, and has its own tests."""
-    monkeypatch.setattr(elastic.experiments.train, "draw_history", lambda *_: None)
 
 
 def levels_of(module: ElasticClassifier) -> Levels:
@@ -291,7 +284,7 @@ def test_levels_end_in_the_networks_storage_each_with_norms_of_its_own(seen: tup
 
 
 def test_all_levels_learn(tmp_path: Path) -> None:
-    options = (*TRAINING, "data.batch_size=64", "trainer.max_epochs=6", "model.channels=[12,12,16,16]")
+    options = (*TRAINING, "data.batch_size=100", "trainer.max_epochs=6", "model.channels=[12,12,16,16]")
     found = train(configure(tmp_path, *options), tmp_path)
     accuracies = [row["test/acc"] for row in found["levels"]]
     assert min(accuracies) > 0.7 and found["schedule"] == "joint"

@@ -62,12 +62,6 @@ MODELS: dict[str, tuple[str, ...]] = {
 Capture = pytest.CaptureFixture[str]
 
 
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes as long as the run, and has its own tests."""
-    monkeypatch.setattr(elastic.experiments.train, "draw_history", lambda *_: None)
-
-
 def snapshot(levels: Levels) -> list[dict[str, Tensor]]:
     """All that each level holds, its statistics included."""
     return [{n: t.detach().clone() for n, t in level.state_dict().items()} for level in levels]
@@ -394,9 +388,7 @@ FINISHED = (*RECONSTRUCTING, "seed=3")
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(elastic.experiments.train, "draw_history", lambda *_: None)
-        train(configure(folder, *FINISHED), folder)
+    train(configure(folder, *FINISHED), folder)
     return folder
 
 
@@ -486,7 +478,7 @@ def test_a_level_that_is_no_number_is_refused(
 ) -> None:
     given = (f"run={finished}", f"level={level}")
     code, _, err = command(elastic.experiments.evaluate.main, monkeypatch, capsys, *given)
-    refused(err, code, "level=<number>")
+    refused(err, code, f"level={level} is no whole number")
 
 
 def test_a_network_without_levels_is_its_only_one(

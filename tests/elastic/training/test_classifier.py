@@ -39,7 +39,7 @@ PLAIN_SGD = (
 CHANGING = (
     *TINY,
     "experiment=smoke",
-    "trainer.max_epochs=4",
+    "trainer.max_epochs=3",
     "trigger=periodic",
     "trigger.every=2",
     "callbacks.growth.until=0.9",
