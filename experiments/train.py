@@ -135,7 +135,7 @@ def finish(
     cfg: DictConfig, trainer: L.Trainer, module: ElasticClassifier, data: ImageData, folder: Path
 ) -> dict[str, Any]:
     """Measure the network once on the test split, and write down and show what the run has come to."""
-    structure = module.cpu().structure
+    structure = module.cpu().float().structure  # saved and measured in 32 bits, whatever it was trained in
     network = make_network(structure)
     census = next((callback for callback in list_elastic(trainer) if isinstance(callback, Census)), Census())
     summary = summarise(cfg, measure_network(network, data), census.seconds, census.macs_training)

@@ -15,6 +15,7 @@ import torch
 from filelock import FileLock
 from omegaconf import OmegaConf
 from PIL import Image
+from safetensors.torch import load_file
 
 import elastic.experiments.train
 from elastic.experiments.train import build, train
@@ -93,6 +94,15 @@ def test_the_configuration_that_is_kept_gives_the_same_run_again(tmp_path: Path)
     assert set(re.findall(r"\$\{([^},]+)", text)) <= {"run", "oc.env:ELASTIC_DATA"}
     one, two = (load(tmp_path / name / "last.ckpt") for name in ("one", "two"))
     assert_same(one["state_dict"], two["state_dict"])
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_a_run_in_another_precision_is_saved_and_measured_in_32_bits(tmp_path: Path, precision: str) -> None:
+    options = ("experiment=smoke", "data.batch_size=512", f"trainer.precision={precision}")
+    summary = train(configure(tmp_path, *TINY, *options), tmp_path)
+    assert 0 < summary["test/acc"] <= 1
+    tensors = load_file(tmp_path / "model.safetensors").values()
+    assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} == {torch.float32}
 
 
 def test_the_network_and_the_data_follow_from_the_seed(tmp_path: Path) -> None:

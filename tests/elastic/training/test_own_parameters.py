@@ -157,18 +157,3 @@ def test_without_own_parameters_nothing_is_done() -> None:
     assert (
         followers.optimizers == [] and followers.list_parameters(home) == [] and followers.unscale(home, None)
     )
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_some_of_them_may_get_their_first_gradient_later(name: str) -> None:
-    """As norms of a level do that is not drawn at first."""
-    user = make_parameters()
-    home = OPTIMIZERS[name](user)
-    followers = OwnOptimizers([home], [OwnParameter(p) for p in user[2:]])
-    before = [p.detach().clone() for p in user]
-    user[2].grad = torch.ones_like(user[2])
-    followers.step(home)
-    assert not torch.equal(user[2], before[2]) and torch.equal(user[3], before[3])
-    set_gradients(user, 0)
-    followers.step(home)
-    assert not torch.equal(user[3], before[3])
