@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from elastic.widths.tracker import Place, Records
+from elastic.widths.tracker import Dimension, Records
 from elastic.widths.union import Axis, ChannelUnion
 from elastic.widths.width import Segment, Slot, Width, Widths
 
@@ -48,25 +48,26 @@ def collect_widths(elements: ChannelUnion, records: Records) -> Widths:
     return Widths(widths, groups.reasons)
 
 
-def _group(elements: ChannelUnion, records: Records, axes: Mapping[Place, Axis]) -> Groups:
+def _group(elements: ChannelUnion, records: Records, axes: Mapping[Dimension, Axis]) -> Groups:
     """Put elements together that lie on the same places equally often, and are fixed or free alike.
 
     The elements of each layer's output, in their order, make up its groups: the first is called after the
     layer, further ones (where only a part of its channels goes somewhere) are numbered.
     """
-    occurrences: dict[int, list[tuple[Place, int]]] = defaultdict(list)
+    occurrences: dict[int, list[tuple[Dimension, int]]] = defaultdict(list)
     for place, axis in axes.items():
         for element, times in Counter(axis.tolist()).items():
             occurrences[element].append((place, times))
     fixed, tied = elements.fixed, elements.tied
     groups, grouped = Groups(), set[int]()
     for place in (place for place, (role, _) in records.items() if role == "out"):
+        writer = place[0] or place[1]  # a weight of the model's own goes by its name
         alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
         for element in dict.fromkeys(axes[place].tolist()):
             if element not in grouped:
                 alike[tuple(occurrences[element]), element in fixed].append(element)
         for number, members in enumerate(alike.values()):
-            name = f"{place[0]}:{number}" if number else place[0]
+            name = f"{writer}:{number}" if number else writer
             groups.members[name] = np.array(members)
             grouped.update(members)
             if members[0] in fixed:
@@ -76,7 +77,7 @@ def _group(elements: ChannelUnion, records: Records, axes: Mapping[Place, Axis])
     return groups
 
 
-def _read_layouts(axes: Mapping[Place, Axis], groups: Groups) -> dict[Place, Layout]:
+def _read_layouts(axes: Mapping[Dimension, Axis], groups: Groups) -> dict[Dimension, Layout]:
     """Read the layout of every place; what no layout can say fixes the groups concerned.
 
     A group that is fixed no longer needs an order, which can only make the others' layouts simpler: so read

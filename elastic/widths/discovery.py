@@ -52,7 +52,7 @@ def find_widths(model: nn.Module, *example: Tensor) -> Widths:
     graphs = [trace(replica.train(mode)) for mode in (True, False)]
     for graph in {graph.code: graph for graph in graphs}.values():  # one, where both modes do the same
         with torch.no_grad():
-            AxisTracker(graph, elements, records).run(*inputs)
+            AxisTracker(graph, replica, elements, records).run(*inputs)
     widths = collect_widths(elements, records)
     widths.example = tuple(inputs)
     return widths

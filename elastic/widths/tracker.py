@@ -5,20 +5,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
 from elastic.errors import StructureError
 from elastic.widths.hooks import watch_hooks
 from elastic.widths.operations import LAYER, READS_COUNTS, TABLE, NotFollowed, Role, Rule, Tracked
 from elastic.widths.operations.counts import count_node, list_counts
-from elastic.widths.operations.interface import Layer, list_tensors
+from elastic.widths.operations.interface import Layer, Place, list_tensors
 from elastic.widths.parameters import ChannelParametrization, get_original, list_parametrizations
 from elastic.widths.tracing import describe_node, get_layer
 from elastic.widths.tracing.graph import shorten
 from elastic.widths.union import Axis, ChannelUnion
 
-Place = tuple[str, str, int]  # module, tensor, dimension
-Records = dict[Place, tuple[Role, Axis]]  # what lies there
+Dimension = tuple[str, str, int]  # module, tensor, dimension
+Records = dict[Dimension, tuple[Role, Axis]]  # what lies there
 # Values that hold no channels, though they may count them.
 PLAIN = (int, float, torch.Size, torch.device, torch.dtype)
 
@@ -26,9 +27,12 @@ PLAIN = (int, float, torch.Size, torch.device, torch.dtype)
 class AxisTracker(fx.Interpreter):
     """Run a traced model on meta tensors and carry every value's channel axes along: see `Tracker`."""
 
-    def __init__(self, graph: fx.GraphModule, elements: ChannelUnion, records: Records) -> None:
+    def __init__(
+        self, graph: fx.GraphModule, model: nn.Module, elements: ChannelUnion, records: Records
+    ) -> None:
         super().__init__(graph, garbage_collect_values=False)
         self.extra_traceback = False  # errors of one line
+        self.model = model  # whose modules are there as they were, also those that torch.fx has looked into
         self.elements, self.records = elements, records
         self._hooked = watch_hooks(graph)
         self._recorded: list[Axis] = []  # what the rule of this node has recorded
@@ -58,9 +62,9 @@ class AxisTracker(fx.Interpreter):
             for source in node.all_input_nodes:
                 self.elements.fix_all(_flatten(source.meta["axes"]), "it is the model's output")
             return None
-        if node.op == "get_attr":
-            return self._begin_attribute(node, value)
-        if node.op == "placeholder":
+        if place := self._find_place(node):
+            return self._begin_attribute(place, value)
+        if node.op in ("placeholder", "get_attr"):
             return _untracked(value)
         rule = TABLE.find(get_layer(self.module, node), node)
         if rule not in READS_COUNTS:
@@ -80,15 +84,22 @@ class AxisTracker(fx.Interpreter):
             for count in list_counts(source) if "counts" in source.meta else ():
                 self.fix(count.axes, node, "computes with the number of channels")
 
-    def _begin_attribute(self, node: fx.Node, value: Any) -> Tracked:
+    def _find_place(self, node: fx.Node) -> Place | None:
+        """Find where a node's tensor is stored: an attribute's, or that of what parametrizes it."""
+        if isinstance(get_layer(self.module, node), parametrize.ParametrizationList):
+            module, _, name = str(node.target).rpartition("parametrizations.")
+            return Place(module.rstrip("."), name)
+        module, _, name = str(node.target).rpartition(".")
+        if node.op != "get_attr" or (not module and not hasattr(self.model, name)):
+            return None  # what torch.fx has made of a tensor that the model's forward makes
+        return Place(module, name)
+
+    def _begin_attribute(self, place: Place, value: Any) -> Tracked:
         """Let channels begin on each dimension of a tensor that the model holds, but for those of size 1."""
         if not isinstance(value, Tensor):
             return None
-        module, _, name = str(node.target).rpartition(".")
-        return tuple(
-            self.begin(module, name, "per_channel", d) if size > 1 else None
-            for d, size in enumerate(value.shape)
-        )
+        sizes = enumerate(value.shape)
+        return tuple(self.begin(*place, "per_channel", d) if size > 1 else None for d, size in sizes)
 
     def _apply_rule(self, rule: Rule | None, node: fx.Node, value: Any) -> Tracked:
         """Ask the operation's rule; without one, all that the node reads keeps its size."""
@@ -134,6 +145,15 @@ class AxisTracker(fx.Interpreter):
             raise TypeError(f"it is for a {kind.__name__}")
         return layer
 
+    def get_module(self, path: str) -> nn.Module:
+        return self.model.get_submodule(path)
+
+    def locate(self, tensor: fx.Node) -> Place:
+        place = self._find_place(tensor)
+        if place is None:
+            raise NotFollowed("is given a tensor that is computed")
+        return place
+
     def begin(self, module: str, tensor: str, role: Role, dim: int = 0) -> Axis:
         original = self._fetch_original(module, tensor)
         if original is None:
@@ -146,12 +166,19 @@ class AxisTracker(fx.Interpreter):
         original = self._fetch_original(module, tensor)
         if axis is None or (original is None and tensor != LAYER):
             return
-        first = self.records.setdefault((module, tensor, dim), (role, axis))[1]
+        known, first = self.records.get((module, tensor, dim), ("per_channel", axis))
+        self.records[module, tensor, dim] = (role if known == "per_channel" else known), first
         self.elements.unite(first, axis)
         self._recorded.append(axis)
         if original is not None:  # one parameter may serve several layers
             self.elements.unite(self._shared.setdefault((id(original), dim), first), first)
             self._fix_foreign(module, tensor, first)
+
+    def mix(self, axes: Sequence[Axis | None], node: fx.Node, reason: str) -> None:
+        for axis in axes:
+            if axis is not None:
+                self.elements.mix(axis, f"{describe_node(node)} {reason}")
+                self._recorded.append(axis)
 
     def unite(self, first: Axis | None, second: Axis | None, node: fx.Node) -> None:
         if first is None or second is None:
@@ -163,11 +190,11 @@ class AxisTracker(fx.Interpreter):
         self.elements.fix_all(axes, f"{describe_node(node)} {reason}")
 
     def _fetch_original(self, module: str, tensor: str) -> Tensor | None:
-        return get_original(self.module.get_submodule(module), tensor) if tensor != LAYER else None
+        return get_original(self.model.get_submodule(module), tensor) if tensor != LAYER else None
 
     def _fix_foreign(self, module: str, tensor: str, axis: Axis) -> None:
         """Fix what a hook computes, or a parametrization whose own tensors do not follow channels."""
-        owner = self.module.get_submodule(module)
+        owner = self.model.get_submodule(module)
         if tensor in vars(owner) and owner._forward_pre_hooks:
             self.elements.fix(axis, f"{module}.{tensor} is computed by a hook")
         for parametrization in list_parametrizations(owner, tensor):

@@ -5,6 +5,14 @@ from collections.abc import Iterable
 from torch import nn
 
 from elastic.widths.operations.cutting import chunk, get_item, split
+from elastic.widths.operations.functional import (
+    convolve_with,
+    normalize_channels_with,
+    normalize_groups_with,
+    normalize_layer_with,
+    project_with,
+    rectify_with,
+)
 from elastic.widths.operations.interface import LAYER, Axes, NotFollowed, Role, Rule, Tracked, Tracker
 from elastic.widths.operations.joining import broadcast, concatenate
 from elastic.widths.operations.layers import (
@@ -78,6 +86,12 @@ FUNCTIONS: dict[Rule, str] = {
         adaptive_max_pool3d""",
     pad: "pad",
     resize: "interpolate",
+    convolve_with: "conv1d conv2d conv3d",
+    project_with: "linear",
+    normalize_channels_with: "batch_norm instance_norm",
+    normalize_groups_with: "group_norm",
+    normalize_layer_with: "layer_norm",
+    rectify_with: "prelu",
     flatten: "flatten",
     unflatten: "unflatten",
     reshape: "view reshape",
@@ -94,7 +108,10 @@ FUNCTIONS: dict[Rule, str] = {
 }
 
 # These understand numbers computed from sizes; with any other rule such a number fixes what it counts.
-READS_COUNTS: tuple[Rule, ...] = (reshape, unflatten, split, get_item)
+READS_COUNTS: tuple[Rule, ...] = (
+    *(reshape, unflatten, split, get_item),
+    *(convolve_with, normalize_layer_with),
+)
 
 TABLE.layers.update((kind, rule) for rule, kinds in LAYERS.items() for kind in kinds)
 TABLE.names.update((name, rule) for rule, names in FUNCTIONS.items() for name in names.split())

@@ -5,7 +5,7 @@ A value's *axes* are one entry a dimension: an `Axis` where the dimension holds 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,6 +20,13 @@ LAYER = ""  # in place of a tensor's name: what the layer's own attributes say
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
+class Place(NamedTuple):
+    """Name a stored tensor."""
+
+    module: str
+    tensor: str
+
+
 class NotFollowed(StructureError):
     """Raised by a rule that does not know a use of its operation: all that the node reads keeps its size."""
 
@@ -32,6 +39,12 @@ class Tracker(Protocol):
     def get_layer(self, node: fx.Node, kind: type[Layer]) -> Layer:
         """Get the layer that the node calls."""
 
+    def get_module(self, path: str) -> nn.Module:
+        """Get a part of the model."""
+
+    def locate(self, tensor: fx.Node) -> Place:
+        """Find where a tensor is stored that a function is given; NotFollowed where it is computed."""
+
     def begin(self, module: str, tensor: str, role: Role, dim: int = 0) -> Axis:
         """Let channels begin on a stored tensor: those that a layer writes, or that a parameter holds."""
 
@@ -40,6 +53,9 @@ class Tracker(Protocol):
 
     def unite(self, first: Axis | None, second: Axis | None, node: fx.Node) -> None:
         """Let two axes agree, channel by channel; one that never changes fixes the other."""
+
+    def mix(self, axes: Sequence[Axis | None], node: fx.Node, reason: str) -> None:
+        """Note that the node takes statistics over channels; the reason goes on after its name."""
 
     def fix(self, axes: Sequence[Axis | None], node: fx.Node, reason: str) -> None:
         """Keep the channels of all axes as they are; the reason goes on after the node's name."""

@@ -13,6 +13,12 @@ Operation = type[nn.Module] | Callable[..., object] | str
 LIBRARIES = {"torch", "torchvision", "_operator", "math"}
 
 
+# What a subclass may define and still compute as its base does.
+HARMLESS = {*dir(object), "__module__", "__annotations__", "__constants__"} - {"__getattribute__"}
+HARMLESS |= {"__static_attributes__", "__firstlineno__", "extra_repr", "reset_parameters", "_get_name"}
+TENSORS = {"weight", "bias", "running_mean", "running_var"}  # of layers; properties could stand for them
+
+
 class OperationTable:
     """Know the rule of types of layers (and their subclasses), of functions, and of methods by name."""
 
@@ -56,9 +62,17 @@ def register_op(operation: Operation, rule: Rule) -> None:
         )
 
 
-def is_registered(kind: type[nn.Module]) -> bool:
-    """Tell whether a type of layer is registered, or has the `forward` of one that is: it stays whole."""
-    return any(issubclass(kind, leaf) and kind.forward is leaf.forward for leaf in TABLE.leaves)
+def is_whole(kind: type[nn.Module]) -> bool:
+    """Tell whether layers of a type stay whole: those of a registered type, or that compute as their base.
+
+    A subclass computes as its base where it overrides nothing but how it is made and shown.
+    """
+    known = (*TABLE.leaves, *(base for base in TABLE.layers if base.__module__.startswith("torch.nn.")))
+    base = next((base for base in kind.__mro__ if base in known), None)
+    if base is None:
+        return False
+    own = {name for ancestor in kind.__mro__[: kind.__mro__.index(base)] for name in vars(ancestor)}
+    return own.isdisjoint({*dir(base), *TENSORS} - HARMLESS)
 
 
 def _get_name(function: Callable[..., object]) -> str:

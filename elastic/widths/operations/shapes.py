@@ -47,10 +47,10 @@ def unsqueeze(tracker: Tracker, node: fx.Node) -> Axes:
 
 
 def reduce(tracker: Tracker, node: fx.Node) -> Axes:
-    """Follow mean, sum, amax and their like: over space they leave channels alone, else they fix them."""
+    """Follow mean, sum, amax and their like: over space they leave channels alone, else they mix them."""
     x = get_axes(get_input(node))
     over = normalize_dims(get_argument(node, 1, "dim", "axis"), len(x))
-    tracker.fix([x[d] for d in over], node, "reduces over channels")
+    tracker.mix([x[d] for d in over], node, "takes statistics over its channels")
     if len(get_shape(node)) == len(x):
         return tuple(None if d in over else axis for d, axis in enumerate(x))
     return tuple(axis for d, axis in enumerate(x) if d not in over)

@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Sequence
 
 from torch import fx, nn
+from torch.nn.utils import parametrize
 
 from elastic.errors import StructureError
-from elastic.widths.operations.registry import is_registered
+from elastic.widths.operations.registry import is_whole
 
 
 class _Tracer(fx.Tracer):
@@ -14,7 +15,9 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True  # or buffers in arithmetic would become constants
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_registered(type(m)) or super().is_leaf_module(m, module_qualified_name)
+        kind = parametrize.type_before_parametrizations(m)  # a gate makes a class of torch's own of it
+        is_foreign = not kind.__module__.startswith("torch.nn")
+        return is_whole(kind) or (not is_foreign and super().is_leaf_module(m, module_qualified_name))
 
 
 def trace(model: nn.Module) -> fx.GraphModule:

@@ -4,6 +4,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from elastic.errors import StructureError
 
@@ -29,6 +30,7 @@ def make_meta_copy(model: nn.Module) -> nn.Module:
         memo[id(tensor)] = tensor.to("meta")
     replica = copy.deepcopy(model, memo)
     for module in replica.modules():
-        if isinstance(module, KEEPS_SHAPE) and type(module).__module__.startswith("torch.nn."):
+        kind = parametrize.type_before_parametrizations(module)
+        if isinstance(module, KEEPS_SHAPE) and kind.__module__.startswith("torch.nn."):
             vars(module)["forward"] = torch.empty_like
     return replica

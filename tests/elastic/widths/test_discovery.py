@@ -125,10 +125,11 @@ def chosen(x: Tensor) -> Tensor:
 torch.fx.wrap("even")
 
 
-@pytest.mark.parametrize("choice", [lambda x: even(x), chosen])
-def test_what_the_refusal_advises_is_followed(choice: Callable[[Tensor], Tensor]) -> None:
+@pytest.mark.parametrize(("choice", "free"), [(lambda x: even(x), {"last"}), (chosen, {"conv", "last"})])
+def test_what_the_refusal_advises_is_followed(choice: Callable[[Tensor], Tensor], free: set[str]) -> None:
     net = Net(lambda m, x: m.head(m.last(choice(m.conv(x)))), conv=conv(3, 4), last=conv(4, 5), head=head(5))
-    assert discover(net, torch.randn(IMAGE)).sizes() == {"last": 5}
+    widths = discover(net, torch.randn(IMAGE))
+    assert set(widths) == free and (widths.get("conv") is None or widths["conv"].mixed)
 
 
 def test_an_example_of_the_wrong_shape_is_refused() -> None:
@@ -223,6 +224,7 @@ AWKWARD: dict[str, Callable[[], nn.Module]] = {
     "parameter of literal shape": lambda: stem_then(lambda m, x: x * m.scale.view(1, 4, 1, 1), scale=ones(4)),
     "frozen batch norm": lambda: stem_then(lambda m, x: m.norm(x), norm=FrozenBatchNorm2d(4)),
     "tensor that is no buffer": lambda: stem_then(lambda m, x: x - m.mean, mean=torch.ones(1, 4, 1, 1)),
+    "tensor of its own": lambda: stem_then(lambda m, x: x + torch.ones(4, 1, 1)),
     "new tensor": lambda: stem_then(lambda m, x: x + torch.ones(4, 1, 1, device=x.device)),
     "functional layer norm": lambda: stem_then(
         lambda m, x: F.layer_norm(x.permute(0, 2, 3, 1), (4,)).permute(0, 3, 1, 2)
