@@ -53,8 +53,8 @@ def compact(model: nn.Module, example: Tensor) -> nn.Module:
 
 def list_depthwise(model: nn.Module) -> list[str]:
     """List the layers that have a group for each channel."""
-    groups = ((path, getattr(layer, "groups", 1), layer) for path, layer in model.named_modules())
-    return [path for path, count, layer in groups if count > 1 and count == layer.in_channels]
+    layers = ((path, m) for path, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd))
+    return [path for path, layer in layers if 1 < layer.groups == layer.in_channels]
 
 
 def flush_denormals(model: nn.Module) -> None:
