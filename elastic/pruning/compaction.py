@@ -38,15 +38,23 @@ def compact(model: nn.Module, example: Tensor) -> nn.Module:
         example: an input, batch first; its shape and type matter.
     """
     plain = fold_gates(model).eval()
-    norms = find_following_norms(plain)  # the same whatever channels are removed
-    while True:
+    is_final = False
+    while not is_final:
         flush_denormals(plain)
-        # Discovered anew: a grouped convolution with one channel left in each group is a depthwise one.
+        depthwise = list_depthwise(plain)
         widths = find_widths(plain, example)
-        keep = Emptying(plain, widths, norms, example).empty_dead_channels()
-        if not keep:
-            return plain
-        reindex(plain, widths, keep)
+        reindex(plain, widths, Emptying(plain, widths, example).empty_dead_channels())
+        # Nothing more is dead by these widths. But a grouped convolution with one channel left in each group
+        # is a depthwise one, whose channels can go one by one, and a depthwise one with one left is not.
+        is_final = list_depthwise(plain) == depthwise
+    flush_denormals(plain)  # sums of constants
+    return plain
+
+
+def list_depthwise(model: nn.Module) -> list[str]:
+    """List the layers that have a group for each channel."""
+    layers = ((path, m) for path, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd))
+    return [path for path, layer in layers if 1 < layer.groups == layer.in_channels]
 
 
 def flush_denormals(model: nn.Module) -> None:
@@ -65,7 +73,6 @@ class Emptying:
 
     model: nn.Module
     widths: Widths
-    norms: dict[str, str]
     example: Tensor
     dead: dict[str, Tensor] = field(default_factory=dict)  # by width: (channels,)
 
@@ -125,7 +132,7 @@ class Emptying:
 
     def _add_constants(self, path: str, added: Tensor) -> None:
         """Add constants to what a layer writes: in the norm that follows, else in its bias."""
-        mean = self._get_tensor(self.norms[path], "running_mean") if path in self.norms else None
+        mean = self._get_tensor(self._norms[path], "running_mean") if path in self._norms else None
         layer = self.model.get_submodule(path)
         if mean is not None:
             mean.sub_(added)
@@ -162,6 +169,10 @@ class Emptying:
     def _constants(self) -> dict[str, Tensor]:
         readers = {slot.module for name in self.dead for slot in self.widths[name].slots_with("in")}
         return observe_constants(self.model, readers, self.example)
+
+    @cached_property
+    def _norms(self) -> dict[str, str]:
+        return find_following_norms(self.model)
 
     @cached_property
     def _neighbours(self) -> dict[str, dict[str, None]]:

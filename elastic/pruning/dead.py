@@ -78,7 +78,11 @@ def _are_zero(widths: Widths, width: Width, slots: Iterable[Slot], entries: Entr
     for slot in slots:
         values = entries(slot.module, slot.tensor)
         positions = widths.positions(slot, width.name)  # (channels, copies)
+        # Most lines show by their first entry that they are not zero; only the others are read.
+        firsts = values[tuple(slice(None) if dim == slot.dim else 0 for dim in range(values.dim()))].cpu()
+        are_zero &= (firsts[positions] == 0).all(1)
+        positions = positions[are_zero]
         lines = values.index_select(slot.dim, positions.flatten().to(values.device))
         others = [dim for dim in range(values.dim()) if dim != slot.dim]
-        are_zero &= (lines == 0).all(others).cpu().view(positions.shape).all(1)
+        are_zero[are_zero.clone()] = (lines == 0).all(others).cpu().view(positions.shape).all(1)
     return are_zero

@@ -38,7 +38,7 @@ def _fold(module: nn.Module) -> None:
     values = {}
     for name, chain in list_chains(module).items():
         is_trained = all(stored.requires_grad for stored in chain.parameters(recurse=False))
-        values[name] = nn.Parameter(getattr(module, name).detach().clone(), is_trained)
+        values[name] = nn.Parameter(getattr(module, name).detach(), is_trained)
     del module._modules["parametrizations"]
     module.__class__ = type(module).__bases__[0]
     # Parameters that were gated come first, as they did when the layer was made.

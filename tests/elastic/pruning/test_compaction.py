@@ -284,6 +284,7 @@ def test_dropping_what_is_silent_changes_nothing(net: nn.Module) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @given(net=networks())
 @settings(slow_to_draw, max_examples=400)
 def test_all_of_it_holds_for_many_networks(net: nn.Module) -> None:
@@ -679,6 +680,6 @@ def test_the_work_is_linear_in_depth(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.undo()
         work.append(calls)
     for calls in work:
-        assert (calls["find_following_norms"], calls["find_widths"], calls["observe_constants"]) == (1, 2, 1)
+        assert (calls["find_following_norms"], calls["find_widths"], calls["observe_constants"]) == (1, 1, 1)
     looks = [calls["find_unread"] for calls in work]
     assert looks[2] - looks[1] <= 2 * (looks[1] - looks[0]) + 8, looks
