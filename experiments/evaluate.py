@@ -19,7 +19,7 @@ def evaluate(run: Path, level: int | None = None, set: int | None = None) -> dic
     """Measure a finished run again: its summary as its files give it now.
 
     Args:
-        run: the run's folder.
+        run: the folder of a finished run.
         level: measure this level, 0 being the smallest, instead of the whole network.
         set: measure with this set of kernel activation modules, instead of all of them.
 

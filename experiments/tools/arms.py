@@ -144,9 +144,8 @@ def read_summaries(pattern: str) -> dict[Path, Summary]:
 def _read_summary(path: Path) -> Summary:
     try:
         summary: Summary = json.loads(path.read_text())
-        float(summary["test/acc"])  # without it there is nothing to compare
-        for key in NUMBERS:
-            float(summary.get(key) or 0)
+        accuracy = summary["test/acc"]  # without it there is nothing to compare
+        sum((accuracy, *(summary.get(key) or 0 for key in NUMBERS)))  # of numbers, no words
         return summary
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise FileError(f"{path} is damaged: finish its run again, or leave it out of runs") from error

@@ -17,6 +17,7 @@ ADVICE = (
     ".*`srun` command is available.*",  # launchers use it, nobody else has to
     ".*sync_dist=True.*",  # what is logged is the same in every process
     ".*exists and is not empty.*",  # a run's folder is its own
+    ".*dirpath has changed.*",  # it may have been moved
     ".*You requested to overfit.*",  # and does what is meant
 )
 

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -60,8 +61,7 @@ def test_two_processes_do_not_train_in_one_folder(
         code, _, err = by_command(monkeypatch, capsys, *given)
     assert code == 1 and {p.name for p in tmp_path.iterdir()} == {".lock"}
     expected = f"error: another process trains in {tmp_path}: wait until it has ended, or stop it"
-    assert err.splitlines()[-1] == expected
-    assert by_command(monkeypatch, capsys, *given)[0] == 0
+    assert err.splitlines() == [expected]
 
 
 def test_a_run_leaves_its_files_and_nothing_else(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
@@ -149,67 +149,83 @@ def test_the_test_split_is_looked_at_once_at_the_end(tmp_path: Path, monkeypatch
 # --- continuing ---------------------------------------------------------------------------------------------
 
 
-def test_a_finished_run_named_again_is_measured_again(
-    tmp_path: Path, monkeypatch: Patch, capsys: Capture
-) -> None:
-    assert by_command(monkeypatch, capsys, *CHANGING, f"run={tmp_path}")[0] == 0
-    names = ("config.yaml", "last.ckpt", "model.safetensors", "timeline.jsonl", "history.png")
-    before = {name: (tmp_path / name).read_bytes() for name in names}
-    first = json.loads((tmp_path / "summary.json").read_text())
-    code, _, err = by_command(monkeypatch, capsys, f"run={tmp_path}")
-    assert code == 0, err
-    for name in names:
-        assert (tmp_path / name).read_bytes() == before[name], name
-    second = json.loads((tmp_path / "summary.json").read_text())
-    assert {**first, "wall_s": 0} == {**second, "wall_s": 0}
-    assert second["wall_s"] >= first["wall_s"], "the time of the run, not of the last start"
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(elastic.experiments.train, "draw_history", lambda *_: None)
+        train(configure(folder, *CHANGING, "seed=7"), folder)
+    return folder
+
+
+@pytest.fixture
+def finished(once: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(once, tmp_path / "run"))
 
 
 @pytest.mark.usefixtures("no_picture")
+def test_a_finished_run_named_again_is_measured_again(
+    finished: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    """With its own settings, whatever the defaults are now."""
+    names = ("config.yaml", "last.ckpt", "model.safetensors", "timeline.jsonl")
+    before = {name: (finished / name).read_bytes() for name in names}
+    first = json.loads((finished / "summary.json").read_text())
+    code, _, err = by_command(monkeypatch, capsys, f"run={finished}")
+    assert code == 0, err
+    for name in names:
+        assert (finished / name).read_bytes() == before[name], name
+    second = json.loads((finished / "summary.json").read_text())
+    assert {**first, "wall_s": 0} == {**second, "wall_s": 0} and second["seed"] == 7
+    assert second["wall_s"] >= first["wall_s"], "the time of the run, not of the last start"
+
+
+def test_a_run_killed_in_its_first_epoch_is_begun_anew_by_its_folder_alone(
+    finished: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    """There is no checkpoint yet, but its configuration is."""
+    for path in finished.iterdir():
+        if path.is_file() and path.name != "config.yaml":
+            path.unlink()
+    seen: list[Any] = []
+    monkeypatch.setattr(elastic.experiments.train, "train", lambda cfg, _: seen.append(cfg) or {"val/acc": 0})
+    assert by_command(monkeypatch, capsys, f"run={finished}")[0] == 0
+    assert by_command(monkeypatch, capsys, f"run={finished}", "seed=3")[0] == 0
+    assert [(cfg.seed, cfg.name) for cfg in seen] == [(7, "smoke"), (3, "digits-convnet")]
+
+
 def test_a_continuation_that_fails_leaves_the_run_as_it_was(
-    tmp_path: Path, monkeypatch: Patch, capsys: Capture
+    finished: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     """Its configuration, too: `run=<folder>` alone must work again."""
-    assert by_command(monkeypatch, capsys, *SMOKE, f"run={tmp_path}")[0] == 0
-    before = (tmp_path / "config.yaml").read_text()
+    before = (finished / "config.yaml").read_text()
 
     def fails(*_: Any, **__: Any) -> None:
         raise OSError("no more")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(L.Trainer, "fit", fails)
-        assert by_command(patch, capsys, f"run={tmp_path}")[0] == 1
-    assert (tmp_path / "config.yaml").read_text() == before
+    monkeypatch.setattr(L.Trainer, "fit", fails)
+    assert by_command(monkeypatch, capsys, f"run={finished}")[0] == 1
+    assert (finished / "config.yaml").read_text() == before
 
 
-@pytest.mark.usefixtures("no_picture")
 def test_a_checkpoint_without_its_configuration_is_named(
-    tmp_path: Path, monkeypatch: Patch, capsys: Capture
+    finished: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
-    assert by_command(monkeypatch, capsys, *SMOKE, f"run={tmp_path}")[0] == 0
-    (tmp_path / "config.yaml").unlink()
-    code, _, err = by_command(monkeypatch, capsys, f"run={tmp_path}")
+    (finished / "config.yaml").unlink()
+    code, _, err = by_command(monkeypatch, capsys, f"run={finished}")
     assert code == 1 and "config.yaml" in err.strip().splitlines()[-1]
 
 
-@pytest.mark.usefixtures("no_picture")
 @pytest.mark.parametrize("kept", [0, 0.5])
 def test_a_checkpoint_that_is_damaged_is_named(
-    tmp_path: Path, monkeypatch: Patch, capsys: Capture, kept: float
+    finished: Path, monkeypatch: Patch, capsys: Capture, kept: float
 ) -> None:
-    assert by_command(monkeypatch, capsys, *SMOKE, f"run={tmp_path}")[0] == 0
-    whole = (tmp_path / "last.ckpt").read_bytes()
-    (tmp_path / "last.ckpt").write_bytes(whole[: int(kept * len(whole))])
-    code, _, err = by_command(monkeypatch, capsys, f"run={tmp_path}")
+    whole = (finished / "last.ckpt").read_bytes()
+    (finished / "last.ckpt").write_bytes(whole[: int(kept * len(whole))])
+    code, _, err = by_command(monkeypatch, capsys, f"run={finished}")
     assert code == 1 and "last.ckpt" in err.strip().splitlines()[-1]
-
-
-@pytest.mark.usefixtures("no_picture")
-def test_settings_of_the_kept_configuration_win(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
-    """A continued run is the run that was started, whatever the defaults are now."""
-    assert by_command(monkeypatch, capsys, *SMOKE, "seed=7", f"run={tmp_path}")[0] == 0
-    assert by_command(monkeypatch, capsys, f"run={tmp_path}")[0] == 0
-    assert json.loads((tmp_path / "summary.json").read_text())["seed"] == 7
 
 
 # --- several ------------------------------------------------------------------------------------------------
