@@ -16,6 +16,11 @@ from elastic.files.exporting import export
 def export_run(run: Path, to: Path, level: int | None = None) -> None:
     """Write the network of a finished run, or one of its levels, for other programs.
 
+    Args:
+        run: the folder of a finished run.
+        to: the file, which ends in .pt2 or .onnx.
+        level: 0 being the smallest; the largest by default.
+
     Raises:
         FileError: the folder holds no finished run, or the network cannot be written.
         OptionError: there is no such level, or no such kind of file.

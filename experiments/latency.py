@@ -41,6 +41,7 @@ def show_latency(
     """Time a dynamic network beside its dense one, in batches of several sizes, on one and two threads.
 
     Args:
+        run: the folder of a finished run.
         level: of a network with levels, 0 being the smallest; the largest by default.
         set: of the modules.
         images: of the test split, how many.

@@ -28,6 +28,7 @@ def show_kernel_usage(
     """Show how often each layer's kernels are on over the test split, and what images take.
 
     Args:
+        run: the folder of a finished run.
         level: of a network with levels, 0 being the smallest; the largest by default.
         set: of the modules.
         figure: a picture to draw.
