@@ -77,10 +77,10 @@ def compare_runs(
 
 def show_table(table: ResultTable, title: str | None = None) -> None:
     """Print a table."""
-    shown = Table(Column("arm", overflow="fold"), *table.head[1:], title=title)
+    text = Table(Column("arm", overflow="fold"), *table.head[1:], title=title)
     for row in table.rows:
-        shown.add_row(*row)
-    Console(width=WIDTH).print(shown)
+        text.add_row(*row)
+    Console(width=WIDTH).print(text)
 
 
 def draw_figures(table: ResultTable, notes: Sequence[str]) -> list[str]:
@@ -94,10 +94,10 @@ def draw_figures(table: ResultTable, notes: Sequence[str]) -> list[str]:
         ("latency", f"{edge} {note}", plot_against(series, "latency_ms", "ms an image")),
         ("training", edge, plot_against(series, "macs_training", "MACs of the training")),
     ]
-    chosen_at_run_time = "Of one network each, chosen at run time."
+    parts = "Of one network each, chosen at run time."
     titled = [(f"Accuracy against {cost}", caption, draw) for cost, caption, draw in figures]
     titled += [
-        ("Levels and sets", chosen_at_run_time, plot_levels(series, work, "10⁶ MACs an image, mean", 1e-6)),
+        ("Levels and sets", parts, plot_levels(series, work, "10⁶ MACs an image, mean", 1e-6)),
         ("Levels and sets by latency", note, plot_levels(series, ("latency_ms",), "ms an image")),
         ("Size over time", "A line a run.", plot_over_time(series, "params", "parameters that are not zero")),
         (

@@ -78,7 +78,7 @@ def serve_stream(
     """Serve a stream of images by the elastic network and by each of its levels, and show who is best.
 
     Args:
-        run: the folder of a finished run.
+        run: the folder of a finished run with levels.
         batch: images of a request.
         deadline: relative to what the whole network takes on an idle core.
         seconds: of each phase.

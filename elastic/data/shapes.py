@@ -28,12 +28,12 @@ class Shapes(ImageData):
 def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Draw x_NCHW in bytes, and y_N: disk, square, triangle, cross."""
 
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(count, *shape, generator=generator)
+    def draw_uniform(lower: float, upper: float, *shape: int) -> Tensor:
+        return lower + (upper - lower) * torch.rand(count, *shape, generator=generator)
 
     y_N = torch.arange(count) % Shapes.classes
-    radius = uniform(3, 6, 1, 1)
-    centre = uniform(6, SIDE - 7, 2, 1, 1)
+    radius = draw_uniform(3, 6, 1, 1)
+    centre = draw_uniform(6, SIDE - 7, 2, 1, 1)
     grid = torch.arange(SIDE, dtype=torch.float32)
     down, right = ((grid.view(shape) - centre[:, i]) / radius for i, shape in enumerate(((-1, 1), (1, -1))))
     inside = (down.abs() <= 1) & (right.abs() <= 1)
@@ -44,7 +44,7 @@ def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         inside & ((down.abs() < 0.35) | (right.abs() < 0.35)),
     )
     shape_N1HW = torch.stack(masks)[y_N, torch.arange(count)][:, None].float()
-    paper, ink = uniform(0, 110, 3, 1, 1), uniform(145, 255, 3, 1, 1)
+    paper, ink = draw_uniform(0, 110, 3, 1, 1), draw_uniform(145, 255, 3, 1, 1)
     x_NCHW = paper + shape_N1HW * (ink - paper) + 12 * torch.randn(count, 3, SIDE, SIDE, generator=generator)
     order = torch.randperm(count, generator=generator)
     return x_NCHW.round().clamp(0, 255).to(torch.uint8)[order], y_N[order]

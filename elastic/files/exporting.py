@@ -35,8 +35,9 @@ def export(net: nn.Module, example: Tensor, path: Path) -> None:
     if path.suffix not in WRITERS:
         raise OptionError(f"{path} cannot be written: name a file that ends in {' or '.join(WRITERS)}")
     write, batch_axis = WRITERS[path.suffix]
-    # A level's tensors are parts of others.
-    net = extract_level(net).eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    net = extract_level(net).eval()  # a level's tensors are parts of others
+    for tensor in (*net.parameters(), *net.buffers()):
+        tensor.data = tensor.detach().contiguous()  # other runtimes have layouts of their own
     pair = torch.cat([example, example])[:2]  # a batch of one would be taken for granted
     program = torch.export.export(net, (pair,), dynamic_shapes=({0: batch_axis},))
     generator = torch.Generator().manual_seed(0)

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 from elastic.experiments.tools.arms import Arm, History, Summary
@@ -167,17 +166,19 @@ def _finish(panel: Axes, x: str, y: str, points: Sequence[Point], logarithmic: s
 
 def _set_logarithmic(panel: Axes, which: str) -> None:
     """Make an axis, "x" or "y", logarithmic; ticks say 0.2, 20 k or 5 M, also within one decade."""
-    panel.set(**{f"{which}scale": "log"})  # type: ignore[arg-type]
-    axis: Axis = {"x": panel.xaxis, "y": panel.yaxis}[which]
-    low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 5 * low else MaxNLocator(5))
-    axis.set_major_formatter(EngFormatter() if high > 1000 else "{x:g}")
+    set_scale, axis = {"x": (panel.set_xscale, panel.xaxis), "y": (panel.set_yscale, panel.yaxis)}[which]
+    set_scale("log")
+    lower, upper = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if upper > 5 * lower else MaxNLocator(5))
+    axis.set_major_formatter(EngFormatter() if upper > 1000 else "{x:g}")
     axis.set_minor_locator(NullLocator())
 
 
 def _name_points(panel: Axes, points: Sequence[Point]) -> None:
     """Write names at the right edge of a panel whose limits are settled, each joined to its point."""
-    inches = panel.get_figure(root=True).get_figheight() - MARGIN  # type: ignore[union-attr]
+    figure = panel.get_figure(root=True)
+    assert figure is not None
+    inches = figure.get_figheight() - MARGIN
     to_panel = panel.transScale + panel.transLimits
     heights = [float(to_panel.transform((point.x, point.y))[1]) for point in points]
     for point, place in zip(points, space_out(heights, LINE / inches), strict=True):

@@ -81,8 +81,8 @@ def make_table(data: str, arms: Sequence[Arm]) -> ResultTable:
 
 def select_columns(arms: Sequence[Arm]) -> list[Column]:
     """Select the columns that say something of these arms."""
-    shown = {"latency_ms": any(arm.list_values("latency_ms") for arm in arms), "macs_dynamic": skips(arms)}
-    return [column for column in COLUMNS if shown.get(column.key, True)]
+    optional = {"latency_ms": any(arm.list_values("latency_ms") for arm in arms), "macs_dynamic": skips(arms)}
+    return [column for column in COLUMNS if optional.get(column.key, True)]
 
 
 def skips(arms: Sequence[Arm]) -> bool:

@@ -78,10 +78,10 @@ def time_runs(summaries: Mapping[Path, dict[str, Any]]) -> str:
         spread.append((first / median, last / median))
     for summary in summaries.values():
         _inherit(summary)
-    low, high = (100 * statistics.median(quartiles) for quartiles in zip(*spread, strict=True))
+    lower, upper = (100 * statistics.median(quartiles) for quartiles in zip(*spread, strict=True))
     return (
         f"latency: one image, one thread, median of {IMAGES}, {len(networks)} networks in turn in one "
-        f"process; half of the times of a network lie within {low:.0f} … {high:.0f} % of its median"
+        f"process; half of the times of a network lie within {lower:.0f} … {upper:.0f} % of its median"
     )
 
 

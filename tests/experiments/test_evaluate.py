@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import elastic.experiments.evaluate
-from elastic.errors import TrainingError
+from elastic.errors import FileError
 from elastic.experiments.evaluate import evaluate
 from elastic.experiments.train import train
 from tests.fitted import command
@@ -66,7 +66,7 @@ def test_it_ends_with_one_line_of_json(
 def test_a_run_that_is_not_finished_is_refused(finished: Path, tmp_path: Path, name: str) -> None:
     for other in {"config.yaml", "model.safetensors", "summary.json"} - {name}:
         (tmp_path / other).write_bytes((finished / other).read_bytes())
-    with pytest.raises(TrainingError, match=f"{tmp_path / name} is missing"):
+    with pytest.raises(FileError, match=f"{tmp_path / name} is missing"):
         evaluate(tmp_path)
 
 
@@ -74,9 +74,9 @@ def test_a_run_that_is_not_finished_is_refused(finished: Path, tmp_path: Path, n
     ("arguments", "named"),
     [
         (("run=/nonexistent",), "/nonexistent"),
-        ((), "run=<finished run>"),
-        (("runs=x",), "run=<finished run>"),
-        (("run=a", "levels=1"), "run=<finished run>"),
+        ((), "name run=…"),
+        (("runs=x",), "there is no option runs=x"),
+        (("run=a", "levels=1"), "there is no option levels=1"),
         (("run=7",), "7"),
         (("run=",), "run="),
     ],

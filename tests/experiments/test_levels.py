@@ -160,6 +160,9 @@ def test_a_stream_is_served_by_the_elastic_network_and_by_every_level(
 
 
 def test_a_network_without_levels_cannot_compete(tmp_path: Path, fixtures: Fixtures) -> None:
-    train(configure(tmp_path, *EXACT, "schedule=static", "trainer.max_epochs=1"), tmp_path)
+    train(
+        configure(tmp_path, *EXACT, "schedule=static", "lr_scheduler=constant", "trainer.max_epochs=1"),
+        tmp_path,
+    )
     code, _, err = command(elastic.experiments.serve.main, *fixtures, f"run={tmp_path}")
     assert code == 1 and "without levels: train some with schedule=joint" in err and err.count("\n") == 1
