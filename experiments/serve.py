@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,22 +90,29 @@ def serve_stream(
     finished = restore(run).reject_modules()
     if len(finished.network) == 1:
         raise FileError(f"{run} holds a network without levels: train some with schedule=joint")
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    _keep_to_one_core()
     batches = read_requests(finished.data, batch)
     answers = run_servers(finished.network.nets, batches, deadline, seconds, repeats)
     scores = {name: [score(repeat) for repeat in of_server] for name, of_server in answers.items()}
     Console().print(_make_table(scores))
     if csv is not None:
-        rows = (
-            [name, i, *(f"{value:.4f}" for value in values)]
-            for name, of_server in scores.items()
-            for i, values in enumerate(of_server)
-        )
-        write_csv(csv, ("server", "repeat", *SCORES), rows)
+        write_csv(csv, ("server", "repeat", *SCORES), _list_rows(scores))
     if figure is not None:
         right = {name: [values[0] for values in of_server] for name, of_server in scores.items()}
         draw_serving(answers["elastic"][0], right, figure)
+
+
+def _keep_to_one_core() -> None:
+    """Keep this process, and those that it starts, to one core, where the system allows that."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
+def _list_rows(scores: Mapping[str, Sequence[tuple[float, ...]]]) -> Iterator[list[object]]:
+    """List what each server has come to in each repeat."""
+    for name, of_server in scores.items():
+        for i, values in enumerate(of_server):
+            yield [name, i, *(f"{value:.4f}" for value in values)]
 
 
 def read_requests(data: ImageData, batch: int) -> Batches:

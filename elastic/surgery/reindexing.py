@@ -75,9 +75,8 @@ def reindex(
     )
     replacements = _renew_tensors(model, moves, optimizers, copies, fresh, generator)
     replacements.put_in_place()
-    for move in (move for tensor_moves in moves.values() for move in tensor_moves):
-        for root in (model, *copies):
-            _resize(root, move.slot, len(move.index))
+    for root in (model, *copies):
+        _resize_layers(root, moves)
     for name, index in indices.items():
         widths[name].size = len(index)
 
@@ -128,6 +127,9 @@ def _renew_tensors(
     return replacements
 
 
-def _resize(root: nn.Module, slot: Slot, size: int) -> None:
-    layer = root.get_submodule(slot.module)
-    resize_attributes(layer, slot.tensor, slot.dim, size, slot.role == "depthwise")
+def _resize_layers(root: nn.Module, moves: Mapping[tuple[str, str], list[Move]]) -> None:
+    """Let layers' attributes say the new sizes of their tensors."""
+    for move in (move for tensor_moves in moves.values() for move in tensor_moves):
+        slot = move.slot
+        layer = root.get_submodule(slot.module)
+        resize_attributes(layer, slot.tensor, slot.dim, len(move.index), slot.role == "depthwise")
