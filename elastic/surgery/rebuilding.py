@@ -76,16 +76,16 @@ def _read_sizes(state: Mapping[str, Tensor], widths: Widths, prefix: str) -> dic
     A dimension has as many positions as its widths take together: those of one width say its size, and then those
     where only one other is left.
     """
-    slots = {slot for width in widths.values() for slot in width.slots}
+    slots = dict.fromkeys(slot for width in widths.values() for slot in width.slots)
     tensors = {slot: _find_tensor(state, slot, prefix) for slot in slots}
     extents = {slot: value.shape[slot.dim] for slot, value in tensors.items() if value is not None}
     sizes: dict[str, int] = {}
     while len(sizes) < len(widths):
-        read = {name: size for slot, extent in extents.items() for name, size in _solve(slot, extent, sizes)}
+        read = [pair for slot, extent in extents.items() for pair in _solve(slot, extent, sizes)]
         if not read:
             name = next(name for name in widths if name not in sizes)
             raise StructureError(f"{REFUSAL}: it lacks width '{name}'")
-        sizes |= read
+        sizes |= dict(reversed(read))  # the first one counts, should they differ
     return sizes
 
 
