@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from elastic.surgery.fresh import Patch, zero_out
 from elastic.surgery.reindexing import grow_index, reindex
-from elastic.widths.discovery import Width, Widths
+from elastic.widths.discovery import Slot, Width, Widths
 from elastic.widths.parameters import get_weight
 
 HE = 2**0.5  # the expected length of a He-normal row, whatever its fan-in
@@ -56,11 +56,15 @@ def gradmax(
     """
     rows: dict[str, Tensor] = {}
     for name, count in added.items():
-        # Where a channel is several rows of a layer (groups), one direction would not do.
-        if all(widths.positions(slot, name).shape[1] == 1 for slot in widths[name].slots_with("out")):
+        if all(_is_alone(slot) for slot in widths[name].slots_with("out")):
             probe = _Probe(model, widths, widths[name], loss)
             rows |= probe.split_by_layer(HE * _find_directions(probe, count, candidates, generator))
     return Rows(rows)
+
+
+def _is_alone(slot: Slot) -> bool:
+    """Tell whether a channel is one row of a layer, and no other width's are: one direction will do."""
+    return [segment.repeat for segment in slot.layout if segment.width is not None] == [1]
 
 
 def _find_directions(probe: "_Probe", count: int, candidates: int, generator: torch.Generator) -> Tensor:

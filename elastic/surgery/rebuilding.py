@@ -4,7 +4,8 @@ Nothing is pickled but tensors and plain containers, so every file here loads wi
 """
 
 import copy
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ def rebuild(model: nn.Module, widths: Widths, state: Mapping[str, Tensor], prefi
     before, blocks = copy.deepcopy(widths), count_blocks(model)
     try:
         add_blocks(model, widths, state, prefix)
-        _resize(model, widths, {name: _read_size(state, widths, name, prefix) for name in widths})
+        _resize(model, widths, _read_sizes(state, widths, prefix))
         _check(model, state, prefix)
     except StructureError:
         for stage, count in blocks.items():
@@ -69,13 +70,38 @@ def _check(model: nn.Module, state: Mapping[str, Tensor], prefix: str) -> None:
             )
 
 
-def _read_size(state: Mapping[str, Tensor], widths: Widths, name: str, prefix: str) -> int:
-    """Read the channels that a width has in a state dict off one of its tensors."""
-    for slot in widths[name].slots:
-        value = _find_tensor(state, slot, prefix)
-        if value is not None and all(segment.width == name for segment in slot.layout):
-            return max(1, value.shape[slot.dim] // sum(segment.repeat for segment in slot.layout))
-    raise StructureError(f"{REFUSAL}: it lacks width '{name}'")
+def _read_sizes(state: Mapping[str, Tensor], widths: Widths, prefix: str) -> dict[str, int]:
+    """Read the channels that each width has in a state dict off its tensors.
+
+    A dimension has as many positions as its widths take together: those of one width say its size, and then those
+    where only one other is left.
+    """
+    slots = dict.fromkeys(slot for width in widths.values() for slot in width.slots)
+    tensors = {slot: _find_tensor(state, slot, prefix) for slot in slots}
+    extents = {slot: value.shape[slot.dim] for slot, value in tensors.items() if value is not None}
+    sizes: dict[str, int] = {}
+    while len(sizes) < len(widths):
+        read = [pair for slot, extent in extents.items() for pair in _solve(slot, extent, sizes)]
+        if not read:
+            name = next(name for name in widths if name not in sizes)
+            raise StructureError(f"{REFUSAL}: it lacks width '{name}'")
+        sizes |= dict(reversed(read))  # the first one counts, should they differ
+    return sizes
+
+
+def _solve(slot: Slot, extent: int, sizes: Mapping[str, int]) -> Iterator[tuple[str, int]]:
+    """Solve for the one width of a slot whose size is not known yet."""
+    repeats: Counter[str] = Counter()
+    for segment in slot.layout:
+        if segment.width is None:
+            extent -= segment.repeat
+        elif segment.width in sizes:
+            extent -= segment.repeat * sizes[segment.width]
+        else:
+            repeats[segment.width] += segment.repeat
+    if len(repeats) == 1:
+        ((name, repeat),) = repeats.items()
+        yield name, max(1, extent // repeat)
 
 
 def _find_tensor(state: Mapping[str, Tensor], slot: Slot, prefix: str) -> Tensor | None:

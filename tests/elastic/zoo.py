@@ -116,6 +116,11 @@ def gated_linear(m: Any, x: Tensor) -> Tensor:
     return m.head(m.last(value * torch.sigmoid(gate)))
 
 
+def gated_join(m: Any, x: Tensor) -> Tensor:
+    value, gate = m.mid(torch.cat([m.stem(x), m.side(x)], 1)).chunk(2, 1)
+    return m.head(value * torch.sigmoid(gate))
+
+
 def halves(m: Any, x: Tensor) -> Tensor:
     x = m.conv(x)
     left, right = torch.split(x, x.shape[1] // 2, 1)
@@ -319,6 +324,23 @@ CASES: dict[str, Case] = {
             "2": "2.weight.0[2*1,2*1] 2.bias.0[2*1,2*1] 3.2.weight.1[2*1,2*1]",
         },
         {"3.2": OUTPUT},
+        smallest=2,
+    ),
+    "join_in_groups": Case(
+        lambda: Net(
+            gated_join,
+            **dict(stem=conv(3, 8), side=conv(3, 4), mid=conv(12, 12, 3, groups=2), head=head(6)),
+        ),
+        # The halves of the join are tied: the first and last quarter of the stem, its middle and the side.
+        {"stem": 2, "stem:1": 4, "mid": 6},
+        {
+            "stem": " ".join(f"stem.{tensor}.0[stem*1,stem:1*1,stem*1]" for tensor in ("weight", "bias"))
+            + " mid.weight.1[stem*1,stem:1*1]",
+            "stem:1": " ".join(f"stem.{tensor}.0[stem*1,stem:1*1,stem*1]" for tensor in ("weight", "bias"))
+            + f" {layer('side')} mid.weight.1[stem*1,stem:1*1]",
+            "mid": "mid.weight.0[mid*1,mid*1] mid.bias.0[mid*1,mid*1] head.2.weight.1",
+        },
+        {"head.2": OUTPUT},
         smallest=2,
     ),
     "flatten": Case(
