@@ -62,10 +62,22 @@ _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
 def __getattr__(name: str) -> Any:
     """Import a name from its room when it is first asked for."""
+    if name == "__version__":
+        return _find_version()
     if name not in _ROOM_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f"elastic.{_ROOM_OF[name]}"), name)
     return value
+
+
+def _find_version() -> str:
+    """Find the version that is installed; a checkout that is not installed has none."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("elastic-cnn")
+    except PackageNotFoundError:
+        return "0+unknown"
 
 
 def __dir__() -> list[str]:

@@ -27,6 +27,7 @@ from elastic.experiments.tools.per_image import sample_images
 from elastic.experiments.tools.restore import restore
 from elastic.experiments.tools.tables import write_csv
 from elastic.experiments.tools.timing import TUNED_ON, make_stock
+from elastic.measure.timing import Network as Execution
 from elastic.measure.timing import measure_medians_ms
 
 BATCHES, THREADS = (1, 8, 64), (1, 2)
@@ -67,7 +68,7 @@ def show_latency(
 def measure_executions(net: nn.Module, dynamic: fx.GraphModule, inputs: Sequence[Tensor]) -> dict[str, float]:
     """Measure each execution's milliseconds, and the part of the dense MACs that is active."""
     samples = inputs[:TUNED_ON]
-    executions = {
+    executions: dict[str, Execution] = {
         **make_stock(net),
         "kernel": make_skipping(net, samples),
         "skipping": make_skipping(dynamic, samples),

@@ -92,7 +92,12 @@ class Structure(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to the run, not to the network, where a module is copied or sent."""
-        own = {"copies": [], "trainer": None, "own": OwnOptimizers((), ()), "_inner_call": None}
+        own: dict[str, Any] = {
+            "copies": [],
+            "trainer": None,
+            "own": OwnOptimizers((), ()),
+            "_inner_call": None,
+        }
         return {**super().__getstate__(), **own}  # type: ignore[misc]
 
     # Change.

@@ -92,7 +92,7 @@ def compose_alone(overrides: Sequence[Override], groups: Sequence[str]) -> dict[
     """Compose groups as they are without an experiment, with the command line's own options."""
     if not groups:
         return {}
-    own = [o.input_line for o in overrides if re.split(r"[.@/]", o.key_or_group)[0] in groups]
+    own = [str(o.input_line) for o in overrides if re.split(r"[.@/]", o.key_or_group)[0] in groups]
     composed = compose("config", own)
     return {name: composed[name] for name in groups if name in composed}
 
@@ -146,15 +146,14 @@ def _explain_choice(error: MissingConfigException) -> str | None:
 
 
 def _explain_option(error: ConfigCompositionException, cause: OmegaConfBaseException) -> str | None:
-    found = re.match(r"Could not override '(.+)'\.\nTo append to your config use \+(.+)", str(error))
+    match = re.match(r"Could not override '(.+)'\.\nTo append to your config use \+(.+)", str(error))
     parent = cause.parent_node
-    if found is None or not isinstance(parent, DictConfig):
+    if match is None or not isinstance(parent, DictConfig):
         return None
-    key, line = found.groups()
-    root = parent._get_root()
+    key, line = match.groups()
     top, _, rest = key.partition(".")
     callback = rest.partition(".")[0]
-    if top == "callbacks" and callback not in root.callbacks:
+    if top == "callbacks" and "." in rest and parent._get_full_key(None) == "callbacks":
         return explain_unread(line, callback)
     path = parent._get_full_key(None)
     names = sorted(str(name) for name in parent if not str(name).startswith("_") and name != "hydra")

@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import shutil
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+import elastic
 from elastic.data import ImageData
 from elastic.dynamic.loss import ActivationCost
 from elastic.dynamic.modules import iterate_modules
@@ -31,6 +33,7 @@ SCHEDULE = ("growth", "gates", "magnitude", "ema", "joint", "reconstruct", "dyna
 LEVEL_KEYS = ("params", "macs", "test/acc")  # of the summary, that each level has
 DYNAMIC_KEYS = ("macs_dynamic", "sets")  # and where it has kernel activation modules
 Row = dict[str, Any]
+CHECKOUT = Path(__file__).parents[2]  # where the code is not installed
 
 
 def measure_network(network: Network, data: ImageData) -> Row:
@@ -116,6 +119,7 @@ def summarise(cfg: DictConfig, measured: Row, wall_s: float, macs_training: int 
         "macs_training": macs_training,
         "wall_s": round(wall_s, 1),
         "git": find_revision(),
+        "elastic": elastic.__version__,
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "lightning": L.__version__,
@@ -131,9 +135,11 @@ def write_summary(summary: Row, folder: Path) -> None:
 
 @functools.cache
 def find_revision() -> str | None:
-    """Find the commit of the code as it is at the first call, with a mark where it has been changed."""
+    """Find the commit of a checkout as it is at the first call, with a mark where it has been changed."""
+    if not (CHECKOUT / "pyproject.toml").exists() or shutil.which("git") is None:
+        return None  # installed, there may be a repository around it, of something else
     command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
     return done.stdout.strip() or None
 
 

@@ -46,6 +46,7 @@ TYPES: dict[str, type] = {
     "levels": list,
     "wall_s": float,
     "torch": str,
+    "elastic": str,
     "lightning": str,
 }
 """Of DESIGN.md, part 6."""
