@@ -85,10 +85,10 @@ def test_the_gradient_of_a_step_is_that_of_the_sandwich(
     held: dict[str, Any] = {}
     run_level = Levels.run
 
-    def counted(self: Levels, k: int, x_BCHW: Tensor, *more: Any) -> Tensor:
+    def counted(self: Levels, k: int, *inputs: Tensor, **options: Any) -> Any:
         if self[k].training or self.net.training:
             seen.append(k)
-        return run_level(self, k, x_BCHW, *more)
+        return run_level(self, k, *inputs, **options)
 
     def before(trainer: Any, module: Any, given: Any, index: int) -> None:
         if index == 1 and not held:
@@ -143,10 +143,10 @@ def test_the_levels_between_are_drawn_anew_in_each_step(
     drawn: list[list[int]] = []
     run_level = Levels.run
 
-    def counted(self: Levels, k: int, x_BCHW: Tensor, *more: Any) -> Tensor:
+    def counted(self: Levels, k: int, *inputs: Tensor, **options: Any) -> Any:
         if self.net.training:
             drawn[-1].append(k)
-        return run_level(self, k, x_BCHW, *more)
+        return run_level(self, k, *inputs, **options)
 
     monkeypatch.setattr(Levels, "run", counted)
     options = (*TRAINING, "data.batch_size=64", "callbacks.joint.between=1", "trainer.max_epochs=2")
