@@ -5,6 +5,7 @@
 what it has done.
 """
 
+import copy
 import json
 import re
 import time
@@ -14,6 +15,7 @@ from math import nan, prod
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -93,7 +95,7 @@ class Sweep(Callback):
     """Lets a search go on where it was killed, and says after each run how far the sweep is."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        sweeper, folder = config.hydra.sweeper, Path(config.hydra.sweep.dir)
+        sweeper, folder = config.hydra.sweeper, settle_folder(config)
         folder.mkdir(parents=True, exist_ok=True)
         runs = sweeper.get("n_trials") or count_grid(sweeper.get("params") or {}, config.hydra.overrides.task)
         since = time.time()
@@ -106,6 +108,15 @@ class Sweep(Callback):
     def on_job_end(self, config: DictConfig, job_return: Any, **_: Any) -> None:
         if config.hydra.mode == RunMode.MULTIRUN:
             print(describe_progress(Path(config.hydra.sweep.dir)), flush=True)
+
+
+def settle_folder(config: DictConfig) -> Path:
+    """Settle the one folder of all runs of a sweep, whose name may depend on what differs between them."""
+    HydraConfig.instance().set_config(copy.deepcopy(config))  # Hydra itself does so before each run only
+    folder, overrides = Path(config.hydra.sweep.dir), config.hydra.overrides.hydra
+    if not any(text.startswith("hydra.sweep.dir=") for text in overrides):
+        overrides.append(f"hydra.sweep.dir='{folder}'")  # each run's configuration is composed anew
+    return folder
 
 
 def count_grid(params: Mapping[str, Any], overrides: Sequence[str]) -> int:

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from elastic.errors import SweepError, TrainingError
 from elastic.experiments.tools import sweep
@@ -24,7 +27,7 @@ from elastic.experiments.tools.sweep import (
     read_objectives,
     run_in_sweep,
 )
-from tests.runs import TINY, configure
+from tests.runs import CONF, TINY, configure
 
 
 @pytest.mark.parametrize(
@@ -193,7 +196,27 @@ def test_a_search_that_was_killed_goes_on_with_what_it_was_doing(tmp_path: Path)
 
 def test_the_sweepers_configuration_is_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "count_remaining", lambda sweeper: sweeper.n_trials - 3)
-    sweeper = {"storage": "x", "n_trials": 7}
-    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path / "new")}, "sweeper": sweeper}})
+    config = compose_sweep(f"hydra.sweep.dir={tmp_path / 'new'}")
+    with open_dict(config):
+        config.hydra.sweeper = {"storage": "x", "n_trials": 7}
     sweep.Sweep().on_multirun_start(config)
     assert config.hydra.sweeper.n_trials == 4 and (tmp_path / "new").is_dir()
+
+
+def compose_sweep(*overrides: str) -> DictConfig:
+    """Compose what Hydra gives to callbacks when a sweep begins: no run has been composed by then."""
+    GlobalHydra.instance().clear()
+    HydraConfig.instance().cfg = None
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", list(overrides), return_hydra_config=True)
+
+
+def test_all_runs_of_a_sweep_lie_in_the_folder_of_its_first_choices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = compose_sweep()
+    sweep.Sweep().on_multirun_start(config)
+    assert Path("multirun/digits-convnet").is_dir()
+    again = compose_sweep("data=shapes", *config.hydra.overrides.hydra)
+    assert again.hydra.sweep.dir == "multirun/digits-convnet"
