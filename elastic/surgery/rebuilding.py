@@ -73,8 +73,8 @@ def _check(model: nn.Module, state: Mapping[str, Tensor], prefix: str) -> None:
 def _read_sizes(state: Mapping[str, Tensor], widths: Widths, prefix: str) -> dict[str, int]:
     """Read the channels that each width has in a state dict off its tensors.
 
-    A dimension has as many positions as its widths take together: those of one width say its size, and then those
-    where only one other is left.
+    A dimension has as many positions as its widths take together: those of one width say its size, and then
+    those where only one more is unknown.
     """
     slots = dict.fromkeys(slot for width in widths.values() for slot in width.slots)
     tensors = {slot: _find_tensor(state, slot, prefix) for slot in slots}
