@@ -5,6 +5,7 @@ counted; a gated weight counts where its gate is open. `params_dense`: the same,
 multiply-accumulates of convolutions and matrix products for one input, as dense kernels execute them.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -34,15 +35,15 @@ def census(model: nn.Module, widths: Widths, example: Tensor) -> Census:
     return Census(count_params(model), count_params_dense(model), count_macs(model, example), widths.sizes())
 
 
+@torch.no_grad()
 def count_params(model: nn.Module) -> int:
     """Count the scalars that inference needs and that are not zero: weights, biases, norm affine."""
-    return int(count_nonzero(model))
+    return int(count_nonzero(list_effective_tensors(model)))
 
 
-@torch.no_grad()
-def count_nonzero(model: nn.Module) -> Tensor:
-    """Count the same scalars, but leave the number on the device: an integer without dimensions."""
-    counts = [tensor.count_nonzero() for tensor in list_effective_tensors(model)]
+def count_nonzero(tensors: Iterable[Tensor]) -> Tensor:
+    """Count what is not zero in all tensors together, but leave the number on their device."""
+    counts = [tensor.count_nonzero() for tensor in tensors]
     return torch.stack(counts).sum() if counts else torch.tensor(0)
 
 
@@ -54,16 +55,19 @@ def count_params_dense(model: nn.Module) -> int:
 
 def list_effective_tensors(model: nn.Module) -> list[Tensor]:
     """List every parameter once, as inference sees it: gates applied, their scores left out."""
-    effective: dict[int, Tensor] = {}  # by the stored tensor, which several layers may share
+    return [getattr(module, name) for module, name in locate_parameters(model).values()]
+
+
+def locate_parameters(model: nn.Module) -> dict[int, tuple[nn.Module, str]]:
+    """Locate every parameter once, by the id of what is stored: its module, and its name there."""
+    locations: dict[int, tuple[nn.Module, str]] = {}
     for module in model.modules():
         if isinstance(module, (parametrize.ParametrizationList, ChannelParametrization)):
             continue
-        for stored in module._parameters.values():
-            if stored is not None:
-                effective[id(stored)] = stored
-        for name, chain in list_chains(module).items():
-            effective[id(getattr(chain, "original", chain))] = getattr(module, name)
-    return list(effective.values())
+        stored = {name: value for name, value in module._parameters.items() if value is not None}
+        chains = {name: getattr(chain, "original", chain) for name, chain in list_chains(module).items()}
+        locations |= {id(value): (module, name) for name, value in (stored | chains).items()}
+    return locations
 
 
 def list_chains(module: nn.Module) -> dict[str, nn.Module]:

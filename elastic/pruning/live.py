@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from elastic.measure.counts import count_nonzero
+from elastic.measure.counts import count_nonzero, locate_parameters
 from elastic.pruning.folding import compute_mask
 from elastic.widths.discovery import Slot, Width, Widths
+from elastic.widths.parameters import get_original, list_parametrizations
 
 Key = tuple[str, str]  # (layer, tensor)
 
@@ -34,9 +35,10 @@ class Entries(NamedTuple):
 
 def count_live_params(model: nn.Module, widths: Widths) -> int:
     """Count `params` without what belongs to channels that gates have shut off."""
-    params, entries = read_entries(model, widths)
+    entries, others = read_entries(model, widths)
     alive = find_live_entries(entries, widths)
-    return params - sum(int(entry.nonzero[~alive[key]].sum()) for key, entry in entries.items())
+    once = {id(_get_stored(model.get_submodule(key[0]), key[1])): key for key in entries}  # layers may share
+    return others + sum(int(entries[key].nonzero[alive[key]].sum()) for key in once.values())
 
 
 def count_live_macs(model: nn.Module, widths: Widths, uses: Mapping[str, float]) -> float:
@@ -44,7 +46,7 @@ def count_live_macs(model: nn.Module, widths: Widths, uses: Mapping[str, float])
 
     At channel grain they are the compacted network's; at finer grains dense kernels do more.
     """
-    _, entries = read_entries(model, widths)
+    entries, _ = read_entries(model, widths)
     alive = find_live_entries(entries, widths)
     weights = {path: (path, "weight") for path in uses}
     return sum(uses[path] * int(entries[key].open[alive[key]].sum()) for path, key in weights.items())
@@ -100,24 +102,50 @@ def _locate(slot: Slot, name: str, widths: Widths) -> NDArray[np.int64]:
 
 
 @torch.no_grad()
-def read_entries(model: nn.Module, widths: Widths) -> tuple[int, dict[Key, Entries]]:
-    """Read, in one transfer, the network's `params` and the entries of all tensors on which channels lie."""
+def read_entries(model: nn.Module, widths: Widths) -> tuple[dict[Key, Entries], int]:
+    """Read the entries of all tensors on which channels lie, and the count of the other `params`."""
     dims: dict[Key, set[int]] = {}
     for slot in (slot for width in widths.values() for slot in width.slots):
         if slot.tensor in ("weight", "bias"):
             dims.setdefault((slot.module, slot.tensor), set()).add(slot.dim)
-    counts = {key: _count(model.get_submodule(key[0]), key[1], dims[key]) for key in dims}
-    flat = [count.flatten() for count in counts.values()]
-    params, *read = torch.cat([count_nonzero(model)[None].int(), *flat]).cpu().split([1, *map(len, flat)])
-    arrays = [part.numpy().reshape(count.shape) for part, count in zip(read, counts.values(), strict=True)]
-    return int(params), {
-        key: Entries(tuple(sorted(dims[key])), *array) for key, array in zip(dims, arrays, strict=True)
-    }
+    layers = {(path, tensor): model.get_submodule(path) for path, tensor in dims}
+    stored = {key: _get_stored(layer, key[1]) for key, layer in layers.items()}
+    own = {id(tensor) for tensor in stored.values()}
+    others = [getattr(*place) for key, place in locate_parameters(model).items() if key not in own]
+    counts = {key: _count_entries(layer, key[1], dims[key]) for key, layer in layers.items()}
+    arrays = iter(
+        _read([count_nonzero(others).int(), *(count for pair in counts.values() for count in pair)])
+    )
+    others_count = int(next(arrays))
+    entries = {}
+    for key, pair in counts.items():
+        nonzero = next(arrays)
+        size = stored[key].numel() // nonzero.size
+        is_open = next(arrays) if len(pair) > 1 else np.full_like(nonzero, size)
+        entries[key] = Entries(tuple(sorted(dims[key])), is_open, nonzero)
+    return entries, others_count
 
 
-def _count(layer: nn.Module, tensor: str, dims: set[int]) -> Tensor:
-    """Count the entries that are open, and those that are not zero, over all dimensions but these."""
-    values: Tensor = getattr(layer, tensor)
-    both = torch.stack([compute_mask(layer, tensor) != 0, values != 0])
-    others = [1 + dim for dim in range(values.dim()) if dim not in dims]
-    return both.sum(others, dtype=torch.int32) if others else both.int()
+def _count_entries(layer: nn.Module, tensor: str, dims: set[int]) -> list[Tensor]:
+    """Count the entries that are not zero, and, where there are gates, those that are open, by channels.
+
+    As few operators are called as can be, since this is done every few steps.
+    """
+    counts = [getattr(layer, tensor) != 0]
+    if any(list_parametrizations(layer, tensor)):
+        counts.append(compute_mask(layer, tensor) != 0)
+    others = [dim for dim in range(counts[0].dim()) if dim not in dims]
+    return [count.sum(others, dtype=torch.int32) if others else count for count in counts]
+
+
+def _get_stored(layer: nn.Module, tensor: str) -> Tensor:
+    stored = get_original(layer, tensor)
+    assert stored is not None, f"a slot stands for {tensor}"
+    return stored
+
+
+def _read(counts: list[Tensor]) -> list[NDArray[np.int32]]:
+    """Read all counts in one transfer from their device."""
+    flat = torch.cat([count.flatten() for count in counts]).cpu().numpy()
+    ends = np.cumsum([count.numel() for count in counts])
+    return [part.reshape(c.shape) for part, c in zip(np.split(flat, ends[:-1]), counts, strict=True)]

@@ -61,10 +61,12 @@ def test_live_entries_entry_by_entry(case: Case, grain: Grain) -> None:
     widths = discover(net, x)
     gates.attach_gates(net, widths, grain)
     close_at_random(net, 0.4)
-    params, entries = read_entries(net, widths)
+    params = count_params(net)
+    entries, others = read_entries(net, widths)
     alive = find_live_entries(entries, widths)
     expected = find_masks(net, widths)
-    assert params == count_params(net) and alive.keys() == expected.keys()
+    assert alive.keys() == expected.keys()
+    assert params == others + sum(int(entry.nonzero.sum()) for entry in entries.values())
     dead = 0
     for (path, tensor), mask in expected.items():
         values = getattr(net.get_submodule(path), tensor)
