@@ -2,6 +2,9 @@
 
 With `level=<number>` it is that level. The file ends in .pt2 (torch.export) or .onnx (extra `export`), takes
 any batch size, and has been checked against the network. Images come normalised as the run's data was.
+
+A network with kernel activation modules is written with one set of them, masked: all kernels are computed, and
+the maps of those that are off are multiplied by zero.
 """
 
 from pathlib import Path
@@ -13,21 +16,28 @@ from elastic.experiments.tools.restore import restore
 from elastic.files.exporting import export
 
 
-def export_run(run: Path, to: Path, level: int | None = None) -> None:
+def export_run(run: Path, to: Path, level: int | None = None, set: int | None = None) -> None:
     """Write the network of a finished run, or one of its levels, for other programs.
 
     Args:
         run: the folder of a finished run.
         to: a file that ends in .pt2 (torch.export) or .onnx.
         level: write this level, 0 being the smallest, instead of the whole network.
+        set: of the kernel activation modules, where there are any; the first by default.
 
     Raises:
         FileError: the folder holds no finished run, or the network cannot be written.
-        OptionError: there is no such level, or no such kind of file.
+        OptionError: there is no such level or set, or no such kind of file.
     """
-    finished = restore(run).reject_modules()
-    export(finished.network.plain(level), finished.example, to)
-    print(f"{to}: {to.stat().st_size:,} bytes, equal to the network to 1e-5")
+    finished = restore(run)
+    network = finished.network
+    if network.sets == 0 and set is None:
+        export(network.plain(level), finished.example, to)
+        masked = ""
+    else:
+        export(network.dynamic(level, set or 0), finished.example, to)
+        masked = f"; set {set or 0} of its modules masks kernels, none is skipped"
+    print(f"{to}: {to.stat().st_size:,} bytes, equal to the network to 1e-5{masked}")
 
 
 def main() -> None:

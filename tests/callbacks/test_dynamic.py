@@ -375,9 +375,9 @@ def test_each_level_has_modules_of_its_own(joint: Path, tmp_path: Path, only: bo
 
 
 def test_what_others_start_from_or_learn_from_has_its_modules(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without them it is another network: a run or a file of it is refused, a teacher has them."""
+    """Without them it is another network: a run of it is refused, a file of it and a teacher have them."""
     run = restore(finished)
     net, data, switched = run.network.plain(), run.data, run.network.dynamic()
     x_BCHW = read_test_batches(data)[0][0]
@@ -389,9 +389,12 @@ def test_what_others_start_from_or_learn_from_has_its_modules(
     refused = "another one without its kernel activation modules: take a run that has none"
     with pytest.raises(FileError, match=refused):
         train(configure(tmp_path / "next", *TRAINING, f"init={finished}"), tmp_path / "next")
-    monkeypatch.setattr("sys.argv", ["export", f"run={finished}", f"to={tmp_path / 'net.pt2'}"])
-    with pytest.raises(FileError, match=refused):
-        export.main()
+    monkeypatch.setattr("sys.argv", ["export", f"run={finished}", f"to={tmp_path / 'net.pt2'}", "set=1"])
+    export.main()
+    assert "set 1 of its modules masks kernels, none is skipped" in capsys.readouterr().out
+    with torch.no_grad():
+        masked = torch.export.load(tmp_path / "net.pt2").module()(x_BCHW)
+        torch.testing.assert_close(masked, run.network.run(x_BCHW, set=1), rtol=1e-5, atol=1e-5)
 
 
 CONTROLS: dict[str, Callable[[torch.Tensor], bool]] = {

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
+from elastic.dynamic.attaching import attach_modules
+from elastic.dynamic.modules import iterate_modules
 from elastic.errors import FileError, OptionError
 from elastic.files import exporting
 from elastic.files.exporting import export, list_tensors
@@ -88,6 +90,22 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(FileError, match="onnxruntime is not installed: install the extra `export`"):
         export(convnet(in_channels=3), X, tmp_path / "net.onnx")
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_modules_are_exported_masked(suffix: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = convnet((6, 6), in_channels=3).eval()
+    dynamic = attach_modules(net, discover(net, X)).eval()
+    for module in iterate_modules(dynamic):
+        for parameter in module.heads.parameters():
+            nn.init.normal_(parameter)
+    export(dynamic, X, tmp_path / f"net{suffix}")
+    x = torch.randn(5, 3, 8, 8)
+    with torch.no_grad():
+        expected = dynamic(x)
+        assert not torch.allclose(expected, net(x), atol=1e-3), "something is off"
+    torch.testing.assert_close(run(tmp_path / f"net{suffix}", x), expected, atol=1e-5, rtol=1e-5)
 
 
 class TwoHeads(nn.Module):
