@@ -43,7 +43,7 @@ from elastic.experiments.tools.summary import (
     summarise,
     write_summary,
 )
-from elastic.experiments.tools.sweep import read_objectives, run_in_sweep
+from elastic.experiments.tools.sweep import note_failure, read_objectives, run_in_sweep
 from elastic.experiments.tools.training_help import describe_training
 from elastic.files.network import Network
 from elastic.pruning.compaction import compact
@@ -168,12 +168,13 @@ def run_job(cfg: DictConfig) -> float | tuple[float, ...]:
     """Train what Hydra has composed; returns what a search goes by."""
     with pass_hydra():
         hydra_cfg = HydraConfig.get()
-        folder = Path(hydra_cfg.runtime.output_dir)
-        cfg = settle(cfg, hydra_cfg.overrides.task, hydra_cfg.runtime.choices)
-        if is_multirun():
-            cfg.run = str(folder)
-            return read_objectives(run_in_sweep(cfg, folder, train), cfg.objectives)
-        return read_objectives(train(continue_config(cfg, folder), folder), cfg.objectives)
+        folder, words = Path(hydra_cfg.runtime.output_dir), hydra_cfg.overrides.task
+        choices = hydra_cfg.runtime.choices
+        if is_multirun():  # where an option that nothing takes lets one run fail, and no other
+            summary = note_failure(folder, lambda: run_in_sweep(settle(cfg, words, choices), folder, train))
+        else:
+            summary = train(continue_config(settle(cfg, words, choices), folder), folder)
+        return read_objectives(summary, cfg.objectives)
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from elastic.errors import BusyError, FileError, TrainingError
 
-CONFIG, CHECKPOINT = "config.yaml", "last.ckpt"
-FINISHED = (CONFIG, "model.safetensors", "summary.json")
+CONFIG, CHECKPOINT, SUMMARY = "config.yaml", "last.ckpt", "summary.json"
+FINISHED = (CONFIG, "model.safetensors", SUMMARY)
 
 
 @contextmanager

@@ -116,5 +116,5 @@ def test_a_run_that_fails_takes_no_other_down(tmp_path: Path) -> None:
     said = finish(start(tmp_path, "optimizer.lr=1e-2,-1", "seed=0"))
     assert len(summaries(tmp_path)) == 1
     (note,) = tmp_path.glob("sweep/*/failed.json")
-    assert json.loads(note.read_text())["error"] == "Invalid learning rate: -1"
+    assert json.loads(note.read_text())["error"].startswith("optimizer: Invalid learning rate: -1")
     assert said.rstrip().endswith("1 of 2 done, 0 running, 1 failed")
