@@ -107,7 +107,6 @@ def fit(
     every: int | None = None,
     at_epoch_end: bool = False,
     loader: DataLoader[Any] | None = None,
-    batch: int = BATCH,
     **options: Any,
 ) -> L.Trainer:
     """Fit a module to the images for a few epochs.
@@ -134,6 +133,6 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    loader = DataLoader(make_data(), batch) if loader is None else loader
+    loader = DataLoader(make_data(), BATCH) if loader is None else loader
     trainer.fit(module, loader, DataLoader(make_data(1), BATCH), ckpt_path=checkpoint)
     return trainer

@@ -19,6 +19,7 @@ from tests.fitted import EXACT, Spy, command, prepare
 from tests.resuming import assert_same_run, kill
 from tests.runs import configure, load
 
+SLOW = pytest.mark.slow
 TRAINING = (*EXACT, "data.batch_size=300", "trainer.max_epochs=3", "optimizer.lr=2e-2")
 
 
@@ -138,7 +139,7 @@ def test_it_holds_the_network_to_the_teacher(first: Path, tmp_path: Path) -> Non
     assert apart["[static,distil]"] < 0.5 * apart["static"]
 
 
-@pytest.mark.parametrize("schedule", ["[dynamic,distil]", "[reconstruct,distil]"])
+@pytest.mark.parametrize("schedule", ["[dynamic,distil]", pytest.param("[reconstruct,distil]", marks=SLOW)])
 def test_resumed_equals_uninterrupted(
     first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str
 ) -> None:

@@ -237,7 +237,7 @@ def joint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "options",
     [
-        ("callbacks.dynamic.gain=[0.1,1.0]",),
+        pytest.param(("callbacks.dynamic.gain=[0.1,1.0]",), marks=SLOW),
         pytest.param(
             (
                 "callbacks.dynamic.activation=gumbel",
@@ -349,7 +349,8 @@ def test_what_a_step_moves_a_score_does_not_grow_with_what_its_module_reads(tmp_
 
 
 @pytest.mark.parametrize(
-    ("only", "gain"), [(True, "1.0"), pytest.param(False, "1.0", marks=SLOW), (False, "[0.1,1.0]")]
+    ("only", "gain"),
+    [*(pytest.param(only, "1.0", marks=SLOW) for only in (True, False)), (False, "[0.1,1.0]")],
 )
 def test_each_level_has_modules_of_its_own(joint: Path, tmp_path: Path, only: bool, gain: str) -> None:
     """On levels that stay as they are to the last bit, or all learn; each is measured with its own."""
