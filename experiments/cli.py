@@ -6,6 +6,7 @@ Nothing is imported that a command does not need, so that help comes at once.
 import difflib
 import sys
 from importlib import import_module
+from pathlib import Path
 
 from elastic.errors import OptionError
 from elastic.experiments.tools.options import HELP
@@ -58,6 +59,8 @@ def run_command() -> None:
 
         print(describe_training())
         return
+    if not {"", str(Path.cwd())} & set(sys.path):  # as `python -m` has it: a user's own modules are found
+        sys.path.insert(0, str(Path.cwd()))
     command = import_module(f"elastic.experiments.{name}")
     sys.argv = [str(command.__file__), *words]  # as `python -m` has it: runs of several processes start so
     command.main()

@@ -50,6 +50,16 @@ def test_help_lists_the_commands(monkeypatch: Patch, capsys: Capture, words: tup
     assert code == 0 and all(f"  {name} " in out for name in COMMANDS)
 
 
+def test_modules_in_the_folder_that_a_command_is_called_in_are_found(
+    monkeypatch: Patch, capsys: Capture, tmp_path: Path
+) -> None:
+    """As with `python -m`; a console script has its own folder in front."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    call(monkeypatch, capsys, "evaluate", "--help")
+    assert sys.path[0] == str(tmp_path)
+
+
 def test_help_of_training_names_every_choice() -> None:
     text = describe_training()
     for group in (
