@@ -3,8 +3,8 @@
 With `level=<number>` it is that level. The file ends in .pt2 (torch.export) or .onnx (extra `export`), takes
 any batch size, and has been checked against the network. Images come normalised as the run's data was.
 
-A network with kernel activation modules is written with one set of them, masked: all kernels are computed, and
-the maps of those that are off are multiplied by zero.
+A network with kernel activation modules is written with one set of them, masked: all kernels are computed,
+and the maps of those that are off are multiplied by zero.
 """
 
 from pathlib import Path

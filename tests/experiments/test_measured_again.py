@@ -14,7 +14,7 @@ FOLDERS = sorted(path.parent for path in RECORDED.glob("*/*-seed*/model.safetens
 EXACT = ("params", "params_dense", "macs")
 # Sums differ in their last bits from machine to machine, and with them an answer or a kernel that is on.
 ACCURACY, MACS_DYNAMIC = 0.001, 5e-3
-# Recorded before the means that modules look at were held within four deviations (experiments/dynamic_pruning,
+# Recorded before the means that modules look at were held within four deviations (dynamic_pruning/README.md,
 # "A map that is hardly ever on decides alone"): accuracy and MACs of each set since then.
 SINCE_BOUNDS = {
     "convnet-linear-seed0": ((0.9944, 1799599), (0.9890, 1329166), (0.9904, 1081666), (0.9675, 875405)),
