@@ -22,6 +22,7 @@ Dimension = tuple[str, str, int]  # module, tensor, dimension
 Records = dict[Dimension, tuple[Role, Axis]]  # what lies there
 # Values that hold no channels, though they may count them.
 PLAIN = (int, float, torch.Size, torch.device, torch.dtype)
+CONSTANT = "_tensor_constant"  # what torch.fx calls a tensor that the model's forward makes
 
 
 class AxisTracker(fx.Interpreter):
@@ -57,6 +58,11 @@ class AxisTracker(fx.Interpreter):
             self.fix(axes, node, "has a hook that may change them")
         return value
 
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Get an attribute; a tensor that the model's forward has made has data yet."""
+        value = super().get_attr(target, args, kwargs)
+        return value.to("meta") if isinstance(value, Tensor) else value
+
     def _find_axes(self, node: fx.Node, value: Any) -> Tracked:
         if node.op == "output":
             for source in node.all_input_nodes:
@@ -90,8 +96,8 @@ class AxisTracker(fx.Interpreter):
             module, _, name = str(node.target).rpartition("parametrizations.")
             return Place(module.rstrip("."), name)
         module, _, name = str(node.target).rpartition(".")
-        if node.op != "get_attr" or (not module and not hasattr(self.model, name)):
-            return None  # what torch.fx has made of a tensor that the model's forward makes
+        if node.op != "get_attr" or name.startswith(CONSTANT):
+            return None
         return Place(module, name)
 
     def _begin_attribute(self, place: Place, value: Any) -> Tracked:
