@@ -87,7 +87,7 @@ def test_on_a_linear_convolution_it_finds_the_largest_singular_values() -> None:
 
 
 @pytest.mark.parametrize("name", ["0", "3", "7", "10"])
-@pytest.mark.parametrize("init", [0, 1, 2])
+@pytest.mark.parametrize("init", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2))])
 def test_its_gradient_is_above_that_of_random_channels(init: int, name: str) -> None:
     """Through batch norm and ReLU the search is of first order only; still, it must be worth its time."""
     torch.manual_seed(init)

@@ -42,7 +42,9 @@ def run(net: nn.Module, training: bool) -> Tensor:
     return copy.deepcopy(net).train(training)(X)
 
 
-@pytest.mark.parametrize("name", list(NETS))
+@pytest.mark.parametrize(
+    "name", ["resnet20", *(pytest.param(n, marks=pytest.mark.slow) for n in ("resnet18", "bottlenecks"))]
+)
 def test_a_deeper_network_is_the_same_function(name: str) -> None:
     net = built(name)
     run_before = {training: run(net, training) for training in (True, False)}

@@ -379,7 +379,7 @@ def check_structure(model: nn.Module, widths: Widths, x: Tensor) -> None:
 
 @every_case
 @given(data=st.data())
-@settings(max_examples=4)
+@settings(max_examples=3)
 def test_any_change_keeps_the_structure(case: Case, data: st.DataObject) -> None:
     model, x = case.model(), case.example()
     widths = discover(model, x)
@@ -423,7 +423,7 @@ TORCHVISION = {
     "vgg11_bn": (64, 8 + 2),
     "alexnet": (64, 5 + 2),
 }
-FAST = {"resnet18", "squeezenet1_1", "shufflenet_v2_x0_5"}
+FAST = {"resnet18", "squeezenet1_1"}
 
 
 @pytest.mark.parametrize(
