@@ -1,7 +1,8 @@
 """Write a finished run's network for other programs: `python -m experiments.export run=<folder> to=<file>`.
 
 With `level=<number>` it is that level. The file ends in .pt2 (torch.export) or .onnx (extra `export`), takes
-any batch size, and has been checked against the network. Images come normalised as the run's data was.
+any batch size, and has been checked against the network. Images come normalised as the run's data was; the
+file says how.
 
 A network with kernel activation modules is written with one set of them, masked: all kernels are computed,
 and the maps of those that are off are multiplied by zero.
@@ -30,14 +31,14 @@ def export_run(run: Path, to: Path, level: int | None = None, set: int | None = 
         OptionError: there is no such level or set, or no such kind of file.
     """
     finished = restore(run)
-    network = finished.network
-    if network.sets == 0 and set is None:
-        export(network.plain(level), finished.example, to)
-        masked = ""
-    else:
-        export(network.dynamic(level, set or 0), finished.example, to)
-        masked = f"; set {set or 0} of its modules masks kernels, none is skipped"
-    print(f"{to}: {to.stat().st_size:,} bytes, equal to the network to 1e-5{masked}")
+    network, data, note = finished.network, finished.data, ""
+    net = network.plain(level)
+    if network.sets or set is not None:
+        net = network.dynamic(level, set or 0)
+        note = f"; set {set or 0} of its modules masks kernels, none is skipped"
+    about = {"mean": data.mean, "std": data.std, "classes": data.classes, "data": finished.summary["data"]}
+    export(net, finished.example, to, about)
+    print(f"{to}: {to.stat().st_size:,} bytes, equal to the network to 1e-5{note}")
 
 
 def main() -> None:

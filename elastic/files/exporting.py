@@ -1,8 +1,9 @@
 """Write a network as a file that other programs run, and check it against the network before it is left."""
 
 import io
+import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ TOLERANCE = 1e-5  # absolute, and relative to the largest value of an output
 Outputs = list[Tensor]
 
 
-def export(net: nn.Module, example: Tensor, path: Path) -> None:
+def export(net: nn.Module, example: Tensor, path: Path, about: Mapping[str, Any] | None = None) -> None:
     """Write a network for any batch size: `.pt2` (torch.export) or `.onnx` (extra `export`).
 
     Its outputs may be a tensor or nested tuples, lists and dictionaries of tensors. `.pt2` gives them back as
@@ -28,6 +29,8 @@ def export(net: nn.Module, example: Tensor, path: Path) -> None:
     Args:
         net: plain, e.g. compacted or a level; or with kernel activation modules, which then mask kernels.
         example: an input, batch first.
+        about: what the file says of the network, in plain containers: each entry as JSON in the metadata of
+            ONNX, all of them as the extra file `about.json` of a `.pt2`.
 
     Raises:
         OptionError: a kind of file that is not known.
@@ -44,7 +47,7 @@ def export(net: nn.Module, example: Tensor, path: Path) -> None:
         expected = list_tensors(net(probe))
 
     def write_checked(part: Path) -> None:
-        difference = _compare(write(program, part, probe), expected)
+        difference = _compare(write(program, part, probe, about or {}), expected)
         if not difference <= TOLERANCE:  # nor is NaN
             raise FileError(f"{path} would differ from the network by {difference:.1e}: export it in fp32")
 
@@ -78,15 +81,15 @@ def _compare(actual: Outputs, expected: Outputs) -> float:
 
 
 @torch.no_grad()
-def _write_pt2(program: ExportedProgram, part: Path, probe: Tensor) -> Outputs:
+def _write_pt2(program: ExportedProgram, part: Path, probe: Tensor, about: Mapping[str, Any]) -> Outputs:
     buffer = io.BytesIO()  # by name it would insist on an ending
-    torch.export.save(program, buffer)
+    torch.export.save(program, buffer, extra_files={"about.json": json.dumps(dict(about))})
     part.write_bytes(buffer.getbuffer())
     buffer.seek(0)
     return list_tensors(torch.export.load(buffer).module()(probe))
 
 
-def _write_onnx(program: ExportedProgram, part: Path, probe: Tensor) -> Outputs:
+def _write_onnx(program: ExportedProgram, part: Path, probe: Tensor, about: Mapping[str, Any]) -> Outputs:
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  torch needs it
@@ -95,14 +98,16 @@ def _write_onnx(program: ExportedProgram, part: Path, probe: Tensor) -> Outputs:
     # The program knows the batch axis as a symbol of torch's own making; named here, so it is in the file.
     onnx = torch.onnx.export(program, dynamo=True, verbose=False, dynamic_shapes=({0: "batch"},))
     assert onnx is not None
+    onnx.model.metadata_props.update({name: json.dumps(value) for name, value in about.items()})
     onnx.save(part)
     session = onnxruntime.InferenceSession(part, providers=["CPUExecutionProvider"])
     outputs = session.run(None, {session.get_inputs()[0].name: probe.numpy()})
     return [torch.from_numpy(output) for output in outputs]
 
 
+Writer = Callable[[ExportedProgram, Path, Tensor, Mapping[str, Any]], Outputs]
 # By ending: what writes it, and how its batch axis is declared.
-WRITERS: dict[str, tuple[Callable[[ExportedProgram, Path, Tensor], Outputs], Any]] = {
+WRITERS: dict[str, tuple[Writer, Any]] = {
     ".pt2": (_write_pt2, Dim.AUTO),
     ".onnx": (_write_onnx, Dim("batch")),
 }

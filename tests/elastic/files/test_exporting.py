@@ -1,5 +1,6 @@
 """Files for other programs: the same outputs, at any batch size, or no file."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def test_a_gated_network_is_as_its_compacted_one(tmp_path: Path) -> None:
 
 
 def test_what_would_differ_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write(program: ExportedProgram, part: Path, probe: torch.Tensor) -> list[torch.Tensor]:
+    def write(program: ExportedProgram, part: Path, probe: torch.Tensor, about: Any) -> list[torch.Tensor]:
         part.write_text("x")
         return [torch.ones(3, 10)]
 
@@ -121,21 +122,24 @@ class TwoHeads(nn.Module):
 
 
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
-def test_all_outputs_are_exported_in_their_order_with_a_batch_axis_of_that_name(
+def test_all_outputs_are_exported_with_a_batch_axis_of_that_name_and_what_the_file_says(
     suffix: str, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
     net, path = TwoHeads().eval(), tmp_path / f"net{suffix}"
-    export(net, X, path)
+    export(net, X, path, {"mean": (0.5, 0.25), "classes": 10})
     x = torch.randn(5, 3, 8, 8)
     with torch.no_grad():
         expected = list_tensors(net(x))
     assert [output.shape[1] for output in expected] == [2, 5, 4]
     torch.testing.assert_close(run_all(path, x), expected, atol=1e-5, rtol=1e-5)
     if suffix == ".pt2":
-        assert torch.export.load(path).module()(x).keys() == {"z", "a"}
+        extra = {"about.json": ""}
+        assert torch.export.load(path, extra_files=extra).module()(x).keys() == {"z", "a"}
+        assert json.loads(extra["about.json"]) == {"mean": [0.5, 0.25], "classes": 10}
     else:
         session = pytest.importorskip("onnxruntime").InferenceSession(path)
+        assert session.get_modelmeta().custom_metadata_map == {"mean": "[0.5, 0.25]", "classes": "10"}
         assert [axes.shape for axes in session.get_inputs()] == [["batch", 3, 8, 8]]
         assert [axes.shape for axes in session.get_outputs()] == [["batch", 2], ["batch", 5], ["batch", 4]]
 
@@ -143,7 +147,7 @@ def test_all_outputs_are_exported_in_their_order_with_a_batch_axis_of_that_name(
 def test_one_wrong_output_of_several_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net = TwoHeads().eval()
 
-    def write(program: ExportedProgram, part: Path, probe: torch.Tensor) -> list[torch.Tensor]:
+    def write(program: ExportedProgram, part: Path, probe: torch.Tensor, about: Any) -> list[torch.Tensor]:
         part.write_text("x")
         with torch.no_grad():
             return [*list_tensors(net(probe))[:2], torch.ones(3, 4)]
