@@ -100,8 +100,8 @@ def read_options(function: Callable[..., Any], words: Sequence[str]) -> dict[str
     for word in words:
         name, equals, text = word.partition("=")
         if not equals or name not in options:
-            known = ", ".join(f"{name}=…" for name in options) or "none"
-            raise OptionError(f"there is no option {word}; there are: {known}")
+            names = ", ".join(f"{name}=…" for name in options) or "none"
+            raise OptionError(f"there is no option {word}; there are: {names}")
         values[name] = options[name].read(text)
     missing = [
         f"{option.name}=…" for option in options.values() if option.required and option.name not in values

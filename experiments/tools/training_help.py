@@ -42,13 +42,13 @@ def describe_training() -> str:
 
 def _describe_groups(defaults: list[Any]) -> Iterator[str]:
     for entry in (entry for entry in defaults if isinstance(entry, dict)):
-        ((group, chosen),) = entry.items()
+        ((group, proposed),) = entry.items()
         if group.startswith("override ") or group in HIDDEN:
             continue
-        default = chosen if isinstance(chosen, list) else [chosen]
+        default = proposed if isinstance(proposed, list) else [proposed]
         choices = (f"[{name}]" if name in default else name for name in list_choices(group))
-        several = " (one or a list)" if group in LISTS else ""
-        yield f"  {group + '=':<14} {', '.join(choices)}{several}"
+        note = " (one or a list)" if group in LISTS else ""
+        yield f"  {group + '=':<14} {', '.join(choices)}{note}"
 
 
 def _describe_options(config: str) -> Iterator[str]:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from elastic.data import ImageData
-from elastic.experiments.tools.composition import list_active
+from elastic.experiments.tools.composition import list_callbacks
 from elastic.experiments.tools.summary import SCHEDULE
 from tests.runs import configure
 
@@ -72,7 +72,7 @@ def keys(node: Any) -> dict[str, Any]:
 def test_a_recorded_configuration_has_the_names_of_todays(tmp_path: Path, folder: Path) -> None:
     """And no other ones: a run with the same schedule would be described by the same keys today."""
     cfg = read(folder)
-    methods = [method for method in (*SCHEDULE, "distil") if method in list_active(cfg)]
+    methods = [method for method in (*SCHEDULE, "distil") if method in list_callbacks(cfg)]
     given = ["callbacks.magnitude.budget=9"] if "magnitude" in methods else []
     today = configure(tmp_path, f"schedule=[{','.join(methods)}]", *given)
     assert set(cfg) == set(today)
@@ -85,7 +85,7 @@ def test_every_recorded_summary_names_its_schedule() -> None:
     for folder in RUNS:
         summary = json.loads((folder / "summary.json").read_text())
         cfg = read(folder)
-        methods = [method for method in SCHEDULE if method in list_active(cfg)]
+        methods = [method for method in SCHEDULE if method in list_callbacks(cfg)]
         assert summary["schedule"] == ("+".join(methods) or "static"), folder
         budget = {key for key in summary if key.startswith("budget/")} - {"budget/reason"}
         assert budget in (set(), {"budget/by", "budget/target", "budget/actual"}), folder
