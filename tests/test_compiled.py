@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 import elastic.experiments.train
 from elastic.experiments.train import train
 from elastic.training.compilation import compile_network
-from tests.resuming import CHANGING
+from tests.resuming import CHANGING, assert_same
 from tests.runs import configure, load, load_history
 
 
@@ -44,14 +45,17 @@ def test_every_structure_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyP
     events = {e["epoch"] for e in load_history(tmp_path / "compiled")["timeline"]}
     assert len(events) > 8, "more structures than dynamo keeps for one module"
     assert counter.frame_count > len(events)
-    assert eager.keys() == compiled.keys()
-    assert all(torch.equal(eager[name], compiled[name]) for name in eager)
+    assert_same(eager, compiled)
 
 
 @pytest.mark.slow
 def test_with_inductor(tmp_path: Path) -> None:
-    few = ("callbacks.growth.until=0.5", "trainer.max_epochs=4", "~data.augment")
+    gentle = ("optimizer.lr=3e-2", "callbacks.gates.penalty=0.3")  # rounding must not decide what is shut
+    few = (*gentle, "callbacks.growth.until=0.5", "trainer.max_epochs=4", "~data.augment")
     eager, compiled = run(tmp_path / "eager", *few), run(tmp_path / "compiled", "compile=true", *few)
     assert eager.keys() == compiled.keys()
-    for name in eager:
-        torch.testing.assert_close(eager[name], compiled[name], rtol=0.05, atol=0.05)
+    for name, value in eager.items():
+        if isinstance(value, Tensor):
+            torch.testing.assert_close(value, compiled[name], rtol=0.05, atol=0.05)
+        else:
+            assert value == compiled[name]
