@@ -326,6 +326,20 @@ def test_options_on_the_pages_exist() -> None:
                 node = node and node[option]
 
 
+def test_tables_fit_beside_the_navigation() -> None:
+    """In 960 of 1280 pixels, of 8 a character; a cell breaks its lines between words, and code anywhere."""
+    for page in PAGES:
+        prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+        for table in re.findall(r"(?:^\|.+\|\n)+", prose, re.MULTILINE):
+            texts = re.sub(r"\]\(.*?\)", "", table)
+            rows = [line.strip("|").split("|") for line in texts.splitlines() if "---" not in line]
+            widths = [
+                max(max(map(len, cell.split()), default=0) for cell in column)
+                for column in zip(*rows, strict=True)
+            ]
+            assert sum(min(width, 45) + 4 for width in widths) <= 120, f"{page.name}: {rows[0]}"
+
+
 def test_the_navigation_has_every_page() -> None:
     listed = set(re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text()))
     assert listed == {page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:]}
