@@ -308,6 +308,38 @@ def test_names_of_the_library_on_the_pages_exist() -> None:
                 assert hasattr(importlib.import_module(module), attribute), f"{page.name}: {name}"
 
 
+def test_the_page_on_runs_lists_every_choice() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \|$", (ROOT / "docs/run.md").read_text(), re.MULTILINE)
+    choices = {part: set(re.findall(r"\w+", " ".join(re.findall("`(.+?)`", row)))) for part, row in rows}
+    for folder in (path for path in (ROOT / "conf").iterdir() if path.is_dir()):
+        if folder.name not in ("callbacks", "hydra"):
+            assert {path.stem for path in folder.glob("*.yaml")} <= choices[folder.name], folder
+
+
+def test_options_on_the_pages_exist() -> None:
+    for page in PAGES:
+        prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+        for name, options in re.findall(r"`callbacks\.(\w+)\.([\w.]+)[`=]", prose):
+            node = yaml.safe_load((ROOT / "conf/schedule" / f"{name}.yaml").read_text())[name]
+            for option in options.split("."):
+                assert node is None or option in node, f"{page.name}: callbacks.{name}.{options}"
+                node = node and node[option]
+
+
+def test_tables_fit_beside_the_navigation() -> None:
+    """In 960 of 1280 pixels, of 8 a character; a cell breaks its lines between words, and code anywhere."""
+    for page in PAGES:
+        prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+        for table in re.findall(r"(?:^\|.+\|\n)+", prose, re.MULTILINE):
+            texts = re.sub(r"\]\(.*?\)", "", table)
+            rows = [line.strip("|").split("|") for line in texts.splitlines() if "---" not in line]
+            widths = [
+                max(max(map(len, cell.split()), default=0) for cell in column)
+                for column in zip(*rows, strict=True)
+            ]
+            assert sum(min(width, 45) + 4 for width in widths) <= 120, f"{page.name}: {rows[0]}"
+
+
 def test_the_navigation_has_every_page() -> None:
     listed = set(re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text()))
     assert listed == {page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:]}

@@ -19,8 +19,9 @@ from elastic.training.schedules import Scheduler, make_schedule
 def make_callbacks(cfg: DictConfig) -> list[L.Callback]:
     """Make the callbacks of a run; the learning rate is watched where there is a logger to tell."""
     has_logger = bool(cfg.get("logger"))
-    nodes = list_callbacks(cfg).items()
-    return [instantiate(node) for name, node in nodes if has_logger or name != "learning_rate"]
+    nodes = [node for name, node in list_callbacks(cfg).items() if has_logger or name != "learning_rate"]
+    # Lists as such: a trigger's attributes are in checkpoints, which hold plain containers.
+    return [instantiate(node, _convert_="all") for node in nodes]
 
 
 def make_recipe(cfg: DictConfig) -> tuple[Callable[..., Optimizer], Callable[..., Scheduler] | None]:

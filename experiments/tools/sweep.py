@@ -109,7 +109,7 @@ class Sweep(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         runs = sweeper.get("n_trials") or count_grid(sweeper.get("params") or {}, config.hydra.overrides.task)
         since = time.time()
-        done, _, _ = count_states(folder, since)
+        done = count_states(folder, since)[0]
         plan = {"runs": runs, "since": since, "behind": done}
         write_atomically(folder / PLAN, lambda part: part.write_text(json.dumps(plan) + "\n"))
         if sweeper.get("storage") is not None:

@@ -19,6 +19,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import elastic.experiments.train
+from elastic.callbacks import GrowOnSaturation
+from elastic.experiments.tools.parts import make_callbacks
 from elastic.experiments.train import build, train
 from tests.fitted import command
 from tests.resuming import assert_same
@@ -314,6 +316,14 @@ def test_a_folder_of_images_is_trained_on(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     summary = train(configure(folder, *SMOKE, "data=folder", *given, *flips, "trainer.max_epochs=3"), folder)
     assert summary["data"] == "folder" and 0 <= summary["test/acc"] <= 1
+
+
+def test_what_callbacks_are_given_is_plain(tmp_path: Path) -> None:
+    """A trigger's attributes are in checkpoints, which hold nothing that only OmegaConf could read."""
+    own = ("+trigger.levels=[0.5,0.7]", "trigger._target_=types.SimpleNamespace")
+    callbacks = make_callbacks(configure(tmp_path, *own))
+    (growth,) = (callback for callback in callbacks if isinstance(callback, GrowOnSaturation))
+    assert type(growth.trigger.levels) is list  # type: ignore[attr-defined]
 
 
 @pytest.mark.usefixtures("no_picture")
