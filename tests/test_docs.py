@@ -3,6 +3,7 @@
 import html
 import importlib
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -280,7 +281,9 @@ def test_the_readme_gives_the_spread_of_the_demo() -> None:
 
 
 def test_the_demo_is_the_one_that_the_readme_tells_of(tmp_path: Path) -> None:
-    make = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True)
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    command = ["make", "-n", "--no-print-directory", "demo"]
+    make = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=plain)
     words = shlex.split(make.stdout.strip().splitlines()[-1])
     cfg = configure(tmp_path, *(word for word in words if "=" in word))
     assert (cfg.name, cfg.choices.data, cfg.trainer.max_epochs) == ("digits", "digits", 120)
