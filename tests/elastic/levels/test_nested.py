@@ -37,7 +37,8 @@ from tests.elastic.levels.nets import (
 )
 from tests.elastic.zoo import CASES, Case, conv, head, randomised
 
-WHOLE = {"split", "sliced_halves", "channel_shuffle", "grouped"}  # all widths lie between others' channels
+# All widths of these lie between others' channels.
+WHOLE = {"split", "sliced_halves", "channel_shuffle", "grouped", "join_in_groups"}
 case_with_levels = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
