@@ -7,7 +7,8 @@ stands for change alike. Whatever else computes with it keeps those channels as 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import reduce
+from functools import reduce, singledispatch
+from math import isfinite
 from operator import add
 from typing import Any
 
@@ -70,15 +71,32 @@ def count_axis(axis: Axis | None, size: int) -> Count:
     return Count(Fraction(size)) if axis is None else Count(Fraction(), ((Fraction(1), axis),))
 
 
-def get_counts(argument: Any) -> Counts:
+@singledispatch
+def get_counts(argument: object) -> Counts:
     """Get what a number, or each of several, depends on: of a node, or of an argument itself."""
-    if isinstance(argument, fx.Node):
-        counts: Counts | None = argument.meta.get("counts")
-        return get_counts(argument.meta["value"]) if counts is None else counts
-    if isinstance(argument, tuple | list):
-        return tuple(get_count(part) for part in argument)
-    is_number = isinstance(argument, int | float) and np.isfinite(argument)
-    return Count(Fraction(argument)) if is_number else Count(Fraction(), is_linear=False)
+    return Count(Fraction(), is_linear=False)
+
+
+@get_counts.register
+def _(argument: int) -> Counts:
+    return Count(Fraction(argument))
+
+
+@get_counts.register
+def _(argument: float) -> Counts:
+    return Count(Fraction(argument)) if isfinite(argument) else Count(Fraction(), is_linear=False)
+
+
+@get_counts.register(tuple)
+@get_counts.register(list)
+def _(argument: Sequence[object]) -> Counts:
+    return tuple(map(get_count, argument))
+
+
+@get_counts.register
+def _(argument: fx.Node) -> Counts:
+    counts: Counts | None = argument.meta.get("counts")
+    return get_counts(argument.meta["value"]) if counts is None else counts
 
 
 def get_count(argument: Any) -> Count:

@@ -1,4 +1,4 @@
-"""What a rule works with: the axes of values, the arguments of a node, and the tracker.
+"""Offer what a rule works with: the axes of values, the arguments of a node, and the tracker.
 
 A value's *axes* are one entry a dimension: an `Axis` where the dimension holds channels that may change,
 `None` where it does not (batch, space, the model's input).
@@ -28,7 +28,7 @@ class Place(NamedTuple):
 
 
 class NotFollowed(StructureError):
-    """Raised by a rule that does not know a use of its operation: all that the node reads keeps its size."""
+    """Say that a rule does not know a use of its operation: all that the node reads keeps its size."""
 
 
 class Tracker(Protocol):
