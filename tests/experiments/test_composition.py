@@ -62,7 +62,7 @@ def test_every_pair_is_covered() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("data", "model", "schedule"), covering())
-def test_it_runs_or_is_refused_in_format_error(
+def test_it_runs_or_is_refused_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: str, model: str, schedule: str
 ) -> None:
     monkeypatch.setattr(elastic.experiments.train, "draw_history", lambda *_: None)

@@ -32,6 +32,7 @@ CHANGING = (
     *SMOKE,
     "trainer.max_epochs=4",
     "data.batch_size=128",
+    "+trainer.limit_train_batches=5",
     "trigger=periodic",
     "trigger.every=2",
     "callbacks.gates.begin=0.0",
