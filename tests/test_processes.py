@@ -78,8 +78,11 @@ def test_two_processes_follow_one(tmp_path: Path) -> None:
     assert found["test/acc"] == pytest.approx(summary["test/acc"], abs=0.01)
 
 
-def test_two_processes_train_a_module_that_knows_nothing_of_them(tmp_path: Path) -> None:
+def test_two_processes_train_a_module_that_knows_nothing_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Growth and gates in any Lightning program: bit for bit in both, and as one process makes it."""
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)  # a test before may have left it, for all processes
     run = subprocess.run(
         [sys.executable, "-m", "tests.foreign", str(tmp_path), "2"],
         **{"cwd": ROOT, "text": True, "capture_output": True, "timeout": 200},
