@@ -58,6 +58,7 @@ def events(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "timeline.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_two_processes_follow_one(tmp_path: Path) -> None:
     """The same global batches; sums differ in their order only. Each process leaves its own files alone."""
     same = (*CHANGING, MODEL, "~data.augment", "trainer.max_epochs=4", "callbacks.gates.penalty=1e-4")

@@ -33,7 +33,7 @@ def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.param(("trainer.precision=bf16-mixed", "optimizer=adamw"), marks=pytest.mark.slow),
         pytest.param(("trainer.precision=32-true", "optimizer=sgd"), marks=pytest.mark.slow),
         ("trainer.precision=bf16-mixed", "optimizer=sgd"),
-        ("trainer.precision=32-true", *IN_DEPTH),
+        pytest.param(("trainer.precision=32-true", *IN_DEPTH), marks=pytest.mark.slow),
     ],
     ids=["adamw", "adamw-bf16", "sgd", "sgd-bf16", "in depth"],
 )

@@ -251,7 +251,7 @@ def joint(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "callbacks.dynamic.form=target",
             "callbacks.dynamic.target=0.5",
         ),
-        ("init={joint}", "callbacks.dynamic.gain=[0.1,1.0]"),
+        pytest.param(("init={joint}", "callbacks.dynamic.gain=[0.1,1.0]"), marks=SLOW),
     ],
     ids=["sets", "gumbel", "soft", "levels"],
 )

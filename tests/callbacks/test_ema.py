@@ -320,6 +320,7 @@ def test_a_run_without_averages_is_continued_with_them(tmp_path: Path) -> None:
     assert run.module.structure.widths["0"].size == 6 and run.trainer.current_epoch == 4
 
 
+@pytest.mark.slow
 def test_blocks_that_a_stage_gains_are_averaged_and_resumed(tmp_path: Path) -> None:
     """They start as the model's."""
     small = ("model=resnet20", "model._target_=elastic.models.resnet.resnet", "+model.blocks=2")

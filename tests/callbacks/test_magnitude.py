@@ -178,6 +178,7 @@ def test_a_network_that_has_grown_is_pruned_from_its_full_size(tmp_path: Path) -
     assert compacted(run.module) == 600
 
 
+@pytest.mark.slow
 def test_a_run_killed_and_continued_is_the_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit: killed between the steps."""
     growing = (

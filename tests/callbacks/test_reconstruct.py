@@ -326,7 +326,10 @@ RESUMED = (
 @pytest.mark.parametrize(
     "options",
     [
-        ("trainer.precision=32-true", "optimizer=sgd", "callbacks.reconstruct.importance=taylor"),
+        pytest.param(
+            ("trainer.precision=32-true", "optimizer=sgd", "callbacks.reconstruct.importance=taylor"),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             (
                 "trainer.precision=bf16-mixed",
@@ -493,6 +496,7 @@ def test_a_network_without_levels_is_its_only_one(
     assert out == ""
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_one_that_grew_and_was_pruned(tmp_path: Path) -> None:
     """The levels' network is what that run saved; it is then pruned without a dense phase."""
     first, second = tmp_path / "first", tmp_path / "second"

@@ -44,6 +44,7 @@ def test_names_and_copies_are_those_of_a_plain_network() -> None:
     assert copy.deepcopy(net)._compiled_call_impl is None
 
 
+@pytest.mark.slow
 def test_every_level_is_compiled_once_however_often_they_are_switched() -> None:
     """Eleven of one class: more than torch keeps for one code object."""
     net = resnet(1, width=20)
