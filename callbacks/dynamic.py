@@ -10,14 +10,12 @@ from torch import Tensor
 
 from elastic.callbacks.base import ElasticCallback, StepNetwork, refuse_changes_beside
 from elastic.dynamic.activations import Activation
-from elastic.dynamic.attaching import attach_modules
 from elastic.dynamic.loss import ActivationCost, ActivationLoss, By, Form
 from elastic.dynamic.modules import iterate_modules, select_set
 from elastic.dynamic.norms import SetNorm
 from elastic.errors import OptionError, TrainingError
 from elastic.training.progress import measure_epoch_progress
 from elastic.training.samples import count_samples
-from elastic.widths.discovery import discover
 
 COLD = 0.05  # the temperature at the end of a run, of soft gates
 MEASURES: tuple[By, ...] = ("kernels", "macs")
@@ -98,15 +96,10 @@ class PruneDynamically(ElasticCallback):
     def _attach(self) -> None:
         structure, sets = self.structure, len(self.losses)
         nets = structure.nets
-        widths = [discover(net, structure.example) for net in nets]
-        dynamic = [
-            attach_modules(net, own, None, sets, self.activation, self.kind)
-            for net, own in zip(nets, widths, strict=True)
-        ]
-        structure.attach_dynamic(dynamic, self.rate)
+        structure.attach_dynamic(self.rate, sets=sets, activation=self.activation, kind=self.kind)
         structure.extra_levels = range(len(nets) - 1)
         structure.level = len(nets) - 1
-        self.costs = [ActivationCost(net, structure.example) for net in dynamic]
+        self.costs = [ActivationCost(net, structure.example) for net in structure.dynamic_nets]
         self.multiplier_LS = torch.zeros(len(nets), sets)
         if self.modules_only:
             for net in nets:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from elastic.measure.counts import count_nonzero, locate_parameters
 from elastic.pruning.folding import compute_mask
-from elastic.widths.discovery import Slot, Width, Widths
+from elastic.widths.discovery import Width, Widths
 from elastic.widths.parameters import get_original, list_parametrizations
 
 Key = tuple[str, str]  # (layer, tensor)
@@ -79,7 +79,7 @@ def _drop_dead_channels(
         key = slot.module, slot.tensor
         if key in entries:
             axis = entries[key].dims.index(slot.dim)
-            lines.append((slot, np.moveaxis(alive[key], axis, 0), _locate(slot, width.name, widths)))
+            lines.append((slot, np.moveaxis(alive[key], axis, 0), widths.locate(slot, width.name)))
     is_read, is_written = np.zeros((2, width.size), dtype=bool)
     for slot, line, positions in lines:
         if slot.role in ("in", "out") or slot.tensor == "bias":  # a constant is written, too
@@ -89,16 +89,6 @@ def _drop_dead_channels(
     for _, line, positions in lines:
         line[positions[~lives]] = False  # a view: the tensor's entries themselves
     return int(lives.sum())
-
-
-def _locate(slot: Slot, name: str, widths: Widths) -> NDArray[np.int64]:
-    """Find where a width's channels lie on a slot, as `Widths.positions` does: (channels, copies)."""
-    parts, start = [], 0
-    for segment, extent in zip(slot.layout, widths.extents(slot), strict=True):
-        if segment.width == name:
-            parts.append(np.arange(start, start + extent).reshape(-1, segment.repeat))
-        start += extent
-    return np.concatenate(parts, axis=1)
 
 
 @torch.no_grad()

@@ -38,13 +38,15 @@ def join_structure(
         net = find_network(module, network)
         seed, path = torch.initial_seed() % 2**32, find_path(module, net)
         example = find_example(trainer, module, net) if example is None else example
-        structure = Structure(net, example, seed, path=path)
-        module.add_module(ATTRIBUTE, structure)
-    if structure.trainer is not trainer:
-        structure.trainer = trainer
-        hooks = module._load_state_dict_pre_hooks.values()
-        if not any(getattr(hook, "hook", hook) == structure.prepare_load for hook in hooks):
-            module.register_load_state_dict_pre_hook(structure.prepare_load)
+        structure = add_structure(module, Structure(net, example, seed, path=path))
+    structure.trainer = trainer
+    return structure
+
+
+def add_structure(module: nn.Module, structure: Structure) -> Structure:
+    """Make a structure a child of its network's module; loading a state then rebuilds the network first."""
+    module.add_module(ATTRIBUTE, structure)
+    module.register_load_state_dict_pre_hook(structure.prepare_load)
     return structure
 
 

@@ -7,14 +7,12 @@ import lightning as L
 import torch
 from torch import nn
 
-from elastic.dynamic.attaching import attach_modules
 from elastic.errors import FileError
 from elastic.levels.nested import Levels
 from elastic.pruning.gates import attach_gates
 from elastic.surgery.rebuilding import rebuild
-from elastic.training.joining import ATTRIBUTE, find_structure
+from elastic.training.joining import add_structure, find_structure
 from elastic.training.structure import Structure
-from elastic.widths.discovery import discover
 
 M = TypeVar("M", bound=L.LightningModule)
 HISTORY = "._extra_state"
@@ -67,9 +65,7 @@ def _join(module: nn.Module, history: dict[str, Any]) -> Structure:
     structure = Structure(
         module.get_submodule(path), torch.zeros(history["example"]), history["seed"], path=path
     )
-    module.add_module(ATTRIBUTE, structure)
-    module.register_load_state_dict_pre_hook(structure.prepare_load)
-    return structure
+    return add_structure(module, structure)
 
 
 def _restore(structure: Structure, state: dict[str, Any], history: dict[str, Any]) -> None:
@@ -83,9 +79,5 @@ def _restore(structure: Structure, state: dict[str, Any], history: dict[str, Any
     if history["levels"] is not None:
         structure.nest(Levels(net, structure.widths, history["levels"]))
     if history["modules"] is not None:
-        nets = structure.nets
-        widths = [discover(level, structure.example) for level in nets]
-        options = history["modules"]
-        dynamic = [attach_modules(level, own, **options) for level, own in zip(nets, widths, strict=True)]
-        structure.attach_dynamic(dynamic)
+        structure.attach_dynamic(**history["modules"])
         structure.select_first()

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from elastic.dynamic.attaching import MODULES
+from elastic.dynamic.attaching import MODULES, attach_modules
 from elastic.dynamic.modules import iterate_modules, select_set
 from elastic.errors import TrainingError
 from elastic.levels.nested import Levels
@@ -202,14 +202,18 @@ class Structure(nn.Module):
         self.levels, self.level, self.level_norms = levels, len(levels) - 1, levels.norms
         levels.refresh()  # the network may have been laid out since they were made
 
-    def attach_dynamic(self, nets: Sequence[fx.GraphModule], rate: float = 1.0) -> None:
-        """Let each level run with kernel activation modules: `elastic.dynamic.attach_modules`.
+    def attach_dynamic(self, rate: float = 1.0, **options: Any) -> None:
+        """Let each level run with kernel activation modules of its own.
 
         Args:
             rate: of their learning, times the network's.
+            options: of `elastic.dynamic.attach_modules`: sets, activation, kind.
         """
-        self.dynamic_nets, self.module_rate = list(nets), rate
-        self.kernel_modules = nn.ModuleList(net.get_submodule(MODULES) for net in nets)
+        widths = [discover(net, self.example) for net in self.nets]
+        pairs = zip(self.nets, widths, strict=True)
+        self.dynamic_nets = [attach_modules(net, own, **options) for net, own in pairs]
+        self.module_rate = rate
+        self.kernel_modules = nn.ModuleList(net.get_submodule(MODULES) for net in self.dynamic_nets)
 
     def select_first(self) -> None:
         """Select the largest level and the first set of its kernel activation modules."""

@@ -4,7 +4,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from elastic.errors import StructureError
@@ -97,9 +99,13 @@ class Widths(Mapping[str, Width]):
 
     def positions(self, slot: Slot, width: str) -> Tensor:
         """Find where a width's channels lie along a slot's dimension: (channels, copies)."""
+        return torch.from_numpy(self.locate(slot, width))
+
+    def locate(self, slot: Slot, width: str) -> NDArray[np.int64]:
+        """Find where the width's channels lie along a slot's dimension, as an array: (channels, copies)."""
         parts, start = [], 0
         for segment, extent in zip(slot.layout, self.extents(slot), strict=True):
             if segment.width == width:
-                parts.append(torch.arange(start, start + extent).view(-1, segment.repeat))
+                parts.append(np.arange(start, start + extent, dtype=np.int64).reshape(-1, segment.repeat))
             start += extent
-        return torch.cat(parts, dim=1)
+        return np.concatenate(parts, axis=1)
