@@ -20,6 +20,7 @@ from elastic.callbacks.base import list_elastic
 from elastic.callbacks.census import write_lines
 from elastic.data import ImageData
 from elastic.errors import TrainingError
+from elastic.experiments.tools.about import describe_run
 from elastic.experiments.tools.composition import CONF, check_flags, list_callbacks, rewrite, settle
 from elastic.experiments.tools.environment import check_processes, choose_precision, is_multirun, silence
 from elastic.experiments.tools.errors import pass_hydra, run
@@ -35,7 +36,7 @@ from elastic.experiments.tools.folders import (
 from elastic.experiments.tools.options import HELP
 from elastic.experiments.tools.parts import make_callbacks, make_loggers, make_recipe
 from elastic.experiments.tools.publish import publish
-from elastic.experiments.tools.restore import WEIGHTS, build_network
+from elastic.experiments.tools.restore import build_network
 from elastic.experiments.tools.summary import (
     find_revision,
     measure_network,
@@ -46,6 +47,7 @@ from elastic.experiments.tools.summary import (
 from elastic.experiments.tools.sweep import note_failure, read_objectives, run_in_sweep
 from elastic.experiments.tools.training_help import describe_training
 from elastic.files.network import Network
+from elastic.files.zoo import WEIGHTS
 from elastic.pruning.compaction import compact
 from elastic.training.classifier import ElasticClassifier
 from elastic.training.compilation import compile_network
@@ -143,7 +145,7 @@ def finish(
     summary["val/acc"] = census.history[-1].get("val/acc") if census.history else None
     for callback in list_elastic(trainer):
         summary |= callback.report()
-    network.save(folder / WEIGHTS, {"widths": structure.widths.sizes()})
+    network.save(folder / WEIGHTS, describe_run(cfg, data, summary))
     write_lines(folder / "history.jsonl", census.history)
     draw_history(census.history, structure.timeline, folder / "history.png")
     write_summary(summary, folder)

@@ -1,6 +1,7 @@
 """Write named tensors and what is to be said of them into one safetensors file, and read them back.
 
-Tensors that are mostly zero are stored as a bitmap and their non-zeros.
+A file is a plain one, unless it is packed: then tensors that are mostly zero are stored as a bitmap and their
+non-zeros, which only this module reads.
 """
 
 import json
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from elastic.errors import FileError
@@ -21,24 +22,28 @@ BITS, VALUES = ":bits", ":values"  # of a sparse tensor, behind its name: no ten
 KEY = "elastic"  # of the metadata: one key for all, since their order in the file would be random
 
 
-def write_tensors(tensors: Mapping[str, Tensor], about: Mapping[str, Any], path: Path) -> None:
-    """Write tensors, the sparse ones without their zeros, atomically.
+def write_tensors(
+    tensors: Mapping[str, Tensor], about: Mapping[str, Any], path: Path, packed: bool = False
+) -> None:
+    """Write tensors atomically.
 
     Args:
         about: plain containers.
+        packed: leave out the zeros of sparse tensors.
     """
     stored: dict[str, Tensor] = {}
     shapes: dict[str, list[int]] = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
         nonzero = tensor != 0
-        if tensor.is_floating_point() and nonzero.sum() < SPARSE * tensor.numel():
+        if packed and tensor.is_floating_point() and nonzero.sum() < SPARSE * tensor.numel():
             shapes[name] = list(tensor.shape)
             stored[name + BITS], stored[name + VALUES] = _pack_bits(nonzero), tensor[nonzero]
         else:
             stored[name] = tensor
     meta = {KEY: json.dumps({"about": dict(about), "sparse": shapes})}
-    write_atomically(path, lambda part: save_file(stored, part, meta))
+    contents = save(stored, meta)  # `save_file` makes a file that nobody else may read
+    write_atomically(path, lambda part: part.write_bytes(contents))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -57,8 +62,26 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return tensors, meta["about"]
     # What the file's bytes make of the library and of json: a header cut short, other types, other keys.
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        cause = str(error).splitlines()[0]
-        raise FileError(f"{path} cannot be read ({cause}): train again or restore it") from error
+        raise _refuse(path, error) from error
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """Read what is said of the tensors of a file, without them.
+
+    Raises:
+        FileError: it is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about: dict[str, Any] = json.loads(file.metadata()[KEY])["about"]
+            return about
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise _refuse(path, error) from error
+
+
+def _refuse(path: Path, error: Exception) -> FileError:
+    cause = str(error).splitlines()[0]
+    return FileError(f"{path} cannot be read ({cause}): train again or restore it")
 
 
 def _pack_bits(mask: Tensor) -> Tensor:

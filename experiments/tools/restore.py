@@ -15,8 +15,7 @@ from elastic.data import ImageData
 from elastic.errors import FileError, OptionError
 from elastic.experiments.tools.folders import check_finished, load_config
 from elastic.files.network import Network
-
-WEIGHTS = "model.safetensors"
+from elastic.files.zoo import WEIGHTS
 
 
 @dataclass(frozen=True)
