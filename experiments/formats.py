@@ -86,7 +86,11 @@ def measure(each: Exported, endings: Sequence[str], folder: Path) -> None:
         for calibration in ((), batches) if FORMATS[ending].has_int8 else ((),):
             column = f"{ending} int8" if calibration else ending
             path = folder / f"{'int8' if calibration else 'fp32'}{ending}"
-            each.difference[column] = f"{export(each.net, example, path, {}, calibration):.0e}"
+            try:
+                each.difference[column] = f"{export(each.net, example, path, {}, calibration):.0e}"
+            except FileError as error:
+                print(error)
+                continue
             files = [file for file in folder.iterdir() if file.stem == path.stem]
             each.size[column] = (
                 f"{sum(file.stat().st_size for file in files if file.suffix in (ending, '.bin')) / 1e3:,.0f}"

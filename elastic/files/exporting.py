@@ -53,9 +53,13 @@ def export(
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         part = Path(folder) / path.name
         form.write(source, part)
-        difference = _measure_difference(form.open(part, None), source)
+        remedy = "leave it in fp32" if calibration else "export it in fp32, or in another format"
+        try:
+            difference = _measure_difference(form.open(part, None), source)
+        except RuntimeError as error:  # of the runtime, which does not take what its tools have made
+            cause = str(error).splitlines()[0]
+            raise FileError(f"{path} cannot be run by its runtime ({cause}): {remedy}") from error
         if not difference <= tolerance:  # nor is NaN
-            remedy = "leave it in fp32" if calibration else "export it in fp32"
             raise FileError(f"{path} would differ from the network by {difference:.1e}: {remedy}")
         for file in sorted(part.parent.iterdir(), key=lambda file: file == part):  # the named one last
             os.replace(file, path.with_name(file.name))

@@ -18,7 +18,7 @@ from elastic.dynamic.attaching import attach_modules
 from elastic.dynamic.modules import iterate_modules
 from elastic.errors import FileError, OptionError
 from elastic.files.exporting import TOLERANCE, export, open_exported
-from elastic.files.formats import FORMATS, list_tensors
+from elastic.files.formats import FORMATS, Run, list_tensors
 from elastic.levels.nested import Levels
 from elastic.levels.sizes import level_sizes
 from elastic.models import convnet, resnet20
@@ -84,6 +84,18 @@ def answer(patch: pytest.MonkeyPatch, outputs: list[torch.Tensor]) -> None:
 def test_what_would_differ_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answer(monkeypatch, [torch.ones(3, 10)])
     with pytest.raises(FileError, match="would differ from the network by"):
+        export(convnet(in_channels=3), X, tmp_path / "net.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_its_runtime_does_not_take_is_not_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path, threads: int | None) -> Run:
+        raise RuntimeError("error 0x1\nat a place")
+
+    monkeypatch.setitem(FORMATS, ".pt2", replace(FORMATS[".pt2"], open=fail))
+    with pytest.raises(FileError, match=r"cannot be run by its runtime \(error 0x1\): export it in fp32"):
         export(convnet(in_channels=3), X, tmp_path / "net.pt2")
     assert not list(tmp_path.iterdir())
 
