@@ -91,10 +91,8 @@ def measure(each: Exported, endings: Sequence[str], folder: Path) -> None:
             except FileError as error:
                 print(error)
                 continue
-            files = [file for file in folder.iterdir() if file.stem == path.stem]
-            each.size[column] = (
-                f"{sum(file.stat().st_size for file in files if file.suffix in (ending, '.bin')) / 1e3:,.0f}"
-            )
+            files = [path, path.with_suffix(".bin")] if ending == ".xml" else [path]
+            each.size[column] = f"{sum(file.stat().st_size for file in files) / 1e3:,.0f}"
             runs[column] = open_exported(path, threads=1)
             if calibration:
                 each.accuracies[column] = f"{100 * measure_accuracy(runs[column], each.data, test=True):.2f}"

@@ -583,9 +583,7 @@ def test_half_of_imagenette(tmp_path):
 
 
 def configured(name, **changes):
-    group = OmegaConf.load(CONF / f"{name}.yaml")
-    bases = [OmegaConf.load(CONF / f"{base}.yaml") for base in group.pop("defaults", ())]
-    group = OmegaConf.merge(*bases, group, changes)
+    group = OmegaConf.merge(OmegaConf.load(CONF / f"{name}.yaml"), changes)
     return instantiate(OmegaConf.create({"seed": 11, "data": group}).data)
 
 

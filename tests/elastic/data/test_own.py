@@ -201,6 +201,6 @@ def test_a_data_set_of_hugging_face(tmp_path: Path) -> None:
 
 
 def test_its_configuration_names_what_the_class_takes() -> None:
-    node = OmegaConf.merge(OmegaConf.load(CONF / "folder.yaml"), OmegaConf.load(CONF / "huggingface.yaml"))
+    node = OmegaConf.load(CONF / "huggingface.yaml")
     names = HuggingFaceImages.__init__.__annotations__.keys() | {"root", "batch_size", "val_fraction", "seed"}
-    assert set(node) - {"_target_", "defaults", "workers", "augment", "mean", "std"} <= names
+    assert set(node) - {"_target_", "workers", "augment", "mean", "std"} <= names
