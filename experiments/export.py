@@ -60,11 +60,18 @@ def export_run(
 
 
 @torch.no_grad()
-def measure_accuracy(run: Run, data: ImageData, test: bool = False) -> float:
-    """Measure accuracy on the validation or the test split, in whatever runs the network."""
+def measure_accuracy(run: Run, data: ImageData, split: str = "val", images: int = 10**9) -> float:
+    """Measure accuracy on the validation or the test split, in whatever runs the network.
+
+    Args:
+        split: "val" or "test".
+        images: how many of its first images are enough.
+    """
     data.setup()
     correct = count = 0
-    for batch in data.test_dataloader() if test else data.val_dataloader():
+    for batch in data.test_dataloader() if split == "test" else data.val_dataloader():
+        if count >= images:
+            break
         x_BCHW, y_B = data.on_after_batch_transfer(batch, 0)
         (logits_BK,) = run(x_BCHW)
         correct += int((logits_BK.argmax(1) == y_B).sum())
