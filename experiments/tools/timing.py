@@ -60,9 +60,7 @@ def make_timed(folder: Path, summary: dict[str, Any]) -> Iterator[TimedNetwork]:
             yield TimedNetwork(cell, [make_skipping(dynamic, images[:TUNED_ON])], images)
 
 
-def time_runs(
-    summaries: Mapping[Path, dict[str, Any]], clock: Callable[[], float] = time.perf_counter
-) -> str:
+def time_runs(summaries: Mapping[Path, dict[str, Any]], clock: Callable[[], float] | None = None) -> str:
     """Write `latency_ms` into summaries, their levels and their sets; return how it was measured."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
