@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch.nn.functional as F
 
 from elastic.callbacks.base import ElasticCallback
 from elastic.errors import OptionError, TrainingError
@@ -163,7 +162,7 @@ class GrowOnSaturation(ElasticCallback):
             structure.net,
             structure.widths,
             added,
-            lambda net: F.cross_entropy(net(x_BCHW), y_B),
+            lambda net: structure.compute_loss(net(x_BCHW), y_B),
             structure.make_generator(),
         )
 

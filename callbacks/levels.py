@@ -73,7 +73,7 @@ class TrainLevels(ElasticCallback):
         structure, levels = self.structure, self.levels
         batches = [sample_batch(trainer, SAMPLES, structure.seed)] if self.importance == "taylor" else None
         widths = discover(levels[k], structure.example)
-        scores = score_channels(levels[k], widths, self.importance, batches)
+        scores = score_channels(levels[k], widths, self.importance, batches, structure.compute_loss)
         full = structure.widths.sizes()
         index = {name: rank_channels(scores[name], full[name]) for name in find_nestable(structure.widths)}
         with structure.changing():

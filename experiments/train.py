@@ -33,7 +33,7 @@ from elastic.experiments.tools.folders import (
     make_portable,
 )
 from elastic.experiments.tools.options import HELP
-from elastic.experiments.tools.parts import make_callbacks, make_loggers, make_recipe
+from elastic.experiments.tools.parts import make_callbacks, make_loggers, make_recipe, make_task
 from elastic.experiments.tools.publish import publish
 from elastic.experiments.tools.restore import WEIGHTS, build_network
 from elastic.experiments.tools.summary import (
@@ -47,12 +47,12 @@ from elastic.experiments.tools.sweep import note_failure, read_objectives, run_i
 from elastic.experiments.tools.training_help import describe_training
 from elastic.files.network import Network
 from elastic.pruning.compaction import compact
-from elastic.training.classifier import ElasticClassifier
 from elastic.training.compilation import compile_network
+from elastic.training.module import ElasticModule
 from elastic.training.structure import Structure
 
 
-def build(cfg: DictConfig) -> tuple[ElasticClassifier, ImageData]:
+def build(cfg: DictConfig) -> tuple[ElasticModule, ImageData]:
     """Build the network and its data, as the configuration describes them before anything has changed."""
     net, data = build_network(cfg)
     levels = None
@@ -62,14 +62,7 @@ def build(cfg: DictConfig) -> tuple[ElasticClassifier, ImageData]:
         network.reject_modules(weights)
         levels = network.levels if "dynamic" in list_callbacks(cfg) else None  # each gets modules of its own
         net.train()
-    module = ElasticClassifier(
-        net,
-        data.shape,
-        data.classes,
-        *make_recipe(cfg),
-        cfg.seed,
-        cfg.label_smoothing,
-    )
+    module = ElasticModule(net, data.shape, make_task(cfg, data.classes), *make_recipe(cfg), cfg.seed)
     if levels is not None:
         module.structure.nest(levels)
         module.train()
@@ -116,9 +109,7 @@ def make_trainer(cfg: DictConfig, callbacks: list[L.Callback], folder: Path) -> 
     return trainer
 
 
-def fit(
-    cfg: DictConfig, trainer: L.Trainer, module: ElasticClassifier, data: ImageData, folder: Path
-) -> None:
+def fit(cfg: DictConfig, trainer: L.Trainer, module: ElasticModule, data: ImageData, folder: Path) -> None:
     """Train, from the start or from the last checkpoint."""
     last = find_checkpoint(folder)
     if trainer.is_global_zero and last is None:
@@ -132,20 +123,23 @@ def fit(
 
 
 def finish(
-    cfg: DictConfig, trainer: L.Trainer, module: ElasticClassifier, data: ImageData, folder: Path
+    cfg: DictConfig, trainer: L.Trainer, module: ElasticModule, data: ImageData, folder: Path
 ) -> dict[str, Any]:
     """Measure the network once on the test split, and write down and show what the run has come to."""
     structure = module.cpu().float().structure  # saved and measured in 32 bits, whatever it was trained in
     network = make_network(structure)
     census = next((callback for callback in list_elastic(trainer) if isinstance(callback, Census)), Census())
-    summary = summarise(cfg, measure_network(network, data), census.seconds, census.macs_training)
+    summary = summarise(
+        cfg, measure_network(network, data, module.task), census.seconds, census.macs_training
+    )
     summary["epochs"] = trainer.current_epoch  # that were trained, whatever was planned
-    summary["val/acc"] = census.history[-1].get("val/acc") if census.history else None
+    metric = f"val/{module.task.metric}"
+    summary[metric] = census.history[-1].get(metric) if census.history else None
     for callback in list_elastic(trainer):
         summary |= callback.report()
     network.save(folder / WEIGHTS, {"widths": structure.widths.sizes()})
     write_lines(folder / "history.jsonl", census.history)
-    draw_history(census.history, structure.timeline, folder / "history.png")
+    draw_history(census.history, structure.timeline, folder / "history.png", module.task.metric)
     write_summary(summary, folder)
     options = OmegaConf.to_container(make_portable(cfg), resolve=True)
     for logger in trainer.loggers:

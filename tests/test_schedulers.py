@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler as lrs
 
 from elastic import Growth, Periodic
 from elastic.callbacks import GrowOnSaturation
-from elastic.training.classifier import ElasticClassifier
+from elastic.training.module import ElasticClassifier
 from tests.programs import BATCH, IMAGES, Killed, Spy, fit, kill_at, make_network
 
 EPOCHS, PER_EPOCH, GROWTH, LR = 5, IMAGES // BATCH, 2, 0.02

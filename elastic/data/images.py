@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 from elastic.data.imageset import Batch, ImageSet
-from elastic.data.split import split_stratified
+from elastic.data.split import find_strata, split_stratified
 from elastic.errors import DataError
 
 Change = Callable[[Tensor], Tensor]
@@ -45,7 +45,7 @@ class ImageData(L.LightningDataModule, ABC):
 
     Attributes:
         shape: (C, H, W).
-        classes: their number.
+        classes: their number; that of labels or values where targets are such.
         train_set, val_set, test_set: after `setup`.
     """
 
@@ -59,7 +59,7 @@ class ImageData(L.LightningDataModule, ABC):
         val_fraction: float = 0.1,
         seed: int = 0,
         split_seed: int = 0,
-        augment: Mapping[str, Change] | Iterable[Change] = (),
+        augment: Mapping[str, Change] | Iterable[Change] | None = None,
         mean: Sequence[float] = (0.0,),
         std: Sequence[float] = (1.0,),
         workers: int = 0,
@@ -72,7 +72,7 @@ class ImageData(L.LightningDataModule, ABC):
             raise DataError(f"batch_size is {batch_size}: set data.batch_size to 1 or more")
         self.root, self.batch_size, self.val_fraction = root, batch_size, val_fraction
         self.seed, self.split_seed = seed, split_seed
-        self.augment = tuple(augment.values() if isinstance(augment, Mapping) else augment)
+        self.augment = tuple(augment.values() if isinstance(augment, Mapping) else augment or ())
         self.mean, self.std = tuple(mean), tuple(std)
         self.workers, self.download = workers, download
         self.train_set: Subset[Batch] | None = None
@@ -104,8 +104,10 @@ class ImageData(L.LightningDataModule, ABC):
                     f"{name} has {count} numbers: set data.{name} to {self.shape[0]}, one a channel"
                 )
         official, test = self.load(download)
+        if self.augment and official.labels.dim() > 2:
+            raise DataError("augmentation would move images and not their masks: set data.augment=null")
         val_count = min(max(1, round(len(official) * (self.val_fraction or 0.1))), len(official) - 1)
-        train, val = split_stratified(official.labels, val_count, self.split_seed)
+        train, val = split_stratified(find_strata(official.labels), val_count, self.split_seed)
         if self.val_fraction == 0:
             train = torch.arange(len(official))
         if len(train) < self.batch_size:

@@ -17,14 +17,14 @@ class ImageSet(Dataset[Batch], ABC):
     """Fetch images as bytes with their labels, by the batch.
 
     Attributes:
-        labels: y_N, int64.
+        labels: the targets: y_N in int64, labels or values y_NK, masks y_NHW.
     """
 
     labels: Tensor
 
     @abstractmethod
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """Fetch x_BCHW in uint8 and y_B in int64."""
+        """Fetch x_BCHW in uint8 and their targets."""
 
     def __getitem__(self, index: int) -> Batch:
         x_BCHW, y_B = self.__getitems__([index])

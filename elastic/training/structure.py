@@ -24,10 +24,12 @@ from elastic.surgery.fresh import Fresh, zero_out
 from elastic.surgery.rebuilding import rebuild
 from elastic.surgery.reindexing import Index, reindex
 from elastic.training.groups import adopt_parameters
+from elastic.training.imitation import Outputs
 from elastic.training.layout import choose_memory_format
 from elastic.training.own_parameters import OwnOptimizers, OwnParameter, scale_module_rate
 from elastic.training.processes import find_differing_processes, unwrapped
 from elastic.training.routing import LossTerm, Router
+from elastic.training.tasks import compute_class_loss
 from elastic.widths.discovery import discover
 from elastic.widths.tracing import sync_traced
 
@@ -54,6 +56,8 @@ class Structure(nn.Module):
         levels: nested sub-networks, where there are any; `level` is the one that is trained and evaluated,
             `extra_levels` are validated beside it.
         dynamic_nets: the network, or each of its levels, with kernel activation modules.
+        outputs: what the network says, for levels and others that learn from it.
+        compute_loss: what channels are judged by, where gradients decide: outputs, targets -> loss.
         schedule_fraction: the part of the run that an optimizer and its schedule last.
 
     Raises:
@@ -77,6 +81,8 @@ class Structure(nn.Module):
         self.dynamic_nets: list[fx.GraphModule] = []
         self.module_rate = 1.0
         self.schedule_fraction = 1.0
+        self.outputs: Outputs = "classes"
+        self.compute_loss: Callable[[Any, Tensor], Tensor] = compute_class_loss
         self.own: OwnOptimizers = OwnOptimizers((), ())
         self.trainer: L.Trainer | None = None
         self._inner_call: Callable[..., Any] | None = None

@@ -4,7 +4,7 @@ Each function makes one that draws on a panel and returns whether there was anyt
 at the right edge, each with a line to where it is drawn, so that no name lies on another one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 from elastic.experiments.tools.arms import Arm, History, Summary
+from elastic.experiments.tools.metrics import ShownMetric, describe_metric, find_metric
 
 LINE = 0.17  # inches that a name takes
 MARGIN = 0.8  # inches above and below a panel
 LONGEST = 44  # characters of a name
-ACCURACY = "test accuracy (%)"
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,16 @@ class Series:
     colour: str
     runs: Sequence[Summary]
     histories: Sequence[History] = ()
+
+    @property
+    def metric(self) -> ShownMetric:
+        """Describe the metric that the runs are judged by."""
+        return describe_metric(find_metric(self.runs[0]))
+
+    def list_metrics(self, rows: Sequence[Mapping[str, Any]]) -> list[float]:
+        """List that metric of summaries, or of their levels, as it is shown."""
+        key = find_metric(self.runs[0])
+        return [self.metric.scale * row[key] for row in rows]
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,7 @@ def compute_height(names: int) -> float:
 
 
 def plot_against(series: Sequence[Series], key: str, label: str) -> Draw:
-    """Plot test accuracy against a cost, an arm a point, with the front of what nothing else beats."""
+    """Plot the metric of arms against a cost, an arm a point, with the front of what nothing else beats."""
 
     def draw(panel: Axes) -> bool:
         points = []
@@ -71,7 +81,7 @@ def plot_against(series: Sequence[Series], key: str, label: str) -> Draw:
             costs = [run[key] for run in arm.runs if run.get(key)]
             if len(costs) < len(arm.runs):
                 continue
-            accuracies = [100 * run["test/acc"] for run in arm.runs]
+            accuracies = arm.list_metrics(arm.runs)
             x, y = float(np.mean(costs)), float(np.mean(accuracies))
             sd = [float(np.std(v, ddof=1)) if len(v) > 1 else 0.0 for v in (costs, accuracies)]
             panel.errorbar(x, y, xerr=sd[0], yerr=sd[1], fmt="o", capsize=3, color=arm.colour)
@@ -80,7 +90,7 @@ def plot_against(series: Sequence[Series], key: str, label: str) -> Draw:
             return False
         front = find_front([(point.x, point.y) for point in points])
         panel.plot([points[i].x for i in front], [points[i].y for i in front], color="0.7", lw=1, zorder=0)
-        _finish(panel, label, ACCURACY, points, "x")
+        _finish(panel, label, series[0].metric.label, points, "x")
         return True
 
     return draw
@@ -106,7 +116,7 @@ def plot_over_time(series: Sequence[Series], key: str, label: str) -> Draw:
 
 
 def plot_levels(series: Sequence[Series], keys: Sequence[str], label: str, scale: float = 1.0) -> Draw:
-    """Plot accuracy of the levels, and of the sets of modules, against a cost: a line an arm.
+    """Plot the metric of the levels, and of the sets of modules, against a cost: a line an arm.
 
     Args:
         keys: of the cost; the first one that a level has.
@@ -121,14 +131,14 @@ def plot_levels(series: Sequence[Series], keys: Sequence[str], label: str, scale
                 if key is None:
                     continue
                 costs = np.mean([[scale * row[key] for row in run] for run in runs], 0)
-                accuracies = np.mean([[100 * row["test/acc"] for row in run] for run in runs], 0)
+                accuracies = np.mean([arm.list_metrics(run) for run in runs], 0)
                 order = np.argsort(costs)
                 panel.plot(costs[order], accuracies[order], marker, color=arm.colour)
                 name = f"{arm.name}, {kind}"
                 ends.append(Point(name, arm.colour, costs[order[-1]], accuracies[order[-1]]))
         if not ends:
             return False
-        _finish(panel, label, ACCURACY, ends)
+        _finish(panel, label, series[0].metric.label, ends)
         return True
 
     return draw

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from elastic.errors import OptionError
 from elastic.experiments.tools.composition import list_callbacks
 from elastic.training.schedules import Scheduler, make_schedule
+from elastic.training.tasks import Task
 
 
 def make_callbacks(cfg: DictConfig) -> list[L.Callback]:
@@ -40,6 +41,21 @@ def make_recipe(cfg: DictConfig) -> tuple[Callable[..., Optimizer], Callable[...
     except (TypeError, ValueError) as error:
         raise OptionError(f"{part}: {error}: change its options, or choose another {part}") from error
     return optimizer, scheduler
+
+
+def make_task(cfg: DictConfig, classes: int) -> Task:
+    """Make the task of a run.
+
+    Raises:
+        OptionError: what the configuration names is none.
+    """
+    task = instantiate(cfg.task, classes=classes)
+    if not isinstance(task, Task):
+        raise OptionError(
+            f"task._target_={cfg.task.get('_target_')} makes no task: name a subclass of "
+            "elastic.training.tasks.Task"
+        )
+    return task
 
 
 def make_loggers(cfg: DictConfig) -> list[Logger]:

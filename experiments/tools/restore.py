@@ -14,7 +14,9 @@ from torch import nn
 from elastic.data import ImageData
 from elastic.errors import FileError, OptionError
 from elastic.experiments.tools.folders import check_finished, load_config
+from elastic.experiments.tools.parts import make_task
 from elastic.files.network import Network
+from elastic.training.tasks import Classification, Task
 
 WEIGHTS = "model.safetensors"
 
@@ -25,6 +27,7 @@ class FinishedRun:
 
     network: Network
     data: ImageData
+    task: Task
     summary: dict[str, Any]
     config: DictConfig
     folder: Path
@@ -43,6 +46,18 @@ class FinishedRun:
         self.network.reject_modules(self.folder / WEIGHTS)
         return self
 
+    def require_classes(self) -> "FinishedRun":
+        """Refuse a task that does not tell a class an image, for a caller that asks whether it is right.
+
+        Raises:
+            OptionError: it is another one.
+        """
+        if not isinstance(self.task, Classification):
+            raise OptionError(
+                f"{self.folder} is a run of {type(self.task).__name__.lower()}: name a run of classification"
+            )
+        return self
+
 
 def restore(folder: Path) -> FinishedRun:
     """Restore a finished run from its folder.
@@ -58,7 +73,7 @@ def restore(folder: Path) -> FinishedRun:
         raise FileError(f"{folder / 'summary.json'} is damaged: finish the run with run={folder}") from error
     net, data = build_network(cfg)
     network = Network.load(net, folder / WEIGHTS, torch.zeros(1, *data.shape))
-    return FinishedRun(network, data, summary, cfg, folder)
+    return FinishedRun(network, data, make_task(cfg, data.classes), summary, cfg, folder)
 
 
 def build_network(cfg: DictConfig) -> tuple[nn.Module, ImageData]:

@@ -24,7 +24,7 @@ from elastic.models import convnet, resnet20
 from elastic.pruning import gates
 from elastic.surgery.fresh import draw_he_normal
 from elastic.surgery.reindexing import grow_index
-from elastic.training.classifier import ElasticClassifier
+from elastic.training.module import ElasticClassifier
 from elastic.training.own_parameters import OwnOptimizers
 from tests.fitted import EXACT, Run, Spy, fit, outputs, prepare
 from tests.resuming import assert_same
