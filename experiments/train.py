@@ -26,16 +26,18 @@ from elastic.experiments.tools.errors import pass_hydra, run
 from elastic.experiments.tools.figure import draw_history
 from elastic.experiments.tools.folders import (
     CONFIG,
+    RunMark,
     check_finished,
     continue_config,
     find_checkpoint,
     lock_folder,
     make_portable,
+    write_config,
 )
 from elastic.experiments.tools.options import HELP
 from elastic.experiments.tools.parts import make_callbacks, make_loggers, make_recipe, make_task
 from elastic.experiments.tools.publish import publish
-from elastic.experiments.tools.restore import WEIGHTS, build_network
+from elastic.experiments.tools.restore import WEIGHTS, build_network, find_digest
 from elastic.experiments.tools.summary import (
     find_revision,
     measure_network,
@@ -45,6 +47,7 @@ from elastic.experiments.tools.summary import (
 )
 from elastic.experiments.tools.sweep import note_failure, read_objectives, run_in_sweep
 from elastic.experiments.tools.training_help import describe_training
+from elastic.experiments.tools.trust import trust_modules
 from elastic.files.network import Network
 from elastic.pruning.compaction import compact
 from elastic.training.compilation import compile_network
@@ -98,7 +101,7 @@ def make_trainer(cfg: DictConfig, callbacks: list[L.Callback], folder: Path) -> 
     trainer: L.Trainer = instantiate(
         cfg.trainer,
         precision=choose_precision(cfg.trainer.precision),
-        callbacks=callbacks,
+        callbacks=[*callbacks, RunMark(cfg)],
         logger=make_loggers(cfg),
         enable_progress_bar="progress" in list_callbacks(cfg),
         default_root_dir=folder,
@@ -111,9 +114,9 @@ def make_trainer(cfg: DictConfig, callbacks: list[L.Callback], folder: Path) -> 
 
 def fit(cfg: DictConfig, trainer: L.Trainer, module: ElasticModule, data: ImageData, folder: Path) -> None:
     """Train, from the start or from the last checkpoint."""
-    last = find_checkpoint(folder)
-    if trainer.is_global_zero and last is None:
-        OmegaConf.save(make_portable(cfg), folder / CONFIG)
+    last = find_checkpoint(folder, cfg)
+    if trainer.is_global_zero and (last is None or not (folder / CONFIG).exists()):
+        write_config(cfg, folder)
     if cfg.get("compile"):
         compile_network(module.net)
     trainer.ckpt_path = last  # given to `fit`, callbacks would not know of it while they are set up
@@ -138,6 +141,7 @@ def finish(
     for callback in list_elastic(trainer):
         summary |= callback.report()
     network.save(folder / WEIGHTS, {"widths": structure.widths.sizes()})
+    summary["weights"] = find_digest(folder / WEIGHTS)
     write_lines(folder / "history.jsonl", census.history)
     draw_history(census.history, structure.timeline, folder / "history.png", module.task.metric)
     write_summary(summary, folder)
@@ -161,6 +165,7 @@ def make_network(structure: Structure) -> Network:
 def run_job(cfg: DictConfig) -> float | tuple[float, ...]:
     """Train what Hydra has composed; returns what a search goes by."""
     with pass_hydra():
+        trust_modules(cfg.trust)
         hydra_cfg = HydraConfig.get()
         folder, words = Path(hydra_cfg.runtime.output_dir), hydra_cfg.overrides.task
         choices = hydra_cfg.runtime.choices

@@ -4,6 +4,7 @@ The file is a safetensors file. The architecture is in its shapes and metadata; 
 built comes from the caller, so that no code is read from a file.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from elastic.widths.discovery import Widths, discover
 
 # What levels own, and kernel activation modules, are stored under these: no layer's name begins with a dot.
 LEVEL_NORMS, LEVEL_MODULES = ".levels.", ".kams."
+HEAD = re.compile(r"\.kams\.0\..*\.heads\.(\d+)\.")  # the set of a module of the smallest level
 
 
 class Network:
@@ -141,7 +143,7 @@ class Network:
         tensors, about = read_tensors(path)
         widths = _fill(model, {name: t for name, t in tensors.items() if not name.startswith(".")}, example)
         if "levels" in about:
-            levels = Levels(model, widths, about["levels"])
+            levels = Levels(model, widths, _check_levels(about["levels"], path))
             _load_state(levels.norms, _select(tensors, LEVEL_NORMS), f"{path} lacks norms of its levels")
             network = cls(levels)
         else:
@@ -149,7 +151,7 @@ class Network:
         for net in network.nets:
             net.eval()
         if "switched" in about:
-            network._attach(tensors, about["switched"], example, path)
+            network._attach(tensors, _check_modules(about["switched"], tensors, path), example, path)
         return network
 
     def _attach(self, tensors: Mapping[str, Tensor], modules: Any, example: Tensor, path: Path) -> None:
@@ -161,6 +163,23 @@ class Network:
             state = _select(tensors, f"{LEVEL_MODULES}{k}.")
             _load_state(dynamic.get_submodule(MODULES), state, f"{path} lacks modules of level {k}")
             self.dynamic_nets.append(dynamic.eval())
+
+
+def _check_levels(levels: Any, path: Path) -> list[dict[str, int]]:
+    """Return what a file says of its levels, if it is of the right type; whether it can be is seen later."""
+    are_levels = isinstance(levels, list) and all(isinstance(level, dict) for level in levels)
+    if not are_levels or any(type(n) is not int or n < 1 for level in levels for n in level.values()):
+        raise FileError(f"{path} says of its levels what cannot be: train again or restore it")
+    return list(levels)
+
+
+def _check_modules(modules: Any, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
+    """Return what a file says of its modules, if it has the tensors of as many sets."""
+    heads = {match[1] for name in tensors if (match := HEAD.match(name))}
+    fits = isinstance(modules, dict) and type(modules.get("sets")) is int and len(heads) == modules["sets"]
+    if not fits or not all(isinstance(modules.get(key), str) for key in ("kind", "choice")):
+        raise FileError(f"{path} says of its modules what its tensors do not: train again or restore it")
+    return dict(modules)
 
 
 def save(network: Network | Levels | nn.Module, path: Path, about: Mapping[str, Any] | None = None) -> None:

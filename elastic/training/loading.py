@@ -11,6 +11,7 @@ from elastic.errors import FileError
 from elastic.levels.nested import Levels
 from elastic.pruning.gates import attach_gates
 from elastic.surgery.rebuilding import rebuild
+from elastic.training.checkpoints import read_checkpoint
 from elastic.training.joining import add_structure, find_structure
 from elastic.training.structure import Structure
 
@@ -51,12 +52,9 @@ def load_module(module_class: type[M], checkpoint: Path | str, **arguments: Any)
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        saved["state_dict"]
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise FileError(f"{path} cannot be read ({reason}): name a checkpoint of Lightning's") from error
+    saved = read_checkpoint(path)
+    if not isinstance(saved.get("state_dict"), dict):
+        raise FileError(f"{path} has no state_dict: name a checkpoint of Lightning's")
     return saved
 
 

@@ -16,14 +16,16 @@ from matplotlib.ticker import EngFormatter, LogLocator
 
 from elastic.experiments.tools.arms import Arm, History
 from elastic.experiments.tools.metrics import SHARES, TEST, describe_metric
+from elastic.files.atomic import write_atomically
 
 LEAST = 0.01  # %, where a logarithmic axis has no place for zero
 LEGEND = 12  # widths that a legend has room for
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as a picture, and forget it."""
-    figure.savefig(path, dpi=120)
+    """Write a figure as a picture, atomically, and forget it."""
+    kind = path.suffix.removeprefix(".") or "png"
+    write_atomically(path, lambda part: figure.savefig(part, dpi=120, format=kind))
     plt.close(figure)
 
 

@@ -1,7 +1,9 @@
 """Restore what a finished run has saved: its network, its data, and what it says of both."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from torch import nn
 
 from elastic.data import ImageData
 from elastic.errors import FileError, OptionError
-from elastic.experiments.tools.folders import check_finished, load_config
+from elastic.experiments.tools.folders import SUMMARY, check_finished, load_config
 from elastic.experiments.tools.parts import make_task
+from elastic.experiments.tools.trust import trust_modules
 from elastic.files.network import Network
 from elastic.training.tasks import Classification, Task
 
@@ -59,21 +62,47 @@ class FinishedRun:
         return self
 
 
-def restore(folder: Path) -> FinishedRun:
+def restore(folder: Path, trust: Sequence[str] = ()) -> FinishedRun:
     """Restore a finished run from its folder.
 
+    Args:
+        trust: modules whose classes and functions the run's configuration may name, beside this package's.
+
     Raises:
-        FileError: the folder holds no finished run, or a damaged one.
+        FileError: the folder holds no finished run, or a damaged one, or names what is not trusted.
         StructureError: the weights are of another architecture.
     """
+    trust_modules(trust)
     cfg = load_config(check_finished(folder))
-    try:
-        summary = json.loads((folder / "summary.json").read_text())
-    except ValueError as error:
-        raise FileError(f"{folder / 'summary.json'} is damaged: finish the run with run={folder}") from error
+    summary = read_summary(folder)
+    if summary.get("weights", digest := find_digest(folder / WEIGHTS)) != digest:
+        raise FileError(
+            f"{folder / WEIGHTS} is damaged, or of another run: restore it, or finish the run with "
+            f"run={folder}"
+        )
     net, data = build_network(cfg)
     network = Network.load(net, folder / WEIGHTS, torch.zeros(1, *data.shape))
     return FinishedRun(network, data, make_task(cfg, data.classes), summary, cfg, folder)
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Read the summary of a finished run.
+
+    Raises:
+        FileError: it is missing or damaged.
+    """
+    try:
+        summary = json.loads((folder / SUMMARY).read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise FileError(f"{folder / SUMMARY} is damaged: finish the run with run={folder}") from error
+    if not isinstance(summary, dict):
+        raise FileError(f"{folder / SUMMARY} is damaged: finish the run with run={folder}")
+    return summary
+
+
+def find_digest(file: Path) -> str:
+    """Find the digest of a file's contents."""
+    return sha256(file.read_bytes()).hexdigest()
 
 
 def build_network(cfg: DictConfig) -> tuple[nn.Module, ImageData]:

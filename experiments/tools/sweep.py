@@ -21,9 +21,10 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from elastic.errors import BusyError, SweepError, TrainingError
+from elastic.errors import BusyError, FileError, SweepError, TrainingError
 from elastic.experiments.tools.errors import format_error
-from elastic.experiments.tools.folders import CONFIG, SUMMARY, load_config, make_portable
+from elastic.experiments.tools.folders import CONFIG, SUMMARY, make_portable, read_config
+from elastic.experiments.tools.restore import read_summary
 from elastic.files.atomic import write_atomically
 
 FAILED = "failed.json"  # in a run's folder: why it failed
@@ -71,11 +72,14 @@ def run_in_sweep(cfg: DictConfig, folder: Path, train: Callable[[DictConfig, Pat
 
 
 def _run_once(cfg: DictConfig, folder: Path, train: Callable[[DictConfig, Path], Summary]) -> Summary:
-    if (folder / CONFIG).exists() and load_config(folder) != make_portable(cfg):
-        raise TrainingError(f"{folder} holds another run: give the sweep another hydra.sweep.dir")
-    if (folder / SUMMARY).exists():
-        summary: Summary = json.loads((folder / SUMMARY).read_text())
-        return summary
+    try:
+        if (folder / CONFIG).exists() and read_config(folder) != make_portable(cfg):
+            raise TrainingError(f"{folder} holds another run: give the sweep another hydra.sweep.dir")
+        if (folder / SUMMARY).exists():
+            return read_summary(folder)
+    except FileError as error:  # what the sweep has at hand is put in its place
+        print(f"{error}; this sweep does its run again", flush=True)
+        (folder / CONFIG).unlink(missing_ok=True)
     (folder / FAILED).unlink(missing_ok=True)
     return train(cfg, folder)
 
