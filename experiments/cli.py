@@ -17,6 +17,7 @@ COMMANDS = {
     "evaluate": "measure a finished run again",
     "compare": "put many runs in one table, a figure, or a page",
     "export": "write a finished run's network for other programs",
+    "zoo": "list the networks that come with the package",
     "latency": "time a network with dynamic kernels beside its dense one",
     "serve": "serve a stream of images by an elastic network under load",
     "usage": "show how often dynamic kernels are on",

@@ -20,6 +20,7 @@ from elastic.callbacks.base import list_elastic
 from elastic.callbacks.census import write_lines
 from elastic.data import ImageData
 from elastic.errors import TrainingError
+from elastic.experiments.tools.about import describe_run
 from elastic.experiments.tools.composition import CONF, check_flags, list_callbacks, rewrite, settle
 from elastic.experiments.tools.environment import check_processes, choose_precision, is_multirun, silence
 from elastic.experiments.tools.errors import pass_hydra, run
@@ -37,7 +38,7 @@ from elastic.experiments.tools.folders import (
 from elastic.experiments.tools.options import HELP
 from elastic.experiments.tools.parts import make_callbacks, make_loggers, make_recipe, make_task
 from elastic.experiments.tools.publish import publish
-from elastic.experiments.tools.restore import WEIGHTS, build_network, find_digest
+from elastic.experiments.tools.restore import build_network, find_digest
 from elastic.experiments.tools.summary import (
     find_revision,
     measure_network,
@@ -49,6 +50,7 @@ from elastic.experiments.tools.sweep import note_failure, read_objectives, run_i
 from elastic.experiments.tools.training_help import describe_training
 from elastic.experiments.tools.trust import trust_modules
 from elastic.files.network import Network
+from elastic.files.zoo import WEIGHTS
 from elastic.pruning.compaction import compact
 from elastic.training.compilation import compile_network
 from elastic.training.module import ElasticModule
@@ -140,7 +142,7 @@ def finish(
     summary[metric] = census.history[-1].get(metric) if census.history else None
     for callback in list_elastic(trainer):
         summary |= callback.report()
-    network.save(folder / WEIGHTS, {"widths": structure.widths.sizes()})
+    network.save(folder / WEIGHTS, describe_run(cfg, data, summary))
     summary["weights"] = find_digest(folder / WEIGHTS)
     write_lines(folder / "history.jsonl", census.history)
     draw_history(census.history, structure.timeline, folder / "history.png", module.task.metric)

@@ -118,6 +118,12 @@ class ImageData(L.LightningDataModule, ABC):
         self.train_set, self.val_set = Subset(official, train.tolist()), Subset(official, val.tolist())
         self.test_set = test
 
+    @property
+    def class_names(self) -> list[str]:
+        """Name the classes, by their numbers where the set has no names or has not been read."""
+        names = self.test_set.class_names if self.test_set is not None else ()
+        return list(names) or [str(k) for k in range(self.classes)]
+
     def train_dataloader(self) -> DataLoader[Batch]:
         """Load training images, shuffled anew in each epoch."""
         # A DistributedSampler in one process too: its order follows from (seed, epoch) alone, so that a

@@ -18,9 +18,11 @@ class ImageSet(Dataset[Batch], ABC):
 
     Attributes:
         labels: the targets: y_N in int64, labels or values y_NK, masks y_NHW.
+        class_names: in the order of the labels, if they are known.
     """
 
     labels: Tensor
+    class_names: Sequence[str] = ()
 
     @abstractmethod
     def __getitems__(self, indices: Sequence[int]) -> Batch:
@@ -37,8 +39,8 @@ class ImageSet(Dataset[Batch], ABC):
 class InMemory(ImageSet):
     """Hold images x_NCHW in uint8 as one tensor."""
 
-    def __init__(self, x_NCHW: Tensor, y_N: Tensor) -> None:
-        self.images, self.labels = x_NCHW, y_N
+    def __init__(self, x_NCHW: Tensor, y_N: Tensor, class_names: Sequence[str] = ()) -> None:
+        self.images, self.labels, self.class_names = x_NCHW, y_N, class_names
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         index_B = torch.as_tensor(indices)

@@ -66,7 +66,7 @@ class TorchvisionImages(ImageData):
             raise ValueError(f"{len(x_NCHW)} images but {len(y_N)} labels")
         if y_N.min() < 0 or y_N.max() >= self.classes:
             raise ValueError(f"labels run from {y_N.min()} to {y_N.max()}, not within {self.classes} classes")
-        return InMemory(x_NCHW, y_N)
+        return InMemory(x_NCHW, y_N, part.classes)
 
 
 def _move_channels_first(x: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Keep what a run results in: a compacted network with its levels and its kernel activation modules.
 
-The file is a safetensors file. The architecture is in its shapes and metadata; the network as it was first
-built comes from the caller, so that no code is read from a file.
+The file is a safetensors file. Its tensors are those of the largest level under their own names; what levels
+and modules own begins with a dot. The architecture is shapes and metadata: a known builder and its options;
+or the caller brings the network as it was first built. No code is read from a file.
 """
 
 import re
@@ -16,13 +17,16 @@ from elastic.dynamic.attaching import MODULES, attach_modules
 from elastic.dynamic.modules import iterate_modules, select_set
 from elastic.errors import FileError, OptionError, StructureError
 from elastic.files.packing import read_tensors, write_tensors
+from elastic.files.zoo import find_file
 from elastic.levels.nested import Levels
+from elastic.models.builders import build_model
 from elastic.surgery.rebuilding import add_blocks, rebuild
 from elastic.widths.discovery import Widths, discover
 
 # What levels own, and kernel activation modules, are stored under these: no layer's name begins with a dot.
 LEVEL_NORMS, LEVEL_MODULES = ".levels.", ".kams."
 HEAD = re.compile(r"\.kams\.0\..*\.heads\.(\d+)\.")  # the set of a module of the smallest level
+STRUCTURE = ("levels", "switched")  # of the metadata: what the network itself knows
 
 
 class Network:
@@ -32,11 +36,19 @@ class Network:
         levels: the levels of a network, or a network that is its only level.
         dynamic_nets: each level with its kernel activation modules, if there are any.
 
+        about: what is to be said of it, in plain containers; see `docs/files.md`.
+
     Attributes:
         levels: the levels that share one storage; None where there is one only.
     """
 
-    def __init__(self, levels: Levels | nn.Module, dynamic_nets: Sequence[fx.GraphModule] = ()) -> None:
+    def __init__(
+        self,
+        levels: Levels | nn.Module,
+        dynamic_nets: Sequence[fx.GraphModule] = (),
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.about = dict(about or {})
         if isinstance(levels, nn.Module):
             self.levels, self.nets = None, [levels]
         else:
@@ -109,13 +121,14 @@ class Network:
                 "run that has none, such as the one that it started from"
             )
 
-    def save(self, path: Path, about: Mapping[str, Any] | None = None) -> None:
-        """Write the network atomically, its sparse tensors without their zeros.
+    def save(self, path: Path, about: Mapping[str, Any] | None = None, packed: bool = False) -> None:
+        """Write the network atomically.
 
         Args:
             about: what else is to be said of it, in plain containers.
+            packed: leave out the zeros of sparse tensors: smaller, but only this package reads it.
         """
-        tensors, about = dict(self.plain().state_dict()), dict(about or {})
+        tensors, about = dict(self.plain().state_dict()), {**self.about, **(about or {})}
         for k, net in enumerate(self.dynamic_nets):
             modules = net.get_submodule(MODULES).state_dict()
             tensors |= {f"{LEVEL_MODULES}{k}.{name}": tensor for name, tensor in modules.items()}
@@ -126,28 +139,34 @@ class Network:
             norms = self.levels.norms.state_dict()
             tensors |= {LEVEL_NORMS + name: tensor for name, tensor in norms.items()}
             about["levels"] = self.levels.sizes[:-1]
-        write_tensors(tensors, about, path)
+        write_tensors(tensors, about, path, packed)
 
     @classmethod
-    def load(cls, model: nn.Module, path: Path, example: Tensor) -> "Network":
+    def load(cls, model: nn.Module | None, path: Path, example: Tensor | None = None) -> "Network":
         """Read a network from its file, which is read once, ready for inference.
 
         Args:
-            model: the network as it was first built, before anything had changed; it is filled in place.
-            example: an input, batch first.
+            model: the network as it was first built, before anything had changed, to be filled in place; by
+                default it is built as the file says.
+            example: an input, batch first; by default zeros of the size that the file says.
 
         Raises:
-            FileError: the file is missing or damaged.
+            FileError: the file is missing or damaged, or does not say what is not given.
             StructureError: it is of another architecture.
         """
         tensors, about = read_tensors(path)
+        if example is None:
+            example = _make_example(about, path)
+        if model is None:
+            model = _build(about, path)
         widths = _fill(model, {name: t for name, t in tensors.items() if not name.startswith(".")}, example)
+        said = {name: value for name, value in about.items() if name not in STRUCTURE}
         if "levels" in about:
             levels = Levels(model, widths, _check_levels(about["levels"], path))
             _load_state(levels.norms, _select(tensors, LEVEL_NORMS), f"{path} lacks norms of its levels")
-            network = cls(levels)
+            network = cls(levels, about=said)
         else:
-            network = cls(model)
+            network = cls(model, about=said)
         for net in network.nets:
             net.eval()
         if "switched" in about:
@@ -182,14 +201,45 @@ def _check_modules(modules: Any, tensors: Mapping[str, Tensor], path: Path) -> d
     return dict(modules)
 
 
-def save(network: Network | Levels | nn.Module, path: Path, about: Mapping[str, Any] | None = None) -> None:
-    """Write a network into a small file; see `Network.save`."""
-    (network if isinstance(network, Network) else Network(network)).save(path, about)
+def save(
+    network: Network | Levels | nn.Module,
+    path: str | Path,
+    about: Mapping[str, Any] | None = None,
+    packed: bool = False,
+) -> None:
+    """Write a network into a safetensors file; see `Network.save`."""
+    (network if isinstance(network, Network) else Network(network)).save(Path(path), about, packed)
 
 
-def load(model: nn.Module, path: Path, example: Tensor) -> Network:
-    """Read a network from its file; see `Network.load`."""
-    return Network.load(model, path, example)
+def load(source: str | Path, net: nn.Module | None = None, example: Tensor | None = None) -> Network:
+    """Read a network by the name it has in the zoo, from its file, or from a folder that holds one.
+
+    Args:
+        net: the network as it was first built, where the file does not say how; it is filled in place.
+        example: an input, batch first, where the file does not say its size.
+
+    Raises:
+        FileError: there is no such file, it is damaged, or does not say what is not given.
+        StructureError: it is of another architecture.
+    """
+    return Network.load(net, find_file(source), example)
+
+
+def _make_example(about: Mapping[str, Any], path: Path) -> Tensor:
+    if "input" not in about:
+        raise FileError(f"{path} does not say the size of its input: give an example, batch first")
+    return torch.zeros(1, *about["input"])
+
+
+def _build(about: Mapping[str, Any], path: Path) -> nn.Module:
+    if "model" not in about:
+        raise FileError(
+            f"{path} does not say how its network is built: give the network as it was first built"
+        )
+    try:
+        return build_model(about["model"])
+    except OptionError as error:
+        raise FileError(f"{path}: {error}") from error
 
 
 def _select(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

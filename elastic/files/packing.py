@@ -1,6 +1,7 @@
 """Write named tensors and what is to be said of them into one safetensors file, and read them back.
 
-Tensors that are mostly zero are stored as a bitmap and their non-zeros. The metadata has a digest of all.
+A file is a plain one, unless it is packed: then tensors that are mostly zero are stored as a bitmap and their
+non-zeros, which only this module reads. The metadata has a digest of all.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -26,18 +27,21 @@ DIGEST, BLANK = "sha256", "0" * 64  # of the file, with this in its own place
 KEY = "elastic"  # of the metadata: one key for all, since their order in the file would be random
 
 
-def write_tensors(tensors: Mapping[str, Tensor], about: Mapping[str, Any], path: Path) -> None:
-    """Write tensors, the sparse ones without their zeros, atomically.
+def write_tensors(
+    tensors: Mapping[str, Tensor], about: Mapping[str, Any], path: Path, packed: bool = False
+) -> None:
+    """Write tensors atomically.
 
     Args:
         about: plain containers.
+        packed: leave out the zeros of sparse tensors.
     """
     stored: dict[str, Tensor] = {}
     shapes: dict[str, list[int]] = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
         nonzero = tensor != 0
-        if tensor.is_floating_point() and nonzero.sum() < SPARSE * tensor.numel():
+        if packed and tensor.is_floating_point() and nonzero.sum() < SPARSE * tensor.numel():
             shapes[name] = list(tensor.shape)
             stored[name + BITS], stored[name + VALUES] = _pack_bits(nonzero), tensor[nonzero]
         else:
@@ -63,8 +67,26 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors[name] = _unpack(stored[name + BITS], stored[name + VALUES], shape)
         return tensors, dict(meta["about"])
     except DAMAGE as error:
-        cause = (str(error).splitlines() or [type(error).__name__])[0]
-        raise FileError(f"{path} cannot be read ({cause}): train again or restore it") from error
+        raise _refuse(path, error) from error
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """Read what is said of the tensors of a file, without them.
+
+    Raises:
+        FileError: it is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about: dict[str, Any] = json.loads(file.metadata()[KEY])["about"]
+            return about
+    except DAMAGE as error:
+        raise _refuse(path, error) from error
+
+
+def _refuse(path: Path, error: Exception) -> FileError:
+    cause = (str(error).splitlines() or [type(error).__name__])[0]
+    return FileError(f"{path} cannot be read ({cause}): train again or restore it")
 
 
 def _read_meta(content: bytes) -> dict[str, Any]:

@@ -19,9 +19,8 @@ from elastic.experiments.tools.folders import SUMMARY, check_finished, load_conf
 from elastic.experiments.tools.parts import make_task
 from elastic.experiments.tools.trust import trust_modules
 from elastic.files.network import Network
+from elastic.files.zoo import WEIGHTS
 from elastic.training.tasks import Classification, Task
-
-WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)

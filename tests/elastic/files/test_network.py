@@ -59,7 +59,7 @@ def test_levels_come_back_to_the_last_bit(tmp_path: Path, name: str) -> None:
         with torch.no_grad():
             for tensor in (*net.parameters(), *levels.norms.parameters()):
                 tensor[torch.rand(tensor.shape) < 0.6] = 0
-    Network(levels).save(tmp_path / "levels", {"seed": 3})
+    Network(levels).save(tmp_path / "levels", {"seed": 3}, packed=True)
     again = load_levels(fresh(name), tmp_path / "levels", x)
     assert again.sizes == levels.sizes and len(again) == len(levels)
     for a, b in zip(levels, again, strict=True):
@@ -376,8 +376,8 @@ def test_the_package_saves_and_loads(tmp_path: Path) -> None:
     net, x, widths = built("convnet")
     elastic.save(net.eval(), tmp_path / "net")
     elastic.save(evaluated(nested(net, widths, halves(widths, 0.5))), tmp_path / "levels")
-    assert torch.equal(elastic.load(fresh("convnet"), tmp_path / "net", x).run(x), net(x))
-    assert len(elastic.load(fresh("convnet"), tmp_path / "levels", x)) == 2
+    assert torch.equal(elastic.load(tmp_path / "net", fresh("convnet"), x).run(x), net(x))
+    assert len(elastic.load(tmp_path / "levels", fresh("convnet"), x)) == 2
     assert elastic.Network is Network
     with pytest.raises(AttributeError, match="has no attribute 'lode'"):
         elastic.lode  # noqa: B018

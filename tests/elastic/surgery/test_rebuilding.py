@@ -182,7 +182,7 @@ def test_sparse_storage_is_smaller(tmp_path: Path) -> None:
     for parameter in model.parameters():
         if parameter.dim() == 4:
             parameter.data *= torch.rand(parameter.shape) < 0.1
-    Network(model).save(tmp_path / "sparse", {})
+    Network(model).save(tmp_path / "sparse", packed=True)
     dense, sparse = ((tmp_path / name).stat().st_size for name in ("dense", "sparse"))
     assert dense > 4 * 270_000 and sparse < dense / 5
     assert dense < 4 * sum(t.numel() for t in model.state_dict().values()) + 40_000, "no sparse overhead"
@@ -271,7 +271,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
 @pytest.mark.parametrize("damage", list(DAMAGE))
 def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "m.safetensors"
-    Network(compacted()).save(path, {})
+    Network(compacted()).save(path, packed=True)
     assert "3.weight:bits" in load_file(path)
     DAMAGE[damage](path)
     assert str(path) in refused(path)
@@ -297,11 +297,13 @@ def test_a_file_that_cannot_be_written_leaves_the_last_one(
     Network(built()).save(path, {})
     before = path.read_bytes()
 
-    def full(tensors: Any, filename: Path, *_: Any) -> None:
-        Path(filename).write_bytes(b"half")
+    write = Path.write_bytes
+
+    def full(part: Path, contents: bytes) -> int:
+        write(part, b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("elastic.files.packing.save_file", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
         Network(built(seed=1)).save(path, {})
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
