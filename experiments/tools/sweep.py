@@ -25,6 +25,7 @@ from elastic.errors import BusyError, FileError, SweepError, TrainingError
 from elastic.experiments.tools.errors import format_error
 from elastic.experiments.tools.folders import CONFIG, SUMMARY, make_portable, read_config
 from elastic.experiments.tools.restore import read_summary
+from elastic.experiments.tools.signals import AGAIN, advise
 from elastic.files.atomic import write_atomically
 
 FAILED = "failed.json"  # in a run's folder: why it failed
@@ -114,6 +115,7 @@ class Sweep(Callback):
         runs = sweeper.get("n_trials") or count_grid(sweeper.get("params") or {}, config.hydra.overrides.task)
         since = time.time()
         done = count_states(folder, since)[0]
+        advise(lambda: f"{AGAIN}, the sweep in {folder} goes on")
         plan = {"runs": runs, "since": since, "behind": done}
         write_atomically(folder / PLAN, lambda part: part.write_text(json.dumps(plan) + "\n"))
         if sweeper.get("storage") is not None:
