@@ -53,7 +53,7 @@ from elastic.experiments.tools.summary import (
     summarise,
     write_summary,
 )
-from elastic.experiments.tools.sweep import note_failure, read_objectives, run_in_sweep
+from elastic.experiments.tools.sweep import complete_sweep, note_failure, read_objectives, run_in_sweep
 from elastic.experiments.tools.training_help import describe_training
 from elastic.experiments.tools.trust import trust_modules
 from elastic.files.network import Network
@@ -200,7 +200,8 @@ def main() -> None:
         return
     sys.argv[1:] = [rewrite(word) for word in sys.argv[1:]]
     check_flags(sys.argv[1:])
-    run_job()
+    with complete_sweep():
+        run_job()
 
 
 if __name__ == "__main__":
