@@ -10,6 +10,7 @@ from pathlib import Path
 
 from elastic.errors import OptionError
 from elastic.experiments.tools.options import HELP
+from elastic.experiments.tools.signals import end_on_signals
 
 # Kept here, since importing a command takes seconds.
 COMMANDS = {
@@ -68,6 +69,7 @@ def run_command() -> None:
 
 
 def main() -> None:
+    end_on_signals()  # while it imports what takes seconds
     from elastic.experiments.tools.errors import run
 
     run(run_command)

@@ -5,6 +5,7 @@ The run's folder gets the resolved configuration, `last.ckpt`, `timeline.jsonl`,
 """
 
 import sys
+from multiprocessing import current_process
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,13 @@ from elastic.data import ImageData
 from elastic.errors import TrainingError
 from elastic.experiments.tools.about import describe_run
 from elastic.experiments.tools.composition import CONF, check_flags, list_callbacks, rewrite, settle
-from elastic.experiments.tools.environment import check_processes, choose_precision, is_multirun, silence
+from elastic.experiments.tools.environment import (
+    EndOnSignals,
+    check_processes,
+    choose_precision,
+    is_multirun,
+    silence,
+)
 from elastic.experiments.tools.errors import pass_hydra, run
 from elastic.experiments.tools.figure import draw_history
 from elastic.experiments.tools.folders import (
@@ -39,6 +46,7 @@ from elastic.experiments.tools.options import HELP
 from elastic.experiments.tools.parts import make_callbacks, make_loggers, make_recipe, make_task
 from elastic.experiments.tools.publish import publish
 from elastic.experiments.tools.restore import build_network, find_digest
+from elastic.experiments.tools.signals import AGAIN, advise, follow_parent
 from elastic.experiments.tools.summary import (
     find_revision,
     measure_network,
@@ -46,7 +54,7 @@ from elastic.experiments.tools.summary import (
     summarise,
     write_summary,
 )
-from elastic.experiments.tools.sweep import note_failure, read_objectives, run_in_sweep
+from elastic.experiments.tools.sweep import complete_sweep, note_failure, read_objectives, run_in_sweep
 from elastic.experiments.tools.training_help import describe_training
 from elastic.experiments.tools.trust import trust_modules
 from elastic.files.network import Network
@@ -81,6 +89,8 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         BusyError: another process does.
     """
     with lock_folder(folder):
+        if not is_multirun():
+            advise(lambda: f"go on with elastic train run={folder}" if (folder / CONFIG).exists() else AGAIN)
         silence()
         find_revision()  # of the code that trains, not of what is there when it has
         if cfg.threads is not None:
@@ -103,7 +113,7 @@ def make_trainer(cfg: DictConfig, callbacks: list[L.Callback], folder: Path) -> 
     trainer: L.Trainer = instantiate(
         cfg.trainer,
         precision=choose_precision(cfg.trainer.precision),
-        callbacks=[*callbacks, RunMark(cfg)],
+        callbacks=[*callbacks, RunMark(cfg), EndOnSignals()],
         logger=make_loggers(cfg),
         enable_progress_bar="progress" in list_callbacks(cfg),
         default_root_dir=folder,
@@ -167,6 +177,8 @@ def make_network(structure: Structure) -> Network:
 def run_job(cfg: DictConfig) -> float | tuple[float, ...]:
     """Train what Hydra has composed; returns what a search goes by."""
     with pass_hydra():
+        if current_process().name != "MainProcess":  # a worker of a sweep
+            follow_parent()
         trust_modules(cfg.trust)
         hydra_cfg = HydraConfig.get()
         folder, words = Path(hydra_cfg.runtime.output_dir), hydra_cfg.overrides.task
@@ -184,7 +196,8 @@ def main() -> None:
         return
     sys.argv[1:] = [rewrite(word) for word in sys.argv[1:]]
     check_flags(sys.argv[1:])
-    run_job()
+    with complete_sweep():
+        run_job()
 
 
 if __name__ == "__main__":

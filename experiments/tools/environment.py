@@ -1,6 +1,7 @@
 """Prepare a process for its task: quiet libraries, the right precision, processes that it will hear of."""
 
 import logging
+import signal
 import warnings
 
 import lightning as L
@@ -10,6 +11,7 @@ from hydra.types import RunMode
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 
 from elastic.errors import SweepError, TrainingError
+from elastic.experiments.tools.signals import Interrupted, keep_raising
 
 ADVICE = (
     ".*does not have many workers.*",  # the sets are held in memory
@@ -24,11 +26,28 @@ ADVICE = (
 
 def silence() -> None:
     """Silence advice that does not apply here, and make the CPU flush denormals."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("utilities.rank_zero", "accelerators.cuda", "trainer.connectors.signal_connector"):
+        logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.WARNING)
     for message in ADVICE:
         warnings.filterwarnings("ignore", message)
     torch.set_flush_denormal(True)
+
+
+class EndOnSignals(L.Callback):
+    """End all processes of a run on a signal, at once: Lightning would go on, and end as if it were done."""
+
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        keep_raising()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        keep_raising()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        launcher = trainer.strategy.launcher
+        if isinstance(exception, Interrupted) and launcher is not None:
+            launcher.kill(signal.SIGTERM)
 
 
 def choose_precision(precision: str) -> str:
