@@ -127,8 +127,8 @@ def make_trainer(cfg: DictConfig, callbacks: list[L.Callback], folder: Path) -> 
 def fit(cfg: DictConfig, trainer: L.Trainer, module: ElasticModule, data: ImageData, folder: Path) -> None:
     """Train, from the start or from the last checkpoint."""
     last = find_checkpoint(folder, cfg)
-    if trainer.is_global_zero and (last is None or not (folder / CONFIG).exists()):
-        write_config(cfg, folder)
+    if trainer.is_global_zero:
+        write_config(cfg, folder)  # a run that goes on may last for longer
     if cfg.get("compile"):
         compile_network(module.net)
     trainer.ckpt_path = last  # given to `fit`, callbacks would not know of it while they are set up

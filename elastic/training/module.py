@@ -8,10 +8,11 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric, Metric
 
 from elastic.errors import TrainingError
-from elastic.training.schedules import Scheduler, make_schedule
+from elastic.training.schedules import Scheduler, make_schedule, read_plan, replan
 from elastic.training.structure import Structure
 from elastic.training.tasks import Classification, Task
 
@@ -50,6 +51,7 @@ class ElasticModule(L.LightningModule):
         self.train_metric = task.make_metrics()[task.metric]
         self.metrics = nn.ModuleDict({part: nn.ModuleDict(task.make_metrics()) for part in PARTS})
         self._level_metrics: dict[int, Metric] = {}
+        self._plan: dict[str, Any] = {}  # of the learning rate's schedule
         self.structure.lay_out()
 
     def forward(self, x_BCHW: Tensor) -> Any:
@@ -110,6 +112,14 @@ class ElasticModule(L.LightningModule):
         self.structure.trainer = self.trainer
         self.structure.lay_out()
 
+    def on_train_start(self) -> None:
+        """Let the schedule last as long as the run does now: a checkpoint may be of a shorter one."""
+        for config in self.trainer.lr_scheduler_configs:
+            scheduler = config.scheduler
+            if isinstance(scheduler, LRScheduler) and read_plan(scheduler) != self._plan:
+                assert self.make_scheduler is not None
+                config.scheduler = replan(self.make_scheduler, scheduler, self._plan)
+
     def on_train_epoch_start(self) -> None:
         rank = [self.global_rank] if self.global_rank else []  # each process draws its own augmentation
         L.seed_everything(self.structure.make_seed(self.current_epoch, 0, *rank), verbose=False)
@@ -148,6 +158,7 @@ class ElasticModule(L.LightningModule):
             )
         steps = round(steps * self.structure.schedule_fraction)
         schedule = make_schedule(self.make_scheduler, optimizer, steps, int(batches))
+        self._plan = read_plan(schedule["scheduler"])  # type: ignore[arg-type]
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
 

@@ -1,6 +1,7 @@
 """Fit a learning rate schedule of torch's to a run."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -45,3 +46,27 @@ def make_schedule(
     # By the batches of an epoch: by epochs Lightning does it after the checkpoint, which would lose one.
     frequency = 1 if by_batch else batches
     return {"scheduler": scheduler, "interval": "step", "frequency": frequency, "monitor": "val/loss"}
+
+
+def read_plan(scheduler: Scheduler) -> dict[str, Any]:
+    """Read how long a scheduler is to last, as far as it has been told."""
+    return {name: value for name, value in vars(scheduler).items() if name in LENGTH}
+
+
+def replan(
+    make_scheduler: Callable[..., Scheduler], scheduler: LRScheduler, plan: Mapping[str, Any]
+) -> Scheduler:
+    """Make a scheduler of another length and bring it to where the present one is.
+
+    Args:
+        plan: of the new one, see `read_plan`.
+    """
+    optimizer: torch.optim.Optimizer = scheduler.optimizer
+    for group in optimizer.param_groups:  # where it began: most schedulers go on from the last rate
+        group["lr"] = group["initial_lr"]
+    longer = make_scheduler(optimizer, **plan)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+        for _ in range(scheduler.last_epoch):
+            longer.step()  # type: ignore[call-arg]
+    return longer

@@ -27,6 +27,7 @@ PARTS = {"name", "seed", "choices", "data", "model", "optimizer", "trainer", "ca
 DEEPEST = 50  # of a configuration's lists and dictionaries in each other
 REMEDY = "restore it, or train again in another folder"
 # What may differ between a run and what continues it: where data is and who reads it, not what is trained.
+EPOCHS = "trainer.max_epochs="  # the one option that a run that goes on may change
 PLACES = ("root", "download", "workers")
 
 
@@ -35,7 +36,7 @@ class RunMark(L.Callback):
 
     def __init__(self, cfg: DictConfig) -> None:
         parts: Any = OmegaConf.to_container(make_portable(cfg), resolve=False)
-        kept = {key: parts.get(key) for key in ("seed", "model", "optimizer", "label_smoothing", "init")}
+        kept = {key: parts.get(key) for key in ("seed", "task", "model", "optimizer", "init")}
         kept["data"] = {key: value for key, value in parts["data"].items() if key not in PLACES}
         kept["callbacks"] = sorted(name for name, node in parts["callbacks"].items() if node is not None)
         self.digest = sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
@@ -65,22 +66,44 @@ def lock_folder(folder: Path) -> Iterator[None]:
 def continue_config(cfg: DictConfig, folder: Path) -> DictConfig:
     """Return the configuration of a run: a folder that holds one already is continued with its own.
 
+    It may be continued for more epochs than it was started with.
+
     Raises:
         TrainingError: overrides that would make a continued run another one.
     """
     cfg.run = str(folder)
     has_begun = (folder / CHECKPOINT).exists()
-    words = HydraConfig.get().overrides.task
-    has_options = any(not text.startswith(("run=", "trust=")) for text in words)
-    if has_begun and has_options:
+    words = [text for text in HydraConfig.get().overrides.task if not text.startswith(("run=", "trust="))]
+    goes_on = [text for text in words if text.startswith(EPOCHS)]
+    if has_begun and len(words) > len(goes_on):
         raise TrainingError(
-            f"{folder} holds a run already: continue it with run={folder} alone, or name another folder"
+            f"{folder} holds a run already: continue it with run={folder} alone, for more epochs with "
+            f"{EPOCHS}…, or name another folder"
         )
-    if has_options or not (has_begun or (folder / CONFIG).exists()):
+    if not has_begun and (words or not (folder / CONFIG).exists()):
         return cfg
     saved = load_config(folder)
     saved.run = str(folder)
+    if goes_on:
+        extend(saved, cfg.trainer.max_epochs, folder)
     return saved
+
+
+def extend(saved: DictConfig, epochs: int, folder: Path) -> None:
+    """Let a run that has begun last for more epochs.
+
+    Raises:
+        TrainingError: it has planned each of them, or they would be fewer.
+    """
+    planned = saved.trainer.max_epochs
+    if saved.callbacks.get("reconstruct") is not None and epochs != planned:
+        raise TrainingError(
+            f"{folder} holds a run in phases, whose epochs were shared out at its start: continue it with "
+            f"run={folder} alone, or start another one from it with init={folder}"
+        )
+    if epochs < planned:
+        raise TrainingError(f"{folder} holds a run of {planned} epochs: set {EPOCHS}{planned} or more")
+    saved.trainer.max_epochs = epochs
 
 
 def load_config(folder: Path) -> DictConfig:

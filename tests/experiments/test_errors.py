@@ -135,6 +135,39 @@ def test_a_folder_that_holds_a_run_is_not_given_another(
     assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
 
 
+def test_a_run_is_continued_for_more_epochs_but_not_for_fewer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(*options: str) -> tuple[int, str]:
+        code, _, err = command(
+            elastic.experiments.train.main, monkeypatch, capsys, f"run={tmp_path}", *options
+        )
+        return code, err
+
+    def read_epochs() -> list[int]:
+        rows = (tmp_path / "history.jsonl").read_text().splitlines()
+        return [json.loads(row)["epoch"] for row in rows]
+
+    assert train(*SMOKE, "trainer.max_epochs=2")[0] == 0 and read_epochs() == [0, 1]
+    assert train("trainer.max_epochs=4")[0] == 0 and read_epochs() == [0, 1, 2, 3]
+    assert json.loads((tmp_path / "summary.json").read_text())["epochs"] == 4
+    assert train()[0] == 0 and read_epochs() == [0, 1, 2, 3], "it is a run of four epochs now"
+    code, err = train("trainer.max_epochs=3")
+    assert "holds a run of 4 epochs: set trainer.max_epochs=4 or more" in told(err, code)
+
+
+def test_a_run_in_phases_is_not_continued_for_more_epochs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("schedule=reconstruct", "callbacks.reconstruct.fractions=[0.5]", *SMOKE[1:3])
+    quick = (f"run={tmp_path}", "callbacks.progress=null", "trainer.max_epochs=4", "data.batch_size=600")
+    code, _, err = command(elastic.experiments.train.main, monkeypatch, capsys, *given, *quick)
+    assert (code, err) == (0, "")
+    given = (f"run={tmp_path}", "trainer.max_epochs=9")
+    code, _, err = command(elastic.experiments.train.main, monkeypatch, capsys, *given)
+    assert "in phases" in told(err, code) and f"init={tmp_path}" in err
+
+
 def test_the_whole_traceback_is_there_for_the_asking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     GlobalHydra.instance().clear()
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
