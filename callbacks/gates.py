@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from torch import nn
 
 from elastic.callbacks.base import ElasticCallback
@@ -73,6 +74,7 @@ class PruneByGates(ElasticCallback):
         self.is_above_path = True
         self.uses: dict[str, float] = {}  # of each weight, by layer
         self._is_active = False
+        self._priced: dict[str, torch.Size] = {}  # shapes of the gates that have their prices
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -155,7 +157,11 @@ class PruneByGates(ElasticCallback):
 
     def _set_prices(self) -> None:
         """Set what a weight of each layer costs, relative to the average."""
-        if self.by == "macs":
+        if self.by != "macs":
+            return
+        shapes = {path: gate.score.shape for path, _, gate in gates.iterate_gates(self.structure.net)}
+        if shapes != self._priced:
+            self._priced = shapes
             self.uses = count_macs_per_weight(self.structure.net, self.structure.example)
             average = sum(self.uses.values()) / len(self.uses)
             for path, _, gate in gates.iterate_gates(self.structure.net):
