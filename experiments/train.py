@@ -166,10 +166,12 @@ def finish(
 
 def make_network(structure: Structure) -> Network:
     """Make what a run leaves of a network: compacted, unless levels or modules know its channels."""
+    for net in structure.nets:
+        net.eval()
     if structure.levels is not None:
         return Network(structure.levels, structure.dynamic_nets)
     if structure.dynamic_nets:
-        return Network(structure.net.eval(), structure.dynamic_nets)
+        return Network(structure.net, structure.dynamic_nets)
     return Network(compact(structure.net, structure.example))
 
 

@@ -46,7 +46,11 @@ def count_calls(module: L.LightningModule, *callbacks: L.Callback) -> Calls:
         calls.__exit__(None, None, None)
         calls.steps += 1
 
-    around = [Spy(on_train_batch_start=lambda *_: calls.__enter__()), *callbacks, Spy(on_train_batch_end=leave)]
+    around = [
+        Spy(on_train_batch_start=lambda *_: calls.__enter__()),
+        *callbacks,
+        Spy(on_train_batch_end=leave),
+    ]
     fit(module, around, max_epochs=5, limit_train_batches=2, limit_val_batches=0)
     return calls
 
