@@ -76,16 +76,16 @@ def read_summaries(folder: Path, arm: str) -> list[dict[str, Any]]:
         raise FileError(f"a summary.json of {folder / arm} is damaged: restore it") from error
 
 
-def replace_table(text: str, table: str) -> str:
+def replace_table(text: str, table: str, begin: str = BEGIN, end: str = END) -> str:
     """Put the table between the marks of a text.
 
     Raises:
         FileError: the text has no such marks.
     """
-    marked = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+    marked = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
     if not marked.search(text):
-        raise FileError(f"README.md has no place for the table: put '{BEGIN}' and '{END}' around it")
-    return marked.sub(lambda _: f"{BEGIN}\n{table}\n{END}", text)
+        raise FileError(f"there is no place for the table: put '{begin}' and '{end}' around it")
+    return marked.sub(lambda _: f"{begin}\n{table}\n{end}", text)
 
 
 def _make_cells(row: Row, folder: Path) -> tuple[str, ...]:

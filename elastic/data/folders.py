@@ -1,86 +1,74 @@
-"""Read sets too large for memory: a folder a class, its images decoded as they are fetched."""
+"""Read sets of image files from a folder a class."""
 
-from collections.abc import Sequence
+import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
+from lightning.pytorch.utilities import rank_zero_only
 from torchvision import datasets
-from torchvision.transforms import v2
 
+from elastic.data.decoding import list_suffixes
 from elastic.data.fetch import guard_fetch
+from elastic.data.files import ImageFiles
 from elastic.data.images import ImageData
-from elastic.data.imageset import Batch, ImageSet
+from elastic.data.imageset import ImageSet
 from elastic.errors import DataError
 
-SIXTEEN_BITS = ("I;16", "I;16L", "I;16B")  # modes of Pillow, whose conversion would clip them at 255
+log = logging.getLogger(__name__)
 
 
-class VisibleFolders(datasets.ImageFolder):
-    """List images a folder a class, without hidden folders and files, such as `.ipynb_checkpoints`."""
-
-    def __init__(self, folder: Path) -> None:
-        suffixes = datasets.folder.IMG_EXTENSIONS
-
-        def is_shown(path: str) -> bool:
-            parts = Path(path).relative_to(folder).parts
-            return path.lower().endswith(suffixes) and not any(part.startswith(".") for part in parts)
-
-        super().__init__(folder, is_valid_file=is_shown)
-
-    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-        """Find the folders that are shown."""
-        names = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
-        if not names:
-            raise FileNotFoundError(f"no class folder in {directory}")
-        return names, {name: k for k, name in enumerate(names)}
-
-
-class ImageFiles(ImageSet):
-    """Decode images of `folder/<class>/*`: the shorter side scaled to `size`, the centre square cut out."""
-
-    def __init__(self, folder: Path, size: int) -> None:
-        try:
-            files = VisibleFolders(folder)
-        except FileNotFoundError as error:
-            raise DataError(
-                f"{folder} holds no images ({error}): fill it as {folder}/<class>/*.jpg, no class empty, "
-                "or set data.root (or ELASTIC_DATA) to the right folder"
-            ) from error
-        self.folder, self.class_names = folder, files.classes
-        self.paths = [path for path, _ in files.samples]
-        self.labels = torch.tensor(files.targets)
-        self.to_bytes = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])
-
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
-        images = [self._decode(self.paths[i]) for i in indices]
-        return torch.stack(images), self.labels[torch.as_tensor(indices)]
-
-    def _decode(self, path: str) -> torch.Tensor:
-        try:
-            return self.to_bytes(read_rgb(path))
-        except DataError:
-            raise
-        except Exception as error:  # Pillow's decoders fail with OSError, SyntaxError, struct.error, …
-            raise DataError(f"{path} is not a readable image: delete or replace it") from error
-
-
-def read_rgb(path: str | Path) -> Image.Image:
-    """Read an image as 8-bit RGB, whatever mode it has.
+def list_folder(folder: Path, size: int) -> ImageFiles:
+    """List the images of `folder/<class>/**`: what Pillow reads, and is not hidden; the rest is counted.
 
     Raises:
-        DataError: its values have no declared range.
+        DataError: there are no images, or none of a class.
     """
-    with Image.open(path) as image:
-        # Older versions of Pillow open 16-bit PNG files in the mode of 32 bits.
-        if image.mode in SIXTEEN_BITS or (image.mode == "I" and image.format == "PNG"):
-            grey = (np.asarray(image, dtype=np.float32) / 257).round().astype(np.uint8)  # 65,535 is 255
-            return Image.fromarray(grey).convert("RGB")
-        if image.mode in ("I", "F"):
-            raise DataError(f"{path} has values of an unknown range: save it with 8 or 16 bits")
-        return image.convert("RGB")
+    classes = sorted(path.name for path in _list_shown(folder) if path.is_dir())
+    if not classes:
+        raise _refuse(folder, "no class folder is in it")
+    paths: list[str] = []
+    labels: list[int] = []
+    skipped: Counter[str] = Counter()
+    for label, name in enumerate(classes):
+        files = _list_files(folder / name)
+        images = [path for path in files if path.suffix.lower() in list_suffixes()]
+        if not images:
+            raise _refuse(folder, f"none is in {name}")
+        skipped.update(path.suffix or path.name for path in set(files) - set(images))
+        paths += map(str, images)
+        labels += [label] * len(images)
+    if skipped:
+        _tell(
+            f"{folder}: {skipped.total()} files are no images and are skipped ({', '.join(sorted(skipped))})"
+        )
+    return ImageFiles(paths, labels, classes, size)
+
+
+def _list_shown(folder: Path) -> list[Path]:
+    """List what is in a folder, without hidden files and folders, such as `.ipynb_checkpoints`."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _list_files(folder: Path) -> list[Path]:
+    files: list[Path] = []
+    for path in _list_shown(folder):
+        files += _list_files(path) if path.is_dir() else [path]
+    return files
+
+
+def _refuse(folder: Path, cause: str) -> DataError:
+    return DataError(
+        f"{folder} holds no images ({cause}): fill it as {folder}/<class>/*.jpg, no class empty, "
+        "or set data.root (or ELASTIC_DATA) to the right folder"
+    )
+
+
+@rank_zero_only
+def _tell(text: str) -> None:
+    log.warning(text)
 
 
 class ImageFolderData(ImageData):
@@ -95,14 +83,14 @@ class ImageFolderData(ImageData):
         super().__init__(**common)
         self.shape = (3, size, size)
         # Listed here already, since a model asks for the number of classes before there is data.
-        self._train = ImageFiles(Path(self.root, "train"), size)
+        self._train = list_folder(Path(self.root, "train"), size)
         self.classes = len(self._train.class_names)
 
     def load(self, download: bool) -> tuple[ImageSet, ImageSet]:
         """List the images of both parts."""
         root = Path(self.root)
         test = root / "test" if (root / "test").is_dir() or not (root / "val").is_dir() else root / "val"
-        return _check_classes(self._train, ImageFiles(test, self.shape[1]))
+        return _load_parts(self._train, root / "train", test, self.shape[1])
 
 
 class Imagenette(ImageData):
@@ -126,20 +114,24 @@ class Imagenette(ImageData):
         folder = Path(self.root, "imagenette2-160")
         with guard_fetch("Imagenette", folder, download):
             datasets.Imagenette(self.root, size="160px", download=download)
-        train, test = (ImageFiles(folder / part, self.shape[1]) for part in ("train", "val"))
+        train = list_folder(folder / "train", self.shape[1])
         if len(train.class_names) != self.classes:
             raise DataError(
                 f"Imagenette in {folder} is incomplete ({len(train.class_names)} of {self.classes} classes): "
                 "delete that folder, then copy it whole or set data.download=true on a connected machine"
             )
-        return _check_classes(train, test)
+        return _load_parts(train, folder / "train", folder / "val", self.shape[1])
 
 
-def _check_classes(train: ImageFiles, test: ImageFiles) -> tuple[ImageFiles, ImageFiles]:
+def _load_parts(
+    train: ImageFiles, train_folder: Path, folder: Path, size: int
+) -> tuple[ImageFiles, ImageFiles]:
+    """List the test part of a set, too, which has the classes of the training part."""
+    test = list_folder(folder, size)
     different = sorted(set(train.class_names) ^ set(test.class_names))
     if different:
         raise DataError(
-            f"{train.folder} and {test.folder} differ in the class folder {different[0]}: "
+            f"{train_folder} and {folder} differ in the class folder {different[0]}: "
             "give both the same class folders"
         )
     return train, test

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
@@ -88,8 +89,15 @@ class ImageData(L.LightningDataModule, ABC):
         """
 
     def prepare_data(self) -> None:
-        """Download if need be. Only the first process of a machine comes here; it keeps what it has read."""
+        """Download if need be, and look for damage before training.
+
+        Only the first process of a machine comes here; it keeps what it has read.
+        """
         self._read(self.download)
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            for part in (self._require(self.train_set).dataset, self._require(self.test_set)):
+                assert isinstance(part, ImageSet)
+                part.check()
 
     def setup(self, stage: str | None = None) -> None:
         """Read the data, in every process."""

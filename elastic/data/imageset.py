@@ -28,6 +28,13 @@ class ImageSet(Dataset[Batch], ABC):
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """Fetch x_BCHW in uint8 and their targets."""
 
+    def check(self) -> None:
+        """Find what cannot be fetched, before training.
+
+        Raises:
+            DataError: there is something.
+        """
+
     def __getitem__(self, index: int) -> Batch:
         x_BCHW, y_B = self.__getitems__([index])
         return x_BCHW[0], y_B[0]

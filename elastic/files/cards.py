@@ -20,12 +20,13 @@ divided by the sd."""
 PROTOCOL = "The test split was looked at once, after the last epoch."
 
 
-def write_card(name: str, about: Mapping[str, Any]) -> str:
+def write_card(name: str, about: Mapping[str, Any], load: str = "elastic.load") -> str:
     """Write the card of a network.
 
     Args:
         name: what it is called, and loaded by.
         about: what is said of it, see `docs/files.md`; what is missing there is missing in the card.
+        load: what loads it by that name.
     """
     made, measured = about.get("made", {}), about.get("measured", {})
     parts = [
@@ -37,7 +38,7 @@ def write_card(name: str, about: Mapping[str, Any]) -> str:
         "\n".join(filter(None, [about.get("protocol", PROTOCOL), about.get("latency"), WORDS]))
         if measured
         else "",
-        _write_use(name, measured),
+        _write_use(f'{load}("{name}")', measured),
         f"## How it was made\n\n```bash\n{made['command']}\n```" if "command" in made else "",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -113,8 +114,8 @@ def _write_cell(key: str, value: float | None) -> str:
     return f"{value:.3f}" if key == "latency_ms" else f"{value:,}"
 
 
-def _write_use(name: str, measured: Mapping[str, Any]) -> str:
-    lines = ["import elastic", "", f'network = elastic.load("{name}")']
+def _write_use(call: str, measured: Mapping[str, Any]) -> str:
+    lines = ["import elastic", "", f"network = {call}"]
     if measured.get("levels"):
         lines.append("net = network.plain(0)  # the smallest level, a plain nn.Module")
     elif measured.get("sets"):

@@ -7,7 +7,9 @@ or the caller brings the network as it was first built. No code is read from a f
 
 import re
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -173,6 +175,48 @@ class Network:
             network._attach(tensors, _check_modules(about["switched"], tensors, path), example, path)
         return network
 
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> "Network":
+        """Read a network from a folder or a repository of Hugging Face (extra `hub`).
+
+        Args:
+            source: the folder, or the repository's id, `<user>/<name>`.
+            options: `net` and `example` as in `load`; others, such as `revision`, `token` and `cache_dir`, as
+                Hugging Face's own `from_pretrained` takes them.
+
+        Raises:
+            FileError: see `load`; or the extra is missing.
+        """
+        network: Network = _import_hub().HubNetwork.from_pretrained(source, **options).network
+        return network
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """Write a folder as Hugging Face has it: weights, configuration and card (extra `hub`).
+
+        A card that is there already is kept.
+
+        Raises:
+            FileError: the extra is missing.
+        """
+        card = {"repo_id": Path(folder).name}
+        _import_hub().HubNetwork(self).save_pretrained(folder, model_card_kwargs=card, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Write a repository of Hugging Face, with a card made of what is said of the network (extra `hub`).
+
+        Args:
+            repo_id: `<user>/<name>`.
+            options: such as `private` and `token`, as Hugging Face's own `push_to_hub` takes them.
+
+        Returns:
+            the address of the commit.
+
+        Raises:
+            FileError: the extra is missing.
+        """
+        card = {"repo_id": repo_id}
+        return str(_import_hub().HubNetwork(self).push_to_hub(repo_id, model_card_kwargs=card, **options))
+
     def _attach(self, tensors: Mapping[str, Tensor], modules: Any, example: Tensor, path: Path) -> None:
         """Give every level the kernel activation modules of a file."""
         for k, net in enumerate(self.nets):
@@ -223,6 +267,13 @@ def load(source: str | Path, net: nn.Module | None = None, example: Tensor | Non
         StructureError: it is of another architecture.
     """
     return Network.load(net, find_file(source), example)
+
+
+def _import_hub() -> ModuleType:
+    try:
+        return import_module("elastic.files.hub")
+    except ImportError as error:
+        raise FileError(f"{error.name} is not installed: install the extra `hub`") from error
 
 
 def _make_example(about: Mapping[str, Any], path: Path) -> Tensor:

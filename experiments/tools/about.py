@@ -19,14 +19,21 @@ def describe_run(cfg: DictConfig, data: ImageData, summary: dict[str, Any]) -> d
     model = describe_model({str(key): value for key, value in node.items()}, data.shape[0], data.classes)
     about: dict[str, Any] = {} if model is None else {"model": model}
     return about | {
-        "input": list(data.shape),
-        "mean": list(data.mean),
-        "std": list(data.std),
-        "classes": data.class_names,
+        **describe_data(data),
         "made": {key: summary[key] for key in MADE if key in summary},
         "measured": {
             key: value
             for key, value in summary.items()
             if (key in MEASURED or key.startswith(TEST)) and value not in (None, [])
         },
+    }
+
+
+def describe_data(data: ImageData) -> dict[str, Any]:
+    """Describe what a network takes, and what its outputs mean."""
+    return {
+        "input": list(data.shape),
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "classes": data.class_names,
     }

@@ -15,7 +15,7 @@ from elastic.experiments.tools.training_help import describe_training
 from tests.runs import CONF
 
 ROOT = Path(__file__).parents[2]
-OTHERS = {"__init__", "cli", "cards", "results"}  # the last two write into this repository
+OTHERS = {"__init__", "cli", "cards", "formats", "results"}  # the last three write into this repository
 ENTRIES = sorted({path.stem for path in (ROOT / "experiments").glob("*.py")} - OTHERS)
 Patch = pytest.MonkeyPatch
 Capture = pytest.CaptureFixture[str]

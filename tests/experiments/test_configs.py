@@ -115,7 +115,7 @@ def test_every_optimizer_can_be_made(name: str) -> None:
     assert optimizer.param_groups[0]["lr"] == node("optimizer", name).lr
 
 
-@pytest.mark.parametrize("name", files("data"))
+@pytest.mark.parametrize("name", sorted({*files("data")} - {"huggingface"}))  # whose extra may be missing
 def test_every_data_set_can_be_named_without_being_there(tmp_path: Path, name: str) -> None:
     """Making it reads nothing; digits need no download at all."""
     cfg = configure(tmp_path, f"data={name}").data
@@ -125,6 +125,8 @@ def test_every_data_set_can_be_named_without_being_there(tmp_path: Path, name: s
         for part in ("train", "test"):
             (tmp_path / part / "one").mkdir(parents=True)
             Image.new("RGB", (9, 9)).save(tmp_path / part / "one" / "1.png")
+    if name == "csv":
+        (tmp_path / "train.csv").write_text("path,label\none/1.png,one\n")
     data = instantiate(cfg)
     assert isinstance(data, ImageData) and len(data.mean) == len(data.std) == data.shape[0]
     assert data.classes in (1, 2, 3, 4, 10, 100)

@@ -57,7 +57,7 @@ def test_a_level_is_exported_as_it_is_in_its_network(
     ("arguments", "named"),
     [
         (["to=net.pt2", "level=2"], "there is no level 2: the run's network has 0 … 1"),
-        (["to=net.pth"], "name a file that ends in .pt2 or .onnx"),
+        (["to=net.pth"], "name a file that ends in .pt2, .onnx"),
         ([], "name to=…"),
         (["to=net.pt2", "level=core"], "level=core is no whole number"),
     ],

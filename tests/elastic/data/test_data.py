@@ -23,7 +23,7 @@ from torchvision import datasets
 import elastic.data
 from elastic.data import Digits, ImageFolderData, Imagenette, TorchvisionImages, fetch
 from elastic.data.augment import RandomAffine
-from elastic.data.folders import ImageFiles
+from elastic.data.folders import list_folder
 from elastic.data.images import scale_bytes
 from elastic.data.split import split_stratified
 from elastic.errors import DataError
@@ -525,7 +525,7 @@ def test_image_folders_that_cannot_be_used(tmp_path):
     assert f"{root / 'train'} holds no images" in refused(lambda: ImageFolderData(size=8, root=str(root)))
     write_images(root / "train", ["a", "b"], per_class=4)
     (root / "train" / "empty").mkdir()
-    assert "classes empty" in refused(lambda: ImageFolderData(size=8, root=str(root)))
+    assert "none is in empty" in refused(lambda: ImageFolderData(size=8, root=str(root)))
     (root / "train" / "empty").rmdir()
     data = ImageFolderData(size=8, root=str(root), batch_size=2)
     assert f"{root / 'test'} holds no images" in refused(lambda: ready(data))
@@ -560,7 +560,7 @@ def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path, suffix):
     folder = tmp_path / "train" / "grey"
     folder.mkdir(parents=True)
     Image.fromarray(values).save(folder / f"0{suffix}")
-    (x_BCHW, _) = ImageFiles(tmp_path / "train", 2).__getitems__([0])
+    (x_BCHW, _) = list_folder(tmp_path / "train", 2).__getitems__([0])
     assert x_BCHW[0].tolist() == [[[0, 1], [128, 255]]] * 3
 
 
@@ -569,7 +569,7 @@ def test_values_of_an_unknown_range_are_refused(tmp_path):
         write_images(tmp_path / part, ("cat",), 3)
     path = tmp_path / "train" / "cat" / "9.tiff"
     Image.fromarray(np.ones((9, 9), np.float32)).save(path)
-    message = refused(lambda: ImageFiles(tmp_path / "train", 8).__getitems__(range(4)))
+    message = refused(lambda: list_folder(tmp_path / "train", 8).__getitems__(range(4)))
     assert str(path) in message and "save it with 8 or 16 bits" in message
 
 
@@ -604,11 +604,13 @@ def configured(name, **changes):
         ("cifar100", (3, 32, 32), 100),
         ("imagenette", (3, 160, 160), 10),
         ("folder", (3, 160, 160), 2),
+        ("csv", (3, 160, 160), 2),
     ],
 )
 def test_every_configuration_makes_its_data(name, shape, classes, tmp_path, monkeypatch):
     monkeypatch.setenv("ELASTIC_DATA", str(tmp_path))
     write_images(tmp_path / "train", ["a", "b"], per_class=1)
+    (tmp_path / "train.csv").write_text("path,label\ntrain/a/0.png,a\ntrain/b/0.png,b\n")
     data = configured(name)
     assert (data.shape, data.classes, data.seed) == (shape, classes, 11)
     if not name.startswith(("digits", "shapes")):
@@ -622,7 +624,8 @@ def test_every_configuration_makes_its_data(name, shape, classes, tmp_path, monk
 
 def test_all_configurations_are_tested():
     tested = test_every_configuration_makes_its_data.pytestmark[0].args[1]
-    assert sorted(path.stem for path in CONF.glob("*.yaml")) == sorted(name for name, *_ in tested)
+    names = {path.stem for path in CONF.glob("*.yaml")} - {"huggingface"}  # whose extra may be missing
+    assert names == {name for name, *_ in tested}
 
 
 def test_digits_are_normalised_by_their_own_statistics():

@@ -1,20 +1,24 @@
 """Files for other programs: the same outputs, at any batch size, or no file."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
-from torch.export import Dim, ExportedProgram
 
+import elastic
 from elastic.dynamic.attaching import attach_modules
 from elastic.dynamic.modules import iterate_modules
 from elastic.errors import FileError, OptionError
-from elastic.files import exporting
-from elastic.files.exporting import export, list_tensors
+from elastic.files.exporting import TOLERANCE, export, open_exported
+from elastic.files.formats import FORMATS, Run, list_tensors
 from elastic.levels.nested import Levels
 from elastic.levels.sizes import level_sizes
 from elastic.models import convnet, resnet20
@@ -71,26 +75,52 @@ def test_a_gated_network_is_as_its_compacted_one(tmp_path: Path) -> None:
         torch.testing.assert_close(run(tmp_path / "small.pt2", X), net.eval()(X), atol=1e-5, rtol=1e-5)
 
 
-def test_what_would_differ_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write(program: ExportedProgram, part: Path, probe: torch.Tensor, about: Any) -> list[torch.Tensor]:
-        part.write_text("x")
-        return [torch.ones(3, 10)]
+def answer(patch: pytest.MonkeyPatch, outputs: list[torch.Tensor]) -> None:
+    """Let every `.pt2` file give these outputs."""
+    form = replace(FORMATS[".pt2"], open=lambda path, threads: lambda x: outputs)
+    patch.setitem(FORMATS, ".pt2", form)
 
-    monkeypatch.setitem(exporting.WRITERS, ".pt2", (write, Dim.AUTO))
+
+def test_what_would_differ_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer(monkeypatch, [torch.ones(3, 10)])
     with pytest.raises(FileError, match="would differ from the network by"):
         export(convnet(in_channels=3), X, tmp_path / "net.pt2")
     assert not list(tmp_path.iterdir())
 
 
+def test_what_its_runtime_does_not_take_is_not_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path, threads: int | None) -> Run:
+        raise RuntimeError("error 0x1\nat a place")
+
+    monkeypatch.setitem(FORMATS, ".pt2", replace(FORMATS[".pt2"], open=fail))
+    with pytest.raises(FileError, match=r"cannot be run by its runtime \(error 0x1\): export it in fp32"):
+        export(convnet(in_channels=3), X, tmp_path / "net.pt2")
+    assert not list(tmp_path.iterdir())
+
+
 def test_other_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=r"name a file that ends in .pt2 or .onnx"):
+    with pytest.raises(OptionError, match=r"name a file that ends in .pt2, .onnx, .xml, .pte or .tflite"):
         export(nn.Identity(), X, tmp_path / "net.pth")
+    with pytest.raises(
+        OptionError, match=r"no 8 bits: name a file that ends in .onnx, .xml, .pte or .tflite"
+    ):
+        export(nn.Identity(), X, tmp_path / "net.pt2", calibration=[X])
+    with pytest.raises(FileError, match="there is no file"):
+        open_exported(tmp_path / "net.pt2")
 
 
-def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
-    with pytest.raises(FileError, match="onnxruntime is not installed: install the extra `export`"):
-        export(convnet(in_channels=3), X, tmp_path / "net.onnx")
+@pytest.mark.parametrize(
+    ("suffix", "extra"), [(".onnx", "export"), (".xml", "openvino"), (".pte", "executorch")]
+)
+def test_a_missing_package_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, extra: str
+) -> None:
+    package = FORMATS[suffix].packages[0]
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(FileError, match=f"is not installed: install the extra `{extra}`"):
+        export(convnet(in_channels=3), X, tmp_path / f"net{suffix}")
 
 
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
@@ -146,12 +176,60 @@ def test_all_outputs_are_exported_with_a_batch_axis_of_that_name_and_what_the_fi
 
 def test_one_wrong_output_of_several_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net = TwoHeads().eval()
-
-    def write(program: ExportedProgram, part: Path, probe: torch.Tensor, about: Any) -> list[torch.Tensor]:
-        part.write_text("x")
-        with torch.no_grad():
-            return [*list_tensors(net(probe))[:2], torch.ones(3, 4)]
-
-    monkeypatch.setitem(exporting.WRITERS, ".pt2", (write, Dim.AUTO))
+    export(net, X, tmp_path / "net.pt2")
+    with torch.no_grad():
+        right = open_exported(tmp_path / "net.pt2")(torch.zeros(3, 3, 8, 8))
+    answer(monkeypatch, [*right[:2], torch.full((3, 4), 9.0)])
     with pytest.raises(FileError, match="would differ from the network by"):
         export(net, X, tmp_path / "net.pt2")
+
+
+# --- every format whose extra is installed ------------------------------------------------------------------
+
+RUNTIMES = {".onnx": "onnxruntime", ".xml": "openvino", ".pte": "executorch", ".tflite": "litert_torch"}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of packages that are not ours
+@pytest.mark.parametrize("suffix", RUNTIMES)
+def test_a_network_comes_back_from_every_format(suffix: str, tmp_path: Path) -> None:
+    """Plain, masked, and in 8 bits, where it hardly differs."""
+    pytest.importorskip(RUNTIMES[suffix], reason=f"the extra for {suffix} is not installed")
+    torch.manual_seed(0)
+    net = randomised(convnet((6, 6), in_channels=3)).eval()
+    dynamic = attach_modules(net, discover(net, X)).eval()
+    x = torch.randn(5, 3, 8, 8)
+    for k, each in enumerate((net, dynamic)):
+        path = tmp_path / f"net{k}{suffix}"
+        assert export(each, X, path, {"mean": [0.5]}) <= TOLERANCE
+        with torch.no_grad():
+            torch.testing.assert_close(open_exported(path, 1)(x), [each(x)], atol=1e-5, rtol=1e-5)
+    batches = list(torch.randn(4, 16, 3, 8, 8))
+    difference = export(net, X, tmp_path / f"small{suffix}", calibration=batches)
+    assert TOLERANCE < difference < 0.3
+
+
+ALONE = """
+import sys
+sys.modules["elastic"] = None  # cannot be imported
+import numpy, onnxruntime
+session = onnxruntime.InferenceSession(sys.argv[1])
+images = numpy.load(sys.argv[2])
+numpy.save(sys.argv[3], session.run(None, {session.get_inputs()[0].name: images})[0])
+assert "torch" not in sys.modules and "1" in session.get_modelmeta().custom_metadata_map["input"]
+"""
+
+
+def test_a_process_without_this_package_runs_what_was_exported(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    network = elastic.load("digits-gnap-2k")
+    x = torch.randn(7, 1, 8, 8)
+    elastic.export(network.plain(), x, tmp_path / "net.onnx", network.about)
+    numpy.save(tmp_path / "x.npy", x.numpy())
+    paths = [str(tmp_path / name) for name in ("net.onnx", "x.npy", "y.npy")]
+    subprocess.run([sys.executable, "-I", "-c", ALONE, *paths], check=True, cwd=tmp_path)
+    with torch.no_grad():
+        expected = network.plain()(x)
+    torch.testing.assert_close(
+        torch.from_numpy(numpy.load(tmp_path / "y.npy")), expected, atol=1e-4, rtol=1e-4
+    )

@@ -1,0 +1,48 @@
+"""Decode image files as 8-bit RGB, whatever format and mode they have."""
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from elastic.errors import DataError
+
+SIXTEEN_BITS = ("I;16", "I;16L", "I;16B")  # modes of Pillow, whose conversion would clip them at 255
+
+
+@cache
+def list_suffixes() -> frozenset[str]:
+    """List the endings of files that Pillow reads as images."""
+    endings = Image.registered_extensions()
+    return frozenset(ending for ending, name in endings.items() if name in Image.OPEN)
+
+
+def read_rgb(path: str | Path) -> Image.Image:
+    """Read an image file as 8-bit RGB.
+
+    Raises:
+        DataError: it cannot be decoded, or its values have no declared range.
+    """
+    try:
+        with Image.open(path) as image:
+            return convert_rgb(image, str(path))
+    except DataError:
+        raise
+    except Exception as error:  # Pillow's decoders fail with OSError, SyntaxError, struct.error, …
+        raise DataError(f"{path} is not a readable image: delete or replace it") from error
+
+
+def convert_rgb(image: Image.Image, name: str) -> Image.Image:
+    """Convert an image to 8-bit RGB.
+
+    Raises:
+        DataError: its values have no declared range.
+    """
+    # Older versions of Pillow open 16-bit PNG files in the mode of 32 bits.
+    if image.mode in SIXTEEN_BITS or (image.mode == "I" and image.format == "PNG"):
+        grey = (np.asarray(image, dtype=np.float32) / 257).round().astype(np.uint8)  # 65,535 is 255
+        return Image.fromarray(grey).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise DataError(f"{name} has values of an unknown range: save it with 8 or 16 bits")
+    return image.convert("RGB")

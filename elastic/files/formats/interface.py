@@ -1,0 +1,89 @@
+"""Say what a format is: how a network is written in it, and how a file of it is run."""
+
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from elastic.errors import FileError
+
+Outputs = list[Tensor]
+Run = Callable[[Tensor], Outputs]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Hold what a file is written from.
+
+    Attributes:
+        net: in evaluation mode, its tensors contiguous.
+        example: one input, batch first.
+        about: what the file says of the network, in plain containers.
+        calibration: batches of inputs that say which values occur, for 8 bits; without any it stays fp32.
+    """
+
+    net: nn.Module
+    example: Tensor
+    about: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Sequence[Tensor] = ()
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """Write each entry of `about` as JSON."""
+        return {name: json.dumps(value) for name, value in self.about.items()}
+
+    def make_program(self, batch_axis: Any, batch: int = 2) -> ExportedProgram:
+        """Trace the network for any batch size; one of 1 would be taken for granted."""
+        return trace(self.net, self.example.repeat(batch, *[1] * (self.example.dim() - 1)), batch_axis)
+
+
+@dataclass(frozen=True)
+class Format:
+    """Hold what is known of a format.
+
+    Attributes:
+        extra: of this package, that brings what it needs; None where torch is enough.
+        packages: that are imported, in that case.
+        write: writes a file, and perhaps others beside it.
+        open: opens a file, to be run on so many threads, or as many as its runtime likes.
+        has_int8: whether it can be written in 8 bits.
+    """
+
+    extra: str | None
+    packages: Sequence[str]
+    write: Callable[[Source, Path], None]
+    open: Callable[[Path, int | None], Run]
+    has_int8: bool = True
+
+    def require(self) -> None:
+        """Import what the format needs.
+
+        Raises:
+            FileError: a package is missing.
+        """
+        for package in self.packages:
+            try:
+                import_module(package)
+            except ImportError as error:
+                raise FileError(f"{error.name} is not installed: install the extra `{self.extra}`") from error
+
+
+def trace(net: nn.Module, x_BCHW: Tensor, batch_axis: Any) -> ExportedProgram:
+    """Trace a network by torch.export."""
+    with warnings.catch_warnings():
+        # Of what kernel activation modules note of their last input.
+        warnings.filterwarnings("ignore", ".*were assigned during export", UserWarning)
+        return torch.export.export(net, (x_BCHW,), dynamic_shapes=({0: batch_axis},))
+
+
+def list_tensors(outputs: Any) -> Outputs:
+    """List the tensors of nested tuples, lists and dictionaries, in the order of torch.export and ONNX."""
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]

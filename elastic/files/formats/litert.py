@@ -1,0 +1,52 @@
+"""Write and run LiteRT's files (formerly TensorFlow Lite), which take one input at a time."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from elastic.files.formats.interface import Format, Outputs, Run, Source
+
+
+def write(source: Source, path: Path) -> None:
+    """Write the network; the format has no place for what is said of it."""
+    import litert_torch
+
+    litert_torch.convert(source.net, (source.example,)).export(str(path))
+    if source.calibration:
+        quantize(path, source)
+
+
+def quantize(path: Path, source: Source) -> None:
+    """Bring weights and activations of a file to 8 bits; inputs and outputs stay fp32."""
+    from ai_edge_quantizer import algorithm_manager, qtyping, quantizer, recipe
+
+    tool = quantizer.Quantizer(str(path))
+    tool.load_quantization_recipe(recipe.static_wi8_ai8())
+    keep = algorithm_manager.AlgorithmName.NO_QUANTIZE
+    for end in (qtyping.TFLOperationName.INPUT, qtyping.TFLOperationName.OUTPUT):
+        tool.update_quantization_recipe(".*", end, algorithm_key=keep)
+    inputs = [{"args_0": x[None].numpy()} for batch in source.calibration for x in batch]
+    path.write_bytes(tool.quantize(tool.calibrate({"serving_default": inputs})).quantized_model)
+
+
+def open_file(path: Path, threads: int | None = None) -> Run:
+    """Open a file in LiteRT's interpreter."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(model_content=path.read_bytes(), num_threads=threads)
+    interpreter.allocate_tensors()
+    (entry,), outputs = interpreter.get_input_details(), interpreter.get_output_details()
+
+    def run_one(x_1CHW: Tensor) -> Outputs:
+        interpreter.set_tensor(entry["index"], x_1CHW.numpy())
+        interpreter.invoke()
+        return [torch.from_numpy(interpreter.get_tensor(output["index"])) for output in outputs]
+
+    def run(x_BCHW: Tensor) -> Outputs:
+        return [torch.cat(parts) for parts in zip(*map(run_one, x_BCHW.split(1)), strict=True)]
+
+    return run
+
+
+LITERT = Format("litert", ("litert_torch", "ai_edge_litert"), write, open_file)

@@ -1,0 +1,73 @@
+"""Write ONNX files and run them by ONNX Runtime, which also brings them to 8 bits."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import Dim
+
+from elastic.files.formats.interface import Format, Outputs, Run, Source
+
+
+def write(source: Source, path: Path) -> None:
+    """Write the network, and each entry of what is said of it into the metadata."""
+    import onnx
+
+    program = source.make_program(Dim("batch"))
+    # The program knows the batch axis as a symbol of torch's own making; named here, so it is in the file.
+    made = torch.onnx.export(program, dynamo=True, verbose=False, dynamic_shapes=({0: "batch"},))
+    assert made is not None
+    made.save(path)
+    if source.calibration:
+        quantize(path, source)
+    model = onnx.load(path)
+    onnx.helper.set_model_props(model, source.texts)
+    onnx.save(model, path)
+
+
+def quantize(path: Path, source: Source) -> None:
+    """Bring weights and activations of a file to 8 bits, a scale a channel."""
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        QuantFormat,
+        quant_pre_process,
+        quantize_static,
+    )
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.batches: Iterator[dict[str, Any]] = iter({name: x.numpy()} for x in source.calibration)
+
+        def get_next(self) -> dict[str, Any] | None:
+            return next(self.batches, None)
+
+    name = open_session(path, 1).get_inputs()[0].name
+    logging.getLogger("root").setLevel(logging.ERROR)
+    quant_pre_process(path, path)
+    quantize_static(path, path, Reader(), quant_format=QuantFormat.QDQ, per_channel=True)
+
+
+def open_session(path: Path, threads: int | None) -> Any:
+    """Open a file in ONNX Runtime."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def open_file(path: Path, threads: int | None = None) -> Run:
+    """Open a file in ONNX Runtime."""
+    session = open_session(path, threads)
+    name = session.get_inputs()[0].name
+
+    def run(x_BCHW: Tensor) -> Outputs:
+        return [torch.from_numpy(output) for output in session.run(None, {name: x_BCHW.numpy()})]
+
+    return run
+
+
+ONNX = Format("export", ("onnxruntime", "onnxscript"), write, open_file)

@@ -1,0 +1,185 @@
+"""Write each network of the zoo in each format, check and time it: `python -m experiments.formats`.
+
+The tables, with the hardware and the versions, stand between two marks in docs/export.md. A format whose
+extra is not installed has no column. In 8 bits, networks are calibrated on training images; the accuracy is
+that on the test split.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from torch import Tensor, nn
+
+import elastic
+from elastic.data import ImageData
+from elastic.dynamic.skipping import make_skipping
+from elastic.errors import FileError
+from elastic.experiments.export import CALIBRATION, measure_accuracy
+from elastic.experiments.results import ROOT, replace_table
+from elastic.experiments.tools.composition import CONF
+from elastic.experiments.tools.environment import silence
+from elastic.experiments.tools.errors import run
+from elastic.experiments.tools.summary import find_cpu
+from elastic.experiments.tools.timing import TUNED_ON, make_stock
+from elastic.files.exporting import export, open_exported
+from elastic.files.formats import FORMATS, Run, list_tensors
+from elastic.files.zoo import list_zoo
+from elastic.measure.timing import measure_medians_ms
+
+PAGE = ROOT / "docs" / "export.md"
+BEGIN, END = "<!-- formats: made by `python -m experiments.formats` -->", "<!-- end of formats -->"
+IMAGES = 100
+HERE = "PyTorch"
+PACKAGES = "torch onnxruntime openvino nncf executorch litert-torch ai-edge-litert".split()
+Cells = dict[str, str]
+
+
+@dataclass
+class Exported:
+    """Hold a network, or a level, and what is known of it in each format: `.onnx`, and `.onnx int8`."""
+
+    name: str
+    net: nn.Module
+    data: ImageData
+    accuracy: float
+    dynamic: bool
+    difference: Cells = field(default_factory=dict)
+    size: Cells = field(default_factory=dict)
+    latency: Cells = field(default_factory=dict)
+    accuracies: Cells = field(default_factory=dict)
+
+
+def list_networks() -> Iterator[Exported]:
+    """List the networks of the zoo, each level by itself."""
+    for name in list_zoo():
+        network = elastic.load(name)
+        measured = network.about["measured"]
+        data = make_data(network.about["made"]["data"])
+        rows = measured.get("levels") or [measured]
+        for k, row in enumerate(rows):
+            net = network.dynamic(k) if network.sets else network.plain(k)
+            label = f"{name}, level {k}" if len(rows) > 1 else name
+            yield Exported(label, net.eval(), data, row["test/acc"], network.sets > 0)
+
+
+def make_data(name: str) -> ImageData:
+    """Make a data set as its configuration says."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        data: ImageData = instantiate(compose("config", [f"data={name}", "run=."]).data)
+    data.download = False
+    data.prepare_data()
+    return data
+
+
+def measure(each: Exported, endings: Sequence[str], folder: Path) -> None:
+    """Export a network in all formats, and measure it there."""
+    example = torch.zeros(1, *each.data.shape)
+    batches = each.data.sample(CALIBRATION, seed=0)[0].split(32)
+    runs = dict(make_here(each))
+    for ending in endings:
+        for calibration in ((), batches) if FORMATS[ending].has_int8 else ((),):
+            column = f"{ending} int8" if calibration else ending
+            path = folder / f"{'int8' if calibration else 'fp32'}{ending}"
+            try:
+                each.difference[column] = f"{export(each.net, example, path, {}, calibration):.0e}"
+            except FileError as error:
+                print(error)
+                continue
+            files = [path, path.with_suffix(".bin")] if ending == ".xml" else [path]
+            each.size[column] = f"{sum(file.stat().st_size for file in files) / 1e3:,.0f}"
+            runs[column] = open_exported(path, threads=1)
+            if calibration:
+                each.accuracies[column] = f"{100 * measure_accuracy(runs[column], each.data, test=True):.2f}"
+    inputs = [x_1CHW.contiguous() for x_1CHW in each.data.sample(IMAGES, seed=1)[0].split(1)]
+    for column, median_ms in zip(runs, measure_medians_ms(list(runs.values()), inputs), strict=True):
+        if not column.startswith(HERE) or median_ms < float(each.latency.get(HERE, "inf")):
+            each.latency[HERE if column.startswith(HERE) else column] = f"{median_ms:.3f}"
+
+
+def make_here(each: Exported) -> Iterator[tuple[str, Run]]:
+    """Make the executions of this package, of which the fastest counts."""
+    if each.dynamic:
+        samples = each.data.sample(TUNED_ON, seed=2)[0].split(1)
+        skipping = make_skipping(each.net, samples)  # type: ignore[arg-type]
+        yield HERE, lambda x_BCHW: list_tensors(skipping(x_BCHW))
+        return
+    for name, execution in make_stock(each.net).items():
+        yield f"{HERE} {name}", wrap(execution)
+
+
+def wrap(execution: Callable[[Tensor], Tensor]) -> Run:
+    """Let an execution list its outputs, as exported files do."""
+    return lambda x_BCHW: [execution(x_BCHW)]
+
+
+def write_tables(networks: Sequence[Exported], endings: Sequence[str]) -> str:
+    """Write the tables in Markdown."""
+    int8 = [f"{ending} int8" for ending in endings if FORMATS[ending].has_int8]
+
+    def write(title: str, columns: Sequence[str], pick: Callable[[Exported], Cells]) -> str:
+        heads = ["", *(column.removesuffix(" int8") for column in columns)]
+        rows = [[each.name, *(pick(each).get(column, "–") for column in columns)] for each in networks]
+        lines = [heads, ["---", *["---:"] * len(columns)], *rows]
+        return f"{title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    columns = [HERE, *endings]
+    return "\n\n".join(
+        [
+            f"{describe_machine()} Latencies are medians over {IMAGES} images, one at a time, on one thread, "
+            f"all files of a network in turn in one process. `{HERE}` is the fastest of this package's own "
+            "executions, which skips kernels where the network is dynamic.",
+            write("Latency in 32 bits (ms):", columns, lambda each: each.latency),
+            write("Latency in 8 bits (ms):", [HERE, *int8], lambda each: each.latency),
+            write(
+                "Test accuracy in 8 bits (%), after that in 32:",
+                ["fp32", *int8],
+                lambda each: {"fp32": f"{100 * each.accuracy:.2f}"} | each.accuracies,
+            ),
+            write("Largest difference of outputs in 32 bits:", endings, lambda each: each.difference),
+            write("Size in 32 bits (kB):", endings, lambda each: each.size),
+            write("Size in 8 bits (kB):", int8, lambda each: each.size),
+        ]
+    )
+
+
+def describe_machine() -> str:
+    """Say what was measured on, and with what."""
+    versions = []
+    for package in PACKAGES:
+        try:
+            versions.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return f"{find_cpu().partition(',')[0]}; {', '.join(versions)}."
+
+
+def is_installed(ending: str) -> bool:
+    """Tell whether a format can be written here."""
+    try:
+        FORMATS[ending].require()
+    except FileError as error:
+        print(error)
+        return False
+    return True
+
+
+def main() -> None:
+    """Measure, and put the tables into docs/export.md."""
+    silence()
+    torch.set_num_threads(1)
+    endings, networks = [ending for ending in FORMATS if is_installed(ending)], list(list_networks())
+    for each in networks:
+        with tempfile.TemporaryDirectory() as folder:
+            measure(each, endings, Path(folder))
+        print(each.name, each.latency, each.accuracies, flush=True)
+    PAGE.write_text(replace_table(PAGE.read_text(), write_tables(networks, endings), BEGIN, END))
+
+
+if __name__ == "__main__":
+    run(main)
