@@ -49,7 +49,7 @@ def find_widths(model: nn.Module, *example: Tensor) -> Widths:
     replica = make_meta_copy(model)
     # Two samples, so that batch norm in training mode has something to average; sizes stay distinct.
     inputs = [x.new_empty((max(2, len(x)), *x.shape[1:]), device="meta") for x in example]
-    graphs = [trace(replica.train(mode)) for mode in (True, False)]
+    graphs = [trace(replica.train(mode), *inputs) for mode in (True, False)]
     for graph in {graph.code: graph for graph in graphs}.values():  # one, where both modes do the same
         with torch.no_grad():
             AxisTracker(graph, replica, elements, records).run(*inputs)
