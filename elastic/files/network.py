@@ -16,6 +16,7 @@ from elastic.dynamic.modules import iterate_modules, select_set
 from elastic.errors import FileError, OptionError, StructureError
 from elastic.files.packing import read_tensors, write_tensors
 from elastic.levels.nested import Levels
+from elastic.surgery.checking import discover_checked
 from elastic.surgery.rebuilding import add_blocks, rebuild
 from elastic.widths.discovery import Widths, discover
 
@@ -156,7 +157,7 @@ class Network:
         """Give every level the kernel activation modules of a file."""
         for k, net in enumerate(self.nets):
             dynamic = attach_modules(
-                net, discover(net, example), None, modules["sets"], modules["choice"], modules["kind"]
+                net, discover_checked(net, example), None, modules["sets"], modules["choice"], modules["kind"]
             )
             state = _select(tensors, f"{LEVEL_MODULES}{k}.")
             _load_state(dynamic.get_submodule(MODULES), state, f"{path} lacks modules of level {k}")
