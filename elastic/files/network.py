@@ -22,6 +22,7 @@ from elastic.files.packing import read_tensors, write_tensors
 from elastic.files.zoo import find_file
 from elastic.levels.nested import Levels
 from elastic.models.builders import build_model
+from elastic.surgery.checking import discover_checked
 from elastic.surgery.rebuilding import add_blocks, rebuild
 from elastic.widths.discovery import Widths, discover
 
@@ -221,7 +222,7 @@ class Network:
         """Give every level the kernel activation modules of a file."""
         for k, net in enumerate(self.nets):
             dynamic = attach_modules(
-                net, discover(net, example), None, modules["sets"], modules["choice"], modules["kind"]
+                net, discover_checked(net, example), None, modules["sets"], modules["choice"], modules["kind"]
             )
             state = _select(tensors, f"{LEVEL_MODULES}{k}.")
             _load_state(dynamic.get_submodule(MODULES), state, f"{path} lacks modules of level {k}")

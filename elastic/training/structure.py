@@ -19,6 +19,7 @@ from elastic.dynamic.modules import iterate_modules, select_set
 from elastic.errors import TrainingError
 from elastic.levels.nested import Levels
 from elastic.pruning.gates import find_grain, iterate_gates
+from elastic.surgery.checking import discover_checked
 from elastic.surgery.depth import count_blocks, deepen, get_template_name
 from elastic.surgery.fresh import Fresh, zero_out
 from elastic.surgery.rebuilding import rebuild
@@ -32,6 +33,7 @@ from elastic.training.routing import LossTerm, Router
 from elastic.training.tasks import compute_class_loss
 from elastic.widths.discovery import discover
 from elastic.widths.tracing import sync_traced
+from elastic.widths.width import fix_widths
 
 T = TypeVar("T")
 
@@ -72,7 +74,7 @@ class Structure(nn.Module):
         self.example = example
         self.seed, self.channels_last, self.path = seed, channels_last, path
         self.memory_format = torch.contiguous_format
-        self.widths = discover(net, example)
+        self.widths = discover_checked(net, example)
         self.start_sizes, self.start_depth = self.widths.sizes(), count_blocks(net)
         self.timeline: list[dict[str, Any]] = []
         self.copies: list[nn.Module] = []
@@ -216,6 +218,8 @@ class Structure(nn.Module):
             options: of `elastic.dynamic.attach_modules`: sets, activation, kind.
         """
         widths = [discover(net, self.example) for net in self.nets]
+        for own in widths:
+            fix_widths(own, {n: reason for n, reason in self.widths.fixed.items() if n in own})
         pairs = zip(self.nets, widths, strict=True)
         self.dynamic_nets = [attach_modules(net, own, **options) for net, own in pairs]
         self.module_rate = rate
