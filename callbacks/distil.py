@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic.callbacks.base import ElasticCallback, StepNetwork
-from elastic.errors import OptionError, TrainingError
+from elastic.errors import TrainingError
+from elastic.ranges import Positive, checked
 from elastic.widths.tracing import preserve_modes
 
 
+@checked
 class Distil(ElasticCallback):
     """Distil knowledge: Hinton et al., arXiv 1503.02531. For runs that make a trained network cheaper.
 
@@ -31,9 +33,7 @@ class Distil(ElasticCallback):
         Distil(resnet56(), weight=1.0, temperature=4.0)
     """
 
-    def __init__(self, teacher: nn.Module, weight: float = 1.0, temperature: float = 4.0) -> None:
-        if weight <= 0 or temperature <= 0:
-            raise OptionError(f"distil by {weight:g} at temperature {temperature:g}: both must be above 0")
+    def __init__(self, teacher: nn.Module, weight: Positive = 1.0, temperature: Positive = 4.0) -> None:
         self.weight, self.temperature = weight, temperature
         self.teacher = teacher.eval().requires_grad_(False)
 

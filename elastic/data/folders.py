@@ -14,6 +14,7 @@ from elastic.data.fetch import guard_fetch
 from elastic.data.images import ImageData
 from elastic.data.imageset import Batch, ImageSet
 from elastic.errors import DataError
+from elastic.ranges import Count, checked
 
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B")  # modes of Pillow, whose conversion would clip them at 255
 
@@ -83,6 +84,7 @@ def read_rgb(path: str | Path) -> Image.Image:
         return image.convert("RGB")
 
 
+@checked
 class ImageFolderData(ImageData):
     """Provide your own images: `root/train/<class>/*` and `root/test/<class>/*` (or `root/val`).
 
@@ -91,7 +93,7 @@ class ImageFolderData(ImageData):
         common: see `ImageData`; `root` is the folder of this set.
     """
 
-    def __init__(self, size: int, **common: Any) -> None:
+    def __init__(self, size: Count, **common: Any) -> None:
         super().__init__(**common)
         self.shape = (3, size, size)
         # Listed here already, since a model asks for the number of classes before there is data.
@@ -105,6 +107,7 @@ class ImageFolderData(ImageData):
         return _check_classes(self._train, ImageFiles(test, self.shape[1]))
 
 
+@checked
 class Imagenette(ImageData):
     """Provide ten easy classes of ImageNet, https://github.com/fastai/imagenette, from its 160-pixel edition.
 
@@ -117,7 +120,7 @@ class Imagenette(ImageData):
 
     classes = 10
 
-    def __init__(self, size: int = 160, **common: Any) -> None:
+    def __init__(self, size: Count = 160, **common: Any) -> None:
         super().__init__(**common)
         self.shape = (3, size, size)
 
