@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from elastic.callbacks.base import ElasticCallback, StepNetwork
-from elastic.errors import OptionError, TrainingError
+from elastic.errors import TrainingError
+from elastic.ranges import Positive, checked
 from elastic.training.imitation import Outputs, check_outputs, compare_outputs
 from elastic.widths.tracing import preserve_modes
 
 
+@checked
 class Distil(ElasticCallback):
     """Distil knowledge: Hinton et al., arXiv 1503.02531. For runs that make a trained network cheaper.
 
@@ -39,13 +41,11 @@ class Distil(ElasticCallback):
     def __init__(
         self,
         teacher: nn.Module,
-        weight: float = 1.0,
-        temperature: float = 4.0,
+        weight: Positive = 1.0,
+        temperature: Positive = 4.0,
         outputs: Outputs | None = None,
     ) -> None:
         check_outputs(outputs)
-        if weight <= 0 or temperature <= 0:
-            raise OptionError(f"distil by {weight:g} at temperature {temperature:g}: both must be above 0")
         self.weight, self.temperature, self.outputs = weight, temperature, outputs
         self.teacher = teacher.eval().requires_grad_(False)
 

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from elastic.callbacks.base import StepNetwork
 from elastic.callbacks.levels import TrainLevels
-from elastic.errors import OptionError
+from elastic.ranges import Natural, checked
 from elastic.training.imitation import Outputs, check_outputs, compare_outputs
 
 
+@checked
 class TrainJointly(TrainLevels):
     """Train by the sandwich rule with in-place distillation: Yu & Huang, arXiv 1903.05134, 3.1 and 3.3.
 
@@ -33,11 +34,11 @@ class TrainJointly(TrainLevels):
         TrainJointly([0.512, 0.64, 0.8])
     """
 
-    def __init__(self, *args: Any, between: int = 2, outputs: Outputs | None = None, **levels: Any) -> None:
+    def __init__(
+        self, *args: Any, between: Natural = 2, outputs: Outputs | None = None, **levels: Any
+    ) -> None:
         super().__init__(*args, **levels)
         check_outputs(outputs)
-        if between < 0:
-            raise OptionError(f"there cannot be {between} levels between: set between to 0 or more")
         self.between, self.outputs = between, outputs
 
     def list_step_networks(self) -> Sequence[StepNetwork]:

@@ -9,8 +9,9 @@ from elastic.errors import OptionError, TrainingError
 from elastic.levels.cutting import find_nestable
 from elastic.levels.importance import Importance, rank_channels, score_channels
 from elastic.levels.nested import Levels
-from elastic.levels.sizes import By, level_sizes
+from elastic.levels.sizes import By, check_levels, level_sizes
 from elastic.measure.machine import measure_latency_ms
+from elastic.ranges import Count, Positive, checked
 from elastic.surgery.reindexing import reindex
 from elastic.training.samples import sample_batch
 from elastic.widths.discovery import discover
@@ -18,6 +19,7 @@ from elastic.widths.discovery import discover
 SAMPLES = 256  # training images that importance by gradients looks at
 
 
+@checked
 class TrainLevels(ElasticCallback):
     """Give the network levels before anything is trained; abstract, see its subclasses.
 
@@ -28,16 +30,18 @@ class TrainLevels(ElasticCallback):
         importance: which channels come first, see `elastic.levels.score_channels`.
 
     Raises:
+        OptionError: levels that cannot be.
         TrainingError: several processes, or a network that changes in the same run.
     """
 
     def __init__(
         self,
-        fractions: Sequence[float],
+        fractions: Sequence[Positive],
         by: By = "fraction",
-        multiple: int = 1,
+        multiple: Count = 1,
         importance: Importance = "l2",
     ) -> None:
+        check_levels(fractions, by, multiple)
         self.fractions, self.by, self.multiple = list(fractions), by, multiple
         self.importance = importance
 

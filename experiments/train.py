@@ -20,13 +20,14 @@ from elastic.callbacks import Census
 from elastic.callbacks.base import list_elastic
 from elastic.callbacks.census import write_lines
 from elastic.data import ImageData
-from elastic.errors import TrainingError
 from elastic.experiments.tools.about import describe_run
+from elastic.experiments.tools.checking import check_options
 from elastic.experiments.tools.composition import CONF, check_flags, list_callbacks, rewrite, settle
 from elastic.experiments.tools.environment import (
     EndOnSignals,
     check_processes,
     choose_precision,
+    explain_faults,
     is_multirun,
     silence,
 )
@@ -88,6 +89,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     Raises:
         BusyError: another process does.
     """
+    check_options(cfg)
     with lock_folder(folder):
         if not is_multirun():
             advise(lambda: f"go on with elastic train run={folder}" if (folder / CONFIG).exists() else AGAIN)
@@ -95,10 +97,11 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         find_revision()  # of the code that trains, not of what is there when it has
         if cfg.threads is not None:
             torch.set_num_threads(cfg.threads)
-        callbacks = make_callbacks(cfg)  # which may build networks, too
-        module, data = build(cfg)
-        trainer = make_trainer(cfg, callbacks, folder)
-        fit(cfg, trainer, module, data, folder)
+        with explain_faults() as setting_up:
+            callbacks = [*make_callbacks(cfg), RunMark(cfg), EndOnSignals(), setting_up]  # may build networks
+            module, data = build(cfg)
+            trainer = make_trainer(cfg, callbacks, folder)
+            fit(cfg, trainer, module, data, folder)
         return finish(cfg, trainer, module, data, folder) if trainer.is_global_zero else {}
 
 
@@ -106,14 +109,14 @@ def make_trainer(cfg: DictConfig, callbacks: list[L.Callback], folder: Path) -> 
     """Make the trainer of a run, and refuse what it could not carry out.
 
     Raises:
-        TrainingError: no epochs, or processes or callbacks that cannot be in one run.
+        TrainingError: processes or callbacks that cannot be in one run.
     """
-    if cfg.trainer.max_epochs < 1:
-        raise TrainingError(f"trainer.max_epochs is {cfg.trainer.max_epochs}: set it to 1 or more")
+    if cfg.trainer.max_epochs in (None, -1) and not is_bounded(cfg):
+        raise TrainingError("nothing ends this run: set trainer.max_epochs to 1 or more")
     trainer: L.Trainer = instantiate(
         cfg.trainer,
         precision=choose_precision(cfg.trainer.precision),
-        callbacks=[*callbacks, RunMark(cfg), EndOnSignals()],
+        callbacks=callbacks,
         logger=make_loggers(cfg),
         enable_progress_bar="progress" in list_callbacks(cfg),
         default_root_dir=folder,
@@ -122,6 +125,11 @@ def make_trainer(cfg: DictConfig, callbacks: list[L.Callback], folder: Path) -> 
     for callback in list_elastic(trainer):
         callback.check(trainer)
     return trainer
+
+
+def is_bounded(cfg: DictConfig) -> bool:
+    """Tell whether steps or time end a run."""
+    return cfg.trainer.get("max_steps", -1) > 0 or cfg.trainer.get("max_time") is not None
 
 
 def fit(cfg: DictConfig, trainer: L.Trainer, module: ElasticModule, data: ImageData, folder: Path) -> None:

@@ -26,5 +26,9 @@ def split_stratified(labels_N: Tensor, count: int, seed: int) -> tuple[Tensor, T
 
 def find_strata(targets: Tensor) -> Tensor:
     """Return what a split is stratified by: the classes, or one stratum where targets are no classes."""
-    is_class = targets.dim() == 1 and not targets.is_floating_point()
-    return targets if is_class else torch.zeros(len(targets), dtype=torch.long)
+    return targets if is_class_number(targets) else torch.zeros(len(targets), dtype=torch.long)
+
+
+def is_class_number(targets: Tensor) -> bool:
+    """Tell whether targets are one class number a sample."""
+    return targets.dim() == 1 and not targets.is_floating_point()

@@ -43,7 +43,9 @@ def level_sizes(
         StructureError: a width, or all, leave no room for a level: a fraction without a channel of a width, a
             budget that even one channel a width exceeds or that the network is within.
     """
-    _check_options(levels, by, multiple, latency_ms is not None)
+    check_levels(levels, by, multiple)
+    if by == "latency_ms" and latency_ms is None:
+        raise OptionError("levels by latency_ms need a function that measures it: give one, or take macs")
     names = find_nestable(widths)
     if not names:
         raise StructureError(f"{explain_no_room(widths)}: train this network without levels")
@@ -68,11 +70,14 @@ def make_resized(net: nn.Module, widths: Widths, sizes: dict[str, int]) -> nn.Mo
     return resized
 
 
-def _check_options(levels: Sequence[float], by: str, multiple: int, has_latency: bool) -> None:
+def check_levels(levels: Sequence[float], by: str, multiple: int) -> None:
+    """Refuse levels that no network has; see `level_sizes`.
+
+    Raises:
+        OptionError: they are such.
+    """
     if by not in get_args(By):
         raise OptionError(f"levels are not given by '{by}': choose {', '.join(get_args(By))}")
-    if by == "latency_ms" and not has_latency:
-        raise OptionError("levels by latency_ms need a function that measures it: give one, or take macs")
     if multiple < 1:
         raise OptionError(f"channels cannot be multiples of {multiple}: set multiple to 1 or more")
     if not levels or any(small >= large for small, large in pairwise(levels)):

@@ -5,7 +5,7 @@ Shapes: B samples, K classes, labels or values, H rows, W columns; … further d
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,10 @@ from torchmetrics.classification import (
 from torchmetrics.regression import R2Score
 
 from elastic.errors import OptionError, TrainingError
+from elastic.ranges import Range, checked
 from elastic.training.imitation import Outputs
+
+Below1 = Annotated[float, Range(0, 1, below=True)]
 
 
 class Task(ABC):
@@ -73,6 +76,7 @@ class Task(ABC):
 # Metrics do not check their input: that would read labels back from the device in each step.
 
 
+@checked
 class Classification(Task):
     """Tell one class of K: logits_BK, y_B.
 
@@ -86,10 +90,8 @@ class Classification(Task):
 
     outputs = "classes"
 
-    def __init__(self, classes: int, label_smoothing: float = 0.0, metric: str = "acc") -> None:
+    def __init__(self, classes: int, label_smoothing: Below1 = 0.0, metric: str = "acc") -> None:
         super().__init__(classes, metric)
-        if not 0 <= label_smoothing < 1:
-            raise OptionError(f"label_smoothing is {label_smoothing}: set it to 0 … 0.99, say 0.1")
         self.label_smoothing = label_smoothing
 
     def compute_loss(self, outputs: Any, targets: Tensor) -> Tensor:

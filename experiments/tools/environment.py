@@ -3,6 +3,8 @@
 import logging
 import signal
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import lightning as L
 import torch
@@ -11,6 +13,7 @@ from hydra.types import RunMode
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 
 from elastic.errors import SweepError, TrainingError
+from elastic.experiments.tools.errors import FULL, THEIRS
 from elastic.experiments.tools.signals import Interrupted, keep_raising
 
 ADVICE = (
@@ -48,6 +51,40 @@ class EndOnSignals(L.Callback):
         launcher = trainer.strategy.launcher
         if isinstance(exception, Interrupted) and launcher is not None:
             launcher.kill(signal.SIGTERM)
+
+
+class SettingUp(L.Callback):
+    """Remember whether training has begun."""
+
+    has_begun = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.has_begun = True
+
+
+@contextmanager
+def explain_faults() -> Iterator[SettingUp]:
+    """Turn what fails before training has begun into one line: options are what it depends on.
+
+    Yields:
+        What has to be among the callbacks.
+
+    Raises:
+        TrainingError: something has failed.
+    """
+    setting_up = SettingUp()
+    try:
+        yield setting_up
+    except THEIRS:
+        raise
+    except Exception as error:
+        if setting_up.has_begun:
+            raise
+        cause = (str(error).strip().splitlines() or [""])[0]
+        raise TrainingError(
+            f"the run cannot be set up ({type(error).__name__}: {cause}): look at the options; {FULL}=1 "
+            "shows where"
+        ) from error
 
 
 def choose_precision(precision: str) -> str:

@@ -15,6 +15,7 @@ from torch import nn
 
 from elastic.data import ImageData
 from elastic.errors import FileError, OptionError
+from elastic.experiments.tools.checking import check_part
 from elastic.experiments.tools.folders import SUMMARY, check_finished, load_config
 from elastic.experiments.tools.parts import make_task
 from elastic.experiments.tools.trust import trust_modules
@@ -79,6 +80,8 @@ def restore(folder: Path, trust: Sequence[str] = ()) -> FinishedRun:
             f"{folder / WEIGHTS} is damaged, or of another run: restore it, or finish the run with "
             f"run={folder}"
         )
+    for part in ("data", "model"):
+        check_part(cfg, part)
     net, data = build_network(cfg)
     network = Network.load(net, folder / WEIGHTS, torch.zeros(1, *data.shape))
     return FinishedRun(network, data, make_task(cfg, data.classes), summary, cfg, folder)

@@ -103,8 +103,9 @@ def note_failure(folder: Path, work: Callable[[], Summary]) -> Summary:
 
 
 def read_objectives(summary: dict[str, Any], objectives: Sequence[str]) -> float | tuple[float, ...]:
-    """Read what a search goes by: entries of a summary, NaN where a run failed."""
-    values = tuple(float(summary.get(name, nan)) for name in objectives)
+    """Read what a search goes by: entries of a summary, NaN where a run failed or was not validated."""
+    read = (summary.get(name) for name in objectives)
+    values = tuple(nan if value is None else float(value) for value in read)
     return values[0] if len(values) == 1 else values
 
 

@@ -88,7 +88,10 @@ def is_trusted(name: Any) -> bool:
     roots = {package.partition(".")[0] for package, _ in CLASSES}
     if name.partition(".")[0] not in roots:  # importing it would run it
         return False
-    thing = _find(name)
+    try:
+        thing = find_object(name)
+    except ImportError:
+        return False
     package = getattr(thing, "__module__", None) or ""
     if inspect.isclass(thing):
         return any(_is_within(package, home) and issubclass(thing, bases) for home, bases in CLASSES)
@@ -99,18 +102,27 @@ def is_trusted(name: Any) -> bool:
     return is_builder or _is_within(package, "elastic.models")
 
 
-def _find(name: str) -> Any:
-    """Find what a dotted name stands for; None where there is nothing."""
+def find_object(name: str) -> Any:
+    """Find what a dotted name stands for, without a word where there is nothing.
+
+    Raises:
+        ImportError: there is nothing, or its module cannot be imported.
+    """
     parts = name.split(".")
     for count in range(len(parts) - 1, 0, -1):
+        module_name = ".".join(parts[:count])
         try:
-            thing = import_module(".".join(parts[:count]))
-        except ImportError:
-            continue
+            thing = import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
+                continue  # a class, perhaps, of the module above
+            raise
         for part in parts[count:]:
-            thing = getattr(thing, part, None)  # type: ignore[assignment]
+            if not hasattr(thing, part):
+                raise ImportError(f"{module_name} has no {'.'.join(parts[count:])}")
+            thing = getattr(thing, part)
         return thing
-    return None
+    raise ImportError(f"there is no module {parts[0]}")
 
 
 def _is_within(module: str, package: str) -> bool:

@@ -424,7 +424,7 @@ def test_controls_do_not_see_the_input(tmp_path: Path, kind: str) -> None:
         ({"gain": []}, "0 gains, from 0.1 to 0.5 of the run: give one or more"),
         ({"begin": 0.6}, "from 0.6 to 0.5 of the run"),
         ({"end": 1.0}, "to 1.0 of the run"),
-        ({"rate": 0.0}, "modules that learn 0 times as fast as the network: set rate above 0"),
+        ({"rate": 0.0}, "rate=0.0 cannot be: set it to a number above 0"),
         ({"form": "cubic"}, "an activation loss cannot be 'cubic'"),
     ],
 )
@@ -441,7 +441,7 @@ def test_other_ways_of_changing_the_network_are_refused(tmp_path: Path, schedule
 
 @pytest.mark.parametrize("option", ["kind=smell", "activation=hope"])
 def test_what_attach_refuses_is_refused_before_training(tmp_path: Path, option: str) -> None:
-    with pytest.raises(OptionError, match=r"modules cannot look at 'smell'|cannot be activated by 'hope'"):
+    with pytest.raises(OptionError, match=r"modules cannot look at 'smell'|activation='hope' cannot be"):
         train(configure(tmp_path, *TRAINING, f"callbacks.dynamic.{option}"), tmp_path)
 
 

@@ -388,10 +388,10 @@ def test_the_loss_by_hand(loss: ActivationLoss, ramp_up: float, expected: float)
     [
         ({"form": "cubic"}, "set form to linear, square, target and by to kernels or macs"),
         ({"by": "time"}, "set form to"),
-        ({"gain": -1.0}, "a gain of -1 would reward kernels that are on"),
+        ({"gain": -1.0}, "gain=-1.0 cannot be: set it to a number, 0 or more"),
         ({"form": "target"}, "has a target where its form is 'target'"),
         ({"target": 0.5}, "has a target where its form is 'target'"),
-        ({"form": "target", "target": 1.5}, "a target of 1.5: set it between 0 and 1"),
+        ({"form": "target", "target": 1.5}, "target=1.5 cannot be: set it to a number above 0 and below 1"),
     ],
 )
 def test_an_activation_loss_that_cannot_be_is_refused(options: Any, message: str) -> None:
