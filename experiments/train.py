@@ -20,6 +20,7 @@ from elastic.callbacks import Census
 from elastic.callbacks.base import list_elastic
 from elastic.callbacks.census import write_lines
 from elastic.data import ImageData
+from elastic.errors import TrainingError
 from elastic.experiments.tools.about import describe_run
 from elastic.experiments.tools.checking import check_options
 from elastic.experiments.tools.composition import CONF, check_flags, list_callbacks, rewrite, settle

@@ -136,10 +136,12 @@ class ElasticModule(L.LightningModule):
         self.train_loss.reset()
         self.train_metric.reset()
         if not torch.isfinite(loss) or not all(p.isfinite().all() for p in self.net.parameters()):
+            halves = self.trainer.precision == "16-true"  # too few bits for what Adam divides by
+            remedy = "set trainer.precision=16-mixed" if halves else "lower optimizer.lr"
             saved = "; the epochs before are saved" if self.current_epoch else ""
             raise TrainingError(
                 f"training diverged, the loss is {loss.item():.3g} in epoch {self.current_epoch}: "
-                f"lower optimizer.lr{saved}"
+                f"{remedy}{saved}"
             )
         self.log_dict({"train/loss": loss, f"train/{self.task.metric}": metric}, prog_bar=True)
 
@@ -150,14 +152,11 @@ class ElasticModule(L.LightningModule):
         optimizer = self.make_optimizer([{"params": weights}, {"params": others, "weight_decay": 0.0}])
         if self.make_scheduler is None:
             return optimizer
+        self.trainer.fit_loop.setup_data()  # which bounds in steps or time leave for later
         steps, batches = self.trainer.estimated_stepping_batches, self.trainer.num_training_batches
-        if not (math.isfinite(steps) and math.isfinite(batches)):
-            raise TrainingError(
-                "a schedule lasts as long as the run, whose end is not known: set trainer.max_epochs and, "
-                "where the data has no length, trainer.limit_train_batches; or lr_scheduler=constant"
-            )
-        steps = round(steps * self.structure.schedule_fraction)
-        schedule = make_schedule(self.make_scheduler, optimizer, steps, int(batches))
+        # Lightning says -1 where data has no length.
+        steps = self.structure.schedule_fraction * steps if steps >= 0 else math.inf
+        schedule = make_schedule(self.make_scheduler, optimizer, steps, batches)
         self._plan = read_plan(schedule["scheduler"])  # type: ignore[arg-type]
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 

@@ -62,7 +62,8 @@ def module(seed: int = 0, **options: Any) -> ElasticClassifier:
 def attached(**options: Any) -> ElasticClassifier:
     """As if in a run of 40 steps."""
     made = module(**options)
-    made._trainer = SimpleNamespace(estimated_stepping_batches=40, num_training_batches=8)  # type: ignore[assignment]
+    loop = SimpleNamespace(setup_data=lambda: None)
+    made._trainer = SimpleNamespace(estimated_stepping_batches=40, num_training_batches=8, fit_loop=loop)  # type: ignore[assignment]
     return made
 
 
