@@ -36,7 +36,12 @@ def export_run(run: Path, to: Path, level: int | None = None, set: int | None = 
     if network.sets or set is not None:
         net = network.dynamic(level, set or 0)
         note = f"; set {set or 0} of its modules masks kernels, none is skipped"
-    about = {"mean": data.mean, "std": data.std, "classes": data.classes, "data": finished.summary["data"]}
+    about = {
+        "mean": data.mean,
+        "std": data.std,
+        "classes": data.classes,
+        "data": finished.config.choices.data,
+    }
     export(net, finished.example, to, about)
     print(f"{to}: {to.stat().st_size:,} bytes, equal to the network to 1e-5{note}")
 

@@ -106,7 +106,8 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             callbacks = [*make_callbacks(cfg), RunMark(cfg), EndOnSignals(), setting_up]  # may build networks
             module, data = build(cfg)
             trainer = make_trainer(cfg, callbacks, folder)
-            fit(cfg, trainer, module, data, folder)
+            setting_up.checkpoint = find_checkpoint(folder, cfg)
+            fit(cfg, trainer, module, data, setting_up.checkpoint)
         return finish(cfg, trainer, module, data, folder) if trainer.is_global_zero else {}
 
 
@@ -131,10 +132,10 @@ def make_trainer(cfg: DictConfig, callbacks: list[L.Callback], folder: Path) -> 
 
 
 def fit(
-    cfg: DictConfig, trainer: L.Trainer, module: ElasticClassifier, data: ImageData, folder: Path
+    cfg: DictConfig, trainer: L.Trainer, module: ElasticClassifier, data: ImageData, last: Path | None
 ) -> None:
     """Train, from the start or from the last checkpoint."""
-    last = find_checkpoint(folder, cfg)
+    folder = Path(trainer.default_root_dir)
     if trainer.is_global_zero and (last is None or not (folder / CONFIG).exists()):
         write_config(cfg, folder)
     if cfg.get("compile"):
