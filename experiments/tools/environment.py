@@ -86,8 +86,8 @@ def explain_faults() -> Iterator[SettingUp]:
         cause = (str(error).strip().splitlines() or [""])[0]
         if setting_up.checkpoint is not None:
             raise FileError(
-                f"{setting_up.checkpoint} does not fit the run ({type(error).__name__}: {cause}): restore it, "
-                "or remove it and train again"
+                f"{setting_up.checkpoint} does not fit the run ({type(error).__name__}: {cause}): restore "
+                "it, or remove it and train again"
             ) from error
         raise TrainingError(
             f"the run cannot be set up ({type(error).__name__}: {cause}): look at the options; {FULL}=1 "

@@ -249,12 +249,10 @@ HOSTILE: dict[str, Any] = {
     "sizes of words": lambda state: history(state).update(start_sizes={"0": "many"}),
     "no history": lambda state: history(state).clear(),
     "a timeline that is none": lambda state: history(state).update(timeline=7),
-    "levels that are none": lambda state: history(state).update(levels=10**7),
     "tensors of other shapes": lambda state: state["state_dict"].update({"net.0.weight": torch.zeros(2)}),
     "an optimizer that is none": lambda state: state.update(optimizer_states=[{"state": 3}]),
     "no loops": lambda state: state.update(loops={"fit_loop": None}),
     "callbacks that are none": lambda state: state["callbacks"].update(Census={"history": 3}),
-    "an epoch of words": lambda state: state.update(epoch="three", global_step=[]),
 }
 
 
