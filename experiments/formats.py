@@ -20,7 +20,7 @@ import elastic
 from elastic.data import ImageData
 from elastic.dynamic.skipping import make_skipping
 from elastic.errors import FileError
-from elastic.experiments.export import CALIBRATION, measure_accuracy
+from elastic.experiments.export import CALIBRATION, measure_run
 from elastic.experiments.results import ROOT, replace_table
 from elastic.experiments.tools.composition import CONF
 from elastic.experiments.tools.environment import silence
@@ -31,6 +31,7 @@ from elastic.files.exporting import export, open_exported
 from elastic.files.formats import FORMATS, Run, list_tensors
 from elastic.files.zoo import list_zoo
 from elastic.measure.timing import measure_medians_ms
+from elastic.training.tasks import Classification
 
 PAGE = ROOT / "docs" / "export.md"
 BEGIN, END = "<!-- formats: made by `python -m experiments.formats` -->", "<!-- end of formats -->"
@@ -95,7 +96,8 @@ def measure(each: Exported, endings: Sequence[str], folder: Path) -> None:
             each.size[column] = f"{sum(file.stat().st_size for file in files) / 1e3:,.0f}"
             runs[column] = open_exported(path, threads=1)
             if calibration:
-                each.accuracies[column] = f"{100 * measure_accuracy(runs[column], each.data, test=True):.2f}"
+                task = Classification(each.data.classes)
+                each.accuracies[column] = f"{100 * measure_run(runs[column], each.data, task, test=True):.2f}"
     inputs = [x_1CHW.contiguous() for x_1CHW in each.data.sample(IMAGES, seed=1)[0].split(1)]
     for column, median_ms in zip(runs, measure_medians_ms(list(runs.values()), inputs), strict=True):
         if not column.startswith(HERE) or median_ms < float(each.latency.get(HERE, "inf")):

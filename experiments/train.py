@@ -102,7 +102,8 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             callbacks = [*make_callbacks(cfg), RunMark(cfg), EndOnSignals(), setting_up]  # may build networks
             module, data = build(cfg)
             trainer = make_trainer(cfg, callbacks, folder)
-            fit(cfg, trainer, module, data, folder)
+            setting_up.checkpoint = find_checkpoint(folder, cfg)
+            fit(cfg, trainer, module, data, setting_up.checkpoint)
         return finish(cfg, trainer, module, data, folder) if trainer.is_global_zero else {}
 
 
@@ -133,9 +134,11 @@ def is_bounded(cfg: DictConfig) -> bool:
     return cfg.trainer.get("max_steps", -1) > 0 or cfg.trainer.get("max_time") is not None
 
 
-def fit(cfg: DictConfig, trainer: L.Trainer, module: ElasticModule, data: ImageData, folder: Path) -> None:
+def fit(
+    cfg: DictConfig, trainer: L.Trainer, module: ElasticModule, data: ImageData, last: Path | None
+) -> None:
     """Train, from the start or from the last checkpoint."""
-    last = find_checkpoint(folder, cfg)
+    folder = Path(trainer.default_root_dir)
     if trainer.is_global_zero:
         write_config(cfg, folder)  # a run that goes on may last for longer
     if cfg.get("compile"):

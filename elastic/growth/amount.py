@@ -21,8 +21,8 @@ class Growth:
             with a ceiling of 1 for growth in depth alone.
     """
 
-    factor: Annotated[float, Range(1, above=True)] = 1.5
-    ceiling: Annotated[float, Range(1)] = 4.0
+    factor: Annotated[float, Range(1, 1000, above=True)] = 1.5
+    ceiling: Annotated[float, Range(1, 1000)] = 4.0
     multiple: Count = 1
     blocks: Natural = 0
 

@@ -1,5 +1,6 @@
 """Load a module whose network has grown, been gated, nested or given modules, without its callbacks."""
 
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -7,7 +8,7 @@ import lightning as L
 import torch
 from torch import nn
 
-from elastic.errors import FileError
+from elastic.errors import ElasticError, FileError
 from elastic.levels.nested import Levels
 from elastic.pruning.gates import attach_gates
 from elastic.surgery.rebuilding import rebuild
@@ -16,6 +17,7 @@ from elastic.training.joining import add_structure, find_structure
 from elastic.training.structure import Structure
 
 M = TypeVar("M", bound=L.LightningModule)
+HEAD = re.compile(r"\bkernel_modules\..*\.heads\.(\d+)\.")
 HISTORY = "._extra_state"
 
 
@@ -44,9 +46,17 @@ def load_module(module_class: type[M], checkpoint: Path | str, **arguments: Any)
             f"{checkpoint} has no elastic network: load it with {module_class.__name__}.load_from_checkpoint"
         )
     module = module_class(**{**saved.get("hyper_parameters", {}), **arguments})
-    structure = find_structure(module) or _join(module, state[key])
-    _restore(structure, state, state[key])
-    module.load_state_dict(state)
+    try:
+        structure = find_structure(module) or _join(module, state[key])
+        _restore(structure, state, state[key])
+        module.load_state_dict(state)
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        if isinstance(error, ElasticError):
+            raise
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FileError(
+            f"{checkpoint} does not fit {module_class.__name__} ({cause}): name another"
+        ) from error
     structure.route([])
     return module.eval()
 
@@ -77,5 +87,10 @@ def _restore(structure: Structure, state: dict[str, Any], history: dict[str, Any
     if history["levels"] is not None:
         structure.nest(Levels(net, structure.widths, history["levels"]))
     if history["modules"] is not None:
+        heads = {match[1] for name in state if (match := HEAD.search(name))}
+        if history["modules"]["sets"] != len(heads):
+            raise FileError(
+                f"the checkpoint says of its modules what its {len(heads)} sets do not: name another"
+            )
         structure.attach_dynamic(**history["modules"])
         structure.select_first()

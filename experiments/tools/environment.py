@@ -5,6 +5,7 @@ import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import lightning as L
 import torch
@@ -12,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 
-from elastic.errors import SweepError, TrainingError
+from elastic.errors import FileError, SweepError, TrainingError
 from elastic.experiments.tools.errors import FULL, THEIRS
 from elastic.experiments.tools.signals import Interrupted, keep_raising
 
@@ -57,6 +58,7 @@ class SettingUp(L.Callback):
     """Remember whether training has begun."""
 
     has_begun = False
+    checkpoint: Path | None = None  # that training is to go on from
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.has_begun = True
@@ -64,13 +66,14 @@ class SettingUp(L.Callback):
 
 @contextmanager
 def explain_faults() -> Iterator[SettingUp]:
-    """Turn what fails before training has begun into one line: options are what it depends on.
+    """Turn what fails before training has begun into one line: options and files are what it depends on.
 
     Yields:
         What has to be among the callbacks.
 
     Raises:
         TrainingError: something has failed.
+        FileError: a checkpoint does not fit.
     """
     setting_up = SettingUp()
     try:
@@ -81,6 +84,11 @@ def explain_faults() -> Iterator[SettingUp]:
         if setting_up.has_begun:
             raise
         cause = (str(error).strip().splitlines() or [""])[0]
+        if setting_up.checkpoint is not None:
+            raise FileError(
+                f"{setting_up.checkpoint} does not fit the run ({type(error).__name__}: {cause}): restore "
+                "it, or remove it and train again"
+            ) from error
         raise TrainingError(
             f"the run cannot be set up ({type(error).__name__}: {cause}): look at the options; {FULL}=1 "
             "shows where"

@@ -14,9 +14,9 @@ from omegaconf import DictConfig
 from torch import nn
 
 from elastic.data import ImageData
-from elastic.errors import FileError, OptionError
+from elastic.errors import ElasticError, FileError, OptionError
 from elastic.experiments.tools.checking import check_part
-from elastic.experiments.tools.folders import SUMMARY, check_finished, load_config
+from elastic.experiments.tools.folders import CONFIG, SUMMARY, check_finished, load_config
 from elastic.experiments.tools.parts import make_task
 from elastic.experiments.tools.trust import trust_modules
 from elastic.files.network import Network
@@ -80,9 +80,15 @@ def restore(folder: Path, trust: Sequence[str] = ()) -> FinishedRun:
             f"{folder / WEIGHTS} is damaged, or of another run: restore it, or finish the run with "
             f"run={folder}"
         )
-    for part in ("data", "model"):
+    for part in ("task", "data", "model"):
         check_part(cfg, part)
-    net, data = build_network(cfg)
+    try:
+        net, data = build_network(cfg)
+    except (RuntimeError, MemoryError, OverflowError) as error:
+        if isinstance(error, ElasticError):
+            raise
+        cause = str(error).strip().splitlines()[0]
+        raise FileError(f"{folder / CONFIG} is of a network that cannot be built: {cause}") from error
     network = Network.load(net, folder / WEIGHTS, torch.zeros(1, *data.shape))
     return FinishedRun(network, data, make_task(cfg, data.classes), summary, cfg, folder)
 

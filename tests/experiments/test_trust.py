@@ -243,6 +243,36 @@ def test_a_file_of_another_run_is_named(folder: Path, tmp_path: Path, name: str)
         restore(folder) if name.startswith("model") else train(load_config(folder), folder)
 
 
+HOSTILE: dict[str, Any] = {
+    "no state": lambda state: state.pop("state_dict"),
+    "a state that is none": lambda state: state.update(state_dict=[1, 2]),
+    "sizes of words": lambda state: history(state).update(start_sizes={"0": "many"}),
+    "no history": lambda state: history(state).clear(),
+    "a timeline that is none": lambda state: history(state).update(timeline=7),
+    "tensors of other shapes": lambda state: state["state_dict"].update({"net.0.weight": torch.zeros(2)}),
+    "an optimizer that is none": lambda state: state.update(optimizer_states=[{"state": 3}]),
+    "no loops": lambda state: state.update(loops={"fit_loop": None}),
+    "callbacks that are none": lambda state: state["callbacks"].update(Census={"history": 3}),
+}
+
+
+def history(state: dict[str, Any]) -> Any:
+    return state["state_dict"]["structure._extra_state"]
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_checkpoint_that_says_what_cannot_be_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    """Without a digest, or with the right one: a digest does not say who has written the file."""
+    state = torch.load(folder / "last.ckpt", weights_only=True)
+    HOSTILE[what](state)
+    torch.save(state, folder / "last.ckpt")
+    code, _, err = command(elastic.experiments.train.main, monkeypatch, capsys, f"run={folder}")
+    assert code == 1 and err.count("\n") == 1 and err.startswith("error: "), err
+    assert "last.ckpt" in err or "the checkpoint" in err, err
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "7"])
 def test_a_damaged_summary_is_named(folder: Path, text: str) -> None:
     (folder / "summary.json").write_text(text)
