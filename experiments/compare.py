@@ -66,13 +66,27 @@ def compare_runs(
     if figure is not None:
         draw_arms([table.arms for table in tables], "macs_dynamic" if skips(arms) else "params", figure)
     if html is not None:
-        facts = {"Made": date.today().isoformat(), **list_facts(arms)}
+        facts = {"Runs": runs, "Made": date.today().isoformat(), **list_facts(arms)}
         sections = (
             make_section(table.data if len(tables) > 1 else "", table, draw_figures(table, notes))
             for table in tables
         )
-        page = make_page(runs, facts, [*sections, list_failures(failures)])
+        page = make_page(make_title(tables), facts, [*sections, list_failures(failures)])
         write_atomically(html, lambda part: part.write_text(page))
+
+
+def make_title(tables: Sequence[ResultTable]) -> str:
+    """Make a title of what was compared, and on what."""
+    networks = {
+        str(run["model"]) for table in tables for arm in table.arms for run in arm.runs if "model" in run
+    }
+    count = sum(len(table.arms) for table in tables)
+    data = ", ".join(table.data for table in tables if table.data)
+    parts = [
+        f"{count} arms of {', '.join(sorted(networks)) or 'a network'}",
+        *([f"on {data}"] if data else []),
+    ]
+    return " ".join(parts)
 
 
 def show_table(table: ResultTable, title: str | None = None) -> None:

@@ -176,11 +176,11 @@ def main() -> None:
     silence()
     torch.set_num_threads(1)
     endings, networks = [ending for ending in FORMATS if is_installed(ending)], list(list_networks())
-    for each in networks:
+    for count, each in enumerate(networks, start=1):  # what is known is on the page after each
         with tempfile.TemporaryDirectory() as folder:
             measure(each, endings, Path(folder))
         print(each.name, each.latency, each.accuracies, flush=True)
-    PAGE.write_text(replace_table(PAGE.read_text(), write_tables(networks, endings), BEGIN, END))
+        PAGE.write_text(replace_table(PAGE.read_text(), write_tables(networks[:count], endings), BEGIN, END))
 
 
 if __name__ == "__main__":

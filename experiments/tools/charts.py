@@ -1,7 +1,8 @@
 """Draw the figures of the report's page: arms against each other, over the epochs, and level by level.
 
-Each function makes one that draws on a panel and returns whether there was anything to draw. Arms are named
-at the right edge, each with a line to where it is drawn, so that no name lies on another one.
+Each function makes one that draws on a panel and returns the arms that it has drawn. An arm's number stands
+at the right edge, with a line to where the arm is drawn, so that no number lies on another one. An artist's
+`gid` is what it tells when it is pointed at.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,15 +16,20 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 from elastic.experiments.tools.arms import Arm, History, Summary
 from elastic.experiments.tools.metrics import ShownMetric, describe_metric, find_metric
 
-LINE = 0.17  # inches that a name takes
+LINE = 0.17  # inches that a number takes
 MARGIN = 0.8  # inches above and below a panel
-LONGEST = 44  # characters of a name
+TIP = "tip:"  # how the gid of an artist begins that tells something
 
 
 @dataclass(frozen=True)
 class Series:
-    """Hold what is drawn of an arm in one colour: summaries of its runs, and their histories."""
+    """Hold what is drawn of an arm in one colour: summaries of its runs, and their histories.
 
+    Attributes:
+        number: of its row in the table.
+    """
+
+    number: int
     name: str
     colour: str
     runs: Sequence[Summary]
@@ -42,40 +48,30 @@ class Series:
 
 @dataclass(frozen=True)
 class Point:
-    """Hold a point of a panel with its name."""
+    """Hold a point of a panel that an arm is named at."""
 
-    name: str
-    colour: str
+    arm: Series
     x: float
     y: float
 
 
-Draw = Callable[[Axes], bool]
+Draw = Callable[[Axes], list[Series]]
 
 
 def make_series(arms: Sequence[Arm]) -> list[Series]:
     """Give each arm a number, which its row of the table has, too, and a colour."""
-    return [
-        Series(f"{i + 1} {shorten(arm.label)}", f"C{i % 10}", arm.runs, arm.histories)
-        for i, arm in enumerate(arms)
-    ]
-
-
-def shorten(name: str) -> str:
-    """Shorten a name in its middle, so that it fits beside a panel."""
-    half = (LONGEST - 1) // 2
-    return name if len(name) <= LONGEST else f"{name[:half]}…{name[-half:]}"
+    return [Series(i + 1, arm.label, f"C{i % 10}", arm.runs, arm.histories) for i, arm in enumerate(arms)]
 
 
 def compute_height(names: int) -> float:
-    """Compute the inches of a figure with so many names."""
+    """Compute the inches of a figure with so many numbers at its edge."""
     return max(4.0, MARGIN + LINE * names)
 
 
 def plot_against(series: Sequence[Series], key: str, label: str) -> Draw:
     """Plot the metric of arms against a cost, an arm a point, with the front of what nothing else beats."""
 
-    def draw(panel: Axes) -> bool:
+    def draw(panel: Axes) -> list[Series]:
         points = []
         for arm in series:
             costs = [run[key] for run in arm.runs if run.get(key)]
@@ -84,14 +80,17 @@ def plot_against(series: Sequence[Series], key: str, label: str) -> Draw:
             accuracies = arm.list_metrics(arm.runs)
             x, y = float(np.mean(costs)), float(np.mean(accuracies))
             sd = [float(np.std(v, ddof=1)) if len(v) > 1 else 0.0 for v in (costs, accuracies)]
-            panel.errorbar(x, y, xerr=sd[0], yerr=sd[1], fmt="o", capsize=3, color=arm.colour)
-            points.append(Point(arm.name, arm.colour, x, y))
+            bars = panel.errorbar(x, y, xerr=sd[0], yerr=sd[1], fmt="o", capsize=3, color=arm.colour)
+            bars.lines[0].set_gid(
+                f"{TIP}{arm.name}: {_show(y, sd[1], arm.metric.digits)}{arm.metric.unit}, {_show(x, sd[0])} {label}"
+            )
+            points.append(Point(arm, x, y))
         if len(points) < 2:
-            return False
+            return []
         front = find_front([(point.x, point.y) for point in points])
         panel.plot([points[i].x for i in front], [points[i].y for i in front], color="0.7", lw=1, zorder=0)
         _finish(panel, label, series[0].metric.label, points, "x")
-        return True
+        return [point.arm for point in points]
 
     return draw
 
@@ -99,18 +98,19 @@ def plot_against(series: Sequence[Series], key: str, label: str) -> Draw:
 def plot_over_time(series: Sequence[Series], key: str, label: str) -> Draw:
     """Plot a figure of the census over the epochs, a colour an arm, a line a run."""
 
-    def draw(panel: Axes) -> bool:
-        ends: dict[str, Point] = {}  # one name an arm
+    def draw(panel: Axes) -> list[Series]:
+        ends: dict[int, Point] = {}  # one number an arm
         for arm in series:
             for rows in filter(None, arm.histories):
                 epochs, values = [row["epoch"] for row in rows], [row[key] for row in rows]
-                panel.plot(epochs, values, color=arm.colour, lw=1.2)
-                ends[arm.name] = Point(arm.name, arm.colour, epochs[-1], values[-1])
+                tip = f"{TIP}{arm.name}: {values[0]:,} to {values[-1]:,} {label}"
+                panel.plot(epochs, values, color=arm.colour, lw=1.2, gid=tip)
+                ends[arm.number] = Point(arm, epochs[-1], values[-1])
         if not ends:
-            return False
+            return []
         _finish(panel, "epoch", label, list(ends.values()), "y")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-        return True
+        return [point.arm for point in ends.values()]
 
     return draw
 
@@ -122,7 +122,7 @@ def plot_levels(series: Sequence[Series], keys: Sequence[str], label: str, scale
         keys: of the cost; the first one that a level has.
     """
 
-    def draw(panel: Axes) -> bool:
+    def draw(panel: Axes) -> list[Series]:
         ends = []
         for arm in series:
             for kind, marker in (("levels", "o-"), ("sets", "s--")):
@@ -133,15 +133,24 @@ def plot_levels(series: Sequence[Series], keys: Sequence[str], label: str, scale
                 costs = np.mean([[scale * row[key] for row in run] for run in runs], 0)
                 accuracies = np.mean([arm.list_metrics(run) for run in runs], 0)
                 order = np.argsort(costs)
-                panel.plot(costs[order], accuracies[order], marker, color=arm.colour)
-                name = f"{arm.name}, {kind}"
-                ends.append(Point(name, arm.colour, costs[order[-1]], accuracies[order[-1]]))
+                panel.plot(costs[order], accuracies[order], marker[1:], color=arm.colour)
+                for k, (x, y) in enumerate(zip(costs, accuracies, strict=True)):
+                    value = f"{y:.{arm.metric.digits}f}{arm.metric.unit}"
+                    tip = f"{TIP}{arm.name}, {kind[:-1]} {k}: {value}, {x:,.4g} {label}"
+                    panel.plot(x, y, marker[0], color=arm.colour, gid=tip)
+                ends.append(Point(arm, costs[order[-1]], accuracies[order[-1]]))
         if not ends:
-            return False
+            return []
         _finish(panel, label, series[0].metric.label, ends)
-        return True
+        return list({point.arm.number: point.arm for point in ends}.values())
 
     return draw
+
+
+def _show(mean: float, sd: float, digits: int = 0) -> str:
+    """Show mean ± sd, or the mean alone where there is no spread."""
+    digits = digits if mean >= 100 or digits else 3
+    return f"{mean:,.{digits}f} ± {sd:,.{digits}f}" if sd else f"{mean:,.{digits}f}"
 
 
 def _find_key(runs: Sequence[Sequence[dict[str, Any]]], keys: Sequence[str]) -> str | None:
@@ -164,7 +173,7 @@ def find_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def _finish(panel: Axes, x: str, y: str, points: Sequence[Point], logarithmic: str | None = None) -> None:
-    """Label the axes, settle their limits, and name points beside them."""
+    """Label the axes, settle their limits, and write numbers beside them."""
     if logarithmic is not None:
         _set_logarithmic(panel, logarithmic)
     panel.set(xlabel=x, ylabel=y, xlim=panel.get_xlim(), ylim=panel.get_ylim())
@@ -185,7 +194,7 @@ def _set_logarithmic(panel: Axes, which: str) -> None:
 
 
 def _name_points(panel: Axes, points: Sequence[Point]) -> None:
-    """Write names at the right edge of a panel whose limits are settled, each joined to its point."""
+    """Write numbers at the right edge of a panel whose limits are settled, each joined to its point."""
     figure = panel.get_figure(root=True)
     assert figure is not None
     inches = figure.get_figheight() - MARGIN
@@ -193,13 +202,13 @@ def _name_points(panel: Axes, points: Sequence[Point]) -> None:
     heights = [float(to_panel.transform((point.x, point.y))[1]) for point in points]
     for point, place in zip(points, space_out(heights, LINE / inches), strict=True):
         panel.annotate(
-            point.name,
+            str(point.arm.number),
             (point.x, point.y),
             xytext=(1.03, place),
             textcoords="axes fraction",
             va="center",
             fontsize="small",
-            arrowprops=_LEADER | {"color": point.colour},
+            arrowprops=_LEADER | {"color": point.arm.colour},
         )
 
 

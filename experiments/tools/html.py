@@ -1,15 +1,22 @@
-"""Make one page about many runs that opens anywhere: a single HTML file, nothing to fetch."""
+"""Make one page about many runs that opens anywhere: a single HTML file, nothing to fetch.
 
-import base64
+Figures are drawn as SVG, inside the page: they are sharp at any size, and tell of a point or a line that is
+pointed at by its `<title>`, which browsers show without a script. A plotting library of JavaScript would add
+some megabytes to each page.
+"""
+
 import html
 import io
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
+import matplotlib as mpl
 import matplotlib.pyplot as plt
+from matplotlib.colors import to_hex
 
-from elastic.experiments.tools.charts import Draw
-from elastic.experiments.tools.results import ResultTable, write_latex
+from elastic.experiments.tools.charts import TIP, Draw, Series
+from elastic.experiments.tools.results import ResultTable, list_csv, write_latex
+from elastic.experiments.tools.tables import write_rows
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 70rem; margin: 2rem auto;
@@ -22,7 +29,11 @@ th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ddd
 th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2px solid #888 }
 td:first-child { min-width: 12rem; white-space: normal }
 tbody tr { counter-increment: arm } tbody td:first-child::before { content: counter(arm) " "; color: #888 }
-figure { margin: 1rem 0 } img { width: 100%; max-width: 62rem; min-width: 40rem }
+figure { margin: 1rem 0 } svg { width: 100%; height: auto; max-width: 54rem }
+.tip:hover * { stroke-width: 5 !important } .tip { cursor: help }
+.arms { display: flex; flex-wrap: wrap; gap: 0 1.2rem; padding: 0; margin: 0; list-style: none;
+  font-size: .9rem }
+.arms b { display: inline-block; width: .8rem; height: .8rem; border-radius: 50% }
 figcaption, .note, summary { color: #666; font-size: .9rem }
 """
 
@@ -49,10 +60,14 @@ and that are not zero. macs: multiply-accumulates for one input; kMACs … PMACs
 
 
 def make_section(title: str, table: ResultTable, figures: Iterable[str]) -> str:
-    """Make the part about one data set: its table, the same in LaTeX, and figures."""
+    """Make the part about one data set: its table, the same in LaTeX and as CSV, and figures."""
     heading = f"<h2>{html.escape(title)}</h2>" if title else ""
-    latex = f"<details><summary>LaTeX</summary><pre>{html.escape(write_latex(table))}</pre></details>"
-    return f"{heading}{_make_table(table)}{latex}{''.join(figures)}"
+    texts = {"LaTeX": write_latex(table), "CSV": write_rows(*list_csv(table.arms))}
+    sources = "".join(
+        f"<details><summary>{name}</summary><pre>{html.escape(text)}</pre></details>"
+        for name, text in texts.items()
+    )
+    return f"{heading}{_make_table(table)}{sources}{''.join(figures)}"
 
 
 def _make_table(table: ResultTable) -> str:
@@ -83,15 +98,37 @@ def list_failures(reasons: Mapping[str, str]) -> str:
 
 def make_figure(title: str, caption: str, draw: Draw, height: float = 4.0) -> str:
     """Make a figure as HTML, or nothing where there is nothing to draw."""
-    figure, panel = plt.subplots(figsize=(9, height), layout="constrained")
-    try:
-        if not draw(panel):
-            return ""
-        buffer = io.BytesIO()
-        figure.savefig(buffer, dpi=150, format="png")
-    finally:
-        plt.close(figure)
-    data = base64.b64encode(buffer.getvalue()).decode()
+    with mpl.rc_context({"svg.fonttype": "none", "font.family": ["DejaVu Sans"]}):
+        figure, panel = plt.subplots(figsize=(7, height), layout="constrained")
+        try:
+            arms = draw(panel)
+            if not arms:
+                return ""
+            buffer = io.StringIO()
+            figure.savefig(buffer, format="svg", metadata={"Date": None})
+        finally:
+            plt.close(figure)
     name = html.escape(title)
-    image = f'<div class="wide"><img alt="{name}" src="data:image/png;base64,{data}"></div>'
-    return f"<h3>{name}</h3><figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>\n"
+    image = _embed(buffer.getvalue(), name)
+    note = f"<figcaption>{html.escape(caption)}</figcaption>"
+    return f"<h3>{name}</h3><figure>{image}{_list_arms(arms)}{note}</figure>\n"
+
+
+def _embed(svg: str, name: str) -> str:
+    """Turn a drawing of matplotlib's into an element of a page, whose artists tell what their gid says."""
+    svg = svg[svg.index("<svg") :]
+    head, _, rest = svg.partition(">")
+    (box,) = re.findall(r'viewBox="[^"]*"', head)
+    rest = re.sub(r"<metadata>.*?</metadata>", "", rest, flags=re.DOTALL)
+    rest = re.sub(rf'<g id="{TIP}([^"]*)">', r'<g class="tip"><title>\1</title>', rest)
+    rest = rest.replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, sans-serif")
+    return f'<svg role="img" aria-label="{name}" {box}>{rest}'
+
+
+def _list_arms(arms: Sequence[Series]) -> str:
+    """List the numbers, colours and names of the arms in a figure, as wide as there is room for."""
+    items = "".join(
+        f'<li><b style="background: {to_hex(arm.colour)}"></b> {arm.number} {html.escape(arm.name)}</li>'
+        for arm in sorted(arms, key=lambda arm: arm.number)
+    )
+    return f'<ul class="arms">{items}</ul>'

@@ -34,6 +34,11 @@ class ShownMetric:
         return 2 if self.is_share else 4
 
     @property
+    def unit(self) -> str:
+        """Return what stands behind a value."""
+        return " %" if self.is_share else ""
+
+    @property
     def head(self) -> str:
         """Return the head of a column."""
         return self.key.replace("/", " ") + (" (%)" if self.is_share else "")

@@ -27,12 +27,15 @@ OPTIONS = (
 )
 # What sticks out on the right is listed, unless an element around it scrolls.
 LOOK = """<script>addEventListener("load", () => {
-  const wide = innerWidth, scrolls = e => e && (e.className == "wide" || scrolls(e.parentElement));
+  const wide = innerWidth, clips = e => e.className == "wide" || e.tagName == "svg";
+  const scrolls = e => e && (clips(e) || scrolls(e.parentElement));
   const out = [...document.querySelectorAll("body *")].filter(
     e => e.getBoundingClientRect().right > wide + 1 && !scrolls(e.parentElement));
   parent.postMessage(JSON.stringify({
     wide, scroll: document.documentElement.scrollWidth, out: out.map(e => e.outerHTML.slice(0, 80)),
-    images: [...document.images].map(i => i.complete && i.naturalWidth > 100 && i.clientWidth > 100),
+    figures: [...document.querySelectorAll("svg")].map(e => e.getBoundingClientRect().width),
+    legends: [...document.querySelectorAll(".arms li")].map(e => e.getBoundingClientRect().right),
+    tips: document.querySelectorAll("svg .tip > title").length,
     fetched: performance.getEntriesByType("resource").map(e => e.name).filter(n => !n.startsWith("data:")),
   }), "*");
 })</script>"""
@@ -95,14 +98,16 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "page.html"
 
 
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("width", [1600, 1024, 500, 390])
 def test_nothing_sticks_out_and_nothing_is_fetched(page: Path, width: int) -> None:
     assert page.stat().st_size < 2_000_000
     found = seen(page, width)
     assert found["wide"] == width, "or the rest says nothing about this width"
     assert found["out"] == [] and found["scroll"] <= width
     assert found["fetched"] == []
-    assert len(found["images"]) == 6 and all(found["images"])
+    assert len(found["figures"]) == 6 and all(0.5 * min(width, 900) < w < width for w in found["figures"])
+    assert len(found["legends"]) >= 12 and max(found["legends"]) <= width, "whole, at any width"
+    assert found["tips"] >= 12
 
 
 def test_the_browser_shows_it(page: Path) -> None:
