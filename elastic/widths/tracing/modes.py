@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from elastic.errors import StructureError
 from elastic.widths.tracing.graph import describe_node, trace
@@ -41,14 +41,19 @@ def sync_traced(traced: fx.GraphModule, model: nn.Module, training: bool) -> Non
             traced.get_submodule(path)._buffers[name] = buffers[name]
 
 
-def trace_both_modes(model: nn.Module) -> fx.GraphModule:
+def trace_both_modes(model: nn.Module, *example: Tensor) -> fx.GraphModule:
     """Trace a model to be trained and evaluated: flags like training=self.training follow its mode.
+
+    Args:
+        example: inputs on the meta device; with them, a forward may ask for sizes.
 
     Raises:
         StructureError: torch.fx cannot trace it, or it is another network in training than in evaluation.
     """
     with preserve_modes(model):
-        training, traced = (trace(model.train(mode)) for mode in (True, False))
+        training, traced = (trace(model.train(mode), *example) for mode in (True, False))
+    for graph_module in (training, traced):
+        _drop_counters(graph_module)
     traced.training = model.training
     if traced.code == training.code:
         return traced
@@ -60,6 +65,18 @@ def trace_both_modes(model: nn.Module) -> fx.GraphModule:
             "like F.dropout(x, training=self.training) may differ"
         ) from error
     return traced
+
+
+def _drop_counters(traced: fx.GraphModule) -> None:
+    """Leave out that norms count batches in training, which no momentum of theirs needs."""
+    for node in traced.graph.find_nodes(op="get_attr"):
+        if str(node.target).endswith("num_batches_tracked"):
+            counting = list(node.users)
+            if all(user.target == "add_" and not user.users for user in counting):
+                for user in counting:
+                    traced.graph.erase_node(user)
+                traced.graph.erase_node(node)
+    traced.recompile()
 
 
 def _join_modes(training: fx.GraphModule, evaluation: fx.GraphModule) -> None:
