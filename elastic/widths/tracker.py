@@ -9,13 +9,14 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from elastic.errors import StructureError
-from elastic.widths.hooks import watch_hooks
+from elastic.widths.hooks import has_hooks, watch_hooks
 from elastic.widths.operations import NEEDS_NO_TENSOR, READS_COUNTS, TABLE, NotFollowed, Role, Rule, Tracked
 from elastic.widths.operations.counts import count_node, list_counts
 from elastic.widths.operations.interface import ATTRIBUTE, Layer, Place, is_stored, list_axes, list_tensors
 from elastic.widths.parameters import ChannelParametrization, get_original, list_parametrizations
 from elastic.widths.tracing import describe_node, get_layer
 from elastic.widths.tracing.graph import shorten
+from elastic.widths.tracing.meta import call_on_meta
 from elastic.widths.tracing.sizes import SizeAttribute
 from elastic.widths.union import Axis, ChannelUnion
 
@@ -29,14 +30,13 @@ CONSTANT = "_tensor_constant"  # what torch.fx calls a tensor that the model's f
 class AxisTracker(fx.Interpreter):
     """Run a traced model on meta tensors and carry every value's channel axes along: see `Tracker`."""
 
-    def __init__(
-        self, graph: fx.GraphModule, model: nn.Module, elements: ChannelUnion, records: Records
-    ) -> None:
-        super().__init__(graph, garbage_collect_values=False)
+    def __init__(self, graph: fx.Graph, model: nn.Module, elements: ChannelUnion, records: Records) -> None:
+        super().__init__(model, garbage_collect_values=False, graph=graph)
         self.extra_traceback = False  # errors of one line
         self.model = model  # whose modules are there as they were, also those that torch.fx has looked into
         self.elements, self.records = elements, records
-        self._hooked = watch_hooks(graph)
+        self._watched = {path for path, layer in self.submodules.items() if has_hooks(layer)}
+        self._hooked = watch_hooks(model)
         self._recorded: list[Axis] = []  # what the rule of this node has recorded
         self._followed: list[SizeAttribute] = []  # the numbers of this node that follow channels
         self._constant: dict[Dimension, str] = {}  # attributes that nodes use as they are, with a reason
@@ -68,8 +68,23 @@ class AxisTracker(fx.Interpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Call a function; a tensor that it makes has data yet."""
-        value = super().call_function(target, args, kwargs)
+        value = call_on_meta(
+            target, args, lambda: super(AxisTracker, self).call_function(target, args, kwargs)
+        )
         return value.to("meta") if isinstance(value, Tensor) else value
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Call a layer; a linear one takes long on the meta device."""
+        layer = self.submodules[target]
+        if type(layer) is nn.Linear and target not in self._watched and args[0].is_meta:
+            if args[0].shape[-1] != layer.in_features:
+                raise ValueError(f"it reads {layer.in_features} features, not {args[0].shape[-1]}")
+            return args[0].new_empty((*args[0].shape[:-1], layer.out_features))
+        return super().call_module(target, args, kwargs)
+
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Call a tensor's method."""
+        return call_on_meta(target, args, lambda: super(AxisTracker, self).call_method(target, args, kwargs))
 
     def _find_axes(self, node: fx.Node, value: Any) -> Tracked:
         if node.op == "output":

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from elastic.errors import StructureError
-from elastic.widths.tracing.graph import describe_node, trace
+from elastic.widths.tracing.graph import describe_node, trace, trace_graph
 
 MODE = "_mode"  # where a traced network holds its own
 
@@ -39,6 +39,42 @@ def sync_traced(traced: fx.GraphModule, model: nn.Module, training: bool) -> Non
         buffers = model.get_submodule(path)._buffers
         if name in buffers:
             traced.get_submodule(path)._buffers[name] = buffers[name]
+
+
+class _WatchedMode:
+    """Stand for `training` of all modules, and note whether it is asked for."""
+
+    def __init__(self, training: bool) -> None:
+        self.training, self.was_read = training, False
+
+    def __get__(self, module: nn.Module | None, kind: type[nn.Module]) -> bool:
+        self.was_read = True
+        return self.training
+
+
+@contextmanager
+def _watch_mode(model: nn.Module) -> Iterator[_WatchedMode]:
+    """Watch whether the mode of a model's modules is asked for."""
+    watched = _WatchedMode(model.training)
+    modes = {module: vars(module).pop("training") for module in model.modules()}
+    setattr(nn.Module, "training", watched)  # noqa: B010
+    try:
+        yield watched
+    finally:
+        delattr(nn.Module, "training")
+        for module, mode in modes.items():
+            vars(module)["training"] = mode
+
+
+def trace_modes(model: nn.Module, *example: Tensor) -> list[fx.Graph]:
+    """Trace a model in training, and in evaluation where that makes another graph; its mode changes."""
+    switches = {(type(module).train, type(module).eval) for module in model.modules()}
+    with _watch_mode(model.train()) as mode:
+        training = trace_graph(model, *example)
+    if not mode.was_read and switches == {(nn.Module.train, nn.Module.eval)}:
+        return [training]
+    evaluation = trace_graph(model.eval(), *example)
+    return [training] if str(training) == str(evaluation) else [training, evaluation]
 
 
 def trace_both_modes(model: nn.Module, *example: Tensor) -> fx.GraphModule:
