@@ -37,18 +37,23 @@ BINARY = {operator.add, operator.iadd, operator.mul, operator.imul, operator.sub
 SPELLED = {"add", "add_", "mul", "mul_", "relu", "relu_", "sigmoid", "sub"}  # methods
 
 
+def _keep_shape(input: Tensor) -> Tensor:
+    """Stand for an operation whose output has the shape of its input."""
+    return input.detach()
+
+
 def call_on_meta(target: Any, args: Sequence[Any], call: Callable[[], Any]) -> Any:
     """Call a function or a method on the meta device; at once, where what it gives is as what it is given."""
     first, *others = args or (None,)
     if isinstance(first, Tensor) and first.is_meta and first.is_floating_point():
         is_known = target in UNARY if not isinstance(target, str) else target in SPELLED
         if is_known and not any(isinstance(other, Tensor) for other in others[:1]):
-            return torch.empty_like(first)
+            return _keep_shape(first)
         if (is_known or target in BINARY) and len(others) == 1:
             (other,) = others
             shape, dtype = getattr(other, "shape", first.shape), getattr(other, "dtype", first.dtype)
             if (shape, dtype) == (first.shape, first.dtype) and isinstance(other, Tensor | int | float):
-                return torch.empty_like(first)
+                return _keep_shape(first)
     return call()
 
 
@@ -71,7 +76,7 @@ def make_meta_copy(model: nn.Module) -> nn.Module:
     for module in replica.modules():
         kind = parametrize.type_before_parametrizations(module)
         if isinstance(module, KEEPS_SHAPE) and kind.__module__.startswith("torch.nn."):
-            vars(module)["forward"] = torch.empty_like
+            vars(module)["forward"] = _keep_shape
     return replica
 
 
