@@ -9,6 +9,7 @@ from elastic.errors import OptionError
 from elastic.models.alexnet import alexnet
 from elastic.models.convnet import convnet
 from elastic.models.resnet import resnet20, resnet56
+from elastic.models.timm import from_timm
 from elastic.models.torchvision import from_torchvision
 from elastic.models.unet import unet
 from elastic.models.vgg import vgg16_bn
@@ -16,7 +17,7 @@ from elastic.models.vgg import vgg16_bn
 # A name here is a name in files.
 BUILDERS: dict[str, Callable[..., nn.Module]] = {
     builder.__name__: builder
-    for builder in (alexnet, convnet, from_torchvision, resnet20, resnet56, unet, vgg16_bn)
+    for builder in (alexnet, convnet, from_timm, from_torchvision, resnet20, resnet56, unet, vgg16_bn)
 }
 NARROW = "elastic.models.narrow.narrow"  # whose model is that of its inside: its widths are in its tensors
 

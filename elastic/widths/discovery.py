@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from elastic.errors import OptionError, StructureError
 from elastic.widths.collecting import collect_widths
-from elastic.widths.tracing import make_meta_copy, trace
+from elastic.widths.tracing import make_meta_copy, trace_modes
 from elastic.widths.tracker import AxisTracker, Records
 from elastic.widths.union import ChannelUnion
 from elastic.widths.width import Segment, Slot, Width, Widths, fix_widths
@@ -86,8 +86,7 @@ def find_widths(model: nn.Module, *example: Tensor) -> Widths:
     replica = make_meta_copy(model)
     # Two samples, so that batch norm in training mode has something to average; sizes stay distinct.
     inputs = [x.new_empty((max(2, len(x)), *x.shape[1:]), device="meta") for x in example]
-    graphs = [trace(replica.train(mode), *inputs) for mode in (True, False)]
-    for graph in {graph.code: graph for graph in graphs}.values():  # one, where both modes do the same
+    for graph in trace_modes(replica, *inputs):
         with torch.no_grad():
             AxisTracker(graph, replica, elements, records).run(*inputs)
     widths = collect_widths(elements, records)

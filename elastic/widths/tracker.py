@@ -9,13 +9,14 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from elastic.errors import StructureError
-from elastic.widths.hooks import watch_hooks
+from elastic.widths.hooks import has_hooks, watch_hooks
 from elastic.widths.operations import NEEDS_NO_TENSOR, READS_COUNTS, TABLE, NotFollowed, Role, Rule, Tracked
 from elastic.widths.operations.counts import count_node, list_counts
 from elastic.widths.operations.interface import ATTRIBUTE, Layer, Place, is_stored, list_axes, list_tensors
 from elastic.widths.parameters import ChannelParametrization, get_original, list_parametrizations
-from elastic.widths.tracing import describe_node, get_layer
+from elastic.widths.tracing import describe_node
 from elastic.widths.tracing.graph import shorten
+from elastic.widths.tracing.meta import call_on_meta
 from elastic.widths.tracing.sizes import SizeAttribute
 from elastic.widths.union import Axis, ChannelUnion
 
@@ -29,14 +30,13 @@ CONSTANT = "_tensor_constant"  # what torch.fx calls a tensor that the model's f
 class AxisTracker(fx.Interpreter):
     """Run a traced model on meta tensors and carry every value's channel axes along: see `Tracker`."""
 
-    def __init__(
-        self, graph: fx.GraphModule, model: nn.Module, elements: ChannelUnion, records: Records
-    ) -> None:
-        super().__init__(graph, garbage_collect_values=False)
+    def __init__(self, graph: fx.Graph, model: nn.Module, elements: ChannelUnion, records: Records) -> None:
+        super().__init__(model, garbage_collect_values=False, graph=graph)
         self.extra_traceback = False  # errors of one line
         self.model = model  # whose modules are there as they were, also those that torch.fx has looked into
         self.elements, self.records = elements, records
-        self._hooked = watch_hooks(graph)
+        self._watched = {path for path, layer in self.submodules.items() if has_hooks(layer)}
+        self._hooked = watch_hooks(model)
         self._recorded: list[Axis] = []  # what the rule of this node has recorded
         self._followed: list[SizeAttribute] = []  # the numbers of this node that follow channels
         self._constant: dict[Dimension, str] = {}  # attributes that nodes use as they are, with a reason
@@ -68,8 +68,23 @@ class AxisTracker(fx.Interpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Call a function; a tensor that it makes has data yet."""
-        value = super().call_function(target, args, kwargs)
+        value = call_on_meta(
+            target, args, lambda: super(AxisTracker, self).call_function(target, args, kwargs)
+        )
         return value.to("meta") if isinstance(value, Tensor) else value
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Call a layer; a linear one takes long on the meta device."""
+        layer = self._find_module(target)
+        if type(layer) is nn.Linear and target not in self._watched and args[0].is_meta:
+            if args[0].shape[-1] != layer.in_features:
+                raise ValueError(f"it reads {layer.in_features} features, not {args[0].shape[-1]}")
+            return args[0].new_empty((*args[0].shape[:-1], layer.out_features))
+        return super().call_module(target, args, kwargs)
+
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Call a tensor's method."""
+        return call_on_meta(target, args, lambda: super(AxisTracker, self).call_method(target, args, kwargs))
 
     def _find_axes(self, node: fx.Node, value: Any) -> Tracked:
         if node.op == "output":
@@ -88,7 +103,7 @@ class AxisTracker(fx.Interpreter):
 
     def _follow(self, node: fx.Node, value: Any) -> Tracked:
         """Follow channels through an operation."""
-        rule = TABLE.find(get_layer(self.module, node), node)
+        rule = TABLE.find(self._find_layer(node), node)
         if rule not in READS_COUNTS:
             self._fix_counts(node)
         if not list_tensors(node) and rule not in NEEDS_NO_TENSOR:
@@ -115,9 +130,17 @@ class AxisTracker(fx.Interpreter):
             for count in list_counts(source) if "counts" in source.meta else ():
                 self.fix(count.axes, node, "computes with the number of channels")
 
+    def _find_module(self, path: str) -> nn.Module:
+        """Find a module, at once where it has but one path."""
+        return self.submodules.get(path) or self.model.get_submodule(path)
+
+    def _find_layer(self, node: fx.Node) -> nn.Module | None:
+        """Find the layer that a node calls, if it calls one."""
+        return self._find_module(str(node.target)) if node.op == "call_module" else None
+
     def _find_place(self, node: fx.Node) -> Place | None:
         """Find where a node's tensor is stored: an attribute's, or that of what parametrizes it."""
-        if isinstance(get_layer(self.module, node), parametrize.ParametrizationList):
+        if isinstance(self._find_layer(node), parametrize.ParametrizationList):
             module, _, name = str(node.target).rpartition("parametrizations.")
             return Place(module.rstrip("."), name)
         module, _, name = str(node.target).rpartition(".")
@@ -129,7 +152,7 @@ class AxisTracker(fx.Interpreter):
         """Let channels begin on each dimension of a tensor that the model holds, but for those of size 1."""
         if not isinstance(value, Tensor):
             return None
-        owner, ndim = self.model.get_submodule(place.module), value.dim()
+        owner, ndim = self._find_module(place.module), value.dim()
         if isinstance(owner, nn.modules.conv._ConvNd) and place.tensor == "weight":
             ndim = 2  # beyond are those of a kernel
         sizes = enumerate(value.shape)
@@ -176,13 +199,13 @@ class AxisTracker(fx.Interpreter):
     # What the rules ask for, see `Tracker`.
 
     def get_layer(self, node: fx.Node, kind: type[Layer]) -> Layer:
-        layer = get_layer(self.module, node)
+        layer = self._find_layer(node)
         if not isinstance(layer, kind):
             raise TypeError(f"it is for a {kind.__name__}")
         return layer
 
     def get_module(self, path: str) -> nn.Module:
-        return self.model.get_submodule(path)
+        return self._find_module(path)
 
     def locate(self, tensor: fx.Node) -> Place:
         place = self._find_place(tensor)
@@ -245,14 +268,15 @@ class AxisTracker(fx.Interpreter):
             self.elements.unite(first, second)
 
     def fix(self, axes: Sequence[Axis | None], node: fx.Node, reason: str) -> None:
-        self.elements.fix_all(axes, f"{describe_node(node)} {reason}")
+        if any(axis is not None for axis in axes):
+            self.elements.fix_all(axes, f"{describe_node(node)} {reason}")
 
     def _fetch_original(self, module: str, tensor: str) -> Tensor | None:
-        return get_original(self.model.get_submodule(module), tensor) if is_stored(tensor) else None
+        return get_original(self._find_module(module), tensor) if is_stored(tensor) else None
 
     def _fix_foreign(self, module: str, tensor: str, axis: Axis) -> None:
         """Fix what a hook computes, or a parametrization whose own tensors do not follow channels."""
-        owner = self.model.get_submodule(module)
+        owner = self._find_module(module)
         if tensor in vars(owner) and owner._forward_pre_hooks:
             self.elements.fix(axis, f"{module}.{tensor} is computed by a hook")
         for parametrization in list_parametrizations(owner, tensor):

@@ -81,9 +81,8 @@ def plot_against(series: Sequence[Series], key: str, label: str) -> Draw:
             x, y = float(np.mean(costs)), float(np.mean(accuracies))
             sd = [float(np.std(v, ddof=1)) if len(v) > 1 else 0.0 for v in (costs, accuracies)]
             bars = panel.errorbar(x, y, xerr=sd[0], yerr=sd[1], fmt="o", capsize=3, color=arm.colour)
-            bars.lines[0].set_gid(
-                f"{TIP}{arm.name}: {_show(y, sd[1], arm.metric.digits)}{arm.metric.unit}, {_show(x, sd[0])} {label}"
-            )
+            value = f"{_show(y, sd[1], arm.metric.digits)}{arm.metric.unit}"
+            bars.lines[0].set_gid(f"{TIP}{arm.name}: {value}, {_show(x, sd[0])} {label}")
             points.append(Point(arm, x, y))
         if len(points) < 2:
             return []

@@ -98,6 +98,8 @@ def test_every_choice_composes(tmp_path: Path, overrides: tuple[str, ...]) -> No
 
 @pytest.mark.parametrize("name", [name for name in files("model") if name != "narrow"])
 def test_every_model_can_be_made_and_be_narrow(name: str) -> None:
+    if name == "timm":
+        pytest.importorskip("timm")
     whole = instantiate(node("model", name), in_channels=3, classes=7)
     pixels = (32, 32) if name == "unet" else ()
     assert isinstance(whole, nn.Module)

@@ -31,11 +31,17 @@ def trace(model: nn.Module, *example: Tensor) -> fx.GraphModule:
     Raises:
         StructureError: torch.fx cannot trace it.
     """
+    return fx.GraphModule(model, trace_graph(model, *example))
+
+
+def trace_graph(model: nn.Module, *example: Tensor) -> fx.Graph:
+    """Trace a model's graph alone, whose nodes call the model's own layers; see `trace`."""
     tracer = _Tracer(example)
     try:
         with tag_sizes(model), trace_factories(tracer):
             graph = tracer.trace(model)
-        return fx.GraphModule(model, graph)
+        graph.owning_module = model  # type: ignore[assignment]
+        return graph
     except Exception as error:  # the model's own forward runs here: anything may come
         raise StructureError(
             f"{type(model).__name__} cannot be traced by torch.fx ({shorten(error)}); let torch.where choose "
