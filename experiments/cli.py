@@ -20,6 +20,7 @@ COMMANDS = {
     "export": "write a finished run's network for other programs",
     "zoo": "list the networks that come with the package",
     "latency": "time a network with dynamic kernels beside its dense one",
+    "sensitivity": "show what dropping a part of each width costs and saves",
     "serve": "serve a stream of images by an elastic network under load",
     "usage": "show how often dynamic kernels are on",
     "switching": "time the way from one sub-network to another, here and elsewhere",
@@ -30,7 +31,7 @@ COMMANDS = {
 
 def describe_commands() -> str:
     """Describe what there is to call."""
-    lines = [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
+    lines = [f"  {name:<11} {text}" for name, text in COMMANDS.items()]
     return "\n".join(
         [
             "usage: elastic <command> [key=value …]",
