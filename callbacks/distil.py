@@ -1,40 +1,52 @@
 """Let the network also learn from what another network says."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import lightning as L
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from elastic.callbacks.base import ElasticCallback, StepNetwork
-from elastic.errors import OptionError, TrainingError
+from elastic.errors import TrainingError
+from elastic.ranges import Positive, checked
+from elastic.training.imitation import Outputs, check_outputs, compare_outputs
 from elastic.widths.tracing import preserve_modes
 
 
+@checked
 class Distil(ElasticCallback):
     """Distil knowledge: Hinton et al., arXiv 1503.02531. For runs that make a trained network cheaper.
 
-    Adds weight · T² · KL(teacher ‖ network) of the classes' probabilities at temperature T to the loss.
+    Adds weight · T² · KL(teacher ‖ network) of the classes' (or labels') probabilities at temperature T to
+    the loss; of values, weight times the mean squared difference.
 
     Args:
-        teacher: a network for the same images and classes; it stays as it is.
-        weight: of the teacher beside the labels, which weigh 1.
+        teacher: a network for the same images and targets; it stays as it is.
+        weight: of the teacher beside the targets, which weigh 1.
         temperature: T; the higher it is, the more the classes count that the teacher thinks unlikely.
+        outputs: what both networks say: "classes" (scores in dimension 1), "labels" (a score each) or
+            "values" (regression); what the module's task says, else classes, by default.
 
     Raises:
-        OptionError: no weight or no temperature.
-        TrainingError: a teacher that knows another number of classes, or cannot look at the images.
+        OptionError: no weight, no temperature, or no such outputs.
+        TrainingError: a teacher whose outputs have other shapes, or that cannot look at the images.
 
     Example::
 
         Distil(resnet56(), weight=1.0, temperature=4.0)
     """
 
-    def __init__(self, teacher: nn.Module, weight: float = 1.0, temperature: float = 4.0) -> None:
-        if weight <= 0 or temperature <= 0:
-            raise OptionError(f"distil by {weight:g} at temperature {temperature:g}: both must be above 0")
-        self.weight, self.temperature = weight, temperature
+    def __init__(
+        self,
+        teacher: nn.Module,
+        weight: Positive = 1.0,
+        temperature: Positive = 4.0,
+        outputs: Outputs | None = None,
+    ) -> None:
+        check_outputs(outputs)
+        self.weight, self.temperature, self.outputs = weight, temperature, outputs
         self.teacher = teacher.eval().requires_grad_(False)
 
     def list_step_networks(self) -> Sequence[StepNetwork]:
@@ -51,24 +63,34 @@ class Distil(ElasticCallback):
         net, example = self.structure.net, self.structure.example
         x = torch.zeros(1, *example.shape[1:], dtype=example.dtype)
         try:
-            known = self.teacher.cpu()(x).shape[1]
+            taught = list_shapes(self.teacher.cpu()(x))
         except RuntimeError as error:
             raise TrainingError(
                 f"the teacher cannot look at images of {tuple(x.shape[1:])}: name the run of one that can"
             ) from error
         with preserve_modes(net):
-            classes = net.eval().forward(x.to(next(net.parameters()).device)).shape[1]
-        if known != classes:
-            raise TrainingError(f"the teacher knows {known} classes of {classes}: name the run of another")
+            learnt = list_shapes(net.eval().forward(x.to(next(net.parameters()).device)))
+        if taught != learnt:
+            shown = (", ".join(map(str, shapes)) for shapes in (taught, learnt))
+            raise TrainingError(
+                "the teacher's outputs are of {}, the network's of {}: name the run of another".format(*shown)
+            )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         place = {"device": pl_module.device, "dtype": next(self.structure.net.parameters()).dtype}
         self.teacher.to(**place, memory_format=self.structure.memory_format)  # type: ignore[call-overload]
 
-    def compute_loss(self, x: Tensor, output: Tensor) -> Tensor:
+    def compute_loss(self, x: Tensor, output: Any) -> Tensor:
         """Return the loss against the teacher's output for the same images."""
         with torch.no_grad():
-            teacher_BK = F.log_softmax(self.teacher(x).float() / self.temperature, dim=1)
-        network_BK = F.log_softmax(output.float() / self.temperature, dim=1)
-        divergence = F.kl_div(network_BK, teacher_BK, reduction="batchmean", log_target=True)
-        return self.weight * self.temperature**2 * divergence
+            taught = self.teacher(x)
+        outputs = self.outputs or self.structure.outputs
+        cross_entropy, entropy = (
+            compare_outputs(said, taught, outputs, self.temperature) for said in (output, taught)
+        )
+        return self.weight * (cross_entropy - entropy)
+
+
+def list_shapes(outputs: Any) -> list[tuple[int, ...]]:
+    """List the shapes of one input's outputs, without the batch."""
+    return [tuple(leaf.shape[1:]) for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]

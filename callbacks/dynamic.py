@@ -14,6 +14,7 @@ from elastic.dynamic.loss import ActivationCost, ActivationLoss, By, Form
 from elastic.dynamic.modules import iterate_modules, select_set
 from elastic.dynamic.norms import SetNorm
 from elastic.errors import OptionError, TrainingError
+from elastic.ranges import Fraction, NotNegative, Part, Positive, checked
 from elastic.training.progress import measure_epoch_progress
 from elastic.training.samples import count_samples
 
@@ -21,6 +22,7 @@ COLD = 0.05  # the temperature at the end of a run, of soft gates
 MEASURES: tuple[By, ...] = ("kernels", "macs")
 
 
+@checked
 class PruneDynamically(ElasticCallback):
     """Give the network kernel activation modules and add the activation loss, see `elastic.dynamic.loss`.
 
@@ -48,24 +50,22 @@ class PruneDynamically(ElasticCallback):
 
     def __init__(
         self,
-        gain: float | Sequence[float] = 1.0,
+        gain: NotNegative | Sequence[NotNegative] = 1.0,
         form: Form = "linear",
         by: By = "macs",
-        target: float | None = None,
+        target: Fraction | None = None,
         activation: Activation = "ramp",
         kind: str = "input",
-        begin: float = 0.1,
-        end: float = 0.5,
-        rate: float = 1.0,
+        begin: Part = 0.1,
+        end: Part = 0.5,
+        rate: Positive = 1.0,
         modules_only: bool = False,
     ) -> None:
         gains = [gain] if isinstance(gain, int | float) else list(gain)
-        if not gains or not 0 <= begin <= end < 1:
+        if not gains or not begin <= end < 1:
             raise OptionError(
                 f"{len(gains)} gains, from {begin} to {end} of the run: give one or more, 0 ≤ begin ≤ end < 1"
             )
-        if rate <= 0:
-            raise OptionError(f"modules that learn {rate:g} times as fast as the network: set rate above 0")
         self.losses = [ActivationLoss(each, form, by, target) for each in gains]
         self.activation, self.kind, self.begin, self.end = activation, kind, begin, end
         self.rate, self.modules_only = rate, modules_only

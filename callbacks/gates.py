@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from torch import nn
 
 from elastic.callbacks.base import ElasticCallback
@@ -17,12 +18,14 @@ from elastic.pruning.fitting import fit_gates_to_budget, measure_compacted, repo
 from elastic.pruning.gates import Grain
 from elastic.pruning.penalty import add_penalty_gradient
 from elastic.pruning.ranking import keep_best_gates, reopen_gates
+from elastic.ranges import Natural, NotNegative, Part, checked
 from elastic.training.progress import is_last_epoch, measure_epoch_progress, measure_step_progress
 
 EVERY = 10  # batches between two looks at what is open
 LEAST = 0.8  # of the size on the budget's path; below it, gates are opened again
 
 
+@checked
 class PruneByGates(ElasticCallback):
     """Gate the network and penalise open gates; dead channels leave at the start of an epoch.
 
@@ -52,20 +55,17 @@ class PruneByGates(ElasticCallback):
     def __init__(
         self,
         grain: Grain = "weight",
-        penalty: float = 1e-4,
-        begin: float = 0.05,
-        end: float = 0.85,
-        grace: int = 2,
+        penalty: NotNegative = 1e-4,
+        begin: Part = 0.05,
+        end: Part = 0.85,
+        grace: Natural = 2,
         by: Literal["params", "macs"] = "params",
         budget: Budget | int | None = None,
     ) -> None:
         if by not in ("params", "macs"):
             raise OptionError(f"gates cannot prune by '{by}': set by to params or macs")
-        if not 0 <= begin < end <= 1 or penalty < 0 or grace < 0:
-            raise OptionError(
-                f"gates from {begin} to {end} of the run with λ {penalty} and grace {grace}: "
-                "set 0 ≤ begin < end ≤ 1, penalty and grace to 0 or more"
-            )
+        if begin >= end:
+            raise OptionError(f"gates learn from {begin} to {end} of the run: set begin below end")
         self.grain, self.penalty, self.begin, self.end = grain, penalty, begin, end
         self.grace, self.by = grace, by
         self.budget = budget if isinstance(budget, Budget) or budget is None else Budget(budget)
@@ -73,6 +73,7 @@ class PruneByGates(ElasticCallback):
         self.is_above_path = True
         self.uses: dict[str, float] = {}  # of each weight, by layer
         self._is_active = False
+        self._priced: dict[str, torch.Size] = {}  # shapes of the gates that have their prices
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -155,7 +156,11 @@ class PruneByGates(ElasticCallback):
 
     def _set_prices(self) -> None:
         """Set what a weight of each layer costs, relative to the average."""
-        if self.by == "macs":
+        if self.by != "macs":
+            return
+        shapes = {path: gate.score.shape for path, _, gate in gates.iterate_gates(self.structure.net)}
+        if shapes != self._priced:
+            self._priced = shapes
             self.uses = count_macs_per_weight(self.structure.net, self.structure.example)
             average = sum(self.uses.values()) / len(self.uses)
             for path, _, gate in gates.iterate_gates(self.structure.net):

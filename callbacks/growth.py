@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch.nn.functional as F
 
 from elastic.callbacks.base import ElasticCallback
 from elastic.errors import OptionError, TrainingError
 from elastic.growth.amount import Growth
 from elastic.growth.gradmax import gradmax
 from elastic.growth.triggers import Trigger
+from elastic.ranges import Part, checked
 from elastic.surgery.depth import count_blocks
 from elastic.surgery.freezing import find_frozen_widths, is_frozen
 from elastic.surgery.fresh import STRATEGIES, Fresh, zero_out
@@ -24,6 +24,7 @@ STARTS = (*STRATEGIES, "gradmax")
 BATCH = 256  # training images that GradMax looks at
 
 
+@checked
 class GrowOnSaturation(ElasticCallback):
     """Watch a metric at the end of each epoch's validation; grow at the start of the next training epoch.
 
@@ -54,7 +55,7 @@ class GrowOnSaturation(ElasticCallback):
         amount: Growth,
         monitor: str = "val/acc",
         fresh: str = "zero_out",
-        until: float = 0.6,
+        until: Part = 0.6,
         timeline: str | None = None,
     ) -> None:
         if fresh not in STARTS:
@@ -163,7 +164,7 @@ class GrowOnSaturation(ElasticCallback):
             structure.net,
             structure.widths,
             added,
-            lambda net: F.cross_entropy(net(x_BCHW), y_B),
+            lambda net: structure.compute_loss(net(x_BCHW), y_B),
             structure.make_generator(),
         )
 

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from elastic.callbacks.base import StepNetwork
 from elastic.callbacks.levels import TrainLevels
-from elastic.errors import OptionError
+from elastic.ranges import Natural, checked
 from elastic.training.imitation import Outputs, check_outputs, compare_outputs
 
 
+@checked
 class TrainJointly(TrainLevels):
     """Train by the sandwich rule with in-place distillation: Yu & Huang, arXiv 1903.05134, 3.1 and 3.3.
 
@@ -21,7 +22,8 @@ class TrainJointly(TrainLevels):
 
     Args:
         between: levels a step that are neither the smallest nor the network.
-        outputs: what the network says: "classes" (scores in dimension 1) or "values" (regression).
+        outputs: what the network says: "classes" (scores in dimension 1), "labels" (a score each) or
+            "values" (regression); what the module's task says, else classes, by default.
         **levels: see `TrainLevels`.
 
     Raises:
@@ -32,11 +34,11 @@ class TrainJointly(TrainLevels):
         TrainJointly([0.512, 0.64, 0.8])
     """
 
-    def __init__(self, *args: Any, between: int = 2, outputs: Outputs = "classes", **levels: Any) -> None:
+    def __init__(
+        self, *args: Any, between: Natural = 2, outputs: Outputs | None = None, **levels: Any
+    ) -> None:
         super().__init__(*args, **levels)
         check_outputs(outputs)
-        if between < 0:
-            raise OptionError(f"there cannot be {between} levels between: set between to 0 or more")
         self.between, self.outputs = between, outputs
 
     def list_step_networks(self) -> Sequence[StepNetwork]:
@@ -58,5 +60,6 @@ class TrainJointly(TrainLevels):
     def compute_loss(self, x: Tensor, output: Any) -> Tensor:
         """Return what the levels drawn for this step lose against the network's own output."""
         drawn = [0, *(1 + torch.randperm(len(self.levels) - 2)[: self.between]).tolist()]
-        losses = [compare_outputs(self.levels.run(k, x), output, self.outputs) for k in drawn]
+        outputs = self.outputs or self.structure.outputs
+        losses = [compare_outputs(self.levels.run(k, x), output, outputs) for k in drawn]
         return torch.stack(losses).sum()

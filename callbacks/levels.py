@@ -1,6 +1,7 @@
 """Do what every way of training nested levels does: make them, and put the channels that matter first."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import lightning as L
 
@@ -9,8 +10,10 @@ from elastic.errors import OptionError, TrainingError
 from elastic.levels.cutting import find_nestable
 from elastic.levels.importance import Importance, rank_channels, score_channels
 from elastic.levels.nested import Levels
-from elastic.levels.sizes import By, level_sizes
+from elastic.levels.sensitivity import read_curves
+from elastic.levels.sizes import By, check_levels, level_sizes
 from elastic.measure.machine import measure_latency_ms
+from elastic.ranges import Count, Positive, checked
 from elastic.surgery.reindexing import reindex
 from elastic.training.samples import sample_batch
 from elastic.widths.discovery import discover
@@ -18,6 +21,7 @@ from elastic.widths.discovery import discover
 SAMPLES = 256  # training images that importance by gradients looks at
 
 
+@checked
 class TrainLevels(ElasticCallback):
     """Give the network levels before anything is trained; abstract, see its subclasses.
 
@@ -26,20 +30,28 @@ class TrainLevels(ElasticCallback):
         by: what `fractions` are: fraction, macs or latency_ms (measured here, one image on the CPU).
         multiple: channels are rounded to a multiple of it.
         importance: which channels come first, see `elastic.levels.score_channels`.
+        sensitivity: a file of `elastic sensitivity`, by which budgets are shared out among widths; all are
+            cut by the same fraction by default.
 
     Raises:
+        OptionError: levels that cannot be.
         TrainingError: several processes, or a network that changes in the same run.
     """
 
     def __init__(
         self,
-        fractions: Sequence[float],
+        fractions: Sequence[Positive],
         by: By = "fraction",
-        multiple: int = 1,
+        multiple: Count = 1,
         importance: Importance = "l2",
+        sensitivity: str | None = None,
     ) -> None:
+        check_levels(fractions, by, multiple)
         self.fractions, self.by, self.multiple = list(fractions), by, multiple
         self.importance = importance
+        self.curves = None if sensitivity is None else read_curves(Path(sensitivity))
+        if self.curves is not None and by == "fraction":
+            raise OptionError("sensitivity sizes levels for budgets: set by to macs or latency_ms")
 
     def check(self, trainer: L.Trainer) -> None:
         """Refuse what cannot be in one run with levels, before any process is started."""
@@ -57,7 +69,9 @@ class TrainLevels(ElasticCallback):
         net, widths, example = structure.net, structure.widths, structure.example
         if structure.levels is None and trainer.ckpt_path is None:  # a checkpoint brings its own
             measure = (lambda cut: measure_latency_ms(cut, example)) if self.by == "latency_ms" else None
-            sizes = level_sizes(net, widths, example, self.fractions, self.by, self.multiple, measure)
+            sizes = level_sizes(
+                net, widths, example, self.fractions, self.by, self.multiple, measure, self.curves
+            )
             structure.nest(Levels(net, widths, sizes))
         if self.importance != "taylor":
             score_channels(net, widths, self.importance)  # what it refuses, it refuses now
@@ -73,7 +87,7 @@ class TrainLevels(ElasticCallback):
         structure, levels = self.structure, self.levels
         batches = [sample_batch(trainer, SAMPLES, structure.seed)] if self.importance == "taylor" else None
         widths = discover(levels[k], structure.example)
-        scores = score_channels(levels[k], widths, self.importance, batches)
+        scores = score_channels(levels[k], widths, self.importance, batches, structure.compute_loss)
         full = structure.widths.sizes()
         index = {name: rank_channels(scores[name], full[name]) for name in find_nestable(structure.widths)}
         with structure.changing():

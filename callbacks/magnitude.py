@@ -19,9 +19,11 @@ from elastic.pruning.fitting import (
 )
 from elastic.pruning.gates import freeze_gates
 from elastic.pruning.live import count_live_params
+from elastic.ranges import Part, checked
 from elastic.training.progress import is_last_epoch, measure_epoch_progress
 
 
+@checked
 class PruneByMagnitude(ElasticCallback):
     """Prune gradually by magnitude (Zhu & Gupta, arXiv 1710.01878), ranked over all layers at once.
 
@@ -46,7 +48,7 @@ class PruneByMagnitude(ElasticCallback):
 
     changes_structure = True
 
-    def __init__(self, budget: int, begin: float = 0.2, end: float = 0.75) -> None:
+    def __init__(self, budget: int, begin: Part = 0.2, end: Part = 0.75) -> None:
         self.budget = Budget(budget, begin, end, headroom=inf)  # the path falls from the full size
         self.is_done = False
 

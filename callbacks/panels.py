@@ -28,7 +28,8 @@ class LogPanels(ElasticCallback):
         for logger in self._list_loggers(trainer):
             if trainer.current_epoch == 0:
                 x_BCHW, y_B = sample_batch(trainer, SAMPLES, self.structure.seed)
-                logger.log_image("samples", make_visible(x_BCHW), caption=[str(int(y)) for y in y_B])
+                captions = [describe_target(target) for target in y_B]
+                logger.log_image("samples", make_visible(x_BCHW), caption=captions)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking:
@@ -46,6 +47,12 @@ class LogPanels(ElasticCallback):
         return [
             logger for logger in trainer.loggers if isinstance(logger, WandbLogger) and trainer.is_global_zero
         ]
+
+
+def describe_target(target: Tensor) -> str:
+    """Write what is told of an image, or of a mask the classes that are in it."""
+    values = target.unique() if target.dim() > 1 else target.flatten()
+    return ", ".join(f"{value:g}" for value in values.tolist())
 
 
 def make_visible(x_BCHW: Tensor) -> list[Tensor]:

@@ -8,8 +8,10 @@ import lightning as L
 from elastic.callbacks.base import StepNetwork
 from elastic.callbacks.levels import TrainLevels
 from elastic.levels.freezing import FrozenPart, Phase, plan_phases
+from elastic.ranges import Part, checked
 
 
+@checked
 class Reconstruct(TrainLevels):
     """Prune and grow, arXiv 2505.11569, with a core that is frozen to the last bit.
 
@@ -29,7 +31,7 @@ class Reconstruct(TrainLevels):
         Reconstruct([0.512, 0.64, 0.8], dense=0.4, prune=0.3)
     """
 
-    def __init__(self, *args: Any, dense: float = 0.4, prune: float = 0.3, **levels: Any) -> None:
+    def __init__(self, *args: Any, dense: Part = 0.4, prune: Part = 0.3, **levels: Any) -> None:
         super().__init__(*args, **levels)
         self.dense, self.prune = dense, prune
         self.phases: list[Phase] = []

@@ -4,23 +4,37 @@ Every row times the two sides in turn and gives the median of the ratios ours / 
 Absolute times depend on the machine; ratios much less.
 """
 
+import atexit
 import copy
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
+import lightning as L
 import torch
 import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from elastic.dynamic.attaching import attach_modules
 from elastic.dynamic.modules import iterate_modules
 from elastic.dynamic.skipping import make_skipping
+from elastic.experiments.tools.composition import CONF, settle
 from elastic.experiments.tools.environment import silence
 from elastic.experiments.tools.errors import run
 from elastic.experiments.tools.options import call
+from elastic.experiments.tools.parts import make_callbacks, make_recipe, make_task
 from elastic.experiments.tools.timing import Work, make_forward, make_stock, time_pairs
+from elastic.experiments.train import make_trainer
 from elastic.levels.cutting import extract_level
 from elastic.levels.nested import Levels
 from elastic.levels.sizes import level_sizes
@@ -31,22 +45,21 @@ from elastic.pruning.compaction import compact
 from elastic.pruning.folding import fold_gates
 from elastic.surgery.reindexing import grow_index, reindex
 from elastic.training.compilation import compile_network
+from elastic.training.module import ElasticModule
 from elastic.widths.discovery import discover
 
 Pair = tuple[Work, Work]  # ours, theirs
+STEPS = 50  # of an epoch
 FRACTIONS = (0.512, 0.64, 0.8)  # of the MACs, of the levels below the network
 
 
 def make_step(net: nn.Module, x_BCHW: Tensor, optimizer: torch.optim.Optimizer | None = None) -> Work:
-    """Make a training step, with the penalty of the gates that the network has."""
-    gated = any(gates.iterate_gates(net))
+    """Make a training step."""
     y_B = torch.zeros(len(x_BCHW), dtype=torch.long)
     optimizer = optimizer or torch.optim.AdamW(net.parameters())
 
     def step() -> None:
         loss = F.cross_entropy(net(x_BCHW), y_B)
-        if gated:
-            loss = loss + 1e-4 * gates.compute_penalty(net)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -54,11 +67,53 @@ def make_step(net: nn.Module, x_BCHW: Tensor, optimizer: torch.optim.Optimizer |
     return step
 
 
-def make_gated_step(net: nn.Module, x_BCHW: Tensor) -> Pair:
-    """Train with a gate on every weight, against without."""
-    gated = copy.deepcopy(net)
-    gates.attach_gates(gated, discover(gated, x_BCHW), "weight")
-    return make_step(gated, x_BCHW), make_step(net, x_BCHW)
+class EndAfterEpoch(L.Callback):
+    """End a run after its first epoch, though it was to last longer."""
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.should_stop = True
+
+
+def compose_run(*options: str) -> DictConfig:
+    """Compose the configuration of a run in a temporary folder."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    words = [f"run={folder}", "callbacks.progress=null", "trainer.max_epochs=1000", *options]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", words, return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    return settle(cfg, words, cfg.hydra.runtime.choices)
+
+
+def make_loader(batches: Any) -> "DataLoader[Any]":
+    """Make a loader of whole batches."""
+    return DataLoader(batches, batch_size=None)
+
+
+def make_trained_epoch(net: nn.Module, x_BCHW: Tensor, options: Sequence[str]) -> Pair:
+    """Train for an epoch as a run does, its start and its checkpoint included, against a bare loop.
+
+    Args:
+        options: of the run.
+    """
+    plain, x_BCHW = copy.deepcopy(net), x_BCHW.clone()
+    step = make_step(plain, x_BCHW)
+    y_B = torch.zeros(len(x_BCHW), dtype=torch.long)
+    train_loader, val_loader = (make_loader([(x_BCHW, y_B)] * count) for count in (STEPS, 1))
+    cfg = compose_run("trainer.precision=32-true", "lr_scheduler=constant", *options)
+
+    def train() -> None:
+        task = make_task(cfg, net(x_BCHW[:1]).shape[1])
+        _, C, H, W = x_BCHW.shape
+        module = ElasticModule(copy.deepcopy(net), (C, H, W), task, *make_recipe(cfg))
+        trainer = make_trainer(cfg, [*make_callbacks(cfg), EndAfterEpoch()], Path(cfg.run))
+        trainer.fit(module, train_loader, val_loader)
+
+    def loop() -> None:
+        for _ in train_loader:
+            step()
+
+    return train, loop
 
 
 def make_compacted_forward(net: nn.Module, x_BCHW: Tensor) -> Pair:
@@ -163,9 +218,16 @@ class Comparison:
     shape: tuple[int, int, int] = (3, 32, 32)
 
 
+TRAINER = partial(make_trained_epoch, options=("schedule=static",))
+GATES = partial(
+    make_trained_epoch,
+    options=("schedule=gates", "callbacks.gates.begin=0.0", "callbacks.gates.budget=5000"),
+)
 COMPARISONS = (
-    Comparison("gated / plain training step, convnet", make_gated_step, convnet, 30, shape=(1, 28, 28)),
-    Comparison("gated / plain training step, resnet20", make_gated_step, resnet20, 5),
+    Comparison("trainer, nothing elastic / bare loop, convnet", TRAINER, convnet, 10, shape=(1, 28, 28)),
+    Comparison("trainer, gates and a budget / bare loop, convnet", GATES, convnet, 10, shape=(1, 28, 28)),
+    Comparison("trainer, nothing elastic / bare loop, resnet20", TRAINER, resnet20, 5),
+    Comparison("trainer, gates and a budget / bare loop, resnet20", GATES, resnet20, 5),
     Comparison(
         "compacted / masked forward, half the channels, resnet20", make_compacted_forward, resnet20, 10
     ),

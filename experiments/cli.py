@@ -10,6 +10,7 @@ from pathlib import Path
 
 from elastic.errors import OptionError
 from elastic.experiments.tools.options import HELP
+from elastic.experiments.tools.signals import end_on_signals
 
 # Kept here, since importing a command takes seconds.
 COMMANDS = {
@@ -19,6 +20,7 @@ COMMANDS = {
     "export": "write a finished run's network for other programs",
     "zoo": "list the networks that come with the package",
     "latency": "time a network with dynamic kernels beside its dense one",
+    "sensitivity": "show what dropping a part of each width costs and saves",
     "serve": "serve a stream of images by an elastic network under load",
     "host": "answer requests over HTTP by an elastic network",
     "load_test": "send requests over HTTP to one, under load",
@@ -31,7 +33,7 @@ COMMANDS = {
 
 def describe_commands() -> str:
     """Describe what there is to call."""
-    lines = [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
+    lines = [f"  {name:<11} {text}" for name, text in COMMANDS.items()]
     return "\n".join(
         [
             "usage: elastic <command> [key=value …]",
@@ -70,6 +72,7 @@ def run_command() -> None:
 
 
 def main() -> None:
+    end_on_signals()  # while it imports what takes seconds
     from elastic.experiments.tools.errors import run
 
     run(run_command)

@@ -29,9 +29,9 @@ def evaluate(run: Path, level: int | None = None, set: int | None = None) -> dic
     """
     finished = restore(run)
     if level is None and set is None:
-        return finished.summary | measure_network(finished.network, finished.data)
+        return finished.summary | measure_network(finished.network, finished.data, finished.task)
     sets = None if set is None else [set]
-    return finished.summary | measure_level(finished.network, finished.data, level, sets)
+    return finished.summary | measure_level(finished.network, finished.data, finished.task, level, sets)
 
 
 def main() -> None:

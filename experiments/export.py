@@ -23,6 +23,7 @@ from elastic.experiments.tools.options import call
 from elastic.experiments.tools.restore import restore
 from elastic.files.exporting import export, open_exported
 from elastic.files.formats import Run, list_tensors
+from elastic.training.tasks import Task
 
 CALIBRATION = 512  # images
 
@@ -49,34 +50,34 @@ def export_run(
     if network.sets or set is not None:
         net = network.dynamic(level, set or 0)
         note = f"; set {set or 0} of its modules masks kernels, none is skipped"
-    about = {"data": finished.summary["data"], **describe_data(data), **network.about}
+    about = {"data": finished.config.choices.data, **describe_data(data), **network.about}
     calibration = data.sample(CALIBRATION, seed=0)[0].split(32) if int8 else ()
     difference = export(net, finished.example, to, about, calibration)
     print(f"{to}: {to.stat().st_size:,} bytes, equal to the network to {difference:.0e}{note}")
     if int8:
-        before = measure_accuracy(lambda x_BCHW: list_tensors(net(x_BCHW)), data)
-        after = measure_accuracy(open_exported(to), data)
-        print(f"validation accuracy: {before:.2%} in 32 bits, {after:.2%} in 8")
+        before = measure_run(lambda x_BCHW: list_tensors(net(x_BCHW)), data, finished.task)
+        after = measure_run(open_exported(to), data, finished.task)
+        print(f"validation {finished.task.metric}: {before:.4f} in 32 bits, {after:.4f} in 8")
 
 
 @torch.no_grad()
-def measure_accuracy(run: Run, data: ImageData, split: str = "val", images: int = 10**9) -> float:
-    """Measure accuracy on the validation or the test split, in whatever runs the network.
+def measure_run(run: Run, data: ImageData, task: Task, split: str = "val", images: int = 10**9) -> float:
+    """Measure the task's metric on the validation or the test split, in whatever runs the network.
 
     Args:
         split: "val" or "test".
         images: how many of its first images are enough.
     """
     data.setup()
-    correct = count = 0
+    metric, count = task.make_metrics()[task.metric], 0
     for batch in data.test_dataloader() if split == "test" else data.val_dataloader():
         if count >= images:
             break
-        x_BCHW, y_B = data.on_after_batch_transfer(batch, 0)
-        (logits_BK,) = run(x_BCHW)
-        correct += int((logits_BK.argmax(1) == y_B).sum())
-        count += len(y_B)
-    return correct / count
+        x_BCHW, targets = data.on_after_batch_transfer(batch, 0)
+        (outputs,) = run(x_BCHW)
+        metric.update(*task.predict(outputs, targets))
+        count += len(x_BCHW)
+    return float(metric.compute())
 
 
 def main() -> None:

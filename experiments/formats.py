@@ -21,7 +21,7 @@ import elastic
 from elastic.data import ImageData
 from elastic.dynamic.skipping import make_skipping
 from elastic.errors import FileError
-from elastic.experiments.export import CALIBRATION, measure_accuracy
+from elastic.experiments.export import CALIBRATION, measure_run
 from elastic.experiments.results import ROOT, replace_table
 from elastic.experiments.tools.composition import CONF
 from elastic.experiments.tools.environment import silence
@@ -32,6 +32,7 @@ from elastic.files.exporting import export, open_exported
 from elastic.files.formats import FORMATS, Run, list_tensors
 from elastic.files.zoo import list_zoo
 from elastic.measure.timing import measure_medians_ms
+from elastic.training.tasks import Classification
 
 PAGE = ROOT / "docs" / "export.md"
 BEGIN, END = "<!-- formats: made by `python -m experiments.formats` -->", "<!-- end of formats -->"
@@ -116,7 +117,8 @@ def make_here(each: Exported) -> Iterator[tuple[str, Run]]:
 
 
 def show_accuracy(execution: Run, data: ImageData) -> str:
-    return f"{100 * measure_accuracy(execution, data, 'test', TESTED):.2f}"
+    accuracy = measure_run(execution, data, Classification(data.classes), "test", TESTED)
+    return f"{100 * accuracy:.2f}"
 
 
 def wrap(execution: Callable[[Tensor], Tensor]) -> Run:

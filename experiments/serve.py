@@ -87,7 +87,7 @@ def serve_stream(
         figure: a picture to draw.
     """
     torch.set_num_threads(1)
-    finished = restore(run).reject_modules()
+    finished = restore(run).reject_modules().require_classes()
     if len(finished.network) == 1:
         raise FileError(f"{run} holds a network without levels: train some with schedule=joint")
     _keep_to_one_core()

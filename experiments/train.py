@@ -5,6 +5,7 @@ The run's folder gets the resolved configuration, `last.ckpt`, `timeline.jsonl`,
 """
 
 import sys
+from multiprocessing import current_process
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,33 @@ from elastic.callbacks.census import write_lines
 from elastic.data import ImageData
 from elastic.errors import TrainingError
 from elastic.experiments.tools.about import describe_run
+from elastic.experiments.tools.checking import check_options
 from elastic.experiments.tools.composition import CONF, check_flags, list_callbacks, rewrite, settle
-from elastic.experiments.tools.environment import check_processes, choose_precision, is_multirun, silence
+from elastic.experiments.tools.environment import (
+    EndOnSignals,
+    check_processes,
+    choose_precision,
+    explain_faults,
+    is_multirun,
+    silence,
+)
 from elastic.experiments.tools.errors import pass_hydra, run
 from elastic.experiments.tools.figure import draw_history
 from elastic.experiments.tools.folders import (
     CONFIG,
+    RunMark,
     check_finished,
     continue_config,
     find_checkpoint,
     lock_folder,
     make_portable,
+    write_config,
 )
 from elastic.experiments.tools.options import HELP
-from elastic.experiments.tools.parts import make_callbacks, make_loggers, make_recipe
+from elastic.experiments.tools.parts import make_callbacks, make_loggers, make_recipe, make_task
 from elastic.experiments.tools.publish import publish
-from elastic.experiments.tools.restore import build_network
+from elastic.experiments.tools.restore import build_network, find_digest
+from elastic.experiments.tools.signals import AGAIN, advise, follow_parent
 from elastic.experiments.tools.summary import (
     find_revision,
     measure_network,
@@ -44,17 +56,18 @@ from elastic.experiments.tools.summary import (
     summarise,
     write_summary,
 )
-from elastic.experiments.tools.sweep import note_failure, read_objectives, run_in_sweep
+from elastic.experiments.tools.sweep import complete_sweep, note_failure, read_objectives, run_in_sweep
 from elastic.experiments.tools.training_help import describe_training
+from elastic.experiments.tools.trust import trust_modules
 from elastic.files.network import Network
 from elastic.files.zoo import WEIGHTS
 from elastic.pruning.compaction import compact
-from elastic.training.classifier import ElasticClassifier
 from elastic.training.compilation import compile_network
+from elastic.training.module import ElasticModule
 from elastic.training.structure import Structure
 
 
-def build(cfg: DictConfig) -> tuple[ElasticClassifier, ImageData]:
+def build(cfg: DictConfig) -> tuple[ElasticModule, ImageData]:
     """Build the network and its data, as the configuration describes them before anything has changed."""
     net, data = build_network(cfg)
     levels = None
@@ -64,14 +77,7 @@ def build(cfg: DictConfig) -> tuple[ElasticClassifier, ImageData]:
         network.reject_modules(weights)
         levels = network.levels if "dynamic" in list_callbacks(cfg) else None  # each gets modules of its own
         net.train()
-    module = ElasticClassifier(
-        net,
-        data.shape,
-        data.classes,
-        *make_recipe(cfg),
-        cfg.seed,
-        cfg.label_smoothing,
-    )
+    module = ElasticModule(net, data.shape, make_task(cfg, data.classes), *make_recipe(cfg), cfg.seed)
     if levels is not None:
         module.structure.nest(levels)
         module.train()
@@ -84,15 +90,20 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     Raises:
         BusyError: another process does.
     """
+    check_options(cfg)
     with lock_folder(folder):
+        if not is_multirun():
+            advise(lambda: f"go on with elastic train run={folder}" if (folder / CONFIG).exists() else AGAIN)
         silence()
         find_revision()  # of the code that trains, not of what is there when it has
         if cfg.threads is not None:
             torch.set_num_threads(cfg.threads)
-        callbacks = make_callbacks(cfg)  # which may build networks, too
-        module, data = build(cfg)
-        trainer = make_trainer(cfg, callbacks, folder)
-        fit(cfg, trainer, module, data, folder)
+        with explain_faults() as setting_up:
+            callbacks = [*make_callbacks(cfg), RunMark(cfg), EndOnSignals(), setting_up]  # may build networks
+            module, data = build(cfg)
+            trainer = make_trainer(cfg, callbacks, folder)
+            setting_up.checkpoint = find_checkpoint(folder, cfg)
+            fit(cfg, trainer, module, data, setting_up.checkpoint)
         return finish(cfg, trainer, module, data, folder) if trainer.is_global_zero else {}
 
 
@@ -100,10 +111,10 @@ def make_trainer(cfg: DictConfig, callbacks: list[L.Callback], folder: Path) -> 
     """Make the trainer of a run, and refuse what it could not carry out.
 
     Raises:
-        TrainingError: no epochs, or processes or callbacks that cannot be in one run.
+        TrainingError: processes or callbacks that cannot be in one run.
     """
-    if cfg.trainer.max_epochs < 1:
-        raise TrainingError(f"trainer.max_epochs is {cfg.trainer.max_epochs}: set it to 1 or more")
+    if cfg.trainer.max_epochs in (None, -1) and not is_bounded(cfg):
+        raise TrainingError("nothing ends this run: set trainer.max_epochs to 1 or more")
     trainer: L.Trainer = instantiate(
         cfg.trainer,
         precision=choose_precision(cfg.trainer.precision),
@@ -118,13 +129,18 @@ def make_trainer(cfg: DictConfig, callbacks: list[L.Callback], folder: Path) -> 
     return trainer
 
 
+def is_bounded(cfg: DictConfig) -> bool:
+    """Tell whether steps or time end a run."""
+    return cfg.trainer.get("max_steps", -1) > 0 or cfg.trainer.get("max_time") is not None
+
+
 def fit(
-    cfg: DictConfig, trainer: L.Trainer, module: ElasticClassifier, data: ImageData, folder: Path
+    cfg: DictConfig, trainer: L.Trainer, module: ElasticModule, data: ImageData, last: Path | None
 ) -> None:
     """Train, from the start or from the last checkpoint."""
-    last = find_checkpoint(folder)
-    if trainer.is_global_zero and last is None:
-        OmegaConf.save(make_portable(cfg), folder / CONFIG)
+    folder = Path(trainer.default_root_dir)
+    if trainer.is_global_zero:
+        write_config(cfg, folder)  # a run that goes on may last for longer
     if cfg.get("compile"):
         compile_network(module.net)
     trainer.ckpt_path = last  # given to `fit`, callbacks would not know of it while they are set up
@@ -134,20 +150,24 @@ def fit(
 
 
 def finish(
-    cfg: DictConfig, trainer: L.Trainer, module: ElasticClassifier, data: ImageData, folder: Path
+    cfg: DictConfig, trainer: L.Trainer, module: ElasticModule, data: ImageData, folder: Path
 ) -> dict[str, Any]:
     """Measure the network once on the test split, and write down and show what the run has come to."""
     structure = module.cpu().float().structure  # saved and measured in 32 bits, whatever it was trained in
     network = make_network(structure)
     census = next((callback for callback in list_elastic(trainer) if isinstance(callback, Census)), Census())
-    summary = summarise(cfg, measure_network(network, data), census.seconds, census.macs_training)
+    summary = summarise(
+        cfg, measure_network(network, data, module.task), census.seconds, census.macs_training
+    )
     summary["epochs"] = trainer.current_epoch  # that were trained, whatever was planned
-    summary["val/acc"] = census.history[-1].get("val/acc") if census.history else None
+    metric = f"val/{module.task.metric}"
+    summary[metric] = census.history[-1].get(metric) if census.history else None
     for callback in list_elastic(trainer):
         summary |= callback.report()
     network.save(folder / WEIGHTS, describe_run(cfg, data, summary))
+    summary["weights"] = find_digest(folder / WEIGHTS)
     write_lines(folder / "history.jsonl", census.history)
-    draw_history(census.history, structure.timeline, folder / "history.png")
+    draw_history(census.history, structure.timeline, folder / "history.png", module.task.metric)
     write_summary(summary, folder)
     options = OmegaConf.to_container(make_portable(cfg), resolve=True)
     for logger in trainer.loggers:
@@ -158,10 +178,12 @@ def finish(
 
 def make_network(structure: Structure) -> Network:
     """Make what a run leaves of a network: compacted, unless levels or modules know its channels."""
+    for net in structure.nets:
+        net.eval()
     if structure.levels is not None:
         return Network(structure.levels, structure.dynamic_nets)
     if structure.dynamic_nets:
-        return Network(structure.net.eval(), structure.dynamic_nets)
+        return Network(structure.net, structure.dynamic_nets)
     return Network(compact(structure.net, structure.example))
 
 
@@ -169,6 +191,9 @@ def make_network(structure: Structure) -> Network:
 def run_job(cfg: DictConfig) -> float | tuple[float, ...]:
     """Train what Hydra has composed; returns what a search goes by."""
     with pass_hydra():
+        if current_process().name != "MainProcess":  # a worker of a sweep
+            follow_parent()
+        trust_modules(cfg.trust)
         hydra_cfg = HydraConfig.get()
         folder, words = Path(hydra_cfg.runtime.output_dir), hydra_cfg.overrides.task
         choices = hydra_cfg.runtime.choices
@@ -185,7 +210,8 @@ def main() -> None:
         return
     sys.argv[1:] = [rewrite(word) for word in sys.argv[1:]]
     check_flags(sys.argv[1:])
-    run_job()
+    with complete_sweep():
+        run_job()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from elastic.experiments.tools.environment import silence
 from elastic.experiments.tools.errors import run
+from elastic.experiments.tools.metrics import list_shown
 from elastic.experiments.tools.options import call
 from elastic.experiments.tools.per_image import PerImage, run_per_image
 from elastic.experiments.tools.restore import restore
@@ -35,12 +36,14 @@ def show_kernel_usage(
         csv: a table of every kernel to write.
     """
     finished = restore(run)
-    images = run_per_image(finished.network.dynamic(level, set), finished.data)
+    images = run_per_image(finished.network.dynamic(level, set), finished.data, finished.task)
     Console().print(_make_table(images))
-    print(f"test accuracy {images.accuracy:.2%}, {images.macs:,.0f} MACs an image, modules included")
+    figures = ", ".join(map(" ".join, list_shown(images.metrics)))
+    print(f"{figures}, {images.macs:,.0f} MACs an image, modules included")
     if csv is not None:
         write_csv(csv, ["convolution", "kernel", "on"], _list_kernels(images))
     if figure is not None:
+        finished.require_classes()
         raw_NCHW = torch.cat([x_BCHW for x_BCHW, _ in finished.data.test_dataloader()])
         draw_kernel_usage(images, raw_NCHW.permute(0, 2, 3, 1).numpy(), figure)
 

@@ -19,7 +19,7 @@ from elastic.experiments.tools.environment import choose_precision, silence
 from elastic.experiments.tools.errors import run
 from elastic.experiments.tools.parts import make_loggers
 from elastic.experiments.train import build
-from elastic.training.classifier import ElasticClassifier
+from elastic.training.module import ElasticClassifier
 from tests.runs import TINY, configure
 
 EXACT = (*TINY, "experiment=smoke", "trainer.precision=32-true", "~data.augment")  # the same in every pass

@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler as lrs
 
 from elastic import Growth, Periodic
 from elastic.callbacks import GrowOnSaturation
-from elastic.training.classifier import ElasticClassifier
+from elastic.training.module import ElasticClassifier
 from tests.programs import BATCH, IMAGES, Killed, Spy, fit, kill_at, make_network
 
 EPOCHS, PER_EPOCH, GROWTH, LR = 5, IMAGES // BATCH, 2, 0.02
@@ -62,12 +62,12 @@ def read_groups(optimizer: Any) -> list[tuple[float, float]]:
     return [(group["lr"], group["momentum"]) for group in optimizer.param_groups]
 
 
-def compute_expected(make: Make, after_step: Callable[[Any, int], None]) -> Rates:
+def compute_expected(make: Make, after_step: Callable[[Any, int], None], steps: int = STEPS) -> Rates:
     """Run an optimizer and a scheduler without a network."""
     parameters = [{"params": [nn.Parameter(torch.zeros(1))]} for _ in range(2)]
     optimizer = SGD(parameters, lr=LR, momentum=0.9, nesterov=True)
     scheduler, rates = make(optimizer), {}
-    for step in range(STEPS):
+    for step in range(steps):
         rates[step] = read_groups(optimizer)
         optimizer.step()
         after_step(scheduler, step)
@@ -75,7 +75,12 @@ def compute_expected(make: Make, after_step: Callable[[Any, int], None]) -> Rate
 
 
 def run(
-    folder: Path, make: Make, rates: Rates, *around: L.Callback, checkpoint: str | None = None
+    folder: Path,
+    make: Make,
+    rates: Rates,
+    *around: L.Callback,
+    checkpoint: str | None = None,
+    epochs: int = EPOCHS,
 ) -> ElasticClassifier:
     """Fit a network that grows, and note the rates of its steps."""
 
@@ -88,7 +93,7 @@ def run(
     module = ElasticClassifier(make_network(), (1, 8, 8), 4, optimizer, make)
     growth = GrowOnSaturation(Periodic(GROWTH), Growth(factor=1.5, ceiling=2), until=0.5)
     callbacks = [growth, Spy(on_train_start=start), *around]
-    fit(module, callbacks, folder, checkpoint, at_epoch_end=True, max_epochs=EPOCHS)
+    fit(module, callbacks, folder, checkpoint, at_epoch_end=True, max_epochs=epochs)
     return module
 
 
@@ -130,6 +135,24 @@ def test_growth_and_a_restart_leave_the_rates_as_they_are(tmp_path: Path, name: 
     expected = compute_expected(partial(make, **told), follow)
     assert run_killed_and_resumed(tmp_path, make) == expected
     assert len({rate for groups in expected.values() for rate, _ in groups}) > 1
+
+
+@pytest.mark.parametrize("name", BY_BATCH)
+def test_a_run_that_goes_on_for_longer_has_the_rates_of_a_longer_schedule(tmp_path: Path, name: str) -> None:
+    """From where it is: the steps that it has done are not done again."""
+    make, told = BY_BATCH[name]
+    longer = 2 * STEPS
+    plan = {key: longer for key in told}
+    expected = compute_expected(
+        partial(make, **plan), lambda scheduler, step: step + 1 < longer and scheduler.step(), longer
+    )
+    run(tmp_path, make, {})
+    rates: Rates = {}
+    run(tmp_path, make, rates, checkpoint=str(tmp_path / "last.ckpt"), epochs=2 * EPOCHS)
+    assert list(rates) == list(range(STEPS, longer))
+    for step, groups in rates.items():
+        for ours, theirs in zip(groups, expected[step], strict=True):
+            assert ours == pytest.approx(theirs)
 
 
 def test_rates_that_follow_the_validation_loss_do_so_through_growth_and_a_restart(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The programs of docs/tasks are made elastic by two lines each, whatever their task."""
 
+import copy
 import runpy
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,14 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from torch import nn
 from torch.utils._pytree import tree_leaves
 
+import elastic
 from elastic import Growth, Periodic
 from elastic.callbacks import FollowNetwork, GrowOnSaturation, PruneByGates, PruneDynamically, TrainJointly
 from elastic.dynamic.modules import iterate_modules
+from elastic.experiments.train import make_network
 from elastic.measure import count_params
 from elastic.pruning import compact
 from elastic.training.joining import find_structure
@@ -45,6 +49,15 @@ def train(path: Path, *callbacks: L.Callback, epochs: int = 6) -> Any:
     return structure
 
 
+def get_first_net(path: Path) -> nn.Module:
+    """Return a program's network as it is before anything has changed."""
+    names = runpy.run_path(str(path))
+    (module_class,) = (v for v in names.values() if isinstance(v, type) and L.LightningModule in v.__bases__)
+    module = module_class()
+    net: nn.Module = module.backbone if path.stem == "detection" else next(module.children())
+    return net
+
+
 def monitor(path: Path) -> str:
     return "val/acc" if path.stem == "classification" else "val/loss"
 
@@ -62,6 +75,29 @@ def test_it_grows_and_prunes_to_a_budget_and_compacts(path: Path) -> None:
         pairs = zip(tree_leaves(structure.net.eval()(x)), tree_leaves(plain(x)), strict=True)
         for gated, compacted in pairs:
             torch.testing.assert_close(compacted, gated, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", TASKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "callback", [PruneByGates(budget=3000, penalty=1e-3), TrainJointly([0.5])], ids=["gates", "levels"]
+)
+def test_its_result_is_saved_loaded_and_exported(path: Path, callback: L.Callback, tmp_path: Path) -> None:
+    structure = train(path, copy.deepcopy(callback), epochs=4)
+    fresh = copy.deepcopy(structure.net) if structure.levels else get_first_net(path)
+    network = make_network(structure)
+    elastic.save(network, tmp_path / "net.safetensors")
+    again = elastic.load(tmp_path / "net.safetensors", fresh, structure.example)
+    x = torch.randn(4, *structure.example.shape[1:])
+    with torch.no_grad():
+        for level in range(len(network)):
+            pairs = zip(tree_leaves(network.run(x, level)), tree_leaves(again.run(x, level)), strict=True)
+            for ours, theirs in pairs:
+                torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-6)
+            elastic.export(again.plain(level), structure.example, tmp_path / f"{level}.pt2")
+            exported = torch.export.load(tmp_path / f"{level}.pt2").module()(x)
+            for ours, theirs in zip(tree_leaves(again.run(x, level)), tree_leaves(exported), strict=True):
+                torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("path", TASKS, ids=lambda path: path.stem)

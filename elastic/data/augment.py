@@ -7,15 +7,20 @@ in from outside is 0, which is black and, for MNIST and its kin, exactly the bac
 Shapes: B samples, C channels, H rows, W columns.
 """
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from elastic.ranges import Natural, NotNegative, Range, checked
 
+
+@checked
 class RandomCrop:
     """Pad every side with `padding` black pixels, then cut a window of the first size out at random."""
 
-    def __init__(self, padding: int) -> None:
+    def __init__(self, padding: Natural) -> None:
         self.padding = padding
 
     def __call__(self, x_BCHW: Tensor) -> Tensor:
@@ -36,6 +41,7 @@ class RandomFlip:
         return torch.where(flip_B[:, None, None, None], x_BCHW.flip(3), x_BCHW)
 
 
+@checked
 class RandomAffine:
     """Turn, shift, scale and shear each sample by amounts uniform within ± the given range.
 
@@ -47,7 +53,11 @@ class RandomAffine:
     """
 
     def __init__(
-        self, degrees: float = 0.0, translate_px: float = 0.0, scale: float = 0.0, shear: float = 0.0
+        self,
+        degrees: NotNegative = 0.0,
+        translate_px: NotNegative = 0.0,
+        scale: Annotated[float, Range(0, 1, below=True)] = 0.0,
+        shear: Annotated[float, Range(0, 90, below=True)] = 0.0,
     ) -> None:
         self.degrees, self.translate_px, self.scale, self.shear = degrees, translate_px, scale, shear
 
@@ -62,6 +72,7 @@ class RandomAffine:
         )
 
 
+@checked
 class Cutout:
     """Paint a `size` × `size` square black, its centre anywhere in the image, so that it may stick out.
 
@@ -69,7 +80,7 @@ class Cutout:
     https://arxiv.org/abs/1708.04552
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: Natural) -> None:
         self.size = size
 
     def __call__(self, x_BCHW: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from elastic.data.files import ImageFiles
 from elastic.data.images import ImageData
 from elastic.data.imageset import ImageSet
 from elastic.errors import DataError
+from elastic.ranges import Count, checked
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ def _tell(text: str) -> None:
     log.warning(text)
 
 
+@checked
 class ImageFolderData(ImageData):
     """Provide your own images: `root/train/<class>/*` and `root/test/<class>/*` (or `root/val`).
 
@@ -79,7 +81,7 @@ class ImageFolderData(ImageData):
         common: see `ImageData`; `root` is the folder of this set.
     """
 
-    def __init__(self, size: int, **common: Any) -> None:
+    def __init__(self, size: Count, **common: Any) -> None:
         super().__init__(**common)
         self.shape = (3, size, size)
         # Listed here already, since a model asks for the number of classes before there is data.
@@ -93,6 +95,7 @@ class ImageFolderData(ImageData):
         return _load_parts(self._train, root / "train", test, self.shape[1])
 
 
+@checked
 class Imagenette(ImageData):
     """Provide ten easy classes of ImageNet, https://github.com/fastai/imagenette, from its 160-pixel edition.
 
@@ -105,7 +108,7 @@ class Imagenette(ImageData):
 
     classes = 10
 
-    def __init__(self, size: int = 160, **common: Any) -> None:
+    def __init__(self, size: Count = 160, **common: Any) -> None:
         super().__init__(**common)
         self.shape = (3, size, size)
 

@@ -9,7 +9,7 @@ Shapes: B samples of a batch, C channels, H rows, W columns.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import lightning as L
 import torch
@@ -18,13 +18,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 from elastic.data.imageset import Batch, ImageSet
-from elastic.data.split import split_stratified
+from elastic.data.split import find_strata, is_class_number, split_stratified
 from elastic.errors import DataError
+from elastic.ranges import Count, Positive, Range, Seed, checked
 
 Change = Callable[[Tensor], Tensor]
 Part = TypeVar("Part", bound=Dataset[Batch])
 
 
+@checked
 class ImageData(L.LightningDataModule, ABC):
     """Provide train, validation and test batches of one set of images; a subclass says how to `load` it.
 
@@ -46,7 +48,7 @@ class ImageData(L.LightningDataModule, ABC):
 
     Attributes:
         shape: (C, H, W).
-        classes: their number.
+        classes: their number; that of labels or values where targets are such.
         train_set, val_set, test_set: after `setup`.
     """
 
@@ -56,24 +58,20 @@ class ImageData(L.LightningDataModule, ABC):
     def __init__(
         self,
         root: str = "data",
-        batch_size: int = 128,
-        val_fraction: float = 0.1,
-        seed: int = 0,
-        split_seed: int = 0,
-        augment: Mapping[str, Change] | Iterable[Change] = (),
+        batch_size: Count = 128,
+        val_fraction: Annotated[float, Range(0, 1, below=True)] = 0.1,
+        seed: Seed = 0,
+        split_seed: Seed = 0,
+        augment: Mapping[str, Change] | Iterable[Change] | None = None,
         mean: Sequence[float] = (0.0,),
-        std: Sequence[float] = (1.0,),
-        workers: int = 0,
+        std: Sequence[Positive] = (1.0,),
+        workers: Annotated[int, Range(0, 1024)] = 0,
         download: bool = True,
     ) -> None:
         super().__init__()
-        if not 0 <= val_fraction < 1:
-            raise DataError(f"val_fraction is {val_fraction}: set data.val_fraction to 0 … 0.9, say 0.1")
-        if batch_size < 1:
-            raise DataError(f"batch_size is {batch_size}: set data.batch_size to 1 or more")
         self.root, self.batch_size, self.val_fraction = root, batch_size, val_fraction
         self.seed, self.split_seed = seed, split_seed
-        self.augment = tuple(augment.values() if isinstance(augment, Mapping) else augment)
+        self.augment = tuple(augment.values() if isinstance(augment, Mapping) else augment or ())
         self.mean, self.std = tuple(mean), tuple(std)
         self.workers, self.download = workers, download
         self.train_set: Subset[Batch] | None = None
@@ -112,8 +110,12 @@ class ImageData(L.LightningDataModule, ABC):
                     f"{name} has {count} numbers: set data.{name} to {self.shape[0]}, one a channel"
                 )
         official, test = self.load(download)
+        if self.augment and official.labels.dim() > 2:
+            raise DataError("augmentation would move images and not their masks: set data.augment=null")
+        self._check_labels(official.labels)
+        self._check_labels(test.labels, least=1)
         val_count = min(max(1, round(len(official) * (self.val_fraction or 0.1))), len(official) - 1)
-        train, val = split_stratified(official.labels, val_count, self.split_seed)
+        train, val = split_stratified(find_strata(official.labels), val_count, self.split_seed)
         if self.val_fraction == 0:
             train = torch.arange(len(official))
         if len(train) < self.batch_size:
@@ -129,6 +131,24 @@ class ImageData(L.LightningDataModule, ABC):
         """Name the classes, by their numbers where the set has no names or has not been read."""
         names = self.test_set.class_names if self.test_set is not None else ()
         return list(names) or [str(k) for k in range(self.classes)]
+
+    def _check_labels(self, y_N: Tensor, least: int = 2) -> None:
+        """Refuse labels that are none of the classes, or of fewer than `least` of them.
+
+        Raises:
+            DataError: they are.
+        """
+        if not is_class_number(y_N):
+            return
+        found = y_N.unique().tolist()
+        outside = [label for label in found if not 0 <= label < self.classes]
+        if outside:
+            raise DataError(
+                f"there is a label {outside[0]} where {self.classes} classes are 0 … {self.classes - 1}: set "
+                "data.classes to their number, or mend the labels"
+            )
+        if len(found) < least:
+            raise DataError(f"there are images of {len(found)} class alone: name data of {least} or more")
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Load training images, shuffled anew in each epoch."""

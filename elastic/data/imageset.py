@@ -17,7 +17,7 @@ class ImageSet(Dataset[Batch], ABC):
     """Fetch images as bytes with their labels, by the batch.
 
     Attributes:
-        labels: y_N, int64.
+        labels: the targets: y_N in int64, labels or values y_NK, masks y_NHW.
         class_names: in the order of the labels, if they are known.
     """
 
@@ -26,7 +26,7 @@ class ImageSet(Dataset[Batch], ABC):
 
     @abstractmethod
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """Fetch x_BCHW in uint8 and y_B in int64."""
+        """Fetch x_BCHW in uint8 and their targets."""
 
     def check(self) -> None:
         """Find what cannot be fetched, before training.

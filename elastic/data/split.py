@@ -22,3 +22,13 @@ def split_stratified(labels_N: Tensor, count: int, seed: int) -> tuple[Tensor, T
         members = (labels_N == label).nonzero().flatten()
         part_N[members[torch.randperm(len(members), generator=generator)[:size]]] = True
     return (~part_N).nonzero().flatten(), part_N.nonzero().flatten()
+
+
+def find_strata(targets: Tensor) -> Tensor:
+    """Return what a split is stratified by: the classes, or one stratum where targets are no classes."""
+    return targets if is_class_number(targets) else torch.zeros(len(targets), dtype=torch.long)
+
+
+def is_class_number(targets: Tensor) -> bool:
+    """Tell whether targets are one class number a sample."""
+    return targets.dim() == 1 and not targets.is_floating_point()

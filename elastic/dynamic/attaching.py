@@ -39,7 +39,7 @@ def attach_modules(
     """
     if kind not in KINDS:
         raise OptionError(f"modules cannot look at '{kind}': set kind to {', '.join(KINDS)}")
-    traced = trace_both_modes(net)
+    traced = trace_both_modes(net, *widths.example)
     sites = find_sites(traced, widths, names)
     modules = nn.ModuleDict()
     traced.add_submodule(MODULES, modules)

@@ -14,6 +14,7 @@ from elastic.dynamic.modules import iterate_modules
 from elastic.dynamic.sites import iterate_layers
 from elastic.errors import OptionError
 from elastic.measure.counts import count_macs_by_layer
+from elastic.ranges import Fraction, NotNegative, checked
 
 Form = Literal["linear", "square", "target"]
 By = Literal["kernels", "macs"]
@@ -65,6 +66,7 @@ class ActivationCost:
         return self.kernels_B().mean() if by == "kernels" else self.macs_B().mean() / self.dense_macs
 
 
+@checked
 @dataclass(frozen=True)
 class ActivationLoss:
     """Charge for what is engaged: gain · fraction, linear or squared, or the squared distance to a target.
@@ -83,10 +85,10 @@ class ActivationLoss:
         OptionError: a form, a measure or a target that cannot be.
     """
 
-    gain: float = 1.0
+    gain: NotNegative = 1.0
     form: Form = "linear"
     by: By = "macs"
-    target: float | None = None
+    target: Fraction | None = None
 
     def __post_init__(self) -> None:
         if self.form not in get_args(Form) or self.by not in get_args(By):
@@ -94,17 +96,9 @@ class ActivationLoss:
                 f"an activation loss cannot be '{self.form}' by '{self.by}': set form to "
                 f"{', '.join(get_args(Form))} and by to {' or '.join(get_args(By))}"
             )
-        if not self.gain >= 0:
-            raise OptionError(
-                f"a gain of {self.gain:g} would reward kernels that are on: set it to 0 or more"
-            )
         if (self.form == "target") != (self.target is not None):
             raise OptionError(
                 "an activation loss has a target where its form is 'target', and only there: set both or none"
-            )
-        if self.target is not None and not 0 < self.target < 1:
-            raise OptionError(
-                f"a target of {self.target:g}: set it between 0 and 1, a part of the dense network"
             )
 
     def loss(self, fraction: Tensor, ramp_up: float = 1.0, multiplier: Tensor | float = 0.0) -> Tensor:

@@ -5,6 +5,7 @@ and modules own begins with a dot. The architecture is shapes and metadata: a kn
 or the caller brings the network as it was first built. No code is read from a file.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -21,11 +22,13 @@ from elastic.files.packing import read_tensors, write_tensors
 from elastic.files.zoo import find_file
 from elastic.levels.nested import Levels
 from elastic.models.builders import build_model
+from elastic.surgery.checking import discover_checked
 from elastic.surgery.rebuilding import add_blocks, rebuild
 from elastic.widths.discovery import Widths, discover
 
 # What levels own, and kernel activation modules, are stored under these: no layer's name begins with a dot.
 LEVEL_NORMS, LEVEL_MODULES = ".levels.", ".kams."
+HEAD = re.compile(r"\.kams\.0\..*\.heads\.(\d+)\.")  # the set of a module of the smallest level
 STRUCTURE = ("levels", "switched")  # of the metadata: what the network itself knows
 
 
@@ -162,7 +165,7 @@ class Network:
         widths = _fill(model, {name: t for name, t in tensors.items() if not name.startswith(".")}, example)
         said = {name: value for name, value in about.items() if name not in STRUCTURE}
         if "levels" in about:
-            levels = Levels(model, widths, about["levels"])
+            levels = Levels(model, widths, _check_levels(about["levels"], path))
             _load_state(levels.norms, _select(tensors, LEVEL_NORMS), f"{path} lacks norms of its levels")
             network = cls(levels, about=said)
         else:
@@ -170,7 +173,7 @@ class Network:
         for net in network.nets:
             net.eval()
         if "switched" in about:
-            network._attach(tensors, about["switched"], example, path)
+            network._attach(tensors, _check_modules(about["switched"], tensors, path), example, path)
         return network
 
     @classmethod
@@ -219,11 +222,28 @@ class Network:
         """Give every level the kernel activation modules of a file."""
         for k, net in enumerate(self.nets):
             dynamic = attach_modules(
-                net, discover(net, example), None, modules["sets"], modules["choice"], modules["kind"]
+                net, discover_checked(net, example), None, modules["sets"], modules["choice"], modules["kind"]
             )
             state = _select(tensors, f"{LEVEL_MODULES}{k}.")
             _load_state(dynamic.get_submodule(MODULES), state, f"{path} lacks modules of level {k}")
             self.dynamic_nets.append(dynamic.eval())
+
+
+def _check_levels(levels: Any, path: Path) -> list[dict[str, int]]:
+    """Return what a file says of its levels, if it is of the right type; whether it can be is seen later."""
+    are_levels = isinstance(levels, list) and all(isinstance(level, dict) for level in levels)
+    if not are_levels or any(type(n) is not int or n < 1 for level in levels for n in level.values()):
+        raise FileError(f"{path} says of its levels what cannot be: train again or restore it")
+    return list(levels)
+
+
+def _check_modules(modules: Any, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
+    """Return what a file says of its modules, if it has the tensors of as many sets."""
+    heads = {match[1] for name in tensors if (match := HEAD.match(name))}
+    fits = isinstance(modules, dict) and type(modules.get("sets")) is int and len(heads) == modules["sets"]
+    if not fits or not all(isinstance(modules.get(key), str) for key in ("kind", "choice")):
+        raise FileError(f"{path} says of its modules what its tensors do not: train again or restore it")
+    return dict(modules)
 
 
 def save(

@@ -1,24 +1,29 @@
 """Write named tensors and what is to be said of them into one safetensors file, and read them back.
 
 A file is a plain one, unless it is packed: then tensors that are mostly zero are stored as a bitmap and their
-non-zeros, which only this module reads.
+non-zeros, which only this module reads. The metadata has a digest of all.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from elastic.errors import FileError
 from elastic.files.atomic import write_atomically
 
+# What a file's bytes make of the library and of json: a header cut short, other types, other keys.
+DAMAGE = (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError, RuntimeError)
 SPARSE = 0.75  # a tensor of fewer non-zeros than this is stored as a bitmap and its non-zeros
 BITS, VALUES = ":bits", ":values"  # of a sparse tensor, behind its name: no tensor of a module has a colon
+DIGEST, BLANK = "sha256", "0" * 64  # of the file, with this in its own place
 KEY = "elastic"  # of the metadata: one key for all, since their order in the file would be random
 
 
@@ -41,27 +46,27 @@ def write_tensors(
             stored[name + BITS], stored[name + VALUES] = _pack_bits(nonzero), tensor[nonzero]
         else:
             stored[name] = tensor
-    meta = {KEY: json.dumps({"about": dict(about), "sparse": shapes})}
-    contents = save(stored, meta)  # `save_file` makes a file that nobody else may read
-    write_atomically(path, lambda part: part.write_bytes(contents))
+    meta = {DIGEST: BLANK, "about": dict(about), "sparse": shapes}
+    content = save(stored, {KEY: json.dumps(meta)})  # the metadata comes first
+    content = content.replace(BLANK.encode(), hashlib.sha256(content).hexdigest().encode(), 1)
+    write_atomically(path, lambda part: part.write_bytes(content))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the tensors of a file, and what is said of them.
+    """Read the tensors of a file, and what is said of them; a file without a digest is read as it is.
 
     Raises:
         FileError: it is missing or damaged.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            meta = json.loads(file.metadata()[KEY])
+        content = path.read_bytes()
+        meta = _read_meta(content)
+        stored = load(content)
         tensors = {name: tensor for name, tensor in stored.items() if ":" not in name}
         for name, shape in meta["sparse"].items():
             tensors[name] = _unpack(stored[name + BITS], stored[name + VALUES], shape)
-        return tensors, meta["about"]
-    # What the file's bytes make of the library and of json: a header cut short, other types, other keys.
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        return tensors, dict(meta["about"])
+    except DAMAGE as error:
         raise _refuse(path, error) from error
 
 
@@ -75,13 +80,26 @@ def read_about(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             about: dict[str, Any] = json.loads(file.metadata()[KEY])["about"]
             return about
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except DAMAGE as error:
         raise _refuse(path, error) from error
 
 
 def _refuse(path: Path, error: Exception) -> FileError:
-    cause = str(error).splitlines()[0]
+    cause = (str(error).splitlines() or [type(error).__name__])[0]
     return FileError(f"{path} cannot be read ({cause}): train again or restore it")
+
+
+def _read_meta(content: bytes) -> dict[str, Any]:
+    """Read what is said of the tensors, after comparing the digest with the contents."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    meta: dict[str, Any] = json.loads(json.loads(content[8:end])["__metadata__"][KEY])
+    if meta.keys() - {DIGEST} != {"about", "sparse"}:
+        raise ValueError(f"its metadata holds {', '.join(sorted(meta))}")
+    if DIGEST in meta:
+        blank = content.replace(str(meta[DIGEST]).encode(), BLANK.encode(), 1)
+        if hashlib.sha256(blank).hexdigest() != meta[DIGEST]:
+            raise ValueError("its digest is that of other contents")
+    return meta
 
 
 def _pack_bits(mask: Tensor) -> Tensor:
@@ -92,6 +110,8 @@ def _pack_bits(mask: Tensor) -> Tensor:
 
 
 def _unpack(bits: Tensor, values: Tensor, shape: list[int]) -> Tensor:
+    if not all(type(size) is int and size >= 0 for size in shape) or prod(shape) > 8 * len(bits):
+        raise ValueError(f"{len(bits)} bytes of places for {shape}")
     nonzero = (bits[:, None] >> torch.arange(8) & 1).bool().flatten()
     if int(nonzero.sum()) != len(values):
         raise ValueError(f"{len(values)} values for {int(nonzero.sum())} places")

@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil, floor, isfinite
+from math import ceil, floor
+from typing import Annotated
 
-from elastic.errors import OptionError
+from elastic.ranges import Count, Natural, Range, checked
 
 
+@checked
 @dataclass(frozen=True)
 class Growth:
     """Say how far one growth goes: every width that has room grows, and stages may gain blocks.
@@ -19,20 +21,10 @@ class Growth:
             with a ceiling of 1 for growth in depth alone.
     """
 
-    factor: float = 1.5
-    ceiling: float = 4.0
-    multiple: int = 1
-    blocks: int = 0
-
-    def __post_init__(self) -> None:
-        if not (isfinite(self.factor) and self.factor > 1):
-            raise OptionError(f"growth factor is {self.factor}: set it above 1")
-        if not self.ceiling >= 1:
-            raise OptionError(f"growth ceiling is {self.ceiling} times the start: set it to 1 or more")
-        if self.multiple < 1:
-            raise OptionError(f"growth rounds to a multiple of {self.multiple}: set it to 1 or more")
-        if self.blocks < 0:
-            raise OptionError(f"growth adds {self.blocks} blocks: set it to 0 or more")
+    factor: Annotated[float, Range(1, 1000, above=True)] = 1.5
+    ceiling: Annotated[float, Range(1, 1000)] = 4.0
+    multiple: Count = 1
+    blocks: Natural = 0
 
     def propose(self, sizes: Mapping[str, int], start: Mapping[str, int]) -> dict[str, int]:
         """Give the new size of each width that grows; empty where all have reached their ceiling."""

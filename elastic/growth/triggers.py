@@ -5,6 +5,7 @@ from math import isfinite
 from typing import ClassVar, Literal, Protocol
 
 from elastic.errors import OptionError
+from elastic.ranges import Count, NotNegative, checked
 
 
 class Trigger(Protocol):
@@ -16,6 +17,7 @@ class Trigger(Protocol):
     def observe(self, value: float) -> bool: ...
 
 
+@checked
 @dataclass
 class Plateau:
     """Fire when a metric has not gained `min_gain` over its best for `patience` observations.
@@ -23,15 +25,13 @@ class Plateau:
     The best survives growth, the count starts anew: a grown network gets `patience` epochs to beat it.
     """
 
-    patience: int = 3
-    min_gain: float = 0.002
+    patience: Count = 3
+    min_gain: NotNegative = 0.002
     mode: Literal["max", "min"] = "max"
     best: float | None = None
     epochs_without_gain: int = 0
 
     def __post_init__(self) -> None:
-        if self.patience < 1:
-            raise OptionError(f"patience is {self.patience}: a plateau needs at least 1 epoch to be seen")
         if self.mode not in ("max", "min"):
             raise OptionError(f"mode is '{self.mode}': set it to max or min")
 
@@ -47,17 +47,14 @@ class Plateau:
         return True
 
 
+@checked
 @dataclass
 class Periodic:
     """Fire at every n-th observation, whatever the value: the control for `Plateau`."""
 
-    every: int = 5
+    every: Count = 5
     observations: int = 0
     reason: ClassVar[str] = "by the clock"
-
-    def __post_init__(self) -> None:
-        if self.every < 1:
-            raise OptionError(f"every is {self.every}: set it to 1 epoch or more")
 
     def observe(self, value: float) -> bool:
         self.observations += 1

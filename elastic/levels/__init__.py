@@ -4,6 +4,7 @@ from elastic.levels.cutting import extract_level
 from elastic.levels.importance import score_channels
 from elastic.levels.nested import Levels
 from elastic.levels.runtime import Runtime
+from elastic.levels.sensitivity import measure_sensitivity
 from elastic.levels.sizes import level_sizes
 
-__all__ = ["Levels", "Runtime", "extract_level", "level_sizes", "score_channels"]
+__all__ = ["Levels", "Runtime", "extract_level", "level_sizes", "measure_sensitivity", "score_channels"]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from elastic.errors import StructureError
 from elastic.surgery.layers import NORMS, resize_attributes
 from elastic.widths.discovery import Slot, Widths
+from elastic.widths.operations.interface import is_stored
 
 Sizes = Mapping[str, int]
 Cut = dict[tuple[str, str], tuple[slice, ...]]  # of each tensor of a layer, the part that a level has
@@ -77,7 +78,7 @@ def cut_tensors(widths: Widths, sizes: Sizes) -> Cut:
     """Find what a level has of each tensor: from the first channel to its last, along every dimension."""
     ends: dict[tuple[str, str], dict[int, slice]] = {}
     for slot in _list_slots(widths):
-        if slot.tensor:
+        if is_stored(slot.tensor):
             end = slice(_measure_extent(widths, slot, sizes))
             ends.setdefault((slot.module, slot.tensor), {})[slot.dim] = end
     return {

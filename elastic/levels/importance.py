@@ -6,7 +6,7 @@ is worth what all its writers put into it.
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,8 @@ from elastic.widths.discovery import Slot, Width, Widths
 from elastic.widths.parameters import get_original, get_weight
 
 Importance = Literal["l2", "l1", "taylor", "norm", "gate"]
-Batches = Iterable[tuple[Tensor, Tensor]]  # x_BCHW, y_B
+Batches = Iterable[tuple[Tensor, Tensor]]  # inputs, targets
+Loss = Callable[[Any, Tensor], Tensor]
 
 # From all entries of a channel that one layer has, (channels, entries), to a score, (channels,).
 SUMS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -32,7 +33,11 @@ SUMS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def score_channels(
-    model: nn.Module, widths: Widths, importance: Importance = "l2", batches: Batches | None = None
+    model: nn.Module,
+    widths: Widths,
+    importance: Importance = "l2",
+    batches: Batches | None = None,
+    loss: Loss = F.cross_entropy,
 ) -> dict[str, Tensor]:
     """Score each channel of each width: tensors of shape (channels,).
 
@@ -43,6 +48,7 @@ def score_channels(
             absolute gains of its norms (Liu et al., arXiv 1708.06519); `gate`, the sum of σ(score) over the
             gates of the weights that write it.
         batches: for `taylor`, from the training data.
+        loss: for `taylor`, of outputs and targets.
 
     Raises:
         OptionError: there is no such measure, or `taylor` has no batches.
@@ -50,7 +56,7 @@ def score_channels(
     """
     if importance not in get_args(Importance):
         raise OptionError(f"there is no importance '{importance}': choose {', '.join(get_args(Importance))}")
-    values = _find_values(model, importance, batches)
+    values = _find_values(model, importance, batches, loss)
     return {
         name: _score_width(model, widths, width, importance, values).cpu() for name, width in widths.items()
     }
@@ -70,9 +76,9 @@ def rank_channels(scores: Tensor, size: int | None = None) -> Tensor:
 Values = Callable[[str], Tensor]  # what counts of a layer, by its path; of its weight's shape
 
 
-def _find_values(model: nn.Module, importance: Importance, batches: Batches | None) -> Values:
+def _find_values(model: nn.Module, importance: Importance, batches: Batches | None, loss: Loss) -> Values:
     if importance == "taylor":
-        return _measure_gradients(model, batches).__getitem__
+        return _measure_gradients(model, batches, loss).__getitem__
     if importance == "gate":
         return lambda path: _get_gates(model.get_submodule(path), path)
     return lambda path: get_weight(model.get_submodule(path))
@@ -108,13 +114,13 @@ def _get_gates(layer: nn.Module, path: str) -> Tensor:
     return torch.sigmoid(gate.score)
 
 
-def _measure_gradients(model: nn.Module, batches: Batches | None) -> dict[str, Tensor]:
-    """Measure weight times gradient of the mean cross entropy, of each layer with a weight."""
+def _measure_gradients(model: nn.Module, batches: Batches | None, loss: Loss) -> dict[str, Tensor]:
+    """Measure weight times gradient of the mean loss, of each layer with a weight."""
     replica = (
         copy.deepcopy(model).eval().requires_grad_()
     )  # a level's tensors are views that need no gradient
     for x_BCHW, y_B in batches or ():
-        torch.autograd.backward(F.cross_entropy(replica(x_BCHW), y_B))
+        torch.autograd.backward(loss(replica(x_BCHW), y_B))
     weights = {path: get_original(layer, "weight") for path, layer in replica.named_modules()}
     products = {
         path: weight.detach() * weight.grad

@@ -23,6 +23,7 @@ from elastic.levels.cutting import (
     make_level,
 )
 from elastic.widths.discovery import Slot, Widths
+from elastic.widths.operations.interface import is_stored
 
 
 class Levels(Sequence[nn.Module]):
@@ -108,7 +109,7 @@ class Levels(Sequence[nn.Module]):
             norms = dict(iterate_norms(level))
             for name in (name for name in index if index[name][: sizes[name]].max() < sizes[name]):
                 for slot in self.widths[name].slots:
-                    if slot.module in norms and slot.tensor:
+                    if slot.module in norms and is_stored(slot.tensor):
                         tensor = getattr(norms[slot.module], slot.tensor)
                         self._permute_tensor(tensor, slot, name, index[name][: sizes[name]])
         self.refresh()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from elastic.errors import OptionError, StructureError
 from elastic.levels.cutting import explain_no_room, find_nestable
+from elastic.levels.sensitivity import Curves, check_curves, fit_to_budget
 from elastic.measure import counts
 from elastic.surgery.reindexing import reindex, resize_index
 from elastic.widths.discovery import Widths
@@ -27,15 +28,17 @@ def level_sizes(
     by: By = "fraction",
     multiple: int = 1,
     latency_ms: Callable[[nn.Module], float] | None = None,
+    curves: Curves | None = None,
 ) -> list[dict[str, int]]:
-    """Size the levels below the network, all widths cut by the same fraction.
+    """Size the levels below the network: all widths cut by the same fraction, or as `curves` say.
 
     Args:
         levels: ascending; fractions of the channels below 1, or budgets per input.
-        by: what `levels` are; the largest fraction is taken that is within the budget.
+        by: what `levels` are; the largest sizes are taken that are within the budget.
         multiple: channels are rounded to a multiple of it (fractions to the nearest, budgets down), at
             least one multiple, or the whole width where that is less.
         latency_ms: measures a network, for budgets of latency.
+        curves: what each width costs and saves, from `measure_sensitivity`; for budgets alone.
 
     Raises:
         OptionError: levels that do not ascend, a fraction outside 0 … 1, a multiple below 1, a kind of budget
@@ -43,10 +46,14 @@ def level_sizes(
         StructureError: a width, or all, leave no room for a level: a fraction without a channel of a width, a
             budget that even one channel a width exceeds or that the network is within.
     """
-    _check_options(levels, by, multiple, latency_ms is not None)
+    check_levels(levels, by, multiple)
+    if by == "latency_ms" and latency_ms is None:
+        raise OptionError("levels by latency_ms need a function that measures it: give one, or take macs")
     names = find_nestable(widths)
     if not names:
         raise StructureError(f"{explain_no_room(widths)}: train this network without levels")
+    if curves is not None and by == "fraction":
+        raise OptionError("sensitivity sizes levels for budgets: set by to macs or latency_ms")
     if by == "fraction":
         return [_take_fraction(widths, names, fraction, multiple) for fraction in levels]
 
@@ -57,7 +64,15 @@ def level_sizes(
             return latency_ms(resized)
         return float(counts.count_macs(resized, example))
 
-    return [_fit_budget(widths, names, budget, multiple, measure, by) for budget in levels]
+    if curves is None:
+        return [_fit_budget(widths, names, budget, multiple, measure, by) for budget in levels]
+    check_curves(curves, widths)
+    own = {name: curves[name] for name in names}
+    fitted, sizes = [], {name: widths[name].size for name in names}
+    for budget in reversed(levels):  # each a part of the next
+        sizes = fit_to_budget(own, sizes, budget, lambda part: measure(tuple(part.values())), by, multiple)
+        fitted.append(sizes)
+    return fitted[::-1]
 
 
 def make_resized(net: nn.Module, widths: Widths, sizes: dict[str, int]) -> nn.Module:
@@ -68,11 +83,14 @@ def make_resized(net: nn.Module, widths: Widths, sizes: dict[str, int]) -> nn.Mo
     return resized
 
 
-def _check_options(levels: Sequence[float], by: str, multiple: int, has_latency: bool) -> None:
+def check_levels(levels: Sequence[float], by: str, multiple: int) -> None:
+    """Refuse levels that no network has; see `level_sizes`.
+
+    Raises:
+        OptionError: they are such.
+    """
     if by not in get_args(By):
         raise OptionError(f"levels are not given by '{by}': choose {', '.join(get_args(By))}")
-    if by == "latency_ms" and not has_latency:
-        raise OptionError("levels by latency_ms need a function that measures it: give one, or take macs")
     if multiple < 1:
         raise OptionError(f"channels cannot be multiples of {multiple}: set multiple to 1 or more")
     if not levels or any(small >= large for small, large in pairwise(levels)):

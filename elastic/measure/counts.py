@@ -76,16 +76,16 @@ def list_chains(module: nn.Module) -> dict[str, nn.Module]:
     return dict(chains.named_children()) if chains is not None else {}
 
 
-def count_macs(model: nn.Module, example: Tensor) -> int:
+def count_macs(model: nn.Module, *example: Tensor) -> int:
     """Count multiply-accumulates, by torch's FlopCounterMode (2 FLOPs a MAC) on the meta device."""
-    return sum(count_macs_by_layer(model, example).values())
+    return sum(count_macs_by_layer(model, *example).values())
 
 
-def count_macs_by_layer(model: nn.Module, example: Tensor) -> dict[str, int]:
+def count_macs_by_layer(model: nn.Module, *example: Tensor) -> dict[str, int]:
     """Count the MACs of each layer that has any, by its path; those outside of layers are under ""."""
     replica = make_meta_copy(model).eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        replica(example.new_empty((1, *example.shape[1:]), device="meta"))
+        replica(*(x.new_empty((1, *x.shape[1:]), device="meta") for x in example))
     leaves = {path for path, module in replica.named_modules() if isinstance(module, COUNTED)}
     flops = {path.partition(".")[2]: sum(by_op.values()) for path, by_op in counter.get_flop_counts().items()}
     macs = {path: flops[path] // 2 for path in flops if path in leaves}

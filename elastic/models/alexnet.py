@@ -6,12 +6,14 @@ strides and kernels are reduced for small images. For 224×224 take torchvision'
 
 from torch import nn
 
+from elastic.ranges import Count, Part
+
 CHANNELS = (1, 3, 6, 4, 4)  # of the convolutions, in units of `width`
 POOLS = (0, 1, 4)  # the convolutions that a pooling follows
 
 
 def alexnet(
-    width: int = 64, in_channels: int = 3, classes: int = 10, hidden: int = 1024, dropout: float = 0.5
+    width: Count = 64, in_channels: int = 3, classes: int = 10, hidden: Count = 1024, dropout: Part = 0.5
 ) -> nn.Sequential:
     """Build 3×3 convolutions with ReLU and no norm, three 2×2 max-poolings, two hidden linear layers.
 

@@ -9,14 +9,25 @@ from elastic.errors import OptionError
 from elastic.models.alexnet import alexnet
 from elastic.models.convnet import convnet
 from elastic.models.resnet import resnet20, resnet56
+from elastic.models.timm import from_timm
 from elastic.models.torchvision import from_torchvision
+from elastic.models.unet import unet
 from elastic.models.vgg import vgg16_bn
 
 # A name here is a name in files.
 BUILDERS: dict[str, Callable[..., nn.Module]] = {
     builder.__name__: builder
-    for builder in (alexnet, convnet, from_torchvision, resnet20, resnet56, vgg16_bn)
+    for builder in (alexnet, convnet, from_timm, from_torchvision, resnet20, resnet56, unet, vgg16_bn)
 }
+# Options that fetch or read other files: the weights are in the network's own.
+FETCHING = (
+    "weights",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "checkpoint_path",
+    "cache_dir",
+)
 NARROW = "elastic.models.narrow.narrow"  # whose model is that of its inside: its widths are in its tensors
 
 
@@ -32,6 +43,8 @@ def build_model(model: Mapping[str, Any]) -> nn.Module:
     name, options = model.get("builder"), model.get("options")
     if name not in BUILDERS or not isinstance(options, Mapping):
         raise OptionError(f"there is no builder '{name}': bring the network, or choose {', '.join(BUILDERS)}")
+    if fetching := [option for option in FETCHING if options.get(option)]:
+        raise OptionError(f"{name} would fetch something by {fetching[0]}: bring the network")
     try:
         return BUILDERS[name](**options)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -52,5 +65,5 @@ def describe_model(node: Mapping[str, Any], in_channels: int, classes: int) -> d
     module, _, name = node["_target_"].rpartition(".")
     if module != "elastic.models" or name not in BUILDERS:
         return None
-    options = {key: value for key, value in node.items() if not key.startswith("_")}
+    options = {key: value for key, value in node.items() if not (key.startswith("_") or key in FETCHING)}
     return {"builder": name, "options": {**options, "in_channels": in_channels, "classes": classes}}

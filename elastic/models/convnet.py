@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from torch import nn
 
 from elastic.errors import OptionError
+from elastic.ranges import Count, Natural
 
 
 def convnet(
-    channels: Sequence[int] = (8, 16, 16, 24),
-    pools: Sequence[int] = (1, 3),
+    channels: Sequence[Count] = (8, 16, 16, 24),
+    pools: Sequence[Natural] = (1, 3),
     in_channels: int = 1,
     classes: int = 10,
 ) -> nn.Sequential:

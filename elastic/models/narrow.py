@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from elastic.levels.sizes import level_sizes, make_resized
+from elastic.ranges import Count, Fraction
 from elastic.widths.discovery import discover
 
 
@@ -16,7 +17,7 @@ class Builder(Protocol):
 
 
 def narrow(
-    model: Builder, fraction: float, pixels: int, in_channels: int = 3, classes: int = 10
+    model: Builder, fraction: Fraction, pixels: Count, in_channels: int = 3, classes: int = 10
 ) -> nn.Module:
     """Build a fresh model whose widths have a fraction of their channels, as a level of another has.
 

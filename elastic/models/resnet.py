@@ -6,6 +6,8 @@ channel's meaning to its position, which no surgery could keep.
 
 from torch import Tensor, nn
 
+from elastic.ranges import Count
+
 
 class BasicBlock(nn.Module):
     """Add two 3×3 convolutions to a shortcut: y = ReLU(f(x) + s(x))."""
@@ -28,7 +30,7 @@ class BasicBlock(nn.Module):
         return self.relu(self.bn2(self.conv2(h_BCHW)) + self.shortcut(x_BCHW))
 
 
-def resnet(blocks: int, width: int = 16, in_channels: int = 3, classes: int = 10) -> nn.Sequential:
+def resnet(blocks: int, width: Count = 16, in_channels: int = 3, classes: int = 10) -> nn.Sequential:
     """Build three stages of `blocks` basic blocks at `width`, 2·`width` and 4·`width` channels."""
     stages, inputs = [], width
     for stage in range(3):
@@ -48,11 +50,11 @@ def resnet(blocks: int, width: int = 16, in_channels: int = 3, classes: int = 10
     return net
 
 
-def resnet20(width: int = 16, in_channels: int = 3, classes: int = 10) -> nn.Sequential:
+def resnet20(width: Count = 16, in_channels: int = 3, classes: int = 10) -> nn.Sequential:
     """Build three stages of three blocks."""
     return resnet(3, width, in_channels, classes)
 
 
-def resnet56(width: int = 16, in_channels: int = 3, classes: int = 10) -> nn.Sequential:
+def resnet56(width: Count = 16, in_channels: int = 3, classes: int = 10) -> nn.Sequential:
     """Build three stages of nine blocks."""
     return resnet(9, width, in_channels, classes)

@@ -6,10 +6,12 @@ As is usual on CIFAR-10, one linear layer follows the convolutions. For 224×224
 
 from torch import nn
 
+from elastic.ranges import Count
+
 STAGES = ((1, 1), (2, 2), (4, 4, 4), (8, 8, 8), (8, 8, 8))  # channels in units of `width`
 
 
-def vgg16_bn(width: int = 64, in_channels: int = 3, classes: int = 10) -> nn.Sequential:
+def vgg16_bn(width: Count = 64, in_channels: int = 3, classes: int = 10) -> nn.Sequential:
     """Build thirteen 3×3 convolutions with batch norm and ReLU, a 2×2 max-pooling after each stage."""
     net, channels = nn.Sequential(), in_channels
     for i, stage in enumerate(STAGES, start=1):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from math import exp, log
 
 from elastic.errors import OptionError
+from elastic.ranges import Part, checked
 
 # The controller's constants, from a closed loop with plants that stand for a network's gates (see its tests):
 # runs of 3,000 looks land within 5 % of budgets from a twentieth to three quarters of the network.
@@ -12,6 +13,7 @@ DAMPING = 10.0  # times the last change of log size: gates answer late, so what 
 LEAST, MOST = 1e-8, 1e-1  # bounds of λ: what no λ reaches must not make it run away
 
 
+@checked
 @dataclass
 class Budget:
     """Multiply λ up while the network is above its path to the budget, down while it is below.
@@ -25,8 +27,8 @@ class Budget:
     """
 
     target: int
-    begin: float = 0.0
-    end: float = 0.7
+    begin: Part = 0.0
+    end: Part = 0.7
     headroom: float = 3.0
     peak: float = 0.0
     last: float | None = None

@@ -5,21 +5,41 @@ same function after its widths are permuted, and after channels that nothing rea
 """
 
 import copy
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from elastic.errors import StructureError
+from elastic.measure.counts import count_macs
 from elastic.surgery.fresh import draw_he_normal
 from elastic.surgery.indices import grow_index
 from elastic.surgery.layers import list_tensors
 from elastic.surgery.reindexing import reindex
-from elastic.widths.width import Segment, Slot, Width, Widths
+from elastic.widths.discovery import discover, refuse_none
+from elastic.widths.width import Widths, fix_widths
 
 TOLERANCE = 1e-6  # of the largest output, in double precision
+CHECKED_MACS = 300e6  # of one sample, with those that stand for parameters: under a second on one core
+MACS_PER_PARAMETER = 20  # each is copied, and drawn or gathered anew
+SAMPLES = 2  # few, since this takes time; not one, which could be taken for one channel
 SINGLE_TOLERANCE = 1e-3  # the same, in the model's own, for a model that does not run in another
+
+
+def discover_checked(model: nn.Module, *example: Tensor) -> Widths:
+    """Discover the widths of a model, and check them where that takes under a second.
+
+    Raises:
+        StructureError: the model cannot be traced, or none of its channel axes can change.
+    """
+    widths = discover(model, *example)
+    cost = count_macs(model, *example) + MACS_PER_PARAMETER * sum(p.numel() for p in model.parameters())
+    if cost <= CHECKED_MACS:
+        with suppress(StructureError):  # it may not run on noise
+            fix_wrong_widths(model, widths)
+    return refuse_none(widths)
 
 
 def fix_wrong_widths(model: nn.Module, widths: Widths) -> None:
@@ -47,28 +67,6 @@ def _make_probe(model: nn.Module, widths: Widths) -> "_Probe":
     raise StructureError(f"the model does not run on noise of the example's shape: {fault}")
 
 
-def fix_widths(widths: Widths, reasons: dict[str, str]) -> None:
-    """Take widths out of those that can change; where their channels lie, they count as constant."""
-    sizes = widths.sizes()
-    for name, width in list(widths.items()):
-        slots = tuple(_fix_slot(slot, reasons, sizes) for slot in width.slots)
-        widths.widths[name] = Width(name, width.size, slots, width.mixed)
-    for name, reason in reasons.items():
-        del widths.widths[name]
-        widths.fixed[name] = reason
-
-
-def _fix_slot(slot: Slot, names: Container[str], sizes: dict[str, int]) -> Slot:
-    segments: list[Segment] = []
-    for segment in slot.layout:
-        if segment.width is not None and segment.width in names:
-            segment = Segment(None, segment.repeat * sizes[segment.width])
-        if segments and segment.width is None and segments[-1].width is None:  # constants side by side
-            segment = Segment(None, segments.pop().repeat + segment.repeat)
-        segments.append(segment)
-    return Slot(slot.module, slot.tensor, slot.dim, slot.role, tuple(segments))
-
-
 class _Probe:
     """Try changes on copies of a network."""
 
@@ -83,26 +81,36 @@ class _Probe:
             self._draw_again(value)
 
     def find_fault(self, names: Iterable[str]) -> str | None:
-        """Say which change of the widths makes the network another function; None where all are followed."""
+        """Say which change of the widths makes the network another function; None where all are followed.
+
+        One copy goes through all changes, since each must leave the outputs as they are.
+        """
+        replica, widths = copy.deepcopy(self.model), copy.deepcopy(self.widths)
         names = list(names)
-        sizes = {name: self.widths[name].size for name in names}
-        orders = {name: torch.randperm(size, generator=self.generator) for name, size in sizes.items()}
-        if not self._preserves(orders):
+        orders = {name: torch.randperm(widths[name].size, generator=self.generator) for name in names}
+        expected = self.run(replica)
+        if not self._preserves(replica, widths, orders, expected):
             return "in another order of its channels the network is another function"
-        unmixed = {name: size for name, size in sizes.items() if not self.widths[name].mixed}
-        if not self._preserves({name: grow_index(size, 2) for name, size in unmixed.items()}):
+        separate = [name for name in names if not widths[name].mixed]
+        growth = {name: grow_index(widths[name].size, 2) for name in separate}
+        if not self._preserves(replica, widths, growth, expected):
             return "with fresh channels that nothing reads the network is another function"
-        several = {name: orders[name][: -(-size // 2)].sort().values for name, size in unmixed.items()}
-        if not self._preserves(several, is_pruning=True):
+        sizes = {name: widths[name].size for name in separate}
+        kept = {
+            name: torch.randperm(n, generator=self.generator)[: -(-n // 2)].sort().values
+            for name, n in sizes.items()
+        }
+        _stop_reading(replica, widths, kept)
+        if not self._preserves(replica, widths, kept, self.run(replica)):
             return "without channels that nothing reads the network is another function"
         return None
 
-    def _preserves(self, indices: dict[str, Tensor], is_pruning: bool = False) -> bool:
-        """Tell whether a change leaves the outputs as they are; what is pruned is not read before, either."""
-        replica, widths = copy.deepcopy(self.model), copy.deepcopy(self.widths)
-        if is_pruning:
-            _stop_reading(replica, widths, indices)
-        expected = self.run(replica)
+    def _preserves(
+        self, replica: nn.Module, widths: Widths, indices: dict[str, Tensor], expected: list[Tensor]
+    ) -> bool:
+        """Change a copy, and tell whether its outputs are the expected ones."""
+        if not indices:
+            return True
         try:
             reindex(replica, widths, indices)
             outputs = self.run(replica)
@@ -124,8 +132,8 @@ class _Probe:
 
     def _draw_input(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
         if not x.is_floating_point():
-            return torch.zeros(x.shape, dtype=x.dtype)
-        return torch.randn(x.shape, generator=self.generator).to(dtype or x.dtype)
+            return torch.zeros(x[:SAMPLES].shape, dtype=x.dtype)
+        return torch.randn(x[:SAMPLES].shape, generator=self.generator).to(dtype or x.dtype)
 
     def _draw_again(self, value: Tensor) -> None:
         """Draw anew what is a scalar a channel (away from neutral values), and what is constant."""

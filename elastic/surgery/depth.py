@@ -21,6 +21,7 @@ from elastic.surgery.residual import find_last_norm
 from elastic.widths.discovery import Widths, find_widths
 from elastic.widths.parameters import get_original
 from elastic.widths.tracing import BATCH_NORM, preserve_modes
+from elastic.widths.width import fix_widths
 
 REMEDY = "set growth.blocks=0"
 
@@ -99,6 +100,7 @@ def _find_deeper_widths(model: nn.Module, widths: Widths, stage: str) -> Widths:
     """Find the widths that the model would have with a block more."""
     replica, sizes = _copy_deeper(model, widths, stage)
     deeper, count = find_widths(replica, *widths.example), len(get_blocks(model, stage))
+    fix_widths(deeper, {name: reason for name, reason in widths.fixed.items() if name in deeper})
     block = f"{_prefix(stage)}{count}."
     is_used = any(slot.module.startswith(block) for width in deeper.values() for slot in width.slots)
     old = {name: size for name, size in deeper.sizes().items() if not name.startswith(block)}

@@ -3,6 +3,7 @@
 from torch import nn
 
 from elastic.widths.discovery import Widths
+from elastic.widths.operations.interface import is_stored
 from elastic.widths.parameters import get_original
 
 
@@ -10,7 +11,7 @@ def find_frozen_widths(model: nn.Module, widths: Widths) -> set[str]:
     """Find the widths of which a parameter is not trained: neither to be grown nor to be pruned."""
     frozen = set()
     for name, width in widths.items():
-        slots = [slot for slot in width.slots if slot.tensor]
+        slots = [slot for slot in width.slots if is_stored(slot.tensor)]
         tensors = (get_original(model.get_submodule(slot.module), slot.tensor) for slot in slots)
         if any(isinstance(tensor, nn.Parameter) and not tensor.requires_grad for tensor in tensors):
             frozen.add(name)

@@ -9,7 +9,9 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from elastic.widths.operations.interface import ATTRIBUTE
 from elastic.widths.parameters import ChannelParametrization, get_original, list_parametrizations
+from elastic.widths.tracing.sizes import write_size
 
 NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
 NEUTRAL = {"bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
@@ -51,18 +53,28 @@ def _describe(module: nn.Module, tensor: str, value: Tensor) -> LayerTensor:
     return LayerTensor(value, dims, NEUTRAL.get(tensor))
 
 
-@singledispatch
 def resize_attributes(module: nn.Module, tensor: str, dim: int, size: int, depthwise: bool) -> None:
     """Make a layer's attributes say that one of its tensors' dimensions has a new size.
 
-    A layer of one's own that counts channels registers a function of its own.
-
     Args:
+        tensor: its name, or what stands in a slot for an attribute, whose number `dim` is meant.
         depthwise: the layer keeps as many groups as channels.
+    """
+    if tensor.startswith(ATTRIBUTE):
+        write_size(module, tensor.removeprefix(ATTRIBUTE), dim, size)
+    else:
+        resize_layer(module, tensor, dim, size, depthwise)
+
+
+@singledispatch
+def resize_layer(module: nn.Module, tensor: str, dim: int, size: int, depthwise: bool) -> None:
+    """Make a layer's attributes say that one of its tensors' dimensions has a new size.
+
+    A layer of one's own that counts channels registers a function of its own.
     """
 
 
-@resize_attributes.register
+@resize_layer.register
 def _(module: _ConvNd, tensor: str, dim: int, size: int, depthwise: bool) -> None:
     if tensor == "weight" and dim == 1:
         module.in_channels = size * module.groups
@@ -72,29 +84,29 @@ def _(module: _ConvNd, tensor: str, dim: int, size: int, depthwise: bool) -> Non
         module.out_channels = size
 
 
-@resize_attributes.register
+@resize_layer.register
 def _(module: nn.Linear, tensor: str, dim: int, size: int, depthwise: bool) -> None:
     if tensor == "weight":
         setattr(module, "in_features" if dim == 1 else "out_features", size)
 
 
-@resize_attributes.register
+@resize_layer.register
 def _(module: nn.GroupNorm, tensor: str, dim: int, size: int, depthwise: bool) -> None:
     module.num_channels = size
     module.num_groups = size if depthwise else module.num_groups
 
 
-@resize_attributes.register
+@resize_layer.register
 def _(module: nn.LayerNorm, tensor: str, dim: int, size: int, depthwise: bool) -> None:
     before, after = module.normalized_shape[:dim], module.normalized_shape[dim + 1 :]
     module.normalized_shape = (*before, size, *after)
 
 
-@resize_attributes.register
+@resize_layer.register
 def _(module: nn.PReLU, tensor: str, dim: int, size: int, depthwise: bool) -> None:
     module.num_parameters = size
 
 
-@resize_attributes.register
+@resize_layer.register
 def _(module: _NormBase, tensor: str, dim: int, size: int, depthwise: bool) -> None:
     module.num_features = size

@@ -47,9 +47,9 @@ def add_blocks(model: nn.Module, widths: Widths, state: Mapping[str, Tensor], pr
     for stage, count in count_blocks(model).items():
         head = f"{prefix}{stage}." if stage else prefix
         children = {name.removeprefix(head).partition(".")[0] for name in state if name.startswith(head)}
-        last = max((int(child) for child in children if child.isdigit()), default=-1)
-        for _ in range(count, 1 + last):
+        while str(count) in children:
             deepen(model, widths, stage)
+            count += 1
 
 
 def _resize(model: nn.Module, widths: Widths, sizes: Mapping[str, int]) -> None:

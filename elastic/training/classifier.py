@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from elastic.errors import TrainingError
+from elastic.errors import DataError, TrainingError
 from elastic.training.schedules import Scheduler, make_schedule
 from elastic.training.structure import Structure
 
@@ -52,6 +52,20 @@ class ElasticClassifier(L.LightningModule):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         logits_BK: Tensor = self.net(x_BCHW.contiguous(memory_format=self.structure.memory_format))
         return logits_BK
+
+    def on_validation_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Look at the first images and at the weights, so that training is not blamed for what comes to it.
+
+        Raises:
+            DataError: the images are not finite.
+            TrainingError: the weights are not, before anything has been trained.
+        """
+        if not self.trainer.sanity_checking or batch_idx:
+            return
+        if not batch[0].isfinite().all():
+            raise DataError("images are not finite once they are normalised: look at data.mean and data.std")
+        if not all(parameter.isfinite().all() for parameter in self.net.parameters()):
+            raise TrainingError("weights are not finite before training: start from another run")
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         x_BCHW, y_B = batch

@@ -10,40 +10,56 @@ from torch.utils._pytree import tree_leaves
 
 from elastic.errors import OptionError
 
-Outputs = Literal["classes", "values"]
+Outputs = Literal["classes", "labels", "values"]
 
 
-def compare_classes(output: Tensor, target: Tensor) -> Tensor:
+def compare_classes(output: Tensor, target: Tensor, temperature: float) -> Tensor:
     """Return the cross entropy of classes (dimension 1: of images, or of each pixel) against another's."""
-    return F.cross_entropy(output, target.softmax(1))
+    return F.cross_entropy(output / temperature, (target / temperature).softmax(1))
 
 
-def compare_values(output: Tensor, target: Tensor) -> Tensor:
-    """Return the mean squared difference."""
-    return F.mse_loss(output, target)
+def compare_labels(output: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """Return the binary cross entropy of labels, each there or not, against another's."""
+    return F.binary_cross_entropy_with_logits(output / temperature, (target / temperature).sigmoid())
 
 
-Comparison = Callable[[Tensor, Tensor], Tensor]
-COMPARISONS: dict[str, Comparison] = {"classes": compare_classes, "values": compare_values}
+def compare_values(output: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """Return the mean squared difference, which no temperature changes."""
+    return F.mse_loss(output, target) / temperature**2
 
 
-def check_outputs(outputs: Outputs) -> None:
-    """Refuse a kind of outputs that there is not.
+Comparison = Callable[[Tensor, Tensor, float], Tensor]
+COMPARISONS: dict[str, Comparison] = {
+    "classes": compare_classes,
+    "labels": compare_labels,
+    "values": compare_values,
+}
+
+
+def check_outputs(outputs: Outputs | None) -> None:
+    """Refuse a kind of outputs that there is not; None stands for what a task says.
 
     Raises:
         OptionError: always then.
     """
-    if outputs not in get_args(Outputs):
-        raise OptionError(f"outputs cannot be '{outputs}': set outputs to {' or '.join(get_args(Outputs))}")
+    if outputs is not None and outputs not in get_args(Outputs):
+        raise OptionError(f"outputs cannot be '{outputs}': set outputs to {', '.join(get_args(Outputs))}")
 
 
-def compare_outputs(output: Any, target: Any, outputs: Outputs) -> Tensor:
+def compare_outputs(output: Any, target: Any, outputs: Outputs, temperature: float = 1.0) -> Tensor:
     """Return the loss of all outputs against another network's, which is not trained by it.
 
     Args:
         output, target: tensors, or equal structures of tensors (several heads).
-        outputs: what they are: scores of classes, or values (regression, features).
+        outputs: what they are: scores of classes, of labels, or values (regression, features).
+        temperature: T that scores are divided by; times T², the gradient does not depend on its size.
     """
     compare = COMPARISONS[outputs]
     pairs = zip(tree_leaves(output), tree_leaves(target), strict=True)
-    return torch.stack([compare(a, b.detach()) for a, b in pairs if torch.is_floating_point(a)]).sum()
+    losses = [compare(_widen(a), _widen(b.detach()), temperature) for a, b in pairs if a.is_floating_point()]
+    return temperature**2 * torch.stack(losses).sum()
+
+
+def _widen(output: Tensor) -> Tensor:
+    """Return an output in 32 bits or more."""
+    return output.to(torch.promote_types(output.dtype, torch.float32))

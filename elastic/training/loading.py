@@ -1,5 +1,6 @@
 """Load a module whose network has grown, been gated, nested or given modules, without its callbacks."""
 
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -7,14 +8,16 @@ import lightning as L
 import torch
 from torch import nn
 
-from elastic.errors import FileError
+from elastic.errors import ElasticError, FileError
 from elastic.levels.nested import Levels
 from elastic.pruning.gates import attach_gates
 from elastic.surgery.rebuilding import rebuild
+from elastic.training.checkpoints import read_checkpoint
 from elastic.training.joining import add_structure, find_structure
 from elastic.training.structure import Structure
 
 M = TypeVar("M", bound=L.LightningModule)
+HEAD = re.compile(r"\bkernel_modules\..*\.heads\.(\d+)\.")
 HISTORY = "._extra_state"
 
 
@@ -43,20 +46,25 @@ def load_module(module_class: type[M], checkpoint: Path | str, **arguments: Any)
             f"{checkpoint} has no elastic network: load it with {module_class.__name__}.load_from_checkpoint"
         )
     module = module_class(**{**saved.get("hyper_parameters", {}), **arguments})
-    structure = find_structure(module) or _join(module, state[key])
-    _restore(structure, state, state[key])
-    module.load_state_dict(state)
+    try:
+        structure = find_structure(module) or _join(module, state[key])
+        _restore(structure, state, state[key])
+        module.load_state_dict(state)
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        if isinstance(error, ElasticError):
+            raise
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FileError(
+            f"{checkpoint} does not fit {module_class.__name__} ({cause}): name another"
+        ) from error
     structure.route([])
     return module.eval()
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        saved["state_dict"]
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise FileError(f"{path} cannot be read ({reason}): name a checkpoint of Lightning's") from error
+    saved = read_checkpoint(path)
+    if not isinstance(saved.get("state_dict"), dict):
+        raise FileError(f"{path} has no state_dict: name a checkpoint of Lightning's")
     return saved
 
 
@@ -79,5 +87,10 @@ def _restore(structure: Structure, state: dict[str, Any], history: dict[str, Any
     if history["levels"] is not None:
         structure.nest(Levels(net, structure.widths, history["levels"]))
     if history["modules"] is not None:
+        heads = {match[1] for name in state if (match := HEAD.search(name))}
+        if history["modules"]["sets"] != len(heads):
+            raise FileError(
+                f"the checkpoint says of its modules what its {len(heads)} sets do not: name another"
+            )
         structure.attach_dynamic(**history["modules"])
         structure.select_first()

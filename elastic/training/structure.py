@@ -19,17 +19,21 @@ from elastic.dynamic.modules import iterate_modules, select_set
 from elastic.errors import TrainingError
 from elastic.levels.nested import Levels
 from elastic.pruning.gates import find_grain, iterate_gates
+from elastic.surgery.checking import discover_checked
 from elastic.surgery.depth import count_blocks, deepen, get_template_name
 from elastic.surgery.fresh import Fresh, zero_out
 from elastic.surgery.rebuilding import rebuild
 from elastic.surgery.reindexing import Index, reindex
 from elastic.training.groups import adopt_parameters
+from elastic.training.imitation import Outputs
 from elastic.training.layout import choose_memory_format
 from elastic.training.own_parameters import OwnOptimizers, OwnParameter, scale_module_rate
 from elastic.training.processes import find_differing_processes, unwrapped
 from elastic.training.routing import LossTerm, Router
+from elastic.training.tasks import compute_class_loss
 from elastic.widths.discovery import discover
 from elastic.widths.tracing import sync_traced
+from elastic.widths.width import fix_widths
 
 T = TypeVar("T")
 
@@ -54,6 +58,8 @@ class Structure(nn.Module):
         levels: nested sub-networks, where there are any; `level` is the one that is trained and evaluated,
             `extra_levels` are validated beside it.
         dynamic_nets: the network, or each of its levels, with kernel activation modules.
+        outputs: what the network says, for levels and others that learn from it.
+        compute_loss: what channels are judged by, where gradients decide: outputs, targets -> loss.
         schedule_fraction: the part of the run that an optimizer and its schedule last.
 
     Raises:
@@ -68,7 +74,7 @@ class Structure(nn.Module):
         self.example = example
         self.seed, self.channels_last, self.path = seed, channels_last, path
         self.memory_format = torch.contiguous_format
-        self.widths = discover(net, example)
+        self.widths = discover_checked(net, example)
         self.start_sizes, self.start_depth = self.widths.sizes(), count_blocks(net)
         self.timeline: list[dict[str, Any]] = []
         self.copies: list[nn.Module] = []
@@ -77,6 +83,8 @@ class Structure(nn.Module):
         self.dynamic_nets: list[fx.GraphModule] = []
         self.module_rate = 1.0
         self.schedule_fraction = 1.0
+        self.outputs: Outputs = "classes"
+        self.compute_loss: Callable[[Any, Tensor], Tensor] = compute_class_loss
         self.own: OwnOptimizers = OwnOptimizers((), ())
         self.trainer: L.Trainer | None = None
         self._inner_call: Callable[..., Any] | None = None
@@ -210,6 +218,8 @@ class Structure(nn.Module):
             options: of `elastic.dynamic.attach_modules`: sets, activation, kind.
         """
         widths = [discover(net, self.example) for net in self.nets]
+        for own in widths:
+            fix_widths(own, {n: reason for n, reason in self.widths.fixed.items() if n in own})
         pairs = zip(self.nets, widths, strict=True)
         self.dynamic_nets = [attach_modules(net, own, **options) for net, own in pairs]
         self.module_rate = rate

@@ -10,6 +10,8 @@ from typing import Any
 
 from elastic.errors import StructureError
 
+MOST = 2**20  # channels of a width, or epochs: beyond it a file asks for what no machine has
+
 
 def read_timeline(path: Path) -> list[dict[str, Any]]:
     """Read the rows of a `timeline.jsonl`.
@@ -19,14 +21,13 @@ def read_timeline(path: Path) -> list[dict[str, Any]]:
     """
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         cause = str(error).splitlines()[0]
         raise StructureError(f"{path} cannot be read ({cause}): name the timeline.jsonl of a run") from error
     for row in rows:
         counts = [row.get(key) for key in ("epoch", "before", "after")] if isinstance(row, dict) else [None]
-        if not all(isinstance(n, int) for n in counts) or not isinstance(
-            row.get("width", row.get("stage")), str
-        ):
+        are_counts = all(type(n) is int and 0 <= n <= MOST for n in counts)
+        if not are_counts or not isinstance(row.get("width", row.get("stage")), str):
             raise StructureError(f"{path} is no timeline of a run: name a timeline.jsonl")
     return rows
 

@@ -5,11 +5,12 @@ Where a dimension holds the channels of several widths, or each several times, i
 an order that a layout cannot say fixes the widths concerned.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from elastic.widths.tracker import Dimension, Records
 from elastic.widths.union import Axis, ChannelUnion
@@ -34,17 +35,19 @@ def collect_widths(elements: ChannelUnion, records: Records) -> Widths:
     """Gather the elements that lie on the recorded places into widths."""
     axes = {place: elements.represent(axis) for place, (_, axis) in records.items()}
     groups = _group(elements, records, axes)
-    layouts = _read_layouts(axes, groups)
+    layouts = _read_layouts(records, axes, groups, elements.size)
+    slots: dict[str, list[Slot]] = {name: [] for name in groups.free()}
+    for place, layout in layouts.items():
+        slot = Slot(*place, records[place][0], layout)
+        for name in dict.fromkeys(segment.width for segment in layout if segment.width is not None):
+            slots[name].append(slot)
     mixed = elements.mixed
     widths = {}
     for name, members in groups.free().items():
-        slots = tuple(
-            Slot(*place, records[place][0], layout)
-            for place, layout in layouts.items()
-            if any(segment.width == name for segment in layout)
-        )
-        norm = next((mixed[element] for element in members.tolist() if element in mixed), None)
-        widths[name] = Width(name, len(members), slots, norm)
+        numbers = mixed.numbers[members]
+        noted = members[numbers >= 0]
+        norm = mixed.get(noted[0]) if len(noted) else None
+        widths[name] = Width(name, len(members), tuple(slots[name]), norm)
     return Widths(widths, groups.reasons)
 
 
@@ -54,30 +57,51 @@ def _group(elements: ChannelUnion, records: Records, axes: Mapping[Dimension, Ax
     The elements of each layer's output, in their order, make up its groups: the first is called after the
     layer, further ones (where only a part of its channels goes somewhere) are numbered.
     """
-    occurrences: dict[int, list[tuple[Dimension, int]]] = defaultdict(list)
-    for place, axis in axes.items():
-        for element, times in Counter(axis.tolist()).items():
-            occurrences[element].append((place, times))
     fixed, tied = elements.fixed, elements.tied
-    groups, grouped = Groups(), set[int]()
+    marks = _mark_occurrences(list(axes.values()), elements.size)
+    marks += np.uint64(1) * (fixed.numbers >= 0)
+    groups, is_grouped = Groups(), np.zeros(elements.size, dtype=bool)
     for place in (place for place, (role, _) in records.items() if role == "out"):
         writer = place[0] or place[1]  # a weight of the model's own goes by its name
-        alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
-        for element in dict.fromkeys(axes[place].tolist()):
-            if element not in grouped:
-                alike[tuple(occurrences[element]), element in fixed].append(element)
-        for number, members in enumerate(alike.values()):
+        members = _list_distinct(axes[place])
+        members = members[~is_grouped[members]]
+        is_grouped[members] = True
+        for number, alike in enumerate(_list_distinct(marks[members])):
             name = f"{writer}:{number}" if number else writer
-            groups.members[name] = np.array(members)
-            grouped.update(members)
-            if members[0] in fixed:
-                groups.reasons[name] = fixed[members[0]]
-            elif len(members) == 1 and members[0] in tied:
+            group = groups.members[name] = members[marks[members] == alike]
+            if (reason := fixed.get(group[0])) is not None:
+                groups.reasons[name] = reason
+            elif len(group) == 1 and group[0] in tied:
                 groups.reasons[name] = "splits and shuffles tie all of its channels together"
     return groups
 
 
-def _read_layouts(axes: Mapping[Dimension, Axis], groups: Groups) -> dict[Dimension, Layout]:
+def _mark_occurrences(axes: Sequence[Axis], size: int) -> NDArray[np.uint64]:
+    """Give each element a number that says on which axes it lies, and how often on each.
+
+    It is a sum of random numbers of 63 bits, one for each axis and count; the last bit is left free.
+    """
+    marks = np.zeros(size, dtype=np.uint64)
+    random = np.random.Generator(np.random.PCG64(0))
+    drawn: dict[int, NDArray[np.uint64]] = {}
+    for i, axis in enumerate(axes):
+        members, times = np.unique(axis, return_counts=True)
+        for n in np.unique(times).tolist():
+            if n not in drawn:
+                drawn[n] = random.integers(0, 2**63, len(axes), dtype=np.uint64) << np.uint64(1)
+            marks[members[times == n]] += drawn[n][i]
+    return marks
+
+
+def _list_distinct(values: NDArray[Any]) -> NDArray[Any]:
+    """List each value once, in the order of their first places."""
+    _, places = np.unique(values, return_index=True)
+    return values[np.sort(places)]
+
+
+def _read_layouts(
+    records: Records, axes: Mapping[Dimension, Axis], groups: Groups, size: int
+) -> dict[Dimension, Layout]:
     """Read the layout of every place; what no layout can say fixes the groups concerned.
 
     A group that is fixed no longer needs an order, which can only make the others' layouts simpler: so read
@@ -85,36 +109,67 @@ def _read_layouts(axes: Mapping[Dimension, Axis], groups: Groups) -> dict[Dimens
     """
     while True:
         free = groups.free()
-        owners = {e: (name, i) for name, members in free.items() for i, e in enumerate(members.tolist())}
-        layouts = {place: _read_layout(axis.tolist(), free, owners) for place, axis in axes.items()}
-        unread = [place for place, layout in layouts.items() if layout is None]
+        names, members = list(free), list(free.values())
+        owners = np.full(size, -1, dtype=np.int64)
+        for number, group in enumerate(members):
+            owners[group] = number
+        layouts, unread = dict[Dimension, Layout](), list[Dimension]()
+        for place, axis in axes.items():
+            numbers = owners[axis]
+            if records[place][0] == "count":  # an attribute, for which order is nothing
+                layouts[place] = _read_counts(numbers, names, members)
+            elif (layout := _read_layout(axis, numbers, names, members)) is not None:
+                layouts[place] = layout
+            else:
+                unread.append(place)
         if not unread:
-            return {place: layout for place, layout in layouts.items() if layout is not None}
+            return layouts
         for place in unread:
-            for name in {owners[element][0] for element in axes[place].tolist() if element in owners}:
-                groups.reasons[name] = f"its channels are interleaved with others' in {place[0]}.{place[1]}"
+            for number in np.unique(owners[axes[place]]).tolist():
+                if number >= 0:
+                    reason = f"its channels are interleaved with others' in {place[0]}.{place[1]}"
+                    groups.reasons[names[number]] = reason
 
 
-def _read_layout(
-    axis: list[int], free: Mapping[str, Axis], owners: Mapping[int, tuple[str, int]]
-) -> Layout | None:
+def _read_counts(numbers: Axis, names: Sequence[str], members: Sequence[Axis]) -> Layout:
+    """Read an axis of which only the number of channels matters."""
+    segments = []
+    for number, times in zip(
+        *(part.tolist() for part in np.unique(numbers, return_counts=True)), strict=True
+    ):
+        is_free = number >= 0
+        repeat = times // len(members[number]) if is_free else times
+        segments.append(Segment(names[number] if is_free else None, repeat))
+    return tuple(segments)
+
+
+def _read_layout(axis: Axis, numbers: Axis, names: Sequence[str], members: Sequence[Axis]) -> Layout | None:
     """Read an axis as segments: whole groups in order, each channel repeated, and runs of what never changes.
 
     None where a group's channels lie in another order, or not all of them together.
+
+    Args:
+        numbers: of the group of each position, -1 for what never changes.
     """
     segments: list[Segment] = []
-    start = 0
-    while start < len(axis):
-        if axis[start] not in owners:
-            end = next((i for i in range(start, len(axis)) if axis[i] in owners), len(axis))
+    start, stop = 0, len(axis)
+    while start < stop:
+        number = numbers[start]
+        if number < 0:
+            end = start + _measure_run(numbers[start:])
             segments.append(Segment(None, end - start))
         else:
-            name, _ = owners[axis[start]]
-            members = free[name]
-            repeat = next((i for i in range(start, len(axis)) if axis[i] != axis[start]), len(axis)) - start
-            end = start + repeat * len(members)
-            if axis[start:end] != np.repeat(members, repeat).tolist():
+            group = members[number]
+            repeat = _measure_run(axis[start : start + stop // len(group)])
+            end = start + repeat * len(group)
+            if not np.array_equal(axis[start:end], np.repeat(group, repeat) if repeat > 1 else group):
                 return None
-            segments.append(Segment(name, repeat))
+            segments.append(Segment(names[number], repeat))
         start = end
     return tuple(segments)
+
+
+def _measure_run(values: Axis) -> int:
+    """Count how often the first value comes at once."""
+    others = np.flatnonzero(values != values[0])
+    return int(others[0]) if len(others) else len(values)

@@ -5,35 +5,72 @@ evaluation mode; channel axes that meet are united (`elastic.widths.tracker`). W
 a `Width`: a number of channels that can change, with every tensor dimension that must follow.
 """
 
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
 import torch
 from torch import Tensor, nn
 
-from elastic.errors import StructureError
+from elastic.errors import OptionError, StructureError
 from elastic.widths.collecting import collect_widths
-from elastic.widths.tracing import make_meta_copy, trace
+from elastic.widths.tracing import make_meta_copy, trace_modes
 from elastic.widths.tracker import AxisTracker, Records
 from elastic.widths.union import ChannelUnion
-from elastic.widths.width import Segment, Slot, Width, Widths
+from elastic.widths.width import Segment, Slot, Width, Widths, fix_widths
 
 __all__ = ["Segment", "Slot", "Width", "Widths", "discover", "find_widths"]
 
 
-def discover(model: nn.Module, *example: Tensor, check: bool = False) -> Widths:
+def discover(
+    model: nn.Module,
+    *example: Tensor,
+    check: bool = False,
+    only: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+) -> Widths:
     """Find the widths of a model.
 
     Args:
-        model: any CNN that torch.fx can trace; it is not changed and not run.
+        model: any CNN that torch.fx can trace, or a part of one; it is not changed and not run.
         example: its inputs, batch first; only their shapes and types matter.
         check: change every width of a copy of the model, and run it: what makes it another function is fixed.
+        only: layers that write the widths to find, by name or pattern (`layer4.*`); all others are fixed.
+        exclude: layers that write widths which are not to change.
 
     Raises:
         StructureError: the model cannot be traced, or none of its channel axes can change.
+        OptionError: a name or pattern is of no layer that writes a width.
     """
     widths = find_widths(model, *example)
+    leave_out(widths, only, exclude)
     if check:
-        from elastic.surgery.checking import fix_wrong_widths  # which stands on this
+        from elastic.surgery.checking import fix_wrong_widths  # which stands on this module
 
         fix_wrong_widths(model, widths)
+    return refuse_none(widths)
+
+
+def leave_out(widths: Widths, only: Sequence[str] | None, exclude: Sequence[str]) -> None:
+    """Fix widths that are not to change, in place; they are meant by any of the layers that write them."""
+    writers = {n: {n, *(slot.module for slot in w.slots_with("out"))} for n, w in widths.items()}
+    for pattern in (*(only or ()), *exclude):
+        names = {name for group in writers.values() for name in group} | set(widths.fixed)
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise OptionError(
+                f"'{pattern}' is of no layer that writes a width: choose of {', '.join(widths)}"
+            )
+    reasons = {n: "it is excluded" for n, names in writers.items() if _match(names, exclude)}
+    if only is not None:
+        reasons |= {n: "it is not among those asked for" for n in widths if not _match(writers[n], only)}
+    fix_widths(widths, reasons)
+
+
+def _match(names: Iterable[str], patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+def refuse_none(widths: Widths) -> Widths:
+    """Raise StructureError where no width can change, with the reasons."""
     if not widths:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in widths.fixed.items())
         raise StructureError(
@@ -49,8 +86,7 @@ def find_widths(model: nn.Module, *example: Tensor) -> Widths:
     replica = make_meta_copy(model)
     # Two samples, so that batch norm in training mode has something to average; sizes stay distinct.
     inputs = [x.new_empty((max(2, len(x)), *x.shape[1:]), device="meta") for x in example]
-    graphs = [trace(replica.train(mode)) for mode in (True, False)]
-    for graph in {graph.code: graph for graph in graphs}.values():  # one, where both modes do the same
+    for graph in trace_modes(replica, *inputs):
         with torch.no_grad():
             AxisTracker(graph, replica, elements, records).run(*inputs)
     widths = collect_widths(elements, records)

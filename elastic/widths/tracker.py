@@ -9,13 +9,15 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from elastic.errors import StructureError
-from elastic.widths.hooks import watch_hooks
-from elastic.widths.operations import LAYER, READS_COUNTS, TABLE, NotFollowed, Role, Rule, Tracked
+from elastic.widths.hooks import has_hooks, watch_hooks
+from elastic.widths.operations import NEEDS_NO_TENSOR, READS_COUNTS, TABLE, NotFollowed, Role, Rule, Tracked
 from elastic.widths.operations.counts import count_node, list_counts
-from elastic.widths.operations.interface import Layer, Place, list_tensors
+from elastic.widths.operations.interface import ATTRIBUTE, Layer, Place, is_stored, list_axes, list_tensors
 from elastic.widths.parameters import ChannelParametrization, get_original, list_parametrizations
-from elastic.widths.tracing import describe_node, get_layer
+from elastic.widths.tracing import describe_node
 from elastic.widths.tracing.graph import shorten
+from elastic.widths.tracing.meta import call_on_meta
+from elastic.widths.tracing.sizes import SizeAttribute
 from elastic.widths.union import Axis, ChannelUnion
 
 Dimension = tuple[str, str, int]  # module, tensor, dimension
@@ -28,15 +30,16 @@ CONSTANT = "_tensor_constant"  # what torch.fx calls a tensor that the model's f
 class AxisTracker(fx.Interpreter):
     """Run a traced model on meta tensors and carry every value's channel axes along: see `Tracker`."""
 
-    def __init__(
-        self, graph: fx.GraphModule, model: nn.Module, elements: ChannelUnion, records: Records
-    ) -> None:
-        super().__init__(graph, garbage_collect_values=False)
+    def __init__(self, graph: fx.Graph, model: nn.Module, elements: ChannelUnion, records: Records) -> None:
+        super().__init__(model, garbage_collect_values=False, graph=graph)
         self.extra_traceback = False  # errors of one line
         self.model = model  # whose modules are there as they were, also those that torch.fx has looked into
         self.elements, self.records = elements, records
-        self._hooked = watch_hooks(graph)
+        self._watched = {path for path, layer in self.submodules.items() if has_hooks(layer)}
+        self._hooked = watch_hooks(model)
         self._recorded: list[Axis] = []  # what the rule of this node has recorded
+        self._followed: list[SizeAttribute] = []  # the numbers of this node that follow channels
+        self._constant: dict[Dimension, str] = {}  # attributes that nodes use as they are, with a reason
         self._shared: dict[tuple[int, int], Axis] = {}  # by the identity of a tensor, and its dimension
 
     def run_node(self, node: fx.Node) -> Any:
@@ -54,7 +57,7 @@ class AxisTracker(fx.Interpreter):
         else:
             node.meta["axes"] = self._find_axes(node, value)
         if node.op == "call_module" and str(node.target) in self._hooked:
-            axes = [*_flatten(node.meta["axes"]), *self._list_input_axes(node)]
+            axes = [*list_axes(node.meta["axes"]), *self._list_input_axes(node)]
             self.fix(axes, node, "has a hook that may change them")
         return value
 
@@ -63,19 +66,47 @@ class AxisTracker(fx.Interpreter):
         value = super().get_attr(target, args, kwargs)
         return value.to("meta") if isinstance(value, Tensor) else value
 
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Call a function; a tensor that it makes has data yet."""
+        value = call_on_meta(
+            target, args, lambda: super(AxisTracker, self).call_function(target, args, kwargs)
+        )
+        return value.to("meta") if isinstance(value, Tensor) else value
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Call a layer; a linear one takes long on the meta device."""
+        layer = self._find_module(target)
+        if type(layer) is nn.Linear and target not in self._watched and args[0].is_meta:
+            if args[0].shape[-1] != layer.in_features:
+                raise ValueError(f"it reads {layer.in_features} features, not {args[0].shape[-1]}")
+            return args[0].new_empty((*args[0].shape[:-1], layer.out_features))
+        return super().call_module(target, args, kwargs)
+
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Call a tensor's method."""
+        return call_on_meta(target, args, lambda: super(AxisTracker, self).call_method(target, args, kwargs))
+
     def _find_axes(self, node: fx.Node, value: Any) -> Tracked:
         if node.op == "output":
             for source in node.all_input_nodes:
-                self.elements.fix_all(_flatten(source.meta["axes"]), "it is the model's output")
+                self.elements.fix_all(list_axes(source.meta["axes"]), "it is the model's output")
             return None
         if place := self._find_place(node):
             return self._begin_attribute(place, value)
         if node.op in ("placeholder", "get_attr"):
             return _untracked(value)
-        rule = TABLE.find(get_layer(self.module, node), node)
+        self._followed = []
+        try:
+            return self._follow(node, value)
+        finally:
+            self._keep_sizes(node)
+
+    def _follow(self, node: fx.Node, value: Any) -> Tracked:
+        """Follow channels through an operation."""
+        rule = TABLE.find(self._find_layer(node), node)
         if rule not in READS_COUNTS:
             self._fix_counts(node)
-        if not list_tensors(node):
+        if not list_tensors(node) and rule not in NEEDS_NO_TENSOR:
             return _untracked(value)
         try:
             return self._apply_rule(rule, node, value)
@@ -84,15 +115,32 @@ class AxisTracker(fx.Interpreter):
             self._fix_counts(node)
             return _untracked(value)
 
+    def _keep_sizes(self, node: fx.Node) -> None:
+        """Keep the attributes as they are that a node is given and does not follow."""
+        for size in _list_sizes((node.args, node.kwargs)):
+            if not any(size is other for other in self._followed):
+                key = (size.place.module, ATTRIBUTE + size.place.name, size.place.number)
+                self._constant.setdefault(key, f"{describe_node(node)} takes {size.place.name} as it is")
+                if key in self.records:
+                    self.elements.fix(self.records[key][1], self._constant[key])
+
     def _fix_counts(self, node: fx.Node) -> None:
         """Fix the channels that a node computes with as numbers."""
         for source in node.all_input_nodes:
             for count in list_counts(source) if "counts" in source.meta else ():
                 self.fix(count.axes, node, "computes with the number of channels")
 
+    def _find_module(self, path: str) -> nn.Module:
+        """Find a module, at once where it has but one path."""
+        return self.submodules.get(path) or self.model.get_submodule(path)
+
+    def _find_layer(self, node: fx.Node) -> nn.Module | None:
+        """Find the layer that a node calls, if it calls one."""
+        return self._find_module(str(node.target)) if node.op == "call_module" else None
+
     def _find_place(self, node: fx.Node) -> Place | None:
         """Find where a node's tensor is stored: an attribute's, or that of what parametrizes it."""
-        if isinstance(get_layer(self.module, node), parametrize.ParametrizationList):
+        if isinstance(self._find_layer(node), parametrize.ParametrizationList):
             module, _, name = str(node.target).rpartition("parametrizations.")
             return Place(module.rstrip("."), name)
         module, _, name = str(node.target).rpartition(".")
@@ -104,8 +152,13 @@ class AxisTracker(fx.Interpreter):
         """Let channels begin on each dimension of a tensor that the model holds, but for those of size 1."""
         if not isinstance(value, Tensor):
             return None
+        owner, ndim = self._find_module(place.module), value.dim()
+        if isinstance(owner, nn.modules.conv._ConvNd) and place.tensor == "weight":
+            ndim = 2  # beyond are those of a kernel
         sizes = enumerate(value.shape)
-        return tuple(self.begin(*place, "per_channel", d) if size > 1 else None for d, size in sizes)
+        return tuple(
+            self.begin(*place, "per_channel", d) if size > 1 and d < ndim else None for d, size in sizes
+        )
 
     def _apply_rule(self, rule: Rule | None, node: fx.Node, value: Any) -> Tracked:
         """Ask the operation's rule; without one, all that the node reads keeps its size."""
@@ -130,7 +183,7 @@ class AxisTracker(fx.Interpreter):
     def _fix_lost(self, node: fx.Node, axes: Tracked) -> None:
         """Fix what a rule neither carries on nor records: nothing is known of what became of it."""
         sources = self._list_input_axes(node)
-        kept = [*_flatten(axes), *self._recorded]
+        kept = [*list_axes(axes), *self._recorded]
         lost = [axis for axis in sources if not any(axis is other for other in kept)]
         if lost:
             roots = self.elements.represent(np.concatenate([*kept, np.empty(0, np.int64)]))
@@ -141,18 +194,18 @@ class AxisTracker(fx.Interpreter):
         self.fix(self._list_input_axes(node), node, reason)
 
     def _list_input_axes(self, node: fx.Node) -> list[Axis]:
-        return [axis for source in list_tensors(node) for axis in _flatten(source.meta["axes"])]
+        return [axis for source in list_tensors(node) for axis in list_axes(source.meta["axes"])]
 
     # What the rules ask for, see `Tracker`.
 
     def get_layer(self, node: fx.Node, kind: type[Layer]) -> Layer:
-        layer = get_layer(self.module, node)
+        layer = self._find_layer(node)
         if not isinstance(layer, kind):
             raise TypeError(f"it is for a {kind.__name__}")
         return layer
 
     def get_module(self, path: str) -> nn.Module:
-        return self.model.get_submodule(path)
+        return self._find_module(path)
 
     def locate(self, tensor: fx.Node) -> Place:
         place = self._find_place(tensor)
@@ -170,7 +223,7 @@ class AxisTracker(fx.Interpreter):
 
     def record(self, module: str, tensor: str, dim: int, role: Role, axis: Axis | None) -> None:
         original = self._fetch_original(module, tensor)
-        if axis is None or (original is None and tensor != LAYER):
+        if axis is None or (original is None and is_stored(tensor)):
             return
         known, first = self.records.get((module, tensor, dim), ("per_channel", axis))
         self.records[module, tensor, dim] = (role if known == "per_channel" else known), first
@@ -179,6 +232,28 @@ class AxisTracker(fx.Interpreter):
         if original is not None:  # one parameter may serve several layers
             self.elements.unite(self._shared.setdefault((id(original), dim), first), first)
             self._fix_foreign(module, tensor, first)
+
+    def follow_size(self, size: object, axis: Axis | None) -> bool:
+        if not isinstance(size, SizeAttribute) or axis is None or len(axis) != size:
+            return False
+        copies, parts = (
+            size.factor.denominator,
+            size.factor.numerator,
+        )  # the attribute is copies / parts × size
+        if len(axis) % parts:
+            return False
+        key = (size.place.module, ATTRIBUTE + size.place.name, size.place.number)
+        part = self.elements.tie(axis, parts) if parts > 1 else axis
+        recorded = list(self._recorded)
+        self.record(*key, "count", np.repeat(part, copies))
+        self._recorded = recorded  # it is counted, which does not say what became of it
+        self._followed.append(size)
+        if key in self._constant:
+            self.elements.fix(axis, self._constant[key])
+        return True
+
+    def drop(self, axes: Sequence[Axis | None]) -> None:
+        self._recorded += [axis for axis in axes if axis is not None]
 
     def mix(self, axes: Sequence[Axis | None], node: fx.Node, reason: str) -> None:
         for axis in axes:
@@ -193,20 +268,32 @@ class AxisTracker(fx.Interpreter):
             self.elements.unite(first, second)
 
     def fix(self, axes: Sequence[Axis | None], node: fx.Node, reason: str) -> None:
-        self.elements.fix_all(axes, f"{describe_node(node)} {reason}")
+        if any(axis is not None for axis in axes):
+            self.elements.fix_all(axes, f"{describe_node(node)} {reason}")
 
     def _fetch_original(self, module: str, tensor: str) -> Tensor | None:
-        return get_original(self.model.get_submodule(module), tensor) if tensor != LAYER else None
+        return get_original(self._find_module(module), tensor) if is_stored(tensor) else None
 
     def _fix_foreign(self, module: str, tensor: str, axis: Axis) -> None:
         """Fix what a hook computes, or a parametrization whose own tensors do not follow channels."""
-        owner = self.model.get_submodule(module)
+        owner = self._find_module(module)
         if tensor in vars(owner) and owner._forward_pre_hooks:
             self.elements.fix(axis, f"{module}.{tensor} is computed by a hook")
         for parametrization in list_parametrizations(owner, tensor):
             if not isinstance(parametrization, ChannelParametrization):
                 name = type(parametrization).__name__
                 self.elements.fix(axis, f"{module}.{tensor} is parametrized by {name}")
+
+
+def _list_sizes(value: Any) -> list[SizeAttribute]:
+    """List the numbers within arguments that are attributes of modules."""
+    if isinstance(value, SizeAttribute):
+        return [value]
+    if isinstance(value, slice):
+        value = (value.start, value.stop, value.step)
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    return [size for part in value for size in _list_sizes(part)] if isinstance(value, tuple | list) else []
 
 
 def _is_plain(value: Any) -> bool:
@@ -217,13 +304,6 @@ def _is_plain(value: Any) -> bool:
 
 def _untracked(value: Any) -> Tracked:
     return (None,) * value.dim() if isinstance(value, Tensor) else None
-
-
-def _flatten(tracked: Tracked | Axis) -> list[Axis]:
-    """List the axes of one tensor or of several."""
-    if tracked is None:
-        return []
-    return [tracked] if isinstance(tracked, np.ndarray) else [a for part in tracked for a in _flatten(part)]
 
 
 def _check(axes: Tracked, value: Any) -> None:

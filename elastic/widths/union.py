@@ -6,12 +6,25 @@ An axis is an integer array of elements, one a position, so concatenation, slici
 shuffling are ordinary array operations on it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 Axis = npt.NDArray[np.int64]
+
+
+class Reasons(NamedTuple):
+    """Hold the reason noted for each element, by representative: its number, -1 where there is none."""
+
+    numbers: Axis
+    texts: list[str]
+
+    def get(self, element: int) -> str | None:
+        """Get the reason noted for an element."""
+        number = int(self.numbers[element])
+        return None if number < 0 else self.texts[number]
 
 
 class ChannelUnion:
@@ -23,34 +36,50 @@ class ChannelUnion:
     """
 
     def __init__(self) -> None:
-        self._parent: list[int] = []
-        self._fixed: dict[int, str] = {}
-        self._mixed: dict[int, str] = {}
-        self._tied: set[int] = set()
+        self._roots: Axis = np.empty(0, np.int64)
+        self._size = 0
+        self._pairs: list[tuple[Axis, Axis]] = []  # to be united
+        self._fixed: list[tuple[Axis, str]] = []
+        self._mixed: list[tuple[Axis, str]] = []
+        self._tied: list[Axis] = []
+
+    @property
+    def size(self) -> int:
+        """Count the elements."""
+        return self._size
 
     def new(self, size: int) -> Axis:
         """Make an axis of `size` elements that nothing has united yet."""
-        start = len(self._parent)
-        self._parent.extend(range(start, start + size))
-        return np.arange(start, start + size)
+        start, self._size = self._size, self._size + size
+        return np.arange(start, self._size)
 
     def unite(self, first: Axis, second: Axis) -> None:
-        """Make two axes one, position by position; the earlier element represents the pair."""
-        for pair in set(zip(first.tolist(), second.tolist(), strict=True)):
-            root, other = sorted(map(self._find, pair))
-            self._parent[other] = root
+        """Make two axes one, position by position; the earliest element represents those that are one.
+
+        Raises:
+            ValueError: they are not of one length.
+        """
+        if len(first) != len(second):
+            raise ValueError(f"axes of {len(first)} and {len(second)} channels cannot be one")
+        if first is not second:
+            self._pairs.append((first, second))
 
     def tie(self, axis: Axis, parts: int) -> Axis:
         """Cut an axis into equal parts that change only together; return the first part."""
-        first, *rest = axis.reshape(parts, -1)
-        for part in rest:
-            self.unite(first, part)
-            self._tied.update(part.tolist())
-        return first
+        return self.tie_parts(list(axis.reshape(parts, -1)))
+
+    def tie_parts(self, parts: Sequence[Axis]) -> Axis:
+        """Let equal parts of an axis change only together; return the first one."""
+        for part in parts[1:]:
+            if not np.array_equal(parts[0], part):  # channels that are repeated are tied by nature
+                self.unite(parts[0], part)
+                self._tied.append(part)
+        return parts[0]
 
     def fix(self, axis: Axis | None, reason: str) -> None:
         """Keep the channels of an axis as they are; the first reason counts."""
-        _note(self._fixed, axis, reason)
+        if axis is not None:
+            self._fixed.append((axis, reason))
 
     def fix_all(self, axes: Iterable[Axis | None], reason: str) -> None:
         """Keep the channels of several axes as they are."""
@@ -59,40 +88,53 @@ class ChannelUnion:
 
     def mix(self, axis: Axis | None, reason: str) -> None:
         """Note that the channels of an axis are normalised over together; the first reason counts."""
-        _note(self._mixed, axis, reason)
+        if axis is not None:
+            self._mixed.append((axis, reason))
 
     def represent(self, axis: Axis) -> Axis:
         """Replace every element of an axis by the one that represents it."""
-        return np.array([self._find(element) for element in axis.tolist()], dtype=np.int64)
+        return self._find_roots()[axis]
 
     @property
-    def fixed(self) -> dict[int, str]:
-        """Say why elements are fixed, by representative."""
-        return self._represent_keys(self._fixed)
+    def fixed(self) -> Reasons:
+        """Say why elements are fixed."""
+        return self._list_reasons(self._fixed)
 
     @property
-    def mixed(self) -> dict[int, str]:
-        """Say which norm mixes elements, by representative."""
-        return self._represent_keys(self._mixed)
+    def mixed(self) -> Reasons:
+        """Say which norm mixes elements."""
+        return self._list_reasons(self._mixed)
 
     @property
-    def tied(self) -> set[int]:
+    def tied(self) -> Axis:
         """List the elements that cuts tie to others, by representative."""
-        return set(map(self._find, self._tied))
+        return np.unique(self.represent(np.concatenate([np.empty(0, np.int64), *self._tied])))
 
-    def _represent_keys(self, reasons: Mapping[int, str]) -> dict[int, str]:
-        represented: dict[int, str] = {}
-        for element, reason in reasons.items():
-            represented.setdefault(self._find(element), reason)
-        return represented
+    def _list_reasons(self, notes: Sequence[tuple[Axis, str]]) -> Reasons:
+        roots = self._find_roots()
+        numbers = np.full(len(roots), -1, dtype=np.int64)
+        for number in reversed(range(len(notes))):
+            numbers[roots[notes[number][0]]] = number
+        return Reasons(numbers, [reason for _, reason in notes])
 
-    def _find(self, element: int) -> int:
-        while self._parent[element] != element:
-            self._parent[element] = self._parent[self._parent[element]]  # halve the path for the next time
-            element = self._parent[element]
-        return element
+    def _find_roots(self) -> Axis:
+        """Find the representative of every element: the lowest of those that are one.
 
-
-def _note(reasons: dict[int, str], axis: Axis | None, reason: str) -> None:
-    for element in () if axis is None else np.unique(axis).tolist():
-        reasons.setdefault(element, reason)
+        All pairs are united at once: the higher root of each is hung onto the lower one, and paths are made
+        short, until both ends of every pair have one root.
+        """
+        start = len(self._roots)
+        self._roots = roots = np.concatenate([self._roots, np.arange(start, self._size)])
+        if not self._pairs:
+            return roots
+        first, second = (np.concatenate(ends) for ends in zip(*self._pairs, strict=True))
+        self._pairs = []
+        while True:
+            first, second = roots[first], roots[second]
+            differs = first != second
+            if not differs.any():
+                return roots
+            first, second = first[differs], second[differs]
+            np.minimum.at(roots, np.maximum(first, second), np.minimum(first, second))
+            while not np.array_equal(shorter := roots[roots], roots):
+                roots[:] = shorter

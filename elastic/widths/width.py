@@ -1,6 +1,6 @@
 """Describe what may change: widths, and the tensor dimensions on which their channels lie."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,3 +109,25 @@ class Widths(Mapping[str, Width]):
                 parts.append(np.arange(start, start + extent, dtype=np.int64).reshape(-1, segment.repeat))
             start += extent
         return np.concatenate(parts, axis=1)
+
+
+def fix_widths(widths: Widths, reasons: dict[str, str]) -> None:
+    """Take widths out of those that can change; where their channels lie, they count as constant."""
+    sizes = widths.sizes()
+    for name, width in list(widths.items()):
+        slots = tuple(_fix_slot(slot, reasons, sizes) for slot in width.slots)
+        widths.widths[name] = Width(name, width.size, slots, width.mixed)
+    for name, reason in reasons.items():
+        del widths.widths[name]
+        widths.fixed[name] = reason
+
+
+def _fix_slot(slot: Slot, names: Container[str], sizes: dict[str, int]) -> Slot:
+    segments: list[Segment] = []
+    for segment in slot.layout:
+        if segment.width is not None and segment.width in names:
+            segment = Segment(None, segment.repeat * sizes[segment.width])
+        if segments and segment.width is None and segments[-1].width is None:  # constants side by side
+            segment = Segment(None, segments.pop().repeat + segment.repeat)
+        segments.append(segment)
+    return Slot(slot.module, slot.tensor, slot.dim, slot.role, tuple(segments))

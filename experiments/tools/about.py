@@ -5,10 +5,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from elastic.data import ImageData
+from elastic.experiments.tools.metrics import TEST
 from elastic.models.builders import describe_model
 
 MADE = ("experiment", "schedule", "data", "seed", "epochs", "git", "elastic", "torch", "device")
-MEASURED = ("test/acc", "params", "params_dense", "macs", "macs_dynamic", "latency_ms", "levels", "sets")
+MEASURED = ("params", "params_dense", "macs", "macs_dynamic", "latency_ms", "levels", "sets")
 
 
 def describe_run(cfg: DictConfig, data: ImageData, summary: dict[str, Any]) -> dict[str, Any]:
@@ -20,7 +21,11 @@ def describe_run(cfg: DictConfig, data: ImageData, summary: dict[str, Any]) -> d
     return about | {
         **describe_data(data),
         "made": {key: summary[key] for key in MADE if key in summary},
-        "measured": {key: summary[key] for key in MEASURED if summary.get(key) not in (None, [])},
+        "measured": {
+            key: value
+            for key, value in summary.items()
+            if (key in MEASURED or key.startswith(TEST)) and value not in (None, [])
+        },
     }
 
 

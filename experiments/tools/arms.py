@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from elastic.errors import FileError
+from elastic.experiments.tools.metrics import find_metric
 from elastic.experiments.tools.sweep import FAILED
 
-NUMBERS = (  # of a summary, that are compared
-    *("test/acc", "params", "params_dense", "macs", "macs_dynamic", "macs_training"),
-    *("latency_ms", "wall_s"),
-)
+# Of a summary, beside its metric.
+NUMBERS = ("params", "params_dense", "macs", "macs_dynamic", "macs_training", "latency_ms", "wall_s")
 Summary = dict[str, Any]
 History = list[dict[str, Any]]  # what the census found in each epoch of a run
 
@@ -44,6 +43,11 @@ class Arm:
     def data(self) -> str:
         """Name the data set."""
         return str(self.runs[0].get("data", ""))
+
+    @property
+    def metric(self) -> str:
+        """Name the metric that the runs are judged by, a key of their summaries."""
+        return find_metric(self.runs[0])
 
     def list_values(self, key: str) -> list[float]:
         """List a figure of all runs; of none, where one of them lacks it."""
@@ -144,8 +148,8 @@ def read_summaries(pattern: str) -> dict[Path, Summary]:
 def _read_summary(path: Path) -> Summary:
     try:
         summary: Summary = json.loads(path.read_text())
-        accuracy = summary["test/acc"]  # without it there is nothing to compare
-        sum((accuracy, *(summary.get(key) or 0 for key in NUMBERS)))  # of numbers, no words
+        metric = summary[find_metric(summary)]  # without one there is nothing to compare
+        sum((metric, *(summary.get(key) or 0 for key in NUMBERS)))  # of numbers, no words
         return summary
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise FileError(f"{path} is damaged: finish its run again, or leave it out of runs") from error

@@ -5,7 +5,7 @@ at the right edge, with a line to where the arm is drawn, so that no number lies
 `gid` is what it tells when it is pointed at.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 from elastic.experiments.tools.arms import Arm, History, Summary
+from elastic.experiments.tools.metrics import ShownMetric, describe_metric, find_metric
 
 LINE = 0.17  # inches that a number takes
 MARGIN = 0.8  # inches above and below a panel
-ACCURACY = "test accuracy (%)"
 TIP = "tip:"  # how the gid of an artist begins that tells something
 
 
@@ -34,6 +34,16 @@ class Series:
     colour: str
     runs: Sequence[Summary]
     histories: Sequence[History] = ()
+
+    @property
+    def metric(self) -> ShownMetric:
+        """Describe the metric that the runs are judged by."""
+        return describe_metric(find_metric(self.runs[0]))
+
+    def list_metrics(self, rows: Sequence[Mapping[str, Any]]) -> list[float]:
+        """List that metric of summaries, or of their levels, as it is shown."""
+        key = find_metric(self.runs[0])
+        return [self.metric.scale * row[key] for row in rows]
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,7 @@ def compute_height(names: int) -> float:
 
 
 def plot_against(series: Sequence[Series], key: str, label: str) -> Draw:
-    """Plot test accuracy against a cost, an arm a point, with the front of what nothing else beats."""
+    """Plot the metric of arms against a cost, an arm a point, with the front of what nothing else beats."""
 
     def draw(panel: Axes) -> list[Series]:
         points = []
@@ -67,17 +77,18 @@ def plot_against(series: Sequence[Series], key: str, label: str) -> Draw:
             costs = [run[key] for run in arm.runs if run.get(key)]
             if len(costs) < len(arm.runs):
                 continue
-            accuracies = [100 * run["test/acc"] for run in arm.runs]
+            accuracies = arm.list_metrics(arm.runs)
             x, y = float(np.mean(costs)), float(np.mean(accuracies))
             sd = [float(np.std(v, ddof=1)) if len(v) > 1 else 0.0 for v in (costs, accuracies)]
             bars = panel.errorbar(x, y, xerr=sd[0], yerr=sd[1], fmt="o", capsize=3, color=arm.colour)
-            bars.lines[0].set_gid(f"{TIP}{arm.name}: {_show(y, sd[1], 2)} %, {_show(x, sd[0])} {label}")
+            value = f"{_show(y, sd[1], arm.metric.digits)}{arm.metric.unit}"
+            bars.lines[0].set_gid(f"{TIP}{arm.name}: {value}, {_show(x, sd[0])} {label}")
             points.append(Point(arm, x, y))
         if len(points) < 2:
             return []
         front = find_front([(point.x, point.y) for point in points])
         panel.plot([points[i].x for i in front], [points[i].y for i in front], color="0.7", lw=1, zorder=0)
-        _finish(panel, label, ACCURACY, points, "x")
+        _finish(panel, label, series[0].metric.label, points, "x")
         return [point.arm for point in points]
 
     return draw
@@ -104,7 +115,7 @@ def plot_over_time(series: Sequence[Series], key: str, label: str) -> Draw:
 
 
 def plot_levels(series: Sequence[Series], keys: Sequence[str], label: str, scale: float = 1.0) -> Draw:
-    """Plot accuracy of the levels, and of the sets of modules, against a cost: a line an arm.
+    """Plot the metric of the levels, and of the sets of modules, against a cost: a line an arm.
 
     Args:
         keys: of the cost; the first one that a level has.
@@ -119,16 +130,17 @@ def plot_levels(series: Sequence[Series], keys: Sequence[str], label: str, scale
                 if key is None:
                     continue
                 costs = np.mean([[scale * row[key] for row in run] for run in runs], 0)
-                accuracies = np.mean([[100 * row["test/acc"] for row in run] for run in runs], 0)
+                accuracies = np.mean([arm.list_metrics(run) for run in runs], 0)
                 order = np.argsort(costs)
                 panel.plot(costs[order], accuracies[order], marker[1:], color=arm.colour)
                 for k, (x, y) in enumerate(zip(costs, accuracies, strict=True)):
-                    tip = f"{TIP}{arm.name}, {kind[:-1]} {k}: {y:.2f} %, {x:,.4g} {label}"
+                    value = f"{y:.{arm.metric.digits}f}{arm.metric.unit}"
+                    tip = f"{TIP}{arm.name}, {kind[:-1]} {k}: {value}, {x:,.4g} {label}"
                     panel.plot(x, y, marker[0], color=arm.colour, gid=tip)
                 ends.append(Point(arm, costs[order[-1]], accuracies[order[-1]]))
         if not ends:
             return []
-        _finish(panel, label, ACCURACY, ends)
+        _finish(panel, label, series[0].metric.label, ends)
         return list({point.arm.number: point.arm for point in ends}.values())
 
     return draw

@@ -1,7 +1,11 @@
 """Prepare a process for its task: quiet libraries, the right precision, processes that it will hear of."""
 
 import logging
+import signal
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import lightning as L
 import torch
@@ -9,7 +13,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 
-from elastic.errors import SweepError, TrainingError
+from elastic.errors import FileError, SweepError, TrainingError
+from elastic.experiments.tools.errors import FULL, THEIRS
+from elastic.experiments.tools.signals import Interrupted, keep_raising
 
 ADVICE = (
     ".*does not have many workers.*",  # the sets are held in memory
@@ -24,11 +30,69 @@ ADVICE = (
 
 def silence() -> None:
     """Silence advice that does not apply here, and make the CPU flush denormals."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("utilities.rank_zero", "accelerators.cuda", "trainer.connectors.signal_connector"):
+        logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.WARNING)
     for message in ADVICE:
         warnings.filterwarnings("ignore", message)
     torch.set_flush_denormal(True)
+
+
+class EndOnSignals(L.Callback):
+    """End all processes of a run on a signal, at once: Lightning would go on, and end as if it were done."""
+
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        keep_raising()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        keep_raising()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        launcher = trainer.strategy.launcher
+        if isinstance(exception, Interrupted) and launcher is not None:
+            launcher.kill(signal.SIGTERM)
+
+
+class SettingUp(L.Callback):
+    """Remember whether training has begun."""
+
+    has_begun = False
+    checkpoint: Path | None = None  # that training is to go on from
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.has_begun = True
+
+
+@contextmanager
+def explain_faults() -> Iterator[SettingUp]:
+    """Turn what fails before training has begun into one line: options and files are what it depends on.
+
+    Yields:
+        What has to be among the callbacks.
+
+    Raises:
+        TrainingError: something has failed.
+        FileError: a checkpoint does not fit.
+    """
+    setting_up = SettingUp()
+    try:
+        yield setting_up
+    except THEIRS:
+        raise
+    except Exception as error:
+        if setting_up.has_begun:
+            raise
+        cause = (str(error).strip().splitlines() or [""])[0]
+        if setting_up.checkpoint is not None:
+            raise FileError(
+                f"{setting_up.checkpoint} does not fit the run ({type(error).__name__}: {cause}): restore "
+                "it, or remove it and train again"
+            ) from error
+        raise TrainingError(
+            f"the run cannot be set up ({type(error).__name__}: {cause}): look at the options; {FULL}=1 "
+            "shows where"
+        ) from error
 
 
 def choose_precision(precision: str) -> str:

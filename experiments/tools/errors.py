@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from elastic.errors import ElasticError
 from elastic.experiments.tools.composition import explain
+from elastic.experiments.tools.signals import Interrupted, raise_on_signals, stop
 
 THEIRS = (ElasticError, OmegaConfBaseException, HydraException, OSError)
 FULL = "HYDRA_FULL_ERROR"  # set to 1 it shows tracebacks, as for any program with Hydra
@@ -34,7 +35,10 @@ def run(main: Callable[[], Any]) -> None:
     is_full = os.environ.get(FULL)
     os.environ[FULL] = "1"  # or Hydra would print errors its own way, over many lines
     try:
-        main()
+        with raise_on_signals():
+            main()
+    except Interrupted as interrupted:
+        stop(interrupted)
     except (*THEIRS, Stop) as error:
         cause = error.__cause__ if isinstance(error, Stop) else error
         assert cause is not None

@@ -15,26 +15,35 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator
 
 from elastic.experiments.tools.arms import Arm, History
+from elastic.experiments.tools.metrics import SHARES, TEST, describe_metric
+from elastic.files.atomic import write_atomically
 
 LEAST = 0.01  # %, where a logarithmic axis has no place for zero
 LEGEND = 12  # widths that a legend has room for
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as a picture, and forget it."""
-    figure.savefig(path, dpi=120)
+    """Write a figure as a picture, atomically, and forget it."""
+    kind = path.suffix.removeprefix(".") or "png"
+    write_atomically(path, lambda part: figure.savefig(part, dpi=120, format=kind))
     plt.close(figure)
 
 
 # --- a run over its epochs ------------------------------------------------------------------------
 
 
-def draw_history(history: History, timeline: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw error, parameters and channels over the epochs, from `Census.history`; growth is dotted."""
+def draw_history(
+    history: History, timeline: Sequence[Mapping[str, Any]], path: Path, metric: str = "acc"
+) -> None:
+    """Draw error, parameters and channels over the epochs, from `Census.history`; growth is dotted.
+
+    Args:
+        metric: whose distance to 1 is the error; the loss is drawn of one that may be above.
+    """
     if not history:
         return
     figure, (error, size, widths) = plt.subplots(3, 1, figsize=(7, 7), sharex=True, layout="constrained")
-    _draw_error(error, history)
+    _draw_error(error, history, metric)
     _draw_size(size, history)
     _draw_widths(widths, history)
     for epoch in {event["epoch"] for event in timeline if event["why"].startswith("grow")}:
@@ -46,12 +55,14 @@ def draw_history(history: History, timeline: Sequence[Mapping[str, Any]], path: 
     save_figure(figure, path)
 
 
-def _draw_error(panel: Axes, history: History) -> None:
+def _draw_error(panel: Axes, history: History, metric: str) -> None:
     epochs = [row["epoch"] for row in history]
+    has_error = metric in (*SHARES, "r2")
     for part, colour in (("train", "0.6"), ("val", "C0")):
-        errors = [max(100 * (1 - row.get(f"{part}/acc", float("nan"))), LEAST) for row in history]
+        values = [row.get(f"{part}/{metric if has_error else 'loss'}", float("nan")) for row in history]
+        errors = [max(100 * (1 - value), LEAST) for value in values] if has_error else values
         panel.plot(epochs, errors, color=colour, label=part)
-    panel.set(ylabel="error (%)", yscale="log")
+    panel.set(ylabel="error (%)" if has_error else "loss", yscale="log")
     panel.yaxis.set_major_formatter("{x:g}")
 
 
@@ -106,15 +117,14 @@ def draw_arms(groups: Sequence[Sequence[Arm]], size: str, path: Path) -> None:
         groups: the arms on each data set.
         size: "params", or "macs_dynamic" where kernels are switched off.
     """
-    columns = {
-        "test/acc": ("test accuracy (%)", 100.0),
+    costs = {
         size: ("params" if size == "params" else "MACs an image, mean", 1.0),
         "macs_training": ("training (10¹² MACs)", 1e-12),
     }
     lines = [len(arms) for arms in groups]
     figure, axes = plt.subplots(
         len(groups),
-        len(columns),
+        1 + len(costs),
         figsize=(9, 0.8 * len(groups) + 0.32 * sum(lines)),
         height_ratios=[2 + count for count in lines],
         sharey="row",
@@ -122,7 +132,10 @@ def draw_arms(groups: Sequence[Sequence[Arm]], size: str, path: Path) -> None:
         squeeze=False,
     )
     for arms, panels in zip(groups, axes, strict=True):
-        order = sorted(arms, key=lambda arm: arm.compute_mean("test/acc") or ())
+        metric = arms[0].metric
+        shown = describe_metric(metric)
+        columns = {metric: (shown.label, shown.scale), **costs}
+        order = sorted(arms, key=lambda arm: arm.compute_mean(metric) or ())
         for (key, (label, scale)), panel in zip(columns.items(), panels, strict=True):
             _draw_column(panel, order, key, scale)
             panel.set_xlabel(label)
@@ -140,5 +153,5 @@ def _draw_column(panel: Axes, arms: Sequence[Arm], key: str, scale: float) -> No
             panel.plot(values, [line] * len(values), "|", color="0.5", zorder=0)
     panel.grid(axis="x", alpha=0.3)
     panel.locator_params(axis="x", nbins=5)
-    if key != "test/acc":
+    if not key.startswith(TEST):
         panel.set_xlim(left=0)

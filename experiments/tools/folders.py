@@ -1,21 +1,48 @@
 """Read and keep the folder of a run: its configuration, its checkpoint, the lock while it trains."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import torch
+import lightning as L
 import yaml
 from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from elastic.errors import BusyError, FileError, TrainingError
+from elastic.experiments.tools.trust import check_trust
+from elastic.files.atomic import write_atomically
+from elastic.training.checkpoints import read_checkpoint
 
 CONFIG, CHECKPOINT, SUMMARY = "config.yaml", "last.ckpt", "summary.json"
 FINISHED = (CONFIG, "model.safetensors", SUMMARY)
+# Of every configuration.
+PARTS = {"name", "seed", "choices", "data", "model", "optimizer", "trainer", "callbacks"}
+DEEPEST = 50  # of a configuration's lists and dictionaries in each other
+REMEDY = "restore it, or train again in another folder"
+# What may differ between a run and what continues it: where data is and who reads it, not what is trained.
+EPOCHS = "trainer.max_epochs="  # the one option that a run that goes on may change
+PLACES = ("root", "download", "workers")
+
+
+class RunMark(L.Callback):
+    """Mark the checkpoints of a run with a digest of what it trains, so that none is taken for another's."""
+
+    def __init__(self, cfg: DictConfig) -> None:
+        parts: Any = OmegaConf.to_container(make_portable(cfg), resolve=False)
+        kept = {key: parts.get(key) for key in ("seed", "task", "model", "optimizer", "init")}
+        kept["data"] = {key: value for key, value in parts["data"].items() if key not in PLACES}
+        kept["callbacks"] = sorted(name for name, node in parts["callbacks"].items() if node is not None)
+        self.digest = sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"run": self.digest}
 
 
 @contextmanager
@@ -39,36 +66,83 @@ def lock_folder(folder: Path) -> Iterator[None]:
 def continue_config(cfg: DictConfig, folder: Path) -> DictConfig:
     """Return the configuration of a run: a folder that holds one already is continued with its own.
 
+    It may be continued for more epochs than it was started with.
+
     Raises:
         TrainingError: overrides that would make a continued run another one.
     """
     cfg.run = str(folder)
     has_begun = (folder / CHECKPOINT).exists()
-    has_options = any(not text.startswith("run=") for text in HydraConfig.get().overrides.task)
-    if has_begun and has_options:
+    words = [text for text in HydraConfig.get().overrides.task if not text.startswith(("run=", "trust="))]
+    goes_on = [text for text in words if text.startswith(EPOCHS)]
+    if has_begun and len(words) > len(goes_on):
         raise TrainingError(
-            f"{folder} holds a run already: continue it with run={folder} alone, or name another folder"
+            f"{folder} holds a run already: continue it with run={folder} alone, for more epochs with "
+            f"{EPOCHS}…, or name another folder"
         )
-    if has_options or not (has_begun or (folder / CONFIG).exists()):
+    if not has_begun and (words or not (folder / CONFIG).exists()):
         return cfg
     saved = load_config(folder)
     saved.run = str(folder)
+    if goes_on:
+        extend(saved, cfg.trainer.max_epochs, folder)
     return saved
 
 
+def extend(saved: DictConfig, epochs: int, folder: Path) -> None:
+    """Let a run that has begun last for more epochs.
+
+    Raises:
+        TrainingError: it has planned each of them, or they would be fewer.
+    """
+    planned = saved.trainer.max_epochs
+    if saved.callbacks.get("reconstruct") is not None and epochs != planned:
+        raise TrainingError(
+            f"{folder} holds a run in phases, whose epochs were shared out at its start: continue it with "
+            f"run={folder} alone, or start another one from it with init={folder}"
+        )
+    if epochs < planned:
+        raise TrainingError(f"{folder} holds a run of {planned} epochs: set {EPOCHS}{planned} or more")
+    saved.trainer.max_epochs = epochs
+
+
 def load_config(folder: Path) -> DictConfig:
-    """Load the configuration that a run was started with.
+    """Load the configuration that a run was started with, to be carried out.
+
+    Raises:
+        FileError: it is missing or damaged, or names what a recorded configuration may not, see `trust`.
+    """
+    cfg = read_config(folder)
+    check_trust(OmegaConf.to_container(cfg, resolve=False), folder / CONFIG)
+    return cfg
+
+
+def read_config(folder: Path) -> DictConfig:
+    """Read the configuration that a run was started with, to be looked at.
 
     Raises:
         FileError: it is missing or damaged.
     """
+    file = folder / CONFIG
     try:
-        cfg = OmegaConf.load(folder / CONFIG)
-    except (yaml.YAMLError, OSError) as error:
-        raise FileError(f"{folder / CONFIG} cannot be read: restore it or train again") from error
-    if not isinstance(cfg, DictConfig):
-        raise FileError(f"{folder / CONFIG} is no configuration: restore it or train again")
+        text = file.read_text(encoding="utf-8")
+        _check_events(yaml.parse(text, yaml.SafeLoader))
+        cfg = OmegaConf.create(text)
+    # What the file's bytes make of YAML and OmegaConf: no text, half a list, a key twice, lists without end.
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
+        raise FileError(f"{file} cannot be read: {REMEDY}") from error
+    if not isinstance(cfg, DictConfig) or not cfg.keys() >= PARTS:
+        raise FileError(f"{file} is cut, or no configuration of a run: {REMEDY}")
     return cfg
+
+
+def _check_events(events: Iterable[yaml.Event]) -> None:
+    """Refuse what no run writes, and a page of which fills the memory: aliases, and what lies deep."""
+    depth = 0
+    for event in events:
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
+            raise ValueError("it refers to itself, or is too deep")
 
 
 def check_finished(folder: Path) -> Path:
@@ -83,21 +157,28 @@ def check_finished(folder: Path) -> Path:
     return folder
 
 
-def find_checkpoint(folder: Path) -> Path | None:
+def find_checkpoint(folder: Path, cfg: DictConfig) -> Path | None:
     """Find the checkpoint to continue from, if there is one.
 
     Raises:
-        FileError: it is damaged.
+        FileError: it is damaged, or of another run.
     """
     checkpoint = folder / CHECKPOINT
     if not checkpoint.exists():
         return None
-    try:
-        torch.load(checkpoint, weights_only=True, map_location="cpu")
-    except Exception as error:  # pickle raises whatever the bytes make it do
-        cause = (str(error) or type(error).__name__).splitlines()[0]
-        raise FileError(f"{checkpoint} cannot be read ({cause}): restore it, or remove it") from error
+    state = read_checkpoint(checkpoint).get("callbacks", {}).get(RunMark.__name__)
+    if state is not None and state != RunMark(cfg).state_dict():
+        raise FileError(
+            f"{checkpoint} is of another run than {folder / CONFIG}: restore them, or remove "
+            f"{checkpoint.name} and train again"
+        )
     return checkpoint
+
+
+def write_config(cfg: DictConfig, folder: Path) -> None:
+    """Write a run's configuration into its folder, atomically."""
+    text = OmegaConf.to_yaml(make_portable(cfg))
+    write_atomically(folder / CONFIG, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def make_portable(cfg: DictConfig) -> DictConfig:
@@ -105,6 +186,7 @@ def make_portable(cfg: DictConfig) -> DictConfig:
     raw, resolved = (OmegaConf.to_container(cfg, resolve=resolve) for resolve in (False, True))
     portable = OmegaConf.create(_resolve(raw, resolved))
     portable.run = "."
+    portable.pop("trust", None)  # that is said anew by whoever uses it
     return portable
 
 

@@ -52,7 +52,7 @@ def make_page(title: str, facts: Mapping[str, str], parts: Iterable[str]) -> str
 <body><h1>{html.escape(title)}</h1>
 <p class="note">{lines}</p>
 {"".join(parts)}
-<p class="note">Test accuracy of the last epoch; mean ± sd over seeds; in bold the best mean of each
+<p class="note">Test figures are of the last epoch; mean ± sd over seeds; in bold the best mean of each
 column. Numbers before arms are those in the figures below their table. params: scalars that inference needs
 and that are not zero. macs: multiply-accumulates for one input; kMACs … PMACs: 10³ … 10¹⁵ of them.</p>
 </body></html>

@@ -14,6 +14,8 @@ from elastic.errors import OptionError
 T = TypeVar("T")
 HELP = ("-h", "--help")
 NONE = ("null", "none")
+TRUST = "trust="  # of every command that reads runs
+TRUST_HELP = "your own modules, which the run's configuration may name"
 
 
 def read_path(text: str) -> Path:
@@ -117,6 +119,8 @@ def describe(function: Callable[..., Any], command: str) -> str:
     usage = " ".join([command, *(f"{o.name}=…" if o.required else f"[{o.name}=…]" for o in options)])
     summary = " ".join(doc.partition("\n\n")[0].split())
     lines = [f"  {o.name + '=':<10} {_describe_value(o):<24} {o.help}".rstrip() for o in options]
+    if "run" in list_options(function):
+        lines.append(f"  {TRUST:<10} {'[modules]':<24} {TRUST_HELP}")
     return "\n".join([f"usage: {usage}", "", summary, "", *lines]).rstrip()
 
 
@@ -132,4 +136,9 @@ def call(function: Callable[..., T]) -> T:
     if any(word in HELP for word in words):
         print(describe(function, f"elastic {Path(sys.argv[0]).stem}"))
         raise SystemExit(0)
-    return function(**read_options(function, words))
+    trusted = [word for word in words if word.startswith(TRUST)]
+    for word in trusted:
+        from elastic.experiments.tools.trust import trust_modules  # which imports much
+
+        trust_modules(name.strip() for name in word.removeprefix(TRUST).strip("[]").split(","))
+    return function(**read_options(function, [word for word in words if word not in trusted]))

@@ -1,12 +1,13 @@
 """Make the parts of a run that its configuration names and that something has to be said of."""
 
+import os
 from collections.abc import Callable
 
 import lightning as L
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig
 from torch import nn
 from torch.optim import Optimizer
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 from elastic.errors import OptionError
 from elastic.experiments.tools.composition import list_callbacks
 from elastic.training.schedules import Scheduler, make_schedule
+from elastic.training.tasks import Task
 
 
 def make_callbacks(cfg: DictConfig) -> list[L.Callback]:
@@ -42,13 +44,29 @@ def make_recipe(cfg: DictConfig) -> tuple[Callable[..., Optimizer], Callable[...
     return optimizer, scheduler
 
 
+def make_task(cfg: DictConfig, classes: int) -> Task:
+    """Make the task of a run.
+
+    Raises:
+        OptionError: what the configuration names is none.
+    """
+    task = instantiate(cfg.task, classes=classes)
+    if not isinstance(task, Task):
+        raise OptionError(
+            f"task._target_={cfg.task.get('_target_')} makes no task: name a subclass of "
+            "elastic.training.tasks.Task"
+        )
+    return task
+
+
 def make_loggers(cfg: DictConfig) -> list[Logger]:
     """Make all that a run is logged to.
 
     Raises:
-        OptionError: a package is missing.
+        OptionError: a package is missing, or an account.
     """
-    return [make_logger(name, node) for name, node in (cfg.get("logger") or {}).items()]
+    nodes = (cfg.get("logger") or {}).items()
+    return [make_logger(name, node) for name, node in nodes if node is not None]
 
 
 def make_logger(name: str, node: DictConfig) -> Logger:
@@ -61,4 +79,16 @@ def make_logger(name: str, node: DictConfig) -> Logger:
         raise OptionError(
             f"logger={name} needs a package that is not installed: pip install 'elastic-cnn[{name}]'"
         ) from error
+    if isinstance(logger, WandbLogger) and not logger._offline and is_without_account():
+        raise OptionError(
+            f"logger.{name} needs an account: log in with `wandb login`, or leave logger.{name}.offline=true"
+        )
     return logger
+
+
+def is_without_account() -> bool:
+    """Tell whether W&B would have to ask who is there."""
+    import wandb
+
+    offline = os.environ.get("WANDB_MODE", "online") in ("offline", "disabled", "dryrun")
+    return not offline and not wandb.setup().settings.api_key and not wandb.api.api_key

@@ -9,6 +9,8 @@ from elastic.data import ImageData
 from elastic.data.images import scale_bytes
 from elastic.dynamic.loss import ActivationCost
 from elastic.dynamic.modules import iterate_modules
+from elastic.experiments.tools.metrics import TEST
+from elastic.training.tasks import Classification, Task
 
 Batch = tuple[Tensor, Tensor]
 
@@ -18,21 +20,18 @@ class PerImage:
     """Hold what each image took, and how often each kernel was on.
 
     Attributes:
-        correct_N: whether the image was classified right.
-        macs_N: what it took, modules included.
-        label_N: its class.
+        metrics: over all images, `test/<metric>` of each metric of the task.
+        macs_N: what each image took, modules included.
+        label_N: its class; empty where a task has none.
+        correct_N: whether it was classified right; likewise.
         usage: by convolution, the part of the images for which each kernel was on.
     """
 
-    correct_N: Tensor
+    metrics: dict[str, float]
     macs_N: Tensor
     label_N: Tensor
+    correct_N: Tensor
     usage: dict[str, Tensor]
-
-    @property
-    def accuracy(self) -> float:
-        """Average over the images."""
-        return float(self.correct_N.double().mean())
 
     @property
     def macs(self) -> float:
@@ -41,22 +40,28 @@ class PerImage:
 
 
 @torch.inference_mode()
-def run_per_image(net: fx.GraphModule, data: ImageData) -> PerImage:
+def run_per_image(net: fx.GraphModule, data: ImageData, task: Task) -> PerImage:
     """Run the test split, in fp32, through a network with modules."""
     net.eval()
     cost = ActivationCost(net, torch.zeros(1, *data.shape))
     modules = {module.site.writer: module for module in iterate_modules(net)}
     counts = {name: torch.zeros(module.active_BK.shape[1]) for name, module in modules.items()}
-    correct, macs, labels = [], [], []
-    for x_BCHW, y_B in read_test_batches(data):
-        correct.append(net(x_BCHW).argmax(1) == y_B)
+    metrics = task.make_metrics()
+    macs, labels, correct = [], [torch.empty(0, dtype=torch.long)], [torch.empty(0, dtype=torch.bool)]
+    for x_BCHW, targets in read_test_batches(data):
+        outputs = net(x_BCHW)
+        for metric in metrics.values():
+            metric.update(*task.predict(outputs, targets))
+        if isinstance(task, Classification):
+            labels.append(targets)
+            correct.append(outputs.argmax(1) == targets)
         macs.append(cost.macs_B())
-        labels.append(y_B)
         for name, module in modules.items():
             counts[name] += module.active_BK.sum(0)
-    images = sum(map(len, labels))
-    usage = {name: count_K / images for name, count_K in counts.items()}
-    return PerImage(torch.cat(correct), torch.cat(macs), torch.cat(labels), usage)
+    macs_N = torch.cat(macs)
+    usage = {name: count_K / len(macs_N) for name, count_K in counts.items()}
+    measured = {f"{TEST}{name}": float(metrics[name].compute()) for name in task.list_metrics()}
+    return PerImage(measured, macs_N, torch.cat(labels), torch.cat(correct), usage)
 
 
 def read_test_batches(data: ImageData) -> list[Batch]:

@@ -1,7 +1,9 @@
 """Restore what a finished run has saved: its network, its data, and what it says of both."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,14 @@ from omegaconf import DictConfig
 from torch import nn
 
 from elastic.data import ImageData
-from elastic.errors import FileError, OptionError
-from elastic.experiments.tools.folders import check_finished, load_config
+from elastic.errors import ElasticError, FileError, OptionError
+from elastic.experiments.tools.checking import check_part
+from elastic.experiments.tools.folders import CONFIG, SUMMARY, check_finished, load_config
+from elastic.experiments.tools.parts import make_task
+from elastic.experiments.tools.trust import trust_modules
 from elastic.files.network import Network
 from elastic.files.zoo import WEIGHTS
+from elastic.training.tasks import Classification, Task
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,7 @@ class FinishedRun:
 
     network: Network
     data: ImageData
+    task: Task
     summary: dict[str, Any]
     config: DictConfig
     folder: Path
@@ -42,22 +49,68 @@ class FinishedRun:
         self.network.reject_modules(self.folder / WEIGHTS)
         return self
 
+    def require_classes(self) -> "FinishedRun":
+        """Refuse a task that does not tell a class an image, for a caller that asks whether it is right.
 
-def restore(folder: Path) -> FinishedRun:
+        Raises:
+            OptionError: it is another one.
+        """
+        if not isinstance(self.task, Classification):
+            raise OptionError(
+                f"{self.folder} is a run of {type(self.task).__name__.lower()}: name a run of classification"
+            )
+        return self
+
+
+def restore(folder: Path, trust: Sequence[str] = ()) -> FinishedRun:
     """Restore a finished run from its folder.
 
+    Args:
+        trust: modules whose classes and functions the run's configuration may name, beside this package's.
+
     Raises:
-        FileError: the folder holds no finished run, or a damaged one.
+        FileError: the folder holds no finished run, or a damaged one, or names what is not trusted.
         StructureError: the weights are of another architecture.
     """
+    trust_modules(trust)
     cfg = load_config(check_finished(folder))
+    summary = read_summary(folder)
+    if summary.get("weights", digest := find_digest(folder / WEIGHTS)) != digest:
+        raise FileError(
+            f"{folder / WEIGHTS} is damaged, or of another run: restore it, or finish the run with "
+            f"run={folder}"
+        )
+    for part in ("task", "data", "model"):
+        check_part(cfg, part)
     try:
-        summary = json.loads((folder / "summary.json").read_text())
-    except ValueError as error:
-        raise FileError(f"{folder / 'summary.json'} is damaged: finish the run with run={folder}") from error
-    net, data = build_network(cfg)
+        net, data = build_network(cfg)
+    except (RuntimeError, MemoryError, OverflowError) as error:
+        if isinstance(error, ElasticError):
+            raise
+        cause = str(error).strip().splitlines()[0]
+        raise FileError(f"{folder / CONFIG} is of a network that cannot be built: {cause}") from error
     network = Network.load(net, folder / WEIGHTS, torch.zeros(1, *data.shape))
-    return FinishedRun(network, data, summary, cfg, folder)
+    return FinishedRun(network, data, make_task(cfg, data.classes), summary, cfg, folder)
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Read the summary of a finished run.
+
+    Raises:
+        FileError: it is missing or damaged.
+    """
+    try:
+        summary = json.loads((folder / SUMMARY).read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise FileError(f"{folder / SUMMARY} is damaged: finish the run with run={folder}") from error
+    if not isinstance(summary, dict):
+        raise FileError(f"{folder / SUMMARY} is damaged: finish the run with run={folder}")
+    return summary
+
+
+def find_digest(file: Path) -> str:
+    """Find the digest of a file's contents."""
+    return sha256(file.read_bytes()).hexdigest()
 
 
 def build_network(cfg: DictConfig) -> tuple[nn.Module, ImageData]:

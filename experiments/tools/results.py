@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from elastic.experiments.tools.arms import Arm
+from elastic.experiments.tools.metrics import describe_metric
 
 NONE = "–"
 
@@ -19,16 +20,17 @@ class Column:
         head: of the column; `{}` stands for a unit's prefix.
         scale: that values are multiplied by.
         digits: behind the point.
+        more_is_better: or less.
     """
 
     key: str
     head: str
     scale: float = 1.0
     digits: int = 0
+    more_is_better: bool = False
 
 
-COLUMNS = (
-    Column("test/acc", "test acc (%)", 100, 2),
+COLUMNS = (  # behind those of metrics
     Column("params", "params"),
     Column("params_dense", "params_dense"),
     Column("macs", "macs"),
@@ -38,7 +40,7 @@ COLUMNS = (
     Column("wall_s", "wall (s)"),
 )
 PREFIXES = {"P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
-CSV_SCALES = {"test/acc": 100, "macs_training": 1e-12}  # in files, whose units do not depend on the runs
+CSV_SCALES = {"macs_training": 1e-12}  # in files, whose units do not depend on the runs
 LATEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "±": r"$\pm$", "–": "--", "×": r"$\times$"}
 
 
@@ -76,13 +78,20 @@ def make_table(data: str, arms: Sequence[Arm]) -> ResultTable:
         [arm.label, str(len(arm.runs)), *(format_mean(arm, column) for column in columns)] for arm in arms
     ]
     head = ("arm", "runs", *(column.head for column in columns))
-    return ResultTable(data, arms, head, rows, find_best(rows))
+    return ResultTable(data, arms, head, rows, find_best(rows, columns))
 
 
 def select_columns(arms: Sequence[Arm]) -> list[Column]:
     """Select the columns that say something of these arms."""
     optional = {"latency_ms": any(arm.list_values("latency_ms") for arm in arms), "macs_dynamic": skips(arms)}
-    return [column for column in COLUMNS if optional.get(column.key, True)]
+    metrics = [make_metric_column(key) for key in dict.fromkeys(arm.metric for arm in arms)]
+    return [*metrics, *(column for column in COLUMNS if optional.get(column.key, True))]
+
+
+def make_metric_column(key: str) -> Column:
+    """Make the column of a metric."""
+    shown = describe_metric(key)
+    return Column(key, shown.head, shown.scale, shown.digits, more_is_better=True)
 
 
 def skips(arms: Sequence[Arm]) -> bool:
@@ -114,14 +123,14 @@ def format_mean(arm: Arm, column: Column) -> str:
     return " ± ".join(f"{value:,.{column.digits}f}" for value in values)
 
 
-def find_best(rows: Sequence[Sequence[str]]) -> set[tuple[int, int]]:
-    """Find the cells with the best mean of each column as shown: accuracy is good, all else costs."""
+def find_best(rows: Sequence[Sequence[str]], columns: Sequence[Column]) -> set[tuple[int, int]]:
+    """Find the cells with the best mean of each column as shown."""
     best = set()
-    for column in range(2, len(rows[0])):
-        texts = {i: row[column].partition(" ")[0].replace(",", "") for i, row in enumerate(rows)}
+    for j, column in enumerate(columns, start=2):  # behind the arm and the count of its runs
+        texts = {i: row[j].partition(" ")[0].replace(",", "") for i, row in enumerate(rows)}
         means = {i: float(text) for i, text in texts.items() if text != NONE}
-        target = (max if column == 2 else min)(means.values(), default=None)
-        best |= {(i, column) for i, mean in means.items() if mean == target}
+        target = (max if column.more_is_better else min)(means.values(), default=None)
+        best |= {(i, j) for i, mean in means.items() if mean == target}
     return best
 
 
@@ -133,7 +142,7 @@ def list_csv(arms: Sequence[Arm]) -> tuple[list[str], list[list[str]]]:
     for arm in sorted(arms, key=lambda arm: arm.name):
         values: list[str] = []
         for column in columns:
-            scale = CSV_SCALES.get(column.key, 1.0)
+            scale = column.scale if column.more_is_better else CSV_SCALES.get(column.key, 1.0)
             mean = arm.compute_mean(column.key)
             values += ["", ""] if mean is None else [f"{scale * value:.6g}" for value in mean]
         rows.append([arm.name, str(len(arm.runs)), *values])

@@ -22,38 +22,45 @@ from elastic.data import ImageData
 from elastic.dynamic.loss import ActivationCost
 from elastic.dynamic.modules import iterate_modules
 from elastic.experiments.tools.composition import list_callbacks
+from elastic.experiments.tools.metrics import TEST, list_shown
 from elastic.experiments.tools.per_image import run_per_image
 from elastic.files.atomic import write_atomically
 from elastic.files.network import Network
 from elastic.measure import counts
-from elastic.training.classifier import ElasticClassifier
+from elastic.training.module import ElasticModule
+from elastic.training.tasks import Task
 
 # The callbacks that change the network, or what is kept of it, in the order in which `schedule` names them.
 SCHEDULE = ("growth", "gates", "magnitude", "ema", "joint", "reconstruct", "dynamic")
-LEVEL_KEYS = ("params", "macs", "test/acc")  # of the summary, that each level has
+LEVEL_KEYS = ("params", "macs")  # of the summary, that each level has, beside its metrics
 DYNAMIC_KEYS = ("macs_dynamic", "sets")  # and where it has kernel activation modules
 Row = dict[str, Any]
 CHECKOUT = Path(__file__).parents[2]  # where the code is not installed
 
 
-def measure_network(network: Network, data: ImageData) -> Row:
+def measure_network(network: Network, data: ImageData, task: Task) -> Row:
     """Measure a network on the test split, and each of its levels.
 
     Returns:
         what `measure_level` has of the largest level, and `levels`, if there are several.
     """
-    rows = [measure_level(network, data, k) for k in range(len(network))]
-    keys = (*LEVEL_KEYS, *DYNAMIC_KEYS) if network.sets else LEVEL_KEYS
+    rows = [measure_level(network, data, task, k) for k in range(len(network))]
+    metrics = [f"{TEST}{name}" for name in task.list_metrics()]
+    keys = (*LEVEL_KEYS, *metrics, *(DYNAMIC_KEYS if network.sets else ()))
     levels = [{"level": k, **{key: row[key] for key in keys}} for k, row in enumerate(rows)]
     return rows[-1] | {"levels": levels if len(levels) > 1 else []}
 
 
 def measure_level(
-    network: Network, data: ImageData, level: int | None = None, sets: Iterable[int] | None = None
+    network: Network,
+    data: ImageData,
+    task: Task,
+    level: int | None = None,
+    sets: Iterable[int] | None = None,
 ) -> Row:
-    """Measure a level: its accuracy on the test split, `params`, `params_dense`, `macs` and `macs_dynamic`.
+    """Measure a level: its metrics on the test split, `params`, `params_dense`, `macs` and `macs_dynamic`.
 
-    With kernel activation modules, accuracy and `macs_dynamic`, the mean over the test split, are those with
+    With kernel activation modules, metrics and `macs_dynamic`, the mean over the test split, are those with
     the first set, and all counts have the modules in them.
 
     Args:
@@ -71,33 +78,34 @@ def measure_level(
         "sets": [],
     }
     indices = range(network.sets) if sets is None else sets
-    rows = [_measure_set(network, data, level, index) for index in indices]
+    rows = [_measure_set(network, data, task, level, index) for index in indices]
     if not rows:
         macs = counts.count_macs(plain, example)
-        return {"test/acc": measure_accuracy(plain, data), **size, "macs": macs, "macs_dynamic": macs}
+        return {**measure_metrics(plain, data, task), **size, "macs": macs, "macs_dynamic": macs}
     dynamic = network.dynamic(level)
     heads = [module.heads[0] for module in iterate_modules(dynamic)]
     for name, count in (("params", counts.count_params), ("params_dense", counts.count_params_dense)):
         size[name] += sum(map(count, heads))
     cost = ActivationCost(dynamic, example)
-    first = {key: rows[0][key] for key in ("test/acc", "macs_dynamic")}
+    first = {key: value for key, value in rows[0].items() if key != "set"}
     return {**size, "sets": rows, **first, "macs": cost.dense_macs + cost.module_macs}
 
 
-def _measure_set(network: Network, data: ImageData, level: int | None, index: int) -> Row:
-    images = run_per_image(network.dynamic(level, index), data)
-    return {"set": index, "test/acc": images.accuracy, "macs_dynamic": round(images.macs)}
+def _measure_set(network: Network, data: ImageData, task: Task, level: int | None, index: int) -> Row:
+    images = run_per_image(network.dynamic(level, index), data, task)
+    return {"set": index, **images.metrics, "macs_dynamic": round(images.macs)}
 
 
-def measure_accuracy(net: nn.Module, data: ImageData) -> float:
-    """Measure accuracy on the official test split, in fp32."""
+def measure_metrics(net: nn.Module, data: ImageData, task: Task) -> dict[str, float]:
+    """Measure a network on the official test split, in fp32: `test/<metric>` of each metric of the task."""
     # Of a copy: laid out anew, a level would leave its network.
-    judge = ElasticClassifier(copy.deepcopy(net), data.shape, data.classes, torch.optim.SGD)
+    judge = ElasticModule(copy.deepcopy(net), data.shape, task, torch.optim.SGD)
     trainer = L.Trainer(
         accelerator="auto", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False
     )
     with torch.inference_mode():
-        return float(trainer.test(judge, data, verbose=False)[0]["test/acc"])
+        measured = trainer.test(judge, data, verbose=False)[0]
+    return {f"{TEST}{name}": float(measured[f"{TEST}{name}"]) for name in task.list_metrics()}
 
 
 def summarise(cfg: DictConfig, measured: Row, wall_s: float, macs_training: int | None) -> Row:
@@ -178,18 +186,19 @@ def _make_table(summary: Row, history: list[Row]) -> Table:
         table.add_row(f"budget ({summary['budget/by']})", "", target, actual)
     for row in summary.get("sets", []):
         table.add_row(f"macs, mean, set {row['set']}", "", "", f"{row['macs_dynamic']:,}")
-        table.add_row(f"test accuracy, set {row['set']}", "", "", f"{row['test/acc']:.2%}")
+        for name, text in list_shown(row):
+            table.add_row(f"{name}, set {row['set']}", "", "", text)
     if not summary.get("sets"):
-        table.add_row("test accuracy", "", "", f"{summary['test/acc']:.2%}")
+        for name, text in list_shown(summary):
+            table.add_row(name, "", "", text)
     return table
 
 
 def _make_level_table(rows: list[Row]) -> Table:
     table = Table(title="levels, each a part of the next")
-    formats = {"level": "d", "params": ",", "macs": ",", "macs_dynamic": ",", "test/acc": ".2%"}
-    formats = {name: digits for name, digits in formats.items() if name in rows[0]}
-    for name in formats:
+    counts = [name for name in ("level", "params", "macs", "macs_dynamic") if name in rows[0]]
+    for name in (*counts, *(name for name, _ in list_shown(rows[0]))):
         table.add_column(name, justify="right")
     for row in rows:
-        table.add_row(*(f"{row[name]:{digits}}" for name, digits in formats.items()))
+        table.add_row(*(f"{row[name]:,}" for name in counts), *(text for _, text in list_shown(row)))
     return table

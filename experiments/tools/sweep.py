@@ -9,11 +9,13 @@ import copy
 import json
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from hashlib import sha256
 from math import nan, prod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -21,9 +23,11 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from elastic.errors import BusyError, SweepError, TrainingError
+from elastic.errors import BusyError, FileError, SweepError, TrainingError
 from elastic.experiments.tools.errors import format_error
-from elastic.experiments.tools.folders import CONFIG, SUMMARY, load_config, make_portable
+from elastic.experiments.tools.folders import CONFIG, SUMMARY, make_portable, read_config
+from elastic.experiments.tools.restore import read_summary
+from elastic.experiments.tools.signals import AGAIN, advise
 from elastic.files.atomic import write_atomically
 
 FAILED = "failed.json"  # in a run's folder: why it failed
@@ -71,11 +75,14 @@ def run_in_sweep(cfg: DictConfig, folder: Path, train: Callable[[DictConfig, Pat
 
 
 def _run_once(cfg: DictConfig, folder: Path, train: Callable[[DictConfig, Path], Summary]) -> Summary:
-    if (folder / CONFIG).exists() and load_config(folder) != make_portable(cfg):
-        raise TrainingError(f"{folder} holds another run: give the sweep another hydra.sweep.dir")
-    if (folder / SUMMARY).exists():
-        summary: Summary = json.loads((folder / SUMMARY).read_text())
-        return summary
+    try:
+        if (folder / CONFIG).exists() and read_config(folder) != make_portable(cfg):
+            raise TrainingError(f"{folder} holds another run: give the sweep another hydra.sweep.dir")
+        if (folder / SUMMARY).exists():
+            return read_summary(folder)
+    except FileError as error:  # what the sweep has at hand is put in its place
+        print(f"{error}; this sweep does its run again", flush=True)
+        (folder / CONFIG).unlink(missing_ok=True)
     (folder / FAILED).unlink(missing_ok=True)
     return train(cfg, folder)
 
@@ -96,13 +103,43 @@ def note_failure(folder: Path, work: Callable[[], Summary]) -> Summary:
 
 
 def read_objectives(summary: dict[str, Any], objectives: Sequence[str]) -> float | tuple[float, ...]:
-    """Read what a search goes by: entries of a summary, NaN where a run failed."""
-    values = tuple(float(summary.get(name, nan)) for name in objectives)
+    """Read what a search goes by: entries of a summary, NaN where a run failed or was not validated."""
+    read = (summary.get(name) for name in objectives)
+    values = tuple(nan if value is None else float(value) for value in read)
     return values[0] if len(values) == 1 else values
 
 
+@contextmanager
+def complete_sweep() -> Iterator[None]:
+    """Refuse to end as if all were done where it is not, if what is carried out is a sweep.
+
+    Raises:
+        SweepError: runs have failed, or a process has died.
+    """
+    Sweep.folder = None
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise SweepError(
+            f"a worker of the sweep has died, perhaps for want of memory: {AGAIN}, and it goes on, or lower "
+            "hydra.launcher.n_jobs"
+        ) from error
+    if Sweep.folder is not None:
+        plan = json.loads((Sweep.folder / PLAN).read_text())
+        if failed := count_states(Sweep.folder, plan["since"])[2]:
+            raise SweepError(
+                f"{failed} of {plan['runs']} runs have failed: {Sweep.folder}/<run>/{FAILED} says why"
+            )
+
+
 class Sweep(Callback):
-    """Let a search go on where it was killed, and say after each run how far the sweep is."""
+    """Let a search go on where it was killed, and say after each run how far the sweep is.
+
+    Attributes:
+        folder: of the sweep that this process has started.
+    """
+
+    folder: ClassVar[Path | None] = None
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         sweeper, folder = config.hydra.sweeper, settle_folder(config)
@@ -110,6 +147,8 @@ class Sweep(Callback):
         runs = sweeper.get("n_trials") or count_grid(sweeper.get("params") or {}, config.hydra.overrides.task)
         since = time.time()
         done = count_states(folder, since)[0]
+        Sweep.folder = folder
+        advise(lambda: f"{AGAIN}, the sweep in {folder} goes on")
         plan = {"runs": runs, "since": since, "behind": done}
         write_atomically(folder / PLAN, lambda part: part.write_text(json.dumps(plan) + "\n"))
         if sweeper.get("storage") is not None:

@@ -1,6 +1,7 @@
 """Describe what a run can be composed of, from the configuration itself."""
 
 import re
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ EXAMPLES = (
     ("callbacks.gates.budget=2e3 seed=0,1,2 -m", "pruned to 2,000 parameters, three seeds"),
     ("run=outputs/…", "a run that was killed goes on"),
 )
+WIDTH = 120  # characters of a line
 HIDDEN = ("callbacks", "trainer")  # of one choice each
 
 
@@ -48,7 +50,8 @@ def _describe_groups(defaults: list[Any]) -> Iterator[str]:
         default = proposed if isinstance(proposed, list) else [proposed]
         choices = (f"[{name}]" if name in default else name for name in list_choices(group))
         note = " (one or a list)" if group in LISTS else ""
-        yield f"  {group + '=':<14} {', '.join(choices)}{note}"
+        text = f"  {group + '=':<14} {', '.join(choices)}{note}"
+        yield from textwrap.wrap(text, WIDTH, subsequent_indent=" " * 17, break_on_hyphens=False)
 
 
 def _describe_options(config: str) -> Iterator[str]:

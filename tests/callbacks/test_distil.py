@@ -47,7 +47,8 @@ def test_the_gradient_is_that_of_the_paper(weight: float, temperature: float) ->
     torch.manual_seed(0)
     given_BK, asked_BK = torch.randn(6, 10, dtype=torch.double, requires_grad=True), torch.randn(6, 10)
     teacher = Says(asked_BK)
-    Distil(teacher, weight, temperature).compute_loss(torch.zeros(6, 1), given_BK).backward()  # type: ignore[no-untyped-call]
+    distil = Distil(teacher, weight, temperature, outputs="classes")
+    distil.compute_loss(torch.zeros(6, 1), given_BK).backward()  # type: ignore[no-untyped-call]
     q_BK, p_BK = (given_BK / temperature).softmax(1), (asked_BK / temperature).softmax(1)
     torch.testing.assert_close(given_BK.grad.float(), (weight * temperature * (q_BK - p_BK) / 6).float())
 
@@ -113,7 +114,10 @@ def test_a_teacher_does_not_move_the_seed(first: Path, tmp_path: Path) -> None:
 def test_a_teacher_of_other_classes_or_images_is_refused(first: Path, tmp_path: Path) -> None:
     run = prepare(tmp_path, *TRAINING, "schedule=[static,distil]", f"init={first}")
     for asked, says in [
-        (Says(torch.zeros(1, 7)), "the teacher knows 7 classes of 10: name the run of another"),
+        (
+            Says(torch.zeros(1, 7)),
+            r"the teacher's outputs are of \(7,\), the network's of \(10,\): name the run of another",
+        ),
         (
             nn.Conv2d(5, 10, 3),
             r"the teacher cannot look at images of \(1, 8, 8\): name the run of one that can",
@@ -163,7 +167,7 @@ def test_training_costs_what_the_teacher_costs_too(first: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("options", [{"weight": 0}, {"weight": -1}, {"temperature": 0}])
 def test_options_that_cannot_be_are_refused(options: Any) -> None:
-    with pytest.raises(OptionError, match=r"distil by .* both must be above 0"):
+    with pytest.raises(OptionError, match=r"(weight|temperature)=.* cannot be: set it to a number above 0"):
         Distil(nn.Identity(), **options)
 
 

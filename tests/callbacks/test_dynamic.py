@@ -27,7 +27,7 @@ from elastic.experiments.tools.per_image import read_test_batches, run_per_image
 from elastic.experiments.tools.restore import restore, restore_teacher
 from elastic.experiments.train import train
 from elastic.measure.counts import count_macs
-from elastic.training.classifier import ElasticClassifier
+from elastic.training.module import ElasticClassifier
 from tests.fitted import EXACT, Run, Spy, prepare
 from tests.resuming import assert_same_run, kill
 from tests.runs import configure
@@ -140,7 +140,7 @@ def test_the_summary_is_what_the_skipping_network_does(finished: Path) -> None:
             right += int((active(x_BCHW).argmax(1) == y_B).sum())
             count += len(y_B)
     assert right / count == pytest.approx(summary["test/acc"], abs=1.5 / count)
-    seen = run_per_image(switched, data)
+    seen = run_per_image(switched, data, run.task)
     assert round(seen.macs) == summary["macs_dynamic"] == summary["sets"][0]["macs_dynamic"]
     plain = sum(p.numel() for p in net.parameters())
     own = sum(p.numel() for m in iterate_modules(switched) for p in m.heads[0].parameters())
@@ -152,7 +152,7 @@ def test_the_summary_is_what_the_skipping_network_does(finished: Path) -> None:
 
 def test_what_is_seen_adds_up(finished: Path) -> None:
     run = restore(finished)
-    seen = run_per_image(run.network.dynamic(), run.data)
+    seen = run_per_image(run.network.dynamic(), run.data, run.task)
     assert len(seen.correct_N) == len(seen.macs_N) == len(seen.label_N) == 360
     kernels = torch.cat(list(seen.usage.values()))
     assert ((kernels >= 0) & (kernels <= 1)).all() and kernels.mean() < 1
@@ -358,7 +358,8 @@ def test_each_level_has_modules_of_its_own(joint: Path, tmp_path: Path, only: bo
     given = (f"init={joint}", "trainer.max_epochs=6", f"callbacks.dynamic.modules_only={only}")
     given += (f"callbacks.dynamic.gain={gain}",)
     summary = train(configure(gated, *TRAINING, *given), gated)
-    old, new, data = restore(joint).network.nets, restore(gated).network, restore(gated).data
+    finished = restore(gated)
+    old, new, data, task = restore(joint).network.nets, finished.network, finished.data, finished.task
     assert [row["params"] for row in summary["levels"]] == sorted(row["params"] for row in summary["levels"])
     x_BCHW = read_test_batches(data)[0][0]
     with torch.no_grad():
@@ -367,8 +368,8 @@ def test_each_level_has_modules_of_its_own(joint: Path, tmp_path: Path, only: bo
     switched = new.dynamic_nets
     assert len(switched) == len(summary["levels"]) == 3
     for net, row in zip(switched, summary["levels"], strict=True):
-        seen = run_per_image(net, data)
-        assert (seen.accuracy, round(seen.macs)) == (row["test/acc"], row["macs_dynamic"])
+        seen = run_per_image(net, data, task)
+        assert (seen.metrics["test/acc"], round(seen.macs)) == (row["test/acc"], row["macs_dynamic"])
     assert evaluate(gated, 1)["macs_dynamic"] == summary["levels"][1]["macs_dynamic"]
     executed = sum(count_macs(level, torch.zeros(1, *data.shape)) for level in old) / 3
     images = 6 * (len(data.train_set) // 300 * 300)  # type: ignore[arg-type]
@@ -423,7 +424,7 @@ def test_controls_do_not_see_the_input(tmp_path: Path, kind: str) -> None:
         ({"gain": []}, "0 gains, from 0.1 to 0.5 of the run: give one or more"),
         ({"begin": 0.6}, "from 0.6 to 0.5 of the run"),
         ({"end": 1.0}, "to 1.0 of the run"),
-        ({"rate": 0.0}, "modules that learn 0 times as fast as the network: set rate above 0"),
+        ({"rate": 0.0}, "rate=0.0 cannot be: set it to a number above 0"),
         ({"form": "cubic"}, "an activation loss cannot be 'cubic'"),
     ],
 )
@@ -440,7 +441,7 @@ def test_other_ways_of_changing_the_network_are_refused(tmp_path: Path, schedule
 
 @pytest.mark.parametrize("option", ["kind=smell", "activation=hope"])
 def test_what_attach_refuses_is_refused_before_training(tmp_path: Path, option: str) -> None:
-    with pytest.raises(OptionError, match=r"modules cannot look at 'smell'|cannot be activated by 'hope'"):
+    with pytest.raises(OptionError, match=r"modules cannot look at 'smell'|activation='hope' cannot be"):
         train(configure(tmp_path, *TRAINING, f"callbacks.dynamic.{option}"), tmp_path)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from elastic.callbacks import ElasticCallback
 from elastic.pruning import gates
 from elastic.surgery.fresh import STRATEGIES
-from elastic.training.classifier import ElasticClassifier
+from elastic.training.module import ElasticClassifier
 from tests.fitted import EXACT, Run, Spy, prepare
 from tests.programs import Killed
 from tests.resuming import Kill, assert_same

@@ -20,7 +20,7 @@ from elastic.pruning.budget import Budget
 from elastic.pruning.compaction import compact
 from elastic.pruning.fitting import check_budget_reachable
 from elastic.pruning.gates import Gate
-from elastic.training.classifier import ElasticClassifier
+from elastic.training.module import ElasticClassifier
 from tests.fitted import EXACT, Run, Spy, batch, fit, outputs, prepare
 from tests.programs import Killed
 from tests.resuming import Kill, assert_same, kill

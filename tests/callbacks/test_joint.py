@@ -19,7 +19,7 @@ from elastic.files.network import Network
 from elastic.levels.importance import score_channels
 from elastic.levels.nested import Levels
 from elastic.measure import counts
-from elastic.training.classifier import ElasticClassifier
+from elastic.training.module import ElasticClassifier
 from tests.elastic.levels.nets import extracted, inside, norms, placed
 from tests.elastic.zoo import randomised
 from tests.fitted import EXACT, Run, Spy, outputs, prepare

@@ -16,7 +16,7 @@ from elastic.measure import counts
 from elastic.pruning import gates
 from elastic.pruning.compaction import compact
 from elastic.pruning.folding import fold_gates
-from elastic.training.classifier import ElasticClassifier
+from elastic.training.module import ElasticClassifier
 from tests.fitted import EXACT, Spy, batch, fit, outputs, prepare
 from tests.resuming import assert_same_run, kill
 from tests.runs import configure

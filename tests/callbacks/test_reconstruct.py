@@ -36,7 +36,7 @@ from elastic.levels.importance import score_channels
 from elastic.levels.nested import Levels
 from elastic.measure import counts
 from elastic.pruning import gates
-from elastic.training.classifier import ElasticClassifier
+from elastic.training.module import ElasticClassifier
 from elastic.widths.discovery import discover
 from tests import programs
 from tests.elastic.levels.nets import extracted, inside
@@ -131,7 +131,7 @@ class Witness:
         if not trainer.sanity_checking:
             by_hand = torch.cat(self.right).float().mean().item()
             self.right.clear()
-            self.accuracy.append((module.val_acc.compute().item(), by_hand))
+            self.accuracy.append((module.metrics["val"]["acc"].compute().item(), by_hand))
 
 
 def phase_of(epoch: int) -> Phase:
@@ -419,7 +419,7 @@ def test_the_summary_has_a_row_a_level(finished: Path) -> None:
         name: last[name] for name in ("params", "macs", "test/acc")
     }
     assert [row["params"] for row in found["levels"]] == sorted(row["params"] for row in found["levels"])
-    assert measure_network(network, data)["levels"] == found["levels"]
+    assert measure_network(network, data, module.task)["levels"] == found["levels"]
     inside(levels)  # to measure is not to change
 
 

@@ -26,9 +26,9 @@ from elastic.errors import FileError, OptionError, TrainingError
 from elastic.measure import count_params
 from elastic.pruning import compact
 from elastic.pruning.gates import iterate_gates
-from elastic.training.classifier import ElasticClassifier
 from elastic.training.joining import find_structure
 from elastic.training.loading import load_module
+from elastic.training.module import ElasticClassifier
 from elastic.training.structure import Structure
 from tests.programs import BATCH, Killed, Program, Spy, fit, kill_at, make_data, make_network
 

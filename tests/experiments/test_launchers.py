@@ -36,12 +36,12 @@ def start(folder: Path, *options: str) -> "subprocess.Popen[str]":
     )
 
 
-def finish(process: "subprocess.Popen[str]") -> str:
+def finish(process: "subprocess.Popen[str]", code: int = 0) -> str:
     try:
         said, _ = process.communicate(timeout=250)
     finally:
         with_children(process)
-    assert process.returncode == 0, said
+    assert process.returncode == code, said
     return said
 
 
@@ -113,8 +113,25 @@ def test_a_sweep_that_was_killed_does_what_is_missing(tmp_path: Path) -> None:
 
 
 def test_a_run_that_fails_takes_no_other_down(tmp_path: Path) -> None:
-    said = finish(start(tmp_path, "optimizer.lr=1e-2,-1", "seed=0"))
+    said = finish(start(tmp_path, "optimizer.lr=1e-2,-1", "seed=0"), code=1)
     assert len(summaries(tmp_path)) == 1
     (note,) = tmp_path.glob("sweep/*/failed.json")
-    assert json.loads(note.read_text())["error"].startswith("optimizer: Invalid learning rate: -1")
-    assert said.rstrip().endswith("1 of 2 done, 0 running, 1 failed")
+    assert json.loads(note.read_text())["error"].startswith("optimizer.lr=-1 cannot be")
+    progress, error = said.rstrip().splitlines()[-2:]
+    assert progress.endswith("1 of 2 done, 0 running, 1 failed")
+    assert error == f"error: 1 of 2 runs have failed: {tmp_path}/sweep/<run>/failed.json says why"
+
+
+def test_a_worker_that_dies_is_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    process = start(tmp_path, "hydra/launcher=cores", "trainer.max_epochs=300")
+    while len(list(tmp_path.glob("sweep/*/last.ckpt"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task").glob("*/children")
+    workers = [int(child) for path in children for child in path.read_text().split()]
+    loky = [pid for pid in workers if b"LokyProcess" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(loky[0], signal.SIGKILL)
+    said = finish(process, code=1)
+    assert said.rstrip().splitlines()[-1].startswith("error: a worker of the sweep has died")
+    assert "Traceback" not in said

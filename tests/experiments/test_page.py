@@ -204,7 +204,12 @@ def test_figures_of_nothing_are_nothing() -> None:
     assert make_figure("a", "b", plot_against(series({"test/acc": 0.5, "params": 3}), "params", "x")) == ""
     assert make_figure("a", "b", plot_over_time(series({}), "params", "x")) == ""
     assert make_figure("a", "b", plot_levels(series({"test/acc": 0.5, "levels": []}), ["macs"], "x")) == ""
-    sets = series({"sets": [{"macs_dynamic": 1, "test/acc": 0.1}, {"macs_dynamic": 2, "test/acc": 0.2}]})
+    sets = series(
+        {
+            "test/acc": 0.2,
+            "sets": [{"macs_dynamic": 1, "test/acc": 0.1}, {"macs_dynamic": 2, "test/acc": 0.2}],
+        }
+    )
     assert make_figure("a", "b", plot_levels(sets, ["latency_ms"], "x")) == ""
     figure = make_figure("<a>", "b & c", plot_levels(sets, ["macs_dynamic", "macs"], "x"))
     assert html.escape("<a>") in figure and "b &amp; c" in figure

@@ -11,7 +11,7 @@ from PIL import Image
 
 from elastic.experiments.tools.figure import draw_history
 from elastic.experiments.tools.summary import (
-    measure_accuracy,
+    measure_metrics,
     measure_network,
     show,
     summarise,
@@ -20,6 +20,7 @@ from elastic.experiments.tools.summary import (
 from elastic.experiments.train import build, train
 from elastic.files.network import Network
 from elastic.models import convnet
+from elastic.training.tasks import Classification
 from tests.runs import TINY, configure
 
 PRUNING = (
@@ -126,7 +127,7 @@ def test_the_accuracy_is_that_of_the_images_right(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = convnet((4, 4)).eval()
     _, data = build(configure(tmp_path, *PRUNING, "data.batch_size=100"))
-    found = measure_accuracy(net, data)
+    (found,) = measure_metrics(net, data, Classification(10)).values()
     x_BCHW, y_B = data.test_set.__getitems__(list(range(360)))  # type: ignore[union-attr]
     with torch.no_grad():
         right = net(data.normalise(x_BCHW.float() / 255)).argmax(1) == y_B
@@ -137,7 +138,7 @@ def test_measuring_leaves_the_network_alone(tmp_path: Path) -> None:
     net = convnet((4, 4)).eval()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     _, data = build(configure(tmp_path, *PRUNING))
-    measure_network(Network(net), data)
+    measure_network(Network(net), data, Classification(10))
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 

@@ -111,6 +111,19 @@ def test_a_run_that_was_killed_goes_on(tmp_path: Path) -> None:
     assert not (tmp_path / "failed.json").exists()
 
 
+@pytest.mark.parametrize("text", ["", "name: digits\nseed: 0\n", "{"])
+@pytest.mark.parametrize("done", [True, False])
+def test_a_run_whose_configuration_is_damaged_is_done_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, done: bool
+) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    if done:
+        (tmp_path / "summary.json").write_text('{"val/acc": 0.5}')
+    assert run_in_sweep(run_of(tmp_path), tmp_path, lambda *_: {"val/acc": 0.7}) == {"val/acc": 0.7}
+    assert "config.yaml" in capsys.readouterr().out
+    assert not (tmp_path / "failed.json").exists() and not (tmp_path / "config.yaml").exists()
+
+
 def test_another_run_in_the_folder_is_left_alone(tmp_path: Path) -> None:
     OmegaConf.save(make_portable(run_of(tmp_path, "seed=4")), tmp_path / "config.yaml")
     assert run_in_sweep(run_of(tmp_path), tmp_path, never) == {}

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from elastic.widths.operations.cutting import chunk, get_item, split
+from elastic.widths.operations.cutting import chunk, gate_linearly, get_item, select, set_item, split, unbind
 from elastic.widths.operations.functional import (
     convolve_with,
     normalize_channels_with,
@@ -14,7 +14,7 @@ from elastic.widths.operations.functional import (
     rectify_with,
 )
 from elastic.widths.operations.interface import LAYER, Axes, NotFollowed, Role, Rule, Tracked, Tracker
-from elastic.widths.operations.joining import broadcast, concatenate
+from elastic.widths.operations.joining import broadcast, concatenate, stack
 from elastic.widths.operations.layers import (
     convolve,
     normalize_channels,
@@ -23,20 +23,36 @@ from elastic.widths.operations.layers import (
     project,
     rectify,
 )
+from elastic.widths.operations.making import decide, expand, fill, fill_like, repeat
+from elastic.widths.operations.products import attend, contract, multiply_matrices
 from elastic.widths.operations.registry import TABLE, register_op
-from elastic.widths.operations.reshaping import flatten, reshape, unflatten
+from elastic.widths.operations.reshaping import flatten, reshape, reshape_as, unflatten
 from elastic.widths.operations.shapes import (
+    find_extreme,
+    measure_norm,
     mix_dimension,
+    move_dimensions,
+    normalize,
     permute,
     reduce,
+    reduce_twice,
+    reorder,
     squeeze,
     transpose,
     unsqueeze,
 )
-from elastic.widths.operations.spatial import pad, pool, resize
+from elastic.widths.operations.spatial import (
+    pad,
+    pool,
+    resize,
+    shuffle_channels,
+    shuffle_pixels,
+    unshuffle_pixels,
+)
 
 __all__ = [
     "LAYER",
+    "NEEDS_NO_TENSOR",
     "READS_COUNTS",
     "TABLE",
     "Axes",
@@ -64,10 +80,16 @@ LAYERS: dict[Rule, Iterable[type[nn.Module]]] = {
         *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
     ),
     pad: (nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d),
-    resize: (nn.Upsample,),
+    resize: (nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
+    gate_linearly: (nn.GLU,),
+    shuffle_pixels: (nn.PixelShuffle,),
+    unshuffle_pixels: (nn.PixelUnshuffle,),
+    shuffle_channels: (nn.ChannelShuffle,),
     broadcast: (
         *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
         *(nn.Sigmoid, nn.Tanh, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Softplus, nn.LogSigmoid),
+        *(nn.Hardshrink, nn.Softshrink, nn.Softsign, nn.Tanhshrink, nn.Threshold, nn.RReLU),
+        *(nn.AlphaDropout, nn.FeatureAlphaDropout),
         *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
     ),
 }
@@ -79,7 +101,32 @@ FUNCTIONS: dict[Rule, str] = {
         maximum minimum relu relu6 leaky_relu elu selu celu gelu silu mish sigmoid tanh hardtanh hardswish
         hardsigmoid softplus clamp clip dropout dropout1d dropout2d dropout3d feature_dropout contiguous
         clone detach to float half bfloat16 double type type_as expand_as stochastic_depth where lerp
-        addcmul""",
+        addcmul addcdiv bernoulli masked_fill erf sin cos tan sign reciprocal floor ceil round log1p expm1
+        log2 exp2 sigmoid nan_to_num hardshrink softshrink softsign tanhshrink threshold logsigmoid rrelu
+        clamp_min clamp_max alpha_dropout feature_alpha_dropout cpu cuda eq ne gt lt ge le logical_not""",
+    fill: "ones zeros empty full rand randn new_ones new_zeros new_empty new_full",
+    fill_like: "ones_like zeros_like empty_like full_like rand_like randn_like",
+    expand: "expand",
+    repeat: "repeat",
+    stack: "stack",
+    select: "index_select",
+    set_item: "setitem",
+    reduce_twice: "var_mean std_mean",
+    reorder: "flip roll",
+    decide: "expect_same",
+    unbind: "unbind",
+    gate_linearly: "glu",
+    shuffle_pixels: "pixel_shuffle",
+    unshuffle_pixels: "pixel_unshuffle",
+    shuffle_channels: "channel_shuffle native_channel_shuffle",
+    measure_norm: "norm vector_norm linalg_vector_norm linalg_norm",
+    normalize: "normalize",
+    find_extreme: "max min",
+    move_dimensions: "movedim moveaxis",
+    multiply_matrices: "matmul bmm",
+    contract: "einsum",
+    attend: "scaled_dot_product_attention",
+    reshape_as: "reshape_as view_as",
     pool: """
         max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
         adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
@@ -95,7 +142,7 @@ FUNCTIONS: dict[Rule, str] = {
     flatten: "flatten",
     unflatten: "unflatten",
     reshape: "view reshape",
-    reduce: "mean sum amax amin var std",
+    reduce: "mean sum amax amin var std prod logsumexp nansum nanmean any all",
     mix_dimension: "softmax log_softmax",
     concatenate: "cat concat concatenate",
     split: "split",
@@ -110,8 +157,10 @@ FUNCTIONS: dict[Rule, str] = {
 # These understand numbers computed from sizes; with any other rule such a number fixes what it counts.
 READS_COUNTS: tuple[Rule, ...] = (
     *(reshape, unflatten, split, get_item),
-    *(convolve_with, normalize_layer_with),
+    *(decide, set_item, convolve_with, normalize_layer_with, fill, expand, repeat),
 )
+# These are asked even where no tensor with channels is read.
+NEEDS_NO_TENSOR: tuple[Rule, ...] = (fill, decide)
 
 TABLE.layers.update((kind, rule) for rule, kinds in LAYERS.items() for kind in kinds)
 TABLE.names.update((name, rule) for rule, names in FUNCTIONS.items() for name in names.split())

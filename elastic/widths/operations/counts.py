@@ -132,6 +132,11 @@ def _count_shape(node: fx.Node) -> Counts:
     return counts[dim] if isinstance(dim, int) else counts
 
 
+def _count_dimensions(node: fx.Node) -> Counts:
+    """Count `len(x.shape)`, which no channel changes."""
+    return get_counts(node.meta["value"])
+
+
 def _count_entries(node: fx.Node) -> Counts:
     """Count `x.numel()`."""
     return reduce(_multiply, _list_dimensions(node.args[0]), Count(Fraction(1)))
@@ -203,6 +208,7 @@ COUNTING: dict[str, Callable[[fx.Node], Counts]] = {
     "isub": _count_difference,
     "imul": _count_product,
     "ifloordiv": _count_ratio,
+    "len": _count_dimensions,
     "numel": _count_entries,
     "floordiv": _count_ratio,
     "truediv": _count_ratio,

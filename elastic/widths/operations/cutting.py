@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from math import gcd
 
-from torch import Tensor, fx
+import torch
+from torch import Tensor, fx, nn
 
 from elastic.widths.operations.counts import Count, get_count, list_counts
 from elastic.widths.operations.interface import (
@@ -18,21 +19,44 @@ from elastic.widths.operations.interface import (
     get_argument,
     get_axes,
     get_input,
+    get_shape,
     get_value,
+    list_axes,
 )
+from elastic.widths.tracing.sizes import SizeAttribute
 from elastic.widths.union import Axis
 
 
 def split(tracker: Tracker, node: fx.Node) -> tuple[Axes, ...]:
     """Follow a split into parts of given sizes."""
     x, dim, lengths = _read_parts(node)
-    sizes = get_argument(node, 1, "split_size_or_sections", "split_size")
+    sizes = get_argument(node, 1, "split_size_or_sections", "split_size", "split_sizes")
+    parts = _set_side_by_side(x, dim, lengths)
+    listed = sizes if isinstance(sizes, tuple | list) else [sizes]
+    if any(isinstance(size, SizeAttribute) for size in listed):
+        _let_sizes_follow(tracker, node, sizes, [part[dim] for part in parts])
+        return parts
     counts = list_counts(sizes)
     if isinstance(get_value(sizes), int):  # of every part, but the last takes what is left
         counts = counts * (len(lengths) - 1)
     places = list(accumulate(lengths))[: len(counts)]
     _cut(tracker, node, x[dim], list(zip(places, accumulate(counts), strict=True)))
-    return _set_side_by_side(x, dim, lengths)
+    return parts
+
+
+def _let_sizes_follow(tracker: Tracker, node: fx.Node, sizes: object, parts: Sequence[Axis | None]) -> None:
+    """Let the numbers that a split is given follow its parts; a part whose number cannot is fixed."""
+    if isinstance(sizes, int):
+        if any(len(part) != sizes for part in parts if part is not None):
+            tracker.fix(parts, node, "fixes the number of channels")
+            return
+        tracker.elements.tie_parts([part for part in parts if part is not None])
+        sizes, parts = [sizes], parts[:1]
+    for size, part in zip(sizes, parts, strict=True):  # type: ignore[call-overload]
+        if part is not None and not tracker.follow_size(size, part):
+            count = get_count(size)
+            if not count.counts(part, tracker.elements):
+                tracker.fix([part, *count.axes], node, "fixes the number of channels")
 
 
 def chunk(tracker: Tracker, node: fx.Node) -> tuple[Axes, ...]:
@@ -46,13 +70,54 @@ def chunk(tracker: Tracker, node: fx.Node) -> tuple[Axes, ...]:
     return _set_side_by_side(x, dim, lengths)
 
 
+def unbind(tracker: Tracker, node: fx.Node) -> tuple[Axes, ...]:
+    """Follow a tensor that is taken apart along one dimension."""
+    x = get_axes(get_input(node))
+    dim = get_argument(node, 1, "dim", default=0) % len(x)
+    tracker.fix([x[dim]], node, "picks single channels")
+    return ((*x[:dim], *x[dim + 1 :]),) * len(get_value(node))
+
+
+def gate_linearly(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow GLU: one half of the channels gates the other."""
+    x = get_axes(get_input(node))
+    is_layer = node.op == "call_module"
+    dim = tracker.get_layer(node, nn.GLU).dim if is_layer else get_argument(node, 1, "dim", default=-1)
+    axis, dim = x[dim], dim % len(x)
+    return (*x[:dim], None if axis is None else tracker.elements.tie(axis, 2), *x[dim + 1 :])
+
+
 def get_item(tracker: Tracker, node: fx.Node) -> Tracked:
     """Follow indexing of a tensor, or the choice of one of several tensors."""
     source, index = get_input(node), get_argument(node, 1, "index")
+    tracker.drop(list_axes(source.meta["axes"]))  # what is not picked is not read here
     if isinstance(get_value(source), Tensor):
         return _index(tracker, node, get_axes(source), index)
     parts: Tracked = source.meta["axes"]
     return parts[index] if parts and isinstance(index, int) else None  # type: ignore[return-value]
+
+
+def set_item(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow what is written into a part of a tensor: its channels are those of the part."""
+    _, index, value = node.args
+    axes = get_axes(get_input(node))
+    part = _index(tracker, node, axes, index)
+    tracker.drop([*axes, *part])
+    if isinstance(value, fx.Node):
+        own, shape = get_axes(value), get_shape(value)
+        for axis, other, size in zip(reversed(part), reversed(own), reversed(shape), strict=False):
+            if size > 1 and (axis is not None or other is not None):
+                tracker.unite(axis, other, node)
+            else:
+                tracker.fix([other], node, "broadcasts one channel over many")
+    return ()
+
+
+def select(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow index_select: entries are picked along one dimension, which may not be that of channels."""
+    x, dim = get_axes(get_input(node)), get_argument(node, 1, "dim")
+    tracker.fix([x[dim]], node, "picks channels by a list")
+    return (*x[: dim % len(x)], None, *x[dim % len(x) + 1 :])
 
 
 def _read_parts(node: fx.Node) -> tuple[Axes, int, list[int]]:
@@ -78,14 +143,18 @@ def _index(tracker: Tracker, node: fx.Node, x: Axes, index: object) -> Axes:
         indexed = len(items) - 1 - items.count(None)
         items[place : place + 1] = [slice(None)] * (len(x) - indexed)
     y: list[Axis | None] = []
-    rest = iter(x)
+    rest, picked = iter(x), False
     for item in items:
         if item is None:
             y.append(None)
         elif isinstance(item, slice):
             y.append(_slice(tracker, node, next(rest), item))
-        elif type(get_value(item)) is int:
+        elif isinstance(get_value(item), int):
             tracker.fix([next(rest)], node, "picks single channels")
+        elif isinstance(value := get_value(item), Tensor) and value.dtype != torch.bool and not picked:
+            picked = True
+            tracker.fix([next(rest)], node, "picks channels by a list")
+            y += [None] * value.dim()
         else:
             raise NotFollowed("picks entries by a list")
     return (*y, *rest)
@@ -96,7 +165,11 @@ def _slice(tracker: Tracker, node: fx.Node, axis: Axis | None, item: slice) -> A
     start, stop, step = (get_value(bound) for bound in (item.start, item.stop, item.step))
     if axis is None or (start, stop, step) == (None, None, None):
         return axis
-    if step not in (None, 1) or min(start or 0, stop or 0) < 0:
+    bounds = [bound for bound in (item.start, item.stop) if bound is not None and get_value(bound) != 0]
+    if step in (None, 1) and any(isinstance(bound, SizeAttribute) for bound in bounds):
+        if not all(tracker.follow_size(bound, axis[: get_value(bound)]) for bound in bounds):
+            tracker.fix([axis], node, "fixes the number of channels")
+    elif step not in (None, 1) or min(start or 0, stop or 0) < 0:
         tracker.fix([axis], node, "fixes the number of channels")
     else:
         places = [(place, get_count(place)) for place in (item.start, item.stop) if place is not None]

@@ -4,9 +4,9 @@ Sizes that a layer's own attributes give are taken to be these attributes, which
 size that is written as a number stays, and with it the channels that it counts.
 """
 
-from torch import fx, nn
+from torch import fx
 
-from elastic.widths.operations.counts import Count, get_count, list_counts
+from elastic.widths.operations.counts import get_count, list_counts
 from elastic.widths.operations.interface import (
     Axes,
     NotFollowed,
@@ -18,20 +18,21 @@ from elastic.widths.operations.interface import (
     get_shape,
     get_value,
 )
-from elastic.widths.operations.weights import SPACE, read_and_write
+from elastic.widths.operations.weights import SPACE, locate_source, read_and_write
 from elastic.widths.union import Axis
 
 
 def convolve_with(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow a convolution with a weight that the model holds."""
-    x, weight, bias = _read_weights(tracker, node)
     groups, shape = get_argument(node, 6, "groups", default=1), get_shape(get_argument(node, 1, "weight"))
-    channel = len(x) - len(shape) + 1  # 0 where there is no batch
     is_depthwise = get_value(groups) > 1 == shape[1]
-    is_own = isinstance(tracker.get_module(weight.module), nn.modules.conv._ConvNd)
-    if is_depthwise and not is_own and not get_count(groups).counts(x[channel], tracker.elements):
-        tracker.fix([x[channel]], node, "fixes the number of groups")
-    elif not is_depthwise:
+    x, weight, bias = _read_weights(tracker, node, is_depthwise)
+    channel = len(x) - len(shape) + 1  # 0 where there is no batch
+    if is_depthwise:
+        is_counted = get_count(groups).counts(x[channel], tracker.elements)
+        if not is_counted and not tracker.follow_size(groups, x[channel]):
+            tracker.fix([x[channel]], node, "fixes the number of groups")
+    else:
         tracker.fix(get_count(groups).axes, node, "computes with the number of channels")
     tracker.fix(x[channel + 1 :], node, SPACE)
     written = read_and_write(tracker, node, x[channel], weight, bias, get_value(groups), is_depthwise)
@@ -47,7 +48,7 @@ def project_with(tracker: Tracker, node: fx.Node) -> Axes:
 def normalize_channels_with(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow batch and instance norm: what they are given holds one scalar a channel."""
     x = get_axes(get_input(node))
-    tracker.fix([x[0], *x[2:]], node, SPACE)
+    tracker.mix([x[0], *x[2:]], node, "normalises over its channels")
     for position, name in enumerate(("running_mean", "running_var", "weight", "bias"), 1):
         _record(tracker, node, get_argument(node, position, name), 0, x[1])
     return x
@@ -55,10 +56,10 @@ def normalize_channels_with(tracker: Tracker, node: fx.Node) -> Axes:
 
 def normalize_groups_with(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow group norm: its groups grow and shrink alike."""
-    x, groups = get_axes(get_input(node)), get_value(get_argument(node, 1, "num_groups"))
+    x, groups = get_axes(get_input(node)), get_argument(node, 1, "num_groups")
     tracker.fix(x[2:], node, SPACE)
     if x[1] is not None:
-        tracker.elements.tie(x[1], groups)
+        tracker.elements.tie(x[1], get_value(groups))
         tracker.mix(x[1:2], node, "normalises over its channels")
     for position, name in ((2, "weight"), (3, "bias")):
         _record(tracker, node, get_argument(node, position, name), 0, x[1])
@@ -70,12 +71,14 @@ def normalize_layer_with(tracker: Tracker, node: fx.Node) -> Axes:
     x, sizes = get_axes(get_input(node)), list_counts(get_argument(node, 1, "normalized_shape"))
     tensors = [get_argument(node, position, name) for position, name in ((2, "weight"), (3, "bias"))]
     axes = x[-len(sizes) :]
+    shape = get_argument(node, 1, "normalized_shape")
+    numbers = iter(shape if isinstance(shape, tuple | list) else [None] * len(sizes))
     tracker.mix(axes, node, "normalises over its channels")
     for dim, axis in enumerate(axes):
         for tensor in tensors:
             _record(tracker, node, tensor, dim, axis)
     for axis, size in zip(axes, sizes, strict=True):
-        if axis is not None and not _is_attribute(tracker, tensors[0], size):
+        if axis is not None and not tracker.follow_size(next(numbers), axis):
             is_counted = size.counts(axis, tracker.elements)
             tracker.fix([] if is_counted else [axis, *size.axes], node, "fixes the number of channels")
     return x
@@ -89,21 +92,23 @@ def rectify_with(tracker: Tracker, node: fx.Node) -> Axes:
     return x
 
 
-def _read_weights(tracker: Tracker, node: fx.Node) -> tuple[Axes, Place, Place | None]:
+def _read_weights(
+    tracker: Tracker, node: fx.Node, is_depthwise: bool = False
+) -> tuple[Axes, Place, Place | None]:
     """Read the axes of the input, and where weight and bias are stored."""
     weight, bias = get_argument(node, 1, "weight"), get_argument(node, 2, "bias")
-    place = tracker.locate(weight)
-    if place.tensor != "weight":  # surgery knows by this name what is no scalar a channel
+    place = locate_source(tracker, weight)
+    if (
+        place.tensor != "weight" and not is_depthwise
+    ):  # surgery knows by this name what is no scalar a channel
         raise NotFollowed(f"is given '{place.tensor}', which is not called 'weight'")
     return get_axes(get_input(node)), place, None if bias is None else tracker.locate(bias)
 
 
 def _record(tracker: Tracker, node: fx.Node, tensor: fx.Node | None, dim: int, axis: Axis | None) -> None:
-    if tensor is not None:
-        tracker.record(*tracker.locate(tensor), dim, "per_channel", axis)
-
-
-def _is_attribute(tracker: Tracker, weight: fx.Node | None, size: Count) -> bool:
-    """Tell whether a size is an attribute of the layer norm that holds the weight."""
-    owner = None if weight is None else tracker.get_module(tracker.locate(weight).module)
-    return isinstance(owner, nn.LayerNorm) and not size.terms
+    """Record that a tensor has an entry a channel, or let its channels agree where it is computed."""
+    if isinstance(tensor, fx.Node) and (own := get_axes(tensor)) and own[dim] is not None:
+        if axis is None:
+            tracker.drop([own[dim]])
+        else:
+            tracker.unite(own[dim], axis, node)

@@ -7,6 +7,7 @@ A value's *axes* are one entry a dimension: an `Axis` where the dimension holds 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -15,8 +16,9 @@ from elastic.widths.union import Axis, ChannelUnion
 
 Axes = tuple[Axis | None, ...]
 Tracked = Axes | Sequence["Tracked"] | None  # of a tensor, of several tensors, of what holds no channels
-Role = Literal["out", "in", "per_channel", "depthwise"]
+Role = Literal["out", "in", "per_channel", "depthwise", "count"]
 LAYER = ""  # in place of a tensor's name: what the layer's own attributes say
+ATTRIBUTE = ":"  # begins what stands in place of a tensor's name for an attribute that counts channels
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
@@ -50,6 +52,15 @@ class Tracker(Protocol):
 
     def record(self, module: str, tensor: str, dim: int, role: Role, axis: Axis | None) -> None:
         """Record that channels lie on a dimension of a stored tensor, where there is such a tensor."""
+
+    def follow_size(self, size: object, axis: Axis | None) -> bool:
+        """Let a number that the operation is given follow an axis' channels; False where it cannot.
+
+        It can where it is an attribute of a module, which surgery then changes with them.
+        """
+
+    def drop(self, axes: Sequence[Axis | None]) -> None:
+        """Note that what the node gives does not depend on these channels."""
 
     def unite(self, first: Axis | None, second: Axis | None, node: fx.Node) -> None:
         """Let two axes agree, channel by channel; one that never changes fixes the other."""
@@ -90,6 +101,11 @@ def get_input(node: fx.Node) -> fx.Node:
     return source
 
 
+def is_stored(tensor: str) -> bool:
+    """Tell whether a slot's tensor is one, and does not stand for attributes."""
+    return not tensor.startswith(ATTRIBUTE) and tensor != LAYER
+
+
 def get_value(argument: Any) -> Any:
     """Get a value as the example gives it: of a node's output, or the argument itself."""
     return argument.meta["value"] if isinstance(argument, fx.Node) else argument
@@ -111,6 +127,13 @@ def get_axes(node: fx.Node) -> Axes:
     """Get the channel axes of the tensor that a node gives."""
     axes: Axes = node.meta["axes"]
     return axes or ()
+
+
+def list_axes(tracked: Tracked | Axis) -> list[Axis]:
+    """List the axes of one tensor or of several."""
+    if tracked is None:
+        return []
+    return [tracked] if isinstance(tracked, np.ndarray) else [a for part in tracked for a in list_axes(part)]
 
 
 def list_tensors(node: fx.Node) -> list[fx.Node]:

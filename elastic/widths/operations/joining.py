@@ -41,7 +41,8 @@ def concatenate(tracker: Tracker, node: fx.Node) -> Axes:
     dim = get_argument(node, 1, "dim", "axis", default=0) % len(y)
     for d in (d for d in range(len(y)) if d != dim):
         for part in parts[1:]:
-            tracker.unite(y[d], get_axes(part)[d], node)
+            if y[d] is not None or get_axes(part)[d] is not None:
+                tracker.unite(y[d], get_axes(part)[d], node)
     ends = [get_axes(part)[dim] for part in parts]
     if any(axis is not None for axis in ends):
         y[dim] = np.concatenate(
@@ -51,6 +52,20 @@ def concatenate(tracker: Tracker, node: fx.Node) -> Axes:
             ]
         )
     return tuple(y)
+
+
+def stack(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow tensors that are stacked along a new dimension, and agree along all others."""
+    parts = get_argument(node, 0, "tensors")
+    if not isinstance(parts, tuple | list):
+        raise NotFollowed("joins what is no list of tensors")
+    first, *others = map(get_axes, parts)
+    for axes in others:
+        for axis, other in zip(first, axes, strict=True):
+            if axis is not None or other is not None:
+                tracker.unite(axis, other, node)
+    dim = get_argument(node, 1, "dim", "axis", default=0) % (len(first) + 1)
+    return (*first[:dim], None, *first[dim:])
 
 
 def _begin_constant(tracker: Tracker, node: fx.Node, size: int) -> Axis:

@@ -10,7 +10,7 @@ from elastic.widths.operations.interface import Rule
 Operation = type[nn.Module] | Callable[..., object] | str
 
 # Functions of these packages are known by their names; one of a user's is meant by itself only.
-LIBRARIES = {"torch", "torchvision", "_operator", "math"}
+LIBRARIES = {"elastic", "torch", "torchvision", "_operator", "math"}
 
 
 # What a subclass may define and still compute as its base does.
@@ -27,6 +27,7 @@ class OperationTable:
         self.functions: dict[Callable[..., object], Rule] = {}
         self.names: dict[str, Rule] = {}
         self.leaves: set[type[nn.Module]] = set()
+        self.wholes: dict[type[nn.Module], bool] = {}  # what `is_whole` has found
 
     def find(self, layer: nn.Module | None, node: fx.Node) -> Rule | None:
         """Find the rule of what a node calls, the given layer or a function or method."""
@@ -52,6 +53,7 @@ def register_op(operation: Operation, rule: Rule) -> None:
     if isinstance(operation, type) and issubclass(operation, nn.Module):
         TABLE.layers[operation] = rule
         TABLE.leaves.add(operation)
+        TABLE.wholes.clear()
     elif isinstance(operation, str):
         TABLE.names[operation.strip("_")] = rule
     elif callable(operation):
@@ -67,6 +69,12 @@ def is_whole(kind: type[nn.Module]) -> bool:
 
     A subclass computes as its base where it overrides nothing but how it is made and shown.
     """
+    if kind not in TABLE.wholes:
+        TABLE.wholes[kind] = _computes_as_known(kind)
+    return TABLE.wholes[kind]
+
+
+def _computes_as_known(kind: type[nn.Module]) -> bool:
     known = (*TABLE.leaves, *(base for base in TABLE.layers if base.__module__.startswith("torch.nn.")))
     base = next((base for base in kind.__mro__ if base in known), None)
     if base is None:

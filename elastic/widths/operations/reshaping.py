@@ -6,12 +6,13 @@ follows them. One axis may be cut by constant factors (channel shuffle): the cut
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from math import prod
 
 import numpy as np
 from torch import fx, nn
 
-from elastic.widths.operations.counts import Count, Counts, get_counts
+from elastic.widths.operations.counts import Count, Counts, count_axis, get_counts
 from elastic.widths.operations.interface import (
     Axes,
     NotFollowed,
@@ -23,6 +24,7 @@ from elastic.widths.operations.interface import (
     get_value,
     list_arguments,
 )
+from elastic.widths.tracing.sizes import SizeAttribute
 from elastic.widths.union import Axis
 
 
@@ -62,7 +64,15 @@ def reshape(tracker: Tracker, node: fx.Node) -> Axes:
     counts = _read_sizes(get_counts(sizes))
     if len(counts) != len(get_shape(node)):
         raise NotFollowed("is given no sizes")  # but another type of numbers, say
-    return _carry_runs(tracker, node, counts)
+    return _carry_runs(tracker, node, counts, sizes if isinstance(sizes, tuple | list) else ())
+
+
+def reshape_as(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow a reshape to another tensor's shape."""
+    other = get_argument(node, 1, "other")
+    tracker.drop(get_axes(other))
+    pairs = zip(get_axes(other), get_shape(other), strict=True)
+    return _carry_runs(tracker, node, [count_axis(axis, size) for axis, size in pairs])
 
 
 def _read_sizes(counts: Counts) -> list[Count | None]:
@@ -71,8 +81,10 @@ def _read_sizes(counts: Counts) -> list[Count | None]:
     return [None if not count.terms and count.constant == -1 else count for count in listed]
 
 
-def _carry_runs(tracker: Tracker, node: fx.Node, sizes: Sequence[Count | None]) -> Axes:
-    """Carry each run of dimensions on its own to the given sizes."""
+def _carry_runs(
+    tracker: Tracker, node: fx.Node, sizes: Sequence[Count | None], numbers: Sequence[object] = ()
+) -> Axes:
+    """Carry each run of dimensions on its own to the given sizes, which are numbers, or computed."""
     source = get_input(node)
     x, before, after = get_axes(source), get_shape(source), get_shape(node)
     if 0 in before:
@@ -84,12 +96,18 @@ def _carry_runs(tracker: Tracker, node: fx.Node, sizes: Sequence[Count | None]) 
             continue
         merged = merge_axes(axes, [before[d] for d in run.before])
         target = _find_target(run, after, sizes, merged)
-        if merged is None or target is None:
+        attribute = _find_attribute(run, numbers) if target is None else None
+        place = attribute if target is None else target
+        if merged is None or place is None:
             tracker.fix(axes, node, "fixes the number of channels")
-        else:
-            y[target] = _cut(tracker, merged, [after[d] for d in run.after], target - run.after.start)
-    for axis, size in zip(y, sizes, strict=True):
-        if size is not None and (axis is not None or size.terms) and not size.counts(axis, tracker.elements):
+            continue
+        y[place] = _cut(tracker, merged, [after[d] for d in run.after], place - run.after.start)
+        if attribute is not None and not tracker.follow_size(numbers[attribute], y[attribute]):
+            tracker.fix(axes, node, "fixes the number of channels")
+    for axis, size, number in zip_longest(y, sizes, numbers):
+        if size is None or not (size.terms or (axis is not None and not isinstance(number, SizeAttribute))):
+            continue
+        if not size.counts(axis, tracker.elements) and not _agree(tracker, axis, size):
             tracker.fix([axis, *size.axes], node, "is given a size that counts other channels")
     return tuple(y)
 
@@ -108,6 +126,23 @@ def _find_target(
     if not longer and merged is not None and merged.size == 1:
         return next(iter(candidates), None)
     return longer[0] if len(longer) == 1 else None
+
+
+def _find_attribute(run: Run, numbers: Sequence[object]) -> int | None:
+    """Find the dimension after whose size is an attribute: the last of several, as in `(heads, size)`."""
+    return next((d for d in reversed(run.after) if numbers and isinstance(numbers[d], SizeAttribute)), None)
+
+
+def _agree(tracker: Tracker, axis: Axis | None, size: Count) -> bool:
+    """Let channels agree with others whose number they are given as their size."""
+    if axis is None or not size.is_linear or size.constant or len(size.terms) != 1:
+        return False
+    factor, counted = size.terms[0]
+    if len(axis) != factor * len(counted) or len(counted) % factor.denominator:
+        return False
+    part = tracker.elements.tie(counted, factor.denominator)
+    tracker.elements.unite(axis, np.repeat(part, factor.numerator))
+    return True
 
 
 def _cut(tracker: Tracker, merged: Axis, sizes: Sequence[int], target: int) -> Axis:

@@ -1,5 +1,7 @@
 """Follow channels where dimensions change places, come, or go."""
 
+from collections.abc import Sequence
+
 from torch import fx, nn
 
 from elastic.widths.operations.interface import (
@@ -9,9 +11,11 @@ from elastic.widths.operations.interface import (
     get_axes,
     get_input,
     get_shape,
+    get_value,
     list_arguments,
     normalize_dims,
 )
+from elastic.widths.operations.joining import broadcast
 
 
 def permute(tracker: Tracker, node: fx.Node) -> Axes:
@@ -48,16 +52,22 @@ def unsqueeze(tracker: Tracker, node: fx.Node) -> Axes:
 
 def reduce(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow mean, sum, amax and their like: over space they leave channels alone, else they mix them."""
+    return _reduce(tracker, node, get_argument(node, 1, "dim", "axis"))
+
+
+def _reduce(
+    tracker: Tracker, node: fx.Node, dims: int | Sequence[int] | None, ndim: int | None = None
+) -> Axes:
     x = get_axes(get_input(node))
-    over = normalize_dims(get_argument(node, 1, "dim", "axis"), len(x))
+    over = normalize_dims(dims, len(x))
     tracker.mix([x[d] for d in over], node, "takes statistics over its channels")
-    if len(get_shape(node)) == len(x):
+    if (len(get_shape(node)) if ndim is None else ndim) == len(x):
         return tuple(None if d in over else axis for d, axis in enumerate(x))
     return tuple(axis for d, axis in enumerate(x) if d not in over)
 
 
 def mix_dimension(tracker: Tracker, node: fx.Node) -> Axes:
-    """Follow softmax and its like: they mix one dimension."""
+    """Follow softmax and its like: they take statistics over one dimension."""
     x = get_axes(get_input(node))
     if node.op == "call_module":
         dim = getattr(
@@ -65,5 +75,64 @@ def mix_dimension(tracker: Tracker, node: fx.Node) -> Axes:
         )  # Softmax2d has none: channels before space
     else:
         dim = get_argument(node, 1, "dim")
-    tracker.fix(x if dim is None else [x[dim]], node, "mixes channels")
+    if dim is None:
+        tracker.fix(x, node, "mixes channels")
+    else:
+        tracker.mix([x[dim]], node, "normalises over its channels")
     return x
+
+
+def move_dimensions(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow movedim: dimensions go to other places, the others keep their order."""
+    x = get_axes(get_input(node))
+    source, target = get_argument(node, 1, "source"), get_argument(node, 2, "destination")
+    pairs = dict(zip(normalize_dims(target, len(x)), normalize_dims(source, len(x)), strict=True))
+    others = iter(d for d in range(len(x)) if d not in pairs.values())
+    return tuple(x[pairs[d] if d in pairs else next(others)] for d in range(len(x)))
+
+
+def measure_norm(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow vector norms: over space they leave channels alone, else they mix them."""
+    return _reduce(tracker, node, get_argument(node, 2, "dim", "axis"))
+
+
+def normalize(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow division by a vector's norm."""
+    x = get_axes(get_input(node))
+    dim = get_argument(node, 2, "dim", default=1)
+    tracker.mix([x[d] for d in normalize_dims(dim, len(x))], node, "normalises over its channels")
+    return x
+
+
+def reduce_twice(tracker: Tracker, node: fx.Node) -> tuple[Axes, Axes]:
+    """Follow var_mean and its like, which give two results."""
+    axes = _reduce(tracker, node, get_argument(node, 1, "dim", "axis"), len(get_value(node)[0].shape))
+    return axes, axes
+
+
+def reorder(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow flip and roll: they change the order along dimensions, which may not be that of channels."""
+    x = get_axes(get_input(node))
+    last = "flip" not in str(getattr(node.target, "__name__", node.target))
+    dims = get_argument(node, 1 + last, "dims")
+    if not last and not isinstance(dims, tuple | list):
+        dims = list_arguments(node, 1, "dims")
+    tracker.fix([x[d] for d in normalize_dims(dims, len(x))], node, "changes the order of its channels")
+    return x
+
+
+def find_extreme(tracker: Tracker, node: fx.Node) -> tuple[Axes, Axes] | Axes:
+    """Follow max and min along one dimension, which also say where it lies, or of two tensors."""
+    dim = get_argument(node, 1, "dim", "other")
+    if isinstance(dim, fx.Node):
+        return broadcast(tracker, node)
+    if dim is None:
+        return _reduce(tracker, node, None)
+    x = get_axes(get_input(node))
+    asks_place = any(
+        user.op != "call_function" or user.args[1:] not in ((0,), ("values",)) for user in node.users
+    )
+    if asks_place and x[dim] is not None:
+        tracker.fix([x[dim]], node, "says which channel is the largest")
+    axes = _reduce(tracker, node, dim, len(get_value(node)[0].shape))
+    return axes, axes

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 
+import numpy as np
 from torch import fx, nn
 
 from elastic.widths.operations.interface import (
@@ -15,6 +16,8 @@ from elastic.widths.operations.interface import (
     get_shape,
     get_value,
 )
+
+SPACE = "works on channels as if they were space"
 
 
 def pool(tracker: Tracker, node: fx.Node) -> Axes:
@@ -40,6 +43,39 @@ def pad(tracker: Tracker, node: fx.Node) -> Axes:
     return _pass_beside(tracker, node, [-1 - i for i, pair in enumerate(pairs) if any(pair)])
 
 
+def shuffle_pixels(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow a pixel shuffle: neighbouring channels become one, of larger maps."""
+    x = get_axes(get_input(node))
+    channel = len(x) - 3
+    tracker.fix(x[channel + 1 :], node, SPACE)
+    axis = x[channel]
+    if axis is not None:
+        axis = tracker.elements.tie_parts(list(axis.reshape(get_shape(node)[channel], -1).T))
+    return (*x[:channel], axis, None, None)
+
+
+def unshuffle_pixels(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow what takes a pixel shuffle back: each channel becomes several."""
+    x = get_axes(get_input(node))
+    channel = len(x) - 3
+    tracker.fix(x[channel + 1 :], node, SPACE)
+    axis, size = x[channel], get_shape(node)[channel]
+    return (*x[:channel], None if axis is None else np.repeat(axis, size // len(axis)), None, None)
+
+
+def shuffle_channels(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow a channel shuffle between a number of groups, which change alike."""
+    x = get_axes(get_input(node))
+    is_layer = node.op == "call_module"
+    groups = (
+        tracker.get_layer(node, nn.ChannelShuffle).groups if is_layer else get_argument(node, 1, "groups")
+    )
+    if x[1] is None:
+        return x
+    tracker.elements.tie(x[1], get_value(groups))
+    return (x[0], x[1].reshape(get_value(groups), -1).T.reshape(-1), *x[2:])
+
+
 def resize(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow resizing: it works on all dimensions but batch and channels."""
     return _pass_beside(tracker, node, range(2 - len(get_shape(node)), 0))
@@ -51,7 +87,7 @@ def _pass_beside(tracker: Tracker, node: fx.Node, dims: Iterable[int]) -> Axes:
     x, before, after = list(get_axes(source)), get_shape(source), get_shape(node)
     for d in dims:
         is_same = before[d] == after[d]
-        reason = "works on channels as if they were space" if is_same else "changes the number of channels"
+        reason = SPACE if is_same else "changes the number of channels"
         tracker.fix([x[d]], node, reason)
         x[d] = None
     return tuple(x)

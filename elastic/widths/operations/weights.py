@@ -3,10 +3,49 @@
 import numpy as np
 from torch import fx
 
-from elastic.widths.operations.interface import Place, Tracker
+from elastic.widths.operations.interface import NotFollowed, Place, Tracker, get_axes, get_shape
 from elastic.widths.union import Axis
 
 SPACE = "works on channels as if they were space"
+
+
+def locate_source(tracker: Tracker, weight: fx.Node) -> Place:
+    """Find where a weight is stored, or what it is computed of, channel by channel.
+
+    A weight that is standardised (arXiv 1903.10520), say, reads and writes the channels of the one that is
+    stored; what it computes mixes those that it reads.
+
+    Raises:
+        NotFollowed: no tensor is known whose channels are the weight's.
+    """
+    try:
+        return tracker.locate(weight)
+    except NotFollowed:
+        axes, shape = get_axes(weight), get_shape(weight)
+        for source in _list_stored(weight):
+            own = get_axes(source)
+            if get_shape(source) == shape and all(map(_is_same, own[:2], axes[:2])):
+                tracker.mix(own[1:2], weight, "computes a weight from its channels")
+                tracker.drop(axes)
+                return tracker.locate(source)
+        raise
+
+
+def _list_stored(weight: fx.Node) -> list[fx.Node]:
+    """List the stored tensors that a computed one depends on."""
+    pending, sources = [weight], dict[fx.Node, None]()
+    while pending:
+        node = pending.pop()
+        if node not in sources:
+            sources[node] = None
+            pending += node.all_input_nodes
+    return [node for node in sources if node.op == "get_attr"]
+
+
+def _is_same(first: Axis | None, second: Axis | None) -> bool:
+    return first is second is None or (
+        first is not None and second is not None and np.array_equal(first, second)
+    )
 
 
 def read_and_write(

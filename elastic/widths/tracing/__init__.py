@@ -2,7 +2,14 @@
 
 from elastic.widths.tracing.graph import describe_node, get_layer, get_operation_name, trace
 from elastic.widths.tracing.meta import BATCH_NORM, make_meta_copy
-from elastic.widths.tracing.modes import MODE, Mode, preserve_modes, sync_traced, trace_both_modes
+from elastic.widths.tracing.modes import (
+    MODE,
+    Mode,
+    preserve_modes,
+    sync_traced,
+    trace_both_modes,
+    trace_modes,
+)
 from elastic.widths.tracing.norms import find_following_norms
 
 __all__ = [
@@ -18,4 +25,5 @@ __all__ = [
     "sync_traced",
     "trace",
     "trace_both_modes",
+    "trace_modes",
 ]

@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from elastic.errors import StructureError
 from elastic.widths.operations.registry import is_whole
+from elastic.widths.tracing.concrete import ConcreteTracer, trace_factories
+from elastic.widths.tracing.sizes import tag_sizes
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(ConcreteTracer):
     """Keep buffers as nodes and layers with a rule of their own whole."""
 
     proxy_buffer_attributes = True  # or buffers in arithmetic would become constants
@@ -20,14 +22,26 @@ class _Tracer(fx.Tracer):
         return is_whole(kind) or (not is_foreign and super().is_leaf_module(m, module_qualified_name))
 
 
-def trace(model: nn.Module) -> fx.GraphModule:
+def trace(model: nn.Module, *example: Tensor) -> fx.GraphModule:
     """Trace a model with torch.fx; the result has the model's own layers.
+
+    Args:
+        example: inputs on the meta device; with them, a forward may ask for sizes.
 
     Raises:
         StructureError: torch.fx cannot trace it.
     """
+    return fx.GraphModule(model, trace_graph(model, *example))
+
+
+def trace_graph(model: nn.Module, *example: Tensor) -> fx.Graph:
+    """Trace a model's graph alone, whose nodes call the model's own layers; see `trace`."""
+    tracer = _Tracer(example)
     try:
-        return fx.GraphModule(model, _Tracer().trace(model))
+        with tag_sizes(model), trace_factories(tracer):
+            graph = tracer.trace(model)
+        graph.owning_module = model  # type: ignore[assignment]
+        return graph
     except Exception as error:  # the model's own forward runs here: anything may come
         raise StructureError(
             f"{type(model).__name__} cannot be traced by torch.fx ({shorten(error)}); let torch.where choose "

@@ -1,13 +1,14 @@
 """Trace a model in training and in evaluation as one graph, which follows its mode."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from elastic.errors import StructureError
-from elastic.widths.tracing.graph import describe_node, trace
+from elastic.widths.tracing.graph import describe_node, trace, trace_graph
 
 MODE = "_mode"  # where a traced network holds its own
 
@@ -41,14 +42,56 @@ def sync_traced(traced: fx.GraphModule, model: nn.Module, training: bool) -> Non
             traced.get_submodule(path)._buffers[name] = buffers[name]
 
 
-def trace_both_modes(model: nn.Module) -> fx.GraphModule:
+class _WatchedMode:
+    """Stand for `training` of all modules, and note whether it is asked for."""
+
+    def __init__(self, training: bool) -> None:
+        self.training, self.was_read = training, False
+
+    def __get__(self, module: nn.Module | None, kind: type[nn.Module]) -> bool:
+        self.was_read = True
+        return self.training
+
+
+@contextmanager
+def _watch_mode(model: nn.Module) -> Iterator[_WatchedMode]:
+    """Watch whether the mode of a model's modules is asked for."""
+    watched = _WatchedMode(model.training)
+    modes = {module: vars(module).pop("training") for module in model.modules()}
+    setattr(nn.Module, "training", watched)  # noqa: B010
+    try:
+        yield watched
+    finally:
+        delattr(nn.Module, "training")
+        for module, mode in modes.items():
+            vars(module)["training"] = mode
+
+
+def trace_modes(model: nn.Module, *example: Tensor) -> list[fx.Graph]:
+    """Trace a model in training, and in evaluation where more than flags differ; its mode changes."""
+    switches = {(type(module).train, type(module).eval) for module in model.modules()}
+    with _watch_mode(model.train()) as mode:
+        training = trace_graph(model, *example)
+    if not mode.was_read and switches == {(nn.Module.train, nn.Module.eval)}:
+        return [training]
+    evaluation = trace_graph(model.eval(), *example)
+    texts = {re.sub("True|False", "flag", str(graph)) for graph in (training, evaluation)}
+    return [training] if len(texts) == 1 else [training, evaluation]
+
+
+def trace_both_modes(model: nn.Module, *example: Tensor) -> fx.GraphModule:
     """Trace a model to be trained and evaluated: flags like training=self.training follow its mode.
+
+    Args:
+        example: inputs on the meta device; with them, a forward may ask for sizes.
 
     Raises:
         StructureError: torch.fx cannot trace it, or it is another network in training than in evaluation.
     """
     with preserve_modes(model):
-        training, traced = (trace(model.train(mode)) for mode in (True, False))
+        training, traced = (trace(model.train(mode), *example) for mode in (True, False))
+    for graph_module in (training, traced):
+        _drop_counters(graph_module)
     traced.training = model.training
     if traced.code == training.code:
         return traced
@@ -60,6 +103,18 @@ def trace_both_modes(model: nn.Module) -> fx.GraphModule:
             "like F.dropout(x, training=self.training) may differ"
         ) from error
     return traced
+
+
+def _drop_counters(traced: fx.GraphModule) -> None:
+    """Leave out that norms count batches in training, which no momentum of theirs needs."""
+    for node in traced.graph.find_nodes(op="get_attr"):
+        if str(node.target).endswith("num_batches_tracked"):
+            counting = list(node.users)
+            if all(user.target == "add_" and not user.users for user in counting):
+                for user in counting:
+                    traced.graph.erase_node(user)
+                traced.graph.erase_node(node)
+    traced.recompile()
 
 
 def _join_modes(training: fx.GraphModule, evaluation: fx.GraphModule) -> None:

@@ -26,7 +26,7 @@ from elastic.data.augment import RandomAffine
 from elastic.data.folders import list_folder
 from elastic.data.images import scale_bytes
 from elastic.data.split import split_stratified
-from elastic.errors import DataError
+from elastic.errors import DataError, OptionError
 
 CONF = Path(elastic.data.__file__).parents[2] / "conf" / "data"
 REPLACE = "delete or replace it"
@@ -121,7 +121,7 @@ def order(loader, epoch):
 
 def refused(call):
     """The message of the DataError that `call` raises, which must be one line."""
-    with pytest.raises(DataError) as caught:
+    with pytest.raises((DataError, OptionError)) as caught:
         call()
     message = str(caught.value)
     assert "\n" not in message
@@ -383,7 +383,7 @@ def test_image_folder(tmp_path, test_part):
 
 def test_image_is_scaled_by_its_shorter_side_and_cut_at_the_centre(tmp_path):
     for part in ("train", "test"):
-        write_images(tmp_path / part, ["a"], per_class=3)
+        write_images(tmp_path / part, ["a", "b"], per_class=3)
         wide = np.zeros((20, 60, 3), np.uint8)
         wide[:, 20:40] = 255  # the central square
         Image.fromarray(wide).save(tmp_path / part / "a" / "0.png")
@@ -424,17 +424,35 @@ def test_without_a_validation_part_all_is_trained_on():
 @pytest.mark.parametrize("fraction", [1, -0.1, 1.5])
 def test_val_fraction_must_leave_two_parts(fraction):
     message = refused(lambda: Digits(val_fraction=fraction))
-    assert f"val_fraction is {fraction}: set data.val_fraction" in message
+    assert f"val_fraction={fraction} cannot be: set it to a number" in message
 
 
 def test_batch_size_must_fit():
     assert "set data.batch_size to 1293 or less" in refused(lambda: ready(Digits(batch_size=1294)))
-    assert "set data.batch_size to 1 or more" in refused(lambda: Digits(batch_size=0))
+    assert "set it to a whole number, 1 or more" in refused(lambda: Digits(batch_size=0))
     assert sum(1 for _ in ready(Digits(batch_size=1293)).train_dataloader()) == 1
 
 
 def test_mean_and_std_are_one_number_a_channel():
     assert "set data.std to 1, one a channel" in refused(lambda: ready(Digits(std=(1.0, 1.0, 1.0))))
+
+
+def test_labels_are_of_the_classes():
+    class Mislabelled(Digits):
+        def load(self, download):
+            train, test = super().load(download)
+            train.labels[3] = label
+            return train, test
+
+    for label in (10, -1):
+        assert f"there is a label {label} where 10 classes are 0 … 9" in refused(lambda: ready(Mislabelled()))
+
+
+def test_one_class_is_nothing_to_learn(tmp_path):
+    for part in ("train", "test"):
+        write_images(tmp_path / part, ["a"], per_class=3)
+    data = ImageFolderData(size=10, root=str(tmp_path), batch_size=1)
+    assert "images of 1 class alone: name data of 2 or more" in refused(lambda: ready(data))
 
 
 def test_loaders_before_setup():
@@ -583,7 +601,10 @@ def test_half_of_imagenette(tmp_path):
 
 
 def configured(name, **changes):
-    group = OmegaConf.merge(OmegaConf.load(CONF / f"{name}.yaml"), changes)
+    group = OmegaConf.load(CONF / f"{name}.yaml")
+    for base in group.pop("defaults", [])[:-1]:  # before what the file itself says
+        group = OmegaConf.merge(OmegaConf.load(CONF / f"{base}.yaml"), group)
+    group = OmegaConf.merge(group, changes)
     return instantiate(OmegaConf.create({"seed": 11, "data": group}).data)
 
 
@@ -592,6 +613,9 @@ def configured(name, **changes):
     [
         ("digits", (1, 8, 8), 10),
         ("shapes", (3, 16, 16), 4),
+        ("shapes_labels", (3, 16, 16), 4),
+        ("shapes_masks", (3, 16, 16), 2),
+        ("shapes_places", (3, 16, 16), 3),
         ("mnist", (1, 28, 28), 10),
         ("fashion_mnist", (1, 28, 28), 10),
         ("cifar10", (3, 32, 32), 10),
@@ -607,11 +631,11 @@ def test_every_configuration_makes_its_data(name, shape, classes, tmp_path, monk
     (tmp_path / "train.csv").write_text("path,label\ntrain/a/0.png,a\ntrain/b/0.png,b\n")
     data = configured(name)
     assert (data.shape, data.classes, data.seed) == (shape, classes, 11)
-    if name not in ("digits", "shapes"):
+    if not name.startswith(("digits", "shapes")):
         assert data.root == str(tmp_path)
     x = torch.rand(2, *shape)
     assert data.normalise(x).shape == x.shape
-    assert data.augment
+    assert bool(data.augment) == ("_" not in name or name == "fashion_mnist")
     for change in data.augment:
         assert change(x).shape == x.shape
 

@@ -50,6 +50,26 @@ def test_what_is_off_is_not_read(name: str, seed: int) -> None:
         torch.testing.assert_close(found, plain(x))
 
 
+class CountingNorm(nn.BatchNorm2d):
+    """Norm and activation in one (timm's BatchNormAct2d): in training it counts batches."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
+        return F.relu(F.batch_norm(x, mean, var, weight, bias, self.training, self.momentum, self.eps))
+
+
+def test_a_norm_that_counts_batches_is_one_network_in_both_modes() -> None:
+    torch.manual_seed(0)
+    net = randomised(nn.Sequential(conv(3, 8, 3), CountingNorm(8), conv(8, 6, 3), head(6))).eval()
+    traced = attach_modules(net, discover(net, X), activation="straight_through")
+    assert list(traced.kams) == ["2"]
+    for mode in (True, False):
+        traced.train(mode)(X)
+    assert not torch.equal(net[1].running_mean, CountingNorm(8).running_mean)
+
+
 class Dropping(nn.Module):
     """Does by `self.training` what torch.fx takes for constants."""
 
@@ -388,10 +408,10 @@ def test_the_loss_by_hand(loss: ActivationLoss, ramp_up: float, expected: float)
     [
         ({"form": "cubic"}, "set form to linear, square, target and by to kernels or macs"),
         ({"by": "time"}, "set form to"),
-        ({"gain": -1.0}, "a gain of -1 would reward kernels that are on"),
+        ({"gain": -1.0}, "gain=-1.0 cannot be: set it to a number, 0 or more"),
         ({"form": "target"}, "has a target where its form is 'target'"),
         ({"target": 0.5}, "has a target where its form is 'target'"),
-        ({"form": "target", "target": 1.5}, "a target of 1.5: set it between 0 and 1"),
+        ({"form": "target", "target": 1.5}, "target=1.5 cannot be: set it to a number above 0 and below 1"),
     ],
 )
 def test_an_activation_loss_that_cannot_be_is_refused(options: Any, message: str) -> None:

@@ -110,6 +110,13 @@ def test_a_file_is_readable_by_whom_the_umask_lets(tmp_path: Path) -> None:
         ({**ABOUT, "model": {"builder": "convnet", "options": {"layers": 3}}}, "cannot be built with"),
         ({**ABOUT, "model": {"builder": "convnet", "options": {"channels": []}}}, "at least one convolution"),
         ({**ABOUT, "model": {"builder": "resnet20", "options": {"in_channels": 1}}}, "another architecture"),
+        (
+            {
+                **ABOUT,
+                "model": {"builder": "from_torchvision", "options": {"name": "a", "weights": "DEFAULT"}},
+            },
+            "would fetch something by weights",
+        ),
     ],
 )
 def test_a_file_that_does_not_say_enough_is_refused_in_a_line(
@@ -132,7 +139,7 @@ def test_a_network_that_is_not_there_is_an_error(name: str, remedy: str) -> None
         elastic.load(name)
 
 
-@pytest.mark.parametrize("name", sorted(BUILDERS.keys() - {"from_torchvision"}))
+@pytest.mark.parametrize("name", sorted(BUILDERS.keys() - {"from_torchvision", "from_timm"}))
 def test_what_a_configuration_builds_is_built_again(name: str) -> None:
     node = {"_target_": f"elastic.models.{name}", "_partial_": True}
     model = describe_model(node, 3, 7)

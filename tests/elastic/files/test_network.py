@@ -14,8 +14,8 @@ import elastic
 from elastic.dynamic.attaching import attach_modules
 from elastic.dynamic.modules import iterate_modules, select_set
 from elastic.errors import FileError, OptionError, StructureError
-from elastic.files import packing
 from elastic.files.network import Network
+from elastic.files.packing import read_tensors
 from elastic.levels.nested import Levels
 from elastic.pruning import gates
 from elastic.pruning.compaction import compact
@@ -180,8 +180,68 @@ def changed(path: Path, change: Any) -> None:
     tensors = load_file(path)
     with safe_open(path, framework="pt") as file:
         meta = json.loads(file.metadata()["elastic"])
+    del meta["sha256"]  # as if it had always been so
     change(tensors, meta["about"])
     save_file(tensors, path, {"elastic": json.dumps(meta)})
+
+
+def test_a_bit_that_flips_is_seen(tmp_path: Path) -> None:
+    """In the header, in its padding and in what it says of itself; in the data; in the digest."""
+    content = bytearray(saved(tmp_path / "levels").read_bytes())
+    header, digest = 8 + int.from_bytes(content[:8], "little"), content.index(b"sha256")
+    spots = [*range(24), *range(digest - 2, digest + 90), header - 1, len(content) - 1]
+    for spot in spots + list(range(header, len(content), 1 + (len(content) - header) // 60)):
+        for bit in (0, 3, 5):
+            flipped = bytearray(content)
+            flipped[spot] ^= 1 << bit
+            (tmp_path / "flipped").write_bytes(flipped)
+            with pytest.raises(FileError, match="flipped cannot be read"):
+                read_tensors(tmp_path / "flipped")
+
+
+def test_a_file_without_a_digest_is_read(tmp_path: Path) -> None:
+    path = saved(tmp_path / "levels")
+    before = load_file(path)
+    changed(path, lambda tensors, about: None)
+    with safe_open(path, framework="pt") as file:
+        assert "sha256" not in file.metadata()["elastic"]
+    assert len(load_levels(fresh("convnet"), path, built("convnet")[1])) == 3
+    same(before, load_file(path))
+
+
+SAYS: dict[str, Any] = {
+    "no levels": lambda about: about.update(levels=7),
+    "levels of words": lambda about: about["levels"][0].update({"0": "many"}),
+    "levels without a channel": lambda about: about["levels"][0].update({"0": 0}),
+    "sets without end": lambda about: about["switched"].update(sets=10**7),
+    "sets of half a kind": lambda about: about["switched"].update(sets=1.0),
+    "modules of no kind": lambda about: about["switched"].update(kind=["input"]),
+    "no modules": lambda about: about.update(switched=[3]),
+}
+
+
+@pytest.mark.parametrize("what", SAYS)
+def test_what_a_file_says_and_cannot_be_is_refused(tmp_path: Path, what: str) -> None:
+    net, x, widths = built("convnet")
+    dynamic(evaluated(nested(net, widths, halves(widths, 0.5))), x).save(tmp_path / "net")
+    changed(tmp_path / "net", lambda tensors, about: SAYS[what](about))
+    refused("convnet", tmp_path / "net", "says of its")
+
+
+def test_a_shape_that_its_places_do_not_fill_is_refused(tmp_path: Path) -> None:
+    net, _, _ = built("convnet")
+    with torch.no_grad():
+        net[0].weight.zero_()  # type: ignore[union-attr]
+    path = tmp_path / "net"
+    Network(net).save(path)
+    tensors = load_file(path)
+    for shape in ([10**6, 10**6], [-1, 4], ["4"], [True]):
+        with safe_open(path, framework="pt") as file:
+            meta = json.loads(file.metadata()["elastic"])
+        meta.pop("sha256", None)
+        meta["sparse"]["0.weight"] = shape
+        save_file(tensors, path, {"elastic": json.dumps(meta)})
+        refused("convnet", path, "cannot be read")
 
 
 def test_a_file_that_lacks_a_levels_norms_is_refused(tmp_path: Path) -> None:
@@ -301,13 +361,13 @@ def test_a_file_without_the_modules_of_a_level_is_refused(tmp_path: Path) -> Non
 def test_a_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net, x, widths = built("convnet")
     dynamic(evaluated(nested(net, widths, halves(widths, 0.5))), x, sets=2).save(tmp_path / "net")
-    opened = []
+    opened, read_bytes = [], Path.read_bytes
 
-    def watch(path: Path, **options: Any) -> Any:
+    def watch(path: Path) -> bytes:
         opened.append(path)
-        return safe_open(path, **options)
+        return read_bytes(path)
 
-    monkeypatch.setattr(packing, "safe_open", watch)
+    monkeypatch.setattr(Path, "read_bytes", watch)
     Network.load(fresh("convnet"), tmp_path / "net", x)
     assert opened == [tmp_path / "net"]
 

@@ -12,6 +12,7 @@ from elastic.experiments.tools.summary import measure_network
 from elastic.files.cards import write_card
 from elastic.files.packing import read_about
 from elastic.files.zoo import ZOO, find_file, list_zoo, read_card
+from elastic.training.tasks import Classification
 from tests.runs import configure
 
 NAMES = {"digits-gnap-2k", "mnist-gnap-3k", "mnist-gnap-6k", "cifar10-gnap-157k"} | {
@@ -23,7 +24,7 @@ def check(name: str, data: ImageData) -> None:
     """Measure a network on the test split: it is as its file and its card say."""
     network = elastic.load(name)
     assert (list(data.mean), list(data.std)) == (network.about["mean"], network.about["std"])
-    measured, said = measure_network(network, data), network.about["measured"]
+    measured, said = measure_network(network, data, Classification(10)), network.about["measured"]
     assert measured["test/acc"] == pytest.approx(said["test/acc"], abs=2e-4)
     assert all(measured[key] == said[key] for key in ("params", "params_dense", "macs"))
     assert measured["macs_dynamic"] == pytest.approx(said["macs_dynamic"], rel=1e-3)

@@ -173,17 +173,20 @@ def test_decimal_factors_are_meant_as_written(size: int, factor: str) -> None:
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: Plateau(patience=0), "patience is 0"),
-        (lambda: Plateau(patience=-2), "patience is -2"),
+        (lambda: Plateau(patience=0), "patience=0 cannot be"),
+        (lambda: Plateau(patience=-2), "patience=-2 cannot be"),
         (lambda: Plateau(mode="maximum"), "maximum"),  # type: ignore[arg-type]
-        (lambda: Periodic(0), "every is 0"),
-        (lambda: Growth(factor=1), "factor is 1"),
-        (lambda: Growth(factor=nan), "factor is nan"),
-        (lambda: Growth(factor=inf), "factor is inf"),
-        (lambda: Growth(ceiling=0.5), "ceiling is 0.5"),
-        (lambda: Growth(ceiling=nan), "ceiling is nan"),
-        (lambda: Growth(multiple=0), "multiple of 0"),
-        (lambda: Growth(multiple=-4), "multiple of -4"),
+        (lambda: Periodic(0), "every=0 cannot be"),
+        (lambda: Growth(factor=1), "factor=1 cannot be"),
+        (lambda: Growth(factor=nan), "factor=nan cannot be"),
+        (lambda: Growth(factor=inf), "factor=inf cannot be"),
+        (lambda: Growth(ceiling=0.5), "ceiling=0.5 cannot be"),
+        (lambda: Growth(ceiling=nan), "ceiling=nan cannot be"),
+        (lambda: Growth(multiple=0), "multiple=0 cannot be"),
+        (lambda: Growth(multiple=2.5), "multiple=2.5 cannot be"),  # type: ignore[arg-type]
+        (lambda: Growth(ceiling=inf), "ceiling=inf cannot be"),
+        (lambda: Periodic(nan), "every=nan cannot be"),  # type: ignore[arg-type]
+        (lambda: Growth(multiple=-4), "multiple=-4 cannot be"),
     ],
 )
 def test_what_makes_no_sense_is_refused_on_one_line(make: Any, match: str) -> None:

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from elastic.errors import StructureError
-from elastic.surgery.checking import fix_widths, fix_wrong_widths
+from elastic.surgery import checking
+from elastic.surgery.checking import discover_checked, fix_wrong_widths
 from elastic.surgery.reindexing import grow_index, reindex
 from elastic.widths import Axes, Tracker, discover, register_op
 from elastic.widths.operations import TABLE
 from elastic.widths.operations.interface import get_axes, get_input
+from elastic.widths.width import fix_widths
 from tests.elastic import zoo
 from tests.elastic.widths.odd import between
 from tests.elastic.zoo import conv
@@ -57,6 +59,25 @@ def test_a_width_that_is_followed_wrongly_is_fixed_with_the_reason(name: str) ->
     assert not zoo.differences(before, zoo.states(model)) and torch.equal(random, torch.get_rng_state())
     with pytest.raises(StructureError, match="'one' cannot change: "):
         widths["one"]
+
+
+def test_what_takes_under_a_second_is_checked_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    register_op("flip", pass_through)
+    model = between(lambda m, x: m.one(x).flip(1), one=conv(8, 8))
+    assert set(discover_checked(model, X)) == {"stem", "last"}
+    monkeypatch.setattr(checking, "CHECKED_MACS", 1000)
+    assert set(discover_checked(model, X)) == {"stem", "one", "last"}
+
+
+def test_a_run_trains_what_the_check_has_left() -> None:
+    from elastic.training.structure import Structure
+
+    register_op("flip", pass_through)
+    model = between(lambda m, x: m.one(x).flip(1), one=conv(8, 8, 3))
+    structure = Structure(model, X)
+    assert set(structure.widths) == {"stem", "last"}
+    structure.attach_dynamic()
+    assert list(structure.kernel_modules[0]) == ["stem", "last"]
 
 
 @pytest.mark.parametrize("case", zoo.CASES.values(), ids=zoo.CASES)

@@ -60,27 +60,21 @@ FOLLOWED: dict[str, Callable[[], nn.Module]] = {
     "split by a list": lambda: between(
         lambda m, x: x.split([x.shape[1] // 4, x.shape[1] - x.shape[1] // 4], 1)[1], reads=6
     ),
+    "another's shape": lambda: between(unpack_anothers, one=conv(8, 8)),
+    "view of another's shape": lambda: between(lambda m, x: m.one(x).view(x.shape), one=conv(8, 8)),
+    "ones of that shape": lambda: between(lambda m, x: x * x.new_ones(x.shape[1], 1, 1)),
     "computed from space": lambda: between(lambda m, x: x * x.shape[3] ** -0.5),
 }
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "scaled by channels": (lambda: between(lambda m, x: x * x.shape[1] ** -0.5), "computes with the number"),
     "divided by channels": (lambda: between(lambda m, x: x / x.size(1)), "computes with the number"),
     "attention": (lambda: between(attend), "computes with the number"),
-    "another's shape": (lambda: between(unpack_anothers, one=conv(8, 8)), "counts other channels"),
-    "view of another's shape": (
-        lambda: between(lambda m, x: m.one(x).view(x.shape), one=conv(8, 8)),
-        "counts other channels",
-    ),
     "all but four": (lambda: between(lambda m, x: x[:, : x.shape[1] - 4], reads=4), "fixes the number"),
     "from four on": (lambda: between(lambda m, x: x[:, x.shape[1] - 4 :], reads=4), "fixes the number"),
     "rounded": (lambda: between(lambda m, x: x[:, : x.shape[1] // 3], reads=2), "fixes the number"),
     "split at four": (
         lambda: between(lambda m, x: x.split([4, x.shape[1] - 4], 1)[0], reads=4),
         "fixes the number",
-    ),
-    "ones of that shape": (
-        lambda: between(lambda m, x: x * x.new_ones(x.shape[1], 1, 1)),
-        "computes with the number",
     ),
 }
 

@@ -24,7 +24,7 @@ from elastic.models import convnet, resnet20
 from elastic.pruning import gates
 from elastic.surgery.fresh import draw_he_normal
 from elastic.surgery.reindexing import grow_index
-from elastic.training.classifier import ElasticClassifier
+from elastic.training.module import ElasticClassifier
 from elastic.training.own_parameters import OwnOptimizers
 from tests.fitted import EXACT, Run, Spy, fit, outputs, prepare
 from tests.resuming import assert_same
@@ -62,7 +62,8 @@ def module(seed: int = 0, **options: Any) -> ElasticClassifier:
 def attached(**options: Any) -> ElasticClassifier:
     """As if in a run of 40 steps."""
     made = module(**options)
-    made._trainer = SimpleNamespace(estimated_stepping_batches=40, num_training_batches=8)  # type: ignore[assignment]
+    loop = SimpleNamespace(setup_data=lambda: None)
+    made._trainer = SimpleNamespace(estimated_stepping_batches=40, num_training_batches=8, fit_loop=loop)  # type: ignore[assignment]
     return made
 
 

@@ -1,0 +1,109 @@
+"""Follow tensors that are made in a forward: of one value everywhere, or a copy of channels."""
+
+import numpy as np
+from torch import fx
+
+from elastic.widths.operations.counts import Count, get_counts, list_counts
+from elastic.widths.operations.interface import (
+    Axes,
+    NotFollowed,
+    Tracker,
+    get_axes,
+    get_input,
+    get_shape,
+    list_arguments,
+)
+from elastic.widths.operations.joining import broadcast
+from elastic.widths.union import Axis
+
+
+def fill(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow `torch.ones`, `x.new_zeros` and their like: a size that counts channels follows them."""
+    is_like = node.op == "call_method"
+    if is_like:
+        tracker.drop(get_axes(get_input(node)))
+    counts = _list_counts(list_arguments(node, int(is_like), "size"))
+    shape = get_shape(node)
+    if len(counts) != len(shape):
+        tracker.fix([a for count in counts for a in count.axes], node, "computes with the number of channels")
+        return (None,) * len(shape)
+    return tuple(_follow_count(tracker, node, count) for count in counts)
+
+
+def fill_like(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow `torch.zeros_like` and its like."""
+    return get_axes(get_input(node))
+
+
+def expand(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow dimensions of size 1 that are repeated to given sizes; all others keep theirs."""
+    source = get_input(node)
+    x, before, after = get_axes(source), get_shape(source), get_shape(node)
+    sizes = list_arguments(node, 1, "size", "sizes")
+    if len(sizes) == 1 and isinstance(sizes[0], fx.Node) and len(after) > 1:  # a shape
+        sizes = [*get_counts(sizes[0])]  # type: ignore[misc]
+    if len(sizes) != len(after):
+        raise NotFollowed("is given sizes in a way of its own")
+    y: list[Axis | None] = []
+    offset = len(after) - len(before)
+    for d, (size, count) in enumerate(zip(sizes, _list_counts(sizes), strict=True)):
+        own = x[d - offset] if d >= offset else None
+        if d >= offset and before[d - offset] == after[d]:
+            is_kept = own is None or (count.constant == -1 and not count.terms)
+            if not is_kept and not count.counts(own, tracker.elements) and not tracker.follow_size(size, own):
+                tracker.fix([own, *count.axes], node, "fixes the number of channels")
+            y.append(own)
+        else:
+            tracker.fix([own], node, "broadcasts one channel over many")
+            y.append(_follow_count(tracker, node, count))
+    return tuple(y)
+
+
+def expand_as(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow a tensor that is repeated to another's shape."""
+    return broadcast(tracker, node)
+
+
+def repeat(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow a tensor set side by side with itself: each channel comes again, in turns."""
+    source = get_input(node)
+    x, after = get_axes(source), get_shape(node)
+    times = list_arguments(node, 1, "repeats", "dims")
+    if len(times) != len(after) or not all(isinstance(n, int | fx.Node) for n in times):
+        raise NotFollowed("is given numbers in a way of its own")
+    axes = [*[None] * (len(after) - len(x)), *x]
+    y: list[Axis | None] = []
+    for axis, count in zip(axes, _list_counts(times), strict=True):
+        if axis is None and count.terms:
+            y.append(_follow_count(tracker, node, count))
+        else:
+            tracker.fix(count.axes, node, "computes with the number of channels")
+            y.append(None if axis is None else np.tile(axis, int(count.value)))
+    return tuple(y)
+
+
+def decide(tracker: Tracker, node: fx.Node) -> None:
+    """Fix the channels whose number decides which way the forward goes."""
+    question = node.args[0]
+    assert isinstance(question, fx.Node)
+    axes = [axis for count in list_counts(question) for axis in count.axes]
+    tracker.fix(axes, question, "decides by the number of channels")
+
+
+def _list_counts(sizes: list[object]) -> list[Count]:
+    """List what each size depends on, of numbers or of shapes."""
+    counts: list[Count] = []
+    for size in sizes:
+        found = size if isinstance(size, Count) else get_counts(size)
+        counts += [found] if isinstance(found, Count) else found
+    return counts
+
+
+def _follow_count(tracker: Tracker, node: fx.Node, count: Count) -> Axis | None:
+    """Give the channels whose number makes a dimension of equal entries."""
+    if not count.terms:
+        return None
+    if count.is_linear and count.constant == 0 and len(count.terms) == 1 and count.terms[0][0] == 1:
+        return count.terms[0][1]
+    tracker.fix(count.axes, node, "computes with the number of channels")
+    return None

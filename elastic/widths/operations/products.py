@@ -1,0 +1,84 @@
+"""Follow channels through products of tensors: matmul, einsum, attention.
+
+What is summed over agrees in both factors. It is mixed: a fresh channel is felt, since no weight reads it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+
+from elastic.widths.operations.interface import (
+    Axes,
+    NotFollowed,
+    Tracker,
+    get_argument,
+    get_axes,
+    get_input,
+    get_shape,
+)
+from elastic.widths.union import Axis
+
+SUMS = "sums over its channels"
+
+
+def multiply_matrices(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow matmul and bmm: the last dimension of one factor meets the last but one of the other."""
+    first, second = get_input(node), get_argument(node, 1, "other", "mat2", "tensor2")
+    if not isinstance(second, fx.Node) or min(len(get_shape(first)), len(get_shape(second))) < 2:
+        raise NotFollowed("multiplies by a vector")
+    batch = len(get_shape(node)) - 2
+    letters = [f"b{d}" for d in range(batch)]
+    terms = [
+        [*letters[batch + 2 - len(get_shape(factor)) :], *ends]
+        for factor, ends in ((first, ("row", "sum")), (second, ("sum", "column")))
+    ]
+    return _contract(tracker, node, [first, second], terms, [*letters, "row", "column"])
+
+
+def contract(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow an einsum that is given as a text and tensors."""
+    equation, *factors = node.args
+    if len(factors) == 1 and isinstance(factors[0], tuple | list):
+        factors = list(factors[0])
+    text = str(equation).replace(" ", "")
+    if not isinstance(equation, str) or "..." in text or "->" not in text:
+        raise NotFollowed("is no einsum of letters alone, with an arrow")
+    reads, _, writes = text.partition("->")
+    return _contract(tracker, node, factors, [list(term) for term in reads.split(",")], list(writes))
+
+
+def attend(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow scaled dot-product attention: queries agree with keys, and what is attended to with values."""
+    q, k, v = (get_argument(node, i, name) for i, name in enumerate(("query", "key", "value")))
+    letters = [f"b{d}" for d in range(len(get_shape(q)) - 2)]
+    terms = [[*letters, "row", "sum"], [*letters, "column", "sum"], [*letters, "column", "value"]]
+    mask = get_argument(node, 3, "attn_mask")
+    if isinstance(mask, fx.Node):
+        tracker.fix(get_axes(mask), node, "is given a mask")
+    return _contract(tracker, node, [q, k, v], terms, [*letters, "row", "value"])
+
+
+def _contract(
+    tracker: Tracker,
+    node: fx.Node,
+    factors: Sequence[Any],
+    terms: Sequence[Sequence[str]],
+    result: Sequence[str],
+) -> Axes:
+    """Let dimensions of one letter agree; those that the result lacks are summed over, and mixed."""
+    axes: dict[str, list[tuple[Axis | None, int]]] = {}
+    for factor, letters in zip(factors, terms, strict=True):
+        for letter, axis, size in zip(letters, get_axes(factor), get_shape(factor), strict=True):
+            axes.setdefault(letter, []).append((axis, size))
+    agreed: dict[str, Axis | None] = {}
+    for letter, ends in axes.items():
+        largest = max(size for _, size in ends)
+        tracker.fix([a for a, size in ends if size < largest], node, "broadcasts one channel over many")
+        first, *others = [axis for axis, size in ends if size == largest]
+        for axis in others:
+            tracker.unite(first, axis, node)
+        agreed[letter] = first
+        if letter not in result:
+            tracker.mix([first], node, SUMS)
+    return tuple(agreed[letter] for letter in result)

@@ -1,0 +1,195 @@
+"""Trace what asks for sizes: what the example's shape decides is computed when it is asked for.
+
+The graph then holds a node that expects the same answer: for another shape it raises an error.
+"""
+
+import operator
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
+
+from elastic.errors import StructureError
+from elastic.widths.tracing.meta import make_meta_copy
+
+Instruction = tuple[CodeType, int]  # the place in the code where a frame is
+
+# Functions that make a tensor of given sizes: torch.fx does not see them where these are traced numbers.
+FACTORIES = ("ones", "zeros", "full", "empty", "arange", "rand", "randn", "linspace", "eye")
+# Methods that torch.fx puts its own in place of while it traces.
+PATCHED = {name: getattr(nn.Module, name) for name in ("__call__", "__getattr__")}
+
+
+def expect_same(value: object, expected: object) -> None:
+    """Raise StructureError where a traced network would have gone another way.
+
+    Raises:
+        StructureError: the input is of another shape than that for which the network was traced.
+    """
+    if value != expected:
+        raise StructureError(
+            f"the network was traced for inputs of another shape ({expected} there is {value} here): "
+            "give it inputs of the example's shape"
+        )
+
+
+class _Asked:
+    """Answer with a number where Python insists on one."""
+
+    def __index__(self) -> int:
+        caller = sys._getframe(1)
+        return int(self.tracer.ask(self, (caller.f_code, caller.f_lasti)))  # type: ignore[attr-defined]
+
+    __int__ = __index__
+
+    def __float__(self) -> float:
+        """Give a number for good."""
+        return float(self.tracer.ask(self))  # type: ignore[attr-defined]
+
+    def __len__(self) -> int:
+        tracer = self.tracer  # type: ignore[attr-defined]
+        return int(tracer.ask(tracer.create_proxy("call_function", len, (self,), {})))
+
+
+class _AskedAttribute(_Asked, fx.proxy.Attribute):
+    pass
+
+
+class _AskedProxy(_Asked, fx.Proxy):
+    def __getattr__(self, k: str) -> fx.proxy.Attribute:
+        return _AskedAttribute(self, k)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+class ConcreteTracer(fx.Tracer):
+    """Trace, and compute what the forward asks for from the shapes of an example."""
+
+    def __init__(self, inputs: Sequence[Tensor] = ()) -> None:
+        super().__init__()
+        self._inputs, self._values = inputs, dict[fx.Node, Any]()
+        self._replica: nn.Module | None = None
+        self._asked: list[tuple[fx.Node, Instruction]] = []  # since the last node, and by whom
+
+    def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
+        """Make a node; a number that torch has looked at only to see that it is one was not asked for."""
+        asked, self._asked = self._asked, []
+        frame: FrameType | None = sys._getframe(1)
+        callers: set[Instruction] = set()
+        while asked and frame is not None:
+            callers.add((frame.f_code, frame.f_lasti))
+            frame = frame.f_back
+        for node, caller in asked:
+            if caller in callers:
+                self.graph.erase_node(node)
+        return super().create_proxy(*args, **kwargs)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _AskedProxy(node, self) if self._inputs else fx.Proxy(node, self)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        return bool(self.ask(obj)) if self._inputs else super().to_bool(obj)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        value = self._evaluate(obj.node) if self._inputs else None
+        if not isinstance(value, tuple | list):
+            return super().iter(obj)
+        parts: Any = obj
+        return iter([parts[i] for i in range(len(value))])
+
+    def ask(self, proxy: fx.Proxy, caller: Instruction | None = None) -> Any:
+        """Compute a number from the example's shape, and let the graph expect it.
+
+        Args:
+            caller: the place in the code that asks.
+
+        Raises:
+            TraceError: it depends on the data.
+        """
+        value = self._evaluate(proxy.node)
+        if not isinstance(value, bool | int | float):
+            raise fx.proxy.TraceError("it asks for what depends on the data")
+        expected = self.create_proxy("call_function", expect_same, (proxy, value), {})
+        if caller is not None:
+            self._asked.append((expected.node, caller))
+        return value
+
+    def _evaluate(self, node: fx.Node) -> Any:
+        """Compute what a node gives, without data."""
+        if self._replica is None:
+            with _untraced():
+                self._replica = make_meta_copy(self.root)
+        needed, pending = set[fx.Node](), [node]
+        while pending:
+            source = pending.pop()
+            if source not in needed and source not in self._values:
+                needed.add(source)
+                pending += source.all_input_nodes
+        inputs = dict(zip(node.graph.find_nodes(op="placeholder"), self._inputs, strict=False))
+        with torch.no_grad(), _untraced():
+            for source in (n for n in node.graph.nodes if n in needed):
+                self._values[source] = self._compute(source, inputs)
+        return self._values[node]
+
+    def _compute(self, node: fx.Node, inputs: dict[fx.Node, Tensor]) -> Any:
+        assert self._replica is not None
+        args = map_arg(node.args, self._values.__getitem__)
+        kwargs = map_arg(node.kwargs, self._values.__getitem__)
+        target: Any = node.target
+        if node.op == "placeholder":
+            return inputs[node] if node in inputs else node.args[0]
+        if node.op == "get_attr":
+            path, _, name = target.rpartition(".")
+            owner = self._replica.get_submodule(path)
+            value = getattr(owner, name) if hasattr(owner, name) else getattr(self.root, name)
+            return value.to("meta") if isinstance(value, Tensor) else value
+        if node.op == "call_module":
+            return self._replica.get_submodule(target)(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], target)(*args[1:], **kwargs)
+        value = target(*args, **kwargs)
+        return value.to("meta") if isinstance(value, Tensor) else value
+
+
+@contextmanager
+def _untraced() -> Iterator[None]:
+    """Let modules be called for their values, in the middle of a trace."""
+    before = [getattr(nn.Module, name) for name in PATCHED]
+    try:
+        for name, method in PATCHED.items():
+            setattr(nn.Module, name, method)
+        yield
+    finally:
+        for name, method in zip(PATCHED, before, strict=True):
+            setattr(nn.Module, name, method)
+
+
+@contextmanager
+def trace_factories(tracer: fx.Tracer) -> Iterator[None]:
+    """Let functions that make tensors be traced where they are given traced numbers."""
+    before = {name: getattr(torch, name) for name in FACTORIES}
+    try:
+        for name, function in before.items():
+            setattr(torch, name, _make_traceable(tracer, function))
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(torch, name, function)
+
+
+def _make_traceable(tracer: fx.Tracer, function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def make(*args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(value, fx.Proxy) for value in tree_leaves((args, kwargs))):
+            return tracer.create_proxy("call_function", function, args, kwargs)
+        return function(*args, **kwargs)
+
+    return make

@@ -1,0 +1,376 @@
+"""Check a configuration against the signatures of what it names: each option exists, has its type and range.
+
+Ranges stand beside the defaults in this package's own signatures (`elastic.ranges`). Others' signatures have
+types at most: what their numbers have to be is said here.
+"""
+
+import difflib
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, Literal
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from elastic.errors import OptionError
+from elastic.experiments.tools.trust import find_object
+from elastic.ranges import (
+    ANYTHING,
+    Count,
+    Natural,
+    NotNegative,
+    Part,
+    Positive,
+    Range,
+    Seed,
+    describe,
+    explain,
+    fits,
+    get_hints,
+)
+
+MISSING = "???"
+Share = Natural | Part  # a number of batches, or a part of them
+Below1 = Annotated[float, Range(0, 1, below=True)]
+# By where something is defined: ranges of options that others have, whichever of their classes it is.
+THEIRS: dict[str, dict[str, Any]] = {
+    "torch.optim.lr_scheduler": {
+        "max_lr": Positive | list[Positive],
+        "pct_start": Annotated[float, Range(0, 1, above=True, below=True)],
+        "div_factor": Positive,
+        "final_div_factor": Positive,
+        "gamma": Positive,
+        "factor": NotNegative,
+        "start_factor": Annotated[float, Range(0, 1, above=True)],
+        "end_factor": Part,
+        "patience": Natural,
+        "cooldown": Natural,
+        "step_size": Count,
+        "total_iters": Count,
+        "milestones": list[Natural],
+        "T_max": Count,
+        "T_0": Count,
+        "T_mult": Count,
+        "eta_min": NotNegative,
+        "min_lr": NotNegative | list[NotNegative],
+        "base_momentum": Below1,
+        "max_momentum": Below1,
+    },
+    "torch.optim": {
+        "lr": NotNegative,
+        "momentum": Below1,
+        "dampening": Part,
+        "weight_decay": NotNegative,
+        "eps": NotNegative,
+        "alpha": Part,
+        "rho": Part,
+        "lr_decay": NotNegative,
+        "momentum_decay": NotNegative,
+        "betas": tuple[Below1, Below1],
+    },
+    "lightning.pytorch.trainer": {
+        "max_epochs": Count | Literal[-1] | None,  # where steps or time bound the run
+        "min_epochs": Natural | None,
+        "max_steps": Annotated[int, Range(-1)],
+        "min_steps": Natural | None,
+        "precision": Literal["auto"] | str | Literal[16, 32, 64],
+        "limit_train_batches": Share | None,
+        "limit_val_batches": Share | None,
+        "limit_test_batches": Share | None,
+        "limit_predict_batches": Share | None,
+        "overfit_batches": Share,
+        "val_check_interval": Share | None,
+        "check_val_every_n_epoch": Count | None,
+        "num_sanity_val_steps": Annotated[int, Range(-1)],
+        "log_every_n_steps": Natural,
+        "accumulate_grad_batches": Count,
+        "gradient_clip_val": NotNegative | None,
+        "gradient_clip_algorithm": Literal["norm", "value"] | None,
+        "reload_dataloaders_every_n_epochs": Natural,
+        "num_nodes": Count,
+        "devices": Annotated[int, Range(-1)] | str | list[Natural],
+    },
+    "lightning.pytorch.callbacks": {
+        "every_n_epochs": Count | None,
+        "every_n_train_steps": Count | None,
+        "decay": Below1,
+        "patience": Count,
+        "min_delta": NotNegative,
+    },
+    "lightning.pytorch.loggers": {"flush_logs_every_n_steps": Count},
+}
+# What the run itself gives to the trainer, and which option decides it.
+GIVEN = {
+    "callbacks": "callbacks.<name>",
+    "logger": "logger",
+    "enable_progress_bar": "callbacks.progress",
+    "default_root_dir": "run",
+}
+# Of the checkpoint that a run goes on from.
+CHECKPOINT = {
+    "filename": "last",
+    "enable_version_counter": False,
+    "monitor": None,
+    "save_top_k": 1,
+    "save_weights_only": False,
+    "save_on_train_epoch_end": True,
+}
+# Of every summary, beside its metric.
+NUMBERS = (
+    *("params", "params_dense", "macs", "macs_dynamic", "macs_training", "wall_s"),
+    *("epochs", "budget/target", "budget/actual"),
+)
+FURTHER = {"model": ("in_channels", "classes"), "task": ("classes",)}  # that are given to what is made
+
+
+@dataclass
+class RunOptions:
+    """Name the options of a run that no part of it has, with their types and ranges."""
+
+    name: str
+    run: str
+    seed: Seed
+    label_smoothing: Below1
+    objectives: list[str]
+    timeline: str | None
+    init: str | None
+    compile: bool
+    threads: Annotated[int, Range(1, 1024)] | None
+    trust: list[str]
+
+
+PARTS = {
+    "task": "classification",
+    "data": "digits",
+    "model": "convnet",
+    "optimizer": "adamw",
+    "trainer": "default",
+}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """Hold what a signature says of an argument."""
+
+    hint: Any
+    default: Any
+    is_bounded: bool  # by us: its own default need not be possible here
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Hold the arguments that something takes by name; `others` if any more."""
+
+    parameters: Mapping[str, Parameter]
+    others: bool
+
+
+def check_options(cfg: DictConfig) -> None:
+    """Refuse options that cannot be, and write whole numbers as such (2e3 is 2000).
+
+    Raises:
+        OptionError: for the first that is unknown, missing, of another type, or out of range.
+    """
+    for part, choice in PARTS.items():
+        if not isinstance(cfg.get(part), DictConfig) or "_target_" not in cfg[part]:
+            raise OptionError(f"there is no {part}: choose one, such as {part}={choice}")
+    content = _resolve(cfg)
+    for name, hint in get_hints(RunOptions.__init__).items():
+        if name in content:
+            _check_value(cfg, name, content[name], hint)
+    _check_objectives(content)
+    for part in (
+        "task",
+        "data",
+        "model",
+        "optimizer",
+        "lr_scheduler",
+        "trainer",
+        "logger",
+        "trigger",
+        "callbacks",
+    ):
+        _check_node(cfg, part, content.get(part))
+    _check_checkpoint(content)
+    for name in GIVEN.keys() & content["trainer"].keys():
+        raise OptionError(f"trainer.{name} is given by the run itself: set {GIVEN[name]} instead")
+
+
+def _check_objectives(content: Mapping[str, Any]) -> None:
+    """Refuse to search by what no summary has; callbacks of the user's own may report what they like."""
+    metric = content["task"].get("metric")
+    numbers = (f"val/{metric}", f"test/{metric}", *NUMBERS)
+    objectives = content.get("objectives", numbers[:1])
+    targets = [node["_target_"] for node in content["callbacks"].values() if node is not None]
+    known = all(target.startswith(("elastic.", "lightning.")) for target in targets)
+    for name in objectives or [""]:
+        if name not in numbers and (known or not name):
+            close = difflib.get_close_matches(name, numbers, 1)
+            remedy = f"did you mean {close[0]}?" if close else f"there are {', '.join(numbers)}"
+            raise OptionError(f"objectives={objectives} cannot be, no summary has '{name}': {remedy}")
+
+
+def _check_checkpoint(content: Mapping[str, Any]) -> None:
+    """Refuse what would leave a run nothing to go on from."""
+    node = content["callbacks"].get("checkpoint")
+    for name, value in (CHECKPOINT | {"dirpath": content["run"]}).items() if node else ():
+        if node.get(name, value) != value:
+            raise OptionError(
+                f"callbacks.checkpoint.{name}={node[name]} cannot be, a run goes on from last.ckpt: leave "
+                "it; for other checkpoints add a callback of another name, +callbacks.best._target_=…"
+            )
+
+
+def check_part(cfg: DictConfig, part: str) -> None:
+    """Refuse options of one part that cannot be, see `check_options`."""
+    _check_node(cfg, part, _resolve(cfg)[part])
+
+
+def _resolve(cfg: DictConfig) -> dict[str, Any]:
+    try:
+        content: Any = OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        key = next((line.partition(":")[2].strip() for line in lines if line.startswith("full_key:")), "")
+        raise OptionError(f"{key or 'an option'} cannot be resolved: {lines[0]}") from error
+    return dict(content)
+
+
+def _check_node(cfg: DictConfig, key: str, node: Any) -> None:
+    """Check a part of a configuration, and the parts that it has."""
+    for name, child in _iterate_children(node):
+        _check_node(cfg, f"{key}.{name}", child)
+    if not isinstance(node, dict) or "_target_" not in node:
+        return
+    signature = _read_target(key, node["_target_"])
+    for name, value in node.items():
+        if name.startswith("_") and name.endswith("_"):  # Hydra's own
+            continue
+        if name in signature.parameters:
+            parameter = signature.parameters[name]
+            if value != MISSING and not _is_default(value, parameter):
+                _check_value(cfg, f"{key}.{name}", value, parameter.hint)
+        elif not signature.others:
+            raise OptionError(_explain_unknown(f"{key}.{name}", name, signature))
+        if value == MISSING:
+            hint = signature.parameters[name].hint if name in signature.parameters else str
+            raise OptionError(f"{key}.{name} is missing: set it to {describe(hint)}")
+    if not node.get("_partial_") and not node.get("_args_"):
+        given = {*node, *FURTHER.get(key, ())}
+        for name, parameter in signature.parameters.items():
+            if parameter.default is inspect.Parameter.empty and name not in given:
+                raise OptionError(
+                    f"{key}.{name} is missing: {explain(name, None, parameter.hint).partition(': ')[2]}"
+                )
+
+
+def _iterate_children(node: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(node, dict):
+        yield from node.items()
+    elif isinstance(node, list):
+        yield from enumerate(node)
+
+
+def _check_value(cfg: DictConfig, key: str, value: Any, hint: Any) -> None:
+    """Check an option's value; what is written as another number is put right."""
+    plain = _replace_parts(value)
+    if fits(plain, hint):
+        return
+    whole = _as_whole(plain)
+    if repr(whole) != repr(plain) and fits(whole, hint):
+        with open_dict(cfg):
+            OmegaConf.update(cfg, key, whole, merge=False)
+    elif isinstance(plain, int) and not isinstance(plain, bool) and fits(str(plain), hint):
+        with open_dict(cfg):
+            OmegaConf.update(cfg, key, str(plain), merge=False)
+    else:
+        raise OptionError(explain(key, value, hint))
+
+
+def _replace_parts(value: Any) -> Any:
+    """Put in place of every part with a `_target_` what fits any type."""
+    if isinstance(value, dict):
+        return (
+            ANYTHING if "_target_" in value else {name: _replace_parts(each) for name, each in value.items()}
+        )
+    return [_replace_parts(each) for each in value] if isinstance(value, list) else value
+
+
+def _as_whole(value: Any) -> Any:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return [_as_whole(each) for each in value] if isinstance(value, list) else value
+
+
+def _is_default(value: Any, parameter: Parameter) -> bool:
+    same = type(value) is type(parameter.default) and value == parameter.default
+    return same and not parameter.is_bounded
+
+
+def _explain_unknown(key: str, name: str, signature: Signature) -> str:
+    names = sorted(signature.parameters)
+    close = difflib.get_close_matches(name, names, 1)
+    remedy = f"did you mean {close[0]}?" if close else f"there are {', '.join(names) or 'none'}"
+    return f"there is no option {key}: {remedy}"
+
+
+def _read_target(key: str, target: Any) -> Signature:
+    """Read what a class or a function that a configuration names takes.
+
+    Raises:
+        OptionError: it cannot be imported, or is neither.
+    """
+    if not isinstance(target, str) or not target:
+        raise OptionError(f"{key}._target_={target} is no name: set it to that of a class or a function")
+    try:
+        thing = find_object(target)
+    except Exception as error:  # of whatever its module does when it is imported
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        raise OptionError(f"{key} names {target}, which cannot be imported: {cause}") from error
+    if not callable(thing):
+        raise OptionError(f"{key} names {target}, which is neither a class nor a function: name one")
+    return read_signature(thing)
+
+
+@cache
+def read_signature(thing: Any) -> Signature:
+    """Read what a class or a function takes by name; of a class of ours what it hands on as well."""
+    parameters: dict[str, Parameter] = {}
+    others = False
+    for function in _list_constructors(thing) if inspect.isclass(thing) else [thing]:
+        try:
+            found = list(inspect.signature(function).parameters.values())
+        except (TypeError, ValueError):  # written in C
+            return Signature(parameters, True)
+        for parameter in found[inspect.isclass(thing) :]:
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                parameters.setdefault(parameter.name, _read_parameter(function, parameter))
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in found):
+            break
+        others = others or not _is_ours(function)  # which hands them on to whatever it likes
+    return Signature(parameters, others)
+
+
+def _list_constructors(thing: type) -> list[Any]:
+    """List the constructor of a class, and of one of ours those that it hands options on to."""
+    found = [vars(base)["__init__"] for base in thing.__mro__ if "__init__" in vars(base)]
+    return found if any(map(_is_ours, thing.__mro__)) else found[:1]
+
+
+def _is_ours(thing: Any) -> bool:
+    return str(getattr(thing, "__module__", "")).startswith("elastic.")
+
+
+def _read_parameter(function: Any, parameter: inspect.Parameter) -> Parameter:
+    bounds = _find_bounds(function)
+    hint = bounds.get(parameter.name, get_hints(function).get(parameter.name, Any))
+    return Parameter(hint, parameter.default, parameter.name in bounds)
+
+
+def _find_bounds(function: Any) -> Mapping[str, Any]:
+    """Find what is said here of the options of others' classes, by where their constructor is defined."""
+    module = getattr(function, "__module__", "") or ""
+    found = (ranges for package, ranges in THEIRS.items() if f"{module}.".startswith(f"{package}."))
+    return next(found, {})

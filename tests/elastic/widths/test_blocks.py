@@ -1,0 +1,389 @@
+"""Blocks of published networks and unusual forwards, each between two convolutions: followed, or refused."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from elastic.surgery.checking import fix_wrong_widths
+from elastic.surgery.reindexing import grow_index, reindex
+from elastic.widths.discovery import Widths, find_widths
+from tests.elastic.widths.odd import between
+from tests.elastic.zoo import conv
+
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class GlobalResponseNorm(nn.Module):
+    """ConvNeXt V2, arXiv 2301.00808."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gamma, self.beta = (nn.Parameter(torch.rand(1, 1, 1, channels)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1)
+        norm = torch.norm(x, p=2, dim=(1, 2), keepdim=True)
+        x = self.gamma * (x * norm / (norm.mean(dim=-1, keepdim=True) + 1e-6)) + self.beta + x
+        return x.permute(0, 3, 1, 2)
+
+
+class StandardisedByMoments(nn.Conv2d):
+    """Weight standardisation, arXiv 1903.10520."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        var, mean = torch.var_mean(self.weight, dim=[1, 2, 3], keepdim=True, unbiased=False)
+        weight = (self.weight - mean) / torch.sqrt(var + 1e-7)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class StandardisedInSteps(nn.Conv2d):
+    """The same, as its authors wrote it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight
+        w = w - w.mean(dim=1, keepdim=True).mean(dim=2, keepdim=True).mean(dim=3, keepdim=True)
+        std = w.view(w.size(0), -1).std(dim=1).view(-1, 1, 1, 1) + 1e-5
+        w = w / std.expand_as(w)
+        return F.conv2d(x, w, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class StandardisedByNorm(nn.Conv2d):
+    """The same by batch norm, with a gain (NFNet, arXiv 2101.08692)."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.gain, self.scale = nn.Parameter(torch.rand(self.out_channels, 1, 1, 1)), 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = F.batch_norm(
+            self.weight.reshape(1, self.out_channels, -1),
+            *(None, None),
+            weight=(self.gain * self.scale).view(-1),
+            training=True,
+            momentum=0.0,
+        ).reshape_as(self.weight)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class PaddedAlike(nn.Conv2d):
+    """Pads as much as the input's size asks for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        excess = [max((-(-n // 2) - 1) * 2 + 3 - n, 0) for n in x.shape[-2:]]
+        if any(excess):
+            x = F.pad(
+                x, (excess[1] // 2, excess[1] - excess[1] // 2, excess[0] // 2, excess[0] - excess[0] // 2)
+            )
+        return F.conv2d(x, self.weight, self.bias, 2, 0, self.dilation, self.groups)
+
+
+class Csp(nn.Module):
+    """C2f of YOLOv8: one part goes on through convolutions, all are joined."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.c = channels // 2
+        self.one, self.two, self.three = conv(8, 2 * self.c), conv(self.c, self.c, 3), conv(3 * self.c, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = list(self.one(x).split((self.c, self.c), 1))
+        return self.three(torch.cat([*parts, self.two(parts[-1])], 1))
+
+
+class Halved(Csp):
+    """CSPNet, arXiv 1911.11929: the size of a half is computed from an attribute."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.one(x).split(self.c * 2 // 2, dim=1)
+        return self.three(torch.cat([left, right, self.two(right)], 1))
+
+
+class Ghost(nn.Module):
+    """GhostNet, arXiv 1911.11907."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.out_chs = channels
+        self.primary, self.cheap = conv(8, 4), conv(4, 4, 3, groups=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.primary(x)
+        return torch.cat([x, self.cheap(x)], 1)[:, : self.out_chs, :, :]
+
+
+class Partial(nn.Module):
+    """FasterNet, arXiv 2303.03667: a convolution of some channels, the others stay."""
+
+    def __init__(self, channels: int, by_slices: bool = False) -> None:
+        super().__init__()
+        self.some, self.by_slices = channels // 4, by_slices
+        self.others = channels - self.some
+        self.conv = conv(self.some, self.some, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.by_slices:
+            x = x.clone()
+            x[:, : self.some, :, :] = self.conv(x[:, : self.some, :, :])
+            return x
+        some, others = torch.split(x, [self.some, self.others], dim=1)
+        return torch.cat((self.conv(some), others), 1)
+
+
+class Branches(nn.Module):
+    """InceptionNeXt, arXiv 2303.16900: sizes in a tuple."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.sizes = (channels - 4, 2, 2)
+        self.square, self.row = conv(2, 2, 3, groups=2), conv(2, 2, 3, groups=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        same, square, row = torch.split(x, self.sizes, dim=1)
+        return torch.cat((same, self.square(square), self.row(row)), dim=1)
+
+
+class Steps(nn.Module):
+    """Res2Net, arXiv 1904.01169: each part is added to the next."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.convs = nn.ModuleList(conv(width, width, 3) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *parts = torch.split(x, self.width, 1)
+        outputs = [first]
+        for part, layer in zip(parts, self.convs, strict=False):
+            outputs.append(layer(part + outputs[-1]))
+        return torch.cat([*outputs, *parts[2:]], 1)
+
+
+class Selective(nn.Module):
+    """Selective kernels, arXiv 1903.06586: softmax over branches that are stacked."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.a, self.b, self.down = conv(channels, channels, 3), conv(channels, channels), conv(channels, 4)
+        self.up = conv(4, 2 * channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        branches = torch.stack([self.a(x), self.b(x)], dim=1)
+        weight = self.up(F.relu(self.down(branches.sum(1).mean((2, 3), keepdim=True))))
+        b, c, h, w = weight.shape
+        return (branches * weight.view(b, 2, c // 2, h, w).softmax(dim=1)).sum(dim=1)
+
+
+class Attention(nn.Module):
+    """Attention with heads over positions."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.heads, self.size = 2, channels // 2
+        self.qkv, self.out = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        qkv = self.qkv(x.flatten(2).transpose(1, 2)).reshape(b, h * w, 3, self.heads, self.size)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        y = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        return self.out(y.transpose(1, 2).reshape(b, h * w, c)).transpose(1, 2).reshape(b, c, h, w)
+
+
+class CrossAttention(nn.Module):
+    """Attention between channels (XCiT, arXiv 2106.09681)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = conv(8, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.flatten(2) for part in self.qkv(x).chunk(3, 1))
+        weight = (F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)).softmax(-1)
+        return (weight @ v).view(x.shape)
+
+
+class EfficientChannelAttention(nn.Module):
+    """ECA-Net, arXiv 1910.03151: a convolution along the channels knows their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(1, 1, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x.mean((2, 3)).view(x.shape[0], 1, -1)).sigmoid()
+        return x * y.view(x.shape[0], -1, 1, 1).expand_as(x)
+
+
+class Reordered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("order", torch.tensor([3, 1, 2, 0, 7, 6, 5, 4]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, self.order]
+
+
+def just(forward: Callable[[Any, Tensor], Tensor], reads: int = 8, **layers: Any) -> Callable[[], nn.Module]:
+    return lambda: between(forward, reads=reads, **layers)
+
+
+def block(make: Callable[[], nn.Module], reads: int = 8) -> Callable[[], nn.Module]:
+    return lambda: between(lambda m, x: m.block(x), reads=reads, block=make())
+
+
+# What is free beside the last convolution.
+FOLLOWED: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
+    "global response norm": (block(lambda: GlobalResponseNorm(8)), {"stem"}),
+    "standardised by moments": (block(lambda: StandardisedByMoments(8, 8, 3, padding=1)), {"stem", "block"}),
+    "standardised in steps": (block(lambda: StandardisedInSteps(8, 8, 3, padding=1)), {"stem", "block"}),
+    "standardised by norm": (block(lambda: StandardisedByNorm(8, 8, 3, padding=1)), {"stem", "block"}),
+    "standardised in groups": (
+        block(lambda: StandardisedByNorm(8, 8, 3, padding=1, groups=2)),
+        {"stem", "block"},
+    ),
+    "standardised, depthwise": (block(lambda: StandardisedByNorm(8, 8, 3, padding=1, groups=8)), {"stem"}),
+    "padded alike": (block(lambda: PaddedAlike(8, 8, 3)), {"stem", "block"}),
+    "csp": (block(lambda: Csp(8)), {"stem", "block.one", "block.two", "block.three"}),
+    "half of an attribute": (block(lambda: Halved(8)), {"stem", "block.one", "block.two", "block.three"}),
+    "ghost": (block(lambda: Ghost(8)), {"stem", "block.primary"}),
+    "partial": (block(lambda: Partial(8)), {"stem", "stem:1", "block.conv"}),
+    "partial, written into": (block(lambda: Partial(8, True)), {"stem", "stem:1"}),
+    "branches": (block(lambda: Branches(8)), {"stem", "stem:1", "stem:2"}),
+    "steps": (block(lambda: Steps(2)), {"stem", "block.convs.1"}),
+    "selective": (block(lambda: Selective(8)), {"stem", "block.a", "block.down"}),
+    "attention": (block(lambda: Attention(8)), {"stem"}),
+    "attention of channels": (block(CrossAttention), {"stem"}),
+    "glu": (just(lambda m, x: F.glu(x, 1), 4), {"stem"}),
+    "glu as a layer": (just(lambda m, x: m.glu(x), 4, glu=nn.GLU(1)), {"stem"}),
+    "pixel shuffle": (just(lambda m, x: F.pixel_shuffle(x, 2), 2), {"stem"}),
+    "pixel unshuffle": (just(lambda m, x: m.down(x), 32, down=nn.PixelUnshuffle(2)), {"stem"}),
+    "channel shuffle": (just(lambda m, x: m.shuffle(x), shuffle=nn.ChannelShuffle(2)), {"stem"}),
+    "movedim": (
+        just(lambda m, x: m.one(x.movedim(1, -1)).movedim(-1, 1), one=nn.Linear(8, 8)),
+        {"stem", "one"},
+    ),
+    "repeat": (just(lambda m, x: x.repeat(1, 2, 1, 1), 16), {"stem"}),
+    "expand": (just(lambda m, x: x * x.mean((2, 3), keepdim=True).expand(-1, -1, 8, 8)), {"stem"}),
+    "expand to a shape": (just(lambda m, x: x + x.mean(1, keepdim=True).expand(x.shape)), {"stem"}),
+    "einsum": (
+        just(lambda m, x: torch.einsum("bchw,bc->bchw", x, x.mean((2, 3)))),
+        {"stem"},
+    ),
+    "new zeros": (just(lambda m, x: x + x.new_zeros(x.size(0), x.size(1), 1, 1)), {"stem"}),
+    "ones": (just(lambda m, x: x * torch.ones(x.shape[0], x.shape[1], 1, 1)), {"stem"}),
+    "joined with zeros": (
+        just(lambda m, x: torch.cat([x, x.new_zeros(x.shape[0], 2, 8, 8)], axis=1), 10),
+        {"stem"},
+    ),
+    "a branch on space": (
+        just(lambda m, x: m.one(x) if x.shape[2] > 4 else x, one=conv(8, 8)),
+        {"stem", "one"},
+    ),
+    "stack and sum": (just(lambda m, x: torch.stack([x, F.relu(x)]).sum(0)), {"stem"}),
+    "stacked pairs": (just(lambda m, x: torch.stack([x, F.relu(x)], 2).flatten(1, 2), 16), {"stem"}),
+    "where": (just(lambda m, x: torch.where(x > 0, x, m.one(x)), one=conv(8, 8)), {"stem"}),
+    "maximum over channels": (just(lambda m, x: x * x.max(1, keepdim=True)[0]), {"stem"}),
+    "flipped in space": (just(lambda m, x: x.flip(3).roll(1, 2)), {"stem"}),
+    "a size of another layer": (
+        just(lambda m, x: m.one(x).reshape(-1, m.one.out_channels, 64)[..., None], one=conv(8, 8)),
+        {"stem", "one"},
+    ),
+}
+
+
+@pytest.mark.parametrize(("build", "free"), FOLLOWED.values(), ids=FOLLOWED)
+def test_a_block_is_followed(build: Callable[[], nn.Module], free: set[str]) -> None:
+    torch.manual_seed(0)
+    model = build().eval()
+    widths = find_widths(model, X)
+    assert set(widths) == free | {"last"}, widths.fixed
+    fix_wrong_widths(model, widths)
+    assert set(widths) == free | {"last"}, widths.fixed
+    assert find_widths(model, X) == widths
+    check_changes(model, widths)
+
+
+@torch.no_grad()
+def check_changes(model: nn.Module, widths: Widths) -> None:
+    """A block that has grown and shrunk runs, and is found again with the widths that it had."""
+    for indices in (
+        {name: grow_index(width.size, 2) for name, width in widths.items()},
+        {name: list(range(2, 2 + width.size)) for name, width in widths.items()},
+    ):
+        reindex(model, widths, indices)
+        model(X)
+        assert find_widths(model, X) == widths
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "efficient channel attention": (
+        block(EfficientChannelAttention),
+        "works on channels as if they were space",
+    ),
+    "reordered by a buffer": (block(Reordered), "picks channels by a list"),
+    "index_select": (
+        just(lambda m, x: x.index_select(1, torch.tensor([0, 2, 1, 3])), 4),
+        "picks channels by a list",
+    ),
+    "a branch on channels": (just(lambda m, x: x * 2 if x.shape[1] == 8 else x), "decides by the number"),
+    "a loop over channels": (
+        just(lambda m, x: x + sum(x[:, i : i + 1] for i in range(x.shape[1]))),
+        "decides by the number of channels",
+    ),
+    "ones of a number": (just(lambda m, x: x * torch.ones(x.shape[0], 8, 1, 1)), "joins a part that never"),
+    "numbers of channels": (just(lambda m, x: x * torch.arange(x.shape[1])[:, None, None]), "computes with"),
+    "expanded to a number": (just(lambda m, x: x + x.mean(1, keepdim=True).expand(-1, 8, -1, -1)), "joins a"),
+    "flipped": (just(lambda m, x: x.flip(1)), "changes the order of its channels"),
+    "rolled": (just(lambda m, x: x.roll(1, 1)), "changes the order of its channels"),
+    "the largest channel": (
+        just(lambda m, x: x * x.max(1, keepdim=True)[1]),
+        "says which channel is the larg",
+    ),
+    "response norm of neighbours": (
+        just(lambda m, x: m.one(x), one=nn.LocalResponseNorm(3)),
+        "cannot be foll",
+    ),
+    "pooled over channels": (
+        just(lambda m, x: F.max_pool3d(x[:, None], (3, 1, 1), 1, (1, 0, 0))[:, 0]),
+        "works on channels as if they were space",
+    ),
+    "one channel overwritten": (
+        just(lambda m, x: (y := x.clone(), y.__setitem__((slice(None), 0), 0), y)[2]),
+        "picks single channels",
+    ),
+    "every other channel": (just(lambda m, x: x[:, ::2], 4), "fixes the number of channels"),
+    "taken apart": (just(lambda m, x: torch.stack(x.unbind(1)[::-1], 1)), "picks single channels"),
+}
+
+
+@pytest.mark.parametrize(("build", "reason"), REFUSED.values(), ids=REFUSED)
+def test_a_block_is_refused_by_name(build: Callable[[], nn.Module], reason: str) -> None:
+    torch.manual_seed(0)
+    widths = find_widths(build(), X)
+    assert set(widths) == {"last"} and reason in widths.fixed["stem"]
+
+
+def test_an_attribute_that_is_used_as_it_is_fixes_what_it_counts() -> None:
+    class Scaled(Csp):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.c
+
+    torch.manual_seed(0)
+    widths = find_widths(between(lambda m, x: m.block(x), block=Scaled(8)), X)
+    assert set(widths) == {"stem", "block.two", "block.three", "last"}
+    assert "takes c as it is" in widths.fixed["block.one"]
+
+
+def test_a_network_that_asked_for_a_shape_refuses_another() -> None:
+    from elastic.errors import StructureError
+    from elastic.widths.tracing import make_meta_copy, trace
+
+    model = between(lambda m, x: m.one(x) if x.shape[2] > 4 else x, one=conv(8, 8))
+    traced = trace(make_meta_copy(model), X.to("meta"))
+    assert traced(X.to("meta")).shape == (2, 5)
+    with pytest.raises(StructureError, match="traced for inputs of another shape"):
+        traced(X[..., :4, :4].to("meta"))
