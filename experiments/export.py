@@ -53,7 +53,8 @@ def export_run(
     about = {"data": finished.config.choices.data, **describe_data(data), **network.about}
     calibration = data.sample(CALIBRATION, seed=0)[0].split(32) if int8 else ()
     difference = export(net, finished.example, to, about, calibration)
-    print(f"{to}: {to.stat().st_size:,} bytes, equal to the network to {difference:.0e}{note}")
+    amount = f"outputs differ by at most {difference:.0e}, relative to the largest"
+    print(f"{to}: {to.stat().st_size:,} bytes, {amount}{note}")
     if int8:
         before = measure_run(lambda x_BCHW: list_tensors(net(x_BCHW)), data, finished.task)
         after = measure_run(open_exported(to), data, finished.task)
