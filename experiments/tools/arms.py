@@ -81,11 +81,12 @@ def read_arms(pattern: str, summaries: Mapping[Path, Summary]) -> list[Arm]:
 def _split_summary(summary: Summary) -> list[tuple[str, Summary]]:
     """Split a summary into those of the network, of its other levels, and of its other sets."""
     common = {key: value for key, value in summary.items() if key not in ("levels", "sets")}
+    shared = {"data": summary.get("data", "")}
     levels = summary.get("levels", [])[:-1]  # the last one is the network itself
     sets = summary.get("sets", [])[1:]  # the first one is what the summary is of
     return [
         ("", summary),
-        *((f" level {row['level']}", {"data": summary.get("data", ""), **row}) for row in levels),
+        *((f" level {row['level']}", shared | {"macs_dynamic": row.get("macs")} | row) for row in levels),
         *((f" set {row['set']}", common | row) for row in sets),
     ]
 

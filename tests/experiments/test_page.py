@@ -105,6 +105,11 @@ def test_what_is_drawn_tells_what_it_is(folder: Path) -> None:
     assert len(legends) == text.count("<svg ") and all("small</li>" in legend for legend in legends)
 
 
+def test_levels_without_modules_are_shown_with_their_work(folder: Path) -> None:
+    work = make_page(folder).partition("<h3>Accuracy against work</h3>")[2].partition("</figure>")[0]
+    assert all(f"small level {k}</li>" in work for k in range(2))
+
+
 def test_the_page_has_a_title_and_its_table_as_csv(tmp_path: Path) -> None:
     for seed in (0, 1):
         write(tmp_path / f"gnap-seed{seed}", 0.9 + seed / 100, 1000, model="convnet", data="mnist")
