@@ -22,6 +22,8 @@ COMMANDS = {
     "latency": "time a network with dynamic kernels beside its dense one",
     "sensitivity": "show what dropping a part of each width costs and saves",
     "serve": "serve a stream of images by an elastic network under load",
+    "host": "answer requests over HTTP by an elastic network",
+    "load_test": "send requests over HTTP to one, under load",
     "usage": "show how often dynamic kernels are on",
     "switching": "time the way from one sub-network to another, here and elsewhere",
     "bench": "time what elasticity costs and saves",

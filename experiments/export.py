@@ -53,7 +53,8 @@ def export_run(
     about = {"data": finished.config.choices.data, **describe_data(data), **network.about}
     calibration = data.sample(CALIBRATION, seed=0)[0].split(32) if int8 else ()
     difference = export(net, finished.example, to, about, calibration)
-    print(f"{to}: {to.stat().st_size:,} bytes, equal to the network to {difference:.0e}{note}")
+    amount = f"outputs differ by at most {difference:.0e}, relative to the largest"
+    print(f"{to}: {to.stat().st_size:,} bytes, {amount}{note}")
     if int8:
         before = measure_run(lambda x_BCHW: list_tensors(net(x_BCHW)), data, finished.task)
         after = measure_run(open_exported(to), data, finished.task)
@@ -61,14 +62,22 @@ def export_run(
 
 
 @torch.no_grad()
-def measure_run(run: Run, data: ImageData, task: Task, test: bool = False) -> float:
-    """Measure the task's metric on the validation or the test split, in whatever runs the network."""
+def measure_run(run: Run, data: ImageData, task: Task, split: str = "val", images: int = 10**9) -> float:
+    """Measure the task's metric on the validation or the test split, in whatever runs the network.
+
+    Args:
+        split: "val" or "test".
+        images: how many of its first images are enough.
+    """
     data.setup()
-    metric = task.make_metrics()[task.metric]
-    for batch in data.test_dataloader() if test else data.val_dataloader():
+    metric, count = task.make_metrics()[task.metric], 0
+    for batch in data.test_dataloader() if split == "test" else data.val_dataloader():
+        if count >= images:
+            break
         x_BCHW, targets = data.on_after_batch_transfer(batch, 0)
         (outputs,) = run(x_BCHW)
         metric.update(*task.predict(outputs, targets))
+        count += len(x_BCHW)
     return float(metric.compute())
 
 

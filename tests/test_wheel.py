@@ -100,7 +100,9 @@ def install(tool: str, wheel: Path, folder: Path) -> Path:
 @pytest.mark.parametrize("tool", ["pip", "uv"])
 def test_it_is_installed_beside_a_users_own_folders(tmp_path: Path, tool: str) -> None:
     pytest.importorskip(tool)
-    commands = install(tool, build(tool, tmp_path), tmp_path)
+    wheel = build(tool, tmp_path)
+    assert wheel.stat().st_size < 10e6, "with the zoo"
+    commands = install(tool, wheel, tmp_path)
     project = tmp_path / "project"
     for name, text in FILES.items():
         (project / name).parent.mkdir(parents=True, exist_ok=True)
@@ -111,6 +113,8 @@ def test_it_is_installed_beside_a_users_own_folders(tmp_path: Path, tool: str) -
     code = "import elastic.callbacks; print(elastic.callbacks.__file__)"
     where = run(project, commands / "python", "-c", code).strip()
     assert Path(where).is_relative_to(tmp_path / "env")
+    code = "import elastic; print(len(elastic.load('cifar10-resnet20-levels')))"
+    assert run(project, commands / "python", "-c", code).strip() == "4"
     few = ("experiment=smoke", "trainer.max_epochs=2", "data.batch_size=256", "trainer.log_every_n_steps=1")
     run(project, commands / "elastic", "train", *few, "run=outputs/one")
     summary = json.loads((project / "outputs/one/summary.json").read_text())

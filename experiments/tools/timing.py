@@ -60,14 +60,15 @@ def make_timed(folder: Path, summary: dict[str, Any]) -> Iterator[TimedNetwork]:
             yield TimedNetwork(cell, [make_skipping(dynamic, images[:TUNED_ON])], images)
 
 
-def time_runs(summaries: Mapping[Path, dict[str, Any]]) -> str:
+def time_runs(summaries: Mapping[Path, dict[str, Any]], clock: Callable[[], float] | None = None) -> str:
     """Write `latency_ms` into summaries, their levels and their sets; return how it was measured."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         networks = [timed for folder, summary in summaries.items() for timed in make_timed(folder, summary)]
         pairs = [(execution, timed.inputs) for timed in networks for execution in timed.executions]
-        times = iter(measure_times_ms(*map(list, zip(*pairs, strict=True))))
+        executions, inputs = map(list, zip(*pairs, strict=True))
+        times = iter(measure_times_ms(executions, inputs, clock))
     finally:
         torch.set_num_threads(threads)
     spread = []
