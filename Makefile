@@ -65,9 +65,10 @@ test-peers: setup  ## comparisons with other pruning libraries; installs them fi
 	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[peers]'
 	$(PYTEST) -m peers
 
-bench-peers: setup  ## switching sub-networks beside once-for-all and ModelOpt; installs them first
+bench-peers: setup  ## switching and discovery beside once-for-all, ModelOpt, Torch-Pruning; installs them first
 	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[peers]'
 	$(BIN)/python -W ignore -m experiments.switching
+	$(BIN)/python -W ignore -m experiments.discovery
 
 clean:  ## remove what runs and builds leave behind (.venv stays)
 	rm -rf outputs multirun wandb site build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
