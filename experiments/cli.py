@@ -23,6 +23,7 @@ COMMANDS = {
     "usage": "show how often dynamic kernels are on",
     "switching": "time the way from one sub-network to another, here and elsewhere",
     "bench": "time what elasticity costs and saves",
+    "campaign": "try the library from outside, and write down what was lost",
     "dashboard": "make a W&B dashboard of runs",
 }
 

@@ -123,7 +123,7 @@ def summarise(cfg: DictConfig, measured: Row, wall_s: float, macs_training: int 
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "lightning": L.__version__,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _find_cpu(),
+        "device": find_device(),
     }
 
 
@@ -143,7 +143,10 @@ def find_revision() -> str | None:
     return done.stdout.strip() or None
 
 
-def _find_cpu() -> str:
+def find_device() -> str:
+    """Find what this machine computes with."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if "model name" in line]

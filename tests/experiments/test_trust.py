@@ -4,6 +4,7 @@ import copy
 import json
 import sys
 from collections.abc import Iterator
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,11 @@ PLACES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("call", CALLS)
+QUICK = list(zip(CALLS, cycle(PLACES), strict=False))  # each call in some place, each place with some call
+ALL = [pytest.param(*pair, marks=[pytest.mark.slow] * (pair not in QUICK)) for pair in product(CALLS, PLACES)]
+
+
+@pytest.mark.parametrize(("call", "place"), ALL)
 def test_nothing_else_is_called(folder: Path, monkeypatch: pytest.MonkeyPatch, call: str, place: str) -> None:
     (folder / "evil.py").write_text("open('called', 'w')\n")
     monkeypatch.chdir(folder)
@@ -222,7 +226,9 @@ DAMAGE: dict[str, bytes] = {
 }
 
 
-@pytest.mark.parametrize("what", DAMAGE)
+@pytest.mark.parametrize(
+    "what", [pytest.param(name, marks=[pytest.mark.slow] * (i % 3 > 0)) for i, name in enumerate(DAMAGE)]
+)
 def test_a_damaged_configuration_is_named(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
 ) -> None:
@@ -260,7 +266,9 @@ def history(state: dict[str, Any]) -> Any:
     return state["state_dict"]["structure._extra_state"]
 
 
-@pytest.mark.parametrize("what", HOSTILE)
+@pytest.mark.parametrize(
+    "what", [pytest.param(name, marks=[pytest.mark.slow] * (i > 2)) for i, name in enumerate(HOSTILE)]
+)
 def test_a_checkpoint_that_says_what_cannot_be_is_named(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
 ) -> None:
