@@ -168,9 +168,8 @@ def check_options(cfg: DictConfig) -> None:
     Raises:
         OptionError: for the first that is unknown, missing, of another type, or out of range.
     """
-    for part, choice in PARTS.items():
-        if not isinstance(cfg.get(part), DictConfig) or "_target_" not in cfg[part]:
-            raise OptionError(f"there is no {part}: choose one, such as {part}={choice}")
+    for part in PARTS:
+        _check_there(cfg, part)
     content = _resolve(cfg)
     for part in ("callbacks", "logger"):
         _check_group(part, content.get(part) or {})
@@ -183,6 +182,11 @@ def check_options(cfg: DictConfig) -> None:
     _check_checkpoint(content)
     for name in GIVEN.keys() & content["trainer"].keys():
         raise OptionError(f"trainer.{name} is given by the run itself: set {GIVEN[name]} instead")
+
+
+def _check_there(cfg: DictConfig, part: str) -> None:
+    if not isinstance(cfg.get(part), DictConfig) or "_target_" not in cfg[part]:
+        raise OptionError(f"there is no {part}: choose one, such as {part}={PARTS[part]}")
 
 
 def _check_group(part: str, group: Any) -> None:
@@ -219,6 +223,7 @@ def _check_checkpoint(content: Mapping[str, Any]) -> None:
 
 def check_part(cfg: DictConfig, part: str) -> None:
     """Refuse options of one part that cannot be, see `check_options`."""
+    _check_there(cfg, part)
     _check_node(cfg, part, _resolve(cfg)[part])
 
 

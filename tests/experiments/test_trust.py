@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 import elastic.experiments.evaluate
 import elastic.experiments.train
-from elastic.errors import FileError
+from elastic.errors import ElasticError, FileError
 from elastic.experiments.tools import trust
 from elastic.experiments.tools.folders import load_config, read_config
 from elastic.experiments.tools.restore import restore
@@ -216,6 +216,7 @@ DAMAGE: dict[str, bytes] = {
     "half a line": b"name: digits\nseed: 0\ndata:\n  _tar",
     "a list": b"[1, 2]\n",
     "a word": b"digits\n",
+    "a number": b"7\n",
     "no text": b"\xff\xfe\x00\x01",
     "no YAML": b"{name: [}\n",
     "a tag that makes objects": b"!!python/object/apply:os.system ['touch called']\n",
@@ -237,6 +238,24 @@ def test_a_damaged_configuration_is_named(
         code, _, err = command(main, monkeypatch, capsys, f"run={folder}")
         assert code == 1 and err.count("\n") == 1, err
         assert err.startswith(f"error: {folder}/config.yaml ") and "restore it, or train again" in err
+
+
+@pytest.mark.parametrize("part", ["data", "model"])
+def test_a_part_that_names_nothing_is_named(folder: Path, part: str) -> None:
+    alter(folder, lambda cfg: cfg[part].update(_tarset_=cfg[part].pop("_target_")))
+    with pytest.raises(ElasticError, match=f"there is no {part}: choose one"):
+        restore(folder)
+
+
+def test_what_is_no_callback_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alter(folder, lambda cfg: cfg["callbacks"].update(growth=7))
+    code, _, err = command(elastic.experiments.train.main, monkeypatch, capsys, f"run={folder}")
+    assert (
+        code == 1
+        and err == "error: callbacks.growth=7 cannot be: set it to a part with a _target_, or null\n"
+    )
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "last.ckpt"])
