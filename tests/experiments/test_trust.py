@@ -243,7 +243,7 @@ def test_a_damaged_configuration_is_named(
 @pytest.mark.parametrize("part", ["data", "model"])
 def test_a_part_that_names_nothing_is_named(folder: Path, part: str) -> None:
     alter(folder, lambda cfg: cfg[part].update(_tarset_=cfg[part].pop("_target_")))
-    with pytest.raises(ElasticError, match=f"there is no {part}: choose one"):
+    with pytest.raises(ElasticError, match=rf"config\.yaml cannot .*: there is no {part}"):
         restore(folder)
 
 
@@ -252,10 +252,7 @@ def test_what_is_no_callback_is_named(
 ) -> None:
     alter(folder, lambda cfg: cfg["callbacks"].update(growth=7))
     code, _, err = command(elastic.experiments.train.main, monkeypatch, capsys, f"run={folder}")
-    assert (
-        code == 1
-        and err == "error: callbacks.growth=7 cannot be: set it to a part with a _target_, or null\n"
-    )
+    assert (code, err.count("\n")) == (1, 1) and "error: callbacks.growth=7 cannot be" in err
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "last.ckpt"])
