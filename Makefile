@@ -3,7 +3,7 @@ BIN := .venv/bin
 # One thread a process: two processes with two threads each on two cores run several times slower than one.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help setup demo sweep-demo test lint types format docs bench test-slow test-data test-gpu test-peers bench-peers clean
+.PHONY: help setup demo sweep-demo test lint types format docs campaign bench test-slow test-data test-gpu test-peers bench-peers clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -49,6 +49,9 @@ sweep-demo: setup  ## 24 small runs on two cores, and a page about them: multiru
 docs: setup  ## tutorials, how-tos and the API as pages: site/index.html
 	$(BIN)/python -m mkdocs build --strict
 
+campaign: setup  ## try the library from outside, at random: make campaign ARGS='seed=1 scale=10'
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m experiments.campaign $(ARGS)
+
 bench: setup  ## what elasticity costs and saves, beside the plain way
 	$(BIN)/python -m experiments.bench
 
@@ -65,9 +68,10 @@ test-peers: setup  ## comparisons with other pruning libraries; installs them fi
 	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[peers]'
 	$(PYTEST) -m peers
 
-bench-peers: setup  ## switching sub-networks beside once-for-all and ModelOpt; installs them first
+bench-peers: setup  ## switching and discovery beside once-for-all, ModelOpt, Torch-Pruning; installs them first
 	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[peers]'
 	$(BIN)/python -W ignore -m experiments.switching
+	$(BIN)/python -W ignore -m experiments.discovery
 
 clean:  ## remove what runs and builds leave behind (.venv stays)
 	rm -rf outputs multirun wandb site build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache

@@ -27,6 +27,9 @@ COMMANDS = {
     "usage": "show how often dynamic kernels are on",
     "switching": "time the way from one sub-network to another, here and elsewhere",
     "bench": "time what elasticity costs and saves",
+    "discovery": "time discovery and pruning beside Torch-Pruning",
+    "networks": "list what is elastic in networks of torchvision and timm",
+    "campaign": "try the library from outside, and write down what was lost",
     "dashboard": "make a W&B dashboard of runs",
 }
 

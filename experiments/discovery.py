@@ -121,5 +121,9 @@ def compact_half(net: nn.Module, x_BCHW: Tensor) -> None:
     compact(net, x_BCHW)
 
 
+def main() -> None:
+    call(compare_discovery)
+
+
 if __name__ == "__main__":
-    run(lambda: call(compare_discovery))
+    run(main)

@@ -67,8 +67,13 @@ def plain() -> Calls:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"budget": 800}, {"budget": 30_000, "by": "macs"}, {"budget": 800, "grain": "kernel"}],
-    ids=["penalty", "budget", "macs", "kernels"],
+    [
+        {"budget": 800},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"budget": 30_000, "by": "macs"}, marks=pytest.mark.slow),
+        pytest.param({"budget": 800, "grain": "kernel"}, marks=pytest.mark.slow),
+    ],
+    ids=["budget", "penalty", "macs", "kernels"],
 )
 def test_a_gated_step_calls_few_more_operators_and_reads_nothing_back(
     plain: Calls, options: dict[str, Any]
@@ -78,6 +83,7 @@ def test_a_gated_step_calls_few_more_operators_and_reads_nothing_back(
     assert gated.count_mean(READS) == plain.count_mean(READS)
 
 
+@pytest.mark.slow
 def test_the_shipped_module_reads_nothing_back_and_calls_no_more_than_a_users_own(plain: Calls) -> None:
     module = ElasticClassifier(make_net(), (1, 8, 8), 4, partial(torch.optim.AdamW, lr=1e-2))
     calls = count_calls(module)

@@ -48,6 +48,8 @@ def draw_he_normal(like: Tensor, generator: torch.Generator) -> Tensor:
 
 def zero_out(patch: Patch, generator: torch.Generator) -> Tensor:
     """Preserve the function: what writes a fresh channel is random, what reads it starts at zero."""
+    if not patch.fresh_out.any():
+        return patch.weight
     return torch.where(patch.rows, draw_he_normal(patch.weight, generator), patch.weight)
 
 

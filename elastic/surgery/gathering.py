@@ -48,12 +48,18 @@ def gather(item: LayerTensor, moves: Sequence[Move]) -> Tensor:
     for move in _select(item, moves):
         dim, index = move.slot.dim, move.index.to(value.device)
         shape = [-1 if d == dim else 1 for d in range(value.dim())]
-        fill = value.mean(dim, keepdim=True) if item.fill is None else value.new_tensor(item.fill)
+        is_old = index >= 0
+        has_fresh = not bool(is_old.all())
+        fill = value.new_tensor(0.0 if item.fill is None else item.fill)
+        if item.fill is None and has_fresh:
+            fill = value.mean(dim, keepdim=True)
         value = value.index_select(dim, index.clamp(min=0))
         if item.has_fresh_strategy and move.slot.role == "in":
-            copies = torch.bincount(index[index >= 0], minlength=1)[index.clamp(min=0)]
-            value = value / copies.clamp(min=1).view(shape)
-        value = value.where((index >= 0).view(shape), fill)
+            copies = torch.bincount(index[is_old], minlength=1)
+            if copies.max() > 1:
+                value = value / copies[index.clamp(min=0)].clamp(min=1).view(shape)
+        if has_fresh:
+            value = value.where(is_old.view(shape), fill)
     return keep_memory_format(value, item.value)
 
 

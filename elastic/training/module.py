@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric, Metric
 
-from elastic.errors import TrainingError
+from elastic.errors import DataError, TrainingError
 from elastic.training.schedules import Scheduler, make_schedule, read_plan, replan
 from elastic.training.structure import Structure
 from elastic.training.tasks import Classification, Task
@@ -56,6 +56,20 @@ class ElasticModule(L.LightningModule):
 
     def forward(self, x_BCHW: Tensor) -> Any:
         return self.net(x_BCHW.contiguous(memory_format=self.structure.memory_format))
+
+    def on_validation_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Look at the first images and at the weights, so that training is not blamed for what comes to it.
+
+        Raises:
+            DataError: the images are not finite.
+            TrainingError: the weights are not, before anything has been trained.
+        """
+        if not self.trainer.sanity_checking or batch_idx:
+            return
+        if not batch[0].isfinite().all():
+            raise DataError("images are not finite once they are normalised: look at data.mean and data.std")
+        if not all(parameter.isfinite().all() for parameter in self.net.parameters()):
+            raise TrainingError("weights are not finite before training: start from another run")
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         x_BCHW, targets = batch

@@ -136,6 +136,7 @@ class RunOptions:
     objectives: list[str]
     timeline: str | None
     init: str | None
+    choices: Mapping[str, str]
     compile: bool
     threads: Annotated[int, Range(1, 1024)] | None
     trust: list[str]
@@ -173,10 +174,11 @@ def check_options(cfg: DictConfig) -> None:
     Raises:
         OptionError: for the first that is unknown, missing, of another type, or out of range.
     """
-    for part, choice in PARTS.items():
-        if not isinstance(cfg.get(part), DictConfig) or "_target_" not in cfg[part]:
-            raise OptionError(f"there is no {part}: choose one, such as {part}={choice}")
+    for part in PARTS:
+        _check_there(cfg, part)
     content = _resolve(cfg)
+    for part in ("callbacks", "logger"):
+        _check_group(part, content.get(part) or {})
     for name, hint in get_hints(RunOptions.__init__).items():
         if name in content:
             _check_value(cfg, name, content[name], hint)
@@ -196,6 +198,20 @@ def check_options(cfg: DictConfig) -> None:
     _check_checkpoint(content)
     for name in GIVEN.keys() & content["trainer"].keys():
         raise OptionError(f"trainer.{name} is given by the run itself: set {GIVEN[name]} instead")
+
+
+def _check_there(cfg: DictConfig, part: str) -> None:
+    if not isinstance(cfg.get(part), DictConfig) or "_target_" not in cfg[part]:
+        raise OptionError(f"there is no {part}: choose one, such as {part}={PARTS[part]}")
+
+
+def _check_group(part: str, group: Any) -> None:
+    """Refuse callbacks, or loggers, that are none."""
+    if not isinstance(group, dict):
+        raise OptionError(f"{part}={group} cannot be: set it to names with a part each")
+    for name, node in group.items():
+        if node is not None and not (isinstance(node, dict) and "_target_" in node):
+            raise OptionError(f"{part}.{name}={node} cannot be: set it to a part with a _target_, or null")
 
 
 def _check_objectives(content: Mapping[str, Any]) -> None:
@@ -225,6 +241,7 @@ def _check_checkpoint(content: Mapping[str, Any]) -> None:
 
 def check_part(cfg: DictConfig, part: str) -> None:
     """Refuse options of one part that cannot be, see `check_options`."""
+    _check_there(cfg, part)
     _check_node(cfg, part, _resolve(cfg)[part])
 
 

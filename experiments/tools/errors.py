@@ -1,6 +1,7 @@
 """Say in one line what a user can mend; anything else is a fault of the code and keeps its traceback."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,6 +43,9 @@ def run(main: Callable[[], Any]) -> None:
     except (*THEIRS, Stop) as error:
         cause = error.__cause__ if isinstance(error, Stop) else error
         assert cause is not None
+        if isinstance(cause, BrokenPipeError):  # whoever reads the output has enough of it, as `head` has
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would tell at its end
+            sys.exit(128 + signal.SIGPIPE)
         if is_full:
             raise cause from cause.__cause__
         print(f"error: {format_error(cause)}", file=sys.stderr)

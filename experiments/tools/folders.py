@@ -24,6 +24,8 @@ CONFIG, CHECKPOINT, SUMMARY = "config.yaml", "last.ckpt", "summary.json"
 FINISHED = (CONFIG, "model.safetensors", SUMMARY)
 # Of every configuration.
 PARTS = {"name", "seed", "choices", "data", "model", "optimizer", "trainer", "callbacks"}
+# What a file's bytes make of YAML and OmegaConf: no text, half a list, a key twice, a number alone.
+DAMAGE = (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError, AssertionError)
 DEEPEST = 50  # of a configuration's lists and dictionaries in each other
 REMEDY = "restore it, or train again in another folder"
 # What may differ between a run and what continues it: where data is and who reads it, not what is trained.
@@ -128,8 +130,7 @@ def read_config(folder: Path) -> DictConfig:
         text = file.read_text(encoding="utf-8")
         _check_events(yaml.parse(text, yaml.SafeLoader))
         cfg = OmegaConf.create(text)
-    # What the file's bytes make of YAML and OmegaConf: no text, half a list, a key twice, lists without end.
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
+    except DAMAGE as error:
         raise FileError(f"{file} cannot be read: {REMEDY}") from error
     if not isinstance(cfg, DictConfig) or not cfg.keys() >= PARTS:
         raise FileError(f"{file} is cut, or no configuration of a run: {REMEDY}")

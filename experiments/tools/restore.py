@@ -80,8 +80,11 @@ def restore(folder: Path, trust: Sequence[str] = ()) -> FinishedRun:
             f"{folder / WEIGHTS} is damaged, or of another run: restore it, or finish the run with "
             f"run={folder}"
         )
-    for part in ("task", "data", "model"):
-        check_part(cfg, part)
+    try:
+        for part in ("task", "data", "model"):
+            check_part(cfg, part)
+    except OptionError as error:
+        raise FileError(f"{folder / CONFIG} cannot be carried out: {error}") from error
     try:
         net, data = build_network(cfg)
     except (RuntimeError, MemoryError, OverflowError) as error:

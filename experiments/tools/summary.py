@@ -131,7 +131,7 @@ def summarise(cfg: DictConfig, measured: Row, wall_s: float, macs_training: int 
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "lightning": L.__version__,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else find_cpu(),
+        "device": find_device(),
     }
 
 
@@ -149,6 +149,13 @@ def find_revision() -> str | None:
     command = ["git", "describe", "--always", "--dirty"]
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
     return done.stdout.strip() or None
+
+
+def find_device() -> str:
+    """Find what this machine computes with."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return find_cpu()
 
 
 def find_cpu() -> str:

@@ -175,3 +175,10 @@ def test_help_comes_before_torch_is_there() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout.startswith("usage: elastic train"), done.stderr
+
+
+@pytest.mark.slow
+def test_output_that_nobody_reads_is_no_error() -> None:
+    words = f"{sys.executable} -m experiments.cli train --help | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", words], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.stdout.startswith("usage") and done.stderr == "" and done.returncode in (0, 141)

@@ -138,7 +138,7 @@ RANGES: dict[str, tuple[str, ...]] = {
     "optimizer.momentum": ("1", "-0.1", "nan"),
     "optimizer.weight_decay": ("-1", "inf"),
     "lr_scheduler.pct_start": ("2", "0", "-1", "nan"),
-    "trainer.max_epochs": ("0", "-1", "2.5", "null"),
+    "trainer.max_epochs": ("0", "-2", "2.5"),
     "trainer.log_every_n_steps": ("-1",),
     "+trainer.gradient_clip_val": ("-1", "inf"),
     "+trainer.limit_train_batches": ("2.5", "-1"),

@@ -21,9 +21,10 @@ from elastic.experiments.train import train
 from elastic.training.tasks import Classification, Multilabel, Regression, Segmentation, Task
 from tests.runs import TINY, configure
 
+FRACTIONS = "callbacks.joint.fractions=[0.5]"
 RUNS = {
     "multilabel": ("data=shapes_labels", "schedule=[growth,gates]", "callbacks.gates.budget=900"),
-    "segmentation": ("data=shapes_masks", "model=unet", "model.width=4", "schedule=joint"),
+    "segmentation": ("data=shapes_masks", "model=unet", "model.width=4", "schedule=joint", FRACTIONS),
     "regression": ("data=shapes_places", "schedule=dynamic"),
 }
 QUICK = (*TINY, "trainer.max_epochs=2", "data.batch_size=200", "optimizer.lr=1e-2")

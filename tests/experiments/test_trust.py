@@ -4,6 +4,7 @@ import copy
 import json
 import sys
 from collections.abc import Iterator
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from omegaconf import OmegaConf
 
 import elastic.experiments.evaluate
 import elastic.experiments.train
-from elastic.errors import FileError
+from elastic.errors import ElasticError, FileError
 from elastic.experiments.tools import trust
 from elastic.experiments.tools.folders import load_config, read_config
 from elastic.experiments.tools.restore import restore
@@ -107,8 +108,11 @@ PLACES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("call", CALLS)
+QUICK = list(zip(CALLS, cycle(PLACES), strict=False))  # each call in some place, each place with some call
+ALL = [pytest.param(*pair, marks=[pytest.mark.slow] * (pair not in QUICK)) for pair in product(CALLS, PLACES)]
+
+
+@pytest.mark.parametrize(("call", "place"), ALL)
 def test_nothing_else_is_called(folder: Path, monkeypatch: pytest.MonkeyPatch, call: str, place: str) -> None:
     (folder / "evil.py").write_text("open('called', 'w')\n")
     monkeypatch.chdir(folder)
@@ -212,6 +216,7 @@ DAMAGE: dict[str, bytes] = {
     "half a line": b"name: digits\nseed: 0\ndata:\n  _tar",
     "a list": b"[1, 2]\n",
     "a word": b"digits\n",
+    "a number": b"7\n",
     "no text": b"\xff\xfe\x00\x01",
     "no YAML": b"{name: [}\n",
     "a tag that makes objects": b"!!python/object/apply:os.system ['touch called']\n",
@@ -222,7 +227,9 @@ DAMAGE: dict[str, bytes] = {
 }
 
 
-@pytest.mark.parametrize("what", DAMAGE)
+@pytest.mark.parametrize(
+    "what", [pytest.param(name, marks=[pytest.mark.slow] * (i % 3 > 0)) for i, name in enumerate(DAMAGE)]
+)
 def test_a_damaged_configuration_is_named(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
 ) -> None:
@@ -231,6 +238,21 @@ def test_a_damaged_configuration_is_named(
         code, _, err = command(main, monkeypatch, capsys, f"run={folder}")
         assert code == 1 and err.count("\n") == 1, err
         assert err.startswith(f"error: {folder}/config.yaml ") and "restore it, or train again" in err
+
+
+@pytest.mark.parametrize("part", ["data", "model"])
+def test_a_part_that_names_nothing_is_named(folder: Path, part: str) -> None:
+    alter(folder, lambda cfg: cfg[part].update(_tarset_=cfg[part].pop("_target_")))
+    with pytest.raises(ElasticError, match=rf"config\.yaml cannot .*: there is no {part}"):
+        restore(folder)
+
+
+def test_what_is_no_callback_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alter(folder, lambda cfg: cfg["callbacks"].update(growth=7))
+    code, _, err = command(elastic.experiments.train.main, monkeypatch, capsys, f"run={folder}")
+    assert (code, err.count("\n")) == (1, 1) and "error: callbacks.growth=7 cannot be" in err
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "last.ckpt"])
@@ -260,7 +282,9 @@ def history(state: dict[str, Any]) -> Any:
     return state["state_dict"]["structure._extra_state"]
 
 
-@pytest.mark.parametrize("what", HOSTILE)
+@pytest.mark.parametrize(
+    "what", [pytest.param(name, marks=[pytest.mark.slow] * (i > 2)) for i, name in enumerate(HOSTILE)]
+)
 def test_a_checkpoint_that_says_what_cannot_be_is_named(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
 ) -> None:

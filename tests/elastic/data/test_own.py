@@ -14,7 +14,7 @@ from elastic.data import ArrayData, HuggingFaceImages, ImageData, ImageFolderDat
 from elastic.data import files as image_files
 from elastic.errors import DataError
 from elastic.models import convnet
-from elastic.training.classifier import ElasticClassifier
+from elastic.training.module import ElasticClassifier
 
 CONF = Path(__file__).parents[3] / "conf" / "data"
 

@@ -1,0 +1,29 @@
+"""Try the library from outside, at random from a seed; each part counts what it tried and what was lost."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Part:
+    """Hold what one part of a campaign has come to.
+
+    Attributes:
+        claim: what must hold in each trial.
+        outcomes: how often each possible end has come about.
+        faults: what must not be, one a trial.
+    """
+
+    name: str
+    claim: str
+    trials: int = 0
+    outcomes: dict[str, int] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+    def count(self, outcome: str) -> None:
+        self.trials += 1
+        self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
+
+    def fail(self, what: str) -> None:
+        """Count a trial that has failed."""
+        self.count("fault")
+        self.faults.append(" ".join(what.split())[:300])

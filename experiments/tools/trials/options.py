@@ -1,0 +1,105 @@
+"""Give runs options that cannot be: each is refused in one line, or is in the run as it was asked for."""
+
+import copy
+from collections.abc import Iterator
+from math import inf, nan
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from elastic.experiments.tools.checking import check_options
+from elastic.experiments.tools.composition import CONF, list_choices, settle
+from elastic.experiments.tools.errors import THEIRS, format_error
+from elastic.experiments.tools.parts import make_callbacks
+from elastic.experiments.tools.trials import Part
+from elastic.experiments.train import build, make_trainer
+
+CLAIM = "refused in one line, or built as asked"
+BASES = 16  # composed configurations, of which each trial changes one
+VALUES: tuple[Any, ...] = (
+    *(0, 1, -1, 2, 3, 7, 1000, 10**7, 2**32, -(2**40), 0.5, 2.5, -0.1, 1e-9, 1e30, nan, inf, -inf),
+    *(True, False, None, "", "abc", "1", "null", "../x", "é\n"),
+    *([], [0], [1, 2], ["a"], [[1]], [nan], {}, {"a": 1}, {"_target_": "nowhere.net"}),
+)
+SCHEDULES = ("growth,gates", "gates,ema", "growth", "joint", "reconstruct", "dynamic", "static")
+
+
+def try_options(part: Part, trials: int, random: Random, folder: Path) -> None:
+    """Change one to three options of a composed configuration, and make all parts of its run."""
+    bases = [_compose(random, folder) for _ in range(min(BASES, 1 + trials // 8))]
+    for trial in range(trials):
+        cfg = copy.deepcopy(random.choice(bases))
+        content: Any = OmegaConf.to_container(cfg, resolve=True)
+        keys = list(_list_keys(content))
+        changes = {random.choice(keys): random.choice(VALUES) for _ in range(random.choice((1, 1, 2, 3)))}
+        _try_once(part, cfg, changes, folder / str(trial))
+
+
+def _try_once(part: Part, cfg: DictConfig, changes: dict[str, Any], folder: Path) -> None:
+    try:
+        with open_dict(cfg):
+            for key, value in changes.items():
+                OmegaConf.update(cfg, key, value, merge=False)
+        check_options(cfg)
+    except THEIRS as error:
+        part.count("refused by type or range") if "\n" not in format_error(error) else part.fail(f"{changes}")
+        return
+    except Exception as error:
+        part.fail(f"{changes}: {type(error).__name__} {error}")
+        return
+    altered = [key for key, value in changes.items() if not _is_same(OmegaConf.select(cfg, key), value)]
+    if altered:
+        part.fail(f"{altered} of {changes} became something else")
+        return
+    try:
+        callbacks = make_callbacks(cfg)
+        build(cfg)
+        make_trainer(cfg, callbacks, folder)
+    except THEIRS as error:
+        part.count("refused as it was built") if "\n" not in format_error(error) else part.fail(f"{changes}")
+    except Exception:  # which a run turns into one line, without knowing the option
+        part.count("refused by what failed in being built")
+    else:
+        part.count("built as asked")
+
+
+def _is_same(value: Any, asked: Any) -> bool:
+    plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    return repr(plain) == repr(asked) or plain == asked or plain == str(asked)
+
+
+def _list_keys(node: Any, key: str = "") -> Iterator[str]:
+    for name, value in node.items():
+        path = f"{key}.{name}" if key else str(name)
+        if isinstance(value, dict):
+            yield from _list_keys(value, path)
+        elif not str(name).startswith("_") and not path.startswith(("choices", "hydra", "run")):
+            yield path
+
+
+def _compose(random: Random, folder: Path) -> DictConfig:
+    """Compose choices at random, of data that needs no download."""
+    words = [
+        f"data={random.choice(('digits', 'shapes'))}",
+        f"model={random.choice(('convnet', 'resnet20', 'narrow'))}",
+        f"schedule=[{random.choice(SCHEDULES)}]",
+        f"optimizer={random.choice(list_choices('optimizer'))}",
+        f"lr_scheduler={random.choice(list_choices('lr_scheduler'))}",
+        *("trainer.accelerator=cpu", "trainer.precision=32-true", "callbacks.progress=null"),
+    ]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        given = [f"run={folder}", f"hydra.runtime.output_dir={folder}", *words]
+        cfg = compose("config", given, return_hydra_config=True)
+        cfg = settle(cfg, words, cfg.hydra.runtime.choices)
+    with open_dict(cfg), read_write(cfg):
+        HydraConfig.instance().set_config(cfg)
+        OmegaConf.resolve(cfg.choices)
+        cfg.name = "trial"
+        del cfg["hydra"]
+    return cfg
