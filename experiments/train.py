@@ -23,7 +23,7 @@ from elastic.data import ImageData
 from elastic.errors import TrainingError
 from elastic.experiments.tools.about import describe_run
 from elastic.experiments.tools.checking import check_options
-from elastic.experiments.tools.composition import CONF, check_flags, list_callbacks, rewrite, settle
+from elastic.experiments.tools.composition import CONF, check_words, list_callbacks, rewrite, settle
 from elastic.experiments.tools.environment import (
     EndOnSignals,
     check_processes,
@@ -209,7 +209,7 @@ def main() -> None:
         print(describe_training())
         return
     sys.argv[1:] = [rewrite(word) for word in sys.argv[1:]]
-    check_flags(sys.argv[1:])
+    check_words(sys.argv[1:])
     with complete_sweep():
         run_job()
 

@@ -18,6 +18,7 @@ from elastic.training.tasks import Classification, Task
 
 Batch = tuple[Tensor, Tensor]  # x_BCHW, targets
 PARTS = ("val", "test")
+LARGEST = 1e4  # of a pixel, in standard deviations
 
 
 class ElasticModule(L.LightningModule):
@@ -66,10 +67,13 @@ class ElasticModule(L.LightningModule):
         """
         if not self.trainer.sanity_checking or batch_idx:
             return
-        if not batch[0].isfinite().all():
-            raise DataError("images are not finite once they are normalised: look at data.mean and data.std")
+        _check_images(batch[0])
         if not all(parameter.isfinite().all() for parameter in self.net.parameters()):
             raise TrainingError("weights are not finite before training: start from another run")
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        if self.trainer.global_step == 0:  # there may have been no validation before
+            _check_images(batch[0])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         x_BCHW, targets = batch
@@ -189,3 +193,14 @@ class ElasticClassifier(ElasticModule):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__(net, shape, Classification(classes, label_smoothing), optimizer, scheduler, seed)
+
+
+def _check_images(x_BCHW: Tensor) -> None:
+    """Refuse images that no network can look at.
+
+    Raises:
+        DataError: they are not finite, or beyond all measure.
+    """
+    largest = float(x_BCHW.detach().abs().max())
+    if not largest < LARGEST:  # nor is NaN
+        raise DataError(f"images are as large as {largest:.1e} normalised: set data.mean and data.std")

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from elastic.errors import OptionError
 
 CONF = Path(__file__).parents[2] / "conf"
+NO_NAME = re.compile(r"null|true|false|[-+]?[\d.]+(e[-+]?\d+)?", re.IGNORECASE)  # as Hydra reads a value
 LISTS = ("logger", "schedule")  # groups of which a run has several
 # Groups whose choices have options of their own: another choice starts without an experiment's.
 OWN_OPTIONS = ("model", "optimizer", "lr_scheduler")
@@ -37,15 +38,25 @@ def rewrite(word: str) -> str:
     return f"{key}={Path(value).expanduser()}" if value.startswith("~") else word
 
 
-def check_flags(words: Sequence[str]) -> None:
-    """Refuse flags that Hydra does not know, which it would show over many lines.
+def check_words(words: Sequence[str]) -> None:
+    """Refuse words of a command line that Hydra does not understand, which it would show over many lines.
 
     Raises:
-        OptionError: one is unknown.
+        OptionError: a flag is unknown, or stands between options; a choice is no name.
     """
     _, unknown = get_args_parser().parse_known_args(words)
     if flags := [word for word in unknown if word.startswith("-")]:
         raise OptionError(f"there is no {flags[0]}: see --help")
+    if unknown:
+        raise OptionError(f"{unknown[0]} stands behind a flag that stands behind options: put flags first")
+    for word in words:
+        key, equals, value = word.partition("=")
+        if word in ("run=", "hydra.run.dir="):  # it would be the folder that one is in
+            raise OptionError(f"{word} names no folder: name one, or leave it out")
+        if equals and not key:
+            raise OptionError(f"{word} names no option: write <option>{word}")
+        if equals and (CONF / key).is_dir() and NO_NAME.fullmatch(value):
+            raise OptionError(f"there is no {word}: choose {', '.join(list_choices(key))}")
 
 
 def settle(cfg: DictConfig, overrides: Sequence[str], choices: Mapping[str, str | None]) -> DictConfig:

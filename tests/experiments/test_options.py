@@ -224,6 +224,13 @@ def test_objectives_are_in_every_summary(tmp_path: Path, monkeypatch: pytest.Mon
         (("schedule=dynamic", "callbacks.dynamic.gain=[]"), "0 gains"),
         (("trainer.devices=0",), "devices"),
         (("trainer.strategy=fast",), "fast"),
+        (("trainer.num_sanity_val_steps=0", "data.mean=[1e38]"), "images are as large as 2.7e+38"),
+        (("=3",), "=3 names no option"),
+        (("run=",), "run= names no folder"),
+        (("schedule=3",), "there is no schedule=3: choose distil"),
+        (("data=3",), "there is no data=3: choose cifar10"),
+        (("callbacks=null",), "there is no callbacks=null: choose default"),
+        (("-m", "seed=1"), "put flags first"),
         (("optimizer=null",), "there is no optimizer: choose one, such as optimizer=adamw"),
         (("model=null",), "there is no model"),
         (("data=folder", "data.root=/nonexistent"), "/nonexistent"),
@@ -273,7 +280,7 @@ def test_wandb_online_needs_an_account(tmp_path: Path, monkeypatch: pytest.Monke
 def test_images_that_are_not_finite_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the learning rate."""
     monkeypatch.setattr("elastic.data.images.ImageData.normalise", lambda self, x_BCHW: x_BCHW * math.nan)
-    with pytest.raises(Exception, match=r"images are not finite .* data\.mean"):
+    with pytest.raises(Exception, match=r"images are as large as nan .* data\.mean"):
         train(configure(tmp_path, *TINY), tmp_path)
 
 

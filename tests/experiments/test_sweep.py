@@ -146,6 +146,7 @@ def test_a_search_goes_by_what_it_asked_for() -> None:
     summary = {"val/acc": 0.9, "params": 1200}
     assert read_objectives(summary, ["val/acc"]) == 0.9
     assert read_objectives(summary, ["val/acc", "params"]) == (0.9, 1200.0)
+    assert read_objectives({"val/acc": None}, ["val/acc"]) != 0.9
     failed = read_objectives({}, ["val/acc", "params"])
     assert isinstance(failed, tuple) and all(value != value for value in failed)
 
