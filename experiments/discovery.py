@@ -31,7 +31,7 @@ from elastic.pruning.gates import attach_gates, iterate_gates, set_score
 from elastic.surgery.reindexing import reindex
 from elastic.widths.discovery import discover
 
-REPEATS = 5
+REPEATS = 3
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # and the pixels of its images
     "ResNet-20": (resnet20, 32),
     "ResNet-50": (torchvision.models.resnet50, 224),

@@ -387,3 +387,20 @@ def test_a_network_that_asked_for_a_shape_refuses_another() -> None:
     assert traced(X.to("meta")).shape == (2, 5)
     with pytest.raises(StructureError, match="traced for inputs of another shape"):
         traced(X[..., :4, :4].to("meta"))
+
+
+def test_a_trace_that_fails_leaves_everything_as_it_was() -> None:
+    from elastic.errors import StructureError
+    from elastic.widths.tracing import trace_both_modes
+
+    class Failing(Csp):
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError(f"after {super().forward(x) is not None}")
+
+    model = between(lambda m, x: m.block(x), block=Failing(8))
+    ones, call = torch.ones, nn.Module.__call__
+    for attempt in (lambda: find_widths(model, X), lambda: trace_both_modes(model, X.to("meta"))):
+        with pytest.raises(StructureError, match="cannot be traced"):
+            attempt()
+        assert torch.ones is ones and nn.Module.__call__ is call and not hasattr(nn.Module, "training")
+        assert type(model.block.c) is int and all(module.training for module in model.modules())
