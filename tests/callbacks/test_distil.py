@@ -82,6 +82,7 @@ def test_the_teacher_is_what_the_run_starts_from(first: Path, tmp_path: Path, sc
     assert not any("teacher" in name for name in load(tmp_path / "last.ckpt")["state_dict"])
 
 
+@pytest.mark.slow
 def test_another_run_can_teach(first: Path, tmp_path: Path) -> None:
     """A network from scratch comes closer to the teacher than one that it does not teach."""
     longer = (*TRAINING, "trainer.max_epochs=10", "optimizer.lr=1e-2", "seed=3")

@@ -421,6 +421,7 @@ GROWN = (
 )
 
 
+@pytest.mark.slow
 def test_a_budget_is_not_checked_again_where_a_run_goes_on(tmp_path: Path) -> None:
     """Killed before the last epoch, when the network is one that the check would refuse."""
     refused: list[int] = []

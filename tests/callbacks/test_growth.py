@@ -236,6 +236,7 @@ def test_stages_gain_blocks_one_at_a_time_up_to_so_many(tmp_path: Path, ceiling:
     assert {id(p) for p in held} == {id(p) for p in run.module.net.parameters()} and len(held) > 40
 
 
+@pytest.mark.slow
 def test_a_timeline_is_replayed_on_all_of_the_training_data(tmp_path: Path) -> None:
     """Growth comes at the epochs and to the sizes of the first run; pruning is left to the second."""
     both = ("callbacks.growth.amount.blocks=1", "schedule=[growth,gates]", "callbacks.gates.penalty=1.0")

@@ -362,6 +362,7 @@ def fake_ms(scale: float) -> Callable[..., float]:
     return lambda net, example: scale * counts.count_macs(net, example) / 28_304
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_by_latency_goes_on_with_the_sizes_it_began_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,7 +89,7 @@ WHEN: dict[str, Callable[[signal.Signals], dict[str, Any]]] = {
 }
 
 
-QUICK = [("in training", signal.SIGTERM), ("before it", signal.SIGINT)]
+QUICK = [("in training", signal.SIGTERM)]
 SLOW = [pair for pair in product(WHEN, SIGNALS) if pair not in QUICK]
 
 

@@ -65,6 +65,7 @@ def test_the_median_of_the_fastest_way_is_written_down(folder: Path, monkeypatch
     assert "5 networks" in said
 
 
+@pytest.mark.slow
 def test_the_table_and_the_page_have_it_where_it_was_asked_for(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -43,7 +43,7 @@ def run(path: Path, x: torch.Tensor) -> torch.Tensor:
     return output
 
 
-@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+@pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "build",
     [lambda: convnet((4, 6), in_channels=3), pytest.param(lambda: resnet20(4), marks=pytest.mark.slow)],
