@@ -173,7 +173,7 @@ class Emptying:
 
     @cached_property
     def _norms(self) -> dict[str, str]:
-        return find_following_norms(self.model)
+        return find_following_norms(self.model, self.example)
 
     @cached_property
     def _neighbours(self) -> dict[str, dict[str, None]]:

@@ -87,7 +87,7 @@ def attach_gates(model: nn.Module, widths: Widths, grain: Grain, grace: int = 0)
     layers = dict.fromkeys(
         slot.module for width in widths.values() for role in roles for slot in width.slots_with(role)
     )
-    norms = find_following_norms(model) if grain == "channel" else {}
+    norms = find_following_norms(model, *widths.example) if grain == "channel" else {}
     for path in layers:
         layer = model.get_submodule(path)
         if not get_weight(layer).requires_grad:  # a user has frozen it

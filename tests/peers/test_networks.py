@@ -32,13 +32,15 @@ pytestmark = [
     pytest.mark.peers,
     pytest.mark.filterwarnings("ignore"),  # the networks' own
 ]
-# Of which Torch-Pruning frees more, by reason: neighbouring channels are convolved (ECA), or torch has an
-# attention of its own, or a network is for one size of images.
-FEWER = {
-    *("timm/eca_nfnet_l0", "timm/eca_resnext26ts", "timm/eca_vovnet39b", "timm/ecaresnet26t"),
-    *("torchvision/swin_t", "torchvision/swin_v2_t", "torchvision/vit_b_32"),
-    *("timm/gcresnext26ts", "timm/halonet26t", "timm/lambda_resnet26t", "timm/bat_resnext26ts"),
-}
+# Of which Torch-Pruning frees more: ECA, shuffles that tie all channels, transposed convolutions.
+FEWER = {"timm/eca_resnext26ts", "timm/edgenext_xx_small", "timm/efficientvit_b0", "timm/lowformer_b0"}
+# Torch-Pruning takes minutes to list their groups.
+LONG = """
+    torchvision/maxvit_t torchvision/swin_t torchvision/swin_v2_t timm/gcresnext26ts timm/botnet26t_256
+    timm/halonet26t timm/lambda_resnet26t timm/eca_nfnet_l0 timm/eca_vovnet39b timm/ecaresnet26t
+    timm/efficientformerv2_s0 timm/efficientvit_m0 timm/focalnet_tiny_srf timm/mobilenetv4_hybrid_medium
+    timm/inception_resnet_v2 timm/mobilevitv2_050 timm/resnest14d timm/rexnet_100
+    timm/visformer_tiny""".split()
 # Small ones of different families, of which everything is tried.
 FAMILIES = """
     torchvision/densenet121 torchvision/efficientnet_b0 torchvision/mobilenet_v2
@@ -67,7 +69,7 @@ def first(outputs: object) -> Tensor:
     return outputs if isinstance(outputs, Tensor) else outputs[0]  # type: ignore[index]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in LONG])
 def test_what_torch_pruning_can_prune_is_free(name: str) -> None:
     net, x, widths = make_network(name)
     written = {slot.module for width in widths.values() for slot in width.slots_with("out")}
@@ -155,9 +157,9 @@ def test_what_skips_computes_what_masks(name: str) -> None:
     net, x, widths = make_network(name)
     try:
         dynamic = attach_modules(net, widths).eval()
+        expected = first(dynamic(x))
     except StructureError as refusal:
         pytest.skip(str(refusal))
-    expected = first(dynamic(x))
     torch.testing.assert_close(
         first(make_skipping(dynamic)(x)), expected, rtol=0, atol=1e-3 * float(expected.abs().max())
     )

@@ -2,15 +2,16 @@
 
 from collections import defaultdict
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from elastic.widths.tracing.graph import get_layer, trace
 from elastic.widths.tracing.meta import BATCH_NORM, make_meta_copy
 
 
-def find_following_norms(model: nn.Module) -> dict[str, str]:
+def find_following_norms(model: nn.Module, *example: Tensor) -> dict[str, str]:
     """Find, for each layer that one batch norm and nothing else reads, that norm's path."""
-    traced = trace(make_meta_copy(model))
+    inputs = [x.to("meta") for x in example]
+    traced = trace(make_meta_copy(model), *inputs)
     calls: dict[str, list[fx.Node]] = defaultdict(list)
     for node in traced.graph.find_nodes(op="call_module"):
         calls[str(node.target)].append(node)

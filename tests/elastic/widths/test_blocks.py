@@ -404,3 +404,18 @@ def test_a_trace_that_fails_leaves_everything_as_it_was() -> None:
             attempt()
         assert torch.ones is ones and nn.Module.__call__ is call and not hasattr(nn.Module, "training")
         assert type(model.block.c) is int and all(module.training for module in model.modules())
+
+
+@torch.no_grad()
+def test_a_network_that_asks_for_shapes_is_gated_and_compacted() -> None:
+    from elastic.pruning.compaction import compact
+    from elastic.pruning.gates import attach_gates, iterate_gates, set_score
+
+    torch.manual_seed(0)
+    model = between(lambda m, x: m.norm(m.one(x)), one=PaddedAlike(8, 8, 3), norm=nn.BatchNorm2d(8)).eval()
+    attach_gates(model, find_widths(model, X), "channel")
+    for _, _, gate in iterate_gates(model):
+        set_score(gate, torch.tensor([-1.0, 1.0]).repeat(4)[: len(gate.score)].view_as(gate.score))
+    plain = compact(model, X)
+    assert plain.one.out_channels < 8
+    torch.testing.assert_close(plain(X), model(X))
