@@ -144,7 +144,9 @@ def test_it_holds_the_network_to_the_teacher(first: Path, tmp_path: Path) -> Non
     assert apart["[static,distil]"] < 0.5 * apart["static"]
 
 
-@pytest.mark.parametrize("schedule", ["[dynamic,distil]", pytest.param("[reconstruct,distil]", marks=SLOW)])
+@pytest.mark.parametrize(
+    "schedule", [pytest.param(each, marks=SLOW) for each in ("[dynamic,distil]", "[reconstruct,distil]")]
+)
 def test_resumed_equals_uninterrupted(
     first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str
 ) -> None:

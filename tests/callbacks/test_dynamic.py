@@ -276,7 +276,8 @@ def test_the_network_itself_keeps_the_statistics_of_the_first_set(tmp_path: Path
         assert not torch.equal(norm.mean_SC[0], norm.mean_SC[1])
 
 
-@pytest.mark.parametrize("init", ["null", pytest.param("{joint}", marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("init", ["null", "{joint}"])
 def test_killed_when_all_is_trained_nothing_is_missing(joint: Path, tmp_path: Path, init: str) -> None:
     given = (*TRAINING, f"init={init.format(joint=joint)}", "callbacks.dynamic.gain=[0.1,1.0]")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -350,7 +351,7 @@ def test_what_a_step_moves_a_score_does_not_grow_with_what_its_module_reads(tmp_
 
 @pytest.mark.parametrize(
     ("only", "gain"),
-    [*(pytest.param(only, "1.0", marks=SLOW) for only in (True, False)), (False, "[0.1,1.0]")],
+    [pytest.param(*both, marks=SLOW) for both in ((True, "1.0"), (False, "1.0"), (False, "[0.1,1.0]"))],
 )
 def test_each_level_has_modules_of_its_own(joint: Path, tmp_path: Path, only: bool, gain: str) -> None:
     """On levels that stay as they are to the last bit, or all learn; each is measured with its own."""

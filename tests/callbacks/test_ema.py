@@ -97,7 +97,7 @@ DEEP = (
 @pytest.mark.parametrize(
     ("start", "model"),
     [
-        ("inside an epoch", DEEP),
+        pytest.param("inside an epoch", DEEP, marks=pytest.mark.slow),
         ("at the end of epochs", ()),
         *(pytest.param(start, (), marks=pytest.mark.slow) for start in list(LATE)[:3]),
     ],

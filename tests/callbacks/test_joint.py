@@ -237,7 +237,9 @@ def states(module: ElasticClassifier) -> dict[str, Tensor]:
     return {n: t.clone() for n, t in module.state_dict().items() if n.startswith(kept)}
 
 
-@pytest.fixture(scope="module", params=[(), RESNET], ids=["convnet", "resnet"])
+@pytest.fixture(
+    scope="module", params=[(), pytest.param(RESNET, marks=pytest.mark.slow)], ids=["convnet", "resnet"]
+)
 def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Watch]:
     watch = Watch()
     options = (*TRAINING, *request.param, "data.batch_size=100")

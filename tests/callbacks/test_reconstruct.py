@@ -138,7 +138,7 @@ def phase_of(epoch: int) -> Phase:
     return next(phase for phase in PHASES if epoch in phase.epochs)
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=["convnet", pytest.param("resnet", marks=pytest.mark.slow)])
 def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Witness:
     """One run a model; each test looks at another side of it."""
     witness: Any = Witness(None)  # type: ignore[arg-type]

@@ -145,6 +145,7 @@ def test_only_what_is_right_in_time_counts(given: list[tuple[bool, float]]) -> N
     assert total == pytest.approx(in_time * accuracy)
 
 
+@pytest.mark.slow
 def test_a_stream_is_served_by_the_elastic_network_and_by_every_level(
     finished: Path, tmp_path: Path, fixtures: Fixtures
 ) -> None:

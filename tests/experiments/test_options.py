@@ -267,14 +267,17 @@ def test_what_fails_while_a_run_is_set_up_is_one_line(
 
 
 def test_wandb_online_needs_an_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     without_account(monkeypatch, tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))  # where a login would be
     cfg = configure(tmp_path, "logger=[wandb]", "logger.wandb.offline=false")
-    with pytest.raises(OptionError, match=r"logger\.wandb needs an account: log in with `wandb login`"):
-        parts.make_loggers(cfg)
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    assert parts.make_loggers(cfg)
+    try:
+        with pytest.raises(OptionError, match=r"logger\.wandb needs an account: log in with `wandb login`"):
+            parts.make_loggers(cfg)
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        assert parts.make_loggers(cfg)
+    finally:
+        wandb.teardown()  # it reads the environment once a process
 
 
 def test_images_that_are_not_finite_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,7 @@ def test_there_are_recorded_runs() -> None:
     assert len(RUNS) > 100 and len(READMES) > 10
 
 
+@pytest.mark.slow
 def test_every_recorded_network_and_its_data_can_be_made() -> None:
     nets: dict[str, nn.Module] = {}
     for folder in RUNS:

@@ -35,6 +35,7 @@ def summaries(folder: Path) -> dict[Path, dict[str, Any]]:
     return {run: json.loads((run / "summary.json").read_text()) for run in sorted(folder.iterdir())}
 
 
+@pytest.mark.slow
 def test_every_network_is_measured_with_what_executes_it(folder: Path) -> None:
     ways = {}
     for run, summary in summaries(folder).items():

@@ -123,7 +123,7 @@ def test_a_missing_package_is_named(
         export(convnet(in_channels=3), X, tmp_path / f"net{suffix}")
 
 
-@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+@pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=pytest.mark.slow)])
 def test_modules_are_exported_masked(suffix: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = convnet((6, 6), in_channels=3).eval()
