@@ -46,12 +46,10 @@ class TrainLevels(ElasticCallback):
         importance: Importance = "l2",
         sensitivity: str | None = None,
     ) -> None:
-        check_levels(fractions, by, multiple)
+        self.curves = None if sensitivity is None else read_curves(Path(sensitivity))
+        check_levels(fractions, by, multiple, self.curves)
         self.fractions, self.by, self.multiple = list(fractions), by, multiple
         self.importance = importance
-        self.curves = None if sensitivity is None else read_curves(Path(sensitivity))
-        if self.curves is not None and by == "fraction":
-            raise OptionError("sensitivity sizes levels for budgets: set by to macs or latency_ms")
 
     def check(self, trainer: L.Trainer) -> None:
         """Refuse what cannot be in one run with levels, before any process is started."""

@@ -5,7 +5,6 @@ tells what is lost by it and what is saved. Sizes for a budget follow greedily: 
 least added loss for what it saves, until the network is within. Losses of several widths add up only roughly.
 """
 
-import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from elastic.errors import FileError, OptionError, StructureError
 from elastic.levels.importance import Importance, rank_channels, score_channels
 from elastic.measure.counts import count_macs
-from elastic.surgery.reindexing import reindex
+from elastic.surgery.reindexing import reindex_copy
 from elastic.widths.discovery import Widths
 
 PARTS = (0.875, 0.75, 0.5, 0.25)  # of a width's channels
@@ -101,10 +100,8 @@ def keep_best(
     net: nn.Module, widths: Widths, sizes: Mapping[str, int], scores: Mapping[str, Tensor]
 ) -> nn.Module:
     """Make a network of these sizes, of the channels with the highest scores."""
-    smaller, own = copy.deepcopy(net), copy.deepcopy(widths)
-    index = {name: rank_channels(scores[name], own[name].size)[:size] for name, size in sizes.items()}
-    reindex(smaller, own, {name: kept.sort().values for name, kept in index.items()})
-    return smaller
+    best = {name: rank_channels(scores[name], widths[name].size)[:size] for name, size in sizes.items()}
+    return reindex_copy(net, widths, {name: kept.sort().values for name, kept in best.items()})[0]
 
 
 def read_curves(path: Path) -> dict[str, list[Cut]]:

@@ -1,8 +1,7 @@
 """Size levels: as a fraction of the network's channels, or as many of them as a budget allows."""
 
-import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Literal, get_args
 
@@ -12,7 +11,7 @@ from elastic.errors import OptionError, StructureError
 from elastic.levels.cutting import explain_no_room, find_nestable
 from elastic.levels.sensitivity import Curves, check_curves, fit_to_budget
 from elastic.measure import counts
-from elastic.surgery.reindexing import reindex, resize_index
+from elastic.surgery.reindexing import reindex_copy, resize_index
 from elastic.widths.discovery import Widths
 
 By = Literal["fraction", "macs", "latency_ms"]
@@ -46,14 +45,12 @@ def level_sizes(
         StructureError: a width, or all, leave no room for a level: a fraction without a channel of a width, a
             budget that even one channel a width exceeds or that the network is within.
     """
-    check_levels(levels, by, multiple)
+    check_levels(levels, by, multiple, curves)
     if by == "latency_ms" and latency_ms is None:
         raise OptionError("levels by latency_ms need a function that measures it: give one, or take macs")
     names = find_nestable(widths)
     if not names:
         raise StructureError(f"{explain_no_room(widths)}: train this network without levels")
-    if curves is not None and by == "fraction":
-        raise OptionError("sensitivity sizes levels for budgets: set by to macs or latency_ms")
     if by == "fraction":
         return [_take_fraction(widths, names, fraction, multiple) for fraction in levels]
 
@@ -68,22 +65,16 @@ def level_sizes(
         return [_fit_budget(widths, names, budget, multiple, measure, by) for budget in levels]
     check_curves(curves, widths)
     own = {name: curves[name] for name in names}
-    fitted, sizes = [], {name: widths[name].size for name in names}
-    for budget in reversed(levels):  # each a part of the next
-        sizes = fit_to_budget(own, sizes, budget, lambda part: measure(tuple(part.values())), by, multiple)
-        fitted.append(sizes)
-    return fitted[::-1]
+    return _fit_curves(own, levels, lambda part: measure(tuple(part.values())), by, multiple)
 
 
 def make_resized(net: nn.Module, widths: Widths, sizes: dict[str, int]) -> nn.Module:
     """Make a network of these sizes: the first channels of this one, as a model of its own."""
-    resized, resized_widths = copy.deepcopy(net), copy.deepcopy(widths)
     index = {name: resize_index(widths[name].size, size) for name, size in sizes.items()}
-    reindex(resized, resized_widths, index)
-    return resized
+    return reindex_copy(net, widths, index)[0]
 
 
-def check_levels(levels: Sequence[float], by: str, multiple: int) -> None:
+def check_levels(levels: Sequence[float], by: str, multiple: int, curves: Curves | None = None) -> None:
     """Refuse levels that no network has; see `level_sizes`.
 
     Raises:
@@ -91,6 +82,8 @@ def check_levels(levels: Sequence[float], by: str, multiple: int) -> None:
     """
     if by not in get_args(By):
         raise OptionError(f"levels are not given by '{by}': choose {', '.join(get_args(By))}")
+    if curves is not None and by == "fraction":
+        raise OptionError("sensitivity sizes levels for budgets: set by to macs or latency_ms")
     if multiple < 1:
         raise OptionError(f"channels cannot be multiples of {multiple}: set multiple to 1 or more")
     if not levels or any(small >= large for small, large in pairwise(levels)):
@@ -112,6 +105,21 @@ def _take_fraction(widths: Widths, names: Sequence[str], fraction: float, multip
             )
         sizes[name] = min(max(size, multiple), full)
     return sizes
+
+
+def _fit_curves(
+    curves: Curves,
+    budgets: Sequence[float],
+    measure: Callable[[Mapping[str, int]], float],
+    by: str,
+    multiple: int,
+) -> list[dict[str, int]]:
+    """Choose the sizes for each budget, those for a smaller one among those for the next."""
+    fitted, sizes = [], {name: curve[0].channels for name, curve in curves.items()}
+    for budget in reversed(budgets):
+        sizes = fit_to_budget(curves, sizes, budget, measure, by, multiple)
+        fitted.append(sizes)
+    return fitted[::-1]
 
 
 def _fit_budget(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from elastic.errors import StructureError
 from elastic.surgery.fresh import draw_he_normal
 from elastic.surgery.layers import list_tensors
-from elastic.surgery.reindexing import reindex, resize_index
+from elastic.surgery.reindexing import reindex_copy, resize_index
 from elastic.surgery.residual import find_last_norm
 from elastic.widths.discovery import Widths, find_widths
 from elastic.widths.parameters import get_original
@@ -118,9 +118,8 @@ def _copy_deeper(model: nn.Module, widths: Widths, stage: str) -> tuple[nn.Modul
 
     Each has two channels at least: one may look like none.
     """
-    replica, replica_widths = copy.deepcopy(model), copy.deepcopy(widths)
     single = {name: resize_index(1, 2) for name, width in widths.items() if width.size == 1}
-    reindex(replica, replica_widths, single)
+    replica, replica_widths = reindex_copy(model, widths, single)
     blocks = get_blocks(replica, stage)
     blocks.append(copy.deepcopy(blocks[-1]))
     return replica, replica_widths.sizes()

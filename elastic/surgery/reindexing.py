@@ -6,6 +6,7 @@ module attributes follow in one call. All new tensors are computed before the fi
 so a failure leaves everything as it was.
 """
 
+import copy
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -79,6 +80,13 @@ def reindex(
         _resize_layers(root, moves)
     for name, index in indices.items():
         widths[name].size = len(index)
+
+
+def reindex_copy(model: nn.Module, widths: Widths, changes: Mapping[str, Index]) -> tuple[nn.Module, Widths]:
+    """Copy a model and re-index the copy's channels, see `reindex`; return it with widths of its own."""
+    replica, replica_widths = copy.deepcopy(model), copy.deepcopy(widths)
+    reindex(replica, replica_widths, changes)
+    return replica, replica_widths
 
 
 def _find_moves(widths: Widths, indices: Mapping[str, Tensor]) -> dict[tuple[str, str], list[Move]]:

@@ -42,8 +42,7 @@ class Series:
 
     def list_metrics(self, rows: Sequence[Mapping[str, Any]]) -> list[float]:
         """List that metric of summaries, or of their levels, as it is shown."""
-        key = find_metric(self.runs[0])
-        return [self.metric.scale * row[key] for row in rows]
+        return [self.metric.scale * row[self.metric.key] for row in rows]
 
 
 @dataclass(frozen=True)
