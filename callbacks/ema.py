@@ -5,7 +5,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from torch import nn
+from torch import Tensor, nn
 
 from elastic.callbacks.base import ElasticCallback
 from elastic.training.joining import find_structure
@@ -27,6 +27,17 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
     """
 
     changes_structure = True  # a copy of the network that would have to follow
+
+    def __init__(
+        self,
+        device: torch.device | str | int | None = None,
+        use_buffers: bool = True,
+        decay: float = 0.999,
+        **options: Any,
+    ) -> None:
+        EMAWeightAveraging.__init__(self, device, use_buffers, decay, **options)
+        self.decay = decay
+        self._has_begun = False  # there are averages; torch's count of them is on the device
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Copy nothing yet: gates may still be attached, and a checkpoint may bring another structure."""
@@ -56,15 +67,23 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
             self._begin(trainer, pl_module)
         else:  # a checkpoint is loaded before the model is brought to its device
             self._average_model.to(self._device or pl_module.device)
+        assert self._average_model is not None
+        self._has_begun = bool(self._average_model.n_averaged > 0)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        EMAWeightAveraging.on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx)
+        step = trainer.global_step
+        if step > self._latest_update_step and self.should_update(step_idx=step - 1):
+            self._update(pl_module)
+            self._latest_update_step = step
         self._copy_untrained(pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        EMAWeightAveraging.on_train_epoch_end(self, trainer, pl_module)  # it may average here, too
+        epoch = trainer.current_epoch
+        if epoch > self._latest_update_epoch and self.should_update(epoch_idx=epoch):
+            self._update(pl_module)
+            self._latest_update_epoch = epoch
         self._copy_untrained(pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -73,17 +92,40 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
         self._release()
 
     @torch.no_grad()
+    def _update(self, pl_module: L.LightningModule) -> None:
+        """Average as torch does, for all tensors in one call, and without reading the device's count."""
+        average = self._average_model
+        assert average is not None
+        if not self._has_begun or self._device is not None:
+            average.update_parameters(pl_module)
+        else:
+            pairs = [(mean, now) for mean, now in self._pair(pl_module) if self._is_averaged(now)]
+            torch._foreach_lerp_(*map(list, zip(*pairs, strict=True)), 1 - self.decay)
+            average.n_averaged += 1
+        self._has_begun = True
+
+    @torch.no_grad()
     def _copy_untrained(self, pl_module: L.LightningModule) -> None:
         """Copy from the model what has no average, or none yet."""
+        pairs = [(mean, now) for mean, now in self._pair(pl_module) if not self._is_averaged(now)]
+        if pairs:
+            torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+
+    def _pair(self, pl_module: L.LightningModule) -> list[tuple[Tensor, Tensor]]:
+        """Pair averages with what they are of."""
         assert self._average_model is not None
         copy = self._average_model.module
-        weights = zip(copy.parameters(), pl_module.parameters(), strict=True)
-        buffers = zip(copy.buffers(), pl_module.buffers(), strict=True)
-        has_begun = self._average_model.n_averaged > 0  # else there is no average yet
-        frozen = [(average, now) for average, now in weights if not (now.requires_grad and has_begun)]
-        counts = [(average, now) for average, now in buffers if not (now.is_floating_point() and has_begun)]
-        for average, now in frozen + counts:
-            average.copy_(now)
+        return [
+            *zip(copy.parameters(), pl_module.parameters(), strict=True),
+            *zip(copy.buffers(), pl_module.buffers(), strict=True),
+        ]
+
+    def _is_averaged(self, now: Tensor) -> bool:
+        """Tell whether a tensor of the model has an average by now."""
+        trained = now.requires_grad
+        if not isinstance(now, nn.Parameter):
+            trained = self._use_buffers and now.is_floating_point()
+        return trained and self._has_begun
 
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._release()

@@ -116,7 +116,8 @@ class PruneByGates(ElasticCallback):
     ) -> None:
         if self._is_active and (trainer.fit_loop.total_batch_idx + 1) % EVERY == 0:
             self._steer(trainer)
-        pl_module.log("gates/penalty", self.penalty if self._is_active else 0.0)
+        penalty = float(self.penalty) if self._is_active else 0.0
+        pl_module.log("gates/penalty", torch.tensor(penalty))  # a number would wait for the device
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         gates.advance_grace(self.structure.net)
