@@ -1,4 +1,4 @@
-"""On a CUDA device: nothing is waited for in a step, runs end as on a CPU, half precision, resuming, compiling."""
+"""On a CUDA device: no step waits for it, runs end as on a CPU, half precision, resuming, compiling."""
 
 import copy
 from pathlib import Path
