@@ -18,6 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
+from elastic.data.augment import AlternatingFlip
 from elastic.data.imageset import Batch, ImageSet, InMemory
 from elastic.data.split import find_strata, is_class_number, split_stratified
 from elastic.errors import DataError
@@ -213,6 +214,8 @@ class ImageData(L.LightningDataModule, ABC):
         x_BCHW = scale_bytes(x_BCHW)
         if self.trainer is not None and self.trainer.training:
             for augment in self.augment:
+                if isinstance(augment, AlternatingFlip):
+                    augment.epoch = self.trainer.current_epoch
                 x_BCHW = augment(x_BCHW)
         x_BCHW = self.normalise(x_BCHW)
         if self.trainer is not None:  # Lightning has looked for floats to cast already, and found bytes
