@@ -81,6 +81,8 @@ class PruneDynamically(ElasticCallback):
             raise OptionError(
                 f"modules cannot start by '{start}': set start to {' or '.join(get_args(Start))}"
             )
+        if modules_only and freeze < 1:
+            raise OptionError("where modules alone are trained, they cannot freeze: leave one of both out")
         self.losses = [ActivationLoss(each, form, by, target) for each in gains]
         self.activation, self.kind, self.begin, self.end = activation, kind, begin, end
         self.rate, self.modules_only = rate, modules_only
