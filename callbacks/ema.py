@@ -1,6 +1,7 @@
 """Validate, save and keep an average of the weights over the last steps."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 from elastic.callbacks.base import ElasticCallback
 from elastic.training.joining import find_structure
 from elastic.training.structure import find_path
+
+Tensors = Mapping[str, Tensor]
+Place = tuple[Tensors, Tensors, str]  # where an average is, where what it is of is, and its name there
 
 
 class AverageWeights(ElasticCallback, EMAWeightAveraging):
@@ -38,6 +42,7 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
         EMAWeightAveraging.__init__(self, device, use_buffers, decay, **options)
         self.decay = decay
         self._has_begun = False  # there are averages; torch's count of them is on the device
+        self._places: list[Place] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Copy nothing yet: gates may still be attached, and a checkpoint may bring another structure."""
@@ -73,18 +78,20 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if batch_idx == 0 or not self._places:  # the structure changes as an epoch begins
+            self._places = list_places(self._get_copy(), pl_module)
         step = trainer.global_step
         if step > self._latest_update_step and self.should_update(step_idx=step - 1):
             self._update(pl_module)
             self._latest_update_step = step
-        self._copy_untrained(pl_module)
+        self._copy_untrained()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         epoch = trainer.current_epoch
         if epoch > self._latest_update_epoch and self.should_update(epoch_idx=epoch):
             self._update(pl_module)
             self._latest_update_epoch = epoch
-        self._copy_untrained(pl_module)
+        self._copy_untrained()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the average; in a finished run that is continued Lightning does not."""
@@ -99,26 +106,21 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
         if not self._has_begun or self._device is not None:
             average.update_parameters(pl_module)
         else:
-            pairs = [(mean, now) for mean, now in self._pair(pl_module) if self._is_averaged(now)]
+            pairs = [(mean, now) for mean, now in self._pair() if self._is_averaged(now)]
             torch._foreach_lerp_(*map(list, zip(*pairs, strict=True)), 1 - self.decay)
             average.n_averaged += 1
         self._has_begun = True
 
     @torch.no_grad()
-    def _copy_untrained(self, pl_module: L.LightningModule) -> None:
+    def _copy_untrained(self) -> None:
         """Copy from the model what has no average, or none yet."""
-        pairs = [(mean, now) for mean, now in self._pair(pl_module) if not self._is_averaged(now)]
+        pairs = [(mean, now) for mean, now in self._pair() if not self._is_averaged(now)]
         if pairs:
             torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
 
-    def _pair(self, pl_module: L.LightningModule) -> list[tuple[Tensor, Tensor]]:
+    def _pair(self) -> list[tuple[Tensor, Tensor]]:
         """Pair averages with what they are of."""
-        assert self._average_model is not None
-        copy = self._average_model.module
-        return [
-            *zip(copy.parameters(), pl_module.parameters(), strict=True),
-            *zip(copy.buffers(), pl_module.buffers(), strict=True),
-        ]
+        return [(averages[name], tensors[name]) for averages, tensors, name in self._places]
 
     def _is_averaged(self, now: Tensor) -> bool:
         """Tell whether a tensor of the model has an average by now."""
@@ -136,10 +138,26 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
         if self._average_model is not None:
             net = self._get_network()
             self.structure.copies[:] = [copy for copy in self.structure.copies if copy is not net]
-            self._average_model = None
+            self._average_model, self._places = None, []
+
+    def _get_copy(self) -> nn.Module:
+        assert self._average_model is not None
+        copy: nn.Module = self._average_model.module
+        return copy
 
     def _get_network(self) -> nn.Module:
-        assert self._average_model is not None
-        structure = find_structure(self._average_model.module)
+        structure = find_structure(self._get_copy())
         assert structure is not None
         return structure.net
+
+
+def list_places(copy: nn.Module, module: nn.Module) -> list[Place]:
+    """List where the tensors of a module and of its copy are, each once: looking for them takes its time."""
+    places, seen = [], set[int]()
+    for other, own in zip(copy.modules(), module.modules(), strict=True):
+        for averages, tensors in ((other._parameters, own._parameters), (other._buffers, own._buffers)):
+            for name, tensor in tensors.items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    places.append((cast(Tensors, averages), cast(Tensors, tensors), name))
+    return places
