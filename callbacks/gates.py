@@ -100,7 +100,7 @@ class PruneByGates(ElasticCallback):
         if not self.is_frozen and (ends or (self.budget is not None and is_last_epoch(trainer))):
             self._freeze()
         # Below the budget's path, gates have to re-open: what they have shut stays at hand.
-        is_due = trainer.current_epoch % self.remove_every == 0 or is_last_epoch(trainer)
+        is_due = trainer.current_epoch % self.remove_every == 0
         if is_due and (self.is_above_path or self.is_frozen):
             remove_dead_channels(self.structure)
 
