@@ -144,24 +144,25 @@ def test_a_separable_network_is_as_large_as_its_layers() -> None:
     assert count(separable(width)) == expected
 
 
-def test_a_separable_network_changes_in_all_its_widths() -> None:
-    """Inside its blocks it grows without a change of its outputs; layer norms feel the other widths."""
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_a_separable_network_changes_in_all_its_widths(norm: Any) -> None:
+    """It grows without a change of its outputs; but layer norms feel channels between blocks."""
     torch.manual_seed(0)
-    net, x = separable(4).eval(), torch.randn(2, 3, 32, 32)
+    net, x = separable(4, norm).eval(), torch.randn(2, 3, 32, 32)
     widths = discover(net, x)
-    assert {name for name, width in widths.items() if width.mixed} == {"conv", "down2", "down3"}
+    between = {"conv": 4, "down2": 8, "down3": 12}
+    assert {name for name, width in widths.items() if width.mixed} == (
+        {*between} if norm == "layer" else set()
+    )
     assert len(widths) == 3 + 9
-    inside = {name: width.size for name, width in widths.items() if not width.mixed}
+    added = {name: grow_index(size, size) for name, size in widths.sizes().items()}
+    felt = {name: added.pop(name) for name in between if norm == "layer"}
     with torch.no_grad():
         expected = net(x)
-        reindex(net, widths, {name: grow_index(size, size) for name, size in inside.items()})
+        reindex(net, widths, added)
         torch.testing.assert_close(net(x), expected)
-        reindex(
-            net,
-            widths,
-            {name: grow_index(4 * i, 4 * i) for i, name in enumerate(("conv", "down2", "down3"), 1)},
-        )
-    assert count(net) == count(separable(8))
+        reindex(net, widths, felt)
+    assert count(net) == count(separable(8, norm))
     attach_gates(net, widths, grain="weight")
     for path, _, gate in iterate_gates(net):
         gate.score.data.normal_()
@@ -170,6 +171,11 @@ def test_a_separable_network_changes_in_all_its_widths() -> None:
     plain = compact(net, x)
     torch.testing.assert_close(plain.eval()(x), net.eval()(x))
     assert discover(plain, x)["stage2.0.expand"].size == 7
+
+
+def test_a_norm_that_there_is_not_is_refused() -> None:
+    with pytest.raises(OptionError, match="there is no norm 'group': choose layer or batch"):
+        separable(4, "group")  # type: ignore[arg-type]
 
 
 def test_torchvisions_models_are_taken_untrained_with_the_classes_asked_for() -> None:
