@@ -328,7 +328,14 @@ def survive(folder: Path, experiment: str, *options: str) -> dict[str, Any]:
     return summary
 
 
-COSTLY = ("cifar10", "cifar10_levels", "cifar10_dynamic", "imagenette_levels", "mnist_dynamic")
+COSTLY = (
+    "cifar10",
+    "cifar10_levels",
+    "cifar10_dynamic",
+    "cifar10_looking",
+    "imagenette_levels",
+    "mnist_dynamic",
+)
 
 
 @pytest.mark.parametrize("experiment", [name for name in files("experiment") if name != "imagenette_levels"])
