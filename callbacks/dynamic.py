@@ -41,8 +41,8 @@ class PruneDynamically(ElasticCallback):
         modules_only: train the modules alone, and leave the network as it is to the last bit.
         start: how modules start: all kernels on, in the "order" of what they are worth, for any network; or
             fitted to each input's "saliency" (`elastic.dynamic.saliency`), for a network that is trained.
-        saliency: weight of a loss that goes on teaching modules saliency; what they look at is then spared
-            their gradient.
+        saliency: weight of a loss that goes on teaching modules saliency; an input's choice does not depend
+            on the rest of its batch then, and the network learns nothing through what modules look at.
         freeze: part of the run from which modules learn no more, and weights adapt to a choice that stays.
 
     Where there are levels, each of them gets modules of its own, and each step trains one, drawn at random.
@@ -147,7 +147,7 @@ class PruneDynamically(ElasticCallback):
                 self.threshold_LS[level] = saliency.fit(x_BCHW.split(BATCH))
         self.has_started = True
         for module in iterate_modules(self.structure.kernel_modules):
-            module.is_detached = self.saliency > 0
+            module.is_steady = self.saliency > 0
         if not self.saliency:
             self._remove_saliencies()
 

@@ -52,6 +52,14 @@ class Head(nn.Module):
         score_BK: Tensor = self.linear(mean_BC.clamp(-WITHIN, WITHIN))
         return score_BK
 
+    def score_steadily(self, x_BCHW: Tensor) -> Tensor:
+        """Score an input as in evaluation, whatever else is in its batch; in training, statistics follow."""
+        mean_BC = x_BCHW.detach().mean((2, 3))
+        if self.training and len(mean_BC) > 1:
+            self.norm(mean_BC)
+        score_BK: Tensor = self.linear(self.look(mean_BC))
+        return score_BK
+
     def look(self, mean_BC: Tensor) -> Tensor:
         """Normalise means as in evaluation, and hold them within bounds."""
         norm = self.norm
@@ -102,7 +110,8 @@ class KernelActivation(SetMember):
     Attributes:
         active_BK: 1 for the kernels that it last engaged, else 0, for the loss.
         score_BK: the scores by which it did.
-        is_detached: whether the network learns nothing through what the module looks at.
+        is_steady: whether an input is scored as in evaluation while it is trained, too; the network then
+            learns nothing through what the module looks at.
     """
 
     kind: ClassVar[str] = "input"  # what it looks at
@@ -124,7 +133,7 @@ class KernelActivation(SetMember):
         middle = self.start + self.spread / 2
         self.heads = nn.ModuleList(Head(reads, kernels, middle) for _ in range(sets))
         self.active_BK = self.score_BK = torch.ones(0, kernels)
-        self.is_detached = False
+        self.is_steady = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out, of copies, the history of what was engaged in training, which torch does not copy."""
@@ -154,11 +163,12 @@ class KernelActivation(SetMember):
 
     def score_kernels(self, x_BCHW: Tensor) -> Tensor:
         """Score kernels by the active set's head."""
-        score_BK: Tensor = self.get_head()(x_BCHW)
+        head = self.get_head()
+        score_BK: Tensor = head.score_steadily(x_BCHW) if self.is_steady else head(x_BCHW)
         return score_BK
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        self.score_BK = score_BK = self.score_kernels(x_BCHW.detach() if self.is_detached else x_BCHW)
+        self.score_BK = score_BK = self.score_kernels(x_BCHW)
         self.active_BK = find_active(score_BK.detach())
         gate_BK = compute_gates(score_BK, self.activation, self.training, self.temperature)
         if self.training:

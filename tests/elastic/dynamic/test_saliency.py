@@ -97,7 +97,7 @@ def test_saliency_teaches_the_heads_alone_and_leaves_off_where_they_know_it() ->
     _, dynamic = attached()
     dynamic.train()
     saliency, (module,) = Saliency(dynamic), iterate_modules(dynamic)
-    module.is_detached = True
+    module.is_steady = True
     x = X.clone().requires_grad_()
     dynamic(x)
     saliency.compute_loss(torch.tensor(0.0)).backward()
@@ -106,3 +106,20 @@ def test_saliency_teaches_the_heads_alone_and_leaves_off_where_they_know_it() ->
     known = STEEPNESS * saliency.measure(module)
     module.score_BK = known - 0.7
     assert float(saliency.compute_loss(torch.tensor(0.7))) == pytest.approx(0, abs=1e-10)
+
+
+def test_a_steady_choice_does_not_depend_on_the_batch_and_is_that_of_evaluation() -> None:
+    _, dynamic = attached()
+    (module,) = iterate_modules(dynamic)
+    Saliency(dynamic).fit(X.split(16))
+    module.is_steady = True
+    module.train()(X)
+    scores = module.score_BK
+    assert not torch.equal(module.train()(X[:8] + 1), torch.zeros(0))  # statistics follow
+    moved = module.get_head().norm.running_mean.clone()  # type: ignore[union-attr, operator]
+    assert not torch.allclose(moved, X.mean((0, 2, 3)), atol=1e-3)
+    module.train()(X[:1])
+    alone = module.score_BK
+    module.eval()(X)
+    torch.testing.assert_close(alone, module.score_BK[:1])
+    assert not torch.allclose(scores, module.score_BK)
