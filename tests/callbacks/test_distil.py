@@ -145,7 +145,11 @@ def test_it_holds_the_network_to_the_teacher(first: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "schedule", [pytest.param(each, marks=SLOW) for each in ("[dynamic,distil]", "[reconstruct,distil]")]
+    "schedule",
+    [
+        pytest.param(each, marks=SLOW)
+        for each in ("[dynamic,distil]", "[reconstruct,distil]", "[growth,gates,ema,distil]")
+    ],
 )
 def test_resumed_equals_uninterrupted(
     first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str
@@ -153,6 +157,10 @@ def test_resumed_equals_uninterrupted(
     given = (*TRAINING, f"schedule={schedule}", f"init={first}", "trainer.max_epochs=6")
     if "reconstruct" in schedule:
         given += ("callbacks.reconstruct.dense=0", "callbacks.reconstruct.prune=0.5")
+    if "growth" in schedule:  # from scratch, taught by another network
+        given = tuple(option for option in given if not option.startswith("init="))
+        given += (f"callbacks.distil.teacher.run={first}", "model.channels=[3,3,3,4]", "task.mixup=0.2")
+        given += ("trigger=periodic", "trigger.every=1", "callbacks.gates.budget=700", "data.val_fraction=0")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train(configure(whole, *given), whole)
     kill(configure(broken, *given), broken, monkeypatch, 4, 1)
