@@ -29,8 +29,8 @@ from elastic.experiments.tools.errors import run
 from elastic.experiments.tools.folders import check_finished, load_config
 from elastic.experiments.tools.options import call
 from elastic.experiments.tools.parts import make_callbacks
-from elastic.experiments.tools.summary import find_device
-from elastic.experiments.tools.tables import write_csv
+from elastic.experiments.tools.summary import find_cpu
+from elastic.experiments.tools.tables import format_markdown, write_between_marks, write_csv
 from elastic.experiments.train import build, make_trainer
 from elastic.ranges import Range
 
@@ -112,6 +112,7 @@ def show_training_time(
     batches: Annotated[int, Range(2)] = 4,
     baseline: str | None = None,
     csv: Path | None = None,
+    markdown: Path | None = None,
 ) -> None:
     """Show what the training of finished runs takes on one thread of this machine.
 
@@ -120,6 +121,7 @@ def show_training_time(
         batches: of each epoch that are carried out.
         baseline: the arm that others are divided by.
         csv: the table as a file.
+        markdown: a text to put it into, between marks as those of compare.
 
     Raises:
         OptionError: there is no run, or none of the baseline.
@@ -138,9 +140,12 @@ def show_training_time(
     for row in rows:
         table.add_row(*row)
     Console(width=110).print(table)
-    print(f"processor time on {find_device()}: the median of {batches - 1} steps of each epoch")
+    note = f"Processor time on {find_cpu()}: the median of {batches - 1} steps of each epoch."
+    print(note)
     if csv is not None:
         write_csv(csv, head, rows)
+    if markdown is not None:
+        write_between_marks(markdown, "training_time", f"{format_markdown(head, rows)}\n\n{note}")
 
 
 def make_row(arm: str, training: TrainingTime) -> list[str]:

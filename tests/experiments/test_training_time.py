@@ -57,7 +57,10 @@ def test_arms_are_put_beside_their_baseline(
     monkeypatch.setattr(
         training_time, "time_training", lambda path, _: times[path.name.removesuffix("-seed0")]
     )
-    show_training_time(f"{tmp_path}/*-seed0", baseline="fixed", csv=tmp_path / "times.csv")
+    page = tmp_path / "page.md"
+    page.write_text("<!-- begin of `elastic training_time` -->\n<!-- end of `elastic training_time` -->")
+    show_training_time(f"{tmp_path}/*-seed0", baseline="fixed", csv=tmp_path / "times.csv", markdown=page)
+    assert "| grown | 100 | 200 | 30 | 0.75 |\n\nProcessor time on " in page.read_text()
     rows = list(csv.reader((tmp_path / "times.csv").read_text().splitlines()))
     assert rows[1:] == [["fixed", "200", "200", "40", "1.00"], ["grown", "100", "200", "30", "0.75"]]
     with pytest.raises(OptionError, match=r"no dense among .*: name fixed, grown"):
