@@ -1,7 +1,7 @@
 """Validate, save and keep an average of the weights over the last steps."""
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import lightning as L
 import torch
@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 
 from elastic.callbacks.base import ElasticCallback
+from elastic.ranges import Range, checked
 from elastic.training.joining import find_structure
 from elastic.training.structure import find_path
 
@@ -16,6 +17,7 @@ Tensors = Mapping[str, Tensor]
 Place = tuple[Tensors, Tensors, str]  # where an average is, where what it is of is, and its name there
 
 
+@checked
 class AverageWeights(ElasticCallback, EMAWeightAveraging):
     """Keep Lightning's exponential moving average, for a network whose structure changes.
 
@@ -36,7 +38,7 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
         self,
         device: torch.device | str | int | None = None,
         use_buffers: bool = True,
-        decay: float = 0.999,
+        decay: Annotated[float, Range(0, 1, below=True)] = 0.999,
         **options: Any,
     ) -> None:
         EMAWeightAveraging.__init__(self, device, use_buffers, decay, **options)
@@ -107,7 +109,8 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
             average.update_parameters(pl_module)
         else:
             pairs = [(mean, now) for mean, now in self._pair() if self._is_averaged(now)]
-            torch._foreach_lerp_(*map(list, zip(*pairs, strict=True)), 1 - self.decay)
+            means, values = map(list, zip(*pairs, strict=True))
+            torch._foreach_lerp_(means, values, 1 - self.decay)
             average.n_averaged += 1
         self._has_begun = True
 
@@ -116,7 +119,8 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
         """Copy from the model what has no average, or none yet."""
         pairs = [(mean, now) for mean, now in self._pair() if not self._is_averaged(now)]
         if pairs:
-            torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+            means, values = map(list, zip(*pairs, strict=True))
+            torch._foreach_copy_(means, values)
 
     def _pair(self) -> list[tuple[Tensor, Tensor]]:
         """Pair averages with what they are of."""
