@@ -43,6 +43,8 @@ class PruneDynamically(ElasticCallback):
             fitted to each input's "saliency" (`elastic.dynamic.saliency`), for a network that is trained.
         saliency: weight of a loss that goes on teaching modules saliency; an input's choice does not depend
             on the rest of its batch then, and the network learns nothing through what modules look at.
+        contrast: how much of what an input's saliency differs by from the mean over inputs is taught: the
+            less, the more kernels have one choice for all inputs, to which weights can adapt.
         freeze: part of the run from which modules learn no more, and weights adapt to a choice that stays.
 
     Where there are levels, each of them gets modules of its own, and each step trains one, drawn at random.
@@ -70,6 +72,7 @@ class PruneDynamically(ElasticCallback):
         modules_only: bool = False,
         start: Start = "order",
         saliency: NotNegative = 0.0,
+        contrast: Part = 1.0,
         freeze: Part = 1.0,
     ) -> None:
         gains = [gain] if isinstance(gain, int | float) else list(gain)
@@ -86,7 +89,7 @@ class PruneDynamically(ElasticCallback):
         self.losses = [ActivationLoss(each, form, by, target) for each in gains]
         self.activation, self.kind, self.begin, self.end = activation, kind, begin, end
         self.rate, self.modules_only = rate, modules_only
-        self.start, self.saliency, self.freeze = start, saliency, freeze
+        self.start, self.saliency, self.contrast, self.freeze = start, saliency, contrast, freeze
         self.costs: list[ActivationCost] = []
         self.has_started = self.is_frozen = False
         self.active_set, self.ramp_up = 0, 0.0
@@ -140,7 +143,7 @@ class PruneDynamically(ElasticCallback):
             self._start_saliency(trainer)
 
     def _start_saliency(self, trainer: L.Trainer) -> None:
-        self._saliencies = [Saliency(net) for net in self.structure.dynamic_nets]
+        self._saliencies = [Saliency(net, self.contrast) for net in self.structure.dynamic_nets]
         if self.start == "saliency" and not self.has_started:
             x_BCHW, _ = sample_batch(trainer, SAMPLES, self.structure.make_seed(0))
             for level, saliency in enumerate(self._saliencies):
