@@ -33,7 +33,8 @@ class PruneDynamically(ElasticCallback):
         gain: G; several give as many sets of modules, of which each step trains one, drawn at random.
         form, by, target: see `ActivationLoss`.
         activation: how modules learn, see `elastic.dynamic.modules.KernelActivation`.
-        kind: what modules look at, see `elastic.dynamic.attach_modules`.
+        kind, branches: what modules look at, and whether they switch kernels that end a branch, too; see
+            `elastic.dynamic.attach_modules`.
         begin, end: parts of the run; the loss sets in at the first and grows to its full weight, or moves to
             its target, until the second: kernels that close all at once close whatever they are worth.
         rate: of the modules' learning, times the network's: modules start from nothing, and a trained network
@@ -66,6 +67,7 @@ class PruneDynamically(ElasticCallback):
         target: Fraction | None = None,
         activation: Activation = "ramp",
         kind: str = "input",
+        branches: bool = False,
         begin: Part = 0.1,
         end: Part = 0.5,
         rate: Positive = 1.0,
@@ -88,7 +90,7 @@ class PruneDynamically(ElasticCallback):
             raise OptionError("where modules alone are trained, they cannot freeze: leave one of both out")
         self.losses = [ActivationLoss(each, form, by, target) for each in gains]
         self.activation, self.kind, self.begin, self.end = activation, kind, begin, end
-        self.rate, self.modules_only = rate, modules_only
+        self.branches, self.rate, self.modules_only = branches, rate, modules_only
         self.start, self.saliency, self.contrast, self.freeze = start, saliency, contrast, freeze
         self.costs: list[ActivationCost] = []
         self.has_started = self.is_frozen = False
@@ -120,7 +122,8 @@ class PruneDynamically(ElasticCallback):
     def _attach(self) -> None:
         structure, sets = self.structure, len(self.losses)
         nets = structure.nets
-        structure.attach_dynamic(self.rate, sets=sets, activation=self.activation, kind=self.kind)
+        options = {"activation": self.activation, "kind": self.kind, "branches": self.branches}
+        structure.attach_dynamic(self.rate, sets=sets, **options)
         structure.extra_levels = range(len(nets) - 1)
         structure.level = len(nets) - 1
         self.costs = [ActivationCost(net, structure.example) for net in structure.dynamic_nets]
