@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import lightning as L
 import torch
@@ -10,14 +10,17 @@ from torch import Tensor
 
 from elastic.callbacks.base import ElasticCallback, StepNetwork, refuse_changes_beside
 from elastic.dynamic.activations import Activation
-from elastic.dynamic.loss import ActivationCost, ActivationLoss, By, Form
+from elastic.dynamic.loss import HAVE_TARGET, ActivationCost, ActivationLoss, By, Form
 from elastic.dynamic.modules import iterate_modules, select_set
 from elastic.dynamic.norms import SetNorm
+from elastic.dynamic.saliency import Saliency
 from elastic.errors import OptionError, TrainingError
 from elastic.ranges import Fraction, NotNegative, Part, Positive, checked
-from elastic.training.progress import measure_epoch_progress
-from elastic.training.samples import count_samples
+from elastic.training.progress import measure_epoch_progress, measure_step_progress
+from elastic.training.samples import count_samples, sample_batch
 
+Start = Literal["order", "saliency"]
+SAMPLES, BATCH = 4096, 256  # training images that modules are fitted to
 COLD = 0.05  # the temperature at the end of a run, of soft gates
 MEASURES: tuple[By, ...] = ("kernels", "macs")
 
@@ -36,6 +39,11 @@ class PruneDynamically(ElasticCallback):
         rate: of the modules' learning, times the network's: modules start from nothing, and a trained network
             is thrown back by steps as large as they need.
         modules_only: train the modules alone, and leave the network as it is to the last bit.
+        start: how modules start: all kernels on, in the "order" of what they are worth, for any network; or
+            fitted to each input's "saliency" (`elastic.dynamic.saliency`), for a network that is trained.
+        saliency: weight of a loss that goes on teaching modules saliency; an input's choice does not depend
+            on the rest of its batch then, and the network learns nothing through what modules look at.
+        freeze: part of the run from which modules learn no more, and weights adapt to a choice that stays.
 
     Where there are levels, each of them gets modules of its own, and each step trains one, drawn at random.
 
@@ -60,19 +68,32 @@ class PruneDynamically(ElasticCallback):
         end: Part = 0.5,
         rate: Positive = 1.0,
         modules_only: bool = False,
+        start: Start = "order",
+        saliency: NotNegative = 0.0,
+        freeze: Part = 1.0,
     ) -> None:
         gains = [gain] if isinstance(gain, int | float) else list(gain)
         if not gains or not begin <= end < 1:
             raise OptionError(
                 f"{len(gains)} gains, from {begin} to {end} of the run: give one or more, 0 ≤ begin ≤ end < 1"
             )
+        if start not in get_args(Start):
+            raise OptionError(
+                f"modules cannot start by '{start}': set start to {' or '.join(get_args(Start))}"
+            )
+        if modules_only and freeze < 1:
+            raise OptionError("where modules alone are trained, they cannot freeze: leave one of both out")
         self.losses = [ActivationLoss(each, form, by, target) for each in gains]
         self.activation, self.kind, self.begin, self.end = activation, kind, begin, end
         self.rate, self.modules_only = rate, modules_only
+        self.start, self.saliency, self.freeze = start, saliency, freeze
         self.costs: list[ActivationCost] = []
+        self.has_started = self.is_frozen = False
         self.active_set, self.ramp_up = 0, 0.0
         self.is_active = False
         self.multiplier_LS = torch.zeros(0, len(self.losses))  # of each level's and set's fraction
+        self.threshold_LS = self.multiplier_LS.clone()  # what saliency has to exceed, subtracted from biases
+        self._saliencies: list[Saliency] = []
 
     def list_step_networks(self) -> Sequence[StepNetwork]:
         """List the levels, of which each step trains one."""
@@ -101,18 +122,43 @@ class PruneDynamically(ElasticCallback):
         structure.level = len(nets) - 1
         self.costs = [ActivationCost(net, structure.example) for net in structure.dynamic_nets]
         self.multiplier_LS = torch.zeros(len(nets), sets)
+        self.threshold_LS = torch.zeros(len(nets), sets)
         if self.modules_only:
             for net in nets:
                 net.requires_grad_(False)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        has_target = any(loss.target is not None for loss in self.losses)
+        has_target = any(loss.form == "target" for loss in self.losses)
         if has_target and not math.isfinite(trainer.num_training_batches):
             raise TrainingError(
                 "a target is approached epoch by epoch, and the data has no length: set "
                 "trainer.limit_train_batches, or another form"
             )
         self.multiplier_LS = self.multiplier_LS.to(pl_module.device)
+        self.threshold_LS = self.threshold_LS.to(pl_module.device)
+        if self.saliency or self.start == "saliency":
+            self._start_saliency(trainer)
+
+    def _start_saliency(self, trainer: L.Trainer) -> None:
+        self._saliencies = [Saliency(net) for net in self.structure.dynamic_nets]
+        if self.start == "saliency" and not self.has_started:
+            x_BCHW, _ = sample_batch(trainer, SAMPLES, self.structure.make_seed(0))
+            for level, saliency in enumerate(self._saliencies):
+                self.threshold_LS[level] = saliency.fit(x_BCHW.split(BATCH))
+        self.has_started = True
+        for module in iterate_modules(self.structure.kernel_modules):
+            module.is_steady = self.saliency > 0
+        if not self.saliency:
+            self._remove_saliencies()
+
+    def _remove_saliencies(self) -> None:
+        for saliency in self._saliencies:
+            saliency.remove()
+        self._saliencies = []
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._remove_saliencies()
+        super().teardown(trainer, pl_module, stage)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.modules_only:
@@ -127,9 +173,15 @@ class PruneDynamically(ElasticCallback):
         for module in iterate_modules(self.structure.kernel_modules):
             module.temperature = COLD**progress
         self.is_active = progress >= self.begin
-        rises = self.begin <= progress < self.end
-        self.ramp_up = (progress - self.begin) / (self.end - self.begin) if rises else 1.0
+        self.ramp_up = self._compute_ramp(progress)
+        if progress >= self.freeze and not self.is_frozen:
+            self.is_frozen = True
+            self.structure.kernel_modules.requires_grad_(False)
         self._draw()
+
+    def _compute_ramp(self, progress: float) -> float:
+        rises = self.begin <= progress < self.end
+        return (progress - self.begin) / (self.end - self.begin) if rises else 1.0
 
     def _draw(self) -> None:
         """Draw the level and the set of modules that this step trains."""
@@ -141,27 +193,41 @@ class PruneDynamically(ElasticCallback):
 
     def compute_loss(self, x: Tensor, output: Any) -> Tensor | None:
         """Return the loss of what this call has engaged."""
-        if not self.is_active:
-            return None
         level, loss = self.structure.level, self.losses[self.active_set]
-        multiplier = self.multiplier_LS[level, self.active_set]
-        return loss.loss(self.costs[level].fraction(loss.by), self.ramp_up, multiplier)
+        terms = []
+        if self.is_active and loss.form != "threshold":
+            multiplier = self.multiplier_LS[level, self.active_set]
+            terms.append(loss.loss(self.costs[level].fraction(loss.by), self.ramp_up, multiplier))
+        if self._saliencies and not self.is_frozen:
+            distance = self._saliencies[level].compute_loss(self.threshold_LS[level, self.active_set])
+            terms.append(self.saliency * distance)
+        return torch.stack(terms).sum() if terms else None
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.is_active and self.losses[self.active_set].target is not None:
-            self._update_multiplier(trainer, self.structure.level)
+        if self.is_active and self.losses[self.active_set].form in HAVE_TARGET:
+            self._follow_target(trainer, self.structure.level)
 
     @torch.no_grad()
-    def _update_multiplier(self, trainer: L.Trainer, level: int) -> None:
-        loss, part = self.losses[self.active_set], 1 / trainer.num_training_batches
+    def _follow_target(self, trainer: L.Trainer, level: int) -> None:
+        loss = self.losses[self.active_set]
         fraction = trainer.strategy.reduce(self.costs[level].fraction(loss.by), reduce_op="mean")
         assert isinstance(fraction, Tensor)
+        if loss.form == "threshold":
+            self._raise_threshold(
+                level, loss.compute_rise(fraction, self._compute_ramp(measure_step_progress(trainer)))
+            )
+            return
         multiplier = self.multiplier_LS[level, self.active_set]
         self.multiplier_LS[level, self.active_set] = loss.update_multiplier(
-            multiplier, fraction, self.ramp_up, part
+            multiplier, fraction, self.ramp_up, 1 / trainer.num_training_batches
         )
+
+    def _raise_threshold(self, level: int, rise: Tensor) -> None:
+        self.threshold_LS[level, self.active_set] += rise
+        heads = [module.get_head() for module in iterate_modules(self.structure.dynamic_nets[level])]
+        torch._foreach_add_([head.linear.bias.detach() for head in heads], -rise)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.structure.dynamic_nets:  # not so where a network is looked at before it is trained
@@ -193,7 +259,12 @@ class PruneDynamically(ElasticCallback):
         return [module for module in self.structure.kernel_modules.modules() if isinstance(module, SetNorm)]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"multiplier_LS": self.multiplier_LS.clone()}
+        return {
+            "multiplier_LS": self.multiplier_LS.clone(),
+            "threshold_LS": self.threshold_LS.clone(),
+            "has_started": self.has_started,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.multiplier_LS = state_dict["multiplier_LS"]
+        self.multiplier_LS, self.threshold_LS = state_dict["multiplier_LS"], state_dict["threshold_LS"]
+        self.has_started = state_dict["has_started"]

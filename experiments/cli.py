@@ -15,6 +15,7 @@ from elastic.experiments.tools.signals import end_on_signals
 # Kept here, since importing a command takes seconds.
 COMMANDS = {
     "train": "train a network, or sweep over many: data × model × schedule",
+    "plan": "train many runs side by side, in the order in which they start from each other",
     "evaluate": "measure a finished run again",
     "compare": "put many runs in one table, a figure, or a page",
     "export": "write a finished run's network for other programs",

@@ -4,6 +4,7 @@ from elastic.data.arrays import ArrayData
 from elastic.data.folders import ImageFolderData, Imagenette
 from elastic.data.huggingface import HuggingFaceImages
 from elastic.data.images import ImageData
+from elastic.data.joined import JoinedImages
 from elastic.data.sets import Digits, TorchvisionImages
 from elastic.data.shapes import Shapes
 from elastic.data.table import ImageTableData
@@ -18,6 +19,7 @@ __all__ = [
     "ImageFolderData",
     "ImageTableData",
     "Imagenette",
+    "JoinedImages",
     "Shapes",
     "TorchvisionImages",
 ]

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Activation = Literal["scale", "ramp", "straight_through", "soft", "gumbel"]
+Activation = Literal["scale", "ramp", "straight_through", "soft", "gumbel", "hard"]
 MIN_SCALE = 0.5  # of a scale's gates that are on
 SURE = 1e-6  # the least probability that noise is drawn for
 
@@ -48,6 +48,11 @@ def pass_straight(score_BK: Tensor, temperature: float = 1.0) -> Tensor:
     return find_active(score_BK.detach()) + soft_BK - soft_BK.detach()
 
 
+def cut(score_BK: Tensor, temperature: float = 1.0) -> Tensor:
+    """Give 0 or 1, and the task no say in it."""
+    return find_active(score_BK.detach())
+
+
 def draw_gates(score_BK: Tensor, temperature: float = 1.0) -> Tensor:
     """Give 0 or 1 as often as the sigmoid says: Jang et al., arXiv 1611.01144."""
     return pass_straight(add_noise(score_BK))
@@ -65,6 +70,7 @@ TRAINED: dict[str, Callable[[Tensor, float], Tensor]] = {
     "soft": soften,
     "gumbel": draw_gates,
     "straight_through": pass_straight,
+    "hard": cut,
 }
 
 

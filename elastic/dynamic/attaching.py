@@ -68,15 +68,21 @@ def _attach(
 def _measure_worth(traced: fx.GraphModule, site: Site, kernels: int) -> Tensor:
     """Measure what each kernel's map moves in its readers: their weights for it, times its norm's gain."""
     (call,) = find_calls(traced, site.writer)
-    worth_K = torch.zeros(kernels)
+    worth_K = measure_reading_weights(traced, site, kernels)
+    norm = get_layer(traced, find_norm(traced, call))
+    gain_K = None if norm is None else norm._parameters.get("weight")
+    return worth_K if gain_K is None or gain_K.dim() > 1 else worth_K * gain_K.square()
+
+
+def measure_reading_weights(traced: fx.GraphModule, site: Site, kernels: int) -> Tensor:
+    """Sum the squares of the weights that read each kernel's map; those of groups are left out."""
+    worth_K = cast(Tensor, traced.get_submodule(site.writer).weight).new_zeros(kernels)
     for layer in (traced.get_submodule(path) for path in site.readers):
         if getattr(layer, "groups", 1) == 1:
             weight = cast(Tensor, layer.weight)
             weight_KN = weight.transpose(0, 1).unflatten(0, (kernels, -1)).flatten(1)
-            worth_K += weight_KN.square().sum(1).cpu()
-    norm = get_layer(traced, find_norm(traced, call))
-    gain_K = None if norm is None else norm._parameters.get("weight")
-    return worth_K if gain_K is None or gain_K.dim() > 1 else worth_K * gain_K.square().cpu()
+            worth_K = worth_K + weight_KN.square().sum(1)
+    return worth_K
 
 
 def _attach_norms(traced: fx.GraphModule, modules: nn.ModuleDict, sets: int) -> None:

@@ -16,7 +16,9 @@ from elastic.errors import OptionError
 from elastic.measure.counts import count_macs_by_layer
 from elastic.ranges import Fraction, NotNegative, checked
 
-Form = Literal["linear", "square", "target"]
+Form = Literal["linear", "square", "target", "threshold"]
+HAVE_TARGET = ("target", "threshold")
+CLOSING = 0.5  # by how much a threshold rises in a step, for each part of the network above the target
 By = Literal["kernels", "macs"]
 
 
@@ -77,7 +79,8 @@ class ActivationLoss:
     Args:
         gain: G; 0 leaves the modules to the task's own loss.
         form: "linear" G · fraction, "square" G · fraction², "target" G · (fraction - target)², and a
-            multiplier times the same distance, see `update_multiplier`.
+            multiplier times the same distance, see `update_multiplier`; "threshold" charges nothing: what
+            scores have to exceed is steered to the target, see `compute_rise`.
         by: of the number of kernels ("kernels") or of the MACs, modules included ("macs").
         target: the fraction to be reached.
 
@@ -96,17 +99,24 @@ class ActivationLoss:
                 f"an activation loss cannot be '{self.form}' by '{self.by}': set form to "
                 f"{', '.join(get_args(Form))} and by to {' or '.join(get_args(By))}"
             )
-        if (self.form == "target") != (self.target is not None):
+        if (self.form in HAVE_TARGET) != (self.target is not None):
             raise OptionError(
-                "an activation loss has a target where its form is 'target', and only there: set both or none"
+                "an activation loss has a target where its form is 'target' or 'threshold', and only there: "
+                "set both or none"
             )
 
     def loss(self, fraction: Tensor, ramp_up: float = 1.0, multiplier: Tensor | float = 0.0) -> Tensor:
         """Compute the loss; while `ramp_up` rises from 0 to 1 the gain rises, or the target falls from 1."""
+        if self.form == "threshold":
+            return torch.zeros_like(fraction)
         if self.target is not None:
             excess = fraction - self._compute_target(ramp_up)
             return self.gain * excess.square() + multiplier * excess
         return ramp_up * self.gain * (fraction if self.form == "linear" else fraction.square())
+
+    def compute_rise(self, fraction: Tensor, ramp_up: float) -> Tensor:
+        """Compute by how much the threshold of scores rises after a step; below the target it falls."""
+        return CLOSING * (fraction - self._compute_target(ramp_up))
 
     def update_multiplier(self, multiplier: Tensor, fraction: Tensor, ramp_up: float, part: float) -> Tensor:
         """Compute the multiplier after `part` of an epoch: it rises while the fraction is above the target.
@@ -115,7 +125,7 @@ class ActivationLoss:
         multiplier that has grown as large as that pull it rests at the target (method of multipliers:
         Nocedal and Wright, Numerical Optimization, 2006, section 17.3).
         """
-        if self.target is None:
+        if self.form != "target":
             return multiplier
         return multiplier + part * 2 * self.gain * (fraction - self._compute_target(ramp_up))
 

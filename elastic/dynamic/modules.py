@@ -52,6 +52,20 @@ class Head(nn.Module):
         score_BK: Tensor = self.linear(mean_BC.clamp(-WITHIN, WITHIN))
         return score_BK
 
+    def score_steadily(self, x_BCHW: Tensor) -> Tensor:
+        """Score an input as in evaluation, whatever else is in its batch; in training, statistics follow."""
+        mean_BC = x_BCHW.detach().mean((2, 3))
+        if self.training and len(mean_BC) > 1:
+            self.norm(mean_BC)
+        score_BK: Tensor = self.linear(self.look(mean_BC))
+        return score_BK
+
+    def look(self, mean_BC: Tensor) -> Tensor:
+        """Normalise means as in evaluation, and hold them within bounds."""
+        norm = self.norm
+        normed_BC = F.batch_norm(mean_BC, norm.running_mean, norm.running_var, eps=norm.eps)
+        return normed_BC.clamp(-WITHIN, WITHIN)
+
     @torch.no_grad()
     def fold(self) -> tuple[Tensor, Tensor, Tensor]:
         """Fold the norm into weight_KC and bias_K, for the means as they are, and give those their bounds."""
@@ -90,10 +104,14 @@ class KernelActivation(SetMember):
             in evaluation. The strongest kernel is never off then.
             "straight_through": 0 or 1 forward, the sigmoid's gradient backward. "soft": the sigmoid of score
             / `temperature`, to be annealed. "gumbel": 0 or 1 of the score plus logistic noise (Jang et al.,
-            arXiv 1611.01144).
+            arXiv 1611.01144). "hard": 0 or 1, without a gradient of the task: for modules that learn from
+            something else.
 
     Attributes:
         active_BK: 1 for the kernels that it last engaged, else 0, for the loss.
+        score_BK: the scores by which it did.
+        is_steady: whether an input is scored as in evaluation while it is trained, too; the network then
+            learns nothing through what the module looks at.
     """
 
     kind: ClassVar[str] = "input"  # what it looks at
@@ -114,11 +132,13 @@ class KernelActivation(SetMember):
         self.start, self.spread = START_OF_SCALE if activation == "scale" else START
         middle = self.start + self.spread / 2
         self.heads = nn.ModuleList(Head(reads, kernels, middle) for _ in range(sets))
-        self.active_BK = torch.ones(0, kernels)
+        self.active_BK = self.score_BK = torch.ones(0, kernels)
+        self.is_steady = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out, of copies, the history of what was engaged in training, which torch does not copy."""
-        return {**self.__dict__, "active_BK": self.active_BK.detach()}
+        active_BK, score_BK = self.active_BK.detach(), self.score_BK.detach()
+        return {**self.__dict__, "active_BK": active_BK, "score_BK": score_BK}
 
     @property
     def sets(self) -> int:
@@ -127,6 +147,12 @@ class KernelActivation(SetMember):
     def iterate_heads(self) -> Iterator[Head]:
         """Iterate over the heads, one a set."""
         return cast("Iterator[Head]", iter(self.heads))
+
+    def get_head(self) -> Head:
+        """Return the active set's head."""
+        head = self.heads[self.active_set]
+        assert isinstance(head, Head)
+        return head
 
     @torch.no_grad()
     def order_scores(self, worth_K: Tensor) -> None:
@@ -137,11 +163,12 @@ class KernelActivation(SetMember):
 
     def score_kernels(self, x_BCHW: Tensor) -> Tensor:
         """Score kernels by the active set's head."""
-        score_BK: Tensor = self.heads[self.active_set](x_BCHW)
+        head = self.get_head()
+        score_BK: Tensor = head.score_steadily(x_BCHW) if self.is_steady else head(x_BCHW)
         return score_BK
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        score_BK = self.score_kernels(x_BCHW)
+        self.score_BK = score_BK = self.score_kernels(x_BCHW)
         self.active_BK = find_active(score_BK.detach())
         gate_BK = compute_gates(score_BK, self.activation, self.training, self.temperature)
         if self.training:

@@ -28,6 +28,7 @@ from elastic.experiments.tools.restore import restore, restore_teacher
 from elastic.experiments.train import train
 from elastic.measure.counts import count_macs
 from elastic.training.module import ElasticClassifier
+from elastic.training.progress import measure_step_progress
 from tests.fitted import EXACT, Run, Spy, prepare
 from tests.resuming import assert_same_run, kill
 from tests.runs import configure
@@ -252,8 +253,15 @@ def joint(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "callbacks.dynamic.target=0.5",
         ),
         pytest.param(("init={joint}", "callbacks.dynamic.gain=[0.1,1.0]"), marks=SLOW),
+        (
+            "callbacks.dynamic.start=saliency",
+            "callbacks.dynamic.saliency=1.0",
+            "callbacks.dynamic.activation=hard",
+            "callbacks.dynamic.form=threshold",
+            "callbacks.dynamic.target=0.7",
+        ),
     ],
-    ids=["sets", "gumbel", "soft", "levels"],
+    ids=["sets", "gumbel", "soft", "levels", "saliency"],
 )
 def test_resumed_equals_uninterrupted(
     joint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
@@ -545,3 +553,59 @@ def test_in_any_lightning_program() -> None:
             make_skipping(module.structure.dynamic_nets[0])(x_NCHW), expected, rtol=1e-4, atol=1e-5
         )
         assert not F.softmax(expected, 1).isnan().any()
+
+
+LOOKING = (
+    "callbacks.dynamic.start=saliency",
+    "callbacks.dynamic.saliency=1.0",
+    "callbacks.dynamic.activation=hard",
+    "callbacks.dynamic.form=threshold",
+    "callbacks.dynamic.target=0.5",
+    "callbacks.dynamic.end=0.5",
+    "callbacks.dynamic.freeze=0.75",
+)
+
+
+def test_kernels_close_on_the_path_to_the_target_and_the_choice_then_stays(tmp_path: Path) -> None:
+    fractions: list[tuple[float, float]] = []
+    weights: list[tuple[float, list[Tensor]]] = []
+
+    def note(trainer: L.Trainer, module: ElasticClassifier, *_: Any) -> None:
+        progress, own = measure_step_progress(trainer), run.callbacks["dynamic"]
+        path = 1 - min(1.0, progress / 0.5) * 0.5
+        fractions.append((path, float(own.costs[0].fraction("macs").detach())))
+        weights.append(
+            (progress, [m.get_head().linear.weight.detach().clone() for m in iterate_modules(module)])
+        )
+
+    more = ("trainer.max_epochs=8", "data.batch_size=50", "optimizer.lr=5e-3")
+    run = prepare(tmp_path, *TRAINING, *LOOKING, *more, after=(Spy(on_train_batch_end=note),))
+    run.fit()
+    late = [abs(path - fraction) for path, fraction in fractions[-len(fractions) // 3 :]]
+    assert fractions[0][1] > 0.98 and sum(late) / len(late) < 0.03
+    assert all(fraction > path - 0.1 for path, fraction in fractions)
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(weights[-1][1], next(w for at, w in weights if at > 0.77), strict=True)
+    )
+    moved = zip(weights[0][1], weights[-1][1], strict=True)
+    assert not any(torch.equal(one, other) for one, other in moved)
+
+
+def test_what_has_looked_measures_again_as_it_did(tmp_path: Path) -> None:
+    summary = train(configure(tmp_path, *TRAINING, *LOOKING), tmp_path)
+    assert summary["macs_dynamic"] < summary["macs"]
+    assert evaluate(tmp_path) == summary_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"start": "zero"}, "modules cannot start by 'zero': set start to order or saliency"),
+        ({"modules_only": True, "freeze": 0.5}, "where modules alone are trained, they cannot freeze"),
+        ({"form": "threshold"}, "has a target where its form is 'target' or 'threshold'"),
+    ],
+)
+def test_ways_of_looking_that_cannot_be_are_one_line(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        PruneDynamically(**options)

@@ -406,7 +406,7 @@ def test_the_loss_by_hand(loss: ActivationLoss, ramp_up: float, expected: float)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"form": "cubic"}, "set form to linear, square, target and by to kernels or macs"),
+        ({"form": "cubic"}, "set form to linear, square, target, threshold and by to kernels or macs"),
         ({"by": "time"}, "set form to"),
         ({"gain": -1.0}, "gain=-1.0 cannot be: set it to a number, 0 or more"),
         ({"form": "target"}, "has a target where its form is 'target'"),

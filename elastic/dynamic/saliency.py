@@ -1,0 +1,157 @@
+"""Measure what each kernel's map weighs in the layers that read it, and fit modules to that.
+
+The saliency of a kernel for an input is the norm of its map times the norm of the weights that read it, in
+parts of the mean over the layer's kernels. Modules that predict it choose well before anything has been
+trained by its loss, and kernels that are off have a signal, too.
+
+Shapes: B inputs of a batch, N of all, C maps that a convolution reads, K kernels.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from elastic.dynamic.attaching import MODULES, measure_reading_weights
+from elastic.dynamic.modules import KernelActivation, iterate_modules
+from elastic.dynamic.sites import find_calls
+from elastic.dynamic.zeros import name_operation
+from elastic.widths.tracing import preserve_modes
+
+STEEPNESS = 4.0  # of scores: so many for one mean saliency
+RIDGE = 1e-3  # of the fit, in parts of the features' variance
+
+
+class Saliency:
+    """Measure the saliency of kernels in each call of a network with kernel activation modules.
+
+    Maps are caught where they are whole, before gates cut them.
+
+    Args:
+        net: from `attach_modules`.
+    """
+
+    def __init__(self, net: fx.GraphModule) -> None:
+        self.net = net
+        self.modules = list(iterate_modules(net))
+        self._maps: dict[str, Tensor] = {}
+        self._rectified: dict[str, bool] = {}
+        self._hooks = [self._catch(module.site.writer) for module in self.modules]
+
+    def _catch(self, writer: str) -> Any:
+        (gate,) = find_calls(self.net, f"{MODULES}.{writer.replace('.', '/')}")
+        gated = next(iter(gate.users))
+        end = gated.args[0]
+        assert isinstance(end, fx.Node)
+        self._rectified[writer] = any(name_operation(self.net, user) == "relu" for user in gated.users)
+
+        def keep(layer: nn.Module, inputs: Any, map_BKHW: Tensor) -> None:
+            self._maps[writer] = map_BKHW.detach()
+
+        return self.net.get_submodule(str(end.target)).register_forward_hook(keep)
+
+    @torch.no_grad()
+    def measure(self, module: KernelActivation) -> Tensor:
+        """Measure saliency_BK of a module's kernels in the last call."""
+        site = module.site
+        map_BKHW = self._maps[site.writer].float()
+        if self._rectified[site.writer]:
+            map_BKHW = map_BKHW.relu()
+        norm_BK = torch.linalg.vector_norm(map_BKHW, dim=(2, 3))
+        saliency_BK = norm_BK * measure_reading_weights(self.net, site, norm_BK.shape[1]).sqrt()
+        return saliency_BK / saliency_BK.mean(1, keepdim=True).clamp(min=1e-12)
+
+    def compute_loss(self, threshold: Tensor) -> Tensor:
+        """Compute how far the last call's scores are from what saliency says, in squares."""
+        losses = [
+            (module.score_BK.float() - STEEPNESS * self.measure(module) + threshold).square().mean()
+            for module in self.modules
+        ]
+        return torch.stack(losses).sum()
+
+    def remove(self) -> None:
+        """Catch maps no longer."""
+        for hook in self._hooks:
+            hook.remove()
+
+    @torch.no_grad()
+    def fit(self, batches: Iterable[Tensor]) -> Tensor:
+        """Fit every head to saliency in closed form, least squares, with the network as it is without gates.
+
+        Heads of modules that see nothing get the mean.
+
+        Returns:
+            The threshold: how much lower scores are than what saliency says. All are as high as scores start.
+        """
+        fits = [_Fit(module, self) for module in self.modules]
+        opened = [module.register_forward_hook(_open) for module in self.modules]
+        inputs = [
+            module.register_forward_pre_hook(fit.note_input)
+            for module, fit in zip(self.modules, fits, strict=True)
+        ]
+        with preserve_modes(self.net):
+            self.net.eval()
+            for x_BCHW in batches:
+                self.net(x_BCHW)
+                for fit in fits:
+                    fit.add()
+        for hook in (*opened, *inputs):
+            hook.remove()
+        lowest = torch.stack([fit.solve() for fit in fits]).min()
+        threshold = lowest - self.modules[0].start
+        for module in self.modules:
+            for head in module.iterate_heads():
+                head.linear.bias.sub_(threshold)
+        return threshold
+
+
+class _Fit:
+    """Gather what a module's head looks at and what saliency says, and solve for its weights."""
+
+    def __init__(self, module: KernelActivation, saliency: Saliency) -> None:
+        self.module, self.saliency = module, saliency
+        self.mean_BC = torch.empty(0)
+        self.means: list[Tensor] = []
+        self.targets: list[Tensor] = []
+
+    def note_input(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.mean_BC = inputs[0].float().mean((2, 3))
+
+    def add(self) -> None:
+        self.means.append(self.mean_BC)
+        self.targets.append(STEEPNESS * self.saliency.measure(self.module))
+
+    def solve(self) -> Tensor:
+        """Give every head its weights; return the lowest score of all."""
+        mean_NC, target_NK = torch.cat(self.means), torch.cat(self.targets)
+        score_NK = target_NK.mean(0, keepdim=True)
+        for head in self.module.iterate_heads():
+            head.norm.running_mean.copy_(mean_NC.mean(0))  # type: ignore[union-attr]
+            head.norm.running_var.copy_(mean_NC.var(0))  # type: ignore[union-attr]
+            if head.linear.weight.requires_grad:
+                feature_NC = head.look(mean_NC)
+                weight_KC, bias_K = solve_ridge(feature_NC, target_NK)
+                head.linear.weight.copy_(weight_KC)
+                head.linear.bias.copy_(bias_K)
+                score_NK = head.linear(feature_NC.to(head.linear.weight.dtype))
+            else:
+                head.linear.bias.copy_(score_NK[0])
+        return score_NK.min()
+
+
+def solve_ridge(x_NC: Tensor, y_NK: Tensor, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
+    """Solve for weight_KC and bias_K: least squared error, plus `ridge` a squared weight and row of x."""
+    x_NC, y_NK = x_NC.double(), y_NK.double()
+    x_mean_C, y_mean_K = x_NC.mean(0), y_NK.mean(0)
+    x_NC, y_NK = x_NC - x_mean_C, y_NK - y_mean_K
+    gram_CC = x_NC.T @ x_NC + ridge * len(x_NC) * torch.eye(
+        x_NC.shape[1], dtype=x_NC.dtype, device=x_NC.device
+    )
+    weight_KC = torch.linalg.solve(gram_CC, x_NC.T @ y_NK).T
+    return weight_KC, y_mean_K - weight_KC @ x_mean_C
+
+
+def _open(module: nn.Module, inputs: Any, gate_BK11: Tensor) -> Tensor:
+    """Replace gates, so that all maps pass."""
+    return torch.ones_like(gate_BK11)
