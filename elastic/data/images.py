@@ -8,7 +8,7 @@ Shapes: B samples of a batch, C channels, H rows, W columns.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Annotated, Any, TypeVar
 
@@ -211,16 +211,29 @@ class ImageData(L.LightningDataModule, ABC):
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Turn bytes into normalised floats, on the device; augment while the trainer is training."""
         x_BCHW, y_B = batch
+        trainer = self.trainer
+        epoch = trainer.current_epoch if trainer is not None and trainer.training else None
+        return self._prepare(x_BCHW, epoch), y_B
+
+    def iterate_train(self, epoch: int, device: torch.device) -> Iterator[Tensor]:
+        """Yield all training images in their order, by the batch, augmented as in an epoch."""
+        train: Any = self._require(self.train_set)
+        for index in torch.arange(len(train)).split(self.batch_size):
+            x_BCHW, _ = train.__getitems__(index.tolist())
+            yield self._prepare(x_BCHW.to(device), epoch)
+
+    def _prepare(self, x_BCHW: Tensor, epoch: int | None) -> Tensor:
+        """Turn bytes into normalised floats, augmented as in an epoch of training where one is given."""
         x_BCHW = scale_bytes(x_BCHW)
-        if self.trainer is not None and self.trainer.training:
+        if epoch is not None:
             for augment in self.augment:
                 if isinstance(augment, AlternatingFlip):
-                    augment.epoch = self.trainer.current_epoch
+                    augment.epoch = epoch
                 x_BCHW = augment(x_BCHW)
         x_BCHW = self.normalise(x_BCHW)
         if self.trainer is not None:  # Lightning has looked for floats to cast already, and found bytes
             x_BCHW = self.trainer.precision_plugin.convert_input(x_BCHW)
-        return x_BCHW, y_B
+        return x_BCHW
 
     def normalise(self, x_BCHW: Tensor) -> Tensor:
         """Subtract the mean and divide by the sd, a channel each, of images in [0, 1]."""

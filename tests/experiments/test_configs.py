@@ -358,6 +358,24 @@ def test_every_experiment_survives_an_epoch(tmp_path: Path, experiment: str) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("experiment", "data"),
+    [("mnist", "fashion_mnist"), ("cifar10", "cifar100"), ("cifar10_smallest", "cifar100")],
+)
+def test_a_recipe_serves_data_of_the_same_shape(tmp_path: Path, experiment: str, data: str) -> None:
+    """It is unchanged: its own options hold whatever is read, and the last layer is that of the classes."""
+    recipe, other = (
+        configure(tmp_path / str(len(more)), f"experiment={experiment}", *more)
+        for more in ((), (f"data={data}",))
+    )
+    for part in ("data.batch_size", "data.val_fraction", "trainer", "optimizer", "callbacks.gates.budget"):
+        assert OmegaConf.select(recipe, part) == OmegaConf.select(other, part), part
+    generated = generate(data, tmp_path / "data")
+    summary = survive(tmp_path / "run", experiment, f"data={data}", *generated)
+    assert summary["data"] == data and summary["params"] <= other.callbacks.gates.budget.target
+
+
+@pytest.mark.slow
 def test_a_torchvision_model_survives_at_the_size_it_was_made_for(tmp_path: Path) -> None:
     options = generate("imagenette", tmp_path / "data")
     limits = (

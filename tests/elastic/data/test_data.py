@@ -101,6 +101,7 @@ def training(data, world_size=1, global_rank=0):
     """As if attached to a trainer that is training."""
     data.trainer = SimpleNamespace(
         training=True,
+        current_epoch=0,
         world_size=world_size,
         global_rank=global_rank,
         strategy=SimpleNamespace(root_device=torch.device("cpu")),
@@ -273,6 +274,16 @@ def test_a_flip_alternates_with_the_trainers_epochs():
     for data.trainer.current_epoch in (4, 5):
         sides.append(data.on_after_batch_transfer(batch, 0)[0])
     assert torch.equal(sides[0], sides[1].flip(3)) and not torch.equal(*sides)
+
+
+def test_all_training_images_come_in_their_order_as_in_an_epoch():
+    data = training(ready(Digits(augment=[AlternatingFlip(), lambda x: x / 2], batch_size=500)))
+    x, _ = data.train_set.__getitems__(range(len(data.train_set)))
+    flip = AlternatingFlip()
+    for flip.epoch in (0, 1):
+        batches = list(data.iterate_train(flip.epoch, torch.device("cpu")))
+        assert [len(batch) for batch in batches] == [500, 500, 293]
+        torch.testing.assert_close(torch.cat(batches), flip(scale_bytes(x)) / 2)
 
 
 def test_sample_is_part_of_the_training_images_as_validation_sees_them():
