@@ -33,7 +33,8 @@ class PruneDynamically(ElasticCallback):
         gain: G; several give as many sets of modules, of which each step trains one, drawn at random.
         form, by, target: see `ActivationLoss`.
         activation: how modules learn, see `elastic.dynamic.modules.KernelActivation`.
-        kind: what modules look at, see `elastic.dynamic.attach_modules`.
+        kind, branches: what modules look at, and whether they switch kernels that end a branch, too; see
+            `elastic.dynamic.attach_modules`.
         begin, end: parts of the run; the loss sets in at the first and grows to its full weight, or moves to
             its target, until the second: kernels that close all at once close whatever they are worth.
         rate: of the modules' learning, times the network's: modules start from nothing, and a trained network
@@ -43,6 +44,8 @@ class PruneDynamically(ElasticCallback):
             fitted to each input's "saliency" (`elastic.dynamic.saliency`), for a network that is trained.
         saliency: weight of a loss that goes on teaching modules saliency; an input's choice does not depend
             on the rest of its batch then, and the network learns nothing through what modules look at.
+        contrast: how much of what an input's saliency differs by from the mean over inputs is taught: the
+            less, the more kernels have one choice for all inputs, to which weights can adapt.
         freeze: part of the run from which modules learn no more, and weights adapt to a choice that stays.
 
     Where there are levels, each of them gets modules of its own, and each step trains one, drawn at random.
@@ -64,12 +67,14 @@ class PruneDynamically(ElasticCallback):
         target: Fraction | None = None,
         activation: Activation = "ramp",
         kind: str = "input",
+        branches: bool = False,
         begin: Part = 0.1,
         end: Part = 0.5,
         rate: Positive = 1.0,
         modules_only: bool = False,
         start: Start = "order",
         saliency: NotNegative = 0.0,
+        contrast: Part = 1.0,
         freeze: Part = 1.0,
     ) -> None:
         gains = [gain] if isinstance(gain, int | float) else list(gain)
@@ -85,8 +90,8 @@ class PruneDynamically(ElasticCallback):
             raise OptionError("where modules alone are trained, they cannot freeze: leave one of both out")
         self.losses = [ActivationLoss(each, form, by, target) for each in gains]
         self.activation, self.kind, self.begin, self.end = activation, kind, begin, end
-        self.rate, self.modules_only = rate, modules_only
-        self.start, self.saliency, self.freeze = start, saliency, freeze
+        self.branches, self.rate, self.modules_only = branches, rate, modules_only
+        self.start, self.saliency, self.contrast, self.freeze = start, saliency, contrast, freeze
         self.costs: list[ActivationCost] = []
         self.has_started = self.is_frozen = False
         self.active_set, self.ramp_up = 0, 0.0
@@ -117,7 +122,8 @@ class PruneDynamically(ElasticCallback):
     def _attach(self) -> None:
         structure, sets = self.structure, len(self.losses)
         nets = structure.nets
-        structure.attach_dynamic(self.rate, sets=sets, activation=self.activation, kind=self.kind)
+        options = {"activation": self.activation, "kind": self.kind, "branches": self.branches}
+        structure.attach_dynamic(self.rate, sets=sets, **options)
         structure.extra_levels = range(len(nets) - 1)
         structure.level = len(nets) - 1
         self.costs = [ActivationCost(net, structure.example) for net in structure.dynamic_nets]
@@ -140,7 +146,7 @@ class PruneDynamically(ElasticCallback):
             self._start_saliency(trainer)
 
     def _start_saliency(self, trainer: L.Trainer) -> None:
-        self._saliencies = [Saliency(net) for net in self.structure.dynamic_nets]
+        self._saliencies = [Saliency(net, self.contrast) for net in self.structure.dynamic_nets]
         if self.start == "saliency" and not self.has_started:
             x_BCHW, _ = sample_batch(trainer, SAMPLES, self.structure.make_seed(0))
             for level, saliency in enumerate(self._saliencies):

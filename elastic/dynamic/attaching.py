@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from elastic.dynamic.activations import Activation
 from elastic.dynamic.modules import KINDS, KernelActivation
 from elastic.dynamic.norms import SetNorm
-from elastic.dynamic.sites import Site, find_calls, find_norm, find_sites
+from elastic.dynamic.sites import Site, find_branch_sites, find_calls, find_norm, find_sites
 from elastic.errors import OptionError
 from elastic.widths.discovery import Widths
 from elastic.widths.tracing import BATCH_NORM, get_layer, trace_both_modes
@@ -24,6 +24,7 @@ def attach_modules(
     sets: int = 1,
     activation: Activation = "ramp",
     kind: str = "input",
+    branches: bool = False,
 ) -> fx.GraphModule:
     """Attach a kernel activation module for each width; the network's layers are shared, under their names.
 
@@ -32,6 +33,7 @@ def attach_modules(
         sets: how many sets of modules there are, see `select_set`.
         activation: what gates are, see `KernelActivation`.
         kind: what the modules look at: the "input", or as controls nothing ("constant", "random").
+        branches: whether kernels that end a branch are switched, too: their maps are left out of the sum.
 
     Raises:
         StructureError: the kernels of a width that is named cannot be switched off, or of none can.
@@ -40,7 +42,7 @@ def attach_modules(
     if kind not in KINDS:
         raise OptionError(f"modules cannot look at '{kind}': set kind to {', '.join(KINDS)}")
     traced = trace_both_modes(net, *widths.example)
-    sites = find_sites(traced, widths, names)
+    sites = find_sites(traced, widths, names) + (find_branch_sites(traced) if branches else [])
     modules = nn.ModuleDict()
     traced.add_submodule(MODULES, modules)
     for site in sites:
@@ -75,8 +77,9 @@ def _measure_worth(traced: fx.GraphModule, site: Site, kernels: int) -> Tensor:
 
 
 def measure_reading_weights(traced: fx.GraphModule, site: Site, kernels: int) -> Tensor:
-    """Sum the squares of the weights that read each kernel's map; those of groups are left out."""
-    worth_K = cast(Tensor, traced.get_submodule(site.writer).weight).new_zeros(kernels)
+    """Sum the squares of the weights that read each kernel's map, without those of groups; 1 if none do."""
+    weight = cast(Tensor, traced.get_submodule(site.writer).weight)
+    worth_K = weight.new_zeros(kernels) if site.readers else weight.new_ones(kernels)
     for layer in (traced.get_submodule(path) for path in site.readers):
         if getattr(layer, "groups", 1) == 1:
             weight = cast(Tensor, layer.weight)

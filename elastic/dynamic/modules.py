@@ -204,6 +204,13 @@ def iterate_modules(net: nn.Module) -> Iterator[KernelActivation]:
     return (module for module in net.modules() if isinstance(module, KernelActivation))
 
 
+def describe_modules(net: nn.Module) -> dict[str, Any]:
+    """Say what `attach_modules` has to be told to make a network's modules again."""
+    first, *others = iterate_modules(net)
+    branches = any(not module.site.readers for module in (first, *others))
+    return {"sets": first.sets, "activation": first.activation, "kind": first.kind, "branches": branches}
+
+
 def select_set(net: nn.Module, k: int) -> None:
     """Use set k of the modules, from the next input on.
 

@@ -30,10 +30,12 @@ class Saliency:
 
     Args:
         net: from `attach_modules`.
+        contrast: how much of what an input's saliency differs by from the mean over inputs modules are
+            taught; at 0 all inputs have one choice.
     """
 
-    def __init__(self, net: fx.GraphModule) -> None:
-        self.net = net
+    def __init__(self, net: fx.GraphModule, contrast: float = 1.0) -> None:
+        self.net, self.contrast = net, contrast
         self.modules = list(iterate_modules(net))
         self._maps: dict[str, Tensor] = {}
         self._rectified: dict[str, bool] = {}
@@ -62,10 +64,15 @@ class Saliency:
         saliency_BK = norm_BK * measure_reading_weights(self.net, site, norm_BK.shape[1]).sqrt()
         return saliency_BK / saliency_BK.mean(1, keepdim=True).clamp(min=1e-12)
 
+    def compute_targets(self, saliency_BK: Tensor) -> Tensor:
+        """Compute what scores are to be, up to the threshold."""
+        mean_1K = saliency_BK.mean(0, keepdim=True)
+        return STEEPNESS * torch.lerp(mean_1K, saliency_BK, self.contrast)
+
     def compute_loss(self, threshold: Tensor) -> Tensor:
         """Compute how far the last call's scores are from what saliency says, in squares."""
         losses = [
-            (module.score_BK.float() - STEEPNESS * self.measure(module) + threshold).square().mean()
+            (module.score_BK.float() - self.compute_targets(self.measure(module)) + threshold).square().mean()
             for module in self.modules
         ]
         return torch.stack(losses).sum()
@@ -113,18 +120,19 @@ class _Fit:
         self.module, self.saliency = module, saliency
         self.mean_BC = torch.empty(0)
         self.means: list[Tensor] = []
-        self.targets: list[Tensor] = []
+        self.saliencies: list[Tensor] = []
 
     def note_input(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self.mean_BC = inputs[0].float().mean((2, 3))
 
     def add(self) -> None:
         self.means.append(self.mean_BC)
-        self.targets.append(STEEPNESS * self.saliency.measure(self.module))
+        self.saliencies.append(self.saliency.measure(self.module))
 
     def solve(self) -> Tensor:
         """Give every head its weights; return the lowest score of all."""
-        mean_NC, target_NK = torch.cat(self.means), torch.cat(self.targets)
+        mean_NC = torch.cat(self.means)
+        target_NK = self.saliency.compute_targets(torch.cat(self.saliencies))
         score_NK = target_NK.mean(0, keepdim=True)
         for head in self.module.iterate_heads():
             head.norm.running_mean.copy_(mean_NC.mean(0))  # type: ignore[union-attr]

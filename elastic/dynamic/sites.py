@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
+from elastic.dynamic.sums import find_addend
 from elastic.dynamic.zeros import READS_SHAPE, keeps_zeros
 from elastic.errors import StructureError
 from elastic.widths.discovery import Width, Widths
@@ -13,7 +14,10 @@ from elastic.widths.tracing import BATCH_NORM, get_layer, get_operation_name
 
 @dataclass(frozen=True)
 class Site:
-    """Name the layers that a width's kernels are in: who computes them, who reads or follows their maps."""
+    """Name the layers that kernels are in: who computes them, who reads or follows their maps.
+
+    Maps that end a branch have no readers: where they are off, they are left out of a sum.
+    """
 
     writer: str
     readers: tuple[str, ...]
@@ -51,6 +55,24 @@ def find_site(traced: fx.GraphModule, width: Width) -> Site:
     except StructureError as reason:
         raise StructureError(f"the kernels of '{width.name}' cannot be switched off: {reason}") from reason
     return Site(str(call.target), readers, depthwise)
+
+
+def find_branch_sites(traced: fx.GraphModule) -> list[Site]:
+    """Find the convolutions that end a branch: their maps, behind their norm, are added to others.
+
+    A projection in the other branch, which reads what the block reads, is none of them.
+    """
+    sites = []
+    for call in traced.graph.nodes:
+        layer = get_layer(traced, call)
+        if type(layer) is not nn.Conv2d or layer.groups > 1 or not call.args:
+            continue
+        end, source = find_norm(traced, call), call.args[0]
+        added = len(end.users) == 1 and find_addend(next(iter(end.users)), end) is not None
+        alone = isinstance(source, fx.Node) and len(source.users) == 1
+        if added and alone and len(find_calls(traced, str(call.target))) == 1:
+            sites.append(Site(str(call.target), (), ()))
+    return sites
 
 
 def find_calls(traced: fx.GraphModule, path: str) -> list[fx.Node]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from elastic.dynamic.attaching import MODULES, attach_modules
-from elastic.dynamic.modules import iterate_modules, select_set
+from elastic.dynamic.modules import describe_modules, iterate_modules, select_set
 from elastic.errors import FileError, OptionError, StructureError
 from elastic.files.packing import read_tensors, write_tensors
 from elastic.files.zoo import find_file
@@ -136,8 +136,8 @@ class Network:
             modules = net.get_submodule(MODULES).state_dict()
             tensors |= {f"{LEVEL_MODULES}{k}.{name}": tensor for name, tensor in modules.items()}
         if self.dynamic_nets:
-            first = next(iterate_modules(self.dynamic_nets[0]))
-            about["switched"] = {"sets": self.sets, "kind": first.kind, "choice": first.activation}
+            options = describe_modules(self.dynamic_nets[0])
+            about["switched"] = {"choice": options.pop("activation"), **options}
         if self.levels is not None:
             norms = self.levels.norms.state_dict()
             tensors |= {LEVEL_NORMS + name: tensor for name, tensor in norms.items()}
@@ -222,7 +222,12 @@ class Network:
         """Give every level the kernel activation modules of a file."""
         for k, net in enumerate(self.nets):
             dynamic = attach_modules(
-                net, discover_checked(net, example), None, modules["sets"], modules["choice"], modules["kind"]
+                net,
+                discover_checked(net, example),
+                sets=modules["sets"],
+                activation=modules["choice"],
+                kind=modules["kind"],
+                branches=modules.get("branches") is True,  # none in files of before
             )
             state = _select(tensors, f"{LEVEL_MODULES}{k}.")
             _load_state(dynamic.get_submodule(MODULES), state, f"{path} lacks modules of level {k}")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from elastic.dynamic.attaching import MODULES, attach_modules
-from elastic.dynamic.modules import iterate_modules, select_set
+from elastic.dynamic.modules import describe_modules, select_set
 from elastic.errors import TrainingError
 from elastic.levels.nested import Levels
 from elastic.pruning.gates import find_grain, iterate_gates
@@ -215,7 +215,7 @@ class Structure(nn.Module):
 
         Args:
             rate: of their learning, times the network's.
-            options: of `elastic.dynamic.attach_modules`: sets, activation, kind.
+            options: of `elastic.dynamic.attach_modules`: sets, activation, kind, branches.
         """
         widths = [discover(net, self.example) for net in self.nets]
         for own in widths:
@@ -306,8 +306,7 @@ class Structure(nn.Module):
         """Return what `attach_modules` has to be told to make the kernel activation modules again."""
         if not self.dynamic_nets:
             return None
-        first = next(iterate_modules(self.kernel_modules))
-        return {"sets": first.sets, "activation": first.activation, "kind": first.kind}
+        return describe_modules(self.kernel_modules)
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take up what has happened; `prepare_load` has done so before the network was loaded."""

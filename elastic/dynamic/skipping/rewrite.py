@@ -14,7 +14,8 @@ from elastic.dynamic.skipping.active import Active, ActiveLayer
 from elastic.dynamic.skipping.convolution import ActiveConv2d, Method
 from elastic.dynamic.skipping.inference import prepare_for_inference
 from elastic.dynamic.skipping.layers import ActiveMaxPool2d, ActiveModule
-from elastic.dynamic.skipping.patterns import find_addend, find_next, find_pool_size
+from elastic.dynamic.skipping.patterns import find_next, find_pool_size
+from elastic.dynamic.sums import find_addend
 from elastic.dynamic.zeros import RESHAPES, keeps_zeros, name_operation
 from elastic.errors import StructureError
 from elastic.widths.tracing import get_layer

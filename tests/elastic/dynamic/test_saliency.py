@@ -30,6 +30,7 @@ class Branch(nn.Module):
 
 
 def attached(kind: str = "input", activation: str = "hard") -> tuple[nn.Module, fx.GraphModule]:
+    torch.manual_seed(0)
     net = randomised(Branch()).eval()
     return net, attach_modules(net, discover(net, X), ["first"], activation=activation, kind=kind).eval()  # type: ignore[arg-type]
 
@@ -82,6 +83,20 @@ def test_modules_are_fitted_to_saliency_with_every_kernel_on() -> None:
         assert float(module.score_BK.min()) == pytest.approx(module.start, abs=1e-3)
         torch.testing.assert_close(outputs, net(X))
     assert (module.score_BK.std(0) > 0).all()
+
+
+def test_contrast_shrinks_what_inputs_differ_by_and_leaves_the_mean() -> None:
+    """Least squares are linear: fitted scores deviate from their mean by as much less."""
+    scores = []
+    for contrast in (1.0, 0.25):
+        _, dynamic = attached()
+        threshold = Saliency(dynamic, contrast).fit(X.split(16))
+        dynamic(X)
+        (module,) = iterate_modules(dynamic)
+        scores.append(module.score_BK.detach() + threshold)
+    whole, part = scores
+    torch.testing.assert_close(part.mean(0), whole.mean(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(part - part.mean(0), 0.25 * (whole - whole.mean(0)), rtol=1e-3, atol=1e-4)
 
 
 def test_modules_that_see_nothing_are_fitted_to_the_mean() -> None:
