@@ -107,7 +107,7 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
             average.update_parameters(pl_module)
         else:
             pairs = [(mean, now) for mean, now in self._pair() if self._is_averaged(now)]
-            torch._foreach_lerp_(*map(list, zip(*pairs, strict=True)), 1 - self.decay)
+            torch._foreach_lerp_([mean for mean, _ in pairs], [now for _, now in pairs], 1 - self.decay)
             average.n_averaged += 1
         self._has_begun = True
 
@@ -116,7 +116,7 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
         """Copy from the model what has no average, or none yet."""
         pairs = [(mean, now) for mean, now in self._pair() if not self._is_averaged(now)]
         if pairs:
-            torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+            torch._foreach_copy_([mean for mean, _ in pairs], [now for _, now in pairs])
 
     def _pair(self) -> list[tuple[Tensor, Tensor]]:
         """Pair averages with what they are of."""
