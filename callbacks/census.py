@@ -120,7 +120,7 @@ def count_step_macs(networks: Sequence[StepNetwork], count: Callable[[nn.Module]
         count: counts those of a network's forward pass.
     """
     trained = sum(step.times * count(step.net) for step in networks if step.trained)
-    return PASSES * round(trained) + sum(count(step.net) for step in networks if not step.trained)
+    return PASSES * round(trained) + round(sum(s.times * count(s.net) for s in networks if not s.trained))
 
 
 def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:

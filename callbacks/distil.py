@@ -10,7 +10,8 @@ from torch.utils._pytree import tree_leaves
 
 from elastic.callbacks.base import ElasticCallback, StepNetwork
 from elastic.errors import TrainingError
-from elastic.ranges import Positive, checked
+from elastic.ranges import Natural, Positive, checked
+from elastic.training.answers import Answers, ask
 from elastic.training.imitation import Outputs, check_outputs, compare_outputs
 from elastic.widths.tracing import preserve_modes
 
@@ -28,10 +29,13 @@ class Distil(ElasticCallback):
         temperature: T; the higher it is, the more the classes count that the teacher thinks unlikely.
         outputs: what both networks say: "classes" (scores in dimension 1), "labels" (a score each) or
             "values" (regression); what the module's task says, else classes, by default.
+        views: above 0, the teacher is asked before training alone, about so many augmented views of each
+            training image; in each step its mean answer about the image stands for one about the view.
 
     Raises:
         OptionError: no weight, no temperature, or no such outputs.
-        TrainingError: a teacher whose outputs have other shapes, or that cannot look at the images.
+        TrainingError: a teacher whose outputs have other shapes, or that cannot look at the images; one that
+            is to be asked before training about images that are then mixed, or whose order is not known.
 
     Example::
 
@@ -44,19 +48,30 @@ class Distil(ElasticCallback):
         weight: Positive = 1.0,
         temperature: Positive = 4.0,
         outputs: Outputs | None = None,
+        views: Natural = 0,
     ) -> None:
         check_outputs(outputs)
         self.weight, self.temperature, self.outputs = weight, temperature, outputs
+        self.views = views
+        self.answers: Answers | None = None
         self.teacher = teacher.eval().requires_grad_(False)
 
     def list_step_networks(self) -> Sequence[StepNetwork]:
-        """List the teacher, which is executed in a training step and not trained."""
-        return [StepNetwork(self.teacher, trained=False)]
+        """List the teacher, which is executed in a training step, or before all, and not trained."""
+        trainer = self.structure.trainer
+        epochs = trainer.max_epochs if trainer is not None and trainer.max_epochs else -1
+        times = self.views / max(epochs, self.views) if self.views else 1.0
+        return [StepNetwork(self.teacher, times, trained=False)]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._check()
+            if self.views and getattr(getattr(pl_module, "task", None), "mixup", 0):
+                raise TrainingError(
+                    "a teacher that is asked before training has not seen images mixed: set task.mixup=0 or "
+                    "callbacks.distil.views=0"
+                )
 
     @torch.no_grad()
     def _check(self) -> None:
@@ -79,11 +94,23 @@ class Distil(ElasticCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         place = {"device": pl_module.device, "dtype": next(self.structure.net.parameters()).dtype}
         self.teacher.to(**place, memory_format=self.structure.memory_format)  # type: ignore[call-overload]
+        if self.views:
+            self.answers = ask(trainer, self.structure, self.teacher, self.views)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.answers is not None:
+            self.answers.begin_epoch(trainer.train_dataloader)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self.answers is not None:
+            self.answers.batch = batch_idx
 
     def compute_loss(self, x: Tensor, output: Any) -> Tensor:
-        """Return the loss against the teacher's output for the same images."""
+        """Return the loss against the teacher's output for the same images, or its mean answer about them."""
         with torch.no_grad():
-            taught = self.teacher(x)
+            taught = self.teacher(x) if self.answers is None else self.answers.find(len(x))
         outputs = self.outputs or self.structure.outputs
         cross_entropy, entropy = (
             compare_outputs(said, taught, outputs, self.temperature) for said in (output, taught)

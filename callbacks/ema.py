@@ -1,15 +1,19 @@
 """Validate, save and keep an average of the weights over the last steps."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from torch import nn
+from torch import Tensor, nn
 
 from elastic.callbacks.base import ElasticCallback
 from elastic.training.joining import find_structure
 from elastic.training.structure import find_path
+
+Tensors = Mapping[str, Tensor]
+Place = tuple[Tensors, Tensors, str]  # where an average is, where what it is of is, and its name there
 
 
 class AverageWeights(ElasticCallback, EMAWeightAveraging):
@@ -27,6 +31,18 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
     """
 
     changes_structure = True  # a copy of the network that would have to follow
+
+    def __init__(
+        self,
+        device: torch.device | str | int | None = None,
+        use_buffers: bool = True,
+        decay: float = 0.999,
+        **options: Any,
+    ) -> None:
+        EMAWeightAveraging.__init__(self, device, use_buffers, decay, **options)
+        self.decay = decay
+        self._has_begun = False  # there are averages; torch's count of them is on the device
+        self._places: list[Place] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Copy nothing yet: gates may still be attached, and a checkpoint may bring another structure."""
@@ -56,16 +72,26 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
             self._begin(trainer, pl_module)
         else:  # a checkpoint is loaded before the model is brought to its device
             self._average_model.to(self._device or pl_module.device)
+        assert self._average_model is not None
+        self._has_begun = bool(self._average_model.n_averaged > 0)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        EMAWeightAveraging.on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx)
-        self._copy_untrained(pl_module)
+        if batch_idx == 0 or not self._places:  # the structure changes as an epoch begins
+            self._places = list_places(self._get_copy(), pl_module)
+        step = trainer.global_step
+        if step > self._latest_update_step and self.should_update(step_idx=step - 1):
+            self._update(pl_module)
+            self._latest_update_step = step
+        self._copy_untrained()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        EMAWeightAveraging.on_train_epoch_end(self, trainer, pl_module)  # it may average here, too
-        self._copy_untrained(pl_module)
+        epoch = trainer.current_epoch
+        if epoch > self._latest_update_epoch and self.should_update(epoch_idx=epoch):
+            self._update(pl_module)
+            self._latest_update_epoch = epoch
+        self._copy_untrained()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the average; in a finished run that is continued Lightning does not."""
@@ -73,17 +99,35 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
         self._release()
 
     @torch.no_grad()
-    def _copy_untrained(self, pl_module: L.LightningModule) -> None:
+    def _update(self, pl_module: L.LightningModule) -> None:
+        """Average as torch does, for all tensors in one call, and without reading the device's count."""
+        average = self._average_model
+        assert average is not None
+        if not self._has_begun or self._device is not None:
+            average.update_parameters(pl_module)
+        else:
+            pairs = [(mean, now) for mean, now in self._pair() if self._is_averaged(now)]
+            torch._foreach_lerp_(*map(list, zip(*pairs, strict=True)), 1 - self.decay)
+            average.n_averaged += 1
+        self._has_begun = True
+
+    @torch.no_grad()
+    def _copy_untrained(self) -> None:
         """Copy from the model what has no average, or none yet."""
-        assert self._average_model is not None
-        copy = self._average_model.module
-        weights = zip(copy.parameters(), pl_module.parameters(), strict=True)
-        buffers = zip(copy.buffers(), pl_module.buffers(), strict=True)
-        has_begun = self._average_model.n_averaged > 0  # else there is no average yet
-        frozen = [(average, now) for average, now in weights if not (now.requires_grad and has_begun)]
-        counts = [(average, now) for average, now in buffers if not (now.is_floating_point() and has_begun)]
-        for average, now in frozen + counts:
-            average.copy_(now)
+        pairs = [(mean, now) for mean, now in self._pair() if not self._is_averaged(now)]
+        if pairs:
+            torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+
+    def _pair(self) -> list[tuple[Tensor, Tensor]]:
+        """Pair averages with what they are of."""
+        return [(averages[name], tensors[name]) for averages, tensors, name in self._places]
+
+    def _is_averaged(self, now: Tensor) -> bool:
+        """Tell whether a tensor of the model has an average by now."""
+        trained = now.requires_grad
+        if not isinstance(now, nn.Parameter):
+            trained = self._use_buffers and now.is_floating_point()
+        return trained and self._has_begun
 
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._release()
@@ -94,10 +138,26 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
         if self._average_model is not None:
             net = self._get_network()
             self.structure.copies[:] = [copy for copy in self.structure.copies if copy is not net]
-            self._average_model = None
+            self._average_model, self._places = None, []
+
+    def _get_copy(self) -> nn.Module:
+        assert self._average_model is not None
+        copy: nn.Module = self._average_model.module
+        return copy
 
     def _get_network(self) -> nn.Module:
-        assert self._average_model is not None
-        structure = find_structure(self._average_model.module)
+        structure = find_structure(self._get_copy())
         assert structure is not None
         return structure.net
+
+
+def list_places(copy: nn.Module, module: nn.Module) -> list[Place]:
+    """List where the tensors of a module and of its copy are, each once: looking for them takes its time."""
+    places, seen = [], set[int]()
+    for other, own in zip(copy.modules(), module.modules(), strict=True):
+        for averages, tensors in ((other._parameters, own._parameters), (other._buffers, own._buffers)):
+            for name, tensor in tensors.items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    places.append((cast(Tensors, averages), cast(Tensors, tensors), name))
+    return places

@@ -18,7 +18,7 @@ from elastic.pruning.fitting import fit_gates_to_budget, measure_compacted, repo
 from elastic.pruning.gates import Grain
 from elastic.pruning.penalty import add_penalty_gradient
 from elastic.pruning.ranking import keep_best_gates, reopen_gates
-from elastic.ranges import Natural, NotNegative, Part, checked
+from elastic.ranges import Count, Natural, NotNegative, Part, checked
 from elastic.training.progress import is_last_epoch, measure_epoch_progress, measure_step_progress
 
 EVERY = 10  # batches between two looks at what is open
@@ -39,6 +39,8 @@ class PruneByGates(ElasticCallback):
         by: what is to become small: "params", or "macs" (a weight then costs as often as it is used).
         budget: steers λ to this number of parameters or MACs (of weights that are not zero), and fits the
             gates to it when they are frozen; a number, or an `elastic.Budget`.
+        remove_every: epochs between two removals of channels that gates have shut off; where the network is
+            compiled, each removal costs a compilation.
 
     Where gates have shut far below the budget's path, or all of a layer, some are opened again.
 
@@ -61,22 +63,25 @@ class PruneByGates(ElasticCallback):
         grace: Natural = 2,
         by: Literal["params", "macs"] = "params",
         budget: Budget | int | None = None,
+        remove_every: Count = 1,
     ) -> None:
         if by not in ("params", "macs"):
             raise OptionError(f"gates cannot prune by '{by}': set by to params or macs")
         if begin >= end:
             raise OptionError(f"gates learn from {begin} to {end} of the run: set begin below end")
         self.grain, self.penalty, self.begin, self.end = grain, penalty, begin, end
-        self.grace, self.by = grace, by
+        self.grace, self.by, self.remove_every = grace, by, remove_every
         self.budget = budget if isinstance(budget, Budget) or budget is None else Budget(budget)
         self.is_frozen = False
         self.is_above_path = True
         self.uses: dict[str, float] = {}  # of each weight, by layer
-        self._is_active = False
+        self._is_active, self._logged = False, -1.0
+        self._gates: list[tuple[str, nn.Module, gates.Gate]] = []  # as this epoch has them
         self._priced: dict[str, torch.Size] = {}  # shapes of the gates that have their prices
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        self._gates, self._logged = [], -1.0
         attach_once(self.structure, self.grain, self.grace)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -95,7 +100,8 @@ class PruneByGates(ElasticCallback):
         if not self.is_frozen and (ends or (self.budget is not None and is_last_epoch(trainer))):
             self._freeze()
         # Below the budget's path, gates have to re-open: what they have shut stays at hand.
-        if self.is_above_path or self.is_frozen:
+        is_due = trainer.current_epoch % self.remove_every == 0
+        if is_due and (self.is_above_path or self.is_frozen):
             remove_dead_channels(self.structure)
 
     def on_train_batch_start(
@@ -103,20 +109,24 @@ class PruneByGates(ElasticCallback):
     ) -> None:
         # Told anew for each batch, so that it holds after a restart in the middle of an epoch, too.
         self._is_active = not self.is_frozen and self.begin <= measure_epoch_progress(trainer)
-        if batch_idx == 0:  # layers may have come since the last epoch
+        if batch_idx == 0 or not self._gates:  # layers may have come since the last epoch
+            self._gates = list(gates.iterate_gates(self.structure.net))
             self._set_prices()
 
     def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Add the penalty's gradient to the scores."""
         if self._is_active and self.is_above_path and parameters:
-            add_penalty_gradient(gates.iterate_gates(self.structure.net), self.penalty)
+            add_penalty_gradient(self._gates, self.penalty)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._is_active and (trainer.fit_loop.total_batch_idx + 1) % EVERY == 0:
             self._steer(trainer)
-        pl_module.log("gates/penalty", self.penalty if self._is_active else 0.0)
+        penalty = float(self.penalty) if self._is_active else 0.0
+        if batch_idx == 0 or penalty != self._logged:
+            pl_module.log("gates/penalty", torch.tensor(penalty))  # a number would wait for the device
+            self._logged = penalty
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         gates.advance_grace(self.structure.net)

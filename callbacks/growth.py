@@ -5,22 +5,24 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 
 from elastic.callbacks.base import ElasticCallback
 from elastic.errors import OptionError, TrainingError
 from elastic.growth.amount import Growth
 from elastic.growth.gradmax import gradmax
 from elastic.growth.triggers import Trigger
-from elastic.ranges import Part, checked
+from elastic.ranges import NotNegative, Part, checked
 from elastic.surgery.depth import count_blocks
 from elastic.surgery.freezing import find_frozen_widths, is_frozen
-from elastic.surgery.fresh import STRATEGIES, Fresh, zero_out
-from elastic.surgery.reindexing import grow_index, split_index
+from elastic.surgery.fresh import PAIRS, STRATEGIES, Fresh, zero_out
+from elastic.surgery.reindexing import Index, grow_index, split_index
+from elastic.training.entry_rates import EntryRates
 from elastic.training.progress import measure_epoch_progress
 from elastic.training.samples import sample_batch
 from elastic.training.timeline import find_growth_at, read_timeline, select_growth
 
-STARTS = (*STRATEGIES, "gradmax")
+STARTS = (*STRATEGIES, *PAIRS, "gradmax")
 BATCH = 256  # training images that GradMax looks at
 
 
@@ -32,10 +34,12 @@ class GrowOnSaturation(ElasticCallback):
         trigger: decides from the metric, e.g. `elastic.Plateau`.
         amount: how far and where, in width and in depth.
         monitor: the metric's name.
-        fresh: how new channels start: zero_out, random, split (`elastic.surgery.fresh`) or gradmax
-            (`elastic.growth.gradmax`).
+        fresh: how new channels start: zero_out, random, split, pairs, transfer (`elastic.surgery.fresh`) or
+            gradmax (`elastic.growth.gradmax`).
         until: part of the run after which nothing grows any more.
         timeline: a `timeline.jsonl`: growth is then replayed from it, epoch by epoch, and nothing is watched.
+        catch_up: what comes when a part b of the run has passed learns at the network's rate times
+            1 / (1 - b) to this power: 0 for all alike, 1 so that it can go as far as what was there before.
 
     Raises:
         OptionError: an unknown start of fresh channels.
@@ -57,11 +61,13 @@ class GrowOnSaturation(ElasticCallback):
         fresh: str = "zero_out",
         until: Part = 0.6,
         timeline: str | None = None,
+        catch_up: NotNegative = 0.0,
     ) -> None:
         if fresh not in STARTS:
             raise OptionError(f"fresh channels cannot start by '{fresh}': choose {', '.join(STARTS)}")
         self.trigger, self.amount, self.monitor = trigger, amount, monitor
-        self.fresh, self.until = fresh, until
+        self.fresh, self.until, self.catch_up = fresh, until, catch_up
+        self.rates: EntryRates | None = None
         self.script = None if timeline is None else select_growth(read_timeline(Path(timeline)))
         self.is_due = False
 
@@ -92,6 +98,7 @@ class GrowOnSaturation(ElasticCallback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
+        self.rates = EntryRates(trainer.optimizers) if self.catch_up else None
         self._check_script()
 
     def _check_script(self) -> None:
@@ -149,13 +156,33 @@ class GrowOnSaturation(ElasticCallback):
         added = {name: size - widths[name].size for name, size in sizes.items() if size > widths[name].size}
         if not added and not stages:
             return
-        changes = {name: grow_index(widths[name].size, by) for name, by in added.items()}
+        if self.rates is not None:
+            self.rates.prepare()
+        changes: dict[str, Index] = {n: grow_index(widths[n].size, by) for n, by in added.items()}
         if self.fresh == "split":
             generator = structure.make_generator()
             changes = {name: split_index(widths[name].size, by, generator) for name, by in added.items()}
+        elif self.fresh in PAIRS:
+            changes = self._grow_half(added, reason)
         structure.restructure(changes, reason, self._choose_start(trainer, added), stages)
+        if self.rates is not None:
+            remaining = 1 - measure_epoch_progress(trainer)
+            self.rates.set_fresh(remaining**-self.catch_up)
+
+    def _grow_half(self, added: Mapping[str, int], reason: str) -> dict[str, Index]:
+        """Grow by half of the channels; return what lets each of them stand twice. An odd one stays alone."""
+        structure = self.structure
+        sizes = structure.widths.sizes()
+        halves = {name: grow_index(sizes[name], count - count // 2) for name, count in added.items()}
+        structure.restructure(halves, reason, PAIRS[self.fresh][0])
+        return {
+            name: torch.cat([torch.arange(len(half)), sizes[name] + torch.arange(added[name] // 2)])
+            for name, half in halves.items()
+        }
 
     def _choose_start(self, trainer: L.Trainer, added: Mapping[str, int]) -> Fresh:
+        if self.fresh in PAIRS:
+            return PAIRS[self.fresh][1]
         if self.fresh != "gradmax" or not added:
             return STRATEGIES.get(self.fresh, zero_out)
         structure = self.structure

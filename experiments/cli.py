@@ -15,8 +15,10 @@ from elastic.experiments.tools.signals import end_on_signals
 # Kept here, since importing a command takes seconds.
 COMMANDS = {
     "train": "train a network, or sweep over many: data × model × schedule",
+    "plan": "train many runs side by side, in the order in which they start from each other",
     "evaluate": "measure a finished run again",
     "compare": "put many runs in one table, a figure, or a page",
+    "training_time": "time the training of finished runs on one thread of this machine",
     "export": "write a finished run's network for other programs",
     "zoo": "list the networks that come with the package",
     "latency": "time a network with dynamic kernels beside its dense one",
@@ -36,7 +38,7 @@ COMMANDS = {
 
 def describe_commands() -> str:
     """Describe what there is to call."""
-    lines = [f"  {name:<11} {text}" for name, text in COMMANDS.items()]
+    lines = [f"  {name:<13} {text}" for name, text in COMMANDS.items()]
     return "\n".join(
         [
             "usage: elastic <command> [key=value …]",

@@ -1,8 +1,8 @@
 """Show one table of many runs, mean ± sd over seeds: `python -m experiments.compare runs='<glob>'`.
 
-`csv=<file>` writes it down, `figure=<file.png>` draws it, `html=<file>` makes a page of it, with more
-figures, that opens anywhere. `latency=true` measures all networks, and their levels, on this machine. Each
-data set has a table of its own.
+`csv=<file>` writes it down, `markdown=<file>` puts it between marks of a text, `figure=<file.png>` draws it,
+`html=<file>` makes a page of it, with more figures, that opens anywhere. `latency=true` measures all
+networks, and their levels, on this machine. Each data set has a table of its own.
 
 A run is a folder with a `summary.json`; folders named <arm>-seed<k> beside each other are one arm. Runs that
 failed are listed.
@@ -29,7 +29,7 @@ from elastic.experiments.tools.figure import draw_arms
 from elastic.experiments.tools.html import list_failures, make_figure, make_page, make_section
 from elastic.experiments.tools.options import call
 from elastic.experiments.tools.results import ResultTable, list_csv, list_facts, make_tables, skips
-from elastic.experiments.tools.tables import write_csv
+from elastic.experiments.tools.tables import format_markdown, write_between_marks, write_csv
 from elastic.experiments.tools.timing import time_runs
 from elastic.files.atomic import write_atomically
 
@@ -39,6 +39,7 @@ WIDTH = 132  # characters of the table
 def compare_runs(
     runs: str,
     csv: Path | None = None,
+    markdown: Path | None = None,
     figure: Path | None = None,
     html: Path | None = None,
     latency: bool = False,
@@ -48,6 +49,7 @@ def compare_runs(
     Args:
         runs: a glob of their folders.
         csv: the table as a file.
+        markdown: a text to put it into, between <!-- begin of `elastic compare` --> and <!-- end of … -->.
         figure: a picture of it.
         html: a page about it that opens anywhere, with more figures.
         latency: measure all networks, and their levels, on this machine.
@@ -63,6 +65,9 @@ def compare_runs(
         print(line)
     if csv is not None:
         write_csv(csv, *list_csv(arms))
+    if markdown is not None:
+        texts = (format_markdown(table.head, table.rows) for table in tables)
+        write_between_marks(markdown, "compare", "\n\n".join(texts))
     if figure is not None:
         draw_arms([table.arms for table in tables], "macs_dynamic" if skips(arms) else "params", figure)
     if html is not None:

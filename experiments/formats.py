@@ -22,11 +22,12 @@ from elastic.data import ImageData
 from elastic.dynamic.skipping import make_skipping
 from elastic.errors import FileError
 from elastic.experiments.export import CALIBRATION, measure_run
-from elastic.experiments.results import ROOT, replace_table
+from elastic.experiments.results import ROOT
 from elastic.experiments.tools.composition import CONF
 from elastic.experiments.tools.environment import silence
 from elastic.experiments.tools.errors import run
 from elastic.experiments.tools.summary import find_cpu
+from elastic.experiments.tools.tables import replace_table
 from elastic.experiments.tools.timing import TUNED_ON, make_stock
 from elastic.files.exporting import export, open_exported
 from elastic.files.formats import FORMATS, Run, list_tensors

@@ -5,7 +5,6 @@ A row names recorded runs by their folder and says in words what they are of; ev
 """
 
 import json
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 from elastic.errors import FileError
 from elastic.experiments.tools.errors import run
+from elastic.experiments.tools.tables import format_markdown, replace_table
 from elastic.files.atomic import write_atomically
 
 ROOT = Path(__file__).parents[1]
@@ -57,8 +57,7 @@ def make_table(rows: Sequence[Row], root: Path = ROOT) -> str:
     Raises:
         FileError: a row's runs are not there, or damaged.
     """
-    cells = [HEAD, ("---",) * len(HEAD), *(_make_cells(row, root / "experiments") for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    return format_markdown(HEAD, [_make_cells(row, root / "experiments") for row in rows])
 
 
 def read_summaries(folder: Path, arm: str) -> list[dict[str, Any]]:
@@ -74,18 +73,6 @@ def read_summaries(folder: Path, arm: str) -> list[dict[str, Any]]:
         return [json.loads(path.read_text()) for path in paths]
     except ValueError as error:
         raise FileError(f"a summary.json of {folder / arm} is damaged: restore it") from error
-
-
-def replace_table(text: str, table: str, begin: str = BEGIN, end: str = END) -> str:
-    """Put the table between the marks of a text.
-
-    Raises:
-        FileError: the text has no such marks.
-    """
-    marked = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-    if not marked.search(text):
-        raise FileError(f"there is no place for the table: put '{begin}' and '{end}' around it")
-    return marked.sub(lambda _: f"{begin}\n{table}\n{end}", text)
 
 
 def _make_cells(row: Row, folder: Path) -> tuple[str, ...]:
@@ -151,7 +138,7 @@ def _shorten(count: float) -> str:
 def main() -> None:
     """Print the table, and put it into README.md."""
     table, readme = make_table(ROWS), ROOT / "README.md"
-    text = replace_table(readme.read_text(), table)
+    text = replace_table(readme.read_text(), table, BEGIN, END)
     write_atomically(readme, lambda part: part.write_text(text))
     print(table)
 

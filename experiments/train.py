@@ -141,8 +141,8 @@ def fit(
     folder = Path(trainer.default_root_dir)
     if trainer.is_global_zero:
         write_config(cfg, folder)  # a run that goes on may last for longer
-    if cfg.get("compile"):
-        compile_network(module.net)
+    if mode := cfg.get("compile"):
+        compile_network(module.net, mode=None if mode is True else mode)
     trainer.ckpt_path = last  # given to `fit`, callbacks would not know of it while they are set up
     trainer.fit(module, data)
     if torch.distributed.is_initialized():

@@ -19,6 +19,14 @@ class SmallCIFAR10(datasets.CIFAR10):
     meta = {**datasets.CIFAR10.meta, "md5": None}
 
 
+class SmallCIFAR100(datasets.CIFAR100):
+    """Take generated batches of the larger set."""
+
+    train_list = [["train", None]]
+    test_list = [["test", None]]
+    meta = {**datasets.CIFAR100.meta, "md5": None}
+
+
 def draw_image(path: Path, random: Random, height: int, width: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(random.integers(0, 256, (height, width, 3), np.uint8)).save(path)
@@ -47,6 +55,15 @@ def write_cifar10(root: Path, random: Random) -> None:
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [*"abcdefghij"]}))
 
 
+def write_cifar100(root: Path, random: Random) -> None:
+    folder = root / SmallCIFAR100.base_folder
+    folder.mkdir(parents=True)
+    for name, count in (("train", 400), ("test", 100)):
+        images, labels = random.integers(0, 256, (count, 3072), np.uint8), [i % 100 for i in range(count)]
+        (folder / name).write_bytes(pickle.dumps({"data": images, "fine_labels": labels}))
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"class {k}" for k in range(100)]}))
+
+
 def write_mnist(root: Path, random: Random, name: str = "MNIST") -> None:
     raw = root / name / "raw"
     raw.mkdir(parents=True)
@@ -71,6 +88,10 @@ WRITERS: dict[str, tuple[Callable[[Path, Random], None], tuple[str, ...]]] = {
     "cifar10": (
         write_cifar10,
         ("data.batch_size=9", "data.download=false", "data.dataset.path=tests.generated.SmallCIFAR10"),
+    ),
+    "cifar100": (
+        write_cifar100,
+        ("data.batch_size=9", "data.download=false", "data.dataset.path=tests.generated.SmallCIFAR100"),
     ),
 }
 

@@ -15,6 +15,10 @@ from torch.nn import functional as F
 
 from elastic.ranges import Natural, NotNegative, Range, checked
 
+GOLDEN = (
+    0x9E3779B97F4A7C15 - 2**64
+)  # 2⁶⁴ over the golden ratio: Knuth's, the top bit of products is as if random
+
 
 @checked
 class RandomCrop:
@@ -38,6 +42,25 @@ class RandomFlip:
 
     def __call__(self, x_BCHW: Tensor) -> Tensor:
         flip_B = torch.rand(len(x_BCHW), device=x_BCHW.device) < 0.5
+        return torch.where(flip_B[:, None, None, None], x_BCHW.flip(3), x_BCHW)
+
+
+class AlternatingFlip:
+    """Mirror each sample in every second epoch; its pixels say, as if by chance, whether in even or odd ones.
+
+    So both of its sides are seen equally often: Jordan, 94 % on CIFAR-10 in 3.29 seconds, arXiv 2404.00498,
+    section 3.6. It stands first of all, since it knows an image by its pixels as they were read.
+
+    Attributes:
+        epoch: set by the data before each batch.
+    """
+
+    epoch = 0
+
+    def __call__(self, x_BCHW: Tensor) -> Tensor:
+        bytes_BN = (x_BCHW.flatten(1) * 255).round().long()
+        sum_B = (bytes_BN * torch.arange(1, 2 * bytes_BN.shape[1], 2, device=x_BCHW.device)).sum(1)
+        flip_B = (sum_B * GOLDEN < 0) ^ bool(self.epoch % 2)
         return torch.where(flip_B[:, None, None, None], x_BCHW.flip(3), x_BCHW)
 
 

@@ -1,13 +1,14 @@
 """Give all image data the split, the loaders, normalisation and a place for augmentation.
 
-A set is read into bytes once. Loaders hand over whole batches of bytes, and everything done in floating point
-(scaling, augmentation, normalisation) runs after the transfer, on the device, a batch at a time.
+A set is read into bytes once; one that is held in memory is held in a GPU's, where it trains on one. Loaders
+hand over whole batches of bytes, and everything done in floating point (scaling, augmentation, normalisation)
+runs after the transfer, on the device, a batch at a time.
 
 Shapes: B samples of a batch, C channels, H rows, W columns.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Annotated, Any, TypeVar
 
@@ -17,11 +18,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
-from elastic.data.imageset import Batch, ImageSet
+from elastic.data.augment import AlternatingFlip
+from elastic.data.imageset import Batch, ImageSet, InMemory
 from elastic.data.split import find_strata, is_class_number, split_stratified
 from elastic.errors import DataError
 from elastic.ranges import Count, Positive, Range, Seed, checked
 
+ROOM = 0.1  # of a GPU's free memory, that a set of images may take
 Change = Callable[[Tensor], Tensor]
 Part = TypeVar("Part", bound=Dataset[Batch])
 
@@ -100,6 +103,16 @@ class ImageData(L.LightningDataModule, ABC):
     def setup(self, stage: str | None = None) -> None:
         """Read the data, in every process."""
         self._read(download=False)
+        self._hold()
+
+    def _hold(self) -> None:
+        """Hold what is in memory where it is looked at, so that no batch has to be sent there."""
+        if self.trainer is None or self.workers:  # processes of their own cannot share a GPU's memory
+            return
+        device = self.trainer.strategy.root_device
+        for part in (self._require(self.train_set).dataset, self._require(self.test_set)):
+            if isinstance(part, InMemory):
+                part.to(device if has_room(device, part.images.nbytes) else torch.device("cpu"))
 
     def _read(self, download: bool) -> None:
         if self.test_set is not None:
@@ -182,23 +195,45 @@ class ImageData(L.LightningDataModule, ABC):
             drop_last=drop_last,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
-            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+            pin_memory=self._is_sent(sampler.dataset),
             collate_fn=_pass_through,
             # Without one of its own, every pass over a loader draws from the global generator.
             generator=torch.Generator().manual_seed(self.seed),
         )
 
+    def _is_sent(self, part: Dataset[Batch]) -> bool:
+        """Tell whether batches go from the CPU's memory to a GPU's."""
+        whole = part.dataset if isinstance(part, Subset) else part
+        is_held = isinstance(whole, InMemory) and whole.images.device.type != "cpu"
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return on_gpu and not is_held
+
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Turn bytes into normalised floats, on the device; augment while the trainer is training."""
         x_BCHW, y_B = batch
+        trainer = self.trainer
+        epoch = trainer.current_epoch if trainer is not None and trainer.training else None
+        return self._prepare(x_BCHW, epoch), y_B
+
+    def iterate_train(self, epoch: int, device: torch.device) -> Iterator[Tensor]:
+        """Yield all training images in their order, by the batch, augmented as in an epoch."""
+        train: Any = self._require(self.train_set)
+        for index in torch.arange(len(train)).split(self.batch_size):
+            x_BCHW, _ = train.__getitems__(index.tolist())
+            yield self._prepare(x_BCHW.to(device), epoch)
+
+    def _prepare(self, x_BCHW: Tensor, epoch: int | None) -> Tensor:
+        """Turn bytes into normalised floats, augmented as in an epoch of training where one is given."""
         x_BCHW = scale_bytes(x_BCHW)
-        if self.trainer is not None and self.trainer.training:
+        if epoch is not None:
             for augment in self.augment:
+                if isinstance(augment, AlternatingFlip):
+                    augment.epoch = epoch
                 x_BCHW = augment(x_BCHW)
         x_BCHW = self.normalise(x_BCHW)
         if self.trainer is not None:  # Lightning has looked for floats to cast already, and found bytes
             x_BCHW = self.trainer.precision_plugin.convert_input(x_BCHW)
-        return x_BCHW, y_B
+        return x_BCHW
 
     def normalise(self, x_BCHW: Tensor) -> Tensor:
         """Subtract the mean and divide by the sd, a channel each, of images in [0, 1]."""
@@ -217,7 +252,12 @@ class ImageData(L.LightningDataModule, ABC):
         index = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:n]
         batch: Any = train.__getitems__(index.tolist())  # torch's types say a list, it is what the set gives
         x_BCHW, y_B = batch
-        return self.normalise(scale_bytes(x_BCHW)), y_B
+        return self.normalise(scale_bytes(x_BCHW.cpu())), y_B.cpu()
+
+
+def has_room(device: torch.device, size: int) -> bool:
+    """Tell whether a GPU has room for so many bytes, with most of it left for training."""
+    return device.type == "cuda" and size < ROOM * torch.cuda.mem_get_info(device)[0]
 
 
 def scale_bytes(x_BCHW: Tensor) -> Tensor:

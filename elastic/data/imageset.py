@@ -49,6 +49,12 @@ class InMemory(ImageSet):
     def __init__(self, x_NCHW: Tensor, y_N: Tensor, class_names: Sequence[str] = ()) -> None:
         self.images, self.labels, self.class_names = x_NCHW, y_N, class_names
 
+    def to(self, device: torch.device) -> None:
+        """Move images and labels to a device, on which they are then gathered into batches."""
+        self.images, self.labels = self.images.to(device), self.labels.to(device)
+
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         index_B = torch.as_tensor(indices)
+        if self.images.is_cuda:  # else the GPU would be waited for
+            index_B = index_B.pin_memory().to(self.images.device, non_blocking=True)
         return self.images[index_B], self.labels[index_B]

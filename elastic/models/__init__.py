@@ -3,6 +3,7 @@
 from elastic.models.alexnet import alexnet
 from elastic.models.convnet import convnet
 from elastic.models.resnet import resnet20, resnet56
+from elastic.models.separable import separable
 from elastic.models.timm import from_timm
 from elastic.models.torchvision import from_torchvision
 from elastic.models.unet import unet
@@ -15,6 +16,7 @@ __all__ = [
     "from_torchvision",
     "resnet20",
     "resnet56",
+    "separable",
     "unet",
     "vgg16_bn",
 ]

@@ -9,6 +9,7 @@ from elastic.errors import OptionError
 from elastic.models.alexnet import alexnet
 from elastic.models.convnet import convnet
 from elastic.models.resnet import resnet20, resnet56
+from elastic.models.separable import separable
 from elastic.models.timm import from_timm
 from elastic.models.torchvision import from_torchvision
 from elastic.models.unet import unet
@@ -17,7 +18,17 @@ from elastic.models.vgg import vgg16_bn
 # A name here is a name in files.
 BUILDERS: dict[str, Callable[..., nn.Module]] = {
     builder.__name__: builder
-    for builder in (alexnet, convnet, from_timm, from_torchvision, resnet20, resnet56, unet, vgg16_bn)
+    for builder in (
+        alexnet,
+        convnet,
+        from_timm,
+        from_torchvision,
+        resnet20,
+        resnet56,
+        separable,
+        unet,
+        vgg16_bn,
+    )
 }
 # Options that fetch or read other files: the weights are in the network's own.
 FETCHING = (

@@ -75,6 +75,59 @@ def split(patch: Patch, generator: torch.Generator, noise: float = 0.1) -> Tenso
     return weight.index_add(1, copied, draw - _average_by(source[copied], draw))
 
 
+def pair(patch: Patch, generator: torch.Generator) -> Tensor:
+    """Preserve the function where fresh channels stand twice: one copy is read by w, the other by -w.
+
+    Both get a gradient in the first step, and opposite ones, so that they part (arXiv 2306.12700); what is
+    read by zeros gets none until its reader has moved.
+    """
+    return _add_signed(patch, patch.weight, draw_he_normal(patch.weight, generator))
+
+
+def transfer(patch: Patch, generator: torch.Generator) -> Tensor:
+    """Draw what writes a fresh channel with the variance of trained weights (arXiv 2306.12700).
+
+    Weight decay has made these smaller than He's variance, which is that of a network before training: fresh
+    weights of that size would learn at another rate. Where the fan-in grows from n to m, trained weights are
+    scaled by √(n / m), so that the variance of what they write stays when others come beside them. Norms
+    undo the scale; the statistics that they evaluate with need the next epoch to follow.
+    """
+    weight, std = _rescale(patch)
+    drawn = torch.randn(weight.shape, generator=generator).to(weight) * std
+    return torch.where(patch.rows, drawn, weight)
+
+
+def transfer_pair(patch: Patch, generator: torch.Generator) -> Tensor:
+    """Read fresh channels that stand twice by w and -w, with the variance of the trained weights."""
+    weight, std = _rescale(patch)
+    return _add_signed(patch, weight, torch.randn(weight.shape, generator=generator).to(weight) * std)
+
+
+def _rescale(patch: Patch) -> tuple[Tensor, Tensor]:
+    """Scale a weight to its new fan-in; return it with the deviation of what was trained, scaled like it."""
+    copies = _count_copies(patch.in_source)
+    scale = float((1 / copies[copies > 0]).sum() / len(copies)) ** 0.5
+    weight = patch.weight * scale
+    trained = weight[~patch.fresh_out][:, copies == 1]
+    std = trained.square().mean().sqrt()
+    he = (2 / weight[0].numel()) ** 0.5
+    return weight, torch.where(std > 0, std, he)  # of zeros, or of nothing, no deviation can be told
+
+
+def _count_copies(source: Tensor) -> Tensor:
+    """Count how often the channel of each column stands; 0 where it is fresh."""
+    return torch.where(source >= 0, torch.bincount(source[source >= 0], minlength=1)[source.clamp(min=0)], 0)
+
+
+def _add_signed(patch: Patch, weight: Tensor, drawn: Tensor) -> Tensor:
+    """Add to both columns of a channel that stands twice what is drawn for it, once with either sign."""
+    source = patch.in_source
+    is_second = source.eq(source[:, None]).tril(-1).any(1)
+    sign = torch.where(_count_copies(source) == 2, torch.where(is_second, -1.0, 1.0), 0.0).to(weight)
+    shared = drawn.index_select(1, source.clamp(min=0))
+    return weight + shared * sign.view(1, -1, *[1] * (weight.dim() - 2))
+
+
 def _average_by(source: Tensor, columns: Tensor) -> Tensor:
     """Replace each column by the mean of all columns of the same source."""
     _, group, count = source.unique(return_inverse=True, return_counts=True)
@@ -84,3 +137,5 @@ def _average_by(source: Tensor, columns: Tensor) -> Tensor:
 
 
 STRATEGIES: dict[str, Fresh] = {"zero_out": zero_out, "random": random, "split": split}
+# Strategies by which half of the fresh channels are grown, and then split into two of opposite sign.
+PAIRS: dict[str, tuple[Fresh, Fresh]] = {"pairs": (zero_out, pair), "transfer": (transfer, transfer_pair)}

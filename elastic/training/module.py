@@ -77,8 +77,9 @@ class ElasticModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         x_BCHW, targets = batch
+        x_BCHW, mixed = self.task.mix(x_BCHW, targets)
         outputs = self(x_BCHW)
-        loss = self.task.compute_training_loss(outputs, targets)
+        loss = self.task.compute_training_loss(outputs, mixed)
         self.train_loss.update(loss.detach())
         with torch.no_grad():
             self.train_metric.update(*self.task.predict(outputs, targets))

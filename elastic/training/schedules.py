@@ -8,15 +8,51 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.types import LRSchedulerConfigType
+from torch import Tensor
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
-from elastic.errors import TrainingError
+from elastic.errors import OptionError, TrainingError
+from elastic.ranges import Part, checked
 
 Scheduler = LRScheduler | ReduceLROnPlateau
 
 BY_BATCH = (OneCycleLR, CyclicLR)  # by torch's own documentation
 # What torch's schedulers call the number of steps they are to last.
 LENGTH = ("total_steps", "T_max", "total_iters")
+
+
+@checked
+class StableDecay(LRScheduler):
+    """Raise the learning rate to the optimizer's, keep it, and bring it down to zero along a line.
+
+    Args:
+        total_steps: of the run.
+        warm: the part of the run in which it rises.
+        decay: the part of the run after which it goes down; a network that grows should have grown by then.
+
+    Raises:
+        OptionError: it would go down before it is up.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        total_steps: int,
+        warm: Part = 0.05,
+        decay: Part = 0.5,
+        last_epoch: int = -1,
+    ) -> None:
+        if not warm <= decay < 1:
+            raise OptionError(f"warm is {warm}, decay {decay}: set lr_scheduler.warm ≤ decay < 1")
+        self.total_steps, self.warm, self.decay = total_steps, warm, decay
+        super().__init__(optimizer, last_epoch)
+
+    def get_lr(self) -> list[float | Tensor]:
+        """Return the rate of each group."""
+        part = min(1.0, self.last_epoch / self.total_steps)
+        rise = (self.last_epoch + 1) / (self.warm * self.total_steps + 1)  # never from zero, a step lost
+        factor = min(1.0, rise, (1 - part) / (1 - self.decay))
+        return [rate * factor for rate in self.base_lrs]
 
 
 def make_schedule(

@@ -4,7 +4,7 @@ Shapes: B samples, K classes, labels or values, H rows, W columns; … further d
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -24,6 +24,7 @@ from elastic.ranges import Range, checked
 from elastic.training.imitation import Outputs
 
 Below1 = Annotated[float, Range(0, 1, below=True)]
+UpToHalf = Annotated[float, Range(0, 0.5)]
 
 
 class Task(ABC):
@@ -60,6 +61,10 @@ class Task(ABC):
         """Return the loss of a batch that is trained on, where it is another one."""
         return self.compute_loss(outputs, targets)
 
+    def mix(self, x_BCHW: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Mix the images of a batch that is trained on; return them with the targets of their loss."""
+        return x_BCHW, targets
+
     @abstractmethod
     def make_metrics(self) -> Mapping[str, Metric]:
         """Make the metrics by name, each updated with predictions and targets as `predict` returns them."""
@@ -83,22 +88,39 @@ class Classification(Task):
     Args:
         label_smoothing: of the labels that are trained on.
         metric: acc, the part of the images that are classified right.
+        mixup: the largest part that an image of a batch has of its neighbour's, and its label of the
+            neighbour's; parts are drawn uniformly for each image (after Zhang et al., arXiv 1710.09412).
 
     Raises:
-        OptionError: no part that labels could be smoothed by.
+        OptionError: no part that labels could be smoothed by, or images be mixed with.
     """
 
     outputs = "classes"
 
-    def __init__(self, classes: int, label_smoothing: Below1 = 0.0, metric: str = "acc") -> None:
+    def __init__(
+        self, classes: int, label_smoothing: Below1 = 0.0, metric: str = "acc", mixup: UpToHalf = 0.0
+    ) -> None:
         super().__init__(classes, metric)
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.mixup = label_smoothing, mixup
 
     def compute_loss(self, outputs: Any, targets: Tensor) -> Tensor:
         return compute_class_loss(outputs, targets)
 
     def compute_training_loss(self, outputs: Any, targets: Tensor) -> Tensor:
+        if self.mixup:
+            return F.cross_entropy(get_logits(outputs), targets, label_smoothing=self.label_smoothing)
         return compute_class_loss(outputs, targets, self.label_smoothing)
+
+    def mix(self, x_BCHW: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.mixup:
+            return x_BCHW, targets
+        check_class_numbers(targets, (len(x_BCHW), self.classes))
+        # Batches are shuffled: whichever image stands beside another is one drawn at random.
+        part_B = torch.rand(len(x_BCHW), device=x_BCHW.device) * self.mixup
+        labels_BK = torch.zeros(len(targets), self.classes, device=targets.device)
+        labels_BK.scatter_(1, targets[:, None], 1.0)
+        mixed_BCHW = x_BCHW.lerp(x_BCHW.roll(1, 0), part_B[:, None, None, None].to(x_BCHW.dtype))
+        return mixed_BCHW, labels_BK.lerp(labels_BK.roll(1, 0), part_B[:, None])
 
     def make_metrics(self) -> Mapping[str, Metric]:
         return {"acc": MulticlassAccuracy(self.classes, average="micro", validate_args=False)}
@@ -209,13 +231,22 @@ def compute_class_loss(outputs: Any, targets: Tensor, label_smoothing: float = 0
         TrainingError: targets are no class numbers; it names the task that takes them.
     """
     logits = get_logits(outputs)
-    if targets.is_floating_point() or targets.dtype is torch.bool or targets.dim() != logits.dim() - 1:
+    check_class_numbers(targets, logits.shape)
+    return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+
+
+def check_class_numbers(targets: Tensor, shape: Sequence[int]) -> None:
+    """Refuse targets that are no class numbers for outputs of a shape.
+
+    Raises:
+        TrainingError: always then; it names the task that takes them.
+    """
+    if targets.is_floating_point() or targets.dtype is torch.bool or targets.dim() != len(shape) - 1:
         raise TrainingError(
-            f"targets {describe(targets)} are no class numbers for outputs of {tuple(logits.shape)}: set "
+            f"targets {describe(targets)} are no class numbers for outputs of {tuple(shape)}: set "
             "task=multilabel for labels of which several can be there, task=regression for values, "
             "task=segmentation for a class a pixel"
         )
-    return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
 
 
 def describe(targets: Tensor) -> str:

@@ -137,7 +137,7 @@ class RunOptions:
     timeline: str | None
     init: str | None
     choices: Mapping[str, str]
-    compile: bool
+    compile: bool | Literal["reduce-overhead", "max-autotune"]
     threads: Annotated[int, Range(1, 1024)] | None
     trust: list[str]
 

@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Iterable
@@ -143,7 +144,12 @@ def write_summary(summary: Row, folder: Path) -> None:
 
 @functools.cache
 def find_revision() -> str | None:
-    """Find the commit of a checkout as it is at the first call, with a mark where it has been changed."""
+    """Find the commit of a checkout as it is at the first call, with a mark where it has been changed.
+
+    A copy without its history is told by the environment, in ELASTIC_REVISION.
+    """
+    if told := os.environ.get("ELASTIC_REVISION"):
+        return told
     if not (CHECKOUT / "pyproject.toml").exists() or shutil.which("git") is None:
         return None  # installed, there may be a repository around it, of something else
     command = ["git", "describe", "--always", "--dirty"]

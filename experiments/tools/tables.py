@@ -1,11 +1,13 @@
-"""Write tables as files."""
+"""Write tables as files, and into them."""
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from elastic.errors import FileError
 from elastic.files.atomic import write_atomically
 
 
@@ -23,3 +25,33 @@ def write_rows(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     writer.writerow(head)
     writer.writerows(rows)
     return file.getvalue()
+
+
+def format_markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Format a table in Markdown."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))
+
+
+def write_between_marks(path: Path, command: str, table: str) -> None:
+    """Put what a command has made into a Markdown file, between the marks that name it.
+
+    Raises:
+        FileError: there is no such file, or it has no such marks.
+    """
+    if not path.exists():
+        raise FileError(f"{path} is missing: write it first, with a place for the table")
+    begin, end = (f"<!-- {part} of `elastic {command}` -->" for part in ("begin", "end"))
+    text = replace_table(path.read_text(), table, begin, end)
+    write_atomically(path, lambda part: part.write_text(text))
+
+
+def replace_table(text: str, table: str, begin: str, end: str) -> str:
+    """Put the table between the marks of a text.
+
+    Raises:
+        FileError: the text has no such marks.
+    """
+    marked = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    if not marked.search(text):
+        raise FileError(f"there is no place for the table: put '{begin}' and '{end}' around it")
+    return marked.sub(lambda _: f"{begin}\n{table}\n{end}", text)

@@ -9,12 +9,14 @@ import lightning as L
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import elastic.experiments.train
 from elastic.callbacks import Distil
 from elastic.errors import OptionError, TrainingError
 from elastic.experiments.tools.restore import restore_teacher
 from elastic.experiments.train import train
+from elastic.training.answers import Answers
 from tests.fitted import EXACT, Spy, command, prepare
 from tests.resuming import assert_same_run, kill
 from tests.runs import configure, load
@@ -144,8 +146,52 @@ def test_it_holds_the_network_to_the_teacher(first: Path, tmp_path: Path) -> Non
     assert apart["[static,distil]"] < 0.5 * apart["static"]
 
 
+def test_a_teacher_asked_beforehand_says_what_it_says_in_each_step(first: Path, tmp_path: Path) -> None:
+    """Without augmentation, that is; it looks at each image once a view, and never in a step."""
+    weights, seen = [], []
+    for views in (0, 2):
+        given = ("schedule=[static,distil]", f"callbacks.distil.teacher.run={first}", "data.batch_size=400")
+        run = prepare(tmp_path / str(views), *TRAINING, *given, f"callbacks.distil.views={views}")
+        counts: list[int] = []
+        run.callbacks["distil"].teacher.register_forward_pre_hook(
+            lambda net, x, counts=counts: counts.append(len(x[0]) * (x[0].device.type != "meta"))
+        )
+        run.fit()
+        weights.append([p.detach() for p in run.module.net.parameters()])
+        seen.append(counts)
+        images = len(run.data.train_set)  # type: ignore[arg-type]
+    for a, b in zip(*weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert sum(seen[0]) - 1 == 3 * (images // 400) * 400  # the one is zeros, to see its shapes
+    assert sum(seen[1]) - 1 == 2 * images
+
+
+def test_a_teacher_that_cannot_be_asked_beforehand_is_refused(first: Path, tmp_path: Path) -> None:
+    given = (*TRAINING, "schedule=[static,distil]", f"init={first}", "callbacks.distil.views=1")
+    with pytest.raises(TrainingError, match=r"has not seen images mixed: set task\.mixup=0"):
+        prepare(tmp_path, *given, "task.mixup=0.1").fit()
+    run = prepare(tmp_path, *given)
+    loader = DataLoader(TensorDataset(*run.data.sample(100, seed=0)), batch_size=50)
+    with pytest.raises(TrainingError, match=r"about elastic\.data\.ImageData alone: use it, or set"):
+        run.trainer.fit(run.module, loader, loader)
+    answers = Answers(torch.zeros(4, 3))
+    answers.batches = (torch.arange(3),)
+    with pytest.raises(TrainingError, match="with 2 of the 3 images of a batch"):
+        answers.find(2)
+    assert answers.find(3).shape == (3, 3)
+
+
 @pytest.mark.parametrize(
-    "schedule", [pytest.param(each, marks=SLOW) for each in ("[dynamic,distil]", "[reconstruct,distil]")]
+    "schedule",
+    [
+        pytest.param(each, marks=SLOW)
+        for each in (
+            "[dynamic,distil]",
+            "[reconstruct,distil]",
+            "[static,distil]",
+            "[growth,gates,ema,distil]",
+        )
+    ],
 )
 def test_resumed_equals_uninterrupted(
     first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str
@@ -153,6 +199,12 @@ def test_resumed_equals_uninterrupted(
     given = (*TRAINING, f"schedule={schedule}", f"init={first}", "trainer.max_epochs=6")
     if "reconstruct" in schedule:
         given += ("callbacks.reconstruct.dense=0", "callbacks.reconstruct.prune=0.5")
+    if "growth" in schedule:  # from scratch, taught by another network
+        given = tuple(option for option in given if not option.startswith("init="))
+        given += (f"callbacks.distil.teacher.run={first}", "model.channels=[3,3,3,4]", "task.mixup=0.2")
+        given += ("trigger=periodic", "trigger.every=1", "callbacks.gates.budget=700", "data.val_fraction=0")
+    if "static" in schedule:  # asked beforehand, about images that are augmented
+        given = (*(option for option in given if option != "~data.augment"), "callbacks.distil.views=2")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train(configure(whole, *given), whole)
     kill(configure(broken, *given), broken, monkeypatch, 4, 1)

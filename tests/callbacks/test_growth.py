@@ -15,6 +15,7 @@ from elastic.growth.amount import Growth
 from elastic.growth.triggers import Periodic, Plateau
 from elastic.pruning.gates import Gate
 from tests.fitted import EXACT, Script, Spy, batch, fit, outputs, prepare
+from tests.programs import Killed
 from tests.runs import load, load_history
 
 GROWING = (
@@ -131,7 +132,11 @@ def test_optimizer_scheduler_and_parameters_are_the_same_objects(tmp_path: Path)
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize(
-    ("fresh", "preserved"), [("zero_out", True), ("split", True), ("gradmax", True), ("random", False)]
+    ("fresh", "preserved"),
+    [
+        *(("zero_out", True), ("split", True), ("gradmax", True), ("pairs", True)),
+        *(("random", False), ("transfer", False)),
+    ],
 )
 def test_growth_preserves_the_function(tmp_path: Path, fresh: str, preserved: bool, gated: bool) -> None:
     at: dict[str, torch.Tensor] = {}
@@ -155,6 +160,63 @@ def test_growth_preserves_the_function(tmp_path: Path, fresh: str, preserved: bo
     assert (change < 1e-5 * size) if preserved else (change > 1e-2 * size)
 
 
+def test_pairs_learn_from_the_first_step_and_part(tmp_path: Path) -> None:
+    """What writes a fresh channel gets a gradient at once; with zeros behind it it would get none."""
+    moves: list[torch.Tensor] = []
+
+    def look(trainer: Any, module: Any, batch: Any, index: int) -> None:
+        if trainer.current_epoch == 1 and index < 2:
+            moves.append(module.net[0].weight.detach().clone())
+
+    options = ("trigger=periodic", "trigger.every=1", "trainer.max_epochs=2", "optimizer=sgd")
+    fit(
+        tmp_path,
+        *(*GROWING, *options, "callbacks.growth.fresh=pairs"),
+        after=(Spy(on_train_batch_start=look),),
+    )
+    first, second = moves
+    assert torch.equal(first[4], first[5]), "grown from 4 to 6: one channel that stands twice"
+    assert not torch.equal(second[4], second[5])
+    pull = (second - first).flatten(1)[4:]
+    assert pull.norm(dim=1).min() > 1e-4 and torch.nn.functional.cosine_similarity(*pull, dim=0) < 0
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_what_comes_late_learns_faster_after_a_restart_too(tmp_path: Path, optimizer: str) -> None:
+    """At 2 of 4 epochs half of the run is left: at catch_up=2 fresh entries learn at four times the rate."""
+    catching_up = (
+        "callbacks.growth.catch_up=2",
+        "trigger=periodic",
+        "trigger.every=2",
+        f"optimizer={optimizer}",
+    )
+    options = (*GROWING, "optimizer.lr=1e-2", *catching_up, "trainer.max_epochs=4")
+    whole = fit(tmp_path / "whole", *options)
+    weight = whole.module.net[3].weight
+    rates = whole.trainer.optimizers[0].state[weight]["entry_rate"]
+    assert tuple(rates.shape[:2]) == (9, 6)
+    assert (rates[:6, :4] == 1).all() and (rates[6:] == 4).all() and (rates[:, 4:] == 4).all()
+
+    def leave(trainer: Any, module: Any) -> None:
+        if trainer.current_epoch == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        fit(tmp_path / "parts", *options, after=(Spy(on_train_epoch_start=leave),))
+    again = prepare(tmp_path / "parts", *options).fit(ckpt_path=tmp_path / "parts" / "last.ckpt")
+    assert torch.equal(again.module.net[3].weight, weight)
+
+
+def test_training_loss_is_watched_as_well(tmp_path: Path) -> None:
+    """A gain that cannot be reached lets each epoch after the first one fire."""
+    trigger = ("trigger=plateau", "trigger.mode=min", "trigger.min_gain=10", "trigger.patience=1")
+    watched = ("callbacks.growth.monitor=train/loss", "trainer.max_epochs=3")
+    run = fit(tmp_path, *GROWING, *trigger, *watched)
+    assert {event["epoch"] for event in run.module.structure.timeline} == {2}
+    assert {event["why"] for event in run.module.structure.timeline} == {"grow: train/loss saturated"}
+    assert run.callbacks["growth"].trigger.best == run.callbacks["census"].history[0]["train/loss"]
+
+
 @pytest.mark.parametrize(("monitor", "epochs"), [("val/auc", 0), ("train/auc", 1)])
 def test_a_metric_that_is_not_logged_is_named_with_those_that_are(
     tmp_path: Path, monitor: str, epochs: int
@@ -168,7 +230,9 @@ def test_a_metric_that_is_not_logged_is_named_with_those_that_are(
 
 
 def test_an_unknown_start_is_refused_with_those_there_are() -> None:
-    with pytest.raises(OptionError, match=r"'zeros': choose zero_out, random, split, gradmax"):
+    with pytest.raises(
+        OptionError, match=r"'zeros': choose zero_out, random, split, pairs, transfer, gradmax"
+    ):
         GrowOnSaturation(Periodic(), Growth(), fresh="zeros")
 
 

@@ -83,7 +83,7 @@ def test_help_of_training_names_every_choice() -> None:
     ("words", "said"),
     [
         (("evalute",), "there is no command 'evalute': did you mean evaluate?"),
-        (("nonsense",), "there is no command 'nonsense': choose train, evaluate, "),
+        (("nonsense",), "there is no command 'nonsense': choose train, plan, "),
         (("evaluate",), "name run=…: see --help"),
         (("evaluate", "run=x", "colour=1"), "there is no option colour=1; there are: run=…, level=…, set=…"),
         (("evaluate", "x"), "there is no option x; "),

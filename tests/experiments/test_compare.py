@@ -36,6 +36,26 @@ def test_mean_and_sd_by_arm(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     assert float(rows["grown"]["test/acc sd"]) == pytest.approx(sd, rel=1e-5)
 
 
+def test_the_table_is_put_between_its_marks(tmp_path: Path) -> None:
+    """What stands around it stays, and what an earlier call has put there goes."""
+    write(tmp_path / "grown-seed0", 0.91, 1100)
+    write(tmp_path / "dense-seed0", 0.5, 100)
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- begin of `elastic compare` -->\nold\n<!-- end of `elastic compare` -->\nz\n")
+    for _ in range(2):
+        compare_runs(f"{tmp_path}/*-seed0", markdown=page)
+    before, table, after = page.read_text().split("`elastic compare` -->")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[1:-1]]
+    assert [row[:4] for row in rows[2:]] == [["dense", "1", "50.00", "100"], ["grown", "1", "91.00", "1,100"]]
+    assert len({len(row) for row in rows}) == 1 and set(rows[1]) == {"---"}
+    assert before.startswith("a\n") and after == "\nz\n"
+    page.write_text("none")
+    with pytest.raises(FileError, match=r"no place for the table: put '<!-- begin of `elastic compare` -->'"):
+        compare_runs(f"{tmp_path}/*-seed0", markdown=page)
+    with pytest.raises(FileError, match=r"page\.md is missing"):
+        compare_runs(f"{tmp_path}/*-seed0", markdown=tmp_path / "no" / "page.md")
+
+
 def shown(
     folder: Path, capsys: pytest.CaptureFixture
 ) -> tuple[dict[str, list[str]], dict[str, dict[str, str]]]:

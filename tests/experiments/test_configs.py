@@ -330,6 +330,7 @@ def survive(folder: Path, experiment: str, *options: str) -> dict[str, Any]:
 
 COSTLY = (
     "cifar10",
+    "cifar10_smallest",
     "cifar10_levels",
     "cifar10_dynamic",
     "cifar10_looking",
@@ -354,6 +355,24 @@ def test_every_experiment_survives_an_epoch(tmp_path: Path, experiment: str) -> 
     options = generate(data, tmp_path / "data")
     summary = survive(tmp_path / "run", experiment, *options)
     assert (summary["data"], summary["experiment"]) == (data, experiment)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("experiment", "data"),
+    [("mnist", "fashion_mnist"), ("cifar10", "cifar100"), ("cifar10_smallest", "cifar100")],
+)
+def test_a_recipe_serves_data_of_the_same_shape(tmp_path: Path, experiment: str, data: str) -> None:
+    """It is unchanged: its own options hold whatever is read, and the last layer is that of the classes."""
+    recipe, other = (
+        configure(tmp_path / str(len(more)), f"experiment={experiment}", *more)
+        for more in ((), (f"data={data}",))
+    )
+    for part in ("data.batch_size", "data.val_fraction", "trainer", "optimizer", "callbacks.gates.budget"):
+        assert OmegaConf.select(recipe, part) == OmegaConf.select(other, part), part
+    generated = generate(data, tmp_path / "data")
+    summary = survive(tmp_path / "run", experiment, f"data={data}", *generated)
+    assert summary["data"] == data and summary["params"] <= other.callbacks.gates.budget.target
 
 
 @pytest.mark.slow

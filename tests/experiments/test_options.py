@@ -26,7 +26,12 @@ from tests.runs import CONF, TINY, configure, without_account
 # Choices that between them have every option there is.
 COMPOSED: tuple[tuple[str, ...], ...] = (
     ("schedule=[growth,gates,ema]", "optimizer=sgd", "lr_scheduler=onecycle", "trigger=plateau"),
-    ("schedule=[growth,magnitude]", "callbacks.magnitude.budget=900", "trigger=periodic"),
+    (
+        "schedule=[growth,magnitude]",
+        "callbacks.magnitude.budget=900",
+        "trigger=periodic",
+        "lr_scheduler=stable",
+    ),
     ("schedule=joint", "data=shapes", "model=resnet20", "lr_scheduler=cosine"),
     ("schedule=reconstruct", "data=cifar10", "model=vgg16_bn", "lr_scheduler=multistep"),
     ("schedule=dynamic", "data=mnist", "model=alexnet", "lr_scheduler=step", "debug=profile"),

@@ -146,6 +146,7 @@ def test_the_commands_that_made_a_record_compose(readme: Path, tmp_path: Path) -
                 "mnist",
                 "mnist_dynamic",
                 "cifar10",
+                "cifar10_smallest",
                 "cifar10_levels",
                 "cifar10_dynamic",
                 "cifar10_looking",

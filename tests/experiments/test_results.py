@@ -13,7 +13,7 @@ README = Path(__file__).parents[2] / "README.md"
 
 def test_the_readmes_table_is_what_its_command_prints() -> None:
     table = results.make_table(results.ROWS)
-    assert results.replace_table(README.read_text(), table) == README.read_text()
+    assert results.replace_table(README.read_text(), table, results.BEGIN, results.END) == README.read_text()
     assert len(table.splitlines()) == 2 + len(results.ROWS)
 
 
@@ -21,7 +21,7 @@ def test_a_table_without_its_runs_or_its_place_is_refused(tmp_path: Path) -> Non
     with pytest.raises(elastic.ElasticError, match="has no run gnap-seed"):
         results.make_table(results.ROWS[:1], tmp_path)
     with pytest.raises(elastic.ElasticError, match="no place for the table"):
-        results.replace_table("# A README", "")
+        results.replace_table("# A README", "", results.BEGIN, results.END)
 
 
 def test_a_row_has_mean_and_spread_over_its_seeds(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as V
 
-from elastic.data.augment import Cutout, RandomAffine, RandomCrop, RandomFlip, apply_affine
+from elastic.data.augment import AlternatingFlip, Cutout, RandomAffine, RandomCrop, RandomFlip, apply_affine
 
 
 def images(samples=16, channels=3, height=8, width=8, seed=0):
@@ -69,6 +69,22 @@ def test_crop_reaches_every_window_equally_often():
     counts = RandomCrop(1)(x).sum(dim=(0, 1))
     assert counts.sum() == 9000
     assert (counts - 1000).abs().max() < 5 * 30  # standard deviation √(9000 · 1/9 · 8/9) ≈ 30
+
+
+def test_alternating_flips_show_both_sides_in_turn():
+    """About half of the images begin with each; which, they say themselves, in any batch and order."""
+    x, flip = images(samples=400, height=4, width=4), AlternatingFlip()
+    sides = []
+    for flip.epoch in range(4):
+        sides.append(flip(x))
+        order = torch.randperm(400)
+        assert torch.equal(flip(x[order]), sides[-1][order])
+        assert torch.equal(flip(x[:1]), sides[-1][:1])
+    assert torch.equal(sides[0], sides[2]) and torch.equal(sides[1], sides[3])
+    assert torch.equal(sides[0], sides[1].flip(3))
+    kept = (sides[0] == x).flatten(1).all(1)
+    assert abs(kept.float().mean() - 0.5) < 4 * 0.025  # its standard deviation is 0.5 / √400
+    assert torch.equal(kept, ~(sides[0] == x.flip(3)).flatten(1).all(1))
 
 
 def test_each_flip_is_the_image_or_its_mirror():

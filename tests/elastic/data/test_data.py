@@ -22,7 +22,7 @@ from torchvision import datasets
 
 import elastic.data
 from elastic.data import Digits, ImageFolderData, Imagenette, TorchvisionImages, fetch
-from elastic.data.augment import RandomAffine
+from elastic.data.augment import AlternatingFlip, RandomAffine
 from elastic.data.folders import list_folder
 from elastic.data.images import scale_bytes
 from elastic.data.split import split_stratified
@@ -101,6 +101,7 @@ def training(data, world_size=1, global_rank=0):
     """As if attached to a trainer that is training."""
     data.trainer = SimpleNamespace(
         training=True,
+        current_epoch=0,
         world_size=world_size,
         global_rank=global_rank,
         strategy=SimpleNamespace(root_device=torch.device("cpu")),
@@ -265,6 +266,24 @@ def test_augmentation_runs_in_order_on_unit_images_while_training_only(named):
     torch.testing.assert_close(augmented, (unit / 2 + 1 - 0.5) / 0.25)
     data.trainer.training = False
     assert torch.equal(data.on_after_batch_transfer(batch, 0)[0], plain)
+
+
+def test_a_flip_alternates_with_the_trainers_epochs():
+    data = training(ready(Digits(augment=[AlternatingFlip()])))
+    batch, sides = next(iter(data.val_dataloader())), []
+    for data.trainer.current_epoch in (4, 5):
+        sides.append(data.on_after_batch_transfer(batch, 0)[0])
+    assert torch.equal(sides[0], sides[1].flip(3)) and not torch.equal(*sides)
+
+
+def test_all_training_images_come_in_their_order_as_in_an_epoch():
+    data = training(ready(Digits(augment=[AlternatingFlip(), lambda x: x / 2], batch_size=500)))
+    x, _ = data.train_set.__getitems__(range(len(data.train_set)))
+    flip = AlternatingFlip()
+    for flip.epoch in (0, 1):
+        batches = list(data.iterate_train(flip.epoch, torch.device("cpu")))
+        assert [len(batch) for batch in batches] == [500, 500, 293]
+        torch.testing.assert_close(torch.cat(batches), flip(scale_bytes(x)) / 2)
 
 
 def test_sample_is_part_of_the_training_images_as_validation_sees_them():

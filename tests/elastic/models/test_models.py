@@ -9,8 +9,11 @@ from torch import nn
 from torchvision.models import ResNet
 
 from elastic.errors import OptionError
-from elastic.models import alexnet, convnet, from_torchvision, resnet20, resnet56, vgg16_bn
+from elastic.models import alexnet, convnet, from_torchvision, resnet20, resnet56, separable, vgg16_bn
 from elastic.models.resnet import resnet
+from elastic.pruning import attach_gates, compact
+from elastic.pruning.gates import iterate_gates
+from elastic.surgery.reindexing import grow_index, reindex
 from elastic.widths.discovery import discover
 
 
@@ -97,7 +100,7 @@ def test_a_convnet_is_as_large_as_its_layers() -> None:
     assert list(discover(model, torch.randn(2, 1, 8, 8)).sizes().values()) == [16, 24, 32, 32]
 
 
-@pytest.mark.parametrize("make", [convnet, resnet20])
+@pytest.mark.parametrize("make", [convnet, resnet20, separable])
 def test_every_parameter_learns(make) -> None:
     torch.manual_seed(0)
     model = make(in_channels=1, classes=4)
@@ -129,6 +132,50 @@ def test_alexnet_has_five_convolutions_and_three_linear_layers() -> None:
 def test_alexnet_tells_images_apart_before_it_has_learnt() -> None:
     answers_BK = alexnet(32).eval()(torch.randn(16, 3, 32, 32))
     assert answers_BK.std(0).mean() > 0.1  # 0.0005 with torch's weights
+
+
+def test_a_separable_network_is_as_large_as_its_layers() -> None:
+    width, blocks = 8, {1: 2, 2: 4, 3: 3}
+    stages = sum(
+        n * (26 * i * width + 2 * i * width + (3 * i * width + 3) * i * width) for i, n in blocks.items()
+    )
+    halvings = sum((4 * (i - 1) * width + 3) * i * width for i in (2, 3))
+    expected = (27 + 3) * width + stages + halvings + (3 * width + 1) * 10
+    assert count(separable(width)) == expected
+
+
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_a_separable_network_changes_in_all_its_widths(norm: Any) -> None:
+    """It grows without a change of its outputs; but layer norms feel channels between blocks."""
+    torch.manual_seed(0)
+    net, x = separable(4, norm).eval(), torch.randn(2, 3, 32, 32)
+    widths = discover(net, x)
+    between = {"conv": 4, "down2": 8, "down3": 12}
+    assert {name for name, width in widths.items() if width.mixed} == (
+        {*between} if norm == "layer" else set()
+    )
+    assert len(widths) == 3 + 9
+    added = {name: grow_index(size, size) for name, size in widths.sizes().items()}
+    felt = {name: added.pop(name) for name in between if norm == "layer"}
+    with torch.no_grad():
+        expected = net(x)
+        reindex(net, widths, added)
+        torch.testing.assert_close(net(x), expected)
+        reindex(net, widths, felt)
+    assert count(net) == count(separable(8, norm))
+    attach_gates(net, widths, grain="weight")
+    for path, _, gate in iterate_gates(net):
+        gate.score.data.normal_()
+        if path == "stage2.0.project":
+            gate.score.data[:, :9] = -1  # nothing reads them
+    plain = compact(net, x)
+    torch.testing.assert_close(plain.eval()(x), net.eval()(x))
+    assert discover(plain, x)["stage2.0.expand"].size == 7
+
+
+def test_a_norm_that_there_is_not_is_refused() -> None:
+    with pytest.raises(OptionError, match="there is no norm 'group': choose layer or batch"):
+        separable(4, "group")  # type: ignore[arg-type]
 
 
 def test_torchvisions_models_are_taken_untrained_with_the_classes_asked_for() -> None:

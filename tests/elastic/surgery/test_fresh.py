@@ -6,7 +6,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from elastic.surgery.fresh import STRATEGIES, Patch, draw_he_normal, random, split, zero_out
+from elastic.surgery.fresh import (
+    PAIRS,
+    STRATEGIES,
+    Patch,
+    draw_he_normal,
+    random,
+    split,
+    transfer,
+    transfer_pair,
+    zero_out,
+)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -118,3 +128,34 @@ def test_noise_is_as_large_as_asked() -> None:
 
 def test_strategies_by_name() -> None:
     assert dict(STRATEGIES) == {"zero_out": zero_out, "random": random, "split": split}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_readers_of_a_channel_that_stands_twice_are_opposite(name: str) -> None:
+    case = patch([0, 1, 2], [0, 1, 2, 3, 2, 3])
+    change = PAIRS[name][1](case, generator()) - case.weight * (4 / 6 if name == "transfer" else 1) ** 0.5
+    torch.testing.assert_close(change[:, 2:4], -change[:, 4:])
+    assert change[:, 2:].abs().min() > 0 and change[:, :2].abs().max() < 1e-6
+
+
+def test_transfer_keeps_the_length_of_rows_that_gain_columns() -> None:
+    """Grown from 40 to 60, split to 80 columns: old rows and fresh ones are as long as old ones were."""
+    rows = torch.randn(50, 40, 3, 3, generator=generator()) * 0.01
+    fresh_out, fresh_in = torch.arange(70) >= 50, torch.arange(60) >= 40
+    weight = torch.zeros(70, 60, 3, 3)
+    weight[:50, :40] = rows
+    grown = transfer(
+        Patch("", weight, fresh_out, fresh_in, torch.arange(60).where(~fresh_in, -1)), generator(1)
+    )
+    source = torch.cat([torch.arange(60), torch.arange(40, 60)])
+    shared = grown[:, source] / torch.bincount(source)[source].view(1, -1, 1, 1)
+    none = torch.zeros(70, dtype=torch.bool), torch.zeros(80, dtype=torch.bool)
+    done = transfer_pair(Patch("", shared, *none, source), generator(2))
+    lengths = done.flatten(1).norm(dim=1) / rows.flatten(1).norm(dim=1).mean()
+    assert lengths[:50].mean() == pytest.approx(1, rel=0.03)
+    assert lengths[50:].mean() == pytest.approx(1, rel=0.15)
+
+
+def test_transfer_from_zeros_draws_what_can_learn() -> None:
+    case = Patch("", torch.zeros(4, 3), torch.arange(4) >= 2, torch.arange(3) >= 2, torch.tensor([0, 1, -1]))
+    assert transfer(case, generator())[2:].abs().min() > 0

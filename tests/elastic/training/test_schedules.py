@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.optim import SGD, lr_scheduler
 
-from elastic.errors import TrainingError
-from elastic.training.schedules import make_schedule
+from elastic.errors import OptionError, TrainingError
+from elastic.training.schedules import StableDecay, make_schedule, read_plan, replan
 
 
 def make(scheduler: Any, steps: int = 40, batches: int = 8) -> Any:
@@ -61,3 +61,35 @@ def test_one_that_asks_for_no_length_is_stepped_by_epoch_unless_it_is_cyclical(
 def test_too_few_steps_to_rise_and_fall_are_refused() -> None:
     with pytest.raises(TrainingError, match=r"cannot be spread over 3 steps: raise trainer\.max_epochs"):
         make(partial(lr_scheduler.OneCycleLR, max_lr=0.1, pct_start=1 / 3), steps=3)
+
+
+def list_rates(scheduler: Any, steps: int) -> list[float]:
+    rates = []
+    for _ in range(steps):
+        rates.append(scheduler.get_last_lr()[0])
+        scheduler.optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def test_a_stable_rate_rises_stays_and_goes_down_to_nothing() -> None:
+    rates = list_rates(make(partial(StableDecay, warm=0.1, decay=0.5))["scheduler"], 41)
+    assert rates[:5] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1])
+    assert set(rates[4:21]) == {0.1}
+    assert rates[20:] == pytest.approx([0.1 * (40 - step) / 20 for step in range(20, 41)])
+    assert list_rates(make(partial(StableDecay, warm=0, decay=0))["scheduler"], 2) == pytest.approx(
+        [0.1, 0.0975]
+    )
+
+
+def test_a_stable_rate_of_a_longer_run_goes_on_where_it_is() -> None:
+    scheduler = make(StableDecay, steps=40)["scheduler"]
+    list_rates(scheduler, 30)
+    longer = replan(StableDecay, scheduler, {"total_steps": 80})
+    assert read_plan(longer) == {"total_steps": 80}
+    assert list_rates(longer, 50) == list_rates(make(StableDecay, steps=80)["scheduler"], 80)[30:]
+
+
+def test_a_rate_that_goes_down_before_it_is_up_is_refused() -> None:
+    with pytest.raises(OptionError, match=r"lr_scheduler\.warm ≤ decay"):
+        make(partial(StableDecay, warm=0.6, decay=0.5))
