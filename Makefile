@@ -3,7 +3,7 @@ BIN := .venv/bin
 # One thread a process: two processes with two threads each on two cores run several times slower than one.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help setup demo sweep-demo test lint types format docs campaign bench test-slow test-data test-gpu test-peers bench-peers clean
+.PHONY: help setup demo sweep-demo test lint types format docs campaign bench test-slow test-data gpu test-gpu test-peers bench-peers clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -63,6 +63,9 @@ test-data: setup  ## tests on real data sets under ELASTIC_DATA
 
 test-gpu: setup  ## tests that need a CUDA device
 	$(PYTEST) -m gpu
+
+gpu: setup  ## the trainings on CIFAR-10 that tables are made of, on one GPU: make gpu ARGS='only=gnap_cifar10/*'
+	$(BIN)/python -W ignore -m experiments.plan file=experiments/cifar10.yaml runs=experiments workers=12 $(ARGS)
 
 test-peers: setup  ## comparisons with other pruning libraries; installs them first
 	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[peers]'

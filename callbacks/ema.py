@@ -1,7 +1,7 @@
 """Validate, save and keep an average of the weights over the last steps."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, cast
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -9,7 +9,6 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 
 from elastic.callbacks.base import ElasticCallback
-from elastic.ranges import Range, checked
 from elastic.training.joining import find_structure
 from elastic.training.structure import find_path
 
@@ -17,7 +16,6 @@ Tensors = Mapping[str, Tensor]
 Place = tuple[Tensors, Tensors, str]  # where an average is, where what it is of is, and its name there
 
 
-@checked
 class AverageWeights(ElasticCallback, EMAWeightAveraging):
     """Keep Lightning's exponential moving average, for a network whose structure changes.
 
@@ -38,7 +36,7 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
         self,
         device: torch.device | str | int | None = None,
         use_buffers: bool = True,
-        decay: Annotated[float, Range(0, 1, below=True)] = 0.999,
+        decay: float = 0.999,
         **options: Any,
     ) -> None:
         EMAWeightAveraging.__init__(self, device, use_buffers, decay, **options)
@@ -109,8 +107,7 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
             average.update_parameters(pl_module)
         else:
             pairs = [(mean, now) for mean, now in self._pair() if self._is_averaged(now)]
-            means, values = map(list, zip(*pairs, strict=True))
-            torch._foreach_lerp_(means, values, 1 - self.decay)
+            torch._foreach_lerp_([mean for mean, _ in pairs], [now for _, now in pairs], 1 - self.decay)
             average.n_averaged += 1
         self._has_begun = True
 
@@ -119,8 +116,7 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
         """Copy from the model what has no average, or none yet."""
         pairs = [(mean, now) for mean, now in self._pair() if not self._is_averaged(now)]
         if pairs:
-            means, values = map(list, zip(*pairs, strict=True))
-            torch._foreach_copy_(means, values)
+            torch._foreach_copy_([mean for mean, _ in pairs], [now for _, now in pairs])
 
     def _pair(self) -> list[tuple[Tensor, Tensor]]:
         """Pair averages with what they are of."""

@@ -10,6 +10,7 @@ the same command again carries out the rest. What a run prints is in a file besi
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ from typing import Any
 import yaml
 
 from elastic.errors import OptionError, TrainingError
-from elastic.experiments.tools.errors import run
+from elastic.experiments.tools.errors import FULL, run
 from elastic.experiments.tools.folders import CHECKPOINT, SUMMARY
 from elastic.experiments.tools.metrics import find_metric
 from elastic.experiments.tools.options import call
@@ -73,7 +74,7 @@ def carry_out(file: Path, runs: Path = Path("outputs/plan"), workers: int = 1, o
         raise OptionError(f"{file} has no arm {only}: name one of its arms")
     failed = run_side_by_side(plan, max(1, workers))
     if failed:
-        raise TrainingError(f"{len(failed)} runs have failed, {', '.join(failed)}: see {runs}/<run>.log")
+        raise TrainingError(f"{len(failed)} of {len(plan)} runs have failed, {', '.join(failed)}: see {runs}/<run>.log")
 
 
 def read_plan(file: Path, runs: Path) -> list[PlannedRun]:
@@ -138,8 +139,11 @@ def list_ready(waiting: Sequence[PlannedRun], unfinished: Collection[str], count
 def start_run(each: PlannedRun) -> "subprocess.Popen[bytes]":
     """Start a run in a process of its own."""
     each.folder.parent.mkdir(parents=True, exist_ok=True)
+    environment = {name: value for name, value in os.environ.items() if name != FULL}  # `run` has set it here
     with each.folder.with_name(f"{each.folder.name}.log").open("ab") as log:
-        return subprocess.Popen([*TRAIN, *each.list_words()], stdout=log, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            [*TRAIN, *each.list_words()], stdout=log, stderr=subprocess.STDOUT, env=environment
+        )
 
 
 def describe_end(each: PlannedRun, code: int, seconds: float) -> str:

@@ -102,7 +102,7 @@ def test_half_precision_grows_prunes_and_learns(tmp_path: Path, precision: str) 
     words = (*SCHEDULES["growth, gates and an average"], f"trainer.precision={precision}")
     epochs = ("trainer.max_epochs=8", "optimizer.lr=5e-3")
     run = prepare(tmp_path, *GPU, *words, *epochs, after=(Spy(on_validation_end=note),)).fit()
-    assert losses[-1] < losses[0] and all(torch.tensor(losses).isfinite())
+    assert min(losses) < losses[0] / 2 and all(torch.tensor(losses).isfinite())  # at the end gates are cut
     assert any(row["why"].startswith("grow") for row in run.module.structure.timeline)
     report = run.callbacks["gates"].report()
     assert report["budget/actual"] == pytest.approx(report["budget/target"], rel=0.02)

@@ -104,8 +104,10 @@ def test_gates_are_frozen_at_the_end_and_weights_still_move(tmp_path: Path, opti
     assert len(held) == len(at[2]) and all(map(torch.equal, held.values(), at[2]))
 
 
-@pytest.mark.parametrize("grain", [pytest.param("channel", marks=pytest.mark.slow), "kernel", "weight"])
-def test_dead_channels_leave_and_the_output_stays(tmp_path: Path, grain: str) -> None:
+@pytest.mark.parametrize(
+    ("grain", "every"), [pytest.param("channel", 1, marks=pytest.mark.slow), ("kernel", 1), ("weight", 3)]
+)
+def test_dead_channels_leave_and_the_output_stays(tmp_path: Path, grain: str, every: int) -> None:
     seen: dict[int, tuple[Tensor, int]] = {}
     checked: list[tuple[int, int]] = []
 
@@ -125,8 +127,10 @@ def test_dead_channels_leave_and_the_output_stays(tmp_path: Path, grain: str) ->
 
     spies = {"before": (Spy(on_train_epoch_start=before),), "after": (Spy(on_train_epoch_start=after),)}
     options = ("trainer.max_epochs=8", "data.batch_size=128", f"callbacks.gates.grain={grain}")
+    options = (*options, f"callbacks.gates.remove_every={every}")
     run = fit(tmp_path, *PRUNING, *HARD, *options, **spies)
     assert checked, "no channel died: the test shows nothing"
+    assert all(event["epoch"] % every == 0 for event in run.module.structure.timeline)
     assert all(after <= before for before, after in checked)
     assert all(
         e["after"] < e["before"] and e["why"].startswith("prune") for e in run.module.structure.timeline

@@ -8,6 +8,8 @@ import pytest
 
 from elastic.errors import OptionError, TrainingError
 from elastic.experiments import plan
+from elastic.experiments.plan import TRAIN
+from tests.fitted import command
 
 PLAN = """
 common: [a=1]
@@ -77,11 +79,22 @@ def test_what_starts_from_a_failure_is_left_out_and_the_rest_is_trained(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file.write_text(PLAN.replace("b=2", "fail=1"))
-    with pytest.raises(TrainingError, match="4 runs have failed"):
+    with pytest.raises(TrainingError, match="4 of 5 runs have failed"):
         plan.carry_out(file, tmp_path / "runs", workers=2)
     assert (tmp_path / "runs/other/alone-seed0/summary.json").exists()
     assert not (tmp_path / "runs/question/child-seed0").exists()
     assert "question/child-seed0: left out" in capsys.readouterr().out
+
+
+def test_what_is_wrong_with_a_run_is_one_line_of_its_log(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plan, "TRAIN", TRAIN)
+    file.write_text("arms: {a/b: {seeds: [0], options: [trainer.epochs=3]}}")
+    code, _, err = command(plan.main, monkeypatch, capsys, f"file={file}", f"runs={tmp_path / 'runs'}")
+    assert code == 1 and "1 of 1 runs have failed, a/b-seed0" in err
+    (line,) = (tmp_path / "runs/a/b-seed0.log").read_text().splitlines()
+    assert line.startswith("error: there is no option trainer.epochs")
 
 
 @pytest.mark.parametrize(

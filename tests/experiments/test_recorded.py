@@ -149,4 +149,6 @@ def test_the_commands_that_made_a_record_compose(readme: Path, tmp_path: Path) -
                 "cifar10_smallest",
                 "cifar10_levels",
                 "cifar10_dynamic",
+                "cifar10_looking",
+                "cifar10_mnist",
             )
