@@ -1,7 +1,7 @@
 """Validate, save and keep an average of the weights over the last steps."""
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import lightning as L
 import torch
@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 
 from elastic.callbacks.base import ElasticCallback
+from elastic.ranges import Range, checked
 from elastic.training.joining import find_structure
 from elastic.training.structure import find_path
 
@@ -16,6 +17,7 @@ Tensors = Mapping[str, Tensor]
 Place = tuple[Tensors, Tensors, str]  # where an average is, where what it is of is, and its name there
 
 
+@checked
 class AverageWeights(ElasticCallback, EMAWeightAveraging):
     """Keep Lightning's exponential moving average, for a network whose structure changes.
 
@@ -36,7 +38,7 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
         self,
         device: torch.device | str | int | None = None,
         use_buffers: bool = True,
-        decay: float = 0.999,
+        decay: Annotated[float, Range(0, 1, below=True)] = 0.999,
         **options: Any,
     ) -> None:
         EMAWeightAveraging.__init__(self, device, use_buffers, decay, **options)

@@ -74,7 +74,9 @@ def carry_out(file: Path, runs: Path = Path("outputs/plan"), workers: int = 1, o
         raise OptionError(f"{file} has no arm {only}: name one of its arms")
     failed = run_side_by_side(plan, max(1, workers))
     if failed:
-        raise TrainingError(f"{len(failed)} of {len(plan)} runs have failed, {', '.join(failed)}: see {runs}/<run>.log")
+        raise TrainingError(
+            f"{len(failed)} of {len(plan)} runs have failed, {', '.join(failed)}: see {runs}/<run>.log"
+        )
 
 
 def read_plan(file: Path, runs: Path) -> list[PlannedRun]:

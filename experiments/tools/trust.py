@@ -41,6 +41,7 @@ CLASSES: tuple[tuple[str, tuple[type, ...]], ...] = (
     ("elastic.growth", (object,)),
     ("elastic.pruning.budget", (object,)),
     ("elastic.training.checkpoints", (CheckpointIO,)),
+    ("elastic.training.schedules", (LRScheduler,)),
     ("elastic.training.tasks", (Task,)),
     ("torch.optim", (torch.optim.Optimizer, LRScheduler, ReduceLROnPlateau)),
     ("lightning", LIGHTNING),
