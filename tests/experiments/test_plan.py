@@ -86,6 +86,7 @@ def test_what_starts_from_a_failure_is_left_out_and_the_rest_is_trained(
     assert "question/child-seed0: left out" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_is_wrong_with_a_run_is_one_line_of_its_log(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

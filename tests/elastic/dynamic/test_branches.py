@@ -90,6 +90,7 @@ def test_their_saliency_is_the_norm_of_what_they_add() -> None:
     torch.testing.assert_close(saliency.measure(module), norm_BK / norm_BK.mean(1, keepdim=True))
 
 
+@pytest.mark.slow
 def test_a_run_is_saved_with_them_and_measured_again(tmp_path: Path) -> None:
     options = ("schedule=dynamic", "model=resnet20", "model.width=4", "callbacks.dynamic.branches=true")
     more = ("data.batch_size=300", "trainer.max_epochs=1", "callbacks.dynamic.activation=hard")
