@@ -221,9 +221,8 @@ class PruneDynamically(ElasticCallback):
         fraction = trainer.strategy.reduce(self.costs[level].fraction(loss.by), reduce_op="mean")
         assert isinstance(fraction, Tensor)
         if loss.form == "threshold":
-            self._raise_threshold(
-                level, loss.compute_rise(fraction, self._compute_ramp(measure_step_progress(trainer)))
-            )
+            ramp_up = self._compute_ramp(measure_step_progress(trainer))
+            self._raise_threshold(level, loss.compute_rise(fraction, ramp_up))
             return
         multiplier = self.multiplier_LS[level, self.active_set]
         self.multiplier_LS[level, self.active_set] = loss.update_multiplier(

@@ -47,6 +47,11 @@ class PlannedRun:
     needs: frozenset[str]
 
     @property
+    def arm(self) -> str:
+        """Name the run's arm."""
+        return self.name.rpartition("-seed")[0]
+
+    @property
     def is_finished(self) -> bool:
         return (self.folder / SUMMARY).exists()
 
@@ -66,10 +71,12 @@ def carry_out(file: Path, runs: Path = Path("outputs/plan"), workers: int = 1, o
         only: a pattern of arms; the others are left out.
 
     Raises:
-        OptionError: the file is no plan, or a run starts from one that there is not.
+        OptionError: the file is no plan, or has no such arm.
         TrainingError: runs have failed; the others are finished.
     """
-    plan = [each for each in read_plan(file, runs) if fnmatch(each.name.rpartition("-seed")[0], only)]
+    plan = [
+        planned for planned in read_plan(file, runs) if fnmatch(planned.name.rpartition("-seed")[0], only)
+    ]
     if not plan:
         raise OptionError(f"{file} has no arm {only}: name one of its arms")
     failed = run_side_by_side(plan, max(1, workers))
@@ -107,26 +114,26 @@ def read_plan(file: Path, runs: Path) -> list[PlannedRun]:
 
 def run_side_by_side(plan: Sequence[PlannedRun], workers: int) -> list[str]:
     """Train what is not finished, in order, so many at a time; return the names of what could not be."""
-    waiting = [each for each in plan if not each.is_finished]
+    waiting = [planned for planned in plan if not planned.is_finished]
     print(f"{len(plan) - len(waiting)} of {len(plan)} runs are finished", flush=True)
-    unfinished, failed = {each.name for each in waiting}, list[str]()
+    unfinished, failed = {planned.name for planned in waiting}, list[str]()
     under_way: dict[PlannedRun, subprocess.Popen[bytes]] = {}
     start = time.monotonic()
     try:
         while waiting or under_way:
-            for each in list_ready(waiting, unfinished, workers - len(under_way)):
-                waiting.remove(each)
-                if lost := each.needs & set(failed):
-                    failed.append(each.name)
-                    unfinished.discard(each.name)
-                    print(f"{each.name}: left out, {', '.join(lost)} has failed", flush=True)
+            for planned in list_ready(waiting, unfinished, workers - len(under_way)):
+                waiting.remove(planned)
+                if lost := planned.needs & set(failed):
+                    failed.append(planned.name)
+                    unfinished.discard(planned.name)
+                    print(f"{planned.name}: left out, {', '.join(lost)} has failed", flush=True)
                 else:
-                    under_way[each] = start_run(each)
-            for each in [each for each, process in under_way.items() if process.poll() is not None]:
-                code = under_way.pop(each).returncode
-                failed += [each.name] * bool(code)
-                unfinished.discard(each.name)
-                print(describe_end(each, code, time.monotonic() - start), flush=True)
+                    under_way[planned] = start_run(planned)
+            for planned in [planned for planned, process in under_way.items() if process.poll() is not None]:
+                code = under_way.pop(planned).returncode
+                failed += [planned.name] * bool(code)
+                unfinished.discard(planned.name)
+                print(describe_end(planned, code, time.monotonic() - start), flush=True)
             time.sleep(POLL_S)
     finally:
         stop(list(under_way.values()))
@@ -135,26 +142,28 @@ def run_side_by_side(plan: Sequence[PlannedRun], workers: int) -> list[str]:
 
 def list_ready(waiting: Sequence[PlannedRun], unfinished: Collection[str], count: int) -> list[PlannedRun]:
     """List the next runs, `count` at most, that start from none that is unfinished."""
-    return [each for each in waiting if not each.needs & set(unfinished)][: max(0, count)]
+    return [planned for planned in waiting if not planned.needs & set(unfinished)][: max(0, count)]
 
 
-def start_run(each: PlannedRun) -> "subprocess.Popen[bytes]":
+def start_run(planned: PlannedRun) -> "subprocess.Popen[bytes]":
     """Start a run in a process of its own."""
-    each.folder.parent.mkdir(parents=True, exist_ok=True)
+    planned.folder.parent.mkdir(parents=True, exist_ok=True)
     environment = {name: value for name, value in os.environ.items() if name != FULL}  # `run` has set it here
-    with each.folder.with_name(f"{each.folder.name}.log").open("ab") as log:
+    with planned.folder.with_name(f"{planned.folder.name}.log").open("ab") as log:
         return subprocess.Popen(
-            [*TRAIN, *each.list_words()], stdout=log, stderr=subprocess.STDOUT, env=environment
+            [*TRAIN, *planned.list_words()], stdout=log, stderr=subprocess.STDOUT, env=environment
         )
 
 
-def describe_end(each: PlannedRun, code: int, seconds: float) -> str:
+def describe_end(planned: PlannedRun, code: int, seconds: float) -> str:
     """Describe what has become of a run."""
     if code:
-        return f"{seconds:6.0f} s  {each.name}: failed"
-    summary = json.loads((each.folder / SUMMARY).read_text())
+        return f"{seconds:6.0f} s  {planned.name}: failed"
+    summary = json.loads((planned.folder / SUMMARY).read_text())
     figure = summary[find_metric(summary)]
-    return f"{seconds:6.0f} s  {each.name}: {figure:.4f}, {summary['params']:,} params, {summary['wall_s']} s"
+    return (
+        f"{seconds:6.0f} s  {planned.name}: {figure:.4f}, {summary['params']:,} params, {summary['wall_s']} s"
+    )
 
 
 def stop(processes: "Sequence[subprocess.Popen[bytes]]") -> None:

@@ -10,7 +10,7 @@ Shapes: B samples of a batch, C channels, H rows, W columns.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 import lightning as L
 import torch
@@ -18,7 +18,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
-from elastic.data.augment import AlternatingFlip
 from elastic.data.imageset import Batch, ImageSet, InMemory
 from elastic.data.split import find_strata, is_class_number, split_stratified
 from elastic.errors import DataError
@@ -44,7 +43,7 @@ class ImageData(L.LightningDataModule, ABC):
         seed: of the training order.
         split_seed: of the validation split.
         augment: callables x_BCHW -> x_BCHW on images in [0, 1], with names or without; used in order, while
-            training only.
+            training only. One that has an attribute `epoch` is told the epoch by it before each batch.
         mean, std: one number a channel, of images in [0, 1].
         workers: processes that read batches; sets held in memory are fastest with none.
         download: fetch what is missing.
@@ -227,8 +226,8 @@ class ImageData(L.LightningDataModule, ABC):
         x_BCHW = scale_bytes(x_BCHW)
         if epoch is not None:
             for augment in self.augment:
-                if isinstance(augment, AlternatingFlip):
-                    augment.epoch = epoch
+                if hasattr(augment, "epoch"):
+                    cast(Any, augment).epoch = epoch
                 x_BCHW = augment(x_BCHW)
         x_BCHW = self.normalise(x_BCHW)
         if self.trainer is not None:  # Lightning has looked for floats to cast already, and found bytes

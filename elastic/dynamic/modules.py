@@ -206,8 +206,8 @@ def iterate_modules(net: nn.Module) -> Iterator[KernelActivation]:
 
 def describe_modules(net: nn.Module) -> dict[str, Any]:
     """Say what `attach_modules` has to be told to make a network's modules again."""
-    first, *others = iterate_modules(net)
-    branches = any(not module.site.readers for module in (first, *others))
+    modules = list(iterate_modules(net))
+    first, branches = modules[0], any(not module.site.readers for module in modules)
     return {"sets": first.sets, "activation": first.activation, "kind": first.kind, "branches": branches}
 
 

@@ -148,8 +148,8 @@ def find_revision() -> str | None:
 
     A copy without its history is told by the environment, in ELASTIC_REVISION.
     """
-    if told := os.environ.get("ELASTIC_REVISION"):
-        return told
+    if revision := os.environ.get("ELASTIC_REVISION"):
+        return revision
     if not (CHECKOUT / "pyproject.toml").exists() or shutil.which("git") is None:
         return None  # installed, there may be a repository around it, of something else
     command = ["git", "describe", "--always", "--dirty"]
