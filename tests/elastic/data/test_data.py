@@ -376,7 +376,7 @@ def test_cifar_layout_is_read_channels_first(cifar):
     dataset, root = cifar
     data = ready(TorchvisionImages(dataset, (3, 32, 32), 10, root=str(root), batch_size=8))
     assert [len(part) for part in (data.train_set, data.val_set, data.test_set)] == [90, 10, 20]
-    stored = pickle.loads((root / "cifar-10-batches-py" / "test_batch").read_bytes())
+    stored = pickle.loads((root / "cifar-10-batches-py" / "test_batch").read_bytes())  # noqa: S301  (our own)
     assert data.test_set.images.numpy().tobytes() == stored["data"].tobytes()
     assert labels(data.test_set).tolist() == stored["labels"]
 
