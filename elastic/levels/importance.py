@@ -125,7 +125,7 @@ def _measure_gradients(model: nn.Module, batches: Batches | None, loss: Loss) ->
     products = {
         path: weight.detach() * weight.grad
         for path, weight in weights.items()
-        if weight is not None and weight.grad is not None
+        if isinstance(weight, Tensor) and weight.is_leaf and weight.grad is not None
     }
     if not products:
         raise OptionError("importance 'taylor' needs batches of the training data: give some")

@@ -41,6 +41,7 @@ class AxisTracker(fx.Interpreter):
         self._followed: list[SizeAttribute] = []  # the numbers of this node that follow channels
         self._constant: dict[Dimension, str] = {}  # attributes that nodes use as they are, with a reason
         self._shared: dict[tuple[int, int], Axis] = {}  # by the identity of a tensor, and its dimension
+        self._roles: dict[tuple[int, int], set[Role]] = {}  # likewise
 
     def run_node(self, node: fx.Node) -> Any:
         """Run a node, and note its value and the value's axes."""
@@ -231,6 +232,10 @@ class AxisTracker(fx.Interpreter):
         self._recorded.append(axis)
         if original is not None:  # one parameter may serve several layers
             self.elements.unite(self._shared.setdefault((id(original), dim), first), first)
+            roles = self._roles.setdefault((id(original), dim), set())
+            roles.add(role)
+            if roles >= {"in", "out"}:
+                self.elements.fix(first, f"{module}.{tensor} is both what writes them and what reads them")
             self._fix_foreign(module, tensor, first)
 
     def follow_size(self, size: object, axis: Axis | None) -> bool:

@@ -6,6 +6,7 @@ from torch import nn
 
 from elastic.widths.operations.cutting import chunk, gate_linearly, get_item, select, set_item, split, unbind
 from elastic.widths.operations.functional import (
+    convolve_transposed_with,
     convolve_with,
     normalize_channels_with,
     normalize_groups_with,
@@ -17,6 +18,7 @@ from elastic.widths.operations.interface import LAYER, Axes, NotFollowed, Role, 
 from elastic.widths.operations.joining import broadcast, concatenate, stack
 from elastic.widths.operations.layers import (
     convolve,
+    convolve_transposed,
     normalize_channels,
     normalize_groups,
     normalize_layer,
@@ -66,6 +68,7 @@ __all__ = [
 
 LAYERS: dict[Rule, Iterable[type[nn.Module]]] = {
     convolve: (nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    convolve_transposed: (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
     project: (nn.Linear,),
     normalize_channels: (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm),
     normalize_groups: (nn.GroupNorm,),
@@ -134,6 +137,7 @@ FUNCTIONS: dict[Rule, str] = {
     pad: "pad",
     resize: "interpolate",
     convolve_with: "conv1d conv2d conv3d",
+    convolve_transposed_with: "conv_transpose1d conv_transpose2d conv_transpose3d",
     project_with: "linear",
     normalize_channels_with: "batch_norm instance_norm",
     normalize_groups_with: "group_norm",
@@ -157,7 +161,8 @@ FUNCTIONS: dict[Rule, str] = {
 # These understand numbers computed from sizes; with any other rule such a number fixes what it counts.
 READS_COUNTS: tuple[Rule, ...] = (
     *(reshape, unflatten, split, get_item),
-    *(decide, set_item, convolve_with, normalize_layer_with, fill, expand, repeat),
+    *(decide, set_item, convolve_with, convolve_transposed_with, normalize_layer_with),
+    *(fill, expand, repeat),
 )
 # These are asked even where no tensor with channels is read.
 NEEDS_NO_TENSOR: tuple[Rule, ...] = (fill, decide)

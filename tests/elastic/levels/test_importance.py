@@ -122,6 +122,15 @@ def test_taylor_against_autograd_by_hand() -> None:
         torch.testing.assert_close(scores, expected.detach(), rtol=1e-4, atol=1e-7)
 
 
+def test_taylor_leaves_out_weights_that_are_computed() -> None:
+    net, _ = trunk()
+    expected = score_channels(net, discover(net, x_BCHW()), "taylor", batches(3))
+    nn.utils.parametrizations.weight_norm(net.head[-1])
+    found = score_channels(net, discover(net, x_BCHW()), "taylor", batches(3))
+    for name, scores in found.items():
+        torch.testing.assert_close(scores, expected[name])
+
+
 @pytest.mark.parametrize("grain", ["weight", "kernel", "channel"])
 def test_gates_are_added_at_every_grain(grain: Any) -> None:
     """Σσ over as many gates as the grain has a row; where one holds a whole channel, a writer adds one σ."""
