@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from elastic.surgery.fresh import Patch, zero_out
 from elastic.surgery.reindexing import grow_index, reindex
+from elastic.widths.copying import copy_module
 from elastic.widths.discovery import Slot, Width, Widths
 from elastic.widths.parameters import get_weight
 
@@ -112,7 +113,7 @@ class _Probe:
 
     def compute_gradients(self, directions: Tensor) -> Tensor:
         """Compute the gradient of all that would read each of the channels: (channels, weights)."""
-        replica, widths = copy.deepcopy(self.model), copy.deepcopy(self.widths)
+        replica, widths = copy_module(self.model), copy.deepcopy(self.widths)
         name, size = self.width.name, self.width.size
         rows = Rows(self.split_by_layer(HE * directions))
         reindex(replica, widths, {name: grow_index(size, len(directions))}, fresh=rows)

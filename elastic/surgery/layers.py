@@ -13,7 +13,7 @@ from elastic.widths.operations.interface import ATTRIBUTE
 from elastic.widths.parameters import ChannelParametrization, get_original, list_parametrizations
 from elastic.widths.tracing.sizes import write_size
 
-NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
+NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 NEUTRAL = {"bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
 
 
@@ -103,7 +103,8 @@ def _(module: nn.GroupNorm, tensor: str, dim: int, size: int, depthwise: bool) -
     module.num_groups = size if depthwise else module.num_groups
 
 
-@resize_layer.register
+@resize_layer.register(nn.LayerNorm)
+@resize_layer.register(nn.RMSNorm)
 def _(module: nn.LayerNorm, tensor: str, dim: int, size: int, depthwise: bool) -> None:
     before, after = module.normalized_shape[:dim], module.normalized_shape[dim + 1 :]
     module.normalized_shape = (*before, size, *after)

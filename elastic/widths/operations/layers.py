@@ -1,5 +1,7 @@
 """Follow channels through layers that hold tensors: convolutions, linear layers, norms."""
 
+from typing import cast
+
 from torch import fx, nn
 
 from elastic.widths.operations.interface import LAYER, Axes, Place, Tracker, get_axes, get_input
@@ -68,9 +70,9 @@ def normalize_groups(tracker: Tracker, node: fx.Node) -> Axes:
 
 
 def normalize_layer(tracker: Tracker, node: fx.Node) -> Axes:
-    """Follow layer norm: its tensors have all dimensions that it normalises over."""
-    layer, x = tracker.get_layer(node, nn.LayerNorm), get_axes(get_input(node))
-    axes = x[-len(layer.normalized_shape) :]
+    """Follow layer norm (and RMS norm): its tensors have all dimensions that it normalises over."""
+    layer, x = tracker.get_layer(node, nn.Module), get_axes(get_input(node))
+    axes = x[-len(cast(nn.LayerNorm, layer).normalized_shape) :]  # or an RMSNorm
     tracker.mix(axes, node, "normalises over its channels")
     for dim, axis in enumerate(axes):
         for tensor in _list_norm_tensors(layer):

@@ -242,6 +242,9 @@ def test_what_a_measure_lacks_is_said() -> None:
     refused("taylor", "'taylor' needs batches", *trunk(), OptionError)
     with pytest.raises(OptionError, match="'taylor' needs batches"):
         score_channels(*trunk(), "taylor", [])
+    cut = Net(lambda m, x: m.head(m.last(m.stem(x).detach())), stem=conv(3, 4), last=conv(4, 4), head=head(4))
+    with pytest.raises(StructureError, match="stem gets no gradient: choose another importance"):
+        score_channels(cut, discover(cut, x_BCHW()), "taylor", batches(3))
     refused("gate", "has no gates: choose another importance", *trunk())
     case = CASES["residual"]
     net = case.model()
