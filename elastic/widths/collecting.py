@@ -5,7 +5,7 @@ Where a dimension holds the channels of several widths, or each several times, i
 an order that a layout cannot say fixes the widths concerned.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +33,7 @@ class Groups:
 
 def collect_widths(elements: ChannelUnion, records: Records) -> Widths:
     """Gather the elements that lie on the recorded places into widths."""
-    axes = {place: elements.represent(axis) for place, (_, axis) in records.items()}
+    axes = _represent(elements, records)
     groups = _group(elements, records, axes)
     layouts = _read_layouts(records, axes, groups, elements.size)
     slots: dict[str, list[Slot]] = {name: [] for name in groups.free()}
@@ -51,6 +51,17 @@ def collect_widths(elements: ChannelUnion, records: Records) -> Widths:
     return Widths(widths, groups.reasons)
 
 
+def _represent(elements: ChannelUnion, records: Records) -> dict[Dimension, Axis]:
+    """Replace the elements of all places by those that represent them; equal axes are one object."""
+    by_axis: dict[int, Axis] = {}
+    by_content: dict[bytes, Axis] = {}
+    for _, axis in records.values():
+        if id(axis) not in by_axis:
+            roots = elements.represent(axis)
+            by_axis[id(axis)] = by_content.setdefault(roots.tobytes(), roots)
+    return {place: by_axis[id(axis)] for place, (_, axis) in records.items()}
+
+
 def _group(elements: ChannelUnion, records: Records, axes: Mapping[Dimension, Axis]) -> Groups:
     """Put elements together that lie on the same places equally often, and are fixed or free alike.
 
@@ -58,7 +69,7 @@ def _group(elements: ChannelUnion, records: Records, axes: Mapping[Dimension, Ax
     layer, further ones (where only a part of its channels goes somewhere) are numbered.
     """
     fixed, tied = elements.fixed, elements.tied
-    marks = _mark_occurrences(list(axes.values()), elements.size)
+    marks = _mark_occurrences(list({id(axis): axis for axis in axes.values()}.values()), elements.size)
     marks += np.uint64(1) * (fixed.numbers >= 0)
     groups, is_grouped = Groups(), np.zeros(elements.size, dtype=bool)
     for place in (place for place, (role, _) in records.items() if role == "out"):
@@ -77,7 +88,7 @@ def _group(elements: ChannelUnion, records: Records, axes: Mapping[Dimension, Ax
 
 
 def _mark_occurrences(axes: Sequence[Axis], size: int) -> NDArray[np.uint64]:
-    """Give each element a number that says on which axes it lies, and how often on each.
+    """Give each element a number that says on which of different axes it lies, and how often on each.
 
     It is a sum of random numbers of 63 bits, one for each axis and count; the last bit is left free.
     """
@@ -85,18 +96,36 @@ def _mark_occurrences(axes: Sequence[Axis], size: int) -> NDArray[np.uint64]:
     random = np.random.Generator(np.random.PCG64(0))
     drawn: dict[int, NDArray[np.uint64]] = {}
     for i, axis in enumerate(axes):
-        members, times = np.unique(axis, return_counts=True)
-        for n in np.unique(times).tolist():
+        for n, members in _split_by_count(axis):
             if n not in drawn:
                 drawn[n] = random.integers(0, 2**63, len(axes), dtype=np.uint64) << np.uint64(1)
-            marks[members[times == n]] += drawn[n][i]
+            marks[members] += drawn[n][i]
     return marks
+
+
+def _split_by_count(axis: Axis) -> Iterator[tuple[int, Axis]]:
+    """Split the elements of an axis by how often they lie on it."""
+    if _ascends(axis):
+        yield 1, axis
+        return
+    members, times = np.unique(axis, return_counts=True)
+    for n in np.unique(times).tolist():
+        yield n, members[times == n]
 
 
 def _list_distinct(values: NDArray[Any]) -> NDArray[Any]:
     """List each value once, in the order of their first places."""
+    if _ascends(values):
+        return values
+    if (values == values[0]).all():
+        return values[:1]
     _, places = np.unique(values, return_index=True)
     return values[np.sort(places)]
+
+
+def _ascends(values: NDArray[Any]) -> bool:
+    """Tell whether each value is larger than the one before, as nearly always: then none comes twice."""
+    return bool((values[1:] > values[:-1]).all())
 
 
 def _read_layouts(
@@ -114,11 +143,14 @@ def _read_layouts(
         for number, group in enumerate(members):
             owners[group] = number
         layouts, unread = dict[Dimension, Layout](), list[Dimension]()
+        known: dict[int, Layout | None] = {}  # by the identity of an axis
         for place, axis in axes.items():
-            numbers = owners[axis]
             if records[place][0] == "count":  # an attribute, for which order is nothing
-                layouts[place] = _read_counts(numbers, names, members)
-            elif (layout := _read_layout(axis, numbers, names, members)) is not None:
+                layouts[place] = _read_counts(owners[axis], names, members)
+                continue
+            if id(axis) not in known:
+                known[id(axis)] = _read_layout(axis, owners[axis], names, members)
+            if (layout := known[id(axis)]) is not None:
                 layouts[place] = layout
             else:
                 unread.append(place)

@@ -21,10 +21,16 @@ class ChannelParametrization(nn.Module):
     fresh: Mapping[str, float]
 
 
+def get_kind(module: nn.Module) -> type[nn.Module]:
+    """Get a module's class, as it was before anything parametrized its tensors."""
+    is_parametrized = "parametrizations" in module._modules
+    return parametrize.type_before_parametrizations(module) if is_parametrized else type(module)
+
+
 def get_parametrizations(module: nn.Module, tensor: str) -> parametrize.ParametrizationList | None:
     """Get the chain of parametrizations of a tensor, if it has any."""
-    if not parametrize.is_parametrized(module, tensor):
-        return None
+    if "parametrizations" not in module._modules or not parametrize.is_parametrized(module, tensor):
+        return None  # of most, found at once
     return cast(parametrize.ParametrizationList, cast(nn.ModuleDict, module.parametrizations)[tensor])
 
 
@@ -35,6 +41,8 @@ def list_parametrizations(module: nn.Module, tensor: str) -> Iterator[nn.Module]
 
 def get_original(module: nn.Module, tensor: str) -> Tensor | None:
     """Get the tensor that holds the values, whether gated or not; what is computed of several is computed."""
+    if tensor in module._parameters:
+        return module._parameters[tensor]
     parametrizations = get_parametrizations(module, tensor)
     if parametrizations is None or not hasattr(parametrizations, "original"):
         return cast(Tensor | None, getattr(module, tensor, None))

@@ -6,17 +6,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
 from torch.nn.utils import parametrize
 
 from elastic.errors import StructureError
-from elastic.widths.hooks import has_hooks, watch_hooks
+from elastic.widths.hooks import watch_hooks
 from elastic.widths.operations import NEEDS_NO_TENSOR, READS_COUNTS, TABLE, NotFollowed, Role, Rule, Tracked
 from elastic.widths.operations.counts import count_node, list_counts
 from elastic.widths.operations.interface import ATTRIBUTE, Layer, Place, is_stored, list_axes, list_tensors
 from elastic.widths.parameters import ChannelParametrization, get_original, list_parametrizations
 from elastic.widths.tracing import describe_node
 from elastic.widths.tracing.graph import shorten
-from elastic.widths.tracing.meta import call_on_meta
+from elastic.widths.tracing.shapes import infer_call, infer_layer
 from elastic.widths.tracing.sizes import STOCK, SizeAttribute, is_stock
 from elastic.widths.union import Axis, ChannelUnion
 
@@ -27,15 +28,13 @@ PLAIN = (int, float, torch.Size, torch.device, torch.dtype)
 CONSTANT = "_tensor_constant"  # what torch.fx calls a tensor that the model's forward makes
 
 
-class AxisTracker(fx.Interpreter):
+class AxisTracker:
     """Run a traced model on meta tensors and carry every value's channel axes along: see `Tracker`."""
 
     def __init__(self, graph: fx.Graph, model: nn.Module, elements: ChannelUnion, records: Records) -> None:
-        super().__init__(model, garbage_collect_values=False, graph=graph)
-        self.extra_traceback = False  # errors of one line
-        self.model = model  # whose modules are there as they were, also those that torch.fx has looked into
+        self.graph, self.model = graph, model
+        self.layers = dict(model.named_modules())
         self.elements, self.records = elements, records
-        self._watched = {path for path, layer in self.submodules.items() if has_hooks(layer)}
         self._hooked = watch_hooks(model)
         self._recorded: list[Axis] = []  # what the rule of this node has recorded
         self._followed: list[SizeAttribute] = []  # the numbers of this node that follow channels
@@ -47,59 +46,63 @@ class AxisTracker(fx.Interpreter):
         self._shared: dict[tuple[int, int], Axis] = {}  # by the identity of a tensor, and its dimension
         self._roles: dict[tuple[int, int], set[Role]] = {}  # likewise
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Run all nodes, then fix what layers' own attributes count that are used as they are."""
-        value = super().run(*args, **kwargs)
+    def run(self, *inputs: Tensor) -> None:
+        """Run all nodes, and note of each its value and the value's axes.
+
+        Last, fix what layers' own attributes count that are used as they are.
+
+        Raises:
+            StructureError: the model does not run on these inputs, or a rule is at fault.
+        """
+        remaining = list(inputs)
+        for node in self.graph.nodes:
+            try:
+                value = node.meta["value"] = self._compute(node, remaining)
+            except Exception as error:  # the model's own code runs here: anything may come
+                raise StructureError(
+                    f"the model does not run on an example of shape {[tuple(x.shape) for x in inputs]}: "
+                    f"{describe_node(node)}: {shorten(error)}"
+                ) from error
+            self._note_axes(node, value)
+        self._fix_used_as_they_are()
+
+    def _fix_used_as_they_are(self) -> None:
         for (path, name, _), reason in self._constant.items():
             if is_stock(self._find_module(path)):
                 roles = STOCK.get(name.removeprefix(ATTRIBUTE), ())
                 on_layer = (record for key, record in self.records.items() if key[0] == path)
                 self.elements.fix_all([axis for role, axis in on_layer if role in roles], reason)
-        return value
 
-    def run_node(self, node: fx.Node) -> Any:
-        """Run a node, and note its value and the value's axes."""
-        try:
-            value = node.meta["value"] = super().run_node(node)
-        except Exception as error:  # the model's own code runs here: anything may come
-            shapes = [tuple(n.meta["value"].shape) for n in self.graph.find_nodes(op="placeholder")]
-            raise StructureError(
-                f"the model does not run on an example of shape {shapes}: "
-                f"{describe_node(node)}: {shorten(error)}"
-            ) from error
+    def _note_axes(self, node: fx.Node, value: Any) -> None:
         if _is_plain(value):
             node.meta["axes"], node.meta["counts"] = None, count_node(node, value)
         else:
             node.meta["axes"] = self._find_axes(node, value)
-        if node.op == "call_module" and str(node.target) in self._hooked:
+        if self._hooked and node.op == "call_module" and str(node.target) in self._hooked:
             axes = [*list_axes(node.meta["axes"]), *self._list_input_axes(node)]
             self.fix(axes, node, "has a hook that may change them")
-        return value
 
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Get an attribute; a tensor that the model's forward has made has data yet."""
-        value = super().get_attr(target, args, kwargs)
-        return value.to("meta") if isinstance(value, Tensor) else value
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Call a function; a tensor that it makes has data yet."""
-        value = call_on_meta(
-            target, args, lambda: super(AxisTracker, self).call_function(target, args, kwargs)
-        )
-        return value.to("meta") if isinstance(value, Tensor) else value
-
-    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Call a layer; a linear one takes long on the meta device."""
-        layer = self._find_module(target)
-        if type(layer) is nn.Linear and target not in self._watched and args[0].is_meta:
-            if args[0].shape[-1] != layer.in_features:
-                raise ValueError(f"it reads {layer.in_features} features, not {args[0].shape[-1]}")
-            return args[0].new_empty((*args[0].shape[:-1], layer.out_features))
-        return super().call_module(target, args, kwargs)
-
-    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Call a tensor's method."""
-        return call_on_meta(target, args, lambda: super(AxisTracker, self).call_method(target, args, kwargs))
+    def _compute(self, node: fx.Node, inputs: list[Tensor]) -> Any:
+        """Compute what a node gives; of what the model's forward makes, a tensor may have data yet."""
+        if node.op == "placeholder":
+            return _take_input(node, inputs)
+        target: Any = node.target
+        if node.op == "get_attr":
+            path, _, name = target.rpartition(".")
+            return _drop_data(getattr(self._find_module(path), name))
+        args, kwargs = map_arg((node.args, dict(node.kwargs)), _get_value)
+        if node.op == "output":
+            return args[0]
+        if node.op == "call_module":
+            layer = self._find_module(target)
+            value = infer_layer(layer, args, kwargs)
+            return layer(*args, **kwargs) if value is None else value
+        value = infer_call(target, args, kwargs)
+        if value is not None:
+            return value
+        if node.op == "call_method":
+            return getattr(args[0], target)(*args[1:], **kwargs)
+        return _drop_data(target(*args, **kwargs))
 
     def _find_axes(self, node: fx.Node, value: Any) -> Tracked:
         if node.op == "output":
@@ -147,7 +150,7 @@ class AxisTracker(fx.Interpreter):
 
     def _find_module(self, path: str) -> nn.Module:
         """Find a module, at once where it has but one path."""
-        return self.submodules.get(path) or self.model.get_submodule(path)
+        return self.layers.get(path) or self.model.get_submodule(path)
 
     def _find_layer(self, node: fx.Node) -> nn.Module | None:
         """Find the layer that a node calls, if it calls one."""
@@ -197,10 +200,10 @@ class AxisTracker(fx.Interpreter):
 
     def _fix_lost(self, node: fx.Node, axes: Tracked) -> None:
         """Fix what a rule neither carries on nor records: nothing is known of what became of it."""
-        sources = self._list_input_axes(node)
         kept = [*list_axes(axes), *self._recorded]
-        lost = [axis for axis in sources if not any(axis is other for other in kept)]
-        if lost:
+        own = set(map(id, kept))
+        lost = [axis for axis in self._list_input_axes(node) if id(axis) not in own]
+        if lost and not self.elements.includes(kept, lost):
             roots = self.elements.represent(np.concatenate([*kept, np.empty(0, np.int64)]))
             lost = [axis[~np.isin(self.elements.represent(axis), roots)] for axis in lost]
             self.fix(lost, node, "does not carry them on")
@@ -302,6 +305,23 @@ class AxisTracker(fx.Interpreter):
             if not isinstance(parametrization, ChannelParametrization):
                 name = type(parametrization).__name__
                 self.elements.fix(axis, f"{module}.{tensor} is parametrized by {name}")
+
+
+def _take_input(node: fx.Node, inputs: list[Tensor]) -> Any:
+    """Take the next inputs for a placeholder, or what it stands for without one."""
+    if str(node.target).startswith("*"):
+        return [inputs.pop(0) for _ in range(len(inputs))]
+    if not inputs and not node.args:
+        raise TypeError("there is no input for it")
+    return inputs.pop(0) if inputs else node.args[0]
+
+
+def _get_value(node: fx.Node) -> Any:
+    return node.meta["value"]
+
+
+def _drop_data(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, Tensor) and not value.is_meta else value
 
 
 def _list_sizes(value: Any) -> list[SizeAttribute]:

@@ -38,6 +38,7 @@ class ChannelUnion:
     def __init__(self) -> None:
         self._roots: Axis = np.empty(0, np.int64)
         self._size = 0
+        self._marks = np.zeros(0, dtype=bool)  # all False, but for a moment
         self._pairs: list[tuple[Axis, Axis]] = []  # to be united
         self._fixed: list[tuple[Axis, str]] = []
         self._mixed: list[tuple[Axis, str]] = []
@@ -91,6 +92,17 @@ class ChannelUnion:
         if axis is not None:
             self._mixed.append((axis, reason))
 
+    def includes(self, axes: Sequence[Axis], parts: Sequence[Axis]) -> bool:
+        """Tell whether all elements of some axes are, as they stand, among those of others."""
+        if len(self._marks) < self._size:
+            self._marks = np.zeros(2 * self._size, dtype=bool)
+        for axis in axes:
+            self._marks[axis] = True
+        is_included = all(self._marks[part].all() for part in parts)
+        for axis in axes:
+            self._marks[axis] = False
+        return is_included
+
     def represent(self, axis: Axis) -> Axis:
         """Replace every element of an axis by the one that represents it."""
         return self._find_roots()[axis]
@@ -124,7 +136,9 @@ class ChannelUnion:
         short, until both ends of every pair have one root.
         """
         start = len(self._roots)
-        self._roots = roots = np.concatenate([self._roots, np.arange(start, self._size)])
+        if start < self._size:
+            self._roots = np.concatenate([self._roots, np.arange(start, self._size)])
+        roots = self._roots
         if not self._pairs:
             return roots
         first, second = (np.concatenate(ends) for ends in zip(*self._pairs, strict=True))

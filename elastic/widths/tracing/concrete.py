@@ -7,9 +7,9 @@ import operator
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
+from functools import cached_property, wraps
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,6 +24,8 @@ Instruction = tuple[CodeType, int]  # the place in the code where a frame is
 
 # Functions that make a tensor of given sizes: torch.fx does not see them where these are traced numbers.
 FACTORIES = ("ones", "zeros", "full", "empty", "arange", "rand", "randn", "linspace", "eye")
+PLACE = "place"  # in a node's `meta`: the module in whose forward it is
+ATOMS = {int, float, bool, str, type(None)}
 # Methods that torch.fx puts its own in place of while it traces.
 PATCHED = {name: getattr(nn.Module, name) for name in ("__call__", "__getattr__")}
 
@@ -39,6 +41,26 @@ def expect_same(value: object, expected: object) -> None:
             f"the network was traced for inputs of another shape ({expected} there is {value} here): "
             "give it inputs of the example's shape"
         )
+
+
+class TrainingFlag:
+    """Stand for `self.training`, true while a forward is traced, and know what it has been used for.
+
+    Attributes:
+        use: it "decides" where the forward goes, or is "passed" on to an operation; None of anything else.
+    """
+
+    def __init__(self) -> None:
+        self.use: Literal["passed", "decides"] | None = None
+
+    def __bool__(self) -> bool:
+        self.use = "decides"
+        return True
+
+    def pass_on(self) -> bool:
+        """Be an argument of an operation."""
+        self.use = self.use or "passed"
+        return True
 
 
 class _Asked:
@@ -79,6 +101,55 @@ class ConcreteTracer(fx.Tracer):
         self._inputs, self._values = inputs, dict[fx.Node, Any]()
         self._replica: nn.Module | None = None
         self._asked: list[tuple[fx.Node, Instruction]] = []  # since the last node, and by whom
+        self._place = ""
+
+    # Of these torch.fx's own search all tensors of the model for each one that is read, copy a stack of
+    # modules for each node, and try many types for each argument.
+
+    @cached_property
+    def _names(self) -> dict[int, str]:
+        """Name the model's parameters and buffers, by their identity."""
+        tensors = [*self.root.named_parameters(), *self.root.named_buffers()]
+        return {id(tensor): name for name, tensor in reversed(tensors)}
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        """Make a node of a tensor that is read, once."""
+        name = self._names.get(id(attr_val)) if isinstance(attr_val, Tensor) else None
+        if name is None:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Make a node of a layer that stays whole, and look into any other module."""
+        path = self.path_of_module(m)
+        if self.is_leaf_module(m, path):
+            return self.create_proxy("call_module", path, args, kwargs)
+        outer, self._place = self._place, path
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self._place = outer
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Make a node that knows where it is."""
+        node = super().create_node(*args, **kwargs)
+        node.meta[PLACE] = self._place
+        return node
+
+    def create_arg(self, a: Any) -> Any:
+        """Make what a node keeps of an argument."""
+        kind = type(a)
+        if kind in ATOMS:
+            return a
+        if kind is tuple or kind is list:
+            return kind(map(self.create_arg, a))
+        if kind is TrainingFlag:
+            return a.pass_on()
+        return a.node if isinstance(a, fx.Proxy) else super().create_arg(a)
 
     def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
         """Make a node; a number that torch has looked at only to see that it is one was not asked for."""

@@ -3,18 +3,17 @@
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize
 
 from elastic.errors import StructureError
 from elastic.widths.operations.registry import is_whole
-from elastic.widths.tracing.concrete import ConcreteTracer, trace_factories
+from elastic.widths.parameters import get_kind
+from elastic.widths.tracing.concrete import PLACE, ConcreteTracer, trace_factories
 from elastic.widths.tracing.sizes import note_computed_sizes, tag_sizes
 
 
 class _Tracer(ConcreteTracer):
-    """Keep buffers as nodes and layers with a rule of their own whole."""
+    """Keep layers with a rule of their own whole."""
 
-    proxy_buffer_attributes = True  # or buffers in arithmetic would become constants
     slices = 0
 
     def path_of_module(self, mod: nn.Module) -> str:
@@ -28,7 +27,7 @@ class _Tracer(ConcreteTracer):
             return f"slice {self.slices}"
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        kind = parametrize.type_before_parametrizations(m)  # a gate makes a class of torch's own of it
+        kind = get_kind(m)
         is_foreign = not kind.__module__.startswith("torch.nn")
         return is_whole(kind) or (not is_foreign and super().is_leaf_module(m, module_qualified_name))
 
@@ -77,8 +76,7 @@ def describe_node(node: fx.Node) -> str:
     layer = get_layer(owner, node) if owner is not None else None
     if layer is not None:
         return f"{node.target} ({type(layer).__name__})"
-    modules = node.meta.get("nn_module_stack") or {}
-    place = next(reversed(list(modules)), "") or "the model's forward"
+    place = node.meta.get(PLACE) or "the model's forward"
     shown = ", ".join("…" if isinstance(a, fx.Node) else str(a) for a in _flatten(node.args[1:]))
     return f"{get_operation_name(node)}({shown}) in {place}"
 

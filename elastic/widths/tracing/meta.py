@@ -1,14 +1,11 @@
 """Copy a model without its data."""
 
 import copy
-import operator
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from elastic.errors import StructureError
@@ -30,31 +27,10 @@ KEEPS_SHAPE = (
     nn.GELU,
 )
 
-# Functions of which the same holds, and those that join two tensors of one shape, or a tensor and a number.
-UNARY = {F.layer_norm, F.batch_norm, F.group_norm, F.relu, F.gelu, F.silu, F.hardswish, F.dropout, torch.relu}
-UNARY |= {torch.sigmoid, F.leaky_relu, F.relu6, F.hardsigmoid, F.hardtanh}
-BINARY = {operator.add, operator.iadd, operator.mul, operator.imul, operator.sub, torch.add, torch.mul}
-SPELLED = {"add", "add_", "mul", "mul_", "relu", "relu_", "sigmoid", "sub"}  # methods
-
 
 def _keep_shape(input: Tensor) -> Tensor:
     """Stand for an operation whose output has the shape of its input."""
     return input.detach()
-
-
-def call_on_meta(target: Any, args: Sequence[Any], call: Callable[[], Any]) -> Any:
-    """Call a function or a method on the meta device; at once, where what it gives is as what it is given."""
-    first, *others = args or (None,)
-    if isinstance(first, Tensor) and first.is_meta and first.is_floating_point():
-        is_known = target in UNARY if not isinstance(target, str) else target in SPELLED
-        if is_known and not any(isinstance(other, Tensor) for other in others[:1]):
-            return _keep_shape(first)
-        if (is_known or target in BINARY) and len(others) == 1:
-            (other,) = others
-            shape, dtype = getattr(other, "shape", first.shape), getattr(other, "dtype", first.dtype)
-            if (shape, dtype) == (first.shape, first.dtype) and isinstance(other, Tensor | int | float):
-                return _keep_shape(first)
-    return call()
 
 
 def make_meta_copy(model: nn.Module) -> nn.Module:

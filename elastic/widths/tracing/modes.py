@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from elastic.errors import StructureError
+from elastic.widths.tracing.concrete import TrainingFlag
 from elastic.widths.tracing.graph import describe_node, trace, trace_graph
 
 MODE = "_mode"  # where a traced network holds its own
@@ -43,24 +44,24 @@ def sync_traced(traced: fx.GraphModule, model: nn.Module, training: bool) -> Non
 
 
 class _WatchedMode:
-    """Stand for `training` of all modules, and note whether it is asked for."""
+    """Stand for `training` of all modules, and keep the flags that stand for its value."""
 
-    def __init__(self, training: bool) -> None:
-        self.training, self.was_read = training, False
+    def __init__(self) -> None:
+        self.flags: list[TrainingFlag] = []
 
-    def __get__(self, module: nn.Module | None, kind: type[nn.Module]) -> bool:
-        self.was_read = True
-        return self.training
+    def __get__(self, module: nn.Module | None, kind: type[nn.Module]) -> TrainingFlag:
+        self.flags.append(TrainingFlag())
+        return self.flags[-1]
 
 
 @contextmanager
-def _watch_mode(model: nn.Module) -> Iterator[_WatchedMode]:
-    """Watch whether the mode of a model's modules is asked for."""
-    watched = _WatchedMode(model.training)
+def _watch_mode(model: nn.Module) -> Iterator[list[TrainingFlag]]:
+    """Watch what becomes of the mode of a model in training, wherever its modules ask for it."""
+    watched = _WatchedMode()
     modes = {module: vars(module).pop("training") for module in model.modules()}
     setattr(nn.Module, "training", watched)  # noqa: B010
     try:
-        yield watched
+        yield watched.flags
     finally:
         delattr(nn.Module, "training")
         for module, mode in modes.items():
@@ -70,13 +71,26 @@ def _watch_mode(model: nn.Module) -> Iterator[_WatchedMode]:
 def trace_modes(model: nn.Module, *example: Tensor) -> list[fx.Graph]:
     """Trace a model in training, and in evaluation where more than flags differ; its mode changes."""
     switches = {(type(module).train, type(module).eval) for module in model.modules()}
-    with _watch_mode(model.train()) as mode:
-        training = trace_graph(model, *example)
-    if not mode.was_read and switches == {(nn.Module.train, nn.Module.eval)}:
+    training, decides = _trace_training(model.train(), *example)
+    if not decides and switches == {(nn.Module.train, nn.Module.eval)}:
         return [training]
     evaluation = trace_graph(model.eval(), *example)
     texts = {re.sub("True|False", "flag", str(graph)) for graph in (training, evaluation)}
     return [training] if len(texts) == 1 else [training, evaluation]
+
+
+def _trace_training(model: nn.Module, *example: Tensor) -> tuple[fx.Graph, bool]:
+    """Trace a model in training, and tell whether it may be another graph in evaluation, beyond flags."""
+    graph: fx.Graph | None = None
+    with _watch_mode(model) as flags:
+        try:
+            graph = trace_graph(model, *example)
+        except StructureError:
+            if not flags:
+                raise
+    if graph is None or any(flag.use is None for flag in flags):  # the forward wants a bool itself
+        return trace_graph(model, *example), True
+    return graph, any(flag.use == "decides" for flag in flags)
 
 
 def trace_both_modes(model: nn.Module, *example: Tensor) -> fx.GraphModule:

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from elastic.errors import FileError, OptionError, StructureError
+from elastic.experiments.prune import prune_run
 from elastic.experiments.sensitivity import show_sensitivity
+from elastic.experiments.tools.restore import restore
 from elastic.experiments.train import train
 from elastic.levels.importance import score_channels
 from elastic.levels.sensitivity import (
@@ -143,6 +145,14 @@ def test_a_run_sizes_its_levels_by_a_file(tmp_path: Path, capsys: pytest.Capture
         tmp_path / "second",
     )
     assert 10_000 < summary["levels"][0]["macs"] <= 15_000
+    macs = restore(first).summary["macs"]
+    for by in ("l1", "sensitivity"):
+        prune_run(first, tmp_path / by, part=0.6, by=by)
+        pruned = restore(tmp_path / by)
+        assert 0.3 * macs < pruned.summary["macs"] <= 0.6 * macs
+        assert pruned.network.run(pruned.example).shape == (1, 10)
+    with pytest.raises(FileError, match="already"):
+        prune_run(first, tmp_path / "l1")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}[", '{"0": []}', '{"0": [{"channels": 1}]}', '{"0": 3}'])
