@@ -3,7 +3,8 @@
     python -m experiments.campaign [seed=0] [full=true] [only=kills,files] [to=<page>]
 
 Options that cannot be, random changes of structure, damaged and hostile files, runs that are killed, what a
-machine may do to a run, and runs that are long. The page says what was tried, how often, and what was lost.
+machine may do to a run, runs that are long, the kernel under checkers, and licences. The page says what was
+tried, how often, and what was lost.
 """
 
 import io
@@ -27,7 +28,17 @@ from elastic.experiments.tools.environment import silence
 from elastic.experiments.tools.errors import run
 from elastic.experiments.tools.options import call
 from elastic.experiments.tools.summary import find_device
-from elastic.experiments.tools.trials import Part, faults, files, kills, long, options, structure
+from elastic.experiments.tools.trials import (
+    Part,
+    faults,
+    files,
+    kernel,
+    kills,
+    long,
+    options,
+    structure,
+    supply,
+)
 from elastic.experiments.tools.trials.composing import CHANGING, compose_run
 from elastic.files.atomic import write_atomically
 
@@ -39,6 +50,8 @@ TRIALS: dict[str, tuple[int, int]] = {
     "kills": (30, 2000),
     "faults": (20, 200),
     "long": (1000, 1_000_000),
+    "kernel": (300, 50_000),
+    "supply": (1, 1),
 }
 CLAIMS = {
     "options": options.CLAIM,
@@ -47,6 +60,8 @@ CLAIMS = {
     "kills": kills.CLAIM,
     "faults": faults.CLAIM,
     "long": long.CLAIM,
+    "kernel": kernel.CLAIM,
+    "supply": supply.CLAIM,
 }
 RESULTS = Path("outputs/campaign")  # of each part, until it is tried again
 RUN = (*CHANGING, "trainer.max_epochs=6", "data.batch_size=128", "logger=[]", "trainer.log_every_n_steps=1")
@@ -87,7 +102,8 @@ def run_campaign(
         seconds = time.monotonic() - start[0]
         lost += len(part.faults)
         print(f"{name}: {part.trials:,} trials, {len(part.faults)} lost, {seconds / 60:.1f} min", flush=True)
-        write_result(part, f"only={name} seed={seed}" + describe_count(full, scale), seconds, results)
+        words = f"only={name} seed={seed}" + describe_count(full, scale)
+        write_result(part, f"make campaign ARGS='{words}'", seconds, results)
     text = describe(read_results(results))
     write_atomically(to, lambda part: part.write_text(text, encoding="utf-8"))
     if lost:
@@ -130,6 +146,8 @@ PARTS: dict[str, Callable[[Part, int, Random, Path], None]] = {
     "kills": _try_kills,
     "faults": faults.try_faults,
     "long": long.try_long,
+    "kernel": kernel.try_kernel,
+    "supply": supply.try_supply,
 }
 
 
@@ -159,7 +177,7 @@ def describe(results: list[Result]) -> str:
         for outcome, count in sorted(result["outcomes"].items())
     ]
     lost = [f"- {result['name']}: `{fault}`" for result in results for fault in result["faults"][:20]]
-    commands = [f"make campaign ARGS='{r['command']}'  # {r['minutes']:.0f} minutes" for r in results]
+    commands = [f"{r['command']}  # {r['minutes']:.0f} minutes" for r in results]
     places = dict.fromkeys(f"{r['machine']}, with {r['versions']}" for r in results)
     head = "What was tried from outside, how often, and what was lost. `make campaign` writes this page."
     lines = ["# Reliability", "", head, ""]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 from packaging.requirements import Requirement
 
@@ -35,8 +36,8 @@ LOCAL = ("127.0.0.1", "::1", "localhost")
 RUN = ("experiment=smoke", "trainer.max_epochs=1", "callbacks.progress=null")
 
 
-def try_supply(part: Part, folder: Path) -> None:
-    """Look up the licence of each distribution that is needed here; train with the network cut off."""
+def try_supply(part: Part, trials: int, random: Random, folder: Path) -> None:
+    """Look up the licence of each distribution that is needed here; train with the network cut off, once."""
     for name in sorted(find_distributions()):
         licence = find_licence(metadata.distribution(name))
         kind = classify(licence)
