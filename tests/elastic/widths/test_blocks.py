@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from elastic.surgery.checking import fix_wrong_widths
+from elastic.surgery.rebuilding import rebuild
 from elastic.surgery.reindexing import grow_index, reindex
 from elastic.widths.discovery import Widths, find_widths
 from tests.elastic.widths.odd import between
@@ -416,6 +417,18 @@ def test_an_attribute_that_is_used_as_it_is_fixes_what_it_counts() -> None:
     widths = find_widths(between(lambda m, x: m.block(x), block=Scaled(8)), X)
     assert set(widths) == {"stem", "block.two", "block.three", "last"}
     assert "takes c as it is" in widths.fixed["block.one"]
+
+
+def test_of_widths_that_no_tensor_tells_apart_one_changes() -> None:
+    """Only attributes say where one ends, which no checkpoint has."""
+    models = [between(lambda m, x: torch.cat(x.split([m.a, m.b], 1)[::-1], 1), a=3, b=5) for _ in range(2)]
+    widths = find_widths(models[0], X)
+    assert widths.sizes() == {"stem:1": 5, "last": 5}
+    assert widths.fixed["stem"] == "no tensor tells its channels from those of stem:1"
+    reindex(models[0], widths, {"stem:1": [0, 2]})
+    rebuild(models[1], find_widths(models[1], X), models[0].state_dict())
+    models[1].load_state_dict(models[0].state_dict())
+    torch.testing.assert_close(models[1](X), models[0](X))
 
 
 def test_a_network_that_asked_for_a_shape_refuses_another() -> None:
