@@ -23,7 +23,11 @@ class ChannelParametrization(nn.Module):
 
 def get_kind(module: nn.Module) -> type[nn.Module]:
     """Get a module's class, as it was before anything parametrized its tensors."""
-    return parametrize.type_before_parametrizations(module) if "parametrizations" in module._modules else type(module)
+    return (
+        parametrize.type_before_parametrizations(module)
+        if "parametrizations" in module._modules
+        else type(module)
+    )
 
 
 def get_parametrizations(module: nn.Module, tensor: str) -> parametrize.ParametrizationList | None:
