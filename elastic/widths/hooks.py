@@ -1,6 +1,6 @@
 """Watch the hooks of a traced model's layers: torch.fx does not look into them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,15 +10,10 @@ from torch.utils._pytree import tree_leaves
 Hook = Callable[..., Any]
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Tell whether a module has hooks that run when it is called."""
-    return bool(module._forward_pre_hooks or module._forward_hooks)
-
-
-def watch_hooks(model: nn.Module) -> set[str]:
-    """Watch all forward hooks of a model, in place: collect the paths of layers that one may change."""
+def watch_hooks(layers: Mapping[str, nn.Module]) -> set[str]:
+    """Watch all forward hooks of layers, in place: collect the paths of those that one may change."""
     changed: set[str] = set()
-    for path, module in model.named_modules():
+    for path, module in layers.items():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):
                 hooks[key] = partial(_run_watched, hook, changed, path)

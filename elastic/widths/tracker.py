@@ -35,8 +35,9 @@ class AxisTracker:
         self.graph, self.model = graph, model
         self.layers = dict(model.named_modules())
         self.elements, self.records = elements, records
-        self._hooked = watch_hooks(model)
+        self._hooked = watch_hooks(self.layers)
         self._recorded: list[Axis] = []  # what the rule of this node has recorded
+        self._united: list[tuple[Axis, Axis]] = []  # what it has let agree
         self._followed: list[SizeAttribute] = []  # the numbers of this node that follow channels
         # Attributes that are used as they are, with a reason.
         self._constant: dict[Dimension, str] = {
@@ -135,7 +136,8 @@ class AxisTracker:
 
     def _keep_sizes(self, node: fx.Node) -> None:
         """Keep the attributes as they are that a node is given and does not follow."""
-        for size in _list_sizes((node.args, node.kwargs)):
+        arguments = (value for value in (*node.args, *node.kwargs.values()) if type(value) is not fx.Node)
+        for size in (size for value in arguments for size in _list_sizes(value)):
             if not any(size is other for other in self._followed):
                 key = (size.place.module, ATTRIBUTE + size.place.name, size.place.number)
                 self._constant.setdefault(key, f"{describe_node(node)} takes {size.place.name} as it is")
@@ -184,7 +186,7 @@ class AxisTracker:
             self._fix_inputs(node, "cannot be followed")
             return _untracked(value)
         try:
-            self._recorded = []
+            self._recorded, self._united = [], []
             axes = rule(self, node)
             _check(axes, value)
             self._fix_lost(node, axes)
@@ -202,6 +204,9 @@ class AxisTracker:
         """Fix what a rule neither carries on nor records: nothing is known of what became of it."""
         kept = [*list_axes(axes), *self._recorded]
         own = set(map(id, kept))
+        for pair in self._united:
+            if not own.isdisjoint(map(id, pair)):
+                own.update(map(id, pair))
         lost = [axis for axis in self._list_input_axes(node) if id(axis) not in own]
         if lost and not self.elements.includes(kept, lost):
             roots = self.elements.represent(np.concatenate([*kept, np.empty(0, np.int64)]))
@@ -288,6 +293,7 @@ class AxisTracker:
             self.fix([first, second], node, "joins a part that never changes")
         else:
             self.elements.unite(first, second)
+            self._united.append((first, second))
 
     def fix(self, axes: Sequence[Axis | None], node: fx.Node, reason: str) -> None:
         if any(axis is not None for axis in axes):

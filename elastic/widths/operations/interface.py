@@ -131,9 +131,15 @@ def get_axes(node: fx.Node) -> Axes:
 
 def list_axes(tracked: Tracked | Axis) -> list[Axis]:
     """List the axes of one tensor or of several."""
-    if tracked is None:
-        return []
-    return [tracked] if isinstance(tracked, np.ndarray) else [a for part in tracked for a in list_axes(part)]
+    if isinstance(tracked, np.ndarray):
+        return [tracked]
+    axes: list[Axis] = []
+    for part in tracked or ():
+        if isinstance(part, np.ndarray):
+            axes.append(part)
+        elif part is not None:
+            axes += list_axes(part)
+    return axes
 
 
 def list_tensors(node: fx.Node) -> list[fx.Node]:

@@ -63,7 +63,10 @@ def read_and_write(
     """
     written = tracker.begin(*weight, "depthwise" if is_depthwise else "out")
     if is_depthwise:
-        tracker.unite(written, None if source is None else np.repeat(source, len(written) // groups), node)
+        copies = len(written) // groups
+        tracker.unite(
+            written, np.repeat(source, copies) if source is not None and copies > 1 else source, node
+        )
     else:
         if groups > 1:
             tracker.elements.tie(written, groups)

@@ -17,7 +17,7 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
 from elastic.errors import StructureError
-from elastic.widths.tracing.meta import make_meta_copy
+from elastic.widths.tracing.meta import ATOMS, make_meta_copy
 from elastic.widths.tracing.sizes import note_computed_sizes
 
 Instruction = tuple[CodeType, int]  # the place in the code where a frame is
@@ -25,7 +25,6 @@ Instruction = tuple[CodeType, int]  # the place in the code where a frame is
 # Functions that make a tensor of given sizes: torch.fx does not see them where these are traced numbers.
 FACTORIES = ("ones", "zeros", "full", "empty", "arange", "rand", "randn", "linspace", "eye")
 PLACE = "place"  # in a node's `meta`: the module in whose forward it is
-ATOMS = {int, float, bool, str, type(None)}
 # Methods that torch.fx puts its own in place of while it traces.
 PATCHED = {name: getattr(nn.Module, name) for name in ("__call__", "__getattr__")}
 
@@ -103,7 +102,7 @@ class ConcreteTracer(fx.Tracer):
         self._asked: list[tuple[fx.Node, Instruction]] = []  # since the last node, and by whom
         self._place = ""
 
-    # Of these torch.fx's own search all tensors of the model for each one that is read, copy a stack of
+    # In these, torch.fx's own search all tensors of the model for each one that is read, copy a stack of
     # modules for each node, and try many types for each argument.
 
     @cached_property

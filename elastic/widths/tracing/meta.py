@@ -2,6 +2,8 @@
 
 import copy
 from collections import OrderedDict
+from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -9,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from elastic.errors import StructureError
+from elastic.widths.parameters import get_kind
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
+ATOMS = {int, float, bool, str, type(None)}  # that copies share
 # Layers whose output has the shape of their input, and which are slow on the meta device.
 KEEPS_SHAPE = (
     BATCH_NORM,
@@ -39,20 +43,13 @@ def make_meta_copy(model: nn.Module) -> nn.Module:
     Shapes are all that is asked of the copy: some of torch's own layers, slow on that device, only keep them.
     """
     _refuse_compiled(model)
+    modules = list(model.modules())
     memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise StructureError(
-                "a lazy layer has no shape yet: run the model once, then discover its widths"
-            )
-        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-    attributes = (value for module in model.modules() for value in vars(module).values())
-    for tensor in (*model.buffers(), *(value for value in attributes if isinstance(value, Tensor))):
-        memo[id(tensor)] = tensor.to("meta")
-    replica = _copy_modules(model, memo)
+    for module in modules:
+        _drop_data(module, memo)
+    replica = _copy_modules(model, modules, memo)
     for module in replica.modules():
-        kind = parametrize.type_before_parametrizations(module)
-        if isinstance(module, KEEPS_SHAPE) and kind.__module__.startswith("torch.nn."):
+        if _keeps_shape(get_kind(module)):
             vars(module)["forward"] = _keep_shape
     return replica
 
@@ -70,37 +67,61 @@ def _refuse_compiled(model: nn.Module) -> None:
             raise StructureError(f"{name} is a TorchScript module: give the module that it was made of")
 
 
-def _copy_modules(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def _drop_data(module: nn.Module, memo: dict[int, Any]) -> None:
+    """Put tensors without data into the memo of a copy, in place of a module's own."""
+    for parameter in module._parameters.values():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise StructureError(
+                "a lazy layer has no shape yet: run the model once, then discover its widths"
+            )
+        if parameter is not None and id(parameter) not in memo:
+            memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+    for tensor in (*module._buffers.values(), *vars(module).values()):
+        if isinstance(tensor, Tensor):
+            memo[id(tensor)] = tensor.to("meta")
+
+
+@cache
+def _keeps_shape(kind: type[nn.Module]) -> bool:
+    return issubclass(kind, KEEPS_SHAPE) and kind.__module__.startswith("torch.nn.")
+
+
+def _copy_modules(model: nn.Module, modules: Sequence[nn.Module], memo: dict[int, Any]) -> nn.Module:
     """Copy a model as `copy.deepcopy` does, in less time where its modules leave their copying to Python."""
-    modules = list(model.modules())
     if not all(map(_is_copied_by_default, modules)):
         return copy.deepcopy(model, memo)
     for module in modules:
         memo[id(module)] = object.__new__(type(module))
     for module in modules:
-        vars(memo[id(module)]).update(
-            (name, _copy_value(value, memo)) for name, value in module.__getstate__().items()
-        )
+        attributes = module.__getstate__()
+        for name, value in attributes.items():
+            if type(value) not in ATOMS:
+                attributes[name] = _copy_value(value, memo)
+        vars(memo[id(module)]).update(attributes)
     replica: nn.Module = memo[id(model)]
     return replica
 
 
 def _is_copied_by_default(module: nn.Module) -> bool:
-    kind = type(module)
-    if hasattr(kind, "__deepcopy__") and not parametrize.is_parametrized(module):
+    return _leaves_copying(type(module), parametrize.is_parametrized(module))
+
+
+def _leaves_copying(kind: type[nn.Module], is_parametrized: bool) -> bool:
+    if hasattr(kind, "__deepcopy__") and not is_parametrized:
         return False
     is_default = (kind.__reduce_ex__, kind.__getstate__) == (object.__reduce_ex__, nn.Module.__getstate__)
     return is_default and kind.__setstate__.__module__.startswith("torch.nn.")  # which mends old files
 
 
 def _copy_value(value: Any, memo: dict[int, Any]) -> Any:
-    if type(value) in (int, float, bool, str, type(None)):
-        return value
-    if type(value) is OrderedDict and not value:  # of hooks
-        return OrderedDict()
-    if type(value) is dict:
+    kind = type(value)
+    if kind in (OrderedDict, set) and not value:  # of hooks, of the names of buffers
+        return kind()
+    if kind is dict:
         return {
             key: memo[id(part)] if id(part) in memo else _copy_value(part, memo)
             for key, part in value.items()
         }
+    if kind in ATOMS or (kind is tuple and all(type(part) in ATOMS for part in value)):
+        return value
     return copy.deepcopy(value, memo)

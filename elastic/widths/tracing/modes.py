@@ -70,9 +70,10 @@ def _watch_mode(model: nn.Module) -> Iterator[list[TrainingFlag]]:
 
 def trace_modes(model: nn.Module, *example: Tensor) -> list[fx.Graph]:
     """Trace a model in training, and in evaluation where more than flags differ; its mode changes."""
-    switches = {(type(module).train, type(module).eval) for module in model.modules()}
-    training, decides = _trace_training(model.train(), *example)
-    if not decides and switches == {(nn.Module.train, nn.Module.eval)}:
+    switches = {(kind.train, kind.eval) for kind in set(map(type, model.modules()))}
+    is_usual = switches == {(nn.Module.train, nn.Module.eval)}  # the flags tell the mode
+    training, decides = _trace_training(model if is_usual else model.train(), *example)
+    if is_usual and not decides:
         return [training]
     evaluation = trace_graph(model.eval(), *example)
     texts = {re.sub("True|False", "flag", str(graph)) for graph in (training, evaluation)}
@@ -89,7 +90,7 @@ def _trace_training(model: nn.Module, *example: Tensor) -> tuple[fx.Graph, bool]
             if not flags:
                 raise
     if graph is None or any(flag.use is None for flag in flags):  # the forward wants a bool itself
-        return trace_graph(model, *example), True
+        return trace_graph(model.train(), *example), True
     return graph, any(flag.use == "decides" for flag in flags)
 
 
