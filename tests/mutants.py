@@ -49,8 +49,9 @@ ROOMS = {
 LEFT_OUT = ("RemoveDecorator", "VariableReplacer", "VariableInserter", "ExceptionReplacer")
 TESTS_S = 60.0  # of the tests' own time for one mutant
 LIMIT_S = 600  # then it hangs, which is seen, too
-# How pytest ends: all passed, one failed, files that cannot be imported; and a process that was killed.
-ENDS = {0: "survived", 1: "killed", 2: "killed, it breaks", -signal.SIGKILL: "killed, it hangs"}
+BREAKS = "killed, it breaks"
+# How pytest ends: all passed, one failed, files or a conftest that cannot be imported; and one that was killed.
+ENDS = {0: "survived", 1: "killed", 2: BREAKS, 4: BREAKS, -signal.SIGKILL: "killed, it hangs"}
 IMPORTED = "-Wignore::pytest.PytestAssertRewriteWarning"  # plugins, before pytest looks for them
 OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "--timeout=120", IMPORTED)
 DURATIONS, COVERAGE, RESULTS = "durations.json", "coverage", "results.json"
