@@ -44,6 +44,7 @@ from elastic.experiments.tools.folders import (
     make_portable,
     write_config,
 )
+from elastic.experiments.tools.memory import check_memory
 from elastic.experiments.tools.options import HELP
 from elastic.experiments.tools.parts import make_callbacks, make_loggers, make_recipe, make_task
 from elastic.experiments.tools.publish import publish
@@ -69,7 +70,7 @@ from elastic.training.structure import Structure
 
 def build(cfg: DictConfig) -> tuple[ElasticModule, ImageData]:
     """Build the network and its data, as the configuration describes them before anything has changed."""
-    net, data = build_network(cfg)
+    net, data = build_network(cfg, check_memory)
     levels = None
     if cfg.get("init") is not None:
         weights = check_finished(Path(cfg.init).expanduser()) / WEIGHTS
@@ -193,7 +194,7 @@ def run_job(cfg: DictConfig) -> float | tuple[float, ...]:
     with pass_hydra():
         if current_process().name != "MainProcess":  # a worker of a sweep
             follow_parent()
-        trust_modules(cfg.trust)
+        trust_modules(cfg.trust if OmegaConf.is_list(cfg.trust) else ())  # anything else is refused later
         hydra_cfg = HydraConfig.get()
         folder, words = Path(hydra_cfg.runtime.output_dir), hydra_cfg.overrides.task
         choices = hydra_cfg.runtime.choices

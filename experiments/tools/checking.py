@@ -73,7 +73,7 @@ THEIRS: dict[str, dict[str, Any]] = {
     "lightning.pytorch.trainer": {
         "max_epochs": Count | Literal[-1] | None,  # where steps or time bound the run
         "min_epochs": Natural | None,
-        "max_steps": Annotated[int, Range(-1)],
+        "max_steps": Count | Literal[-1],
         "min_steps": Natural | None,
         "precision": Literal["auto"] | str | Literal[16, 32, 64],
         "limit_train_batches": Share | None,
@@ -108,6 +108,8 @@ GIVEN = {
     "enable_progress_bar": "callbacks.progress",
     "default_root_dir": "run",
 }
+# Of a scheduler: the run's length, and where it is, which it knows itself.
+LENGTH = ("total_steps", "epochs", "steps_per_epoch", "last_epoch")
 # Of the checkpoint that a run goes on from.
 CHECKPOINT = {
     "filename": "last",
@@ -196,8 +198,24 @@ def check_options(cfg: DictConfig) -> None:
     ):
         _check_node(cfg, part, content.get(part))
     _check_checkpoint(content)
+    for name in LENGTH:
+        if name in (content.get("lr_scheduler") or {}):
+            raise OptionError(
+                f"lr_scheduler.{name} is given by the run itself: set trainer.max_epochs instead"
+            )
+    _check_length(content["trainer"])
     for name in GIVEN.keys() & content["trainer"].keys():
         raise OptionError(f"trainer.{name} is given by the run itself: set {GIVEN[name]} instead")
+
+
+def _check_length(trainer: Mapping[str, Any]) -> None:
+    """Refuse a run that would have to last longer than it may."""
+    for unit in ("epochs", "steps"):
+        least, most = (trainer.get(f"{end}_{unit}") or -1 for end in ("min", "max"))
+        if 0 < most < least:
+            raise OptionError(
+                f"trainer.min_{unit}={least} cannot be, trainer.max_{unit} is {most}: lower it, or raise that"
+            )
 
 
 def _check_there(cfg: DictConfig, part: str) -> None:

@@ -144,6 +144,8 @@ def explain(error: Exception) -> str | None:
     """Word what Hydra cannot compose as a user would want to read it; None where it says so itself."""
     if isinstance(error, MissingConfigException):
         return _explain_choice(error)
+    if merged := re.match(r"Error merging override (.+)", str(error)):
+        return f"{merged[1]} cannot be, it has options with names: set them one by one, or all to null"
     cause = error.__cause__
     if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException):
         return _explain_option(error, cause)

@@ -1,6 +1,7 @@
 """Prepare a process for its task: quiet libraries, the right precision, processes that it will hear of."""
 
 import logging
+import os
 import signal
 import warnings
 from collections.abc import Iterator
@@ -11,7 +12,9 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from elastic.errors import FileError, SweepError, TrainingError
 from elastic.experiments.tools.errors import FULL, THEIRS
@@ -27,6 +30,8 @@ ADVICE = (
     ".*You requested to overfit.*",  # and does what is meant
 )
 
+MOST = 8  # processes on a CPU, unless it has more cores
+
 
 def silence() -> None:
     """Silence advice that does not apply here, and make the CPU flush denormals."""
@@ -34,6 +39,7 @@ def silence() -> None:
         logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.WARNING)
     for message in ADVICE:
         warnings.filterwarnings("ignore", message)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a compiler looks for CUDA
     torch.set_flush_denormal(True)
 
 
@@ -84,6 +90,8 @@ def explain_faults() -> Iterator[SettingUp]:
     except Exception as error:
         if setting_up.has_begun and (what := _find_process(error)):
             raise TrainingError(f"{what}: go on with elastic train run={setting_up.folder}") from error
+        if setting_up.has_begun and _is_of_callbacks(error):
+            raise TrainingError(f"{str(error).strip().splitlines()[0]}: look at the callbacks") from error
         if setting_up.has_begun:
             raise
         cause = (str(error).strip().splitlines() or [""])[0]
@@ -107,6 +115,11 @@ def _find_process(error: Exception) -> str | None:
     return None
 
 
+def _is_of_callbacks(error: Exception) -> bool:
+    """Tell whether one of Lightning's callbacks cannot do what it was told, which some find out in training."""
+    return isinstance(error, MisconfigurationException) or "conditioned on metric" in str(error)
+
+
 def choose_precision(precision: str) -> str:
     """Choose for `auto` bf16 autocast where the GPU or CPU computes in it, and fp32 elsewhere."""
     if precision != "auto":
@@ -126,6 +139,11 @@ def check_processes(trainer: L.Trainer) -> None:
     """
     if trainer.world_size == 1:
         return
+    most = max(MOST, os.cpu_count() or 1)
+    if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > most:
+        raise TrainingError(
+            f"{trainer.num_devices} processes on this CPU: set trainer.devices to {most} or less"
+        )
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
         raise TrainingError("such processes take the result along as they end: set trainer.strategy=ddp")
     relaunches = isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher)

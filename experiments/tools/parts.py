@@ -34,13 +34,18 @@ def make_recipe(cfg: DictConfig) -> tuple[Callable[..., Optimizer], Callable[...
     """
     optimizer, scheduler = instantiate(cfg.optimizer), instantiate(cfg.get("lr_scheduler"))
     part = "optimizer"
+    is_gpu = torch.cuda.is_available() and cfg.trainer.accelerator != "cpu"
+    parameter = nn.Parameter(torch.zeros(1, device="cuda" if is_gpu else "cpu"))
+    parameter.grad = torch.zeros_like(parameter)
     try:
-        trial = optimizer([nn.Parameter(torch.zeros(1))])
+        trial = optimizer([parameter])
+        trial.step(lambda: parameter.sum())
         part = "lr_scheduler"
         if scheduler is not None:
             make_schedule(scheduler, trial, steps=1000, batches=10)
-    except (TypeError, ValueError) as error:
-        raise OptionError(f"{part}: {error}: change its options, or choose another {part}") from error
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        cause = str(error).strip().partition("\n")[0].removesuffix(".")
+        raise OptionError(f"{part}: {cause}: change its options, or choose another {part}") from error
     return optimizer, scheduler
 
 

@@ -1,7 +1,7 @@
 """Restore what a finished run has saved: its network, its data, and what it says of both."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -116,10 +116,17 @@ def find_digest(file: Path) -> str:
     return sha256(file.read_bytes()).hexdigest()
 
 
-def build_network(cfg: DictConfig) -> tuple[nn.Module, ImageData]:
-    """Build the network of a configuration as it is before anything has changed, and its data."""
+def build_network(
+    cfg: DictConfig, check: Callable[[DictConfig, ImageData], None] = lambda cfg, data: None
+) -> tuple[nn.Module, ImageData]:
+    """Build the network of a configuration as it is before anything has changed, and its data.
+
+    Args:
+        check: is asked between the two.
+    """
     L.seed_everything(cfg.seed, verbose=False)
     data: ImageData = instantiate(cfg.data)
+    check(cfg, data)
     return instantiate(cfg.model, in_channels=data.shape[0], classes=data.classes), data
 
 

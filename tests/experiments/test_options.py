@@ -211,6 +211,25 @@ def test_what_experiments_say_is_possible(tmp_path: Path, experiment: str) -> No
     check_options(configure(tmp_path, f"experiment={experiment}"))
 
 
+@pytest.mark.parametrize(
+    ("part", "name", "value", "named"),
+    [
+        ("lr_scheduler", "total_steps", 2, "given by the run itself"),
+        ("lr_scheduler", "last_epoch", 5, "given by the run itself"),
+        ("trainer", "min_epochs", 50, "trainer.max_epochs is 3"),
+        ("trainer", "max_steps", 0, "1 or more or -1"),
+    ],
+)
+def test_a_length_that_cannot_be_is_refused(
+    tmp_path: Path, part: str, name: str, value: int, named: str
+) -> None:
+    cfg = configure(tmp_path, *TINY)
+    with open_dict(cfg):
+        cfg[part][name] = value
+    with pytest.raises(OptionError, match=named):
+        check_options(cfg)
+
+
 def test_objectives_are_in_every_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(elastic.experiments.train, "draw_history", lambda *_: None)
     summary = train(configure(tmp_path, *TINY, "callbacks.gates.budget=800"), tmp_path)
@@ -242,6 +261,11 @@ def test_objectives_are_in_every_summary(tmp_path: Path, monkeypatch: pytest.Mon
         (("init=/nonexistent",), "/nonexistent"),
         (("timeline=/nonexistent",), "/nonexistent"),
         (("schedule=[static,distil]",), "init=<folder of a finished run>"),
+        (("data.augment=[]",), "data.augment=[] cannot be, it has options with names"),
+        (("trust=null",), "trust=null cannot be"),
+        (("+optimizer.capturable=true",), "optimizer: If capturable=True"),
+        (("trainer.devices=10000", "trainer.strategy=ddp"), "set trainer.devices to"),
+        (("model.channels=[1000000,1000000]",), "a step of training takes 7"),
     ],
 )
 def test_what_options_cannot_be_together_is_one_line(

@@ -8,6 +8,7 @@ from random import Random
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic.dynamic.attaching import attach_modules
@@ -16,7 +17,8 @@ from elastic.experiments.tools.trials import Part
 from elastic.files.network import Network
 from elastic.levels.nested import Levels
 from elastic.levels.sizes import level_sizes
-from elastic.models import convnet, resnet20
+from elastic.models import convnet
+from elastic.models.resnet import resnet
 from elastic.pruning.compaction import compact
 from elastic.pruning.gates import attach_gates, iterate_gates
 from elastic.surgery.depth import deepen, find_stages
@@ -67,6 +69,21 @@ class Gated(nn.Module):
         return self.head(torch.relu(h + branch * scale).mean((2, 3)))
 
 
+class Attentive(nn.Module):
+    """Let places attend to each other, beside a residual path, with an output at each of two depths."""
+
+    def __init__(self, a: int, b: int) -> None:
+        super().__init__()
+        self.stem, self.early = nn.Conv2d(3, a, 3, padding=1), nn.Linear(a, 3)
+        self.query, self.key, self.value = nn.Linear(a, b), nn.Linear(a, b), nn.Linear(a, a + b)
+        self.out, self.head = nn.Linear(a + b, a), nn.Linear(a, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.relu(self.stem(x)).flatten(2).transpose(1, 2)
+        seen = F.scaled_dot_product_attention(self.query(h), self.key(h), self.value(h), scale=0.5)
+        return self.early(h.mean(1)), self.head(torch.relu(h + self.out(seen)).mean(1))
+
+
 class Subject:
     """Hold a network under trial, how it was first built, and its widths."""
 
@@ -76,7 +93,8 @@ class Subject:
         a, b = random.randint(2, 6), random.randint(2, 6)
         builders: list[Callable[[], nn.Module]] = [
             lambda: convnet([a, b, a + b], [1], 3, 5),
-            lambda: resnet20(a, 3, 5),
+            lambda: resnet(blocks=1, width=a, in_channels=3, classes=5),
+            lambda: Attentive(a, b),
             lambda: Mixed(a, b),
             lambda: Gated(a, b),
         ]
@@ -85,8 +103,10 @@ class Subject:
         self.x = torch.randn(2, 3, 8, 8, generator=self.generator)
         self.widths: Widths = discover(self.net, self.x)
 
-    def choose_width(self) -> tuple[str, int]:
-        name = self.random.choice(list(self.widths))
+    def choose_width(self, separate: bool = False) -> tuple[str, int]:
+        """Choose a width at random; a separate one if asked, whose fresh channels nothing feels."""
+        names = [name for name, width in self.widths.items() if width.mixed is None or not separate]
+        name = self.random.choice(names)
         return name, self.widths[name].size
 
     def run(self, net: nn.Module | None = None) -> list[Tensor]:
@@ -105,6 +125,8 @@ def try_structure(part: Part, trials: int, random: Random, folder: Path) -> None
             done.append(change)
             if not _try_once(part, subject, change, done):
                 break
+        else:
+            _compare_widths(part, subject, done)
 
 
 def _try_once(part: Part, subject: Subject, change: str, done: list[str]) -> bool:
@@ -113,7 +135,8 @@ def _try_once(part: Part, subject: Subject, change: str, done: list[str]) -> boo
     try:
         (KEEPING | ALTERING)[change](subject)
         after = subject.run()
-        subject.widths = discover(subject.net, subject.x)
+        if change not in FOLLOWED:
+            subject.widths = discover(subject.net, subject.x)
     except ElasticError as error:
         if "\n" in str(error):
             part.fail(f"{where}: {error}")
@@ -131,6 +154,12 @@ def _try_once(part: Part, subject: Subject, change: str, done: list[str]) -> boo
     return True
 
 
+def _compare_widths(part: Part, subject: Subject, done: list[str]) -> None:
+    """Compare the widths that were followed through changes with those that are found anew."""
+    if subject.widths.sizes() != discover(subject.net, subject.x).sizes():
+        part.fail(f"{type(subject.net).__name__}, {' '.join(done)}: its widths are not those that are found")
+
+
 def _compare(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / a.abs().max().clamp(min=1e-3))
 
@@ -139,7 +168,7 @@ def _compare(a: Tensor, b: Tensor) -> float:
 
 
 def _grow(subject: Subject) -> None:
-    name, size = subject.choose_width()
+    name, size = subject.choose_width(separate=True)
     if size < LARGEST:
         index = grow_index(size, subject.random.randint(1, 3))
         reindex(subject.net, subject.widths, {name: index}, generator=subject.generator)
@@ -152,7 +181,7 @@ def _grow_and_prune(subject: Subject) -> None:
 
 
 def _split(subject: Subject) -> None:
-    name, size = subject.choose_width()
+    name, size = subject.choose_width(separate=True)
     if size < LARGEST:
         reindex(subject.net, subject.widths, {name: split_index(size, 1, subject.generator)})
 
@@ -215,6 +244,13 @@ def _prune(subject: Subject) -> None:
         reindex(subject.net, subject.widths, {name: [i for i in range(size) if i != gone]})
 
 
+def _grow_any(subject: Subject) -> None:
+    """Grow a width that may be one of which a norm, or a product, feels each channel."""
+    name, size = subject.choose_width()
+    if size < LARGEST:
+        reindex(subject.net, subject.widths, {name: grow_index(size, 2)}, generator=subject.generator)
+
+
 def _gate_and_compact(subject: Subject) -> None:
     """Close some gates; the compacted network is the gated one."""
     net = copy.deepcopy(subject.net)
@@ -250,4 +286,9 @@ KEEPING: dict[str, Callable[[Subject], None]] = {
     "levels": _make_levels,
     "attach": _attach,
 }
-ALTERING: dict[str, Callable[[Subject], None]] = {"prune": _prune, "gate+compact": _gate_and_compact}
+FOLLOWED = ("grow", "grow any", "grow+prune", "split", "permute", "prune")  # which widths follow
+ALTERING: dict[str, Callable[[Subject], None]] = {
+    "prune": _prune,
+    "grow any": _grow_any,
+    "gate+compact": _gate_and_compact,
+}
