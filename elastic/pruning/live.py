@@ -57,11 +57,13 @@ def find_live_entries(entries: Mapping[Key, Entries], widths: Widths) -> dict[Ke
 
     An entry lives if its own gate is open and its channels are written and read by open gates. A channel that
     dies may leave another one unread or unwritten, so widths are looked at again until none loses any more:
-    upwards first, since what nothing reads needs no reader in turn, then downwards.
+    upwards first, since what nothing reads needs no reader in turn, then downwards. Channels over which
+    statistics are taken together live on, as they do in the compacted network.
     """
     alive = {key: entry.open > 0 for key, entry in entries.items()}
     sizes = dict.fromkeys(widths, -1)
-    order = [*reversed(list(widths.values())), *widths.values()]
+    separate = [width for width in widths.values() if width.mixed is None]
+    order = [*reversed(separate), *separate]
     while True:
         before = dict(sizes)
         for width in order:

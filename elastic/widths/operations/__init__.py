@@ -62,6 +62,7 @@ from elastic.widths.operations.spatial import (
     resize,
     shuffle_channels,
     shuffle_pixels,
+    unpool,
     unshuffle_pixels,
 )
 
@@ -93,8 +94,9 @@ LAYERS: dict[Rule, Iterable[type[nn.Module]]] = {
     pool: (
         *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
         *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.LPPool2d),
-        *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
+        *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.FractionalMaxPool2d),
     ),
+    unpool: (nn.MaxUnpool1d, nn.MaxUnpool2d, nn.MaxUnpool3d),
     pad: (nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d),
     resize: (nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
     gate_linearly: (nn.GLU,),
@@ -120,7 +122,7 @@ FUNCTIONS: dict[Rule, str] = {
         addcmul addcdiv bernoulli masked_fill erf sin cos tan sign reciprocal floor ceil round log1p expm1
         log2 exp2 sigmoid nan_to_num hardshrink softshrink softsign tanhshrink threshold logsigmoid rrelu
         clamp_min clamp_max alpha_dropout feature_alpha_dropout cpu cuda long int bool
-        eq ne gt lt ge le logical_not""",
+        eq ne gt lt ge le logical_not drop_block2d""",
     fill: "ones zeros empty full rand randn new_ones new_zeros new_empty new_full",
     fill_like: "ones_like zeros_like empty_like full_like rand_like randn_like",
     expand: "expand",
@@ -148,9 +150,11 @@ FUNCTIONS: dict[Rule, str] = {
     contract: "einsum",
     attend: "scaled_dot_product_attention",
     reshape_as: "reshape_as view_as",
+    unpool: "max_unpool1d max_unpool2d max_unpool3d",
     pool: """
-        max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
-        adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
+        max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices fractional_max_pool2d
+        fractional_max_pool2d_with_indices max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d
+        adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
         adaptive_max_pool3d""",
     pad: "pad",
     resize: "interpolate grid_sample",

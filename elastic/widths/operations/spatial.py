@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 
 import numpy as np
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from elastic.widths.operations.interface import (
     Axes,
@@ -20,16 +20,20 @@ from elastic.widths.operations.interface import (
 SPACE = "works on channels as if they were space"
 
 
-def pool(tracker: Tracker, node: fx.Node) -> Axes:
+def pool(tracker: Tracker, node: fx.Node) -> Axes | tuple[Axes, Axes]:
     """Follow pooling: it works on the last dimensions, of which its name says the number."""
-    if node.op == "call_module":
-        name = type(tracker.get_layer(node, nn.Module)).__name__
-    else:
-        name = getattr(node.target, "__name__", str(node.target))
-    digit = re.search("([123])d", name)
-    if digit is None:
-        raise NotFollowed("does not say on how many dimensions it works")
-    return _pass_beside(tracker, node, range(-int(digit[1]), 0))
+    axes = _pass_beside(tracker, node, range(-_count_dimensions(tracker, node), 0))
+    return axes if isinstance(get_value(node), Tensor) else (axes, axes)  # with the places of maxima
+
+
+def unpool(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow what puts maxima back to their places."""
+    x, indices = get_axes(get_input(node)), get_axes(get_argument(node, 1, "indices"))
+    channel = len(get_shape(node)) - _count_dimensions(tracker, node) - 1
+    tracker.fix([*x[channel + 1 :], *indices[channel + 1 :]], node, SPACE)
+    if x[channel] is not None or indices[channel] is not None:
+        tracker.unite(x[channel], indices[channel], node)
+    return (*x[: channel + 1], *(None for _ in x[channel + 1 :]))
 
 
 def pad(tracker: Tracker, node: fx.Node) -> Axes:
@@ -81,10 +85,24 @@ def resize(tracker: Tracker, node: fx.Node) -> Axes:
     return _pass_beside(tracker, node, range(2 - len(get_shape(node)), 0))
 
 
+def _count_dimensions(tracker: Tracker, node: fx.Node) -> int:
+    """Count the dimensions that a layer or a function works on, which its name says."""
+    if node.op == "call_module":
+        name = type(tracker.get_layer(node, nn.Module)).__name__
+    else:
+        name = getattr(node.target, "__name__", str(node.target))
+    digit = re.search("([123])d", name)
+    if digit is None:
+        raise NotFollowed("does not say on how many dimensions it works")
+    return int(digit[1])
+
+
 def _pass_beside(tracker: Tracker, node: fx.Node, dims: Iterable[int]) -> Axes:
     """Let all axes pass but those on the given dimensions, counted from the end, which are fixed."""
     source = get_input(node)
-    x, before, after = list(get_axes(source)), get_shape(source), get_shape(node)
+    value = get_value(node)
+    after = (value if isinstance(value, Tensor) else value[0]).shape
+    x, before = list(get_axes(source)), get_shape(source)
     for d in dims:
         is_same = before[d] == after[d]
         reason = SPACE if is_same else "changes the number of channels"

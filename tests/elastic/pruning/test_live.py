@@ -37,6 +37,8 @@ def find_masks(model: nn.Module, widths: Widths) -> dict[tuple[str, str], Tensor
     while True:
         before = {key: mask.clone() for key, mask in masks.items()}
         for name, width in widths.items():
+            if width.mixed is not None:  # its dead channels are felt by the others
+                continue
             slots = [slot for slot in width.slots if slot.tensor in ("weight", "bias")]
             written = [slot for slot in slots if slot.role == "out" or slot.tensor == "bias"]
             for channel in range(width.size):

@@ -306,6 +306,10 @@ FOLLOWED: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
         {"stem"},
     ),
     "parts, stacked": (just(lambda m, x: torch.stack(x.chunk(2, 1)).sum(0), 4), {"stem"}),
+    "put back to where maxima were": (
+        just(lambda m, x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2)),
+        {"stem"},
+    ),
     "a slice of a sequence": (
         just(lambda m, x: m.rows[1:](x), rows=nn.Sequential(nn.ReLU(), conv(8, 8), nn.ReLU())),
         {"stem", "rows.1"},
@@ -376,6 +380,14 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "pooled over channels": (
         just(lambda m, x: F.max_pool3d(x[:, None], (3, 1, 1), 1, (1, 0, 0))[:, 0]),
         "works on channels as if they were space",
+    ),
+    "scaled by a tensor that none stores": (
+        just(lambda m, x: x * m.scale, scale=torch.rand(8, 1, 1)),
+        "scale is in no checkpoint: make it a buffer that is stored",
+    ),
+    "scaled by a buffer that is not stored": (
+        just(lambda m, x: x * m.scale, scale=nn.Buffer(torch.rand(8, 1, 1), persistent=False)),
+        "scale is in no checkpoint: make it a buffer that is stored",
     ),
     "one channel overwritten": (
         just(lambda m, x: (y := x.clone(), y.__setitem__((slice(None), 0), 0), y)[2]),
