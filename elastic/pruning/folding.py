@@ -1,12 +1,11 @@
 """Fold gates into the weights behind them: a plain model comes out."""
 
-import copy
-
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from elastic.measure.counts import list_chains
+from elastic.widths.copying import copy_module
 from elastic.widths.parameters import get_original, list_parametrizations
 
 
@@ -23,7 +22,7 @@ def compute_mask(layer: nn.Module, tensor: str) -> Tensor:
 
 def fold_gates(model: nn.Module) -> nn.Module:
     """Make a plain copy of a model, whose weights hold what the gates left of them."""
-    plain = copy.deepcopy(model)
+    plain = copy_module(model)
     for module in plain.modules():
         if parametrize.is_parametrized(module):
             _fold(module)

@@ -19,6 +19,7 @@ from elastic.surgery.gathering import Move, gather_from_model, gather_state, gat
 from elastic.surgery.graphs import refuse_live_graph
 from elastic.surgery.indices import FRESH, Index, check_index, grow_index, resize_index, split_index
 from elastic.surgery.layers import list_tensors, resize_attributes
+from elastic.widths.copying import copy_module
 from elastic.widths.discovery import Slot, Widths
 
 __all__ = ["FRESH", "Index", "grow_index", "reindex", "resize_index", "split_index"]
@@ -84,7 +85,7 @@ def reindex(
 
 def reindex_copy(model: nn.Module, widths: Widths, changes: Mapping[str, Index]) -> tuple[nn.Module, Widths]:
     """Copy a model and re-index the copy's channels, see `reindex`; return it with widths of its own."""
-    replica, replica_widths = copy.deepcopy(model), copy.deepcopy(widths)
+    replica, replica_widths = copy_module(model), copy.deepcopy(widths)
     reindex(replica, replica_widths, changes)
     return replica, replica_widths
 
