@@ -84,5 +84,5 @@ def _are_zero(widths: Widths, width: Width, slots: Iterable[Slot], entries: Entr
         positions = positions[are_zero]
         lines = values.index_select(slot.dim, positions.flatten().to(values.device))
         others = [dim for dim in range(values.dim()) if dim != slot.dim]
-        are_zero[are_zero.clone()] = (lines == 0).all(others).cpu().view(positions.shape).all(1)
+        are_zero[are_zero.clone()] = (lines.abs_().sum(others) == 0).cpu().view(positions.shape).all(1)
     return are_zero

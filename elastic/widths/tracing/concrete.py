@@ -17,7 +17,8 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
 from elastic.errors import StructureError
-from elastic.widths.tracing.meta import ATOMS, make_meta_copy
+from elastic.widths.copying import ATOMS
+from elastic.widths.tracing.meta import make_meta_copy
 from elastic.widths.tracing.sizes import note_computed_sizes
 
 Instruction = tuple[CodeType, int]  # the place in the code where a frame is

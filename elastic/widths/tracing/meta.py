@@ -1,20 +1,16 @@
 """Copy a model without its data."""
 
-import copy
-from collections import OrderedDict
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from elastic.errors import StructureError
+from elastic.widths.copying import copy_module
 from elastic.widths.parameters import get_kind
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
-ATOMS = {int, float, bool, str, type(None)}  # that copies share
 # Layers whose output has the shape of their input, and which are slow on the meta device.
 KEEPS_SHAPE = (
     BATCH_NORM,
@@ -43,11 +39,10 @@ def make_meta_copy(model: nn.Module) -> nn.Module:
     Shapes are all that is asked of the copy: some of torch's own layers, slow on that device, only keep them.
     """
     _refuse_compiled(model)
-    modules = list(model.modules())
     memo: dict[int, Any] = {}
-    for module in modules:
+    for module in model.modules():
         _drop_data(module, memo)
-    replica = _copy_modules(model, modules, memo)
+    replica = copy_module(model, memo)
     for module in replica.modules():
         if _keeps_shape(get_kind(module)):
             vars(module)["forward"] = _keep_shape
@@ -84,44 +79,3 @@ def _drop_data(module: nn.Module, memo: dict[int, Any]) -> None:
 @cache
 def _keeps_shape(kind: type[nn.Module]) -> bool:
     return issubclass(kind, KEEPS_SHAPE) and kind.__module__.startswith("torch.nn.")
-
-
-def _copy_modules(model: nn.Module, modules: Sequence[nn.Module], memo: dict[int, Any]) -> nn.Module:
-    """Copy a model as `copy.deepcopy` does, in less time where its modules leave their copying to Python."""
-    if not all(map(_is_copied_by_default, modules)):
-        return copy.deepcopy(model, memo)
-    for module in modules:
-        memo[id(module)] = object.__new__(type(module))
-    for module in modules:
-        attributes = module.__getstate__()
-        for name, value in attributes.items():
-            if type(value) not in ATOMS:
-                attributes[name] = _copy_value(value, memo)
-        vars(memo[id(module)]).update(attributes)
-    replica: nn.Module = memo[id(model)]
-    return replica
-
-
-def _is_copied_by_default(module: nn.Module) -> bool:
-    return _leaves_copying(type(module), parametrize.is_parametrized(module))
-
-
-def _leaves_copying(kind: type[nn.Module], is_parametrized: bool) -> bool:
-    if hasattr(kind, "__deepcopy__") and not is_parametrized:
-        return False
-    is_default = (kind.__reduce_ex__, kind.__getstate__) == (object.__reduce_ex__, nn.Module.__getstate__)
-    return is_default and kind.__setstate__.__module__.startswith("torch.nn.")  # which mends old files
-
-
-def _copy_value(value: Any, memo: dict[int, Any]) -> Any:
-    kind = type(value)
-    if kind in (OrderedDict, set) and not value:  # of hooks, of the names of buffers
-        return kind()
-    if kind is dict:
-        return {
-            key: memo[id(part)] if id(part) in memo else _copy_value(part, memo)
-            for key, part in value.items()
-        }
-    if kind in ATOMS or (kind is tuple and all(type(part) in ATOMS for part in value)):
-        return value
-    return copy.deepcopy(value, memo)
