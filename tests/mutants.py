@@ -50,7 +50,7 @@ LEFT_OUT = ("RemoveDecorator", "VariableReplacer", "VariableInserter", "Exceptio
 TESTS_S = 60.0  # of the tests' own time for one mutant
 LIMIT_S = 600  # then it hangs, which is seen, too
 BREAKS = "killed, it breaks"
-# How pytest ends: all passed, one failed, files or a conftest that cannot be imported; and one that was killed.
+# How pytest ends: all passed, one failed, files or a conftest that break; and a process that was killed.
 ENDS = {0: "survived", 1: "killed", 2: BREAKS, 4: BREAKS, -signal.SIGKILL: "killed, it hangs"}
 IMPORTED = "-Wignore::pytest.PytestAssertRewriteWarning"  # plugins, before pytest looks for them
 OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "--timeout=120", IMPORTED)
