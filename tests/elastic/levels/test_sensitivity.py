@@ -26,7 +26,7 @@ from elastic.levels.sensitivity import (
 from elastic.levels.sizes import level_sizes
 from elastic.measure.counts import count_macs
 from elastic.models import convnet
-from elastic.widths.discovery import discover
+from elastic.widths.discovery import Widths, discover
 from tests.runs import TINY, configure
 
 EXAMPLE = torch.zeros(1, 1, 8, 8)
@@ -68,6 +68,12 @@ def test_a_cut_costs_what_leaving_the_channels_unread_costs_and_saves_their_macs
         assert cut.macs == count_macs(net, EXAMPLE) - count_macs(smaller, EXAMPLE)
     assert curves["3"][2].channels == 4 and curves["3"][2].loss == pytest.approx(0, abs=1e-9)
     assert curves["3"][3].loss > 1e-6 < curves["0"][1].loss
+
+
+@pytest.mark.parametrize("parts", [(), (0.25, 0.5), (0.5, 0.5), (1.0, 0.5), (0.5, 0.0)])
+def test_parts_descend_between_one_and_none(parts: tuple[float, ...]) -> None:
+    with pytest.raises(OptionError, match="between 1 and 0, descending"):
+        measure_sensitivity(nn.Sequential(), Widths({}), EXAMPLE, evaluate, parts)
 
 
 def test_what_costs_nothing_goes_first_and_levels_are_parts_of_each_other() -> None:

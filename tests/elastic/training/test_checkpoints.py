@@ -97,3 +97,17 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "list.ckpt")
     with pytest.raises(FileError, match="cannot be read"):
         read_checkpoint(tmp_path / "none.ckpt")
+
+
+class Harmless:
+    """What a program keeps that is neither a tensor nor a plain container."""
+
+
+def test_a_program_may_read_objects_of_its_own(tmp_path: Path) -> None:
+    """It has to say so: by default they are what could run."""
+    plugin, path = AtomicCheckpoints(), tmp_path / "deep" / "deeper" / "own.ckpt"
+    plugin.save_checkpoint({"state_dict": {}, "own": Harmless()}, path)
+    for weights_only in (None, True):
+        with pytest.raises(FileError, match="is never read"):
+            plugin.load_checkpoint(path, weights_only=weights_only)
+    assert isinstance(plugin.load_checkpoint(path, weights_only=False)["own"], Harmless)
