@@ -293,6 +293,10 @@ FOLLOWED: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
     "tiled": (just(lambda m, x: torch.tile(x, (2, 1, 1)), 16), {"stem"}),
     "summed up along space": (just(lambda m, x: x.cumsum(2) + x.select(3, 0)[..., None]), {"stem"}),
     "matrices transposed": (just(lambda m, x: x.mT.mT @ torch.eye(8).t()), {"stem"}),
+    "einsum of a list": (
+        just(lambda m, x: torch.einsum("bchw,bc->bchw", [x, x.mean((2, 3))])),
+        FREE,
+    ),
     "einsum with an ellipsis": (
         just(lambda m, x: torch.einsum("bc...,bc->bc...", x, x.mean((2, 3)))),
         {"stem"},
