@@ -114,7 +114,7 @@ def make_trainer(cfg: DictConfig, callbacks: list[L.Callback], folder: Path) -> 
     Raises:
         TrainingError: processes or callbacks that cannot be in one run.
     """
-    if cfg.trainer.max_epochs in (None, -1) and not is_bounded(cfg):
+    if cfg.trainer.get("max_epochs") in (None, -1) and not is_bounded(cfg):
         raise TrainingError("nothing ends this run: set trainer.max_epochs to 1 or more")
     trainer: L.Trainer = instantiate(
         cfg.trainer,

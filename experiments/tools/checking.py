@@ -6,6 +6,8 @@ types at most: what their numbers have to be is said here.
 
 import difflib
 import inspect
+import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -179,6 +181,7 @@ def check_options(cfg: DictConfig) -> None:
     for part in PARTS:
         _check_there(cfg, part)
     content = _resolve(cfg)
+    _check_names(cfg)
     for part in ("callbacks", "logger"):
         _check_group(part, content.get(part) or {})
     for name, hint in get_hints(RunOptions.__init__).items():
@@ -206,6 +209,17 @@ def check_options(cfg: DictConfig) -> None:
     _check_length(content["trainer"])
     for name in GIVEN.keys() & content["trainer"].keys():
         raise OptionError(f"trainer.{name} is given by the run itself: set {GIVEN[name]} instead")
+
+
+def _check_names(cfg: DictConfig) -> None:
+    """Refuse options that nothing of a run takes, unless others refer to them."""
+    names = [*get_hints(RunOptions.__init__), *PARTS, "lr_scheduler", "logger", "trigger", "callbacks"]
+    text = json.dumps(OmegaConf.to_container(cfg, resolve=False), default=str)
+    for name in cfg:
+        if name not in names and not re.search(rf"\$\{{{re.escape(str(name))}[.}}\[]", text):
+            close = difflib.get_close_matches(str(name), names, 1)
+            remedy = f"did you mean {close[0]}?" if close else f"a run has {', '.join(sorted(names))}"
+            raise OptionError(f"there is no option {name}: {remedy}")
 
 
 def _check_length(trainer: Mapping[str, Any]) -> None:

@@ -116,7 +116,7 @@ def _find_process(error: Exception) -> str | None:
 
 
 def _is_of_callbacks(error: Exception) -> bool:
-    """Tell whether one of Lightning's callbacks cannot do what it was told, as some find in training."""
+    """Tell whether one of Lightning's callbacks cannot do what it was told, and finds out in training."""
     return isinstance(error, MisconfigurationException) or "conditioned on metric" in str(error)
 
 

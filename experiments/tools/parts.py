@@ -19,11 +19,21 @@ from elastic.training.tasks import Task
 
 
 def make_callbacks(cfg: DictConfig) -> list[L.Callback]:
-    """Make the callbacks of a run; the learning rate is watched where there is a logger to tell."""
-    has_logger = bool(cfg.get("logger"))
-    nodes = [node for name, node in list_callbacks(cfg).items() if has_logger or name != "learning_rate"]
-    # Lists as such: a trigger's attributes are in checkpoints, which hold plain containers.
-    return [instantiate(node, _convert_="all") for node in nodes]
+    """Make the callbacks of a run; the learning rate is watched where there is a logger to tell.
+
+    Raises:
+        OptionError: one of them is none.
+    """
+    callbacks = []
+    for name, node in list_callbacks(cfg).items():
+        if name == "learning_rate" and not cfg.get("logger"):
+            continue
+        # Lists as such: a trigger's attributes are in checkpoints, which hold plain containers.
+        callback = instantiate(node, _convert_="all")
+        if not isinstance(callback, L.Callback):
+            raise OptionError(f"callbacks.{name} names {node.get('_target_')}, which is no callback")
+        callbacks.append(callback)
+    return callbacks
 
 
 def make_recipe(cfg: DictConfig) -> tuple[Callable[..., Optimizer], Callable[..., Scheduler] | None]:

@@ -31,7 +31,7 @@ from elastic.experiments.tools.signals import AGAIN, advise
 from elastic.files.atomic import write_atomically
 
 FAILED = "failed.json"  # in a run's folder: why it failed
-PLAN = "sweep.json"  # in a sweep's folder: how many runs it has, when it set out, and with how many done
+PLAN = "sweep.json"  # in a sweep's folder: how many runs, when it set out, and what had ended by then
 REPEATS = "again"  # of a trial: the number of the one that it repeats
 LONGEST = 150  # characters of a name
 Summary = dict[str, Any]
@@ -126,7 +126,7 @@ def complete_sweep() -> Iterator[None]:
         ) from error
     if Sweep.folder is not None:
         plan = json.loads((Sweep.folder / PLAN).read_text())
-        if failed := count_states(Sweep.folder, plan["since"])[2]:
+        if failed := count_states(Sweep.folder, plan["stale"])[2]:
             raise SweepError(
                 f"{failed} of {plan['runs']} runs have failed: {Sweep.folder}/<run>/{FAILED} says why"
             )
@@ -145,11 +145,11 @@ class Sweep(Callback):
         sweeper, folder = config.hydra.sweeper, settle_folder(config)
         folder.mkdir(parents=True, exist_ok=True)
         runs = sweeper.get("n_trials") or count_grid(sweeper.get("params") or {}, config.hydra.overrides.task)
-        since = time.time()
-        done = count_states(folder, since)[0]
+        since, stale = time.time(), {path.parent.name: path.stat().st_mtime_ns for path in list_notes(folder)}
+        done = count_states(folder, stale)[0]
         Sweep.folder = folder
         advise(lambda: f"{AGAIN}, the sweep in {folder} goes on")
-        plan = {"runs": runs, "since": since, "behind": done}
+        plan = {"runs": runs, "since": since, "behind": done, "stale": stale}
         write_atomically(folder / PLAN, lambda part: part.write_text(json.dumps(plan) + "\n"))
         if sweeper.get("storage") is not None:
             sweeper.n_trials = count_remaining(sweeper)
@@ -201,20 +201,31 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if OmegaConf.is_list(value) else [value]
 
 
-def count_states(folder: Path, since: float) -> tuple[int, int, int]:
-    """Count the runs that are done, running, and failed since then; what failed before is tried again."""
+def list_notes(folder: Path) -> list[Path]:
+    """List the notes of why runs of a sweep failed."""
+    return [run / FAILED for run in folder.iterdir() if (run / FAILED).exists()]
+
+
+def count_states(folder: Path, stale: Mapping[str, int]) -> tuple[int, int, int]:
+    """Count the runs that are done, running, and failed; what failed in an earlier start is tried again.
+
+    Args:
+        stale: when the notes of an earlier start were written; to be compared with nothing else, since
+            clocks may jump.
+    """
     runs = [run for run in folder.iterdir() if (run / CONFIG).exists() or (run / FAILED).exists()]
     done = sum((run / SUMMARY).exists() for run in runs)
-    notes = [run / FAILED for run in runs if (run / FAILED).exists()]
-    return done, len(runs) - done - len(notes), sum(note.stat().st_mtime >= since for note in notes)
+    notes = list_notes(folder)
+    failed = sum(note.stat().st_mtime_ns != stale.get(note.parent.name) for note in notes)
+    return done, len(runs) - done - len(notes), failed
 
 
 def describe_progress(folder: Path) -> str:
     """Describe how far a sweep is, and how long it takes yet if it goes on as it has since it was started."""
     plan = json.loads((folder / PLAN).read_text())
-    done, running, failed = count_states(folder, plan["since"])
+    done, running, failed = count_states(folder, plan["stale"])
     ended = done + failed - plan["behind"]
     remaining = plan["runs"] - done - failed
-    minutes = (time.time() - plan["since"]) / max(ended, 1) * remaining / 60
+    minutes = max(0.0, time.time() - plan["since"]) / max(ended, 1) * remaining / 60
     text = f"{folder}: {done} of {plan['runs']} done, {running} running, {failed} failed"
     return f"{text}; about {minutes:.0f} min left" if remaining > 0 and ended > 0 else text

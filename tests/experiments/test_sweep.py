@@ -165,7 +165,8 @@ def test_progress_counts_the_folders(tmp_path: Path) -> None:
             (tmp_path / name / file).write_text("{}")
     (tmp_path / "multirun.yaml").write_text("")
     os.utime(tmp_path / "e" / "failed.json", (0, 0))
-    plan = {"runs": 7, "since": time.time() - 600, "behind": 1}
+    os.utime(tmp_path / "d" / "failed.json", (5, 5))  # the clock has jumped back meanwhile
+    plan = {"runs": 7, "since": time.time() - 600, "behind": 1, "stale": {"e": 0}}
     (tmp_path / "sweep.json").write_text(json.dumps(plan))
     assert describe_progress(tmp_path) == f"{tmp_path}: 1 of 7 done, 1 running, 2 failed; about 20 min left"
     (tmp_path / "sweep.json").write_text(json.dumps({**plan, "runs": 3}))

@@ -295,7 +295,7 @@ FOLLOWED: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
     "matrices transposed": (just(lambda m, x: x.mT.mT @ torch.eye(8).t()), {"stem"}),
     "einsum of a list": (
         just(lambda m, x: torch.einsum("bchw,bc->bchw", [x, x.mean((2, 3))])),
-        FREE,
+        {"stem"},
     ),
     "einsum with an ellipsis": (
         just(lambda m, x: torch.einsum("bc...,bc->bc...", x, x.mean((2, 3)))),
