@@ -3,7 +3,7 @@ BIN := .venv/bin
 # One thread a process: two processes with two threads each on two cores run several times slower than one.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help setup demo sweep-demo test lint types format docs campaign bench test-slow test-data gpu test-gpu test-peers bench-peers clean
+.PHONY: help setup demo sweep-demo test lint types format docs campaign mutants bench bench-runtimes test-slow test-data gpu test-gpu test-peers bench-peers clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -52,6 +52,10 @@ docs: setup  ## tutorials, how-tos and the API as pages: site/index.html
 campaign: setup  ## try the library from outside, at random: make campaign ARGS='seed=1 scale=10'
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m experiments.campaign $(ARGS)
 
+mutants: setup  ## change the code at random, and see whether tests notice: make mutants ARGS='--seed 1 --count 400'
+	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[mutants]'
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tests/mutants.py $(ARGS)
+
 bench: setup  ## what elasticity costs and saves, beside the plain way
 	$(BIN)/python -m experiments.bench
 
@@ -70,6 +74,10 @@ gpu: setup  ## the trainings on CIFAR-10 that tables are made of, on one GPU: ma
 test-peers: setup  ## comparisons with other pruning libraries; installs them first
 	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[peers]'
 	$(PYTEST) -m peers
+
+bench-runtimes: setup  ## skipping and levels beside ONNX Runtime and OpenVINO; installs it first: docs/runtimes.md
+	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[openvino]'
+	$(BIN)/python -W ignore -m experiments.runtimes
 
 bench-peers: setup  ## switching and discovery beside once-for-all, ModelOpt, Torch-Pruning; installs them first
 	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[peers]'

@@ -3,7 +3,7 @@
 import lightning as L
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from elastic.callbacks.base import ElasticCallback
@@ -12,12 +12,13 @@ from elastic.pruning.gates import iterate_gates
 from elastic.training.samples import sample_batch
 from elastic.training.structure import Structure
 
+PanelLogger = WandbLogger | TensorBoardLogger
 SAMPLES = 16
 PIXELS = 64  # smaller images are enlarged, so that they can be seen
 
 
 class LogPanels(ElasticCallback):
-    """Log to W&B what `experiments.dashboard` has panels for; with another logger do nothing.
+    """Log images and histograms to W&B or TensorBoard; with another logger do nothing.
 
     Once: training images as the network sees them before augmentation. In every epoch: histograms of the
     gates' scores (a gate is open where its score is positive), and of the part of the last validation batch
@@ -28,25 +29,40 @@ class LogPanels(ElasticCallback):
         for logger in self._list_loggers(trainer):
             if trainer.current_epoch == 0:
                 x_BCHW, y_B = sample_batch(trainer, SAMPLES, self.structure.seed)
-                captions = [describe_target(target) for target in y_B]
-                logger.log_image("samples", make_visible(x_BCHW), caption=captions)
+                log_samples(logger, make_visible(x_BCHW), [describe_target(target) for target in y_B])
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.sanity_checking:
-            return
-        for logger in self._list_loggers(trainer):
-            import wandb
+        loggers = [] if trainer.sanity_checking else self._list_loggers(trainer)
+        spread = collect_spread(self.structure) if loggers else {}
+        for logger in loggers:
+            log_histograms(logger, spread, trainer.current_epoch, trainer.global_step)
 
-            spread = {name: values for name, values in collect_spread(self.structure).items() if len(values)}
-            if spread:
-                histograms = {name: wandb.Histogram(values.tolist()) for name, values in spread.items()}
-                place = {"epoch": trainer.current_epoch, "trainer/global_step": trainer.global_step}
-                logger.experiment.log({**histograms, **place})
-
-    def _list_loggers(self, trainer: L.Trainer) -> list[WandbLogger]:
+    def _list_loggers(self, trainer: L.Trainer) -> list[PanelLogger]:
         return [
-            logger for logger in trainer.loggers if isinstance(logger, WandbLogger) and trainer.is_global_zero
+            logger for logger in trainer.loggers if isinstance(logger, PanelLogger) and trainer.is_global_zero
         ]
+
+
+def log_samples(logger: PanelLogger, images: list[Tensor], captions: list[str]) -> None:
+    """Log images with what is told of them."""
+    if isinstance(logger, WandbLogger):
+        logger.log_image("samples", images, caption=captions)
+    else:
+        logger.experiment.add_images("samples", torch.stack(images))
+        logger.experiment.add_text("samples", "; ".join(captions))
+
+
+def log_histograms(logger: PanelLogger, spread: dict[str, Tensor], epoch: int, step: int) -> None:
+    """Log how values are spread, as far as there are any."""
+    held = {name: values for name, values in spread.items() if len(values)}
+    if isinstance(logger, TensorBoardLogger):
+        for name, values in held.items():
+            logger.experiment.add_histogram(name, values, step)
+    elif held:
+        import wandb
+
+        histograms = {name: wandb.Histogram(values.tolist()) for name, values in held.items()}
+        logger.experiment.log({**histograms, "epoch": epoch, "trainer/global_step": step})
 
 
 def describe_target(target: Tensor) -> str:

@@ -22,6 +22,7 @@ COMMANDS = {
     "export": "write a finished run's network for other programs",
     "zoo": "list the networks that come with the package",
     "latency": "time a network with dynamic kernels beside its dense one",
+    "runtimes": "time dynamic networks and levels beside ONNX Runtime and OpenVINO",
     "sensitivity": "show what dropping a part of each width costs and saves",
     "prune": "prune a finished run's network at once",
     "serve": "serve a stream of images by an elastic network under load",

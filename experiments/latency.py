@@ -2,10 +2,10 @@
 
     python -m experiments.latency run=<folder> [set=0] [level=…] [images=256] [csv=<file>]
 
-Images of the test split go through several networks in turn: the dense one in stock PyTorch, as it is
-and with its norms folded in both memory formats; the same in our kernel, nothing skipped; and the network
-with its modules. Ratios are of medians over the batches. The last columns say what part of the time is saved
-for each part of the MACs saved, modules counted, against the best of stock PyTorch and against our kernel.
+Images of the test split go through several networks in turn: the dense one in stock PyTorch, whatever is
+fastest there, eager or compiled, in ONNX Runtime and in OpenVINO (extras `export` and `openvino`), and in our
+kernel, nothing skipped; and the network with its modules. Ratios are of medians over the batches. The last
+column says what part of the time is saved, against the best of the others, for each part of the MACs saved.
 """
 
 import statistics
@@ -25,15 +25,17 @@ from elastic.experiments.tools.errors import run
 from elastic.experiments.tools.options import call
 from elastic.experiments.tools.per_image import sample_images
 from elastic.experiments.tools.restore import restore
+from elastic.experiments.tools.rivals import PYTORCH, RUNTIMES, make_rivals
 from elastic.experiments.tools.tables import write_csv
-from elastic.experiments.tools.timing import TUNED_ON, make_stock
+from elastic.experiments.tools.timing import TUNED_ON
 from elastic.measure.timing import Network as Execution
 from elastic.measure.timing import measure_medians_ms
 
 BATCHES, THREADS = (1, 8, 64), (1, 2)
-STOCK = ("stock", "folded", "channels_last")
-TIMES = (*STOCK, "kernel", "skipping")
-HEAD = ("threads", "batch", *TIMES, "macs")
+RIVALS = (PYTORCH, *RUNTIMES)
+KERNEL, SKIPPING = "kernel, dense", "skipping"
+HEAD = ("threads", "batch", *RIVALS, KERNEL, SKIPPING, "macs")
+Row = dict[str, float]
 
 
 def show_latency(
@@ -53,50 +55,76 @@ def show_latency(
     finished = restore(run)
     dynamic = finished.network.dynamic(level, set)
     plain, images_NCHW = finished.network.plain(level), sample_images(finished.data, images)
-    rows = []
-    for threads in THREADS:
-        torch.set_num_threads(threads)
-        for size in BATCHES:
-            row = measure_executions(plain, dynamic, images_NCHW.split(size))
-            rows.append(row | {"threads": threads, "batch": size})
+    rows = measure_rows(plain, dynamic, images_NCHW, THREADS)
     Console(width=140).print(_make_table(rows))
     if csv is not None:
-        values = ([row["threads"], row["batch"], *(f"{row[key]:.4f}" for key in HEAD[2:])] for row in rows)
-        write_csv(csv, HEAD, values)
+        write_csv(csv, HEAD, ([format_cell(row.get(key)) for key in HEAD] for row in rows))
 
 
-def measure_executions(net: nn.Module, dynamic: fx.GraphModule, inputs: Sequence[Tensor]) -> dict[str, float]:
+def measure_rows(
+    net: nn.Module, dynamic: fx.GraphModule, images_NCHW: Tensor, threads: Sequence[int]
+) -> list[Row]:
+    """Measure a dynamic network beside its dense one, on some threads, in batches of several sizes."""
+    before, rows = torch.get_num_threads(), []
+    try:
+        for number in threads:
+            torch.set_num_threads(number)
+            for size in BATCHES:
+                row = measure_executions(net, dynamic, images_NCHW.split(size))
+                rows.append({"threads": number, "batch": size} | row)
+    finally:
+        torch.set_num_threads(before)
+    return rows
+
+
+def measure_executions(net: nn.Module, dynamic: fx.GraphModule, inputs: Sequence[Tensor]) -> Row:
     """Measure each execution's milliseconds, and the part of the dense MACs that is active."""
     samples = inputs[:TUNED_ON]
     executions: dict[str, Execution] = {
-        **make_stock(net),
-        "kernel": make_skipping(net, samples),
-        "skipping": make_skipping(dynamic, samples),
+        **make_rivals(net, inputs, torch.get_num_threads()),
+        KERNEL: make_skipping(net, samples, "kernel"),
+        SKIPPING: make_skipping(dynamic, samples),
     }
     times = dict(zip(executions, measure_medians_ms(list(executions.values()), inputs), strict=True))
+    return times | {"macs": measure_active(dynamic, inputs)}
+
+
+def measure_active(dynamic: fx.GraphModule, inputs: Sequence[Tensor]) -> float:
+    """Measure the part of the dense MACs that images engage, modules counted."""
     cost = ActivationCost(dynamic, inputs[0])
     fractions = []
     with torch.inference_mode():
         for x_BCHW in inputs:
             dynamic(x_BCHW)
             fractions.append(float(cost.fraction("macs")))
-    sizes = [len(x_BCHW) for x_BCHW in inputs]  # the last may be smaller
-    return times | {"macs": statistics.fmean(fractions, sizes)}
+    return statistics.fmean(fractions, [len(x_BCHW) for x_BCHW in inputs])  # the last may be smaller
 
 
-def _make_table(rows: Sequence[dict[str, float]]) -> Table:
-    heads = (*(f"{name}, ms" for name in TIMES), "MACs", "÷ stock", "÷ kernel", "saved ÷ MACs saved")
-    table = Table("threads", "batch", *heads)
+def compare_with_best(row: Row) -> dict[str, float]:
+    """Divide by the best of the dense executions elsewhere; what is saved, by what is saved of the MACs."""
+    best = min(row[name] for name in RIVALS if name in row)
+    ratio = row[SKIPPING] / best
+    saved = (1 - ratio) / (1 - row["macs"]) if row["macs"] < 1 else float("nan")
+    return {f"{KERNEL} ÷ best": row[KERNEL] / best, f"{SKIPPING} ÷ best": ratio, "saved ÷ MACs saved": saved}
+
+
+def format_cell(value: float | None) -> str:
+    return "–" if value is None else str(value) if isinstance(value, int) else f"{value:.4g}"
+
+
+def list_cells(row: Row) -> dict[str, str]:
+    """List the cells of a row by the heads of their columns."""
+    named = {"threads": row["threads"], "images": row["batch"], "MACs engaged": row["macs"]}
+    times = {f"{name} (ms)": row.get(name) for name in (*RIVALS, KERNEL, SKIPPING)}
+    cells = {**named, **times}
+    ratios = {name: f"{ratio:.2f}" for name, ratio in compare_with_best(row).items()}
+    return {name: format_cell(value) for name, value in cells.items()} | ratios
+
+
+def _make_table(rows: Sequence[Row]) -> Table:
+    table = Table(*list_cells(rows[0]))
     for row in rows:
-        fastest = min(row[name] for name in STOCK)
-        ratios = [row["skipping"] / dense for dense in (fastest, row["kernel"])]
-        savings = [(1 - ratio) / (1 - row["macs"]) for ratio in ratios]
-        table.add_row(
-            *(str(row[key]) for key in ("threads", "batch")),
-            *(f"{row[key]:.3f}" for key in (*TIMES, "macs")),
-            *(f"{ratio:.2f}" for ratio in ratios),
-            " and ".join(f"{saving:.2f}" for saving in savings),
-        )
+        table.add_row(*list_cells(row).values())
     return table
 
 

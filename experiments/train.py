@@ -104,7 +104,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             trainer = make_trainer(cfg, callbacks, folder)
             setting_up.checkpoint = find_checkpoint(folder, cfg)
             fit(cfg, trainer, module, data, setting_up.checkpoint)
-        return finish(cfg, trainer, module, data, folder) if trainer.is_global_zero else {}
+            return finish(cfg, trainer, module, data, folder) if trainer.is_global_zero else {}
 
 
 def make_trainer(cfg: DictConfig, callbacks: list[L.Callback], folder: Path) -> L.Trainer:

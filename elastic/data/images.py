@@ -187,7 +187,7 @@ class ImageData(L.LightningDataModule, ABC):
         return DistributedSampler(part, num_replicas=world, rank=rank, shuffle=shuffle, seed=self.seed)
 
     def _loader(self, sampler: "DistributedSampler[Batch]", drop_last: bool = False) -> DataLoader[Batch]:
-        return DataLoader(
+        return LateLoader(
             sampler.dataset,
             batch_size=self.batch_size,
             sampler=sampler,
@@ -252,6 +252,17 @@ class ImageData(L.LightningDataModule, ABC):
         batch: Any = train.__getitems__(index.tolist())  # torch's types say a list, it is what the set gives
         x_BCHW, y_B = batch
         return self.normalise(scale_bytes(x_BCHW.cpu())), y_B.cpu()
+
+
+class LateLoader(DataLoader[Batch]):
+    """Begin to fetch when the first batch is asked for.
+
+    A run that goes on makes its iterator before Lightning tells the sampler which epoch it is, and processes
+    that fetch ahead would fetch the first epoch's batches.
+    """
+
+    def __iter__(self) -> Any:
+        yield from super().__iter__()
 
 
 def has_room(device: torch.device, size: int) -> bool:

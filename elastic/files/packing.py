@@ -38,8 +38,12 @@ def write_tensors(
     """
     stored: dict[str, Tensor] = {}
     shapes: dict[str, list[int]] = {}
+    storages: set[int] = set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
+        if (storage := tensor.untyped_storage().data_ptr()) in storages:
+            tensor = tensor.clone()  # layers share it: the library writes no tensor twice
+        storages.add(storage)
         nonzero = tensor != 0
         if packed and tensor.is_floating_point() and nonzero.sum() < SPARSE * tensor.numel():
             shapes[name] = list(tensor.shape)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from elastic.surgery.fresh import Patch, zero_out
 from elastic.surgery.reindexing import grow_index, reindex
+from elastic.widths.copying import copy_module
 from elastic.widths.discovery import Slot, Width, Widths
 from elastic.widths.parameters import get_weight
 
@@ -67,6 +68,11 @@ def _is_alone(slot: Slot) -> bool:
     return [segment.repeat for segment in slot.layout if segment.width is not None] == [1]
 
 
+def _orient(weight: Tensor, slot: Slot) -> Tensor:
+    """Let a weight lie as (out, in, …)."""
+    return weight.transpose(0, 1) if slot.is_transposed else weight
+
+
 def _find_directions(probe: "_Probe", count: int, candidates: int, generator: torch.Generator) -> Tensor:
     """Find `count` unit directions in the joint fan-in of all layers that write the width, best first."""
     tried = _draw_orthonormal(min(candidates, probe.fan_in), probe.fan_in, generator)
@@ -98,13 +104,16 @@ class _Probe:
 
     def __init__(self, model: nn.Module, widths: Widths, width: Width, loss: Loss) -> None:
         self.model, self.widths, self.width, self.loss = model, widths, width, loss
-        writers = [slot.module for slot in width.slots_with("out")]
-        self.shapes = {path: get_weight(model.get_submodule(path)).shape[1:] for path in writers}
+        writers = {slot.module: slot for slot in width.slots_with("out")}
+        self.shapes = {
+            path: _orient(get_weight(model.get_submodule(path)), slot).shape[1:]
+            for path, slot in writers.items()
+        }
         self.fan_in = sum(shape.numel() for shape in self.shapes.values())
 
     def compute_gradients(self, directions: Tensor) -> Tensor:
         """Compute the gradient of all that would read each of the channels: (channels, weights)."""
-        replica, widths = copy.deepcopy(self.model), copy.deepcopy(self.widths)
+        replica, widths = copy_module(self.model), copy.deepcopy(self.widths)
         name, size = self.width.name, self.width.size
         rows = Rows(self.split_by_layer(HE * directions))
         reindex(replica, widths, {name: grow_index(size, len(directions))}, fresh=rows)
@@ -115,7 +124,7 @@ class _Probe:
             weight = get_weight(replica.get_submodule(slot.module))
             assert weight.grad is not None
             positions = widths.positions(slot, name)[size:]
-            gradient = weight.grad[:, positions.flatten()].unflatten(1, positions.shape)
+            gradient = _orient(weight.grad, slot)[:, positions.flatten()].unflatten(1, positions.shape)
             gradients.append(gradient.transpose(0, 1).flatten(1))
         return torch.cat(gradients, 1).cpu().float()
 

@@ -1,6 +1,5 @@
 """Cut levels out of a network: its modules anew, around the first channels of its tensors."""
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from elastic.errors import StructureError
 from elastic.surgery.layers import NORMS, resize_attributes
+from elastic.widths.copying import copy_module
 from elastic.widths.discovery import Slot, Widths
 from elastic.widths.operations.interface import is_stored
 
@@ -88,7 +88,7 @@ def cut_tensors(widths: Widths, sizes: Sizes) -> Cut:
 
 def make_level(net: nn.Module, widths: Widths, sizes: Sizes, cut: Cut) -> nn.Module:
     """Make a level: the network's modules anew, around parts of its tensors; norms are copied."""
-    level = copy.deepcopy(net, {id(tensor): tensor for _, _, tensor in iterate_shared(net)})
+    level = copy_module(net, {id(tensor): tensor for _, _, tensor in iterate_shared(net)})
     norms = dict(iterate_norms(level))
     for (path, name), part in cut.items():
         layer = level.get_submodule(path)
@@ -112,7 +112,7 @@ def extract_level(level: nn.Module) -> nn.Module:
 
     It is faster where weights are large: a view has to be laid out anew for each product (see README).
     """
-    extracted = copy.deepcopy(level)
+    extracted = copy_module(level)
     for tensor in (*extracted.parameters(), *extracted.buffers()):
         tensor.data = tensor.detach().clone(memory_format=_find_format(tensor))
     return extracted

@@ -4,8 +4,8 @@ Every measure sums over all layers that write the width, shortcuts included; a c
 is worth what all its writers put into it.
 """
 
-import copy
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from elastic.errors import OptionError, StructureError
 from elastic.levels.cutting import iterate_norms
 from elastic.pruning.gates import Gate
+from elastic.widths.copying import copy_module
 from elastic.widths.discovery import Slot, Width, Widths
 from elastic.widths.parameters import get_original, get_weight
 
@@ -78,7 +79,7 @@ Values = Callable[[str], Tensor]  # what counts of a layer, by its path; of its 
 
 def _find_values(model: nn.Module, importance: Importance, batches: Batches | None, loss: Loss) -> Values:
     if importance == "taylor":
-        return _measure_gradients(model, batches, loss).__getitem__
+        return partial(_get_product, _measure_gradients(model, batches, loss))
     if importance == "gate":
         return lambda path: _get_gates(model.get_submodule(path), path)
     return lambda path: get_weight(model.get_submodule(path))
@@ -114,18 +115,22 @@ def _get_gates(layer: nn.Module, path: str) -> Tensor:
     return torch.sigmoid(gate.score)
 
 
+def _get_product(products: dict[str, Tensor], path: str) -> Tensor:
+    if path not in products:
+        raise StructureError(f"{path} gets no gradient: choose another importance than 'taylor'")
+    return products[path]
+
+
 def _measure_gradients(model: nn.Module, batches: Batches | None, loss: Loss) -> dict[str, Tensor]:
     """Measure weight times gradient of the mean loss, of each layer with a weight."""
-    replica = (
-        copy.deepcopy(model).eval().requires_grad_()
-    )  # a level's tensors are views that need no gradient
+    replica = copy_module(model).eval().requires_grad_()  # a level's tensors are views that need no gradient
     for x_BCHW, y_B in batches or ():
         torch.autograd.backward(loss(replica(x_BCHW), y_B))
     weights = {path: get_original(layer, "weight") for path, layer in replica.named_modules()}
     products = {
         path: weight.detach() * weight.grad
         for path, weight in weights.items()
-        if weight is not None and weight.grad is not None
+        if isinstance(weight, Tensor) and weight.is_leaf and weight.grad is not None
     }
     if not products:
         raise OptionError("importance 'taylor' needs batches of the training data: give some")

@@ -1,6 +1,5 @@
 """Find channels that do nothing: those that nothing reads, and those that nothing writes."""
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from elastic.pruning.constants import observe_constants, read_constants
 from elastic.pruning.folding import compute_mask
+from elastic.widths.copying import copy_module
 from elastic.widths.discovery import Slot, Width, Widths
 from elastic.widths.tracing import preserve_modes
 
@@ -60,7 +60,7 @@ def _observe_both_modes(
     with preserve_modes(model):
         yield observe_constants(model.eval(), readers, example)
     with torch.random.fork_rng(devices=[]):  # dropout draws
-        yield observe_constants(copy.deepcopy(model).train(), readers, example)
+        yield observe_constants(copy_module(model).train(), readers, example)
 
 
 def find_unread(widths: Widths, width: Width, entries: Entries) -> Tensor:

@@ -1,6 +1,5 @@
 """Close gates as far as a budget asks for: how many weights stay is tried out, which ones a ranking says."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ from elastic.pruning.gates import (
     set_score,
 )
 from elastic.pruning.ranking import keep_best_gates
+from elastic.widths.copying import copy_module
 from elastic.widths.parameters import get_weight
 
 TOLERANCE = 0.02  # of a budget
@@ -97,7 +97,7 @@ def measure_compacted(
             that have been shut ever since, but not once it is trained.
     """
     if count_zeros:
-        model = copy.deepcopy(model)
+        model = copy_module(model)
         scores = {id(gate.score) for _, _, gate in iterate_gates(model)}
         for parameter in model.parameters():
             if id(parameter) not in scores:
@@ -116,7 +116,7 @@ def check_budget_reachable(model: nn.Module, example: Tensor, target: int, by: s
     Raises:
         OptionError: a budget that cannot be reached; says what stays.
     """
-    smallest = copy.deepcopy(model)
+    smallest = copy_module(model)
     keep_best_gates(smallest, 0)
     size = measure_compacted(smallest, example, by)
     if target < size:

@@ -60,11 +60,11 @@ class Gate(ChannelParametrization):
     score: nn.Parameter
     grace: Tensor
 
-    def __init__(self, weight: Tensor, grain: Grain, grace: int = 0) -> None:
+    def __init__(self, weight: Tensor, grain: Grain, grace: int = 0, channel: int = 0) -> None:
         super().__init__()
-        depth = {"weight": weight.dim(), "kernel": 2, "channel": 1}[grain]
-        shape = [size if dim < depth else 1 for dim, size in enumerate(weight.shape)]
-        self.dims = frozenset(range(depth))
+        dims = {"weight": range(weight.dim()), "kernel": range(2), "channel": (channel,)}[grain]
+        self.dims = frozenset(dims)
+        shape = [size if dim in dims else 1 for dim, size in enumerate(weight.shape)]
         self.fresh = {"score": START, "grace": float(grace)}
         self.price = 1.0
         self.score = nn.Parameter(weight.new_full(shape, START))
@@ -72,6 +72,8 @@ class Gate(ChannelParametrization):
 
     def forward(self, weight: Tensor) -> Tensor:
         score = self.score.view(-1) if weight.dim() == 1 else self.score
+        if weight.dim() == 1 and len(weight) > len(score):  # a transposed convolution's groups share scores
+            score = score.repeat(len(weight) // len(score))
         return _Step.apply(weight, score)
 
 
@@ -84,15 +86,15 @@ def attach_gates(model: nn.Module, widths: Widths, grain: Grain, grace: int = 0)
     if grain not in get_args(Grain):
         raise OptionError(f"gates have no grain '{grain}': choose {', '.join(get_args(Grain))}")
     roles: tuple[Literal["out", "in"], ...] = ("out",) if grain == "channel" else ("out", "in")
-    layers = dict.fromkeys(
-        slot.module for width in widths.values() for role in roles for slot in width.slots_with(role)
-    )
+    layers = {
+        slot.module: slot for width in widths.values() for role in roles for slot in width.slots_with(role)
+    }
     norms = find_following_norms(model, *widths.example) if grain == "channel" else {}
-    for path in layers:
+    for path, slot in layers.items():
         layer = model.get_submodule(path)
         if not get_weight(layer).requires_grad:  # a user has frozen it
             continue
-        gate = Gate(get_weight(layer), grain, grace)
+        gate = Gate(get_weight(layer), grain, grace, slot.dim)
         parametrize.register_parametrization(layer, "weight", gate)
         companions = [(layer, "bias")] if grain == "channel" else []
         if path in norms:

@@ -7,6 +7,7 @@ same function after its widths are permuted, and after channels that nothing rea
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import is_dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from elastic.surgery.fresh import draw_he_normal
 from elastic.surgery.indices import grow_index
 from elastic.surgery.layers import list_tensors
 from elastic.surgery.reindexing import reindex
+from elastic.widths.copying import copy_module
 from elastic.widths.discovery import discover, refuse_none
 from elastic.widths.width import Widths, fix_widths
 
@@ -72,7 +74,7 @@ class _Probe:
 
     @torch.no_grad()
     def __init__(self, model: nn.Module, widths: Widths, dtype: torch.dtype | None = torch.float64) -> None:
-        self.model, self.widths = copy.deepcopy(model).to(dtype).eval(), widths
+        self.model, self.widths = copy_module(model).to(dtype).eval(), widths
         self.tolerance = TOLERANCE if dtype else SINGLE_TOLERANCE
         self.generator = torch.Generator().manual_seed(0)
         device = next(model.parameters()).device
@@ -85,7 +87,7 @@ class _Probe:
 
         One copy goes through all changes, since each must leave the outputs as they are.
         """
-        replica, widths = copy.deepcopy(self.model), copy.deepcopy(self.widths)
+        replica, widths = copy_module(self.model), copy.deepcopy(self.widths)
         names = list(names)
         orders = {name: torch.randperm(widths[name].size, generator=self.generator) for name in names}
         expected = self.run(replica)
@@ -122,7 +124,12 @@ class _Probe:
     def run(self, model: nn.Module) -> list[Tensor]:
         """Run a copy on noise, and list its outputs."""
         with torch.no_grad():
-            return [y for y in tree_leaves(model(*self.inputs)) if isinstance(y, Tensor)]
+            outputs = model(*self.inputs)
+        outputs = vars(outputs) if is_dataclass(outputs) else outputs
+        tensors = [y for y in tree_leaves(outputs) if isinstance(y, Tensor)]
+        if not tensors:
+            raise StructureError(f"its output, a {type(outputs).__name__}, holds no tensors to compare")
+        return tensors
 
     def _is_close(self, output: Tensor, expected: Tensor) -> bool:
         if output.shape != expected.shape:

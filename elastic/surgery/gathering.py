@@ -34,9 +34,11 @@ def gather_with_fresh(
     index = [torch.arange(n, device=value.device) for n in value.shape[:2]]
     for move in moves:
         index[move.slot.dim] = move.index.to(value.device)
-    rows, columns = index
-    patch = Patch(layer, value, rows < 0, columns < 0, columns)
-    return keep_memory_format(fresh(patch, generator), item.value)
+    is_transposed = any(move.slot.is_transposed for move in moves)
+    rows, columns = reversed(index) if is_transposed else index
+    weight = value.transpose(0, 1) if is_transposed else value
+    weight = fresh(Patch(layer, weight, rows < 0, columns < 0, columns), generator)
+    return keep_memory_format(weight.transpose(0, 1) if is_transposed else weight, item.value)
 
 
 def gather(item: LayerTensor, moves: Sequence[Move]) -> Tensor:

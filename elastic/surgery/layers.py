@@ -13,7 +13,7 @@ from elastic.widths.operations.interface import ATTRIBUTE
 from elastic.widths.parameters import ChannelParametrization, get_original, list_parametrizations
 from elastic.widths.tracing.sizes import write_size
 
-NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
+NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 NEUTRAL = {"bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
 
 
@@ -40,7 +40,8 @@ def list_tensors(module: nn.Module, tensor: str) -> list[LayerTensor]:
     items = [_describe(module, tensor, value)]
     for parametrization in list_parametrizations(module, tensor):
         gate = cast(ChannelParametrization, parametrization)  # discovery fixes widths with any other
-        items += [LayerTensor(getattr(gate, name), gate.dims, fill) for name, fill in gate.fresh.items()]
+        if max(gate.dims) < value.dim():  # or it is that of a transposed weight, and follows with it
+            items += [LayerTensor(getattr(gate, name), gate.dims, fill) for name, fill in gate.fresh.items()]
     return items
 
 
@@ -76,12 +77,18 @@ def resize_layer(module: nn.Module, tensor: str, dim: int, size: int, depthwise:
 
 @resize_layer.register
 def _(module: _ConvNd, tensor: str, dim: int, size: int, depthwise: bool) -> None:
-    if tensor == "weight" and dim == 1:
-        module.in_channels = size * module.groups
-    elif tensor == "weight":
-        if depthwise:  # as many outputs a group as before
-            module.groups = module.in_channels = size * module.groups // module.out_channels
-        module.out_channels = size
+    if tensor != "weight":
+        return
+    if depthwise:  # as many outputs a group as before
+        copies = module.out_channels // module.groups
+        groups = size if module.transposed else size // copies
+        module.groups, module.in_channels, module.out_channels = groups, groups, groups * copies
+    elif module.transposed:
+        module.in_channels = size if dim == 0 else module.in_channels
+        module.out_channels = size * module.groups if dim == 1 else module.out_channels
+    else:
+        module.in_channels = size * module.groups if dim == 1 else module.in_channels
+        module.out_channels = size if dim == 0 else module.out_channels
 
 
 @resize_layer.register
@@ -96,7 +103,8 @@ def _(module: nn.GroupNorm, tensor: str, dim: int, size: int, depthwise: bool) -
     module.num_groups = size if depthwise else module.num_groups
 
 
-@resize_layer.register
+@resize_layer.register(nn.LayerNorm)
+@resize_layer.register(nn.RMSNorm)
 def _(module: nn.LayerNorm, tensor: str, dim: int, size: int, depthwise: bool) -> None:
     before, after = module.normalized_shape[:dim], module.normalized_shape[dim + 1 :]
     module.normalized_shape = (*before, size, *after)

@@ -13,6 +13,7 @@ from elastic.errors import StructureError
 from elastic.surgery.depth import count_blocks, deepen, get_blocks
 from elastic.surgery.reindexing import reindex, resize_index
 from elastic.widths.discovery import Slot, Widths
+from elastic.widths.sizing import solve_sizes
 
 REFUSAL = "the checkpoint is of another architecture"
 
@@ -83,8 +84,12 @@ def _read_sizes(state: Mapping[str, Tensor], widths: Widths, prefix: str) -> dic
     while len(sizes) < len(widths):
         read = [pair for slot, extent in extents.items() for pair in _solve(slot, extent, sizes)]
         if not read:
-            name = next(name for name in widths if name not in sizes)
-            raise StructureError(f"{REFUSAL}: it lacks width '{name}'")
+            unknown = [name for name in widths if name not in sizes]
+            beside = {s.layout: n for s, n in extents.items() if any(g.width in unknown for g in s.layout)}
+            solved = solve_sizes(unknown, beside, sizes)
+            if not solved:
+                raise StructureError(f"{REFUSAL}: it lacks width '{unknown[0]}'")
+            return sizes | solved
         sizes |= dict(reversed(read))  # the first one counts, should they differ
     return sizes
 

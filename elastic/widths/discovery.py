@@ -5,7 +5,7 @@ evaluation mode; channel axes that meet are united (`elastic.widths.tracker`). W
 a `Width`: a number of channels that can change, with every tensor dimension that must follow.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from elastic.errors import OptionError, StructureError
 from elastic.widths.collecting import collect_widths
+from elastic.widths.operations.interface import is_stored
+from elastic.widths.sizing import find_spans, list_layouts
 from elastic.widths.tracing import make_meta_copy, trace_modes
 from elastic.widths.tracker import AxisTracker, Records
 from elastic.widths.union import ChannelUnion
@@ -91,4 +93,33 @@ def find_widths(model: nn.Module, *example: Tensor) -> Widths:
             AxisTracker(graph, replica, elements, records).run(*inputs)
     widths = collect_widths(elements, records)
     widths.example = tuple(inputs)
+    fix_widths(widths, _find_inseparable(widths))
     return widths
+
+
+def _find_inseparable(widths: Widths) -> dict[str, str]:
+    """Find widths that have to be fixed so that saved tensors tell the sizes of all others, with reasons.
+
+    Where channels of two widths lie side by side on every tensor, only an attribute knows how many are whose.
+    """
+    unknown = [name for name in widths if not _is_told(widths, name, widths)]
+    while left := [name for name in unknown if not _is_told(widths, name, unknown)]:
+        if len(left) == len(unknown):
+            break
+        unknown = left
+    reasons: dict[str, str] = {}
+    while left and (spans := find_spans(left, list_layouts(widths, left))):
+        name = next(name for name in left if name in spans)
+        others = " and ".join(other for other in spans if other != name)
+        reasons[name] = f"no tensor tells its channels from those of {others}"
+        left.remove(name)
+    return reasons
+
+
+def _is_told(widths: Widths, name: str, unknown: Container[str]) -> bool:
+    """Tell whether a tensor of a width has no channels beside its own but of widths that are known."""
+    return any(
+        is_stored(slot.tensor)
+        and all(s.width is None or s.width == name or s.width not in unknown for s in slot.layout)
+        for slot in widths[name].slots
+    )

@@ -10,6 +10,11 @@ from torch.utils._pytree import tree_leaves
 Hook = Callable[..., Any]
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Tell whether a module has hooks that run when it is called."""
+    return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
 def watch_hooks(layers: Mapping[str, nn.Module]) -> set[str]:
     """Watch all forward hooks of layers, in place: collect the paths of those that one may change."""
     changed: set[str] = set()

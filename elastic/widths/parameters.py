@@ -23,11 +23,8 @@ class ChannelParametrization(nn.Module):
 
 def get_kind(module: nn.Module) -> type[nn.Module]:
     """Get a module's class, as it was before anything parametrized its tensors."""
-    return (
-        parametrize.type_before_parametrizations(module)
-        if "parametrizations" in module._modules
-        else type(module)
-    )
+    is_parametrized = "parametrizations" in module._modules
+    return parametrize.type_before_parametrizations(module) if is_parametrized else type(module)
 
 
 def get_parametrizations(module: nn.Module, tensor: str) -> parametrize.ParametrizationList | None:

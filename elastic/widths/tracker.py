@@ -18,7 +18,7 @@ from elastic.widths.parameters import ChannelParametrization, get_original, list
 from elastic.widths.tracing import describe_node
 from elastic.widths.tracing.graph import shorten
 from elastic.widths.tracing.shapes import infer_call, infer_layer
-from elastic.widths.tracing.sizes import SizeAttribute
+from elastic.widths.tracing.sizes import STOCK, SizeAttribute, is_stock
 from elastic.widths.union import Axis, ChannelUnion
 
 Dimension = tuple[str, str, int]  # module, tensor, dimension
@@ -39,11 +39,18 @@ class AxisTracker:
         self._recorded: list[Axis] = []  # what the rule of this node has recorded
         self._united: list[tuple[Axis, Axis]] = []  # what it has let agree
         self._followed: list[SizeAttribute] = []  # the numbers of this node that follow channels
-        self._constant: dict[Dimension, str] = {}  # attributes that nodes use as they are, with a reason
+        # Attributes that are used as they are, with a reason.
+        self._constant: dict[Dimension, str] = {
+            (place.module, ATTRIBUTE + place.name, place.number): f"the forward computes with {place}"
+            for place in graph.computed_sizes  # type: ignore[attr-defined]
+        }
         self._shared: dict[tuple[int, int], Axis] = {}  # by the identity of a tensor, and its dimension
+        self._roles: dict[tuple[int, int], set[Role]] = {}  # likewise
 
     def run(self, *inputs: Tensor) -> None:
         """Run all nodes, and note of each its value and the value's axes.
+
+        Last, fix what layers' own attributes count that are used as they are.
 
         Raises:
             StructureError: the model does not run on these inputs, or a rule is at fault.
@@ -58,6 +65,14 @@ class AxisTracker:
                     f"{describe_node(node)}: {shorten(error)}"
                 ) from error
             self._note_axes(node, value)
+        self._fix_used_as_they_are()
+
+    def _fix_used_as_they_are(self) -> None:
+        for (path, name, _), reason in self._constant.items():
+            if is_stock(self._find_module(path)):
+                roles = STOCK.get(name.removeprefix(ATTRIBUTE), ())
+                on_layer = (record for key, record in self.records.items() if key[0] == path)
+                self.elements.fix_all([axis for role, axis in on_layer if role in roles], reason)
 
     def _note_axes(self, node: fx.Node, value: Any) -> None:
         if _is_plain(value):
@@ -239,6 +254,10 @@ class AxisTracker:
         self._recorded.append(axis)
         if original is not None:  # one parameter may serve several layers
             self.elements.unite(self._shared.setdefault((id(original), dim), first), first)
+            roles = self._roles.setdefault((id(original), dim), set())
+            roles.add(role)
+            if roles >= {"in", "out"}:
+                self.elements.fix(first, f"{module}.{tensor} is both what writes them and what reads them")
             self._fix_foreign(module, tensor, first)
 
     def follow_size(self, size: object, axis: Axis | None) -> bool:

@@ -28,10 +28,10 @@ class Segment:
 class Slot:
     """Name one tensor dimension on which channels lie.
 
-    `role` is "out" where a layer writes its channels (weight dim 0), "in" where it reads them (weight
-    dim 1), "per_channel" for what is merely carried a channel (bias, norms), and "depthwise" where the layer
-    also keeps as many groups as channels (depthwise convolution, group norm of one channel a group). A
-    `tensor` of "" stands for a layer without tensors whose attributes count channels.
+    `role` is "out" where a layer writes its channels (weight dim 0, or 1 of a transposed convolution), "in"
+    where it reads them (the other one), "per_channel" for what is merely carried a channel (bias, norms), and
+    "depthwise" where the layer also keeps as many groups as channels (depthwise convolution, group norm of
+    one channel a group). A `tensor` of "" stands for a layer without tensors whose attributes count channels.
     """
 
     module: str
@@ -39,6 +39,11 @@ class Slot:
     dim: int
     role: Role
     layout: tuple[Segment, ...]
+
+    @property
+    def is_transposed(self) -> bool:
+        """Tell whether a weight lies the other way round: (in, out, …)."""
+        return (self.dim, self.role) in ((0, "in"), (1, "out"))
 
 
 @dataclass

@@ -59,9 +59,10 @@ class SettingUp(L.Callback):
 
     has_begun = False
     checkpoint: Path | None = None  # that training is to go on from
+    folder = ""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.has_begun = True
+        self.has_begun, self.folder = True, trainer.default_root_dir
 
 
 @contextmanager
@@ -72,7 +73,7 @@ def explain_faults() -> Iterator[SettingUp]:
         What has to be among the callbacks.
 
     Raises:
-        TrainingError: something has failed.
+        TrainingError: something has failed, or later another process of the run.
         FileError: a checkpoint does not fit.
     """
     setting_up = SettingUp()
@@ -81,6 +82,8 @@ def explain_faults() -> Iterator[SettingUp]:
     except THEIRS:
         raise
     except Exception as error:
+        if setting_up.has_begun and (what := _find_process(error)):
+            raise TrainingError(f"{what}: go on with elastic train run={setting_up.folder}") from error
         if setting_up.has_begun:
             raise
         cause = (str(error).strip().splitlines() or [""])[0]
@@ -93,6 +96,15 @@ def explain_faults() -> Iterator[SettingUp]:
             f"the run cannot be set up ({type(error).__name__}: {cause}): look at the options; {FULL}=1 "
             "shows where"
         ) from error
+
+
+def _find_process(error: Exception) -> str | None:
+    """Find which other process has failed, by words: torch's loaders and gloo have no kind of error."""
+    if isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error):
+        return "another process of the run has died, or cannot be reached"
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid"):
+        return "a process that reads batches has died, perhaps for want of memory"
+    return None
 
 
 def choose_precision(precision: str) -> str:

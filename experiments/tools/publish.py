@@ -1,12 +1,13 @@
-"""Publish the end of a run on W&B: its summary, tables, pictures, its network as an artifact."""
+"""Publish the end of a run on W&B or in TensorBoard: its summary, tables and pictures, on W&B its network."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from elastic.experiments.tools.figure import draw_heat_map
+from elastic.experiments.tools.tables import format_markdown
 
 FILES = ("model.safetensors", "config.yaml", "summary.json", "timeline.jsonl", "history.jsonl")
 EVENT = ("epoch", "step", "why", "width", "stage", "before", "after")  # keys of the timeline
@@ -21,13 +22,38 @@ def publish(
     history: list[dict[str, Any]],
     timeline: Rows,
 ) -> None:
-    """Log what is known once a run has ended, and close it; with another logger nothing happens.
+    """Log what is known once a run has ended, and on W&B close it; with another logger nothing happens.
 
     Args:
         config: the run's configuration, complete, as plain containers.
     """
-    if not isinstance(logger, WandbLogger):
-        return
+    if isinstance(logger, TensorBoardLogger):
+        _write_for_tensorboard(logger, summary, history, timeline)
+    elif isinstance(logger, WandbLogger):
+        _publish_on_wandb(logger, folder, config, summary, history, timeline)
+
+
+def _write_for_tensorboard(
+    logger: TensorBoardLogger, summary: dict[str, Any], history: list[dict[str, Any]], timeline: Rows
+) -> None:
+    """Write the summary and the timeline as texts, and the widths over time as a picture."""
+    board, numbers = logger.experiment, [(name, str(value)) for name, value in summary.items()]
+    board.add_text("summary", format_markdown(("", ""), numbers))
+    rows = [[str(row.get(name, "")) for name in EVENT] for row in timeline]
+    board.add_text("timeline", format_markdown(EVENT, rows))
+    if history:
+        board.add_image("widths over time", draw_heat_map(history), dataformats="HWC")
+    board.flush()
+
+
+def _publish_on_wandb(
+    logger: WandbLogger,
+    folder: Path,
+    config: Any,
+    summary: dict[str, Any],
+    history: list[dict[str, Any]],
+    timeline: Rows,
+) -> None:
     import wandb
 
     run = logger.experiment

@@ -86,9 +86,10 @@ def groupings(widths: Widths) -> dict[str, set[str]]:
     return {name: {written(slot) for slot in width.slots} for name, width in widths.items()}
 
 
-def norm(name: str) -> str:
+def norm(name: str, layout: str = "") -> str:
     """The four slots of a batch norm."""
-    return " ".join(f"{name}.{tensor}.0" for tensor in ("weight", "bias", "running_mean", "running_var"))
+    end = f".0[{layout}]" if layout else ".0"
+    return " ".join(f"{name}.{tensor}{end}" for tensor in ("weight", "bias", "running_mean", "running_var"))
 
 
 def layer(name: str) -> str:
@@ -489,10 +490,20 @@ CASES: dict[str, Case] = {
         },
     ),
     "transposed_convolution": Case(
-        lambda: nn.Sequential(conv(3, 4), nn.ConvTranspose2d(4, 6, 2), conv(6, 5), head(5)),
-        {"2": 5},
-        {"2": f"{layer('2')} 3.2.weight.1"},
-        {"0": "ConvTranspose2d", "3.2": OUTPUT},
+        lambda: nn.Sequential(
+            *(conv(3, 4), nn.ConvTranspose2d(4, 6, 2, stride=2), nn.BatchNorm2d(6), nn.ReLU()),
+            *(nn.ConvTranspose2d(6, 12, 2, groups=6), nn.ConvTranspose2d(12, 8, 2, groups=2), nn.ReLU()),
+            head(8),
+        ),
+        {"0": 4, "1": 3, "5": 4},
+        {
+            "0": f"{layer('0')} 1.weight.0",
+            "1": f"1.weight.1[1*1,1*1] 1.bias.0[1*1,1*1] {norm('2', '1*1,1*1')} 4.weight.0[1*1,1*1] "
+            "4.bias.0[1*2,1*2] 5.weight.0[1*2,1*2]",
+            "5": "5.weight.1 5.bias.0[5*1,5*1] 7.2.weight.1[5*1,5*1]",
+        },
+        {"7.2": OUTPUT},
+        smallest=2,
     ),
     "expanded_attention": Case(
         lambda: Net(

@@ -17,6 +17,8 @@ from hydra.core.global_hydra import GlobalHydra
 
 import elastic.experiments.compare
 import elastic.experiments.train
+from elastic.errors import TrainingError
+from elastic.experiments.tools.environment import explain_faults
 from elastic.experiments.tools.errors import run
 from tests.fitted import EXACT, Spy, command, fit
 from tests.resuming import assert_same_run
@@ -238,6 +240,26 @@ def test_an_error_of_ours_keeps_its_traceback(
 
 
 # --- full disks and kills -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cause", "message"),
+    [
+        (
+            "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed",
+            "another process of",
+        ),
+        ("DataLoader worker (pid 4) is killed by signal: Killed. ", "a process that reads batches has died"),
+    ],
+)
+def test_another_process_that_dies_is_said_and_how_to_go_on(cause: str, message: str) -> None:
+    with pytest.raises(TrainingError, match=message) as caught, explain_faults() as setting_up:
+        setting_up.has_begun, setting_up.folder = True, "there"
+        raise RuntimeError(cause)
+    assert str(caught.value).endswith("run=there")
+    with pytest.raises(RuntimeError, match="a fault of the code"), explain_faults() as setting_up:
+        setting_up.has_begun = True
+        raise RuntimeError("a fault of the code")
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:

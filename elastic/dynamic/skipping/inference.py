@@ -1,18 +1,18 @@
 """Prepare networks for inference: traced, their norms folded into convolutions."""
 
-import copy
-
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from elastic.dynamic.norms import SetNorm
 from elastic.dynamic.sites import find_calls
+from elastic.widths.copying import copy_module
+from elastic.widths.hooks import has_hooks
 from elastic.widths.tracing import BATCH_NORM, get_layer, trace
 
 
 def prepare_for_inference(net: nn.Module) -> fx.GraphModule:
     """Trace a copy in evaluation mode, without the layers that do nothing there."""
-    copied = copy.deepcopy(net).eval()
+    copied = copy_module(net).eval()
     traced = copied if isinstance(copied, fx.GraphModule) else trace(copied)
     _fold_norms(traced)
     _leave_out_identities(traced)
@@ -24,11 +24,13 @@ def _fold_norms(traced: fx.GraphModule) -> None:
     """Fold each batch norm that alone reads a convolution into it, in place."""
     for node in list(traced.graph.nodes):
         norm = get_layer(traced, node)
-        if not isinstance(norm, BATCH_NORM | SetNorm) or norm.running_mean is None:
+        if not isinstance(norm, BATCH_NORM | SetNorm) or norm.running_mean is None or has_hooks(norm):
             continue
         (source,) = node.all_input_nodes
         conv, path = get_layer(traced, source), str(source.target)
-        if len(source.users) == 1 and isinstance(conv, nn.Conv2d) and len(find_calls(traced, path)) == 1:
+        if not isinstance(conv, nn.Conv2d) or has_hooks(conv):
+            continue
+        if len(source.users) == 1 and len(find_calls(traced, path)) == 1:
             owner, _, name = path.rpartition(".")
             folded = fuse_conv_bn_eval(conv, norm)  # type: ignore[arg-type]  # SetNorm has what it reads
             setattr(traced.get_submodule(owner), name, folded)
@@ -38,6 +40,7 @@ def _fold_norms(traced: fx.GraphModule) -> None:
 
 def _leave_out_identities(traced: fx.GraphModule) -> None:
     for node in list(traced.graph.nodes):
-        if isinstance(get_layer(traced, node), nn.Identity | nn.Dropout | nn.Dropout2d):
+        layer = get_layer(traced, node)
+        if isinstance(layer, nn.Identity | nn.Dropout | nn.Dropout2d) and not has_hooks(layer):
             node.replace_all_uses_with(node.args[0])
             traced.graph.erase_node(node)

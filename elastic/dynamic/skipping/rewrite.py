@@ -18,6 +18,7 @@ from elastic.dynamic.skipping.patterns import find_next, find_pool_size
 from elastic.dynamic.sums import find_addend
 from elastic.dynamic.zeros import RESHAPES, keeps_zeros, name_operation
 from elastic.errors import StructureError
+from elastic.widths.hooks import has_hooks
 from elastic.widths.tracing import get_layer
 
 Chain = list[fx.Node]  # of which each alone reads the one before
@@ -71,7 +72,7 @@ class _Rewriter:
 
     def run(self) -> fx.GraphModule:
         for node in list(self.graph.nodes):
-            if node not in self.done:
+            if node not in self.done and not self._has_hooks(node):
                 self._rewrite(get_layer(self.traced, node), node)
         self._leave_unread_maps()
         self.traced.delete_all_unused_submodules()
@@ -120,11 +121,16 @@ class _Rewriter:
             chain = [*chain, user]
         user = find_next(self.traced, chain)
         has_relu = user is not None and name_operation(self.traced, user) == "relu"
-        if user is not None and has_relu:
+        if user is not None and (has_relu := has_relu and not self._has_hooks(user)):
             chain = [*chain, user]
         conv = ActiveConv2d(layer, has_relu, method=self.method)
         call = self._replace(chain, conv, (node.args[0], self._get_active(node), gates, residual))
         self._list_active(call, gates)
+
+    def _has_hooks(self, node: fx.Node) -> bool:
+        """Tell whether a node calls a layer of the network with hooks, which only it can run."""
+        layer = get_layer(self.traced, node)
+        return layer is not None and not isinstance(layer, KernelActivation) and has_hooks(layer)
 
     def _get_active(self, node: fx.Node) -> fx.Node | None:
         """Get the node that lists the active channels of what a node reads, if any is known not to be."""

@@ -4,8 +4,19 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from elastic.widths.operations.cutting import chunk, gate_linearly, get_item, select, set_item, split, unbind
+from elastic.widths.operations.cutting import (
+    chunk,
+    gate_linearly,
+    get_item,
+    narrow,
+    pick,
+    select,
+    set_item,
+    split,
+    unbind,
+)
 from elastic.widths.operations.functional import (
+    convolve_transposed_with,
     convolve_with,
     normalize_channels_with,
     normalize_groups_with,
@@ -14,31 +25,35 @@ from elastic.widths.operations.functional import (
     rectify_with,
 )
 from elastic.widths.operations.interface import LAYER, Axes, NotFollowed, Role, Rule, Tracked, Tracker
-from elastic.widths.operations.joining import broadcast, concatenate, stack
+from elastic.widths.operations.joining import broadcast, concatenate, hold, stack
 from elastic.widths.operations.layers import (
     convolve,
+    convolve_transposed,
     normalize_channels,
     normalize_groups,
     normalize_layer,
     project,
     rectify,
 )
-from elastic.widths.operations.making import decide, expand, fill, fill_like, repeat
+from elastic.widths.operations.making import decide, expand, fill, fill_like, repeat, repeat_entries
 from elastic.widths.operations.products import attend, contract, multiply_matrices
 from elastic.widths.operations.registry import TABLE, register_op
 from elastic.widths.operations.reshaping import flatten, reshape, reshape_as, unflatten
 from elastic.widths.operations.shapes import (
+    accumulate,
     find_extreme,
     measure_norm,
     mix_dimension,
     move_dimensions,
     normalize,
     permute,
+    read_attribute,
     reduce,
     reduce_twice,
     reorder,
     squeeze,
     transpose,
+    transpose_last,
     unsqueeze,
 )
 from elastic.widths.operations.spatial import (
@@ -66,10 +81,11 @@ __all__ = [
 
 LAYERS: dict[Rule, Iterable[type[nn.Module]]] = {
     convolve: (nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    convolve_transposed: (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
     project: (nn.Linear,),
     normalize_channels: (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm),
     normalize_groups: (nn.GroupNorm,),
-    normalize_layer: (nn.LayerNorm,),
+    normalize_layer: (nn.LayerNorm, nn.RMSNorm),
     rectify: (nn.PReLU,),
     flatten: (nn.Flatten,),
     unflatten: (nn.Unflatten,),
@@ -103,13 +119,18 @@ FUNCTIONS: dict[Rule, str] = {
         clone detach to float half bfloat16 double type type_as expand_as stochastic_depth where lerp
         addcmul addcdiv bernoulli masked_fill erf sin cos tan sign reciprocal floor ceil round log1p expm1
         log2 exp2 sigmoid nan_to_num hardshrink softshrink softsign tanhshrink threshold logsigmoid rrelu
-        clamp_min clamp_max alpha_dropout feature_alpha_dropout cpu cuda eq ne gt lt ge le logical_not""",
+        clamp_min clamp_max alpha_dropout feature_alpha_dropout cpu cuda long int bool
+        eq ne gt lt ge le logical_not""",
     fill: "ones zeros empty full rand randn new_ones new_zeros new_empty new_full",
     fill_like: "ones_like zeros_like empty_like full_like rand_like randn_like",
     expand: "expand",
-    repeat: "repeat",
+    repeat: "repeat tile",
+    repeat_entries: "repeat_interleave",
     stack: "stack",
+    hold: "dataclass",  # and named tuples
     select: "index_select",
+    pick: "select",
+    narrow: "narrow",
     set_item: "setitem",
     reduce_twice: "var_mean std_mean",
     reorder: "flip roll",
@@ -132,12 +153,13 @@ FUNCTIONS: dict[Rule, str] = {
         adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
         adaptive_max_pool3d""",
     pad: "pad",
-    resize: "interpolate",
+    resize: "interpolate grid_sample",
     convolve_with: "conv1d conv2d conv3d",
+    convolve_transposed_with: "conv_transpose1d conv_transpose2d conv_transpose3d",
     project_with: "linear",
     normalize_channels_with: "batch_norm instance_norm",
     normalize_groups_with: "group_norm",
-    normalize_layer_with: "layer_norm",
+    normalize_layer_with: "layer_norm rms_norm",
     rectify_with: "prelu",
     flatten: "flatten",
     unflatten: "unflatten",
@@ -149,6 +171,8 @@ FUNCTIONS: dict[Rule, str] = {
     chunk: "chunk",
     get_item: "getitem",
     transpose: "transpose swapaxes swapdims",
+    transpose_last: "t adjoint",
+    accumulate: "cumsum cumprod logcumsumexp",
     permute: "permute",
     squeeze: "squeeze",
     unsqueeze: "unsqueeze",
@@ -157,10 +181,12 @@ FUNCTIONS: dict[Rule, str] = {
 # These understand numbers computed from sizes; with any other rule such a number fixes what it counts.
 READS_COUNTS: tuple[Rule, ...] = (
     *(reshape, unflatten, split, get_item),
-    *(decide, set_item, convolve_with, normalize_layer_with, fill, expand, repeat),
+    *(decide, set_item, convolve_with, convolve_transposed_with, normalize_layer_with),
+    *(fill, expand, repeat),
 )
 # These are asked even where no tensor with channels is read.
 NEEDS_NO_TENSOR: tuple[Rule, ...] = (fill, decide)
 
+TABLE.functions[getattr] = read_attribute
 TABLE.layers.update((kind, rule) for rule, kinds in LAYERS.items() for kind in kinds)
 TABLE.names.update((name, rule) for rule, names in FUNCTIONS.items() for name in names.split())

@@ -6,6 +6,7 @@ A cut at a place that is written as a number fixes the channels; one that is com
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from math import gcd
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -90,11 +91,14 @@ def gate_linearly(tracker: Tracker, node: fx.Node) -> Axes:
 def get_item(tracker: Tracker, node: fx.Node) -> Tracked:
     """Follow indexing of a tensor, or the choice of one of several tensors."""
     source, index = get_input(node), get_argument(node, 1, "index")
-    tracker.drop(list_axes(source.meta["axes"]))  # what is not picked is not read here
+    parts: Any = source.meta["axes"]
+    if not isinstance(get_value(source), Tensor) and parts and not isinstance(index, int | slice):
+        raise NotFollowed("is given another place than a number")
+    tracker.drop(list_axes(parts))  # what is not picked is not read here
     if isinstance(get_value(source), Tensor):
-        return _index(tracker, node, get_axes(source), index)
-    parts: Tracked = source.meta["axes"]
-    return parts[index] if parts and isinstance(index, int) else None  # type: ignore[return-value]
+        return _index(tracker, node, parts or (), index)
+    picked: Tracked = parts[index] if parts else None
+    return picked
 
 
 def set_item(tracker: Tracker, node: fx.Node) -> Axes:
@@ -111,6 +115,20 @@ def set_item(tracker: Tracker, node: fx.Node) -> Axes:
             else:
                 tracker.fix([other], node, "broadcasts one channel over many")
     return ()
+
+
+def pick(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow select: one place along a dimension, which goes."""
+    x, dim = get_axes(get_input(node)), get_argument(node, 1, "dim")
+    tracker.fix([x[dim]], node, "picks single channels")
+    return (*x[: dim % len(x)], *x[dim % len(x) + 1 :])
+
+
+def narrow(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow narrow: a run along a dimension, which leaves channels alone or fixes them."""
+    x, dim = get_axes(get_input(node)), get_argument(node, 1, "dim")
+    tracker.fix([x[dim]], node, "fixes the number of channels")
+    return (*x[: dim % len(x)], None, *x[dim % len(x) + 1 :])
 
 
 def select(tracker: Tracker, node: fx.Node) -> Axes:

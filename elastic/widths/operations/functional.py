@@ -18,7 +18,7 @@ from elastic.widths.operations.interface import (
     get_shape,
     get_value,
 )
-from elastic.widths.operations.weights import SPACE, locate_source, read_and_write
+from elastic.widths.operations.weights import SPACE, locate_source, read_and_write, read_and_write_transposed
 from elastic.widths.union import Axis
 
 
@@ -28,15 +28,33 @@ def convolve_with(tracker: Tracker, node: fx.Node) -> Axes:
     is_depthwise = get_value(groups) > 1 == shape[1]
     x, weight, bias = _read_weights(tracker, node, is_depthwise)
     channel = len(x) - len(shape) + 1  # 0 where there is no batch
-    if is_depthwise:
-        is_counted = get_count(groups).counts(x[channel], tracker.elements)
-        if not is_counted and not tracker.follow_size(groups, x[channel]):
-            tracker.fix([x[channel]], node, "fixes the number of groups")
-    else:
-        tracker.fix(get_count(groups).axes, node, "computes with the number of channels")
+    _follow_groups(tracker, node, groups, x[channel], is_depthwise)
     tracker.fix(x[channel + 1 :], node, SPACE)
     written = read_and_write(tracker, node, x[channel], weight, bias, get_value(groups), is_depthwise)
     return (*x[:channel], written, *(None for _ in shape[2:]))
+
+
+def convolve_transposed_with(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow a transposed convolution with a weight that the model holds."""
+    groups, shape = get_argument(node, 6, "groups", default=1), get_shape(get_argument(node, 1, "weight"))
+    is_depthwise = 1 < get_value(groups) == shape[0]
+    x, weight, bias = _read_weights(tracker, node, is_depthwise)
+    channel = len(x) - len(shape) + 1  # 0 where there is no batch
+    _follow_groups(tracker, node, groups, x[channel], is_depthwise)
+    tracker.fix(x[channel + 1 :], node, SPACE)
+    copies = shape[1] if is_depthwise else 0
+    written = read_and_write_transposed(tracker, node, x[channel], weight, bias, get_value(groups), copies)
+    return (*x[:channel], written, *(None for _ in shape[2:]))
+
+
+def _follow_groups(
+    tracker: Tracker, node: fx.Node, groups: object, axis: Axis | None, is_depthwise: bool
+) -> None:
+    """Let the number of groups follow the channels where each of them is one; else it stays."""
+    if not is_depthwise:
+        tracker.fix(get_count(groups).axes, node, "computes with the number of channels")
+    elif not get_count(groups).counts(axis, tracker.elements) and not tracker.follow_size(groups, axis):
+        tracker.fix([axis], node, "fixes the number of groups")
 
 
 def project_with(tracker: Tracker, node: fx.Node) -> Axes:

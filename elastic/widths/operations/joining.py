@@ -1,15 +1,19 @@
 """Follow channels where several tensors meet: broadcasting and concatenation."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from torch import fx
 
 from elastic.widths.operations.interface import (
     Axes,
     NotFollowed,
+    Tracked,
     Tracker,
     get_argument,
     get_axes,
     get_shape,
+    get_value,
     list_tensors,
 )
 from elastic.widths.union import Axis
@@ -34,21 +38,19 @@ def broadcast(tracker: Tracker, node: fx.Node) -> Axes:
 
 def concatenate(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow tensors set side by side along one dimension; along the others they agree."""
-    parts = get_argument(node, 0, "tensors")
-    if not isinstance(parts, tuple | list):
-        raise NotFollowed("joins what is no list of tensors")
-    y = list(get_axes(parts[0]))
+    parts, shapes = _list_parts(node)
+    y = list(parts[0])
     dim = get_argument(node, 1, "dim", "axis", default=0) % len(y)
     for d in (d for d in range(len(y)) if d != dim):
-        for part in parts[1:]:
-            if y[d] is not None or get_axes(part)[d] is not None:
-                tracker.unite(y[d], get_axes(part)[d], node)
-    ends = [get_axes(part)[dim] for part in parts]
+        for axes in parts[1:]:
+            if y[d] is not None or axes[d] is not None:
+                tracker.unite(y[d], axes[d], node)
+    ends = [axes[dim] for axes in parts]
     if any(axis is not None for axis in ends):
         y[dim] = np.concatenate(
             [
-                _begin_constant(tracker, node, get_shape(part)[dim]) if axis is None else axis
-                for part, axis in zip(parts, ends, strict=True)
+                _begin_constant(tracker, node, shape[dim]) if axis is None else axis
+                for shape, axis in zip(shapes, ends, strict=True)
             ]
         )
     return tuple(y)
@@ -56,16 +58,33 @@ def concatenate(tracker: Tracker, node: fx.Node) -> Axes:
 
 def stack(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow tensors that are stacked along a new dimension, and agree along all others."""
-    parts = get_argument(node, 0, "tensors")
-    if not isinstance(parts, tuple | list):
-        raise NotFollowed("joins what is no list of tensors")
-    first, *others = map(get_axes, parts)
+    (first, *others), _ = _list_parts(node)
     for axes in others:
         for axis, other in zip(first, axes, strict=True):
             if axis is not None or other is not None:
                 tracker.unite(axis, other, node)
     dim = get_argument(node, 1, "dim", "axis", default=0) % (len(first) + 1)
     return (*first[:dim], None, *first[dim:])
+
+
+def hold(tracker: Tracker, node: fx.Node) -> tuple[Tracked, ...]:
+    """Follow a named tuple or a dataclass, whose tensors stay what they are: it is an output."""
+    return tuple(source.meta["axes"] for source in node.all_input_nodes)
+
+
+def _list_parts(node: fx.Node) -> tuple[list[Axes], list[Sequence[int]]]:
+    """List the axes and the shapes of the tensors that are joined: of several nodes, or of one's parts.
+
+    Raises:
+        NotFollowed: they are no tensors.
+    """
+    parts = get_argument(node, 0, "tensors")
+    if isinstance(parts, tuple | list) and all(isinstance(part, fx.Node) for part in parts):
+        return [get_axes(part) for part in parts], [get_shape(part) for part in parts]
+    values = get_value(parts)
+    if not isinstance(values, tuple | list) or not parts.meta["axes"]:
+        raise NotFollowed("joins what is no list of tensors")
+    return list(parts.meta["axes"]), [value.shape for value in values]
 
 
 def _begin_constant(tracker: Tracker, node: fx.Node, size: int) -> Axis:

@@ -1,9 +1,11 @@
 """Follow channels through layers that hold tensors: convolutions, linear layers, norms."""
 
+from typing import cast
+
 from torch import fx, nn
 
 from elastic.widths.operations.interface import LAYER, Axes, Place, Tracker, get_axes, get_input
-from elastic.widths.operations.weights import SPACE, read_and_write
+from elastic.widths.operations.weights import SPACE, read_and_write, read_and_write_transposed
 
 
 def convolve(tracker: Tracker, node: fx.Node) -> Axes:
@@ -15,6 +17,18 @@ def convolve(tracker: Tracker, node: fx.Node) -> Axes:
     weight, bias = Place(path, "weight"), Place(path, "bias")
     is_depthwise = 1 < layer.groups == layer.in_channels
     written = read_and_write(tracker, node, x[channel], weight, bias, layer.groups, is_depthwise)
+    return (*x[:channel], written, *(None for _ in layer.kernel_size))
+
+
+def convolve_transposed(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow a transposed convolution: its weight lies the other way round."""
+    layer, path = tracker.get_layer(node, nn.modules.conv._ConvTransposeNd), str(node.target)
+    x = get_axes(get_input(node))
+    channel = len(x) - len(layer.kernel_size) - 1  # 0 where there is no batch
+    tracker.fix(x[channel + 1 :], node, SPACE)
+    copies = layer.out_channels // layer.groups if 1 < layer.groups == layer.in_channels else 0
+    weight, bias = Place(path, "weight"), Place(path, "bias")
+    written = read_and_write_transposed(tracker, node, x[channel], weight, bias, layer.groups, copies)
     return (*x[:channel], written, *(None for _ in layer.kernel_size))
 
 
@@ -56,9 +70,9 @@ def normalize_groups(tracker: Tracker, node: fx.Node) -> Axes:
 
 
 def normalize_layer(tracker: Tracker, node: fx.Node) -> Axes:
-    """Follow layer norm: its tensors have all dimensions that it normalises over."""
-    layer, x = tracker.get_layer(node, nn.LayerNorm), get_axes(get_input(node))
-    axes = x[-len(layer.normalized_shape) :]
+    """Follow layer norm (and RMS norm): its tensors have all dimensions that it normalises over."""
+    layer, x = tracker.get_layer(node, nn.Module), get_axes(get_input(node))
+    axes = x[-len(cast(nn.LayerNorm, layer).normalized_shape) :]  # or an RMSNorm
     tracker.mix(axes, node, "normalises over its channels")
     for dim, axis in enumerate(axes):
         for tensor in _list_norm_tensors(layer):

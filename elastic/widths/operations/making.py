@@ -8,12 +8,12 @@ from elastic.widths.operations.interface import (
     Axes,
     NotFollowed,
     Tracker,
+    get_argument,
     get_axes,
     get_input,
     get_shape,
     list_arguments,
 )
-from elastic.widths.operations.joining import broadcast
 from elastic.widths.union import Axis
 
 
@@ -59,9 +59,13 @@ def expand(tracker: Tracker, node: fx.Node) -> Axes:
     return tuple(y)
 
 
-def expand_as(tracker: Tracker, node: fx.Node) -> Axes:
-    """Follow a tensor that is repeated to another's shape."""
-    return broadcast(tracker, node)
+def repeat_entries(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow repeat_interleave: each entry along a dimension comes a number of times."""
+    x, times, dim = get_axes(get_input(node)), get_argument(node, 1, "repeats"), get_argument(node, 2, "dim")
+    if not isinstance(times, int) or dim is None:
+        raise NotFollowed("repeats all entries, or each as often as a tensor says")
+    axis, dim = x[dim], dim % len(x)
+    return (*x[:dim], None if axis is None else np.repeat(axis, times), *x[dim + 1 :])
 
 
 def repeat(tracker: Tracker, node: fx.Node) -> Axes:
@@ -69,8 +73,9 @@ def repeat(tracker: Tracker, node: fx.Node) -> Axes:
     source = get_input(node)
     x, after = get_axes(source), get_shape(node)
     times = list_arguments(node, 1, "repeats", "dims")
-    if len(times) != len(after) or not all(isinstance(n, int | fx.Node) for n in times):
+    if len(times) > len(after) or not all(isinstance(n, int | fx.Node) for n in times):
         raise NotFollowed("is given numbers in a way of its own")
+    times = [*[1] * (len(after) - len(times)), *times]  # tile may be given fewer
     axes = [*[None] * (len(after) - len(x)), *x]
     y: list[Axis | None] = []
     for axis, count in zip(axes, _list_counts(times), strict=True):

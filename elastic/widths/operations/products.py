@@ -16,6 +16,7 @@ from elastic.widths.operations.interface import (
     get_axes,
     get_input,
     get_shape,
+    get_value,
 )
 from elastic.widths.union import Axis
 
@@ -41,11 +42,21 @@ def contract(tracker: Tracker, node: fx.Node) -> Axes:
     equation, *factors = node.args
     if len(factors) == 1 and isinstance(factors[0], tuple | list):
         factors = list(factors[0])
-    text = str(equation).replace(" ", "")
-    if not isinstance(equation, str) or "..." in text or "->" not in text:
-        raise NotFollowed("is no einsum of letters alone, with an arrow")
-    reads, _, writes = text.partition("->")
-    return _contract(tracker, node, factors, [list(term) for term in reads.split(",")], list(writes))
+    if not isinstance(equation, str) or "->" not in equation:
+        raise NotFollowed("is no einsum with an arrow")
+    reads, _, writes = equation.replace(" ", "").partition("->")
+    terms = reads.split(",")
+    ndims = [len(get_value(factor).shape) for factor in factors]
+    counts = [n - len(term.replace("...", "")) for n, term in zip(ndims, terms, strict=True)]
+    rest = [f"…{i}" for i in reversed(range(max(counts)))]  # what an ellipsis stands for, aligned at its end
+    spelled = [_spell(term, rest[len(rest) - n :]) for term, n in zip(terms, counts, strict=True)]
+    return _contract(tracker, node, factors, spelled, _spell(writes, rest))
+
+
+def _spell(term: str, rest: Sequence[str]) -> list[str]:
+    """List the letters of a term, with others for its ellipsis."""
+    before, dots, after = term.partition("...")
+    return [*before, *(rest if dots else ()), *after]
 
 
 def attend(tracker: Tracker, node: fx.Node) -> Axes:

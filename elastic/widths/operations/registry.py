@@ -1,6 +1,7 @@
 """Keep the rule of every operation; `register_op` adds one."""
 
 from collections.abc import Callable
+from dataclasses import is_dataclass
 
 from torch import fx, nn
 
@@ -36,7 +37,7 @@ class OperationTable:
         if isinstance(node.target, str):
             return self.names.get(node.target.strip("_"))
         rule = self.functions.get(node.target)
-        return rule or (self.names.get(_get_name(node.target)) if _is_library(node.target) else None)
+        return rule or self.names.get(_get_name(node.target))
 
 
 TABLE = OperationTable()
@@ -84,7 +85,10 @@ def _computes_as_known(kind: type[nn.Module]) -> bool:
 
 
 def _get_name(function: Callable[..., object]) -> str:
-    return getattr(function, "__name__", "").strip("_")
+    """Get the name by which a function of the libraries is known, or what holds a model's outputs."""
+    if isinstance(function, type) and (is_dataclass(function) or hasattr(function, "_fields")):
+        return "dataclass"
+    return getattr(function, "__name__", "").strip("_") if _is_library(function) else ""
 
 
 def _is_library(function: Callable[..., object]) -> bool:

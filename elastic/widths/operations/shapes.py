@@ -6,6 +6,7 @@ from torch import fx, nn
 
 from elastic.widths.operations.interface import (
     Axes,
+    NotFollowed,
     Tracker,
     get_argument,
     get_axes,
@@ -31,6 +32,27 @@ def transpose(tracker: Tracker, node: fx.Node) -> Axes:
     first, second = get_argument(node, 1, "dim0", "axis0"), get_argument(node, 2, "dim1", "axis1")
     x[first], x[second] = x[second], x[first]
     return tuple(x)
+
+
+def transpose_last(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow `t()`, which only two dimensions have, and `mT`."""
+    x = get_axes(get_input(node))
+    return (*x[:-2], *reversed(x[-2:]))
+
+
+def read_attribute(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow `x.mT`, and `x.T` of two dimensions."""
+    name = get_argument(node, 1)
+    if name != "mT" and (name != "T" or len(get_shape(node)) != 2):
+        raise NotFollowed("is none that is known")
+    return transpose_last(tracker, node)
+
+
+def accumulate(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow sums along a dimension, where each entry depends on those before it."""
+    x = get_axes(get_input(node))
+    tracker.fix([x[get_argument(node, 1, "dim")]], node, "depends on the order of its channels")
+    return x
 
 
 def squeeze(tracker: Tracker, node: fx.Node) -> Axes:

@@ -75,3 +75,31 @@ def read_and_write(
     if bias is not None:
         tracker.record(*bias, 0, "per_channel", written)
     return written
+
+
+def read_and_write_transposed(
+    tracker: Tracker,
+    node: fx.Node,
+    source: Axis | None,
+    weight: Place,
+    bias: Place | None,
+    groups: int,
+    copies: int = 0,
+) -> Axis:
+    """Let a weight (in, out / groups, …), as of a transposed convolution, read channels and write others.
+
+    Args:
+        copies: how many outputs each channel gives where it is a group of its own, 0 where it is none.
+    """
+    if copies:
+        read = tracker.begin(*weight, "depthwise")
+        tracker.unite(read, source, node)
+        written = np.repeat(read, copies)
+    else:
+        if source is not None:
+            tracker.elements.tie(source, groups)
+        tracker.record(*weight, 0, "in", source)
+        written = np.tile(tracker.begin(*weight, "out", 1), groups)
+    if bias is not None:
+        tracker.record(*bias, 0, "per_channel", written)
+    return written

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from elastic.errors import StructureError
 from elastic.widths.copying import ATOMS
 from elastic.widths.tracing.meta import make_meta_copy
+from elastic.widths.tracing.sizes import note_computed_sizes
 
 Instruction = tuple[CodeType, int]  # the place in the code where a frame is
 
@@ -237,7 +238,8 @@ def _untraced() -> Iterator[None]:
     try:
         for name, method in PATCHED.items():
             setattr(nn.Module, name, method)
-        yield
+        with note_computed_sizes():  # what torch computes with is not the forward's
+            yield
     finally:
         for name, method in zip(PATCHED, before, strict=True):
             setattr(nn.Module, name, method)

@@ -8,11 +8,23 @@ from elastic.errors import StructureError
 from elastic.widths.operations.registry import is_whole
 from elastic.widths.parameters import get_kind
 from elastic.widths.tracing.concrete import PLACE, ConcreteTracer, trace_factories
-from elastic.widths.tracing.sizes import tag_sizes
+from elastic.widths.tracing.sizes import note_computed_sizes, tag_sizes
 
 
 class _Tracer(ConcreteTracer):
     """Keep layers with a rule of their own whole."""
+
+    slices = 0
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        """Find a module's path; a slice of a sequence, as in `self.layers[1:](x)`, is none of the model's."""
+        try:
+            return super().path_of_module(mod)
+        except NameError:
+            if type(mod) is not nn.Sequential:
+                raise
+            self.slices += 1
+            return f"slice {self.slices}"
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         kind = get_kind(m)
@@ -36,9 +48,10 @@ def trace_graph(model: nn.Module, *example: Tensor) -> fx.Graph:
     """Trace a model's graph alone, whose nodes call the model's own layers; see `trace`."""
     tracer = _Tracer(example)
     try:
-        with tag_sizes(model), trace_factories(tracer):
+        with tag_sizes(model), trace_factories(tracer), note_computed_sizes() as computed:
             graph = tracer.trace(model)
         graph.owning_module = model  # type: ignore[assignment]
+        graph.computed_sizes = computed  # type: ignore[attr-defined]
         return graph
     except Exception as error:  # the model's own forward runs here: anything may come
         raise StructureError(

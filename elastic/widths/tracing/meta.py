@@ -3,6 +3,7 @@
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from elastic.errors import StructureError
@@ -37,6 +38,7 @@ def make_meta_copy(model: nn.Module) -> nn.Module:
 
     Shapes are all that is asked of the copy: some of torch's own layers, slow on that device, only keep them.
     """
+    _refuse_compiled(model)
     memo: dict[int, Any] = {}
     for module in model.modules():
         _drop_data(module, memo)
@@ -45,6 +47,19 @@ def make_meta_copy(model: nn.Module) -> nn.Module:
         if _keeps_shape(get_kind(module)):
             vars(module)["forward"] = _keep_shape
     return replica
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    """Raise StructureError where a module is a compiled one, whose forward is not Python's any more."""
+    for path, module in model.named_modules():
+        name = path or type(model).__name__
+        if "_orig_mod" in module._modules:
+            raise StructureError(
+                f"{name} is what torch.compile made of a module: give the module itself, and compile it in "
+                "place by its method compile()"
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise StructureError(f"{name} is a TorchScript module: give the module that it was made of")
 
 
 def _drop_data(module: nn.Module, memo: dict[int, Any]) -> None:

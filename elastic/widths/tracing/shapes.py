@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 Shape = Sequence[int]
 
-# Functions whose output has the shape of their input, and those that join two tensors, or one and a number.
+# Functions whose output has the shape of their input; those that join two tensors, or one and a number.
 UNARY = {F.layer_norm, F.batch_norm, F.group_norm, F.relu, F.gelu, F.silu, F.hardswish, F.dropout, torch.relu}
 UNARY |= {torch.sigmoid, F.leaky_relu, F.relu6, F.hardsigmoid, F.hardtanh}
 UNARY_MODULES = {"torchvision.ops.stochastic_depth"}  # that need not be there

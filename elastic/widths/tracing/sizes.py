@@ -1,19 +1,26 @@
 """Know numbers that modules hold as attributes, wherever a traced forward gives them to an operation.
 
 `torch.split(x, self.width, 1)` is given a number, and a graph would hold no more than that. While a model is
-traced its whole numbers are `SizeAttribute`s, which know what would have to change.
+traced its whole numbers are `SizeAttribute`s, which know what would have to change. What a forward computes
+or decides by other than their multiples (`self.conv.out_channels ** -0.5`) is noted.
 """
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any, NamedTuple
 
 from torch import nn
 
-# Of torch's own layers only these count channels.
-STOCK = {"in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "num_groups"}
-STOCK |= {"num_channels", "normalized_shape", "num_parameters"}
+# Of torch's own layers only these count channels: those on which their tensors have these roles.
+STOCK = {
+    **dict.fromkeys(("in_channels", "in_features"), ("in", "depthwise")),
+    **dict.fromkeys(("out_channels", "out_features"), ("out", "depthwise")),
+    **dict.fromkeys(("num_features", "num_channels", "num_parameters"), ("per_channel", "depthwise")),
+    **dict.fromkeys(("groups", "num_groups"), ("depthwise",)),
+    "normalized_shape": ("per_channel",),
+}
 
 
 class AttributePlace(NamedTuple):
@@ -22,6 +29,9 @@ class AttributePlace(NamedTuple):
     module: str
     name: str
     number: int
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}".lstrip(".")
 
 
 class SizeAttribute(int):
@@ -36,22 +46,68 @@ class SizeAttribute(int):
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (int(self), self.place, self.factor)
+        return type(self), (int.__int__(self), self.place, self.factor)
 
     def __mul__(self, other: Any) -> Any:
-        value = int(self) * other
-        return SizeAttribute(value, self.place, self.factor * other) if _is_scale(other) else value
+        if not _is_scale(other):
+            return _note(operator.mul)(self, other)
+        return SizeAttribute(int.__mul__(self, other), self.place, self.factor * other)
 
     __rmul__ = __mul__
 
     def __floordiv__(self, other: Any) -> Any:
-        value = int(self) // other
-        is_whole = _is_scale(other) and value * other == int(self)
-        return SizeAttribute(value, self.place, self.factor / int(other)) if is_whole else value
+        if not _is_scale(other) or int.__mod__(self, other):
+            return _note(operator.floordiv)(self, other)
+        return SizeAttribute(int.__floordiv__(self, other), self.place, self.factor / other)
+
+
+_NOTED: list[set[AttributePlace]] = []  # by the traces that are under way, the innermost last
+
+
+def _note(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """Note the attributes that an operation is given, which makes a number of them that follows none."""
+
+    def compute(*numbers: Any) -> Any:
+        if _NOTED:
+            _NOTED[-1].update(number.place for number in numbers if isinstance(number, SizeAttribute))
+        return operation(*(int.__int__(n) if isinstance(n, SizeAttribute) else n for n in numbers))
+
+    return compute
+
+
+def _reverse(operation: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    return lambda self, other: operation(other, self)
+
+
+for _name in ("add", "sub", "truediv", "mod", "pow"):
+    setattr(SizeAttribute, f"__{_name}__", _note(getattr(operator, _name)))
+    setattr(SizeAttribute, f"__r{_name}__", _note(_reverse(getattr(operator, _name))))
+for _name in ("eq", "ne", "lt", "le", "gt", "ge", "neg"):
+    setattr(SizeAttribute, f"__{_name}__", _note(getattr(operator, _name)))
+SizeAttribute.__rfloordiv__ = _note(_reverse(operator.floordiv))  # type: ignore[method-assign]
+SizeAttribute.__float__ = _note(float)  # type: ignore[method-assign]
+SizeAttribute.__int__ = _note(int)  # type: ignore[method-assign]
+SizeAttribute.__hash__ = int.__hash__  # type: ignore[method-assign]
+
+
+@contextmanager
+def note_computed_sizes() -> Iterator[set[AttributePlace]]:
+    """Note the attributes that are computed with, other than by multiples."""
+    _NOTED.append(noted := set[AttributePlace]())
+    try:
+        yield noted
+    finally:
+        _NOTED.pop()
 
 
 def _is_scale(other: Any) -> bool:
-    return isinstance(other, int) and not isinstance(other, bool) and other > 0
+    return isinstance(other, int) and not isinstance(other, bool) and int.__gt__(other, 0)
+
+
+def is_stock(module: nn.Module) -> bool:
+    """Tell whether a module is one of torch's own layers, or derives from one."""
+    kinds = (kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn."))
+    return next(kinds) is not nn.Module
 
 
 @contextmanager

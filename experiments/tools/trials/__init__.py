@@ -19,9 +19,9 @@ class Part:
     outcomes: dict[str, int] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
 
-    def count(self, outcome: str) -> None:
-        self.trials += 1
-        self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
+    def count(self, outcome: str, times: int = 1) -> None:
+        self.trials += times
+        self.outcomes[outcome] = self.outcomes.get(outcome, 0) + times
 
     def fail(self, what: str) -> None:
         """Count a trial that has failed."""

@@ -1,116 +1,105 @@
-"""Kill runs at any moment, and inside their writes: each goes on and ends as if it had not been killed."""
+"""Kill programs at any moment, and inside their writes: each goes on and ends as if it had not been killed.
 
-import os
+What a kill leaves is a folder, and files are written by one process. So the folder is copied at each such
+moment of a run that is not killed, and each copy is gone on with; a part of the trials kills processes.
+"""
+
 import shutil
 import signal
-import sys
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any
 
-import torch
-from omegaconf import DictConfig
-
-from elastic.experiments.tools.folders import CHECKPOINT, SUMMARY, load_config
-from elastic.experiments.tools.restore import WEIGHTS
 from elastic.experiments.tools.trials import Part
+from elastic.experiments.tools.trials.forks import run_in_fork
+from elastic.experiments.tools.trials.moments import (
+    Watch,
+    copy_moments,
+    digest_folder,
+    kill_at,
+    watch_moments,
+)
+from elastic.experiments.tools.trials.programs import (
+    Program,
+    Train,
+    find_difference,
+    make_programs,
+    make_random,
+)
 
 CLAIM = "the continued run is, bit for bit, the one that was never killed"
-COMPARED = ("state_dict", "optimizer_states", "lr_schedulers", "elastic", "epoch", "global_step")
-Train = Callable[[DictConfig, Path], Any]
+MOST = 45  # trials of one run, before the next is drawn
+DEAR = (
+    "read by a process",
+    "two processes",
+    "sweep",
+)  # a trial costs as much as several others
+KILLED = 0.1  # of the trials that end a process
 
 
-def try_kills(part: Part, trials: int, random: Random, cfg: DictConfig, train: Train, folder: Path) -> None:
-    """Carry out a run in a process that is killed, go on in another one, and compare.
+def try_kills(part: Part, trials: int, random: Random, train: Train, folder: Path) -> None:
+    """Kill each program as often as the others, and compare what continues it.
 
     Args:
-        cfg: of the run.
-        train: carries it out in a folder, from the start or from its checkpoint.
+        train: carries out a configuration in a folder, from the start or from its checkpoint.
     """
-    whole = folder / "whole"
-    start = time.monotonic()
-    _wait(_fork(partial(_train, cfg, train, whole)))
-    seconds = time.monotonic() - start
-    for trial in range(trials):
-        broken = folder / str(trial)
-        killed = sum(_kill(cfg, train, broken, random, seconds) for _ in range(random.choice((1, 1, 2))))
-        code = _wait(_fork(partial(_train, cfg, train, broken)))
-        difference = "it does not end" if code else _find_difference(whole, broken)
-        if difference is None:
-            part.count(f"the same after {killed} kills")
-        else:
-            part.fail(f"trial {trial}, {killed} kills: {difference}")
-        shutil.rmtree(broken, ignore_errors=True)
+    seed = random.randrange(1000)
+    while part.trials < trials:
+        programs = make_programs(train, seed, folder)
+        for index, program in enumerate(programs.values()):
+            share = -(-(trials - part.trials) // (len(programs) - index))  # of what is left
+            most = MOST // 2 if program.name in DEAR else MOST
+            if share > 0:
+                place = folder / f"{seed}-{index}"
+                try_program(part, program, min(share, most), seed, place)
+                shutil.rmtree(place, ignore_errors=True)
+        seed += 1
 
 
-def _kill(cfg: DictConfig, train: Train, folder: Path, random: Random, seconds: float) -> bool:
-    """Kill a run in a write or at some moment; return whether it had not ended by then."""
-    write = random.randrange(1, 16) if random.random() < 0.5 else 0
-    process = _fork(partial(_train, cfg, train, folder, write))
-    if not write:
-        time.sleep(random.uniform(0.05, 0.95) * seconds)
-        os.kill(process, signal.SIGKILL)
-    return _wait(process) == -signal.SIGKILL
+def try_program(part: Part, program: Program, trials: int, seed: int, folder: Path) -> None:
+    """Kill a program at different moments; folders that are alike are gone on with once."""
+    random = make_random(seed, program.name)
+    whole, copies = folder / "whole", folder / "copies"
+    watch = copy_moments(whole, copies, random)
+    whole.mkdir()
+    if run_in_fork(partial(_watch, program, whole, watch)):
+        part.fail(f"{program.name}, seed {seed}: the run that is not killed fails")
+        return
+    if fault := program.fault(whole):
+        part.fail(f"{program.name}, seed {seed}: {fault}")
+        return
+    moments = sorted(copies.iterdir())
+    killed = max(1, round(trials * KILLED)) if trials > 2 else 0
+    for trial in range(killed):
+        times = random.choice((1, 1, 2))
+        ends = [random.randrange(max(1, len(moments) // times)) for _ in range(times)]
+        broken = folder / f"killed-{trial}"
+        broken.mkdir()
+        done = sum(
+            run_in_fork(partial(_watch, program, broken, kill_at(end, random))) == -signal.SIGKILL
+            for end in ends
+        )
+        _go_on(part, program, whole, broken, f"killed {'twice' if done > 1 else 'once'}", f"{seed}, {ends}")
+    random.shuffle(moments)
+    digests = set()
+    for moment in moments:
+        digest = digest_folder(moment)
+        if len(digests) < trials - killed and digest not in digests:
+            digests.add(digest)
+            _go_on(part, program, whole, moment, "left as by a kill", f"{seed}, moment {moment.name}")
+        shutil.rmtree(moment, ignore_errors=True)
 
 
-def _train(cfg: DictConfig, train: Train, folder: Path, write: int = 0) -> None:
-    """Train from the start or from what is there, and die inside the n-th write, half of it done."""
-    replace, writes = os.replace, 0
-
-    def die(part: Any, path: Any) -> None:
-        nonlocal writes
-        writes += 1
-        if writes == write:
-            Path(part).write_bytes(Path(part).read_bytes()[: writes * 7])
-            os.kill(os.getpid(), signal.SIGKILL)
-        replace(part, path)
-
-    os.replace = die  # type: ignore[assignment]
-    if (folder / "config.yaml").exists():
-        cfg = load_config(folder)
-    cfg.run = str(folder)
-    train(cfg, folder)
+def _watch(program: Program, folder: Path, watch: Watch) -> None:
+    watch_moments(folder, watch)
+    program.carry_out(folder)
 
 
-def _fork(work: Callable[[], Any]) -> int:
-    """Do work in a child process of this one, without a word."""
-    process = os.fork()
-    if process:
-        return process
-    code = 1
-    try:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
-            os.dup2(nowhere.fileno(), sys.stderr.fileno())
-        work()
-        code = 0
-    finally:
-        os._exit(code)
-
-
-def _wait(process: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-
-
-def _find_difference(whole: Path, broken: Path) -> str | None:
-    """Find where two runs differ: in their weights, their events, or in the state of training."""
-    if not (broken / SUMMARY).exists():
-        return "no summary"
-    for name in ("timeline.jsonl", WEIGHTS):
-        if (whole / name).read_bytes() != (broken / name).read_bytes():
-            return f"another {name}"
-    one, two = (torch.load(folder / CHECKPOINT, weights_only=True) for folder in (whole, broken))
-    return next((f"another {key}" for key in COMPARED if not _is_same(one[key], two[key])), None)
-
-
-def _is_same(one: Any, two: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        return isinstance(two, torch.Tensor) and torch.equal(one, two)
-    if isinstance(one, dict):
-        return one.keys() == two.keys() and all(_is_same(one[key], two[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(two) and all(map(_is_same, one, two))
-    return bool(one == two)
+def _go_on(part: Part, program: Program, whole: Path, broken: Path, kind: str, where: str) -> None:
+    code = run_in_fork(partial(program.carry_out, broken))
+    difference = f"it does not end, {code}" if code else find_difference(program, whole, broken)
+    if difference is None:
+        part.count(f"{program.name}, {kind}: the same")
+    else:
+        part.fail(f"{program.name}, {kind}, seed {where}: {difference}")
+    shutil.rmtree(broken, ignore_errors=True)

@@ -7,16 +7,14 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from elastic.experiments.tools.checking import check_options
-from elastic.experiments.tools.composition import CONF, list_choices, settle
+from elastic.experiments.tools.composition import list_choices
 from elastic.experiments.tools.errors import THEIRS, format_error
 from elastic.experiments.tools.parts import make_callbacks
 from elastic.experiments.tools.trials import Part
+from elastic.experiments.tools.trials.composing import compose_run
 from elastic.experiments.train import build, make_trainer
 
 CLAIM = "refused in one line, or built as asked"
@@ -90,16 +88,5 @@ def _compose(random: Random, folder: Path) -> DictConfig:
         f"schedule=[{random.choice(SCHEDULES)}]",
         f"optimizer={random.choice(list_choices('optimizer'))}",
         f"lr_scheduler={random.choice(list_choices('lr_scheduler'))}",
-        *("trainer.accelerator=cpu", "trainer.precision=32-true", "callbacks.progress=null"),
     ]
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        given = [f"run={folder}", f"hydra.runtime.output_dir={folder}", *words]
-        cfg = compose("config", given, return_hydra_config=True)
-        cfg = settle(cfg, words, cfg.hydra.runtime.choices)
-    with open_dict(cfg), read_write(cfg):
-        HydraConfig.instance().set_config(cfg)
-        OmegaConf.resolve(cfg.choices)
-        cfg.name = "trial"
-        del cfg["hydra"]
-    return cfg
+    return compose_run(folder, words)

@@ -187,6 +187,16 @@ def test_training_order_follows_from_seed_and_epoch():
     assert order(ready(Digits(seed=4)).train_dataloader(), 0) != first
 
 
+def test_processes_that_fetch_ahead_fetch_the_epoch_that_the_sampler_is_told_of():
+    """Lightning asks for an iterator of a run that goes on before it says which epoch that goes on with."""
+    loader = ready(Digits(batch_size=1000, workers=1)).train_dataloader()
+    batches = iter(loader)
+    loader.sampler.set_epoch(3)
+    first = next(batches)[1].tolist()
+    loader._iterator._shutdown_workers()  # left to the garbage collector it takes 5 s
+    assert first == order(ready(Digits(batch_size=1000)).train_dataloader(), 3)
+
+
 def test_batches_are_whole_and_only_training_drops_the_last():
     data = ready(Digits(batch_size=100))
     assert [len(y) for _, y in data.train_dataloader()] == [100] * 12
@@ -376,7 +386,7 @@ def test_cifar_layout_is_read_channels_first(cifar):
     dataset, root = cifar
     data = ready(TorchvisionImages(dataset, (3, 32, 32), 10, root=str(root), batch_size=8))
     assert [len(part) for part in (data.train_set, data.val_set, data.test_set)] == [90, 10, 20]
-    stored = pickle.loads((root / "cifar-10-batches-py" / "test_batch").read_bytes())
+    stored = pickle.loads((root / "cifar-10-batches-py" / "test_batch").read_bytes())  # noqa: S301  (our own)
     assert data.test_set.images.numpy().tobytes() == stored["data"].tobytes()
     assert labels(data.test_set).tolist() == stored["labels"]
 

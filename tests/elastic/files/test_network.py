@@ -121,6 +121,18 @@ def test_levels_of_a_network_that_was_grown_and_pruned(tmp_path: Path) -> None:
         assert torch.equal(a(x), b(x))
 
 
+def test_layers_that_share_a_weight_are_stored(tmp_path: Path) -> None:
+    def tied() -> nn.Module:
+        net: Any = nn.Sequential(conv(3, 4), conv(4, 4), conv(4, 4), head(4))
+        net[2].weight = net[1].weight
+        return net  # type: ignore[no-any-return]
+
+    net, x = tied(), torch.randn(2, 3, 6, 6)
+    reindex(net, discover(net, x), {"0": [0, 2]})
+    Network(net).save(tmp_path / "net")
+    assert torch.equal(Network.load(tied(), tmp_path / "net", x).run(x), net(x))
+
+
 @pytest.mark.parametrize("nest", [False, True])
 def test_a_network_whose_own_layers_are_called_levels(tmp_path: Path, nest: bool) -> None:
     def build() -> nn.Module:

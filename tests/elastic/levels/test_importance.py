@@ -122,6 +122,15 @@ def test_taylor_against_autograd_by_hand() -> None:
         torch.testing.assert_close(scores, expected.detach(), rtol=1e-4, atol=1e-7)
 
 
+def test_taylor_leaves_out_weights_that_are_computed() -> None:
+    net, _ = trunk()
+    expected = score_channels(net, discover(net, x_BCHW()), "taylor", batches(3))
+    nn.utils.parametrizations.weight_norm(net.head[-1])
+    found = score_channels(net, discover(net, x_BCHW()), "taylor", batches(3))
+    for name, scores in found.items():
+        torch.testing.assert_close(scores, expected[name])
+
+
 @pytest.mark.parametrize("grain", ["weight", "kernel", "channel"])
 def test_gates_are_added_at_every_grain(grain: Any) -> None:
     """Σσ over as many gates as the grain has a row; where one holds a whole channel, a writer adds one σ."""
@@ -233,6 +242,9 @@ def test_what_a_measure_lacks_is_said() -> None:
     refused("taylor", "'taylor' needs batches", *trunk(), OptionError)
     with pytest.raises(OptionError, match="'taylor' needs batches"):
         score_channels(*trunk(), "taylor", [])
+    cut = Net(lambda m, x: m.head(m.last(m.stem(x).detach())), stem=conv(3, 4), last=conv(4, 4), head=head(4))
+    with pytest.raises(StructureError, match="stem gets no gradient: choose another importance"):
+        score_channels(cut, discover(cut, x_BCHW()), "taylor", batches(3))
     refused("gate", "has no gates: choose another importance", *trunk())
     case = CASES["residual"]
     net = case.model()

@@ -307,3 +307,25 @@ def test_a_file_that_cannot_be_written_leaves_the_last_one(
     with pytest.raises(OSError, match="No space left"):
         Network(built(seed=1)).save(path, {})
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def dual_path() -> nn.Module:
+    """Some channels of both convolutions are added, the others joined (DPN, arXiv 1707.01629)."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        (a, b), (c, d) = ((y[:, : m.added], y[:, m.added :]) for y in (m.one(x), m.two(x)))
+        return m.head(torch.cat([a + c, b, d], 1))  # type: ignore[no-any-return]
+
+    return zoo.Net(forward, one=zoo.conv(3, 5), two=zoo.conv(3, 6), head=zoo.head(9), added=2)
+
+
+def test_sizes_of_which_only_sums_are_known_are_solved_for() -> None:
+    x = torch.randn(2, 3, 6, 6)
+    net, again = dual_path(), dual_path()
+    widths, rebuilt = discover(net, x), discover(again, x)
+    assert widths.sizes() == {"one": 2, "one:1": 3, "two": 4}
+    reindex(net, widths, {"one": [1], "one:1": [0, 1, 2, -1], "two": [0, 3]})
+    rebuild(again, rebuilt, net.state_dict())
+    assert rebuilt.sizes() == widths.sizes()
+    again.load_state_dict(net.state_dict())
+    torch.testing.assert_close(again(x), net(x))

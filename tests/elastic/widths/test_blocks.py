@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from elastic.surgery.checking import fix_wrong_widths
+from elastic.surgery.rebuilding import rebuild
 from elastic.surgery.reindexing import grow_index, reindex
 from elastic.widths.discovery import Widths, find_widths
 from tests.elastic.widths.odd import between
@@ -288,6 +289,31 @@ FOLLOWED: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
     "where": (just(lambda m, x: torch.where(x > 0, x, m.one(x)), one=conv(8, 8)), {"stem"}),
     "maximum over channels": (just(lambda m, x: x * x.max(1, keepdim=True)[0]), {"stem"}),
     "flipped in space": (just(lambda m, x: x.flip(3).roll(1, 2)), {"stem"}),
+    "repeated, each by itself": (just(lambda m, x: x.repeat_interleave(2, 1), 16), {"stem"}),
+    "tiled": (just(lambda m, x: torch.tile(x, (2, 1, 1)), 16), {"stem"}),
+    "summed up along space": (just(lambda m, x: x.cumsum(2) + x.select(3, 0)[..., None]), {"stem"}),
+    "matrices transposed": (just(lambda m, x: x.mT.mT @ torch.eye(8).t()), {"stem"}),
+    "einsum with an ellipsis": (
+        just(lambda m, x: torch.einsum("bc...,bc->bc...", x, x.mean((2, 3)))),
+        {"stem"},
+    ),
+    "normalised by root mean squares": (
+        just(lambda m, x: m.norm(x.movedim(1, 3)).movedim(3, 1), norm=nn.RMSNorm(8)),
+        {"stem"},
+    ),
+    "parts, joined in another order": (
+        just(lambda m, x: torch.cat(x.split(x.shape[1] // 2, 1)[::-1], 1)),
+        {"stem"},
+    ),
+    "parts, stacked": (just(lambda m, x: torch.stack(x.chunk(2, 1)).sum(0), 4), {"stem"}),
+    "a slice of a sequence": (
+        just(lambda m, x: m.rows[1:](x), rows=nn.Sequential(nn.ReLU(), conv(8, 8), nn.ReLU())),
+        {"stem", "rows.1"},
+    ),
+    "an attribute of its own in arithmetic": (
+        just(lambda m, x: x * m.scale**-0.5 if m.scale > 1 else x, scale=8),
+        {"stem"},
+    ),
     "a size of another layer": (
         just(lambda m, x: m.one(x).reshape(-1, m.one.out_channels, 64)[..., None], one=conv(8, 8)),
         {"stem", "one"},
@@ -355,6 +381,21 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         just(lambda m, x: (y := x.clone(), y.__setitem__((slice(None), 0), 0), y)[2]),
         "picks single channels",
     ),
+    "summed up along channels": (just(lambda m, x: x.cumsum(1)), "depends on the order of its channels"),
+    "one channel": (just(lambda m, x: x * x.select(1, 0)[:, None]), "picks single channels"),
+    "a run of channels": (just(lambda m, x: x.narrow(1, 0, 4), 4), "fixes the number of channels"),
+    "a power of a layer's attribute": (
+        just(lambda m, x: x * m.stem.out_channels**-0.5),
+        "the forward computes with stem.out_channels",
+    ),
+    "a multiple of a layer's attribute": (
+        just(lambda m, x: x * (2 * m.stem.out_channels)),
+        "takes out_channels as it is",
+    ),
+    "a branch on a layer's attributes": (
+        just(lambda m, x: x if m.stem.in_channels == m.stem.out_channels else 2 * x),
+        "the forward computes with stem.out_channels",
+    ),
     "every other channel": (just(lambda m, x: x[:, ::2], 4), "fixes the number of channels"),
     "taken apart": (just(lambda m, x: torch.stack(x.unbind(1)[::-1], 1)), "picks single channels"),
 }
@@ -376,6 +417,18 @@ def test_an_attribute_that_is_used_as_it_is_fixes_what_it_counts() -> None:
     widths = find_widths(between(lambda m, x: m.block(x), block=Scaled(8)), X)
     assert set(widths) == {"stem", "block.two", "block.three", "last"}
     assert "takes c as it is" in widths.fixed["block.one"]
+
+
+def test_of_widths_that_no_tensor_tells_apart_one_changes() -> None:
+    """Only attributes say where one ends, which no checkpoint has."""
+    models = [between(lambda m, x: torch.cat(x.split([m.a, m.b], 1)[::-1], 1), a=3, b=5) for _ in range(2)]
+    widths = find_widths(models[0], X)
+    assert widths.sizes() == {"stem:1": 5, "last": 5}
+    assert widths.fixed["stem"] == "no tensor tells its channels from those of stem:1"
+    reindex(models[0], widths, {"stem:1": [0, 2]})
+    rebuild(models[1], find_widths(models[1], X), models[0].state_dict())
+    models[1].load_state_dict(models[0].state_dict())
+    torch.testing.assert_close(models[1](X), models[0](X))
 
 
 def test_a_network_that_asked_for_a_shape_refuses_another() -> None:

@@ -1,8 +1,10 @@
 """Discovery against widths found by hand, and against itself after any change."""
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -145,16 +147,33 @@ def test_a_model_with_nothing_to_change_is_refused() -> None:
     refusal(f"0: {OUTPUT}", nn.Sequential(conv(3, 4)), torch.randn(IMAGE))
 
 
-def test_every_output_is_fixed() -> None:
-    model = Net(
-        lambda m, x: {"maps": m.one(x), "logits": [m.head(m.two(x))]},
-        one=conv(3, 4),
-        two=conv(3, 4),
-        head=head(4),
-    )
-    widths = discover(model, torch.randn(IMAGE))
+class Named(NamedTuple):
+    maps: Tensor
+    logits: Tensor
+
+
+@dataclass
+class Held:
+    maps: Tensor
+    logits: Tensor
+
+
+@pytest.mark.parametrize("kind", [Named, Held, lambda maps, logits: {"maps": maps, "logits": [logits]}])
+def test_every_output_is_fixed(kind: Callable[[Tensor, Tensor], Any]) -> None:
+    model = Net(lambda m, x: kind(m.one(x), m.head(m.two(x))), one=conv(3, 4), two=conv(3, 4), head=head(4))
+    widths = discover(model, torch.randn(IMAGE), check=True)
     assert widths.sizes() == {"two": 4}
     assert widths.fixed == {"one": OUTPUT, "head.2": OUTPUT}
+
+
+def test_what_is_compiled_is_refused() -> None:
+    model = nn.Sequential(conv(3, 4), nn.ReLU(), head(4))
+    wrapper = nn.ModuleDict({"_orig_mod": model})  # as torch.compile makes one, which takes two seconds
+    refusal("0 is what torch.compile made .* in place", nn.Sequential(wrapper), torch.randn(IMAGE))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        model[0] = torch.jit.trace(model[0], torch.randn(IMAGE))
+    refusal("0 is a TorchScript module", model, torch.randn(IMAGE))
 
 
 # --- awkward ways to write a model: followed or refused in one line, never guessed -------------------

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
+from elastic.surgery.checking import fix_wrong_widths
+from elastic.widths.copying import copy_module
 from elastic.widths.discovery import discover, find_widths
 from tests.elastic.widths.odd import between
 from tests.elastic.zoo import conv
@@ -86,4 +88,8 @@ def test_a_weight_that_is_computed_fixes_its_channels(name: str) -> None:
             "one": f"one.weight {reason}",
             "head.2": "it is the model's output",
         }
-        model(X)  # the hook has computed it once
+        expected = model(X)  # the hook has computed it once
+    replica = copy_module(model)
+    torch.testing.assert_close(replica.eval()(X), expected)
+    fix_wrong_widths(model, widths)
+    assert set(widths) == {"last"}

@@ -143,6 +143,20 @@ FOLLOWED: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
         ),
         set(),
     ),
+    "a transposed convolution": (
+        lambda: between(
+            lambda m, x: F.conv_transpose2d(x, m.weight, stride=2),
+            weight=nn.Parameter(torch.randn(8, 8, 2, 2)),
+        ),
+        {"weight"},
+    ),
+    "another, of groups by an attribute": (
+        lambda: between(
+            lambda m, x: F.conv_transpose2d(x, m.one.weight, groups=m.one.groups),
+            one=nn.ConvTranspose2d(8, 8, 2, groups=8, bias=False),
+        ),
+        set(),
+    ),
     "another weight": (lambda: one(HalvedConv(8, 8, 1)), {"one"}),
     "keywords": (
         lambda: between(
@@ -198,6 +212,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
             weight=nn.Parameter(torch.randn(8, 1, 3, 3)),
         ),
         "fixes the number of groups",
+    ),
+    "one weight to write and to read by": (
+        lambda: between(lambda m, x: F.conv_transpose2d(m.one(x), m.one.weight), one=conv(8, 8)),
+        "one.weight is both what writes them and what reads them",
     ),
     "convolution over channels": (
         lambda: between(

@@ -133,6 +133,17 @@ def changed_and_not_returned(n: Any, x: Tensor) -> Tensor:
     return n.h(n.b(y))  # type: ignore[no-any-return]
 
 
+def norm_and_relu() -> dict[str, nn.Module]:
+    return {"norm": nn.BatchNorm2d(6), "relu": nn.ReLU()}
+
+
+def hooked(net: nn.Module) -> nn.Module:
+    """Layers that are joined elsewhere: what each gives is turned over by a hook."""
+    for name in ("b", "norm", "h.0"):
+        net.get_submodule(name).register_forward_hook(lambda m, a, y: y.flip(1))
+    return net
+
+
 AWKWARD: dict[str, Callable[[], nn.Module]] = {
     "a parameter is added": lambda: three(
         lambda n, x: n.h(n.c((n.b(n.a(x).relu()) + n.shift).relu())),
@@ -170,6 +181,9 @@ AWKWARD: dict[str, Callable[[], nn.Module]] = {
         lambda n, x: n.h(torch.mul(n.b(n.a(x).relu()), other=n.t(input=x))), t=conv(3, 6)
     ),
     "nobody reads what works in place": lambda: three(changed_and_not_returned, change=nn.ReLU(inplace=True)),
+    "layers have hooks": lambda: hooked(
+        three(lambda n, x: n.h(n.relu(n.norm(n.b(n.relu(n.c2(n.a(x))))))), c2=conv(8, 8), **norm_and_relu())
+    ),
     "a norm has no statistics": lambda: three(
         lambda n, x: n.h(n.b(n.norm(n.a(x)).relu())), norm=nn.BatchNorm2d(8, track_running_stats=False)
     ),

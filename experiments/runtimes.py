@@ -1,0 +1,174 @@
+"""Time what skips, and levels, beside the runtimes that people use on a CPU.
+
+    python -m experiments.runtimes [page=docs/runtimes.md] [images=192]
+
+The tables, with the hardware and the versions, are put between two marks of docs/runtimes.md. Dense networks
+are run by PyTorch, ONNX Runtime and OpenVINO (extras `export` and `openvino`), all in turn in one process.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torchvision.models import resnet18
+
+from elastic.dynamic.attaching import attach_modules
+from elastic.dynamic.modules import iterate_modules
+from elastic.dynamic.skipping.convolution import ActiveConv2d
+from elastic.errors import FileError
+from elastic.experiments.formats import describe_machine
+from elastic.experiments.latency import list_cells, measure_rows
+from elastic.experiments.results import ROOT
+from elastic.experiments.tools.environment import silence
+from elastic.experiments.tools.errors import run
+from elastic.experiments.tools.options import call
+from elastic.experiments.tools.per_image import sample_images
+from elastic.experiments.tools.restore import restore
+from elastic.experiments.tools.rivals import make_rivals
+from elastic.experiments.tools.tables import format_markdown, write_between_marks
+from elastic.levels.cutting import extract_level
+from elastic.levels.nested import Levels
+from elastic.levels.sizes import level_sizes
+from elastic.measure.timing import measure_medians_ms
+from elastic.models import resnet20, vgg16_bn
+from elastic.widths.discovery import discover
+
+PAGE = ROOT / "docs" / "runtimes.md"
+RECORDED = ("convnet-long-seed0", "resnet20-distil-seed0", "resnet20_grown-distil-seed0")
+IMAGES, REPEATS, THREADS = 192, 50, (1, 2)
+FRACTIONS = (0.512, 0.64, 0.8)  # of the channels, of the levels below the network
+# Channels, kernels, size, stride, rows: of ResNet-20, VGG-16, and ResNet-18 at 224 pixels.
+SHAPES = (
+    *((3, 16, 3, 1, 32), (16, 16, 3, 1, 32), (16, 32, 3, 2, 32), (32, 32, 3, 1, 16), (64, 64, 3, 1, 8)),
+    *(
+        (64, 64, 3, 1, 32),
+        (128, 128, 3, 1, 16),
+        (256, 256, 3, 1, 8),
+        (512, 512, 3, 1, 4),
+        (512, 512, 3, 1, 2),
+    ),
+    *((3, 64, 7, 2, 224), (64, 64, 3, 1, 56), (64, 128, 1, 2, 56), (128, 256, 3, 2, 28), (512, 512, 3, 1, 7)),
+)
+
+
+class Subject(NamedTuple):
+    """Hold a dynamic network, its dense one, and images for it."""
+
+    name: str
+    net: nn.Module
+    dynamic: fx.GraphModule
+    images_NCHW: Tensor
+
+
+def show_runtimes(page: Path = PAGE, images: int = IMAGES) -> None:
+    """Time networks of which kernels are skipped, their layers, and levels, beside dense runtimes.
+
+    Args:
+        page: with marks, between which the tables are written.
+        images: of each network, a third of them at 224 pixels.
+    """
+    torch.manual_seed(0)
+    torch.set_flush_denormal(True)
+    parts = [f"{describe_machine()} In fp32; times are medians, in milliseconds."]
+    for subject in list_subjects(images):
+        rows = [list_cells(row) for row in measure_rows(*subject[1:], THREADS)]
+        parts += _show(f"**{subject.name}**", rows)
+    parts += _show("**Layers**, dense, one image, one thread", list_layers())
+    parts += _show("**Levels**, one image, one thread", list_levels())
+    write_between_marks(page, "runtimes", "\n\n".join(parts))
+
+
+def _show(title: str, rows: Sequence[dict[str, str]]) -> list[str]:
+    parts = [title, format_markdown(list(rows[0]), [list(row.values()) for row in rows])]
+    print(*parts, sep="\n\n", flush=True)
+    return parts
+
+
+def list_subjects(images: int) -> Iterator[Subject]:
+    """List the recorded networks, as far as their data is here, and some that are untrained."""
+    for name in RECORDED:
+        try:
+            finished = restore(ROOT / "experiments" / "dynamic_pruning" / name)
+            images_NCHW = sample_images(finished.data, images)
+        except FileError as error:
+            print(error)
+            continue
+        yield Subject(name, finished.network.plain(), finished.network.dynamic(), images_NCHW)
+    yield _attach("ResNet-20, untrained", resnet20(), torch.randn(images, 3, 32, 32))
+    yield _attach("VGG-16-BN, untrained", vgg16_bn(), torch.randn(images, 3, 32, 32))
+    yield _attach("ResNet-18, untrained", resnet18(), torch.randn(images // 3, 3, 224, 224))
+
+
+def _attach(name: str, net: nn.Module, images_NCHW: Tensor) -> Subject:
+    """Attach modules that engage about half of the kernels, others for each image."""
+    plain = copy.deepcopy(net.eval())
+    dynamic = attach_modules(net, discover(net, images_NCHW[:1]))
+    for module in iterate_modules(dynamic):
+        for parameter in module.heads.parameters():
+            nn.init.normal_(parameter)
+    return Subject(name, plain, dynamic.eval(), images_NCHW)
+
+
+def list_layers() -> list[dict[str, str]]:
+    """Time each kind of layer beside PyTorch's own, and beside the product of matrices of that size."""
+    torch.set_num_threads(1)
+    rows = []
+    for channels, kernels, size, stride, pixels in SHAPES:
+        conv = nn.Conv2d(channels, kernels, size, stride, size // 2, bias=False)
+        x_BCHW, out = torch.randn(1, channels, pixels, pixels), pixels // stride
+        one, other = torch.randn(kernels, channels * size**2), torch.randn(channels * size**2, out**2)
+        works = {
+            "kernel": partial(ActiveConv2d(conv, relu=False), x_BCHW),
+            "PyTorch": partial(conv.to(memory_format=torch.channels_last), x_BCHW),
+            "product": partial(torch.mm, one, other),
+        }
+        medians = _time(list(works.values()))
+        macs = kernels * channels * size**2 * out**2
+        rows.append(
+            {"layer": f"{channels}→{kernels}, {size}×{size}, stride {stride}, {pixels}×{pixels}"}
+            | {f"{name} (ms)": f"{median:.3f}" for name, median in zip(works, medians, strict=True)}
+            | {"kernel (10⁹ MACs/s)": f"{macs / medians[0] / 1e6:.0f}", "kernel ÷ PyTorch": _divide(medians)}
+        )
+    return rows
+
+
+def _divide(medians: Sequence[float]) -> str:
+    return f"{medians[0] / medians[1]:.2f}"
+
+
+def _time(works: Sequence[Callable[[], Tensor]]) -> list[float]:
+    """Time work in turn, as networks are timed."""
+    networks = [lambda _, work=work: work() for work in works]
+    return measure_medians_ms(networks, [torch.empty(0)] * REPEATS)
+
+
+def list_levels() -> list[dict[str, str]]:
+    """Time each level in place, extracted, and in dense runtimes."""
+    torch.set_num_threads(1)
+    rows = []
+    for name, net in (("ResNet-20", resnet20()), ("VGG-16-BN", vgg16_bn())):
+        x_BCHW = torch.randn(1, 3, 32, 32)
+        widths = discover(net.eval(), x_BCHW)
+        levels = Levels(net, widths, level_sizes(net, widths, x_BCHW, FRACTIONS))
+        for k, level in enumerate(levels):
+            alone = extract_level(level.eval()).eval()
+            runs = {"in place": level, "extracted": alone, **make_rivals(alone, [x_BCHW], 1)}
+            medians = measure_medians_ms(list(runs.values()), [x_BCHW] * REPEATS)
+            times = {f"{run} (ms)": f"{median:.3f}" for run, median in zip(runs, medians, strict=True)}
+            rows.append(
+                {"network": name, "level": str(k)} | times | {"in place ÷ extracted": _divide(medians)}
+            )
+    return rows
+
+
+def main() -> None:
+    silence()
+    call(show_runtimes)
+
+
+if __name__ == "__main__":
+    run(main)
