@@ -266,6 +266,12 @@ def test_the_data_folder_is_that_of_the_environment(tmp_path: Path, monkeypatch:
     assert configure(tmp_path, "data=mnist").data.root == "data"
 
 
+def test_triggers_and_growth_of_a_command_line_are_those_of_python(tmp_path: Path) -> None:
+    for trigger, kind in ("plateau", Plateau), ("periodic", Periodic):
+        growth = configure(tmp_path, "schedule=growth", f"trigger={trigger}").callbacks.growth
+        assert instantiate(growth.trigger) == kind() and instantiate(growth.amount) == Growth()
+
+
 def test_the_trainer_takes_what_lightning_takes(tmp_path: Path) -> None:
     cfg = configure(tmp_path, "+trainer.deterministic=true", "+trainer.gradient_clip_val=1.0", *QUICK)
     trainer = instantiate(cfg.trainer, logger=False)

@@ -27,6 +27,7 @@ def test_any_program_reads_it(saved: Path) -> None:
         assert torch.equal(state["state_dict"]["weight"], torch.arange(40.0)) and state["epoch"] == 3
     with zipfile.ZipFile(saved) as archive:
         assert archive.testzip() is None
+        assert archive.comment.startswith(b"sha256=") and len(archive.comment) == 7 + 64
 
 
 def test_it_comes_back(saved: Path) -> None:
