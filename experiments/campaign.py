@@ -30,6 +30,7 @@ from elastic.experiments.tools.summary import find_device
 from elastic.experiments.tools.trials import Part, faults, files, kills, long, options, structure
 from elastic.experiments.tools.trials.composing import CHANGING, compose_run
 from elastic.files.atomic import write_atomically
+from elastic.ranges import Positive, Seed
 
 # How often each part tries: in some minutes on one core, and in full.
 TRIALS: dict[str, tuple[int, int]] = {
@@ -54,9 +55,9 @@ Result = dict[str, Any]
 
 
 def run_campaign(
-    seed: int = 0,
+    seed: Seed = 0,
     full: bool = False,
-    scale: float = 1.0,
+    scale: Positive = 1.0,
     only: str = "",
     to: Path = Path("docs/reliability.md"),
     results: Path = RESULTS,
