@@ -102,7 +102,8 @@ def describe_count(full: bool, scale: float) -> str:
 
 def try_part(part: Part, trials: int, random: Random, folder: Path) -> None:
     """Carry out the trials of one part."""
-    picture, training.draw_history = training.draw_history, write_picture
+    picture = training.draw_history
+    training.draw_history = write_picture  # type: ignore[assignment]
     try:
         PARTS[part.name](part, trials, random, folder)
     finally:
