@@ -41,6 +41,7 @@ from elastic.experiments.tools.trials import (
 )
 from elastic.experiments.tools.trials.composing import CHANGING, compose_run
 from elastic.files.atomic import write_atomically
+from elastic.ranges import Positive, Seed
 
 # How often each part tries: in some minutes on one core, and in full.
 TRIALS: dict[str, tuple[int, int]] = {
@@ -69,9 +70,9 @@ Result = dict[str, Any]
 
 
 def run_campaign(
-    seed: int = 0,
+    seed: Seed = 0,
     full: bool = False,
-    scale: float = 1.0,
+    scale: Positive = 1.0,
     only: str = "",
     to: Path = Path("docs/reliability.md"),
     results: Path = RESULTS,
@@ -117,7 +118,8 @@ def describe_count(full: bool, scale: float) -> str:
 
 def try_part(part: Part, trials: int, random: Random, folder: Path) -> None:
     """Carry out the trials of one part."""
-    picture, training.draw_history = training.draw_history, write_picture
+    picture = training.draw_history
+    training.draw_history = write_picture  # type: ignore[assignment]
     try:
         PARTS[part.name](part, trials, random, folder)
     finally:

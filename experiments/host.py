@@ -5,15 +5,22 @@ this machine, as it is loaded now, answers. `POST /predict` takes
 `{"images": [<base64 of an image file>, …]}`.
 """
 
+from typing import Annotated
+
 from elastic.errors import FileError
 from elastic.experiments.tools.environment import silence
 from elastic.experiments.tools.errors import run
 from elastic.experiments.tools.options import call
 from elastic.files.zoo import find_file
+from elastic.ranges import Count, Positive, Range
 
 
 def host_network(
-    source: str, port: int = 8000, deadline: float = 20.0, level: int | None = None, images: int = 1
+    source: str,
+    port: Annotated[int, Range(1, 65535)] = 8000,
+    deadline: Positive = 20.0,
+    level: int | None = None,
+    images: Count = 1,
 ) -> None:
     """Answer requests over HTTP on this machine alone, until it is stopped.
 

@@ -40,6 +40,7 @@ from elastic.experiments.tools.errors import run
 from elastic.experiments.tools.options import call
 from elastic.experiments.tools.tables import write_csv
 from elastic.files.zoo import find_file
+from elastic.ranges import Count, Positive
 
 PHASES = (False, True, False)  # whether the busy process runs
 START_S, ANSWER_S = 180.0, 30.0  # how long a server may take to start, and to answer
@@ -63,10 +64,10 @@ class Reply:
 
 def send_load(
     source: str,
-    deadline: float = 80.0,
-    rate: float = 10.0,
-    seconds: float = 3.0,
-    images: int = 8,
+    deadline: Positive = 80.0,
+    rate: Positive = 10.0,
+    seconds: Positive = 3.0,
+    images: Count = 8,
     csv: Path | None = None,
 ) -> None:
     """Send requests to an elastic network and to each of its levels, and show how they are answered.

@@ -27,6 +27,7 @@ from elastic.experiments.tools.errors import FULL, run
 from elastic.experiments.tools.folders import CHECKPOINT, SUMMARY
 from elastic.experiments.tools.metrics import find_metric
 from elastic.experiments.tools.options import call
+from elastic.ranges import Count
 
 POLL_S = 0.5
 TRAIN = (sys.executable, "-W", "ignore", "-m", "elastic.experiments.train")
@@ -61,7 +62,7 @@ class PlannedRun:
         return [*(() if begun else self.options), f"run={self.folder}"]
 
 
-def carry_out(file: Path, runs: Path = Path("outputs/plan"), workers: int = 1, only: str = "*") -> None:
+def carry_out(file: Path, runs: Path = Path("outputs/plan"), workers: Count = 1, only: str = "*") -> None:
     """Carry out a plan.
 
     Args:

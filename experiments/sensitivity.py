@@ -25,6 +25,7 @@ from elastic.experiments.tools.tables import write_csv
 from elastic.files.atomic import write_atomically
 from elastic.levels.sensitivity import Cut, Evaluation, measure_sensitivity
 from elastic.measure.machine import measure_latency_ms
+from elastic.ranges import Count
 from elastic.training.tasks import Task
 from elastic.widths.discovery import discover
 
@@ -33,7 +34,7 @@ HEAD = ("width", "channels", "kept", "loss added", "metric lost", "MACs saved", 
 
 def show_sensitivity(
     run: Path,
-    images: int = 1000,
+    images: Count = 1000,
     latency: bool = False,
     json: Path | None = None,
     csv: Path | None = None,

@@ -35,6 +35,7 @@ from elastic.experiments.tools.restore import restore
 from elastic.experiments.tools.runtime_figures import draw_serving
 from elastic.experiments.tools.tables import write_csv
 from elastic.levels.runtime import Runtime
+from elastic.ranges import Count, Positive
 
 PHASES = (False, True, False, True, False)  # whether the busy process runs
 REQUESTS = 100  # different batches, at most
@@ -68,10 +69,10 @@ Answers = list[Answer]
 
 def serve_stream(
     run: Path,
-    batch: int = 32,
-    deadline: float = 1.3,
-    seconds: float = 3.0,
-    repeats: int = 5,
+    batch: Count = 32,
+    deadline: Positive = 1.3,
+    seconds: Positive = 3.0,
+    repeats: Count = 5,
     csv: Path | None = None,
     figure: Path | None = None,
 ) -> None:

@@ -215,9 +215,9 @@ def _check_names(cfg: DictConfig) -> None:
     """Refuse options that nothing of a run takes, unless others refer to them."""
     names = [*get_hints(RunOptions.__init__), *PARTS, "lr_scheduler", "logger", "trigger", "callbacks"]
     text = json.dumps(OmegaConf.to_container(cfg, resolve=False), default=str)
-    for name in cfg:
-        if name not in names and not re.search(rf"\$\{{{re.escape(str(name))}[.}}\[]", text):
-            close = difflib.get_close_matches(str(name), names, 1)
+    for name in map(str, cfg):
+        if name not in names and not re.search(rf"\$\{{{re.escape(name)}[.}}\[]", text):
+            close = difflib.get_close_matches(name, names, 1)
             remedy = f"did you mean {close[0]}?" if close else f"a run has {', '.join(sorted(names))}"
             raise OptionError(f"there is no option {name}: {remedy}")
 

@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator
 
+from elastic.errors import OptionError
 from elastic.experiments.tools.arms import Arm, History
 from elastic.experiments.tools.metrics import SHARES, TEST, describe_metric
 from elastic.files.atomic import write_atomically
@@ -23,8 +24,14 @@ LEGEND = 12  # widths that a legend has room for
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as a picture, atomically, and forget it."""
+    """Write a figure as a picture, atomically, and forget it.
+
+    Raises:
+        OptionError: the file's name ends in no kind of picture.
+    """
     kind = path.suffix.removeprefix(".") or "png"
+    if kind not in (kinds := figure.canvas.get_supported_filetypes()):
+        raise OptionError(f"{path} cannot be a picture: end its name in one of {', '.join(sorted(kinds))}")
     write_atomically(path, lambda part: figure.savefig(part, dpi=120, format=kind))
     plt.close(figure)
 

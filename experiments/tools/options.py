@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from elastic.errors import OptionError
+from elastic.ranges import explain, fits
 
 T = TypeVar("T")
 HELP = ("-h", "--help")
@@ -52,6 +53,7 @@ class Option:
     optional: bool  # may be null
     default: Any
     help: str
+    hint: Any = Any  # with the range of a number
 
     @property
     def required(self) -> bool:
@@ -61,25 +63,31 @@ class Option:
         """Read the option's value.
 
         Raises:
-            OptionError: it is of another type.
+            OptionError: it is of another type, or out of its range.
         """
         if self.optional and text.lower() in NONE:
             return None
         read, kind = TYPES[self.kind]
         try:
-            return read(text)
+            value = read(text)
         except (ValueError, KeyError, OverflowError):
             raise OptionError(f"{self.name}={text} is no {kind}: set {self.name} to one") from None
+        if self.kind in (int, float) and not fits(value, self.hint):
+            raise OptionError(explain(self.name, value, self.hint))
+        return value
 
 
 def list_options(function: Callable[..., Any]) -> dict[str, Option]:
     """List the options of a function by name."""
     hints, helps = get_type_hints(function), read_helps(inspect.getdoc(function) or "")
+    bounded = get_type_hints(function, include_extras=True)
     options = {}
     for name, parameter in inspect.signature(function).parameters.items():
         is_union = get_origin(hints[name]) in (Union, types.UnionType)
         kinds = [kind for kind in get_args(hints[name]) or [hints[name]] if kind is not type(None)]
-        options[name] = Option(name, kinds[0], is_union, parameter.default, helps.get(name, ""))
+        options[name] = Option(
+            name, kinds[0], is_union, parameter.default, helps.get(name, ""), bounded[name]
+        )
     return options
 
 

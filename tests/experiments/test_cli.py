@@ -12,6 +12,7 @@ from elastic.errors import OptionError
 from elastic.experiments.cli import COMMANDS, main
 from elastic.experiments.tools.options import describe, list_options, read_options
 from elastic.experiments.tools.training_help import describe_training
+from elastic.ranges import Natural, Positive
 from tests.runs import CONF
 
 ROOT = Path(__file__).parents[2]
@@ -101,8 +102,8 @@ def test_what_is_wrong_is_one_line(
 
 def example(
     run: Path,
-    level: int | None = None,
-    deadline: float = 1.3,
+    level: Natural | None = None,
+    deadline: Positive = 1.3,
     html: Path | None = None,
     again: bool = False,
     name: str = "",
@@ -142,6 +143,12 @@ def test_options_are_read_by_their_type(monkeypatch: Patch) -> None:
 )
 def test_a_value_of_another_type_is_refused(word: str) -> None:
     with pytest.raises(OptionError, match=rf"^{word.replace('.', r'[.]')} is no "):
+        read_options(example, ("run=x", word))
+
+
+@pytest.mark.parametrize("word", ["level=-1", "deadline=0", "deadline=nan", "deadline=inf"])
+def test_a_value_out_of_its_range_is_refused(word: str) -> None:
+    with pytest.raises(OptionError, match=r"cannot be: set it to .*(0 or more|above 0)"):
         read_options(example, ("run=x", word))
 
 

@@ -9,9 +9,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from elastic.errors import FileError
+from elastic.errors import FileError, OptionError
 from elastic.experiments.compare import compare_runs
 from elastic.experiments.tools.arms import read_arms, read_summaries, shorten_names
+from elastic.experiments.tools.figure import save_figure
 from elastic.experiments.tools.results import make_tables, write_latex
 
 
@@ -218,3 +219,9 @@ def test_latex_can_be_typeset(tmp_path: Path) -> None:
     assert lines[4].startswith(r"a\_b & 2 & \textbf{85.00 $\pm$ 7.07} & \textbf{1,000 $\pm$ 0} & ")
     assert lines[5].startswith(r"c\%d & 1 & 70.00 & 2,000 & ")
     assert lines[4].split(" & ")[6] == "--" and all(line.count(" & ") == 7 for line in lines[4:6])
+
+
+def test_a_picture_of_no_kind_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"x\.nonsense cannot be a picture: end its name in one of .*png"):
+        save_figure(plt.figure(), tmp_path / "x.nonsense")
+    assert not list(tmp_path.iterdir())

@@ -160,7 +160,7 @@ def _read_library(library: Path, cache: Path) -> None:
     def refuse(*_: Any) -> Path:
         raise FileError(f"{library} is damaged: it is made again")
 
-    compiling._compile = refuse
+    compiling._compile = refuse  # type: ignore[assignment]
     os.environ[compiling.CACHE] = str(cache)
     try:
         compiling._load()

@@ -81,7 +81,7 @@ def try_program(part: Part, program: Program, trials: int, seed: int, folder: Pa
         )
         _go_on(part, program, whole, broken, f"killed {'twice' if done > 1 else 'once'}", f"{seed}, {ends}")
     random.shuffle(moments)
-    digests = set()
+    digests: set[str] = set()
     for moment in moments:
         digest = digest_folder(moment)
         if len(digests) < trials - killed and digest not in digests:

@@ -182,7 +182,7 @@ def try_sweep(runs: int, folder: Path) -> tuple[str, int, list[str]]:
         watch.take()
         return describe(path) if len(watch.memory) % 50 == 0 else ""
 
-    sweep.describe_progress = describe_watched  # which is called after each run
+    sweep.describe_progress = describe_watched  # type: ignore[assignment]  # called after each run
     with redirect_stdout(said), redirect_stderr(told):
         try:
             run(main)
@@ -234,10 +234,10 @@ def try_requests(requests: int, seed: int) -> tuple[str, int, list[str]]:
             runtime.within(latency_ms=deadlines[request // 1000 % 2])
             changes += 1
             watch.take()
-        level = runtime.level
+        k = runtime.level
         answer = runtime(x)
         answered += 1
-        wrong += not torch.equal(answer, expected[level])
+        wrong += not torch.equal(answer, expected[k])
     faults = watch.find_faults("a runtime")
     if answered != requests or sum(level.calls for level in timed) != requests:
         faults.append(f"a runtime: {answered} answers to {requests} requests")

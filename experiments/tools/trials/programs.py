@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -95,9 +96,7 @@ def make_programs(train: Train, seed: int, folder: Path) -> dict[str, Program]:
             words = (*words, f"data.root={write_images(folder / 'data', seed)}")
         cfg = compose_run(folder, words)
         work = carry_out_in_two if name == "two processes" else carry_out
-        programs[name] = Program(
-            name, lambda place, cfg=cfg, work=work: work(train, cfg, place), [""], _make_check(name)
-        )
+        programs[name] = Program(name, partial(work, train, cfg), [""], _make_check(name))
     programs["foreign module"] = Program(
         "foreign module", lambda place: carry_out_foreign(place, seed), [""], _check_foreign
     )
@@ -195,8 +194,12 @@ def carry_out_foreign(folder: Path, seed: int) -> None:
     prune = PruneByGates(penalty=1.0, begin=0.0, end=0.9, grain="channel", grace=1)
     keep = ModelCheckpoint(folder, "last", enable_version_counter=False, save_on_train_epoch_end=True)
     trainer = L.Trainer(
-        **{"max_epochs": 6, "accelerator": "cpu", "logger": False, "enable_progress_bar": False},
-        **{"enable_model_summary": False, "log_every_n_steps": 1},  # type: ignore[arg-type]
+        max_epochs=6,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
         callbacks=[grow, prune, Census(str(folder)), keep],
         plugins=[AtomicCheckpoints()],
     )
