@@ -93,8 +93,26 @@ def find_widths(model: nn.Module, *example: Tensor) -> Widths:
             AxisTracker(graph, replica, elements, records).run(*inputs)
     widths = collect_widths(elements, records)
     widths.example = tuple(inputs)
+    fix_widths(widths, _find_unstored(model, widths))
     fix_widths(widths, _find_inseparable(widths))
     return widths
+
+
+def _find_unstored(model: nn.Module, widths: Widths) -> dict[str, str]:
+    """Find widths with tensors that no checkpoint has, and whose entries are not alike, with reasons."""
+    unstored: dict[tuple[str, str], Tensor] = {}
+    for path, module in model.named_modules():
+        others = {name: module._buffers[name] for name in module._non_persistent_buffers_set}
+        for name, value in (*vars(module).items(), *others.items()):
+            if isinstance(value, Tensor):
+                unstored[path, name] = value
+    reasons: dict[str, str] = {}
+    for slot, name in ((s, n) for n in (widths if unstored else ()) for s in widths[n].slots):
+        value = unstored.get((slot.module, slot.tensor))
+        if value is not None and (value.is_meta or not (value == value.narrow(slot.dim, 0, 1)).all()):
+            tensor = f"{slot.module}.{slot.tensor}".lstrip(".")
+            reasons[name] = f"{tensor} is in no checkpoint: make it a buffer that is stored"
+    return reasons
 
 
 def _find_inseparable(widths: Widths) -> dict[str, str]:

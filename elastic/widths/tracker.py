@@ -303,12 +303,10 @@ class AxisTracker:
         return get_original(self._find_module(module), tensor) if is_stored(tensor) else None
 
     def _fix_foreign(self, module: str, tensor: str, axis: Axis) -> None:
-        """Fix what a hook or a foreign parametrization computes, and what no checkpoint stores."""
-        owner, name = self._find_module(module), f"{module}.{tensor}".lstrip(".")
+        """Fix what a hook computes, or a parametrization whose own tensors do not follow channels."""
+        owner = self._find_module(module)
         if tensor in vars(owner) and owner._forward_pre_hooks:
-            self.elements.fix(axis, f"{name} is computed by a hook")
-        elif tensor in vars(owner) or tensor in owner._non_persistent_buffers_set:
-            self.elements.fix(axis, f"{name} is in no checkpoint: make it a buffer that is stored")
+            self.elements.fix(axis, f"{module}.{tensor} is computed by a hook")
         for parametrization in list_parametrizations(owner, tensor):
             if not isinstance(parametrization, ChannelParametrization):
                 name = type(parametrization).__name__

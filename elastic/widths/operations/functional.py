@@ -18,20 +18,47 @@ from elastic.widths.operations.interface import (
     get_shape,
     get_value,
 )
-from elastic.widths.operations.weights import SPACE, locate_source, read_and_write, read_and_write_transposed
+from elastic.widths.operations.weights import (
+    SPACE,
+    list_stored,
+    locate_source,
+    read_and_write,
+    read_and_write_transposed,
+)
 from elastic.widths.union import Axis
 
 
 def convolve_with(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow a convolution with a weight that the model holds."""
-    groups, shape = get_argument(node, 6, "groups", default=1), get_shape(get_argument(node, 1, "weight"))
+    groups, kernel = get_argument(node, 6, "groups", default=1), get_argument(node, 1, "weight")
+    shape = get_shape(kernel)
     is_depthwise = get_value(groups) > 1 == shape[1]
+    if is_depthwise and shape[0] == get_value(groups) and _is_spread(kernel):
+        return _filter(tracker, node, groups)
     x, weight, bias = _read_weights(tracker, node, is_depthwise)
     channel = len(x) - len(shape) + 1  # 0 where there is no batch
     _follow_groups(tracker, node, groups, x[channel], is_depthwise)
     tracker.fix(x[channel + 1 :], node, SPACE)
     written = read_and_write(tracker, node, x[channel], weight, bias, get_value(groups), is_depthwise)
     return (*x[:channel], written, *(None for _ in shape[2:]))
+
+
+def _is_spread(weight: fx.Node) -> bool:
+    """Tell whether a weight is one kernel that is spread over as many channels as there are."""
+    has_channels = get_axes(weight)[0] is not None
+    return has_channels and all(axis is None for n in list_stored(weight) for axis in get_axes(n)[:1])
+
+
+def _filter(tracker: Tracker, node: fx.Node, groups: object) -> Axes:
+    """Follow a filter of each map by itself (a blur, say), which has no channels of its own."""
+    x, weight = get_axes(get_input(node)), get_argument(node, 1, "weight")
+    channel = len(x) - len(get_shape(weight)) + 1
+    _follow_groups(tracker, node, groups, x[channel], True)
+    tracker.fix(x[channel + 1 :], node, SPACE)
+    tracker.unite(x[channel], get_axes(weight)[0], node)
+    if isinstance(bias := get_argument(node, 2, "bias"), fx.Node):
+        _record(tracker, node, bias, 0, x[channel])
+    return (*x[: channel + 1], *(None for _ in x[channel + 1 :]))
 
 
 def convolve_transposed_with(tracker: Tracker, node: fx.Node) -> Axes:

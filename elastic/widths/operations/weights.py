@@ -22,7 +22,7 @@ def locate_source(tracker: Tracker, weight: fx.Node) -> Place:
         return tracker.locate(weight)
     except NotFollowed:
         axes, shape = get_axes(weight), get_shape(weight)
-        for source in _list_stored(weight):
+        for source in list_stored(weight):
             own = get_axes(source)
             if get_shape(source) == shape and all(map(_is_same, own[:2], axes[:2])):
                 tracker.mix(own[1:2], weight, "computes a weight from its channels")
@@ -31,7 +31,7 @@ def locate_source(tracker: Tracker, weight: fx.Node) -> Place:
         raise
 
 
-def _list_stored(weight: fx.Node) -> list[fx.Node]:
+def list_stored(weight: fx.Node) -> list[fx.Node]:
     """List the stored tensors that a computed one depends on."""
     pending, sources = [weight], dict[fx.Node, None]()
     while pending:

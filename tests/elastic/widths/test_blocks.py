@@ -314,6 +314,13 @@ FOLLOWED: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
         just(lambda m, x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2)),
         {"stem"},
     ),
+    "a blur that is spread over all channels": (
+        just(
+            lambda m, x: F.conv2d(x, m.blur.expand(x.shape[1], 1, 3, 3), groups=x.shape[1]),
+            blur=nn.Buffer(torch.rand(1, 1, 3, 3)),
+        ),
+        {"stem"},
+    ),
     "a slice of a sequence": (
         just(lambda m, x: m.rows[1:](x), rows=nn.Sequential(nn.ReLU(), conv(8, 8), nn.ReLU())),
         {"stem", "rows.1"},
