@@ -33,6 +33,7 @@ from elastic.experiments.tools.tables import format_markdown, write_between_mark
 from elastic.levels.cutting import extract_level
 from elastic.levels.nested import Levels
 from elastic.levels.sizes import level_sizes
+from elastic.measure.timing import Network as Execution
 from elastic.measure.timing import measure_medians_ms
 from elastic.models import resnet20, vgg16_bn
 from elastic.widths.discovery import discover
@@ -121,9 +122,11 @@ def list_layers() -> list[dict[str, str]]:
         conv = nn.Conv2d(channels, kernels, size, stride, size // 2, bias=False)
         x_BCHW, out = torch.randn(1, channels, pixels, pixels), pixels // stride
         one, other = torch.randn(kernels, channels * size**2), torch.randn(channels * size**2, out**2)
+        stock = nn.Conv2d(channels, kernels, size, stride, size // 2, bias=False)
+        stock.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         works = {
             "kernel": partial(ActiveConv2d(conv, relu=False), x_BCHW),
-            "PyTorch": partial(conv.to(memory_format=torch.channels_last), x_BCHW),
+            "PyTorch": partial(stock, x_BCHW),
             "product": partial(torch.mm, one, other),
         }
         medians = _time(list(works.values()))
@@ -156,7 +159,11 @@ def list_levels() -> list[dict[str, str]]:
         levels = Levels(net, widths, level_sizes(net, widths, x_BCHW, FRACTIONS))
         for k, level in enumerate(levels):
             alone = extract_level(level.eval()).eval()
-            runs = {"in place": level, "extracted": alone, **make_rivals(alone, [x_BCHW], 1)}
+            runs: dict[str, Execution] = {
+                "in place": level,
+                "extracted": alone,
+                **make_rivals(alone, [x_BCHW], 1),
+            }
             medians = measure_medians_ms(list(runs.values()), [x_BCHW] * REPEATS)
             times = {f"{run} (ms)": f"{median:.3f}" for run, median in zip(runs, medians, strict=True)}
             rows.append(

@@ -28,18 +28,18 @@ def make_rivals(net: nn.Module, inputs: Sequence[Tensor], threads: int) -> dict[
     """
     folded = make_masked(net, torch.contiguous_format)
     compile_network(folded)
-    ways = [*make_stock(net).values(), folded]
-    return {PYTORCH: choose_fastest(ways, inputs[:1])} | dict(_open_runtimes(net, inputs[0], threads))
+    ways: list[Execution] = [*make_stock(net).values(), folded]
+    return {PYTORCH: choose_fastest(ways, inputs[:1])} | _open_runtimes(net, inputs[0], threads)
 
 
-def _open_runtimes(net: nn.Module, example: Tensor, threads: int) -> list[tuple[str, Execution]]:
-    opened = []
+def _open_runtimes(net: nn.Module, example: Tensor, threads: int) -> dict[str, Execution]:
+    opened: dict[str, Execution] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, ending in RUNTIMES.items():
             path = Path(folder, f"network{ending}")
             try:
                 export(net, example, path)
-                opened.append((name, unpack(open_exported(path, threads))))
+                opened[name] = unpack(open_exported(path, threads))
             except FileError as error:
                 print(error)
     return opened

@@ -44,7 +44,7 @@ def make_meta_copy(model: nn.Module) -> nn.Module:
         _drop_data(module, memo)
     replica = copy_module(model, memo)
     for module in replica.modules():
-        if _keeps_shape(get_kind(module)):
+        if _keeps_shape(get_kind(module)):  # type: ignore[arg-type]
             vars(module)["forward"] = _keep_shape
     return replica
 

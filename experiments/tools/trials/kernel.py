@@ -10,8 +10,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from random import Random
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -31,7 +33,7 @@ CHECKERS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=
 RUNTIMES = ("libasan.so", "libubsan.so")
 # gcc is told of another processor by what it takes away; the last has vectors that two of this one's make.
 PROCESSORS = {"AVX-512": "-D__AVX512F__", "AVX2": "-mno-avx512f", "SSE": "-mno-avx512f -mno-avx2 -mno-avx"}
-CLOSE = {"rtol": 1e-3, "atol": 1e-4}  # Winograd's sums are of other numbers than the masked ones
+check_close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-4)  # Winograd sums other numbers
 TIMEOUT_S = 3600
 
 
@@ -138,7 +140,7 @@ def _convolve(random: Random) -> None:
     with patch.object(tiles, "prefer_tiles", lambda *_: tiled):
         found = ActiveConv2d(conv, relu, zeros)(junk_BCHW, reads, writes, residual)
     found = found if zeros else torch.where(gate_BK11 != 0, found, 0.0)
-    torch.testing.assert_close(found, expected, **CLOSE)
+    check_close(found, expected)
 
 
 def _switch(random: Random) -> None:
@@ -149,12 +151,12 @@ def _switch(random: Random) -> None:
         x_BCHW = x_BCHW * (_spread(reads) != 0)
     weight_KC, bias_K = torch.randn(kernels, channels), torch.randn(kernels)
     within_2C = torch.tensor([[-0.5], [0.5]]).repeat(1, channels)
-    activation = random.choice(("soft", *GRADED))
+    activation: Any = random.choice(("soft", *GRADED))
     found = activate_kernels(x_BCHW, reads, weight_KC, bias_K, within_2C, activation)
     scores_BK = F.linear(x_BCHW.mean((2, 3)).clamp(*within_2C), weight_KC, bias_K)
     clear = scores_BK.abs().min() > 1e-4  # else rounding decides
     if clear:
-        torch.testing.assert_close(found.gate_BK, GRADED.get(activation, find_active)(scores_BK), **CLOSE)
+        check_close(found.gate_BK, GRADED.get(activation, find_active)(scores_BK))
 
 
 def _pool(random: Random) -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from packaging.requirements import Requirement
 
@@ -83,7 +84,7 @@ def _list_installed(name: str, extras: list[str]) -> Iterator[str]:
 
 def find_licence(distribution: metadata.Distribution) -> str:
     """Find the name of a licence: as an expression, else as a classifier, else what the text begins with."""
-    fields = distribution.metadata
+    fields: Any = distribution.metadata  # a message, though its type does not say so
     classifiers = [
         line.rpartition("::")[2].strip()
         for line in fields.get_all("Classifier") or []
