@@ -17,6 +17,7 @@ from elastic.data import ImageData
 from elastic.errors import OptionError
 
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
+LEFT = ("MemAvailable", "SwapFree")
 COPIES = 2  # of the parameters: themselves and their gradients, whatever the optimizer holds
 
 
@@ -62,12 +63,10 @@ def measure_training(net: nn.Module, x_BCHW: Tensor) -> int:
 
 
 def find_memory() -> int | None:
-    """Find how much memory there is for this process, if the system tells."""
-    found = []
+    """Find how much memory is left for this process, if the system tells."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        found += [1024 * int(line.split()[1]) for line in lines if line.startswith(("MemTotal", "SwapTotal"))]
-        found = [sum(found)]
+        found = [sum(1024 * int(line.split()[1]) for line in lines if line.startswith(LEFT))]
     except (OSError, ValueError):
         return None
     for limit in LIMITS:

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from elastic.experiments.tools import memory
 from elastic.experiments.tools.checking import check_options
 from elastic.experiments.tools.composition import list_choices
 from elastic.experiments.tools.errors import THEIRS, format_error
@@ -18,6 +19,7 @@ from elastic.experiments.tools.trials.composing import compose_run
 from elastic.experiments.train import build, make_trainer
 
 CLAIM = "refused in one line, or built as asked"
+MEMORY = 10**9  # bytes that trials may use: a network beyond them is refused, as one beyond a machine's is
 BASES = 16  # composed configurations, of which each trial changes one
 VALUES: tuple[Any, ...] = (
     *(0, 1, -1, 2, 3, 7, 1000, 10**7, 2**32, -(2**40), 0.5, 2.5, -0.1, 1e-9, 1e30, nan, inf, -inf),
@@ -29,13 +31,17 @@ SCHEDULES = ("growth,gates", "gates,ema", "growth", "joint", "reconstruct", "dyn
 
 def try_options(part: Part, trials: int, random: Random, folder: Path) -> None:
     """Change one to three options of a composed configuration, and make all parts of its run."""
-    bases = [_compose(random, folder) for _ in range(min(BASES, 1 + trials // 8))]
-    for trial in range(trials):
-        cfg = copy.deepcopy(random.choice(bases))
-        content: Any = OmegaConf.to_container(cfg, resolve=True)
-        keys = list(_list_keys(content))
-        changes = {random.choice(keys): random.choice(VALUES) for _ in range(random.choice((1, 1, 2, 3)))}
-        _try_once(part, cfg, changes, folder / str(trial))
+    find_memory, memory.find_memory = memory.find_memory, lambda: MEMORY
+    try:
+        bases = [_compose(random, folder) for _ in range(min(BASES, 1 + trials // 8))]
+        for trial in range(trials):
+            cfg = copy.deepcopy(random.choice(bases))
+            content: Any = OmegaConf.to_container(cfg, resolve=True)
+            keys = list(_list_keys(content))
+            changes = {random.choice(keys): random.choice(VALUES) for _ in range(random.choice((1, 1, 2, 3)))}
+            _try_once(part, cfg, changes, folder / str(trial))
+    finally:
+        memory.find_memory = find_memory
 
 
 def _try_once(part: Part, cfg: DictConfig, changes: dict[str, Any], folder: Path) -> None:
