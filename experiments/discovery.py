@@ -1,19 +1,21 @@
 """Time what it takes to find the widths of a network and to halve them all, beside Torch-Pruning.
 
-    python -m experiments.discovery
+    python -m experiments.discovery [networks=<names>]
 
 Both start from the same network and one image of the size that it was made for, in one process, on one
 thread, in turn; what is shown is the median of CPU seconds. Torch-Pruning (extra `peers`) builds its graph
 of dependencies, and its pruner takes half of the channels of each group by magnitude; ours discovers, and
-re-indexes each width to the half of largest L2 norm. Compaction is of the network with half of its gates
-shut.
+re-indexes each width to the half of largest L2 norm. Neither checks itself (our `check` is off). Compaction
+is of the network with half of its gates shut. A second table shows how ours grow with depth and width.
 """
 
 import copy
+import gc
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,17 +24,21 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from elastic.errors import OptionError
 from elastic.experiments.tools.errors import run
 from elastic.experiments.tools.options import call
 from elastic.levels.importance import score_channels
-from elastic.models import resnet20
+from elastic.measure.counts import count_macs
+from elastic.models.resnet import resnet, resnet20
 from elastic.pruning.compaction import compact
 from elastic.pruning.gates import attach_gates, iterate_gates, set_score
 from elastic.surgery.reindexing import reindex
 from elastic.widths.discovery import discover
 
-REPEATS = 3
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # and the pixels of its images
+REPEATS = 5
+Work = Callable[[nn.Module, Tensor], Any]
+Build = Callable[[], nn.Module]
+NETWORKS: dict[str, tuple[Build, int]] = {  # and the pixels of its images
     "ResNet-20": (resnet20, 32),
     "ResNet-50": (torchvision.models.resnet50, 224),
     "ResNet-152": (torchvision.models.resnet152, 224),
@@ -42,39 +48,92 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # and the pixels o
 }
 
 
-def compare_discovery() -> None:
-    """Show what discovery and halving take, here and in Torch-Pruning."""
+GROWING: dict[str, tuple[Build, int]] = {
+    **{f"ResNet-{6 * n + 2}, width 16": (partial(resnet, n), 32) for n in (3, 6, 12, 24)},
+    **{f"ResNet-20, width {width}": (partial(resnet20, width), 32) for width in (32, 64, 128)},
+    "ResNet-50": NETWORKS["ResNet-50"],
+    "ResNet-101": (torchvision.models.resnet101, 224),
+    "ResNet-152": NETWORKS["ResNet-152"],
+}
+COLUMNS = ("network", "discover", "their graph", "ratio", "and halve", "their pruner", "ratio", "compact")
+GROWTH = ("network", "layers", "channels", "discover (ms)", "µs a layer", "MACs", "compact (s)")
+
+
+def compare_discovery(networks: str | None = None) -> None:
+    """Show what discovery and halving take, here and in Torch-Pruning, and how they grow.
+
+    Args:
+        networks: of torchvision, by name, with commas between; for them alone, at 224 pixels.
+
+    Raises:
+        OptionError: torchvision has no such network.
+    """
     warnings.simplefilter("ignore")  # the peer's own
     torch.set_num_threads(1)
-    table = Table(title=f"CPU seconds, medians of {REPEATS} · torch {torch.__version__}, one thread")
-    columns = ("network", "discover", "their graph", "and halve", "their pruner", "ratio", "compact")
+    title = f"CPU seconds, medians of {REPEATS} · torch {torch.__version__}, one thread"
+    named = NETWORKS if networks is None else {name: (find(name), 224) for name in networks.split(",")}
+    show(title, COLUMNS, named, measure_network)
+    if networks is None:
+        show("How it grows", GROWTH, GROWING, measure_growth)
+
+
+def find(name: str) -> Build:
+    """Find a network of torchvision."""
+    if name not in torchvision.models.list_models(torchvision.models):
+        raise OptionError(f"torchvision has no network {name}: see torchvision.models.list_models()")
+    return partial(torchvision.models.get_model, name, weights=None)
+
+
+def show(
+    title: str,
+    columns: Sequence[str],
+    networks: Mapping[str, tuple[Build, int]],
+    measure: Callable[[nn.Module, Tensor], list[str]],
+) -> None:
+    """Show a table with a row of measured figures for each network."""
+    table = Table(title=title)
     for column in columns:
         table.add_column(column, justify="left" if column == "network" else "right", no_wrap=True)
-    for name, (build, pixels) in NETWORKS.items():
-        table.add_row(name, *measure_network(build, pixels))
-    Console(width=110).print(table)
+    for name, (build, pixels) in networks.items():
+        torch.manual_seed(0)
+        table.add_row(name, *measure(build().eval(), torch.randn(1, 3, pixels, pixels)))
+    Console(width=120).print(table)
 
 
-def measure_network(build: Callable[[], nn.Module], pixels: int) -> list[str]:
-    """Measure one network: a row of the table."""
-    torch.manual_seed(0)
-    net, x_BCHW = build().eval(), torch.randn(1, 3, pixels, pixels)
+def measure_network(net: nn.Module, x_BCHW: Tensor) -> list[str]:
+    """Measure one network beside the peer."""
     works = (discover_only, build_graph, halve_by_reindex, halve_by_pruner, compact_half)
-    times: dict[Any, list[float]] = {work: [] for work in works}
-    for _ in range(REPEATS):
-        for work in works:  # in turn: the machine's load falls on all
-            times[work].append(measure_cpu_seconds(work, copy.deepcopy(net), x_BCHW))
-    found, graph, halved, pruned, compacted = (statistics.median(times[work]) for work in works)
+    found, graph, halved, pruned, compacted = measure_works(net, x_BCHW, works)
     return [
-        *(f"{seconds:.2f}" for seconds in (found, graph, halved, pruned)),
-        f"{pruned / halved:.1f} ×",
-        f"{compacted:.2f}",
+        *(f"{found:.3f}", f"{graph:.3f}", f"{graph / found:.1f} ×"),
+        *(f"{halved:.2f}", f"{pruned:.2f}", f"{pruned / halved:.1f} ×", f"{compacted:.2f}"),
     ]
 
 
-def measure_cpu_seconds(work: Callable[[nn.Module, Tensor], Any], net: nn.Module, x_BCHW: Tensor) -> float:
+def measure_growth(net: nn.Module, x_BCHW: Tensor) -> list[str]:
+    """Measure ours, beside the size of the network."""
+    found, compacted = measure_works(net, x_BCHW, (discover_only, compact_half))
+    layers = sum(isinstance(module, nn.Conv2d | nn.Linear) for module in net.modules())
+    channels = sum(discover(net, x_BCHW).sizes().values())
+    return [
+        *(str(layers), f"{channels:,}", f"{1e3 * found:.1f}", f"{1e6 * found / layers:.0f}"),
+        *(f"{count_macs(net, x_BCHW) / 1e9:.2f} G", f"{compacted:.2f}"),
+    ]
+
+
+def measure_works(net: nn.Module, x_BCHW: Tensor, works: Sequence[Work]) -> list[float]:
+    """Measure the CPU seconds of several works in turn, each the median of all repeats."""
+    times: dict[Work, list[float]] = {work: [] for work in works}
+    for _ in range(REPEATS):
+        for work in works:  # in turn: the machine's load falls on all
+            times[work].append(measure_cpu_seconds(work, copy.deepcopy(net), x_BCHW))
+    return [statistics.median(times[work]) for work in works]
+
+
+def measure_cpu_seconds(work: Work, net: nn.Module, x_BCHW: Tensor) -> float:
     """Measure the CPU time of some work on a network of its own."""
     prepared = attach_shut_gates(net, x_BCHW) if work is compact_half else net
+    gc.collect()
     start = time.process_time()
     work(prepared, x_BCHW)
     return time.process_time() - start
@@ -100,10 +159,10 @@ def build_graph(net: nn.Module, x_BCHW: Tensor) -> Any:
 
 
 def halve_by_pruner(net: nn.Module, x_BCHW: Tensor) -> None:
-    """Keep half of each group of Torch-Pruning."""
+    """Keep half of each group of Torch-Pruning, but for what the last layer writes."""
     import torch_pruning as tp
 
-    head = [layer for layer in net.modules() if isinstance(layer, nn.Linear)][-1]
+    head = [layer for layer in net.modules() if isinstance(layer, nn.Linear | nn.Conv2d)][-1]
     importance = tp.importance.MagnitudeImportance()
     tp.pruner.BasePruner(net, x_BCHW, importance, pruning_ratio=0.5, ignored_layers=[head]).step()
 
