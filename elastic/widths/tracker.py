@@ -134,10 +134,14 @@ class AxisTracker(fx.Interpreter):
         """Keep the attributes as they are that a node is given and does not follow."""
         for size in _list_sizes((node.args, node.kwargs)):
             if not any(size is other for other in self._followed):
-                key = (size.place.module, ATTRIBUTE + size.place.name, size.place.number)
-                self._constant.setdefault(key, f"{describe_node(node)} takes {size.place.name} as it is")
-                if key in self.records:
-                    self.elements.fix(self.records[key][1], self._constant[key])
+                for view in (size, *size.others):
+                    self._keep_size(view, f"{describe_node(node)} takes {view.place.name} as it is")
+
+    def _keep_size(self, size: SizeAttribute, reason: str) -> None:
+        key = _get_key(size)
+        self._constant.setdefault(key, reason)
+        if key in self.records:
+            self.elements.fix(self.records[key][1], self._constant[key])
 
     def _fix_counts(self, node: fx.Node) -> None:
         """Fix the channels that a node computes with as numbers."""
@@ -255,13 +259,15 @@ class AxisTracker(fx.Interpreter):
     def follow_size(self, size: object, axis: Axis | None) -> bool:
         if not isinstance(size, SizeAttribute) or axis is None or len(axis) != size:
             return False
-        copies, parts = (
-            size.factor.denominator,
-            size.factor.numerator,
-        )  # the attribute is copies / parts × size
-        if len(axis) % parts:
+        views = [view for view in (size, *size.others) if len(axis) % view.factor.numerator == 0]
+        known = (view for view in views if _get_key(view) in self.records)
+        view = next(known, views[0] if views else None)
+        if view is None:
             return False
-        key = (size.place.module, ATTRIBUTE + size.place.name, size.place.number)
+        for other in (other for other in (size, *size.others) if other is not view):
+            self._keep_size(other, f"{other.place.name} is multiplied by what follows channels")
+        # The attribute is copies / parts × size.
+        copies, parts, key = view.factor.denominator, view.factor.numerator, _get_key(view)
         part = self.elements.tie(axis, parts) if parts > 1 else axis
         recorded = list(self._recorded)
         self.record(*key, "count", np.repeat(part, copies))
@@ -302,6 +308,10 @@ class AxisTracker(fx.Interpreter):
             if not isinstance(parametrization, ChannelParametrization):
                 name = type(parametrization).__name__
                 self.elements.fix(axis, f"{module}.{tensor} is parametrized by {name}")
+
+
+def _get_key(size: SizeAttribute) -> Dimension:
+    return size.place.module, ATTRIBUTE + size.place.name, size.place.number
 
 
 def _list_sizes(value: Any) -> list[SizeAttribute]:
