@@ -235,7 +235,8 @@ def attend_by_heads(m: Any, x: Tensor, channels: int) -> Tensor:
     return y.transpose(2, 3).reshape(x.shape[0], channels, 8, 8)
 
 
-HEADS = {"wide": conv(8, 24), "heads": 2, "size": 4, "three": 3}
+def heads() -> dict[str, Any]:
+    return {"wide": conv(8, 24), "heads": 2, "size": 4, "three": 3}
 
 
 def just(forward: Callable[[Any, Tensor], Tensor], reads: int = 8, **layers: Any) -> Callable[[], nn.Module]:
