@@ -139,10 +139,14 @@ class AxisTracker:
         arguments = (value for value in (*node.args, *node.kwargs.values()) if type(value) is not fx.Node)
         for size in (size for value in arguments for size in _list_sizes(value)):
             if not any(size is other for other in self._followed):
-                key = (size.place.module, ATTRIBUTE + size.place.name, size.place.number)
-                self._constant.setdefault(key, f"{describe_node(node)} takes {size.place.name} as it is")
-                if key in self.records:
-                    self.elements.fix(self.records[key][1], self._constant[key])
+                for view in (size, *size.others):
+                    self._keep_size(view, f"{describe_node(node)} takes {view.place.name} as it is")
+
+    def _keep_size(self, size: SizeAttribute, reason: str) -> None:
+        key = _get_key(size)
+        self._constant.setdefault(key, reason)
+        if key in self.records:
+            self.elements.fix(self.records[key][1], self._constant[key])
 
     def _fix_counts(self, node: fx.Node) -> None:
         """Fix the channels that a node computes with as numbers."""
@@ -263,13 +267,15 @@ class AxisTracker:
     def follow_size(self, size: object, axis: Axis | None) -> bool:
         if not isinstance(size, SizeAttribute) or axis is None or len(axis) != size:
             return False
-        copies, parts = (
-            size.factor.denominator,
-            size.factor.numerator,
-        )  # the attribute is copies / parts × size
-        if len(axis) % parts:
+        views = [view for view in (size, *size.others) if len(axis) % view.factor.numerator == 0]
+        known = (view for view in views if _get_key(view) in self.records)
+        view = next(known, views[0] if views else None)
+        if view is None:
             return False
-        key = (size.place.module, ATTRIBUTE + size.place.name, size.place.number)
+        for other in (other for other in (size, *size.others) if other is not view):
+            self._keep_size(other, f"{other.place.name} is multiplied by what follows channels")
+        # The attribute is copies / parts × size.
+        copies, parts, key = view.factor.denominator, view.factor.numerator, _get_key(view)
         part = self.elements.tie(axis, parts) if parts > 1 else axis
         recorded = list(self._recorded)
         self.record(*key, "count", np.repeat(part, copies))
@@ -328,6 +334,10 @@ def _get_value(node: fx.Node) -> Any:
 
 def _drop_data(value: Any) -> Any:
     return value.to("meta") if isinstance(value, Tensor) and not value.is_meta else value
+
+
+def _get_key(size: SizeAttribute) -> Dimension:
+    return size.place.module, ATTRIBUTE + size.place.name, size.place.number
 
 
 def _list_sizes(value: Any) -> list[SizeAttribute]:

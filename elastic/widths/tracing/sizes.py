@@ -35,30 +35,50 @@ class AttributePlace(NamedTuple):
 
 
 class SizeAttribute(int):
-    """Be a whole number that is `factor` times an attribute of a module."""
+    """Be a whole number that is `factor` times an attribute of a module.
+
+    A product of two is a multiple of either, as long as the other one stays: `others` are these views of it.
+    """
 
     place: AttributePlace
     factor: Fraction
+    others: tuple["SizeAttribute", ...]
 
-    def __new__(cls, value: int, place: AttributePlace, factor: Fraction = Fraction(1)) -> "SizeAttribute":
-        self = super().__new__(cls, value)
-        self.place, self.factor = place, factor
+    def __new__(
+        cls,
+        value: int,
+        place: AttributePlace,
+        factor: Fraction = Fraction(1),
+        others: tuple["SizeAttribute", ...] = (),
+    ) -> "SizeAttribute":
+        self = super().__new__(cls, int.__int__(value))
+        self.place, self.factor, self.others = place, factor, others
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (int.__int__(self), self.place, self.factor)
+        return type(self), (int.__int__(self), self.place, self.factor, self.others)
 
     def __mul__(self, other: Any) -> Any:
         if not _is_scale(other):
             return _note(operator.mul)(self, other)
-        return SizeAttribute(int.__mul__(self, other), self.place, self.factor * other)
+        scaled = self._scale(Fraction(int.__int__(other)))
+        if not isinstance(other, SizeAttribute):
+            return scaled
+        last = other._scale(Fraction(int.__int__(self)))  # which of `heads * size` counts channels
+        others = (*last.others, SizeAttribute(scaled, scaled.place, scaled.factor), *scaled.others)
+        return SizeAttribute(last, last.place, last.factor, others)
 
     __rmul__ = __mul__
 
     def __floordiv__(self, other: Any) -> Any:
         if not _is_scale(other) or int.__mod__(self, other):
             return _note(operator.floordiv)(self, other)
-        return SizeAttribute(int.__floordiv__(self, other), self.place, self.factor / other)
+        return self._scale(Fraction(1, int.__int__(other)))
+
+    def _scale(self, factor: Fraction) -> "SizeAttribute":
+        value = int.__int__(self) * factor
+        others = tuple(other._scale(factor) for other in self.others)
+        return SizeAttribute(int(value), self.place, self.factor * factor, others)
 
 
 _NOTED: list[set[AttributePlace]] = []  # by the traces that are under way, the innermost last
@@ -69,7 +89,8 @@ def _note(operation: Callable[..., Any]) -> Callable[..., Any]:
 
     def compute(*numbers: Any) -> Any:
         if _NOTED:
-            _NOTED[-1].update(number.place for number in numbers if isinstance(number, SizeAttribute))
+            sizes = (number for number in numbers if isinstance(number, SizeAttribute))
+            _NOTED[-1].update(view.place for size in sizes for view in (size, *size.others))
         return operation(*(int.__int__(n) if isinstance(n, SizeAttribute) else n for n in numbers))
 
     return compute

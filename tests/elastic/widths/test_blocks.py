@@ -228,6 +228,17 @@ class Reordered(nn.Module):
         return x[:, self.order]
 
 
+def attend_by_heads(m: Any, x: Tensor, channels: int) -> Tensor:
+    """Attend by heads, whose size a product of attributes gives (LowFormer, arXiv 2409.03460)."""
+    qkv = m.wide(x).reshape(x.shape[0], m.heads, m.three * m.size, 64).transpose(2, 3)
+    y = F.scaled_dot_product_attention(*qkv.chunk(3, dim=3))
+    return y.transpose(2, 3).reshape(x.shape[0], channels, 8, 8)
+
+
+def heads() -> dict[str, Any]:
+    return {"wide": conv(8, 24), "heads": 2, "size": 4, "three": 3}
+
+
 def just(forward: Callable[[Any, Tensor], Tensor], reads: int = 8, **layers: Any) -> Callable[[], nn.Module]:
     return lambda: between(forward, reads=reads, **layers)
 
@@ -313,6 +324,18 @@ FOLLOWED: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
     "put back to where maxima were": (
         just(lambda m, x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2)),
         {"stem"},
+    ),
+    "heads times their size": (
+        just(
+            lambda m, x: attend_by_heads(m, x, m.heads * m.size), wide=conv(8, 24), heads=2, size=4, three=3
+        ),
+        {"stem", "wide"},
+    ),
+    "their size times heads": (
+        just(
+            lambda m, x: attend_by_heads(m, x, m.size * m.heads), wide=conv(8, 24), heads=2, size=4, three=3
+        ),
+        {"stem", "wide"},
     ),
     "a blur that is spread over all channels": (
         just(
