@@ -24,6 +24,8 @@ from elastic.widths.discovery import Slot, Widths
 
 __all__ = ["FRESH", "Index", "grow_index", "reindex", "resize_index", "split_index"]
 
+Layers = Mapping[str, nn.Module]  # by path
+
 
 @dataclass
 class Replacements:
@@ -72,13 +74,12 @@ def reindex(
     optimizers, copies = list(optimizers), list(copies)
     indices = {name: check_index(index, widths[name].size, name) for name, index in changes.items()}
     moves = _find_moves(widths, indices)
-    refuse_live_graph(
-        item.value for path, tensor in moves for item in list_tensors(model.get_submodule(path), tensor)
-    )
-    replacements = _renew_tensors(model, moves, optimizers, copies, fresh, generator)
+    layers, *others = (_find_layers(root, moves) for root in (model, *copies))
+    refuse_live_graph(item.value for path, tensor in moves for item in list_tensors(layers[path], tensor))
+    replacements = _renew_tensors(layers, moves, optimizers, others, fresh, generator)
     replacements.put_in_place()
-    for root in (model, *copies):
-        _resize_layers(root, moves)
+    for parts in (layers, *others):
+        _resize_layers(parts, moves)
     for name, index in indices.items():
         widths[name].size = len(index)
 
@@ -92,10 +93,20 @@ def reindex_copy(model: nn.Module, widths: Widths, changes: Mapping[str, Index])
 
 def _find_moves(widths: Widths, indices: Mapping[str, Tensor]) -> dict[tuple[str, str], list[Move]]:
     """Find the new index of each dimension of every tensor that must follow."""
+    slots = {(slot.module, slot.tensor, slot.dim): slot for name in indices for slot in widths[name].slots}
+    positions: dict[int, Tensor] = {}  # by the identity of a layout, which many slots share
     moves: dict[tuple[str, str], list[Move]] = defaultdict(list)
-    for slot in dict.fromkeys(slot for name in indices for slot in widths[name].slots):
-        moves[slot.module, slot.tensor].append(Move(slot, _index_positions(widths, slot, indices)))
+    for slot in slots.values():
+        if id(slot.layout) not in positions:
+            positions[id(slot.layout)] = _index_positions(widths, slot, indices)
+        moves[slot.module, slot.tensor].append(Move(slot, positions[id(slot.layout)]))
     return dict(moves)
+
+
+def _find_layers(root: nn.Module, moves: Mapping[tuple[str, str], list[Move]]) -> Layers:
+    """Find the layers that follow, by their paths; a layer that has several is listed by one only."""
+    listed = dict(root.named_modules())
+    return {path: listed.get(path) or root.get_submodule(path) for path, _ in moves}
 
 
 def _index_positions(widths: Widths, slot: Slot, indices: Mapping[str, Tensor]) -> Tensor:
@@ -114,18 +125,18 @@ def _index_positions(widths: Widths, slot: Slot, indices: Mapping[str, Tensor]) 
 
 
 def _renew_tensors(
-    model: nn.Module,
+    layers: Layers,
     moves: Mapping[tuple[str, str], list[Move]],
     optimizers: list[torch.optim.Optimizer],
-    copies: list[nn.Module],
+    copies: list[Layers],
     fresh: Fresh,
     generator: torch.Generator,
 ) -> Replacements:
     """Compute the new values of tensors, optimizer state and copies; nothing changes yet."""
     replacements = Replacements()
     for (path, tensor), tensor_moves in moves.items():
-        replicas = [list_tensors(replica.get_submodule(path), tensor) for replica in copies]
-        for i, item in enumerate(list_tensors(model.get_submodule(path), tensor)):
+        replicas = [list_tensors(replica[path], tensor) for replica in copies]
+        for i, item in enumerate(list_tensors(layers[path], tensor)):
             value = gather_with_fresh(path, item, tensor_moves, fresh, generator)
             replacements.tensors.append((item.value, value))
             for optimizer in optimizers:
@@ -136,9 +147,9 @@ def _renew_tensors(
     return replacements
 
 
-def _resize_layers(root: nn.Module, moves: Mapping[tuple[str, str], list[Move]]) -> None:
+def _resize_layers(layers: Layers, moves: Mapping[tuple[str, str], list[Move]]) -> None:
     """Let layers' attributes say the new sizes of their tensors."""
     for move in (move for tensor_moves in moves.values() for move in tensor_moves):
         slot = move.slot
-        layer = root.get_submodule(slot.module)
-        resize_attributes(layer, slot.tensor, slot.dim, len(move.index), slot.role == "depthwise")
+        is_depthwise = slot.role == "depthwise"
+        resize_attributes(layers[slot.module], slot.tensor, slot.dim, len(move.index), is_depthwise)

@@ -19,11 +19,10 @@ def copy_module(module: Module, memo: dict[int, Any] | None = None) -> Module:
     It takes less time, where the modules leave their copying to Python.
     """
     memo, parts = memo or {}, list(module.modules())
-    for part in parts:
-        for value in vars(part).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo.setdefault(id(value), value.detach().clone())
     if not all(map(_is_copied_by_default, parts)):
+        for value in (value for part in parts for value in vars(part).values()):
+            if isinstance(value, Tensor):
+                _copy_value(value, memo)
         return copy.deepcopy(module, memo)
     for part in parts:
         memo[id(part)] = object.__new__(type(part))
@@ -56,4 +55,6 @@ def _copy_value(value: Any, memo: dict[int, Any]) -> Any:
         }
     if kind in ATOMS or (kind is tuple and all(type(part) in ATOMS for part in value)):
         return value
+    if isinstance(value, Tensor) and not value.is_leaf and id(value) not in memo:
+        memo[id(value)] = value.detach().clone()  # which a deep copy refuses
     return copy.deepcopy(value, memo)

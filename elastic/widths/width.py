@@ -118,6 +118,8 @@ class Widths(Mapping[str, Width]):
 
 def fix_widths(widths: Widths, reasons: dict[str, str]) -> None:
     """Take widths out of those that can change; where their channels lie, they count as constant."""
+    if not reasons:
+        return
     sizes = widths.sizes()
     for name, width in list(widths.items()):
         slots = tuple(_fix_slot(slot, reasons, sizes) for slot in width.slots)
@@ -128,6 +130,8 @@ def fix_widths(widths: Widths, reasons: dict[str, str]) -> None:
 
 
 def _fix_slot(slot: Slot, names: Container[str], sizes: dict[str, int]) -> Slot:
+    if not any(segment.width in names for segment in slot.layout if segment.width is not None):
+        return slot
     segments: list[Segment] = []
     for segment in slot.layout:
         if segment.width is not None and segment.width in names:

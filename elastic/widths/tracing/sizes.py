@@ -138,8 +138,9 @@ def tag_sizes(model: nn.Module) -> Iterator[None]:
     try:
         for path, module in model.named_modules():
             attributes, is_stock = vars(module), type(module).__module__.startswith("torch.nn.")
-            for name, value in list(attributes.items()):
-                if (not is_stock or name in STOCK) and _is_size(value):
+            for name in STOCK & attributes.keys() if is_stock else list(attributes):
+                value = attributes[name]
+                if _is_size(value):
                     before.append((attributes, name, value))
                     attributes[name] = _tag(path, name, value)
         yield
