@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elastic.growth.gradmax import HE, Rows, _draw_orthonormal, _find_directions, _Probe, gradmax
+from elastic.growth.gradmax import Rows, _draw_orthonormal, _find_directions, _Probe, gradmax
 from elastic.models import convnet, resnet20
 from elastic.pruning import gates
 from elastic.surgery.fresh import zero_out
@@ -15,6 +15,7 @@ from elastic.surgery.reindexing import grow_index, reindex
 from elastic.widths.discovery import Widths, discover
 from tests.elastic import zoo
 
+HE = 2**0.5  # He et al. expect so long a row
 EVERYTHING = 10_000  # candidates: more than any fan-in here, so that the search is complete
 
 
