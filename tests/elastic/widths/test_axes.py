@@ -66,7 +66,7 @@ CONFUSED: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         "stem",
         f"norm (BatchNorm2d) {SPACE}",
     ),
-    "group norm over channels": (
+    "group norm over channels as rows": (
         lambda: between(lambda m, x: m.norm(x.transpose(1, 2)).transpose(1, 2), norm=nn.GroupNorm(2, 8)),
         "stem",
         f"norm (GroupNorm) {SPACE}",
