@@ -38,6 +38,31 @@ def test_every_block_has_a_kernel_module_more_and_projections_have_none() -> Non
     assert added == {f"stage{i}.{j}.conv2" for i in (1, 2, 3) for j in (0, 1, 2)}
 
 
+class Grouped(nn.Module):
+    """A branch that ends with a convolution in groups."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.stem, self.inner, self.last = (
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.Conv2d(8, 6, 1),
+            nn.Conv2d(6, 2, 1),
+        )
+        self.end = nn.Conv2d(8, 8, 3, padding=1, groups=groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.stem(x))
+        h = torch.relu(self.inner(torch.relu(h + self.end(torch.tanh(h)))))
+        return self.last(h).mean((2, 3))
+
+
+@pytest.mark.parametrize(("groups", "ends"), [(1, True), (2, False)])
+def test_a_convolution_in_groups_ends_no_branch(groups: int, ends: bool) -> None:
+    net = Grouped(groups)
+    dynamic = attach_modules(net, discover(net, X), branches=True)
+    assert ("end" in {module.site.writer for module in iterate_modules(dynamic)}) == ends
+
+
 def test_what_is_off_adds_nothing() -> None:
     """The plain network, with norms that make zeros of what the modules have switched off."""
     plain, dynamic = make_net(), gated(make_net(), X, activation="hard", branches=True)

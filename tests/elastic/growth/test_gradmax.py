@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elastic.growth.gradmax import HE, Rows, gradmax
+from elastic.growth.gradmax import Rows, _draw_orthonormal, _find_directions, _Probe, gradmax
 from elastic.models import convnet, resnet20
 from elastic.pruning import gates
 from elastic.surgery.fresh import zero_out
@@ -15,6 +15,7 @@ from elastic.surgery.reindexing import grow_index, reindex
 from elastic.widths.discovery import Widths, discover
 from tests.elastic import zoo
 
+HE = 2**0.5  # He et al. expect so long a row
 EVERYTHING = 10_000  # candidates: more than any fan-in here, so that the search is complete
 
 
@@ -103,6 +104,23 @@ def test_its_gradient_is_above_that_of_random_channels(init: int, name: str) -> 
 
     chosen = gradient(gradmax(model, widths, {name: 2}, loss, seeded(0), EVERYTHING), 0)
     assert chosen >= torch.tensor([gradient(zero_out, seed) for seed in range(20)]).median()
+
+
+def test_no_direction_that_was_tried_is_better() -> None:
+    """Where the network is so far from linear that what is best of a linear one is not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 6))
+    x_BC, y_B = torch.randn(8, 6), torch.randint(6, (8,))
+    widths = discover(model, x_BC)
+    probe = _Probe(model, widths, widths["0"], loss_on(x_BC, y_B))
+    as_tried = 0
+    for seed in range(20):
+        tried = _draw_orthonormal(4, 6, seeded(seed))
+        found = _find_directions(probe, 1, 4, seeded(seed))
+        most = probe.compute_gradients(tried).norm(dim=1).max()
+        assert probe.compute_gradients(found).norm() >= most * (1 - 1e-5)
+        as_tried += bool((tried == found).all(1).any())
+    assert 0 < as_tried < 20
 
 
 def test_more_candidates_give_no_less_on_a_linear_net() -> None:

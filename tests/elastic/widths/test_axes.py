@@ -66,6 +66,11 @@ CONFUSED: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         "stem",
         f"norm (BatchNorm2d) {SPACE}",
     ),
+    "group norm over channels as rows": (
+        lambda: between(lambda m, x: m.norm(x.transpose(1, 2)).transpose(1, 2), norm=nn.GroupNorm(2, 8)),
+        "stem",
+        f"norm (GroupNorm) {SPACE}",
+    ),
     "instance norm over channels": (
         lambda: between(lambda m, x: m.norm(x.transpose(1, 3)).transpose(1, 3), norm=nn.InstanceNorm2d(8)),
         "stem",
