@@ -1,6 +1,7 @@
 """Read sets of image files that a table lists with their labels."""
 
 import csv
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ class ImageTableData(ImageData):
                 f"{path} has the label '{unknown[0]}', which {self.tables[0]} has not: add images of it"
             )
         files = [path.parent / file for file, _ in rows]
-        missing = [file for file in files if not file.is_file()]
+        missing = [file for file in files if not os.path.isfile(file)]  # nor is what no name may be like
         if missing:
             raise DataError(
                 f"{path} lists {len(missing)} files that are not there, the first is {missing[0]}"

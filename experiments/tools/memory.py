@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch.utilities.seed import isolate_rng
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -35,8 +35,10 @@ def check_memory(cfg: DictConfig, data: ImageData) -> None:
     try:
         with isolate_rng(), warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")
-            net = instantiate(cfg.model, in_channels=data.shape[0], classes=data.classes)
-            need = measure_training(net, torch.empty(data.batch_size, *data.shape))
+            need = measure_start(cfg, data)
+            if need <= memory:
+                net = instantiate(cfg.model, in_channels=data.shape[0], classes=data.classes)
+                need = measure_training(net, torch.empty(data.batch_size, *data.shape))
     except Exception:  # a builder that reads values, an operation that meta tensors lack
         return
     if need > memory:
@@ -44,6 +46,14 @@ def check_memory(cfg: DictConfig, data: ImageData) -> None:
             f"a step of training takes {need / 1e9:,.0f} GB, and there are {memory / 1e9:,.0f} GB: choose a "
             f"smaller model than {cfg.model.get('_target_')} with these options, or lower data.batch_size"
         )
+
+
+def measure_start(cfg: DictConfig, data: ImageData) -> int:
+    """Measure the bytes of the network that the model is made from, where that is another one's builder."""
+    if not OmegaConf.is_dict(cfg.model.get("model")):
+        return 0
+    net = instantiate(cfg.model.model)(in_channels=data.shape[0], classes=data.classes)
+    return sum(parameter.nbytes for parameter in net.parameters())
 
 
 def measure_training(net: nn.Module, x_BCHW: Tensor) -> int:

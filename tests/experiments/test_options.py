@@ -269,6 +269,7 @@ def test_objectives_are_in_every_summary(tmp_path: Path, monkeypatch: pytest.Mon
         (("+optimizer.capturable=true",), "optimizer: If capturable=True"),
         (("trainer.devices=10000", "trainer.strategy=ddp"), "set trainer.devices to"),
         (("model.channels=[1000000,1000000]",), "a step of training takes 7"),
+        (("model=narrow", "model.model.width=10000000"), "choose a smaller model"),
     ],
 )
 def test_what_options_cannot_be_together_is_one_line(

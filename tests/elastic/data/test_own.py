@@ -124,6 +124,7 @@ def test_a_table_lists_images_and_labels(tmp_path: Path) -> None:
     ("rows", "text"),
     [
         ({"train": "9,images/none.png,dog"}, "lists 1 files that are not there, the first is"),
+        ({"train": f"9,{'a' * 5000},dog"}, "lists 1 files that are not there, the first is"),
         ({"test": "9,images/test/cat/0.png,bird"}, "has the label 'bird', which"),
         ({"test": "9,images/test/cat/0.png"}, "test.csv, line 10, lacks a path or a label"),
     ],
