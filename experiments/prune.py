@@ -1,7 +1,8 @@
 """Prune a finished run's network at once, to a part of its MACs: `elastic prune run=<folder> to=<folder>`.
 
 The folder that comes of it is one of a finished run: `elastic train init=<folder>` tunes what is left.
-The peer's pruner (extra `peers`) stands beside ours, at the same MACs and with its own defaults.
+By an importance of channels all widths are cut alike; by sensitivity those that cost least for what they
+save, each by l2. The peer's pruner (extra `peers`) stands beside, at the same MACs, with its own defaults.
 """
 
 import copy
@@ -35,14 +36,11 @@ STEPS = 10  # of bisection, for the peer's ratio
 def prune_run(run: Path, to: Path, part: float = 0.5, by: str = "l2", seed: int = 0) -> None:
     """Prune a finished run's network to a part of its MACs, without training.
 
-    By l2, l1 or norm, the importance of channels, all widths are cut alike; by sensitivity those that cost
-    least for what they save.
-
     Args:
         run: the folder of a finished run.
         to: the folder that comes of it.
         part: of the MACs, at most.
-        by: l2, l1, norm, sensitivity, random or torch_pruning.
+        by: l2, l1 or norm (all widths alike), sensitivity, random or torch_pruning.
         seed: of what is random.
 
     Raises:

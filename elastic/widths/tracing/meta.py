@@ -1,6 +1,5 @@
 """Copy a model without its data."""
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -76,6 +75,5 @@ def _drop_data(module: nn.Module, memo: dict[int, Any]) -> None:
             memo[id(tensor)] = tensor.to("meta")
 
 
-@cache
 def _keeps_shape(kind: type[nn.Module]) -> bool:
     return issubclass(kind, KEEPS_SHAPE) and kind.__module__.startswith("torch.nn.")

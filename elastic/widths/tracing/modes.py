@@ -70,8 +70,7 @@ def _watch_mode(model: nn.Module) -> Iterator[list[TrainingFlag]]:
 
 def trace_modes(model: nn.Module, *example: Tensor) -> list[fx.Graph]:
     """Trace a model in training, and in evaluation where more than flags differ; its mode changes."""
-    kinds: set[type[nn.Module]] = {type(module) for module in model.modules()}
-    switches = {(kind.train, kind.eval) for kind in kinds}
+    switches = {(type(module).train, type(module).eval) for module in model.modules()}
     is_usual = switches == {(nn.Module.train, nn.Module.eval)}  # the flags tell the mode
     training, decides = _trace_training(model if is_usual else model.train(), *example)
     if is_usual and not decides:
