@@ -80,7 +80,7 @@ class Suite:
         contexts = self.data.contexts_by_lineno(str(ROOT / file))
         source = (ROOT / file).read_text()
         tests = {name.partition("|")[0] for at in _find_lines(source, line) for name in contexts.get(at, ())}
-        own = str(Path("tests", file).parent)
+        own = str(next(folder for folder in Path("tests", file).parents if (ROOT / folder).is_dir()))
         if not tests & self.seconds.keys():  # executed when it is imported
             tests = {test for test in self.seconds if test.startswith(own)}
         ranked = sorted(tests & self.seconds.keys(), key=lambda t: (not t.startswith(own), self.seconds[t]))
