@@ -97,10 +97,10 @@ def run_campaign(
             raise OptionError(f"there is no part {name} of a campaign: choose of {', '.join(TRIALS)}")
     lost = 0
     for name in names:
-        part, start = Part(name, CLAIMS[name]), (time.monotonic(), time.process_time())
+        part, start = Part(name, CLAIMS[name]), time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             try_part(part, max(1, round(TRIALS[name][full] * scale)), Random(seed), Path(folder))
-        seconds = time.monotonic() - start[0]
+        seconds = time.monotonic() - start
         lost += len(part.faults)
         print(f"{name}: {part.trials:,} trials, {len(part.faults)} lost, {seconds / 60:.1f} min", flush=True)
         words = f"only={name} seed={seed}" + describe_count(full, scale)
@@ -179,7 +179,8 @@ def describe(results: list[Result]) -> str:
         for outcome, count in sorted(result["outcomes"].items())
     ]
     lost = [f"- {result['name']}: `{fault}`" for result in results for fault in result["faults"][:20]]
-    commands = [f"{r['command']}  # {r['minutes']:.0f} minutes" for r in results]
+    notes = (f"  # {r['minutes']:.0f} minutes" if r["minutes"] is not None else "" for r in results)
+    commands = [r["command"] + note for r, note in zip(results, notes, strict=True)]
     places = dict.fromkeys(f"{r['machine']}, with {r['versions']}" for r in results)
     head = "What was tried from outside, how often, and what was lost. `make campaign` writes this page."
     lines = ["# Reliability", "", head, ""]

@@ -38,10 +38,8 @@ def multiply_matrices(tracker: Tracker, node: fx.Node) -> Axes:
 
 
 def contract(tracker: Tracker, node: fx.Node) -> Axes:
-    """Follow an einsum that is given as a text and tensors."""
+    """Follow an einsum that is given as a text and tensors; of a list torch makes such a call."""
     equation, *factors = node.args
-    if len(factors) == 1 and isinstance(factors[0], tuple | list):
-        factors = list(factors[0])
     if not isinstance(equation, str) or "->" not in equation:
         raise NotFollowed("is no einsum with an arrow")
     reads, _, writes = equation.replace(" ", "").partition("->")

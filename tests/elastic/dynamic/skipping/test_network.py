@@ -290,7 +290,10 @@ def test_a_set_is_chosen_between_requests_of_the_skipping_network_too(method: st
             torch.testing.assert_close(active(X), net(X), rtol=1e-4, atol=1e-5)
 
 
-def test_tuning_gives_every_layer_its_fastest_method(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_tuning_gives_every_layer_its_fastest_method(monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
+    if not compiled:
+        monkeypatch.setattr("elastic.dynamic.skipping.compiling.load_kernel", lambda: None)
     net = rewrite(gated(convnet(in_channels=3).eval(), X))
     layers = [m for m in net.modules() if isinstance(m, ActiveConv2d)]
     fastest = dict(zip(layers, ["dense", "stock", "dense", "stock"], strict=True))
