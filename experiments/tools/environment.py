@@ -106,13 +106,18 @@ def explain_faults() -> Iterator[SettingUp]:
         ) from error
 
 
-def _find_process(error: Exception) -> str | None:
-    """Find which other process has failed, by words: torch's loaders and gloo have no kind of error."""
+def _find_process(error: BaseException | None) -> str | None:
+    """Find which other process has failed, by words: torch's loaders and gloo have no kind of error.
+
+    That of a loader comes by a signal, in the midst of anything, which may make another error of it.
+    """
+    if error is None:
+        return None
     if isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error):
         return "another process of the run has died, or cannot be reached"
     if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid"):
         return "a process that reads batches has died, perhaps for want of memory"
-    return None
+    return _find_process(error.__cause__ or error.__context__)
 
 
 def _is_of_callbacks(error: Exception) -> bool:

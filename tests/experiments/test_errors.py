@@ -264,6 +264,16 @@ def test_what_fails_in_training_and_is_no_fault_of_the_code_is_one_line(cause: s
         raise RuntimeError("a fault of the code")
 
 
+def test_a_process_that_dies_is_told_whatever_its_signal_has_interrupted() -> None:
+    """`inspect` makes a TypeError of any error that comes while it looks at a function."""
+    with pytest.raises(TrainingError, match="a process that reads batches"), explain_faults() as setting_up:
+        setting_up.has_begun = True
+        try:
+            raise RuntimeError("DataLoader worker (pid 4) is killed by signal: Killed. ")
+        except RuntimeError as error:
+            raise TypeError("unsupported callable") from error
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     """Writes above 4 kB fail from the end of the second epoch on."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
