@@ -7,6 +7,7 @@ are run by PyTorch, ONNX Runtime and OpenVINO (extras `export` and `openvino`), 
 """
 
 import copy
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -40,7 +41,7 @@ from elastic.widths.discovery import discover
 
 PAGE = ROOT / "docs" / "runtimes.md"
 RECORDED = ("convnet-long-seed0", "resnet20-distil-seed0", "resnet20_grown-distil-seed0")
-IMAGES, REPEATS, THREADS = 192, 50, (1, 2)
+IMAGES, REPEATS = 192, 50
 FRACTIONS = (0.512, 0.64, 0.8)  # of the channels, of the levels below the network
 # Channels, kernels, size, stride, rows: of ResNet-20, VGG-16, and ResNet-18 at 224 pixels.
 SHAPES = (
@@ -65,18 +66,21 @@ class Subject(NamedTuple):
     images_NCHW: Tensor
 
 
-def show_runtimes(page: Path = PAGE, images: int = IMAGES) -> None:
+def show_runtimes(page: Path = PAGE, images: int = IMAGES, threads: int = 2) -> None:
     """Time networks of which kernels are skipped, their layers, and levels, beside dense runtimes.
 
     Args:
         page: with marks, between which the tables are written.
         images: of each network, a third of them at 224 pixels.
+        threads: the most that are tried.
     """
     torch.manual_seed(0)
     torch.set_flush_denormal(True)
-    parts = [f"{describe_machine()} In fp32; times are medians, in milliseconds."]
+    parts = [
+        f"{describe_machine()} In fp32; times are medians, in milliseconds, on one thread of processor time."
+    ]
     for subject in list_subjects(images):
-        rows = [list_cells(row) for row in measure_rows(*subject[1:], THREADS)]
+        rows = [list_cells(row) for row in measure_rows(*subject[1:], range(1, threads + 1))]
         parts += _show(f"**{subject.name}**", rows)
     parts += _show("**Layers**, dense, one image, one thread", list_layers())
     parts += _show("**Levels**, one image, one thread", list_levels())
@@ -146,7 +150,7 @@ def _divide(medians: Sequence[float]) -> str:
 def _time(works: Sequence[Callable[[], Tensor]]) -> list[float]:
     """Time work in turn, as networks are timed."""
     networks = [lambda _, work=work: work() for work in works]
-    return measure_medians_ms(networks, [torch.empty(0)] * REPEATS)
+    return measure_medians_ms(networks, [torch.empty(0)] * REPEATS, time.process_time)
 
 
 def list_levels() -> list[dict[str, str]]:
@@ -164,7 +168,7 @@ def list_levels() -> list[dict[str, str]]:
                 "extracted": alone,
                 **make_rivals(alone, [x_BCHW], 1),
             }
-            medians = measure_medians_ms(list(runs.values()), [x_BCHW] * REPEATS)
+            medians = measure_medians_ms(list(runs.values()), [x_BCHW] * REPEATS, time.process_time)
             times = {f"{run} (ms)": f"{median:.3f}" for run, median in zip(runs, medians, strict=True)}
             rows.append(
                 {"network": name, "level": str(k)} | times | {"in place ÷ extracted": _divide(medians)}

@@ -63,9 +63,8 @@ def test_the_page_has_a_row_for_each_network_layer_and_level(
     monkeypatch.setattr(runtimes, "resnet20", build)
     monkeypatch.setattr(runtimes, "vgg16_bn", build)
     monkeypatch.setattr(latency, "BATCHES", (1, 2))
-    monkeypatch.setattr(runtimes, "THREADS", (1,))
     monkeypatch.setattr(rivals, "compile_network", lambda net: None)  # it takes minutes
-    runtimes.show_runtimes(page, images=4)
+    runtimes.show_runtimes(page, images=4, threads=1)
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n")
     rows = [line for line in text.splitlines() if line.startswith("|") and "---" not in line]
