@@ -58,18 +58,18 @@ def measure_start(cfg: DictConfig, data: ImageData) -> int:
 
 def measure_training(net: nn.Module, x_BCHW: Tensor) -> int:
     """Measure the bytes of a step of training: parameters, gradients, and what is kept for these."""
-    kept: dict[int, Tensor] = {}  # by identity: an activation is kept by what makes and by what reads it
+    kept: dict[int, torch.UntypedStorage] = {}  # by address: an activation is kept by what makes and reads it
 
-    def keep(tensor: Tensor) -> Tensor:
-        kept[id(tensor)] = tensor
-        return tensor
+    def keep(tensor: Tensor) -> None:
+        """Keep what the tensor lies in, not the tensor: it would hold the network, and be held by it."""
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
 
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
+    with saved_tensors_hooks(keep, lambda _: None):
         net.train()(x_BCHW)
-    own = [*net.parameters(), *net.buffers()]
-    activations = {id(t): t for t in kept.values() if all(t is not each for each in own)}
+    own = {tensor.untyped_storage()._cdata for tensor in (*net.parameters(), *net.buffers())}
     weights = COPIES * sum(parameter.nbytes for parameter in net.parameters())
-    return weights + sum(tensor.nbytes for tensor in activations.values())
+    return weights + sum(storage.nbytes() for address, storage in kept.items() if address not in own)
 
 
 def find_memory() -> int | None:

@@ -157,6 +157,7 @@ class Sweep(Callback):
     def on_job_end(self, config: DictConfig, job_return: Any, **_: Any) -> None:
         if config.hydra.mode == RunMode.MULTIRUN:
             print(describe_progress(Path(config.hydra.sweep.dir)), flush=True)
+            job_return.cfg = job_return.hydra_cfg = None  # Hydra keeps those of all runs, and reads none
 
 
 def settle_folder(config: DictConfig) -> Path:

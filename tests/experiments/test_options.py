@@ -5,20 +5,25 @@ it; here are values of every other kind.
 """
 
 import copy
+import gc
 import math
 import re
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import nn
 
 import elastic.experiments.train
 from elastic.errors import OptionError
 from elastic.experiments.tools import parts
 from elastic.experiments.tools.checking import NUMBERS, check_options
+from elastic.experiments.tools.memory import measure_training
 from elastic.experiments.train import train
 from tests.fitted import command
 from tests.runs import CONF, TINY, configure, without_account
@@ -326,3 +331,19 @@ def test_every_group_is_composed() -> None:
     for group in ("schedule", "lr_scheduler"):
         names = {path.stem for path in (CONF / group).glob("*.yaml")} - {"static", "distil"}
         assert not [name for name in names if name not in said]
+
+
+def test_a_network_is_not_kept_by_what_measures_it() -> None:
+    """Saved activations, its input and two outputs, lead back to it, out of reach of Python's collector."""
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 8, 3), nn.Sigmoid())
+        need = measure_training(net, torch.empty(2, 1, 8, 8))
+    weights, activations = (
+        (4 * 9 + 4) + (8 * 4 * 9 + 8),
+        2 * (64 + 4 * 36 + 8 * 16),
+    )  # its input, and two outputs
+    assert need == 4 * (2 * weights + activations)
+    held = weakref.ref(net)
+    del net
+    gc.collect()
+    assert held() is None
