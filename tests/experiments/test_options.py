@@ -343,7 +343,7 @@ def test_a_network_is_not_kept_by_what_measures_it() -> None:
         2 * (64 + 4 * 36 + 8 * 16),
     )  # its input, and two outputs
     assert need == 4 * (2 * weights + activations)
-    held = weakref.ref(net)
+    held = weakref.ref(net[0].weight)
     del net
     gc.collect()
     assert held() is None
