@@ -132,6 +132,7 @@ def test_sizes_are_within_the_budget_and_as_large_as_the_last_cut_allows(
         assert all(size % multiple == 0 or size == widths[name] for name, size in sizes.items())
 
 
+@pytest.mark.slow
 def test_a_run_sizes_its_levels_by_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, file = tmp_path / "first", tmp_path / "curves.json"
     options = (*TINY, "trainer.max_epochs=1", "data.batch_size=300")
