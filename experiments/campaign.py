@@ -10,6 +10,7 @@ tried, how often, and what was lost.
 import io
 import json
 import platform
+import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -178,7 +179,7 @@ def describe(results: list[Result]) -> str:
         for result in results
         for outcome, count in sorted(result["outcomes"].items())
     ]
-    lost = [f"- {result['name']}: `{fault}`" for result in results for fault in result["faults"][:20]]
+    lost = [f"- {r['name']}: `{leave_out_folders(fault)}`" for r in results for fault in r["faults"][:20]]
     notes = (f"  # {r['minutes']:.0f} minutes" if r["minutes"] is not None else "" for r in results)
     commands = [r["command"] + note for r, note in zip(results, notes, strict=True)]
     places = dict.fromkeys(f"{r['machine']}, with {r['versions']}" for r in results)
@@ -199,6 +200,11 @@ def describe(results: list[Result]) -> str:
     ]
     lines += ["Trials follow from the seed. Parts may run side by side; each brings the page up to date.", ""]
     return "\n".join(lines)
+
+
+def leave_out_folders(text: str) -> str:
+    """Leave folders out of the paths in a text: they are of the machine."""
+    return re.sub(r"(?<!\w)/(?:[^/\s'\"]+/)+", "…/", text)
 
 
 def main() -> None:

@@ -151,3 +151,11 @@ def test_a_part_brings_the_page_up_to_date(tmp_path: Path, monkeypatch: pytest.M
     assert "ARGS='only=kills seed=1 full=true'" in text and "ARGS='only=files seed=0'" in text
     with pytest.raises(OptionError, match="there is no part nonsense of a campaign"):
         run_campaign(only="nonsense", to=page, results=results)
+
+
+def test_the_page_names_no_folder_of_the_machine() -> None:
+    said = """File "/home/me/lib/inspect.py", line 1: a/b and 3/4 of '/tmp/x/y' are '1 / 2'"""
+    assert (
+        campaign.leave_out_folders(said)
+        == """File "…/inspect.py", line 1: a/b and 3/4 of '…/y' are '1 / 2'"""
+    )
