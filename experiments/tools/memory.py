@@ -5,6 +5,7 @@ Beyond its memory a system ends a program without a word.
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra.utils import instantiate
@@ -60,12 +61,12 @@ def measure_training(net: nn.Module, x_BCHW: Tensor) -> int:
     """Measure the bytes of a step of training: parameters, gradients, and what is kept for these."""
     kept: dict[int, torch.UntypedStorage] = {}  # by address: an activation is kept by what makes and reads it
 
-    def keep(tensor: Tensor) -> None:
+    def keep(tensor: Tensor) -> Any:
         """Keep what the tensor lies in, not the tensor: it would hold the network, and be held by it."""
         storage = tensor.untyped_storage()
         kept[storage._cdata] = storage
 
-    with saved_tensors_hooks(keep, lambda _: None):
+    with saved_tensors_hooks(keep, lambda kept: kept):  # nothing asks for it
         net.train()(x_BCHW)
     own = {tensor.untyped_storage()._cdata for tensor in (*net.parameters(), *net.buffers())}
     weights = COPIES * sum(parameter.nbytes for parameter in net.parameters())
