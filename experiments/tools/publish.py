@@ -29,31 +29,8 @@ def publish(
     """
     if isinstance(logger, TensorBoardLogger):
         _write_for_tensorboard(logger, summary, history, timeline)
-    elif isinstance(logger, WandbLogger):
-        _publish_on_wandb(logger, folder, config, summary, history, timeline)
-
-
-def _write_for_tensorboard(
-    logger: TensorBoardLogger, summary: dict[str, Any], history: list[dict[str, Any]], timeline: Rows
-) -> None:
-    """Write the summary and the timeline as texts, and the widths over time as a picture."""
-    board, numbers = logger.experiment, [(name, str(value)) for name, value in summary.items()]
-    board.add_text("summary", format_markdown(("", ""), numbers))
-    rows = [[str(row.get(name, "")) for name in EVENT] for row in timeline]
-    board.add_text("timeline", format_markdown(EVENT, rows))
-    if history:
-        board.add_image("widths over time", draw_heat_map(history), dataformats="HWC")
-    board.flush()
-
-
-def _publish_on_wandb(
-    logger: WandbLogger,
-    folder: Path,
-    config: Any,
-    summary: dict[str, Any],
-    history: list[dict[str, Any]],
-    timeline: Rows,
-) -> None:
+    if not isinstance(logger, WandbLogger):
+        return
     import wandb
 
     run = logger.experiment
@@ -78,6 +55,19 @@ def _publish_on_wandb(
             artifact.add_file(str(folder / name))
     run.log_artifact(artifact, aliases=["latest", f"seed{summary['seed']}"])
     run.finish()  # or the next run of a sweep, in this process, would go on in it
+
+
+def _write_for_tensorboard(
+    logger: TensorBoardLogger, summary: dict[str, Any], history: list[dict[str, Any]], timeline: Rows
+) -> None:
+    """Write the summary and the timeline as texts, and the widths over time as a picture."""
+    board, numbers = logger.experiment, [(name, str(value)) for name, value in summary.items()]
+    board.add_text("summary", format_markdown(("", ""), numbers))
+    rows = [[str(row.get(name, "")) for name in EVENT] for row in timeline]
+    board.add_text("timeline", format_markdown(EVENT, rows))
+    if history:
+        board.add_image("widths over time", draw_heat_map(history), dataformats="HWC")
+    board.flush()
 
 
 def _make_table(names: Sequence[str], rows: Rows) -> Any:
