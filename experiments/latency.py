@@ -119,7 +119,7 @@ def format_cell(value: float | None) -> str:
 
 def list_cells(row: Row) -> dict[str, str]:
     """List the cells of a row by the heads of their columns."""
-    named = {"threads": row["threads"], "images": row["batch"], "MACs engaged": row["macs"]}
+    named = {"threads": row["threads"], "images": row["batch"], "MACs": row["macs"]}
     times = {f"{name} (ms)": row.get(name) for name in (*RIVALS, KERNEL, SKIPPING)}
     cells = {**named, **times}
     ratios = {name: f"{ratio:.2f}" for name, ratio in compare_with_best(row).items()}
