@@ -4,6 +4,8 @@ The run's folder gets the resolved configuration, `last.ckpt`, `timeline.jsonl`,
 `model.safetensors` (compacted), `summary.json` and `history.png`. `run=<folder>` continues a run.
 """
 
+import os
+import signal
 import sys
 from multiprocessing import current_process
 from pathlib import Path
@@ -193,6 +195,9 @@ def run_job(cfg: DictConfig) -> float | tuple[float, ...]:
     """Train what Hydra has composed; returns what a search goes by."""
     with pass_hydra():
         if current_process().name != "MainProcess":  # a worker of a sweep
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # its parent hears of a terminal's
+            follow_parent()
+        elif int(os.environ.get("LOCAL_RANK", 0)):
             follow_parent()
         trust_modules(cfg.trust if OmegaConf.is_list(cfg.trust) else ())  # anything else is refused later
         hydra_cfg = HydraConfig.get()

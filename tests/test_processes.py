@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,8 @@ import pytest
 import torch
 from torch import nn
 
+from elastic.experiments.tools import processes as together
+from elastic.experiments.tools.trials.forks import fork, run_in_fork
 from elastic.experiments.train import main, train
 from elastic.training import processes
 from elastic.training.processes import find_differing_processes
@@ -174,6 +177,50 @@ def test_killed_and_continued_is_never_killed(tmp_path: Path) -> None:
         assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["budget/actual"] <= 2500
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_before_the_others_meet_it_is_told_of(tmp_path: Path) -> None:
+    """The first one waits for it, for half an hour if nobody ends it."""
+    run = start(tmp_path / "run", *CHANGING, *TWO, "model._target_=tests.nets.lethal_to_the_second")
+    _, err = run.communicate(timeout=100)
+    told = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert run.returncode == 1 and "Traceback" not in err
+    assert told == [
+        f"error: process 2 of 2 has ended by SIGKILL: go on with elastic train run={tmp_path / 'run'}"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("end", "how"),
+    [
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "by SIGKILL"),
+        (lambda: os._exit(3), "with exit code 3"),
+        (lambda: os._exit(0), None),
+    ],
+)
+def test_one_process_that_fails_ends_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: Callable[[], None], how: str | None
+) -> None:
+    monkeypatch.setattr(together, "PATIENCE_S", 0.1)
+    said = tmp_path / "said"
+
+    def first() -> None:
+        second, third = fork(end), fork(lambda: time.sleep(60))
+        (tmp_path / "third").write_text(str(third))
+        together.watch_processes([second, third])
+        time.sleep(30 if how else 1)
+        os.kill(third, signal.SIGKILL)
+
+    code = run_in_fork(first, said)
+    assert code == int(how is not None)
+    lines = said.read_text().splitlines()
+    assert [line.rpartition(": ")[0] for line in lines] == [f"error: process 2 of 3 has ended {how}"] * code
+    third = Path("/proc") / (tmp_path / "third").read_text()
+    until = time.monotonic() + 10
+    while third.exists() and "Z" not in (third / "stat").read_text().rpartition(")")[2]:
+        assert time.monotonic() < until, "it is left alone"
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(

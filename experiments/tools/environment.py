@@ -13,11 +13,11 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from elastic.errors import FileError, SweepError, TrainingError
 from elastic.experiments.tools.errors import FULL, THEIRS
+from elastic.experiments.tools.processes import forks_others, speak_for_others, starts_others
 from elastic.experiments.tools.signals import Interrupted, keep_raising
 
 ADVICE = (
@@ -149,14 +149,16 @@ def check_processes(trainer: L.Trainer) -> None:
         raise TrainingError(
             f"{trainer.num_devices} processes on this CPU: set trainer.devices to {most} or less"
         )
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+    if forks_others(trainer):
         raise TrainingError("such processes take the result along as they end: set trainer.strategy=ddp")
-    relaunches = isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher)
-    if relaunches and is_multirun():
+    if not starts_others(trainer):
+        return
+    if is_multirun():
         raise SweepError(
             "a sweep cannot start runs of several processes, each would sweep again: leave out -m, or sweep "
             "with hydra/launcher=submitit_slurm"
         )
+    speak_for_others()
 
 
 def is_multirun() -> bool:

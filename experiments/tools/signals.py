@@ -73,12 +73,16 @@ def stop(interrupted: Interrupted) -> NoReturn:
 
 def describe(number: int) -> str:
     """Describe what has ended the command, and how to go on."""
-    return f"stopped by {signal.Signals(number).name}: {_advice[0]() if _advice else AGAIN}"
+    return f"stopped by {signal.Signals(number).name}: {describe_next()}"
+
+
+def describe_next() -> str:
+    """Describe how to go on."""
+    return _advice[0]() if _advice else AGAIN
 
 
 def follow_parent() -> None:
-    """End this process when the one that has started it does, which hears of a terminal's Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """End this process when the one that has started it does."""
     parent = os.getppid()
 
     def watch() -> None:

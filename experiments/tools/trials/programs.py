@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from elastic.callbacks import Census, GrowOnSaturation, PruneByGates
 from elastic.experiments.tools.folders import CHECKPOINT, CONFIG, SUMMARY, load_config
+from elastic.experiments.tools.processes import watch_processes
 from elastic.experiments.tools.trials.composing import CHANGING, QUIET, SHORT, compose_run
 from elastic.experiments.tools.trials.forks import fork, wait
 from elastic.experiments.train import main
@@ -141,6 +142,7 @@ def carry_out_in_two(train: Train, cfg: DictConfig, folder: Path) -> None:
         carry_out(train, cfg, folder)
 
     second = fork(lambda: begin(1))
+    watch_processes([second])
     begin(0)
     if wait(second):
         raise RuntimeError("the second process has failed")
