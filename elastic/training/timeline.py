@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic.errors import StructureError
+from elastic.files.sums import check_sum
 
 MOST = 2**20  # channels of a width, or epochs: beyond it a file asks for what no machine has
 
@@ -29,6 +30,7 @@ def read_timeline(path: Path) -> list[dict[str, Any]]:
         are_counts = all(type(n) is int and 0 <= n <= MOST for n in counts)
         if not are_counts or not isinstance(row.get("width", row.get("stage")), str):
             raise StructureError(f"{path} is no timeline of a run: name a timeline.jsonl")
+    check_sum(path)
     return rows
 
 

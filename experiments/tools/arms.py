@@ -16,6 +16,7 @@ from typing import Any
 from elastic.errors import FileError
 from elastic.experiments.tools.metrics import find_metric
 from elastic.experiments.tools.sweep import FAILED
+from elastic.files.sums import check_sum
 
 # Of a summary, beside its metric.
 NUMBERS = ("params", "params_dense", "macs", "macs_dynamic", "macs_training", "latency_ms", "wall_s")
@@ -151,9 +152,10 @@ def _read_summary(path: Path) -> Summary:
         summary: Summary = json.loads(path.read_text())
         metric = summary[find_metric(summary)]  # without one there is nothing to compare
         sum((metric, *(summary.get(key) or 0 for key in NUMBERS)))  # of numbers, no words
-        return summary
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise FileError(f"{path} is damaged: finish its run again, or leave it out of runs") from error
+    check_sum(path)
+    return summary
 
 
 def read_failures(pattern: str) -> dict[str, str]:

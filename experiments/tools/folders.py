@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from elastic.errors import BusyError, FileError, TrainingError
 from elastic.experiments.tools.trust import check_trust
 from elastic.files.atomic import write_atomically
+from elastic.files.sums import SUMS, check_sum
 from elastic.training.checkpoints import read_checkpoint
 
 CONFIG, CHECKPOINT, SUMMARY = "config.yaml", "last.ckpt", "summary.json"
@@ -114,8 +115,9 @@ def load_config(folder: Path) -> DictConfig:
     Raises:
         FileError: it is missing or damaged, or names what a recorded configuration may not, see `trust`.
     """
-    cfg = read_config(folder)
+    cfg = _parse_config(folder / CONFIG)
     check_trust(OmegaConf.to_container(cfg, resolve=False), folder / CONFIG)
+    check_sum(folder / CONFIG)
     return cfg
 
 
@@ -125,7 +127,12 @@ def read_config(folder: Path) -> DictConfig:
     Raises:
         FileError: it is missing or damaged.
     """
-    file = folder / CONFIG
+    cfg = _parse_config(folder / CONFIG)
+    check_sum(folder / CONFIG)
+    return cfg
+
+
+def _parse_config(file: Path) -> DictConfig:
     try:
         text = file.read_text(encoding="utf-8")
         _check_events(yaml.parse(text, yaml.SafeLoader))
@@ -177,7 +184,8 @@ def find_checkpoint(folder: Path, cfg: DictConfig) -> Path | None:
 
 
 def write_config(cfg: DictConfig, folder: Path) -> None:
-    """Write a run's configuration into its folder, atomically."""
+    """Write the configuration of a run that begins, or goes on, into its folder, atomically."""
+    (folder / SUMS).unlink(missing_ok=True)  # of what the folder held when the run had ended
     text = OmegaConf.to_yaml(make_portable(cfg))
     write_atomically(folder / CONFIG, lambda part: part.write_text(text, encoding="utf-8"))
 

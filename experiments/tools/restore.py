@@ -20,6 +20,7 @@ from elastic.experiments.tools.folders import CONFIG, SUMMARY, check_finished, l
 from elastic.experiments.tools.parts import make_task
 from elastic.experiments.tools.trust import trust_modules
 from elastic.files.network import Network
+from elastic.files.sums import check_sum
 from elastic.files.zoo import WEIGHTS
 from elastic.training.tasks import Classification, Task
 
@@ -108,6 +109,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
         raise FileError(f"{folder / SUMMARY} is damaged: finish the run with run={folder}") from error
     if not isinstance(summary, dict):
         raise FileError(f"{folder / SUMMARY} is damaged: finish the run with run={folder}")
+    check_sum(folder / SUMMARY)
     return summary
 
 

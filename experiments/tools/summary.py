@@ -27,6 +27,7 @@ from elastic.experiments.tools.metrics import TEST, list_shown
 from elastic.experiments.tools.per_image import run_per_image
 from elastic.files.atomic import write_atomically
 from elastic.files.network import Network
+from elastic.files.sums import write_sums
 from elastic.measure import counts
 from elastic.training.module import ElasticModule
 from elastic.training.tasks import Task
@@ -36,6 +37,7 @@ SCHEDULE = ("growth", "gates", "magnitude", "ema", "joint", "reconstruct", "dyna
 LEVEL_KEYS = ("params", "macs")  # of the summary, that each level has, beside its metrics
 DYNAMIC_KEYS = ("macs_dynamic", "sets")  # and where it has kernel activation modules
 Row = dict[str, Any]
+TEXTS = ("config.yaml", "summary.json", "timeline.jsonl", "history.jsonl")
 CHECKOUT = Path(__file__).parents[2]  # where the code is not installed
 
 
@@ -137,9 +139,10 @@ def summarise(cfg: DictConfig, measured: Row, wall_s: float, macs_training: int 
 
 
 def write_summary(summary: Row, folder: Path) -> None:
-    """Write a run's summary into its folder, atomically."""
+    """Write the summary of a run that has ended into its folder, atomically, and sum up all texts there."""
     text = json.dumps(summary, indent=2) + "\n"
     write_atomically(folder / "summary.json", lambda part: part.write_text(text))
+    write_sums(folder, TEXTS)
 
 
 @functools.cache

@@ -19,6 +19,7 @@ from elastic.experiments.tools.summary import (
 )
 from elastic.experiments.train import build, train
 from elastic.files.network import Network
+from elastic.files.sums import SUMS, check_sum
 from elastic.models import convnet
 from elastic.training.tasks import Classification
 from tests.runs import TINY, configure
@@ -157,7 +158,8 @@ def test_a_summary_that_cannot_be_written_leaves_the_last_one(
         write_summary({"seed": 2}, tmp_path)
     monkeypatch.undo()
     assert json.loads((tmp_path / "summary.json").read_text()) == {"seed": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {"summary.json", SUMS}
+    check_sum(tmp_path / "summary.json")
 
 
 def test_the_table_shows_start_largest_and_end(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ CHANGING = (
 )
 FILES = {
     *(".lock", "config.yaml", "history.jsonl", "history.png", "last.ckpt", "metrics"),
-    *("model.safetensors", "summary.json", "timeline.jsonl"),
+    *("model.safetensors", "summary.json", "timeline.jsonl", "SHA256SUMS"),
 }
 Capture = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch

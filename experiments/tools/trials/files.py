@@ -12,7 +12,9 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from logging.handlers import QueueHandler
 from pathlib import Path
+from queue import SimpleQueue
 from random import Random
 from typing import Any
 
@@ -26,13 +28,15 @@ from elastic.errors import ElasticError, FileError
 from elastic.experiments.tools.folders import CHECKPOINT, CONFIG, SUMMARY, find_checkpoint, load_config
 from elastic.experiments.tools.restore import WEIGHTS, restore
 from elastic.experiments.tools.trials import Part
+from elastic.files.sums import SUMS, logger
 from elastic.training.checkpoints import add_digest
 from elastic.training.timeline import read_timeline
 
-CLAIM = "named in one line, and nothing executed; of weights, checkpoints and the kernel every damage"
+CLAIM = "named in one line, and nothing executed; of a run's files and the kernel every damage"
 TIMELINE = "timeline.jsonl"
 COMPILED = 500  # trials for which it is worth it to compile the kernel
 SILENT = "read, it says something else"
+NOTED = "read, and a line says that it is another"
 CALLS = ("os.system", "builtins.exec", "torch.load", "torch.hub.load", "subprocess.run", "joblib.load")
 
 
@@ -59,9 +63,9 @@ def try_files(part: Part, trials: int, random: Random, run: Path, folder: Path) 
         folder: for copies of its files, which a trial changes.
     """
     folder.mkdir()
-    for name in (WEIGHTS, CHECKPOINT, CONFIG, SUMMARY, TIMELINE):
+    for name in (WEIGHTS, CHECKPOINT, CONFIG, SUMMARY, TIMELINE, SUMS):
         shutil.copy(run / name, folder)
-    marker = folder / "called"
+    marker, sums = folder / "called", (folder / SUMS).read_bytes()
     targets = make_targets(folder, load_config(run), trials >= COMPILED and shutil.which("c++") is not None)
     originals = {path: path.read_bytes() for path in targets}
     paths = [*targets, *(path for path, target in targets.items() if target.is_sealed)]
@@ -72,17 +76,20 @@ def try_files(part: Part, trials: int, random: Random, run: Path, folder: Path) 
         if damaged == content:
             continue
         path.write_bytes(damaged)
+        if kind == "hostile":  # whoever writes that is not stopped by sums
+            (folder / SUMS).unlink()
         outcome = _try_once(target.read)
         if marker.exists():
             outcome = "executed"
             marker.rmdir()
         name = "kernel.so" if path.suffix == ".so" else path.name
-        # Text, and pixels, may say something else that can be; what has a digest may not.
-        if outcome == "named" or (outcome == SILENT and not target.is_sealed):
+        # Tables and pixels may say something else that can be; what has a digest may not.
+        if outcome in ("named", NOTED) or (outcome == SILENT and not target.is_sealed):
             part.count(f"{name}: {outcome}")
         else:
             part.fail(f"{name}, {kind}: {outcome}")
         path.write_bytes(content)
+        (folder / SUMS).write_bytes(sums)
 
 
 def make_targets(folder: Path, cfg: Any, has_kernel: bool) -> dict[Path, Target]:
@@ -90,9 +97,9 @@ def make_targets(folder: Path, cfg: Any, has_kernel: bool) -> dict[Path, Target]
     targets = {
         folder / WEIGHTS: Target(lambda: restore(folder), _make_hostile_weights, True),
         folder / CHECKPOINT: Target(lambda: find_checkpoint(folder, cfg), _make_hostile_pickle, True),
-        folder / CONFIG: Target(lambda: restore(folder), _make_hostile_config),
-        folder / SUMMARY: Target(lambda: restore(folder), _make_hostile_summary),
-        folder / TIMELINE: Target(lambda: read_timeline(folder / TIMELINE), _make_hostile_rows),
+        folder / CONFIG: Target(lambda: restore(folder), _make_hostile_config, True),
+        folder / SUMMARY: Target(lambda: restore(folder), _make_hostile_summary, True),
+        folder / TIMELINE: Target(lambda: read_timeline(folder / TIMELINE), _make_hostile_rows, True),
     }
     data = folder / "data"
     for name in _write_data(data):
@@ -107,13 +114,18 @@ def make_targets(folder: Path, cfg: Any, has_kernel: bool) -> dict[Path, Target]
 
 def _try_once(read: Callable[[], object]) -> str:
     """Read a file that is damaged, and return how that ends."""
+    notes: SimpleQueue[Any] = SimpleQueue()
+    handler = QueueHandler(notes)
+    logger.addHandler(handler)
     try:
         read()
     except ElasticError as error:
         return "named" if "\n" not in str(error) else f"more than a line, {error}"
     except Exception as error:
         return f"{type(error).__name__} {error}"
-    return SILENT
+    finally:
+        logger.removeHandler(handler)
+    return SILENT if notes.empty() else NOTED
 
 
 # --- data and the kernel --------------------------------------------------------------------------
