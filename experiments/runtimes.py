@@ -31,9 +31,7 @@ from elastic.experiments.tools.per_image import sample_images
 from elastic.experiments.tools.restore import restore
 from elastic.experiments.tools.rivals import make_rivals
 from elastic.experiments.tools.tables import format_markdown, write_between_marks
-from elastic.levels.cutting import extract_level
-from elastic.levels.nested import Levels
-from elastic.levels.sizes import level_sizes
+from elastic.levels import Levels, extract_level, level_sizes, make_alone
 from elastic.measure.timing import Network as Execution
 from elastic.measure.timing import measure_medians_ms
 from elastic.models import resnet20, vgg16_bn
@@ -154,7 +152,7 @@ def _time(works: Sequence[Callable[[], Tensor]]) -> list[float]:
 
 
 def list_levels() -> list[dict[str, str]]:
-    """Time each level in place, extracted, and in dense runtimes."""
+    """Time each level in place, extracted, as fast as it runs alone, and in dense runtimes."""
     torch.set_num_threads(1)
     rows = []
     for name, net in (("ResNet-20", resnet20()), ("VGG-16-BN", vgg16_bn())):
@@ -166,6 +164,7 @@ def list_levels() -> list[dict[str, str]]:
             runs: dict[str, Execution] = {
                 "in place": level,
                 "extracted": alone,
+                "alone": make_alone(level, x_BCHW),
                 **make_rivals(alone, [x_BCHW], 1),
             }
             medians = measure_medians_ms(list(runs.values()), [x_BCHW] * REPEATS, time.process_time)

@@ -34,7 +34,7 @@ from elastic.experiments.tools.per_image import read_test_batches
 from elastic.experiments.tools.restore import restore
 from elastic.experiments.tools.runtime_figures import draw_serving
 from elastic.experiments.tools.tables import write_csv
-from elastic.levels.runtime import Runtime
+from elastic.levels import Runtime, make_alone
 from elastic.ranges import Count, Positive
 
 PHASES = (False, True, False, True, False)  # whether the busy process runs
@@ -93,7 +93,8 @@ def serve_stream(
         raise FileError(f"{run} holds a network without levels: train some with schedule=joint")
     _keep_to_one_core()
     batches = read_requests(finished.data, batch)
-    answers = run_servers(finished.network.nets, batches, deadline, seconds, repeats)
+    levels = [make_alone(level, batches[0][0]) for level in finished.network.nets]
+    answers = run_servers(levels, batches, deadline, seconds, repeats)
     scores = {name: [score(repeat) for repeat in of_server] for name, of_server in answers.items()}
     Console().print(_make_table(scores))
     if csv is not None:

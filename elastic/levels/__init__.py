@@ -1,5 +1,6 @@
 """Nest sub-networks in one storage, and switch between them at run time."""
 
+from elastic.levels.alone import make_alone
 from elastic.levels.cutting import extract_level
 from elastic.levels.importance import score_channels
 from elastic.levels.nested import Levels
@@ -7,4 +8,12 @@ from elastic.levels.runtime import Runtime
 from elastic.levels.sensitivity import measure_sensitivity
 from elastic.levels.sizes import level_sizes
 
-__all__ = ["Levels", "Runtime", "extract_level", "level_sizes", "measure_sensitivity", "score_channels"]
+__all__ = [
+    "Levels",
+    "Runtime",
+    "extract_level",
+    "level_sizes",
+    "make_alone",
+    "measure_sensitivity",
+    "score_channels",
+]

@@ -30,7 +30,8 @@ class Runtime:
     Call it like a network. Several threads may; each request runs on one level from its begin to its end.
 
     Args:
-        levels: modules for the same input, smallest first: `Levels`, or `extract_level` of each.
+        levels: modules for the same input, smallest first: `Levels`, or `make_alone` of each, where there is
+            memory for all.
         example: an input like those to come; its batch size matters.
         joules: reads a counter of energy, see `read_rapl_joules`; needed for budgets of energy only.
 

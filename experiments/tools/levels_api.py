@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 
 import elastic
 from elastic.errors import FileError
-from elastic.levels.runtime import Runtime
+from elastic.levels import Runtime, make_alone
 
 NEEDED = ("input", "mean", "std", "classes")  # of what a file says, to make its input and name its outputs
 
@@ -49,7 +49,8 @@ class LevelsAPI(litserve.LitAPI):  # type: ignore[misc]
         self.mode = "L" if channels == 1 else "RGB"
         self.prepare = v2.Compose([v2.Resize((height, width)), v2.PILToTensor()])
         self.mean, self.std = (torch.tensor(self.about[name])[:, None, None] for name in ("mean", "std"))
-        self.runtime = Runtime(levels, torch.zeros(self.images, channels, height, width))
+        example = torch.zeros(self.images, channels, height, width)
+        self.runtime = Runtime([make_alone(level, example) for level in levels], example)
         if self.level is None:
             try:
                 self.runtime.within(latency_ms=self.deadline_ms)

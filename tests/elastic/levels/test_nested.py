@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from elastic.errors import StructureError
+from elastic.levels.alone import make_alone
 from elastic.levels.cutting import extract_level, find_nestable
 from elastic.levels.nested import Levels
 from elastic.pruning import gates
@@ -317,6 +318,26 @@ def test_a_level_may_leave_as_a_network_of_its_own(name: str, memory_format: tor
             parameter.zero_()
     for twin, says in zip(own, expected, strict=True):
         close(twin(x), says)
+
+
+@every_net
+def test_alone_it_says_the_same(name: str) -> None:
+    """However it is executed then, and whatever becomes of the network."""
+    net, x, widths = built(name)
+    levels = evaluated(nested(net, widths, halves(widths, 0.5)))
+    expected = [level(x) for level in levels]
+    own = [make_alone(level, x) for level in levels]
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+    for twin, says in zip(own, expected, strict=True):
+        close(twin(x), says)
+
+
+def test_alone_in_half_precision_it_is_a_copy() -> None:
+    net, x, widths = built("convnet")
+    level = evaluated(nested(net.bfloat16(), widths, halves(widths, 0.5)))[0]
+    assert torch.equal(make_alone(level, x.bfloat16())(x.bfloat16()), level(x.bfloat16()))
 
 
 # --- storage that moves ----------------------------------------------------------------------------------
