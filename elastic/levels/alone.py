@@ -10,8 +10,8 @@ from elastic.levels.cutting import extract_level
 def make_alone(level: nn.Module, *samples: Tensor) -> nn.Module:
     """Make a level a network of its own, in evaluation mode, executed in the fastest way there is here.
 
-    On a CPU, in fp32, that is the compiled kernel or stock torch with norms folded, layer by layer, as measured
-    on the samples; elsewhere `extract_level`. All levels alone need the memory of all; in place they need that
+    On a CPU, in fp32, that is the compiled kernel or stock torch with norms folded, layer by layer, as
+    measured on the samples; elsewhere `extract_level`. Alone, levels need the memory of all; in place, that
     of the largest.
 
     Args:
