@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,6 +42,8 @@ PHASES = (False, True, False, True, False)  # whether the busy process runs
 REQUESTS = 100  # different batches, at most
 SCORES = ("right in time", "in time", "accuracy in time")
 Batches = list[tuple[Tensor, Tensor]]
+# Answers a batch within so many milliseconds, if it can, and says by which level.
+Server = Callable[[Tensor, float], tuple[Tensor, int]]
 
 
 @dataclass(frozen=True)
@@ -145,31 +148,32 @@ def run_servers(
     """
     runtime = Runtime(levels, batches[0][0])
     deadline_ms = deadline * runtime.costs[-1].latency_ms
-    budgets = {"elastic": {"latency_ms": deadline_ms}}
-    budgets |= {f"level {k}": {"memory_mb": cost.memory_mb} for k, cost in enumerate(runtime.costs)}
-    answers: dict[str, list[Answers]] = {name: [] for name in budgets}
+    servers: dict[str, Server] = {"elastic": runtime.answer}
+    servers |= {f"level {k}": partial(_answer_always, level, k) for k, level in enumerate(levels)}
+    answers: dict[str, list[Answers]] = {name: [] for name in servers}
     with start_rival() as load:
         for _ in range(repeats):
-            for name, budget in budgets.items():
-                runtime.within(**budget)
-                stream = answer_stream(
-                    runtime, lambda: runtime.level, batches, deadline_ms / 1e3, seconds, load
-                )
-                answers[name].append(stream)
+            for name, server in servers.items():
+                runtime.within(latency_ms=deadline_ms)
+                answers[name].append(answer_stream(server, batches, deadline_ms / 1e3, seconds, load))
     return answers
 
 
+@torch.inference_mode()
+def _answer_always(level: nn.Module, k: int, x_BCHW: Tensor, left_ms: float) -> tuple[Tensor, int]:
+    return level(x_BCHW), k
+
+
 def answer_stream(
-    network: Callable[[Tensor], Tensor],
-    level: Callable[[], int],
+    server: Server,
     batches: Batches,
     deadline_s: float,
     seconds: float,
     load: Callable[[bool], None],
 ) -> Answers:
     """Answer requests through all phases; one that is past its deadline before its turn is dropped."""
-    answers = []
-    begin = time.perf_counter()
+    answers: Answers = []
+    begin, k = time.perf_counter(), 0
     for i in range(int(len(PHASES) * seconds / deadline_s)):
         arrival_s = i * deadline_s
         loaded = PHASES[int(arrival_s / seconds)]
@@ -177,12 +181,12 @@ def answer_stream(
         while (now := time.perf_counter() - begin) < arrival_s:
             time.sleep(min(1e-3, arrival_s - now))
         x_BCHW, y_B = batches[i % len(batches)]
-        k, accuracy = level(), 0.0
-        served = now < arrival_s + deadline_s
-        if served:
-            accuracy = float((network(x_BCHW).argmax(1) == y_B).float().mean())
+        left_s, accuracy = arrival_s + deadline_s - now, 0.0
+        if left_s > 0:
+            y_BK, k = server(x_BCHW, 1e3 * left_s)
+            accuracy = float((y_BK.argmax(1) == y_B).float().mean())
         latency_s = time.perf_counter() - begin - arrival_s
-        in_time = served and latency_s <= deadline_s
+        in_time = left_s > 0 and latency_s <= deadline_s
         answers.append(Answer(arrival_s, loaded, k, accuracy, 1e3 * latency_s, in_time))
     return answers
 

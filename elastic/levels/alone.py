@@ -1,10 +1,11 @@
 """Take a level out of the network that it is a part of, to run on its own as fast as it can."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from elastic.dynamic.skipping import make_skipping
 from elastic.levels.cutting import extract_level
+from elastic.levels.progress import mark_progress
 
 
 def make_alone(level: nn.Module, *samples: Tensor) -> nn.Module:
@@ -21,4 +22,7 @@ def make_alone(level: nn.Module, *samples: Tensor) -> nn.Module:
     tensors = [tensor for tensor in (*alone.parameters(), *alone.buffers()) if tensor.is_floating_point()]
     if any(tensor.device.type != "cpu" or tensor.dtype != torch.float32 for tensor in tensors):
         return alone
-    return make_skipping(alone, samples)
+    fastest = make_skipping(alone, samples)
+    if samples and isinstance(fastest, fx.GraphModule):
+        mark_progress(fastest, samples[0])
+    return fastest

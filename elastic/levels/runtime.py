@@ -2,6 +2,7 @@
 
 Calibration measures each level once; from then on the time that requests really take says how much slower
 the machine has become, and the largest level that is still expected to meet the deadline runs the next one.
+A level from `make_alone` that turns out to be late is stopped, and a smaller one answers.
 """
 
 import threading
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic.errors import OptionError
+from elastic.levels.progress import Late, stop_when_late
 from elastic.measure.machine import measure_cost
 
 # The weight of the latest request in the running mean of the slow-down. One that was late and slower than the
@@ -85,13 +87,29 @@ class Runtime:
             raise OptionError(f"no level is within {name}={budget:g}: the smallest takes {costs[0]:.3g}")
         return max(within)
 
-    @torch.inference_mode()
     def __call__(self, x_BCHW: Tensor) -> Tensor:
-        k = self.level
-        start = time.perf_counter()
-        out: Tensor = self.levels[k](x_BCHW)
+        return self.answer(x_BCHW)[0]
+
+    @torch.inference_mode()
+    def answer(self, x_BCHW: Tensor, left_ms: float | None = None) -> tuple[Tensor, int]:
+        """Run a level, and return its output and which it was.
+
+        Args:
+            left_ms: of the deadline, for a request that has waited.
+        """
+        left_ms = self.deadline_ms if left_ms is None else left_ms
+        k = self.level if left_ms is None else min(self.level, self._expect_largest(left_ms))
+        begin = start = time.perf_counter()
+        try:
+            with stop_when_late(left_ms if k > 0 else None):
+                out: Tensor = self.levels[k](x_BCHW)
+        except Late as late:
+            self.observe(k, late.expected_ms)
+            start = time.perf_counter()
+            k = min(k - 1, self._expect_largest((left_ms or 0.0) - 1e3 * (start - begin)))
+            out = self.levels[k](x_BCHW)
         self.observe(k, 1e3 * (time.perf_counter() - start))
-        return out
+        return out, k
 
     def observe(self, k: int, latency_ms: float) -> None:
         """Observe how long level k has taken, and choose the level of the next request."""

@@ -68,8 +68,8 @@ class LevelsAPI(litserve.LitAPI):  # type: ignore[misc]
 
     def predict(self, x_BCHW: Tensor, **_: Any) -> tuple[Tensor, int]:
         """Classify images, and say by which level."""
-        level = self.runtime.level if self.level is None else self.level
-        return self.runtime(x_BCHW), level
+        y_BK, level = self.runtime.answer(x_BCHW)
+        return y_BK, level if self.level is None else self.level
 
     def encode_response(self, output: tuple[Tensor, int], **_: Any) -> dict[str, Any]:
         """Name the classes."""

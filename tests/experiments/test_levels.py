@@ -112,11 +112,12 @@ def answered(clock: Clock, takes_s: float, slower: float, deadline_s: float = 0.
     """A server that is right half of the time."""
     batches = [(torch.eye(10)[:4], torch.tensor([0, 1, 9, 9]))]
 
-    def answer(x: torch.Tensor) -> torch.Tensor:
+    def answer(x: torch.Tensor, left_ms: float) -> tuple[torch.Tensor, int]:
+        assert 0 < left_ms <= 1e3 * deadline_s * (1 + 1e-9)
         clock.now += takes_s * (slower if clock.loaded else 1)
-        return x
+        return x, 1
 
-    return answer_stream(answer, lambda: 1, batches, deadline_s, 1.0, lambda on: setattr(clock, "loaded", on))
+    return answer_stream(answer, batches, deadline_s, 1.0, lambda on: setattr(clock, "loaded", on))
 
 
 def test_who_is_fast_enough_is_judged_by_accuracy_alone(clock: Clock) -> None:
