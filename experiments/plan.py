@@ -10,7 +10,6 @@ the same command again carries out the rest. What a run prints is in a file besi
 """
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ from typing import Any
 import yaml
 
 from elastic.errors import OptionError, TrainingError
-from elastic.experiments.tools.errors import FULL, run
+from elastic.experiments.tools.errors import run
 from elastic.experiments.tools.folders import CHECKPOINT, SUMMARY
 from elastic.experiments.tools.metrics import find_metric
 from elastic.experiments.tools.options import call
@@ -149,11 +148,8 @@ def list_ready(waiting: Sequence[PlannedRun], unfinished: Collection[str], count
 def start_run(planned: PlannedRun) -> "subprocess.Popen[bytes]":
     """Start a run in a process of its own."""
     planned.folder.parent.mkdir(parents=True, exist_ok=True)
-    environment = {name: value for name, value in os.environ.items() if name != FULL}  # `run` has set it here
     with planned.folder.with_name(f"{planned.folder.name}.log").open("ab") as log:
-        return subprocess.Popen(
-            [*TRAIN, *planned.list_words()], stdout=log, stderr=subprocess.STDOUT, env=environment
-        )
+        return subprocess.Popen([*TRAIN, *planned.list_words()], stdout=log, stderr=subprocess.STDOUT)
 
 
 def describe_end(planned: PlannedRun, code: int, seconds: float) -> str:

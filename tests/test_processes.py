@@ -191,6 +191,18 @@ def test_a_process_that_dies_before_the_others_meet_it_is_told_of(tmp_path: Path
     ]
 
 
+@pytest.mark.slow
+def test_when_the_first_process_dies_the_other_ends_with_a_line_at_most(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run = start(folder, *CHANGING, *TWO, "trainer.max_epochs=1000")
+    while not (folder / "last.ckpt").exists():
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.05)
+    run.kill()
+    _, err = run.communicate(timeout=30)  # until nobody writes there any more
+    assert "Traceback" not in err and err.count("error: ") <= 1
+
+
 @pytest.mark.parametrize(
     ("end", "how"),
     [

@@ -16,6 +16,7 @@ from elastic.experiments.tools.signals import Interrupted, raise_on_signals, sto
 
 THEIRS = (ElasticError, OmegaConfBaseException, HydraException, OSError)
 FULL = "HYDRA_FULL_ERROR"  # set to 1 it shows tracebacks, as for any program with Hydra
+SHORT = "ELASTIC_SHORT_ERRORS"  # says, to processes that are started here, that no user has set the other
 
 
 class Stop(BaseException):
@@ -33,10 +34,9 @@ def pass_hydra() -> Iterator[None]:
 
 def run(main: Callable[[], Any]) -> None:
     """Call an entry point; what a user can mend is shown as one line, with exit code 1."""
-    is_full = os.environ.get(FULL)
-    os.environ[FULL] = "1"  # or Hydra would print errors its own way, over many lines
+    is_full = os.environ.get(FULL) == "1" and not os.environ.get(SHORT)
     try:
-        with raise_on_signals():
+        with raise_on_signals(), _leave_errors(is_full):
             main()
     except Interrupted as interrupted:
         stop(interrupted)
@@ -48,8 +48,21 @@ def run(main: Callable[[], Any]) -> None:
             sys.exit(128 + signal.SIGPIPE)
         if is_full:
             raise cause from cause.__cause__
-        print(f"error: {format_error(cause)}", file=sys.stderr)
+        rank = int(os.environ.get("LOCAL_RANK", 0))
+        where = f"process {rank + 1}: " if rank else ""
+        print(f"error: {where}{format_error(cause)}", file=sys.stderr)
         sys.exit(1)
+
+
+@contextmanager
+def _leave_errors(is_full: bool) -> Iterator[None]:
+    """Let Hydra raise errors meanwhile, here and in what is started: its own way takes many lines."""
+    before = {name: os.environ.get(name, "") for name in (FULL, SHORT)}
+    os.environ |= {FULL: "1"} if is_full else {FULL: "1", SHORT: "1"}
+    try:
+        yield
+    finally:
+        os.environ |= before
 
 
 def format_error(error: BaseException) -> str:

@@ -193,7 +193,7 @@ def _try_environment(
     names = {f"WANDB_{name}_DIR": str(folder) for name in ("CONFIG", "CACHE", "DATA")}
     done = subprocess.run(
         command,
-        env={**os.environ, errors.FULL: "", **names, "WANDB_BASE_URL": nowhere, **environment},
+        env={**os.environ, **names, "WANDB_BASE_URL": nowhere, **environment},
         capture_output=True,
         text=True,
         check=False,

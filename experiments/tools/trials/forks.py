@@ -9,8 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from elastic.experiments.tools.errors import FULL
-
 PATIENCE_S = 120
 
 
@@ -29,7 +27,6 @@ def fork(work: Callable[[], Any], output: str | Path = os.devnull, patience_s: i
     try:
         os.setpgid(0, 0)
         signal.alarm(patience_s)
-        os.environ.pop(FULL, None)  # set by the command that this process is of: errors are to be one line
         with open(output, "w") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
