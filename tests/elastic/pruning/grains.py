@@ -5,7 +5,7 @@ import pytest
 from elastic.pruning.gates import Grain
 from tests.elastic.zoo import CASES
 
-GRAINS: tuple[Grain, ...] = ("weight", "kernel", "channel")
+GRAINS: tuple[Grain, ...] = ("weight", "kernel", "block", "channel")
 every_grain = pytest.mark.parametrize("grain", GRAINS)
 every_case_and_grain = pytest.mark.parametrize(
     ("case", "grain"),
