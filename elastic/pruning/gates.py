@@ -61,11 +61,15 @@ def find_firsts(block: Tensor) -> Tensor:
 
 
 def average_blocks(values: Tensor, block: Tensor, dim: int) -> Tensor:
-    """Average over each block of outputs, which lie on `dim`; all of a block get the very same number."""
+    """Average over each block of outputs, which lie on `dim`; all of a block get the very same number.
+
+    Differences to the first of a block are averaged, so that what is equal stays as it is, to the last bit.
+    """
     first_K = find_firsts(block)
-    sums = torch.zeros_like(values).index_add_(dim, first_K, values)
+    first = values.index_select(dim, first_K)
+    sums = torch.zeros_like(values).index_add_(dim, first_K, values - first)
     sizes_K = torch.zeros_like(first_K).index_add_(0, first_K, torch.ones_like(first_K))
-    return sums.index_select(dim, first_K) / sizes_K[first_K].view(block.shape)
+    return first + sums.index_select(dim, first_K) / sizes_K[first_K].view(block.shape)
 
 
 class Gate(ChannelParametrization):

@@ -345,8 +345,8 @@ def test_gates_are_attached_once(tmp_path: Path) -> None:
 
 
 def test_an_unknown_grain_is_refused_with_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=r"'block'.*weight, kernel, channel") as caught:
-        fit(tmp_path, *PRUNING, "callbacks.gates.grain=block")
+    with pytest.raises(OptionError, match=r"'row'.*weight, kernel, block, channel") as caught:
+        fit(tmp_path, *PRUNING, "callbacks.gates.grain=row")
     assert "\n" not in str(caught.value)
 
 

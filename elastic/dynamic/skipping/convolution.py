@@ -141,15 +141,26 @@ class ActiveConv2d(ActiveLayer):
         plan = self._plans.get((height, width)) or self._plan(height, width)
         y_BKHW = torch.empty(batch, *plan.out)
         residual = None if residual is None else residual.contiguous()
-        inputs = reads or list_all_channels(batch, self.weight.shape[1])
-        outputs = writes or list_all_channels(batch, self.weight.shape[0])
         threads = torch.get_num_threads()
-        call(
-            *("convolution", plan.shape, plan.weight, self.bias, x_BCHW, residual, y_BKHW, batch),
-            *(inputs.channel_BK, inputs.count_B, *outputs, relu, self.zeros),
-            *(get_workspace(threads * plan.work), threads),
-        )
+        zeros = self.zeros and writes is not None
+        for inputs, outputs in self._list_calls(batch, reads, writes):
+            call(
+                *("convolution", plan.shape, plan.weight, self.bias, x_BCHW, residual, y_BKHW, batch),
+                *(inputs.channel_BK, inputs.count_B, *outputs, relu, zeros),
+                *(get_workspace(threads * plan.work), threads),
+            )
         return y_BKHW
+
+    def _list_calls(
+        self, batch: int, reads: Active | None, writes: Active | None
+    ) -> list[tuple[Active, Active]]:
+        """List the inputs and outputs of each call of the kernel."""
+        kernels, channels, *_ = self.weight.shape
+        return [(reads or list_all_channels(batch, channels), writes or list_all_channels(batch, kernels))]
+
+    def _count_channels(self) -> tuple[int, int]:
+        """Count the inputs and outputs of a call, about."""
+        return self.weight.shape[1], self.weight.shape[0]
 
     def _plan(self, height: int, width: int) -> _Plan:
         kernel, (_, channels, *taps), out = (
@@ -159,7 +170,8 @@ class ActiveConv2d(ActiveLayer):
         )
         assert kernel is not None
         kernels, rows, columns = out
-        tiled = taps == [3, 3] and self.stride == 1 and tiles.prefer_tiles(channels, kernels, rows, columns)
+        is_tileable = taps == [3, 3] and self.stride == 1
+        tiled = is_tileable and tiles.prefer_tiles(*self._count_channels(), rows, columns)
         weight = tiles.transform_weight(self.weight) if tiled else self.weight
         sizes = (channels, height, width, kernels, *taps, self.stride, self.padding, rows, columns, tiled)
         shape = ConvolutionShape(*sizes)

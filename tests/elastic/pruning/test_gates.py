@@ -657,3 +657,45 @@ def test_what_is_open_stays_as_it_is() -> None:
     assert all(
         torch.equal(s, gate.score) for s, (_, _, gate) in zip(before, gates.iterate_gates(net), strict=True)
     )
+
+
+# --- blocks -----------------------------------------------------------------------------------------------
+
+
+def train_blocks(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
+    """Train with a penalty, and check after each step that all gates of a block are the same."""
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (F.cross_entropy(net(X), torch.arange(4)) + 1e-4 * gates.compute_penalty(net)).backward()
+        optimizer.step()
+        for gate in found(net).values():
+            assert torch.equal(gate.score, gates.average_score(gate))
+
+
+@given(data=st.data())
+@settings(max_examples=5)
+def test_a_block_is_one_gate_whatever_becomes_of_its_outputs(data: st.DataObject) -> None:
+    """Outputs leave, are sorted anew and come; a step moves all gates of a block alike."""
+    torch.manual_seed(0)
+    net = nn.Sequential(conv(3, 20, 3), nn.BatchNorm2d(20), nn.ReLU(), conv(20, 11, 3), nn.ReLU(), head(11))
+    widths = discover(net, X)
+    gates.attach_gates(net, widths, "block", grace=1)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.3, weight_decay=0.0)
+    for change in data.draw(st.lists(st.sampled_from(["leave", "sort", "come"]), min_size=1, max_size=3)):
+        train_blocks(net, optimizer)
+        name, size = data.draw(st.sampled_from(list(widths.sizes().items())))
+        order = data.draw(st.permutations(range(size)))
+        index = {"leave": sorted(order[size // 3 :]), "sort": order, "come": grow_index(size, 11)}[change]
+        y = copy.deepcopy(net).eval()(X)
+        reindex(net, widths, {name: index}, optimizers=[optimizer])
+        gates.form_blocks(net)
+        if change != "leave":
+            torch.testing.assert_close(copy.deepcopy(net).eval()(X), y, rtol=1e-4, atol=1e-5)
+    train_blocks(net, optimizer)
+    for gate in found(net).values():
+        assert (
+            gate.block is not None
+            and gate.block.min() >= 0
+            and gate.block.unique(return_counts=True)[1].max() <= BLOCK
+        )
+    assert any(0 < int((gate.score > 0).sum()) < gate.score.numel() for gate in found(net).values())
