@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from elastic.dynamic.skipping import compiling, tiles
 from elastic.dynamic.skipping.active import Active, ActiveLayer, check_maps, check_size, list_all_channels
+from elastic.dynamic.skipping.blocks import find_blocks
 from elastic.dynamic.skipping.compiling import ConvolutionShape
 from elastic.dynamic.skipping.native import call, get_workspace, interrupt
 
@@ -33,6 +34,8 @@ class ActiveConv2d(ActiveLayer):
         relu: whether negative values become zero.
         method: "kernel", "stock" (gathers weights for one sample, masks for several) or "dense" (masks).
 
+    Where all channels are active, the kernel leaves out blocks of the weight that are zero.
+
     `forward(x_BCHW, reads, writes, residual_BKHW)`: `reads` and `writes` are the active channels, None where
     all are. Active outputs are multiplied by their gates, then the residual is added to them, then comes the
     ReLU. A residual of another shape is added as torch would, and spreads or is spread.
@@ -50,6 +53,7 @@ class ActiveConv2d(ActiveLayer):
         padded[: weight.numel()] = weight.flatten()
         self.weight = padded[: weight.numel()].view(weight.shape)
         self.bias = torch.zeros(len(weight)) if conv.bias is None else conv.bias.detach().clone()
+        self.blocks = find_blocks(weight)
         self._plans: dict[tuple[int, int], _Plan] = {}
 
     @staticmethod
@@ -141,26 +145,16 @@ class ActiveConv2d(ActiveLayer):
         plan = self._plans.get((height, width)) or self._plan(height, width)
         y_BKHW = torch.empty(batch, *plan.out)
         residual = None if residual is None else residual.contiguous()
+        inputs = reads or list_all_channels(batch, self.weight.shape[1])
+        outputs = writes or list_all_channels(batch, self.weight.shape[0])
         threads = torch.get_num_threads()
-        zeros = self.zeros and writes is not None
-        for inputs, outputs in self._list_calls(batch, reads, writes):
-            call(
-                *("convolution", plan.shape, plan.weight, self.bias, x_BCHW, residual, y_BKHW, batch),
-                *(inputs.channel_BK, inputs.count_B, *outputs, relu, zeros),
-                *(get_workspace(threads * plan.work), threads),
-            )
+        maps = (plan.shape, plan.weight, self.bias, x_BCHW, residual, y_BKHW, batch)
+        lists, work = (inputs.channel_BK, inputs.count_B), get_workspace(threads * plan.work)
+        if self.blocks is None or reads or writes:
+            call("convolution", *maps, *lists, *outputs, relu, self.zeros, work, threads)
+        else:
+            call("convolve_blocks", *maps, *lists, self.blocks.table, outputs.gate_BK, relu, work, threads)
         return y_BKHW
-
-    def _list_calls(
-        self, batch: int, reads: Active | None, writes: Active | None
-    ) -> list[tuple[Active, Active]]:
-        """List the inputs and outputs of each call of the kernel."""
-        kernels, channels, *_ = self.weight.shape
-        return [(reads or list_all_channels(batch, channels), writes or list_all_channels(batch, kernels))]
-
-    def _count_channels(self) -> tuple[int, int]:
-        """Count the inputs and outputs of a call, about."""
-        return self.weight.shape[1], self.weight.shape[0]
 
     def _plan(self, height: int, width: int) -> _Plan:
         kernel, (_, channels, *taps), out = (
@@ -170,8 +164,7 @@ class ActiveConv2d(ActiveLayer):
         )
         assert kernel is not None
         kernels, rows, columns = out
-        is_tileable = taps == [3, 3] and self.stride == 1
-        tiled = is_tileable and tiles.prefer_tiles(*self._count_channels(), rows, columns)
+        tiled = taps == [3, 3] and self.stride == 1 and tiles.prefer_tiles(channels, kernels, rows, columns)
         weight = tiles.transform_weight(self.weight) if tiled else self.weight
         sizes = (channels, height, width, kernels, *taps, self.stride, self.padding, rows, columns, tiled)
         shape = ConvolutionShape(*sizes)

@@ -11,7 +11,6 @@ from torch import Tensor, fx, nn
 from elastic.dynamic.modules import KernelActivation, iterate_modules
 from elastic.dynamic.skipping import compiling
 from elastic.dynamic.skipping.active import Active, ActiveLayer
-from elastic.dynamic.skipping.blocks import make_convolution
 from elastic.dynamic.skipping.convolution import ActiveConv2d, Method
 from elastic.dynamic.skipping.inference import prepare_for_inference
 from elastic.dynamic.skipping.layers import ActiveMaxPool2d, ActiveModule
@@ -124,7 +123,7 @@ class _Rewriter:
         has_relu = user is not None and name_operation(self.traced, user) == "relu"
         if user is not None and (has_relu := has_relu and not self._has_hooks(user)):
             chain = [*chain, user]
-        conv = make_convolution(layer, has_relu, self.method)
+        conv = ActiveConv2d(layer, has_relu, method=self.method)
         call = self._replace(chain, conv, (node.args[0], self._get_active(node), gates, residual))
         self._list_active(call, gates)
 
