@@ -13,13 +13,14 @@ from torch import Tensor
 
 LOADS = 2  # outputs that computing takes as long as, to load what a block reads of an input: measured
 WORTH = 0.85  # of the time of all kernels at once
+SLACK = 64  # floats that vectors may read beyond the last kernel
 
 
 class BlockTable(ctypes.Structure):
     """List blocks as the kernel's `Blocks` does, by addresses."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("in", "in_begin", "out", "out_begin")),
+        *((name, ctypes.c_void_p) for name in ("in", "in_begin", "out", "out_begin", "number")),
         ("count", ctypes.c_int32),
     ]
 
@@ -34,12 +35,23 @@ class Blocks:
     def __init__(self, outputs: dict[tuple[int, ...], list[int]], channels: int, kernels: int) -> None:
         work = sum(len(reads) * (len(writes) + LOADS) for reads, writes in outputs.items())
         self.work, self.count = work / (channels * kernels), len(outputs)
-        self.lists = [*_join(outputs), *_join(outputs.values())]
+        number = torch.arange(channels, dtype=torch.int32)
+        self.lists = (*_join(outputs), *_join(outputs.values()), number)
 
     @property
     def table(self) -> BlockTable:
         """List the blocks for the compiled kernel, as long as this is there."""
         return BlockTable(*(numbers.data_ptr() for numbers in self.lists), self.count)
+
+    def pack(self, weight_KC: Tensor) -> Tensor:
+        """Move the kernels of each output that are read to the front, so that they are read in order."""
+        reads, begins, writes, ends, _ = self.lists
+        packed = torch.zeros(weight_KC.numel() + SLACK)[: weight_KC.numel()].view(weight_KC.shape)
+        for block in range(self.count):
+            inputs = reads[begins[block] : begins[block + 1]]
+            outputs = writes[ends[block] : ends[block + 1]]
+            packed[outputs, : len(inputs)] = weight_KC[outputs][:, inputs]
+        return packed
 
 
 def _join(lists: Iterable[Sequence[int]]) -> tuple[Tensor, Tensor]:

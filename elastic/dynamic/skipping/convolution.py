@@ -8,13 +8,12 @@ from torch import Tensor, nn
 
 from elastic.dynamic.skipping import compiling, tiles
 from elastic.dynamic.skipping.active import Active, ActiveLayer, check_maps, check_size, list_all_channels
-from elastic.dynamic.skipping.blocks import find_blocks
+from elastic.dynamic.skipping.blocks import SLACK, find_blocks
 from elastic.dynamic.skipping.compiling import ConvolutionShape
 from elastic.dynamic.skipping.native import call, get_workspace, interrupt
 
 Method = Literal["kernel", "stock", "dense"]
 MAX_TAPS = 121  # as in the kernel
-SLACK = 64  # floats that vectors may read beyond the last kernel
 
 
 class _Plan(NamedTuple):
@@ -22,6 +21,7 @@ class _Plan(NamedTuple):
 
     shape: ConvolutionShape
     weight: Tensor  # as the kernel wants it
+    packed: Tensor | None  # as it wants it for blocks
     out: tuple[int, int, int]
     work: int  # floats that it needs for each thread
 
@@ -148,12 +148,13 @@ class ActiveConv2d(ActiveLayer):
         inputs = reads or list_all_channels(batch, self.weight.shape[1])
         outputs = writes or list_all_channels(batch, self.weight.shape[0])
         threads = torch.get_num_threads()
-        maps = (plan.shape, plan.weight, self.bias, x_BCHW, residual, y_BKHW, batch)
-        lists, work = (inputs.channel_BK, inputs.count_B), get_workspace(threads * plan.work)
+        maps = (self.bias, x_BCHW, residual, y_BKHW, batch, inputs.channel_BK, inputs.count_B)
+        work = get_workspace(threads * plan.work), threads
         if self.blocks is None or reads or writes:
-            call("convolution", *maps, *lists, *outputs, relu, self.zeros, work, threads)
+            call("convolution", plan.shape, plan.weight, *maps, *outputs, relu, self.zeros, *work)
         else:
-            call("convolve_blocks", *maps, *lists, self.blocks.table, outputs.gate_BK, relu, work, threads)
+            blocks = self.blocks.table, outputs.gate_BK
+            call("convolve_blocks", plan.shape, plan.packed, *maps, *blocks, relu, *work)
         return y_BKHW
 
     def _plan(self, height: int, width: int) -> _Plan:
@@ -168,6 +169,7 @@ class ActiveConv2d(ActiveLayer):
         weight = tiles.transform_weight(self.weight) if tiled else self.weight
         sizes = (channels, height, width, kernels, *taps, self.stride, self.padding, rows, columns, tiled)
         shape = ConvolutionShape(*sizes)
-        plan = _Plan(shape, weight, out, kernel.count_work(shape))
+        packed = None if self.blocks is None else self.blocks.pack(weight)
+        plan = _Plan(shape, weight, packed, out, kernel.count_work(shape))
         self._plans[height, width] = plan
         return plan

@@ -70,12 +70,10 @@ struct Lists {
 
 // Outputs that read the same inputs, the same of all samples; those of one follow those of another.
 struct Blocks {
-    const int32_t *in, *in_begin, *out, *out_begin;
+    const int32_t *in, *in_begin, *out, *out_begin, *number;  // 0, 1, 2 …
     int count;
-    List reads(int i) const {  // all inputs are laid out
-        const int32_t *from = in + in_begin[i];
-        return {from, in_begin[i + 1] - in_begin[i], from};
-    }
+    // All inputs are laid out; of the weight, which is read in order, those of a block come first in each row.
+    List reads(int i) const { return {number, in_begin[i + 1] - in_begin[i], in + in_begin[i]}; }
     List writes(int i) const { return {out + out_begin[i], out_begin[i + 1] - out_begin[i]}; }
 };
 
