@@ -32,7 +32,8 @@ class PruneByGates(ElasticCallback):
     The penalty λ · Σ σ(score) enters by its gradient, so that the loss stays the user's own.
 
     Args:
-        grain: one gate a "weight", "kernel" or "channel".
+        grain: one gate a "weight", "kernel", "block" (the kernels of 8 outputs for one input, which
+            `make_skipping` leaves out together) or "channel".
         penalty: λ, per parameter that a gate means to keep (for "macs": per average parameter).
         begin, end: parts of the run between which the penalty holds; then the gates are frozen.
         grace: epochs for which the gates of fresh channels are spared the penalty.
@@ -110,6 +111,7 @@ class PruneByGates(ElasticCallback):
         # Told anew for each batch, so that it holds after a restart in the middle of an epoch, too.
         self._is_active = not self.is_frozen and self.begin <= measure_epoch_progress(trainer)
         if batch_idx == 0 or not self._gates:  # layers may have come since the last epoch
+            gates.form_blocks(self.structure.net)
             self._gates = list(gates.iterate_gates(self.structure.net))
             self._set_prices()
 

@@ -10,6 +10,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from torchvision.models import resnet18
 
 from elastic.dynamic.attaching import attach_modules
 from elastic.dynamic.modules import iterate_modules
+from elastic.dynamic.skipping import make_skipping
 from elastic.dynamic.skipping.convolution import ActiveConv2d
 from elastic.errors import FileError
 from elastic.experiments.formats import describe_machine
@@ -35,12 +37,16 @@ from elastic.levels import Levels, extract_level, level_sizes, make_alone
 from elastic.measure.timing import Network as Execution
 from elastic.measure.timing import measure_medians_ms
 from elastic.models import resnet20, vgg16_bn
+from elastic.pruning.compaction import compact
+from elastic.pruning.gates import Grain, attach_gates, iterate_gates, list_firsts, set_score
 from elastic.widths.discovery import discover
 
 PAGE = ROOT / "docs" / "runtimes.md"
 RECORDED = ("convnet-long-seed0", "resnet20-distil-seed0", "resnet20_grown-distil-seed0")
 IMAGES, REPEATS = 192, 50
 FRACTIONS = (0.512, 0.64, 0.8)  # of the channels, of the levels below the network
+GRAINS: tuple[Grain, ...] = ("kernel", "block")  # of gates
+OPEN = (0.5, 0.25)  # parts of them that are
 # Channels, kernels, size, stride, rows: of ResNet-20, VGG-16, and ResNet-18 at 224 pixels.
 SHAPES = (
     *((3, 16, 3, 1, 32), (16, 16, 3, 1, 32), (16, 32, 3, 2, 32), (32, 32, 3, 1, 16), (64, 64, 3, 1, 8)),
@@ -65,7 +71,7 @@ class Subject(NamedTuple):
 
 
 def show_runtimes(page: Path = PAGE, images: int = IMAGES, threads: int = 2) -> None:
-    """Time networks of which kernels are skipped, their layers, and levels, beside dense runtimes.
+    """Time networks of which kernels are skipped, their layers, levels, and gates, beside dense runtimes.
 
     Args:
         page: with marks, between which the tables are written.
@@ -82,6 +88,7 @@ def show_runtimes(page: Path = PAGE, images: int = IMAGES, threads: int = 2) -> 
         parts += _show(f"**{subject.name}**", rows)
     parts += _show("**Layers**, dense, one image, one thread", list_layers())
     parts += _show("**Levels**, one image, one thread", list_levels())
+    parts += _show("**Gates** shut at random, one image, one thread", list_grains())
     write_between_marks(page, "runtimes", "\n\n".join(parts))
 
 
@@ -173,6 +180,35 @@ def list_levels() -> list[dict[str, str]]:
                 {"network": name, "level": str(k)} | times | {"in place ÷ extracted": _divide(medians)}
             )
     return rows
+
+
+def list_grains() -> list[dict[str, str]]:
+    """Time networks whose gates are shut at random, kernel by kernel and in blocks, beside dense ones."""
+    torch.set_num_threads(1)
+    rows = []
+    for name, net in (("ResNet-20", resnet20()), ("VGG-16-BN", vgg16_bn())):
+        x_BCHW = torch.randn(1, 3, 32, 32)
+        rivals = make_rivals(net.eval(), [x_BCHW], 1) | {"kernel, dense": make_skipping(net, method="kernel")}
+        for grain, part in product(GRAINS, OPEN):
+            sparse = make_skipping(_shut_gates(net, x_BCHW, grain, part), method="kernel")
+            runs: dict[str, Execution] = rivals | {"left out": sparse}
+            medians = measure_medians_ms(list(runs.values()), [x_BCHW] * REPEATS, time.process_time)
+            times = {f"{run} (ms)": f"{median:.3f}" for run, median in zip(runs, medians, strict=True)}
+            ratio = f"{medians[-1] / min(medians[:-1]):.2f}"
+            rows.append(
+                {"network": name, "gates": grain, "open": str(part)} | times | {"left out ÷ best": ratio}
+            )
+    return rows
+
+
+def _shut_gates(net: nn.Module, x_BCHW: Tensor, grain: Grain, part: float) -> nn.Module:
+    """Make a copy of a network of whose gates a part, drawn at random, is open."""
+    gated = copy.deepcopy(net)
+    attach_gates(gated, discover(gated, x_BCHW), grain)
+    for _, _, gate in iterate_gates(gated):
+        is_open = torch.rand(gate.score.numel()) < part
+        set_score(gate, torch.where(is_open[list_firsts(gate)], 1.0, -1.0).view(gate.score.shape))
+    return compact(gated, x_BCHW)
 
 
 def main() -> None:

@@ -19,26 +19,30 @@ from elastic.widths.discovery import Widths
 from elastic.widths.parameters import ChannelParametrization, get_weight, list_parametrizations
 from elastic.widths.tracing import find_following_norms
 
-Grain = Literal["weight", "kernel", "channel"]
+Grain = Literal["weight", "kernel", "block", "channel"]
 START = 1.0
+BLOCK = 8  # outputs: as many as processors add into at once, while they hold what an input has for them
+NO_BLOCK = -1  # of outputs that are fresh
 
 
 class _Step(torch.autograd.Function):
-    """Compute weight · 1[score > 0], with the surrogate gradient for the score."""
+    """Compute weight · 1[score > 0], with the surrogate gradient for the score, or for blocks of scores."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, score: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, score)
+    def forward(ctx: Any, weight: Tensor, score: Tensor, block: Tensor | None, dim: int) -> Tensor:
+        ctx.save_for_backward(weight, score, block)
+        ctx.dim = dim
         return _mask(weight, score)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        weight, score = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, score, block = ctx.saved_tensors
         if not ctx.needs_input_grad[1]:  # frozen
-            return _mask(grad, score), None
+            return _mask(grad, score), None, None, None
         pull = (grad * weight).sum_to_size(score.shape)
         slope = torch.ops.aten.sigmoid_backward(pull, torch.sigmoid(score))  # pull · σ · (1 − σ)
-        return _mask(grad, score), slope.mul_(4)
+        slope = slope if block is None else average_blocks(slope, block, ctx.dim)
+        return _mask(grad, score), slope.mul_(4), None, None
 
 
 def _mask(values: Tensor, score: Tensor) -> Tensor:
@@ -50,31 +54,62 @@ def _mask(values: Tensor, score: Tensor) -> Tensor:
     return masked
 
 
+def find_firsts(block: Tensor) -> Tensor:
+    """Find, for each output, the first of its block: (outputs,)."""
+    block_K = block.flatten()
+    return (block_K[:, None] == block_K).int().argmax(1)
+
+
+def average_blocks(values: Tensor, block: Tensor, dim: int) -> Tensor:
+    """Average over each block of outputs, which lie on `dim`; all of a block get the very same number.
+
+    Differences to the first of a block are averaged, so that what is equal stays as it is, to the last bit.
+    """
+    first_K = find_firsts(block)
+    first = values.index_select(dim, first_K)
+    sums = torch.zeros_like(values).index_add_(dim, first_K, values - first)
+    sizes_K = torch.zeros_like(first_K).index_add_(0, first_K, torch.ones_like(first_K))
+    return first + sums.index_select(dim, first_K) / sizes_K[first_K].view(block.shape)
+
+
 class Gate(ChannelParametrization):
     """Mask a weight by one score for each entry, each kernel (one out×in slice) or each output channel.
 
+    At block grain there is a score for each kernel, too, but what moves one moves all of its block, the same
+    in of `BLOCK` outputs: they open and close together. `block` numbers them, and follows the outputs, so
+    that surgery leaves all as it is; fresh outputs are given blocks of their own by `form_blocks`.
     `grace` counts the epochs for which an entry is spared the penalty: fresh channels get no gradient at
     first and would lose against it. `price` is the cost of one weight, see `compute_penalty`.
     """
 
     score: nn.Parameter
     grace: Tensor
+    block: Tensor | None
 
     def __init__(self, weight: Tensor, grain: Grain, grace: int = 0, channel: int = 0) -> None:
         super().__init__()
-        dims = {"weight": range(weight.dim()), "kernel": range(2), "channel": (channel,)}[grain]
-        self.dims = frozenset(dims)
+        dims = {"weight": range(weight.dim()), "channel": (channel,)}.get(grain, range(2))
+        self.dims, self.channel = frozenset(dims), channel
         shape = [size if dim in dims else 1 for dim, size in enumerate(weight.shape)]
         self.fresh = {"score": START, "grace": float(grace)}
         self.price = 1.0
         self.score = nn.Parameter(weight.new_full(shape, START))
         self.register_buffer("grace", torch.zeros_like(self.score))
+        block = None
+        if grain == "block":
+            self.fresh["block"] = NO_BLOCK
+            outputs = torch.arange(weight.shape[channel], device=weight.device)
+            block = (outputs // BLOCK).view([-1 if dim == channel else 1 for dim in range(weight.dim())])
+        self.register_buffer("block", block)
+
+    def get_dims(self, name: str) -> frozenset[int]:
+        return frozenset({self.channel}) if name == "block" else self.dims
 
     def forward(self, weight: Tensor) -> Tensor:
         score = self.score.view(-1) if weight.dim() == 1 else self.score
         if weight.dim() == 1 and len(weight) > len(score):  # a transposed convolution's groups share scores
             score = score.repeat(len(weight) // len(score))
-        return _Step.apply(weight, score)
+        return _Step.apply(weight, score, self.block, self.channel)
 
 
 def attach_gates(model: nn.Module, widths: Widths, grain: Grain, grace: int = 0) -> None:
@@ -94,7 +129,8 @@ def attach_gates(model: nn.Module, widths: Widths, grain: Grain, grace: int = 0)
         layer = model.get_submodule(path)
         if not get_weight(layer).requires_grad:  # a user has frozen it
             continue
-        gate = Gate(get_weight(layer), grain, grace, slot.dim)
+        channel = slot.dim if slot.role == "out" else 1 - slot.dim
+        gate = Gate(get_weight(layer), grain, grace, channel)
         parametrize.register_parametrization(layer, "weight", gate)
         companions = [(layer, "bias")] if grain == "channel" else []
         if path in norms:
@@ -120,6 +156,8 @@ def find_grain(model: nn.Module) -> Grain | None:
     dims = [(len(gate.dims), get_weight(layer).dim()) for _, layer, gate in iterate_gates(model)]
     if not dims:
         return None
+    if any(gate.block is not None for _, _, gate in iterate_gates(model)):
+        return "block"
     if all(depth == 1 for depth, _ in dims):
         return "channel"
     return "kernel" if all(depth == 2 for depth, of_weight in dims if of_weight > 2) else "weight"
@@ -148,11 +186,41 @@ def advance_grace(model: nn.Module) -> None:
         gate.grace.sub_(1).clamp_(min=0)
 
 
+@torch.no_grad()
+def form_blocks(model: nn.Module) -> None:
+    """Give fresh outputs blocks of their own: their scores are all alike, so that no gate moves.
+
+    To be called after channels have grown, before the next step.
+    """
+    for _, _, gate in iterate_gates(model):
+        if gate.block is None:
+            continue
+        block_K = gate.block.view(-1)
+        is_fresh = block_K == NO_BLOCK
+        places = is_fresh.cumsum(0) - 1
+        block_K.copy_(torch.where(is_fresh, block_K.max() + 1 + places // BLOCK, block_K))
+
+
 def freeze_gates(model: nn.Module) -> None:
     """Leave gates as they are from here on; the weights behind them go on learning."""
     for _, _, gate in iterate_gates(model):
         gate.score.requires_grad_(False)
         gate.score.grad = None
+
+
+def average_score(gate: Gate) -> Tensor:
+    """Average a gate's scores over each block; those of other grains are given as they are."""
+    score = gate.score.detach()
+    return score if gate.block is None else average_blocks(score, gate.block, gate.channel)
+
+
+def list_firsts(gate: Gate) -> Tensor:
+    """List, for each entry of a score, which one is the first of its block, in the order of `flatten`."""
+    places = torch.arange(gate.score.numel())
+    if gate.block is None:
+        return places
+    firsts_K = find_firsts(gate.block).cpu()
+    return places.view(gate.score.shape).index_select(gate.channel, firsts_K).flatten()
 
 
 def set_score(gate: Gate, score: Tensor) -> None:

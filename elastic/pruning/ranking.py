@@ -3,7 +3,14 @@
 import torch
 from torch import nn
 
-from elastic.pruning.gates import compute_worth, count_open_gates, iterate_gates, set_score
+from elastic.pruning.gates import (
+    average_score,
+    compute_worth,
+    count_open_gates,
+    iterate_gates,
+    list_firsts,
+    set_score,
+)
 
 REOPENED = 0.3  # the score of a gate that is opened again
 MARGIN = 1e-3  # gates opened or closed by rank are at least so far from the threshold
@@ -14,23 +21,27 @@ def keep_best_gates(model: nn.Module, count: float) -> None:
     """Open the gates of highest score as far as `count` allows, and close the others.
 
     A gate takes the price of the weights behind it off `count`, 1 a weight unless the penalty is on MACs.
-    Of every layer the best gate stays, whatever `count` is.
+    Blocks are ranked by their means, as a whole. Of every layer the best gate stays, whatever `count` is.
     """
     layers = [(gate, compute_worth(layer, gate)) for _, layer, gate in iterate_gates(model)]
-    sizes = [gate.score.numel() for gate, _ in layers]
-    scores = torch.cat([gate.score.flatten() for gate, _ in layers]).cpu()
+    scores_by_gate = [average_score(gate) for gate, _ in layers]
+    sizes = [score.numel() for score in scores_by_gate]
+    scores = torch.cat([score.flatten() for score in scores_by_gate]).cpu()
     prices = torch.cat([torch.full((size,), worth) for size, (_, worth) in zip(sizes, layers, strict=True)])
     starts = torch.tensor([0, *sizes[:-1]]).cumsum(0)
-    best = starts + torch.stack([part.argmax() for part in scores.split(sizes)])
+    firsts = torch.cat([start + list_firsts(gate) for start, (gate, _) in zip(starts, layers, strict=True)])
+    prices = torch.zeros_like(prices).index_add_(0, firsts, prices)  # the first of a block pays for all
+    best = firsts[starts + torch.stack([part.argmax() for part in scores.split(sizes)])]
     # The best of each layer come first, so that the others share what is left of `count`. The order is
     # stable: gates that nothing has moved yet have equal scores.
     ranking = scores.index_fill(0, best, torch.inf).sort(descending=True, stable=True).indices
     is_open = torch.zeros(len(scores), dtype=torch.bool)
     is_open[ranking] = prices[ranking].cumsum(0) <= count
     is_open[best] = True
-    for (gate, _), part in zip(layers, is_open.split(sizes), strict=True):
-        mask = part.view(gate.score.shape).to(gate.score.device)
-        set_score(gate, gate.score.clamp(min=MARGIN).where(mask, gate.score.clamp(max=-MARGIN)))
+    parts = is_open[firsts].split(sizes)
+    for (gate, _), score, part in zip(layers, scores_by_gate, parts, strict=True):
+        mask = part.view(score.shape).to(score.device)
+        set_score(gate, score.clamp(min=MARGIN).where(mask, score.clamp(max=-MARGIN)))
 
 
 @torch.no_grad()

@@ -41,7 +41,8 @@ def list_tensors(module: nn.Module, tensor: str) -> list[LayerTensor]:
     for parametrization in list_parametrizations(module, tensor):
         gate = cast(ChannelParametrization, parametrization)  # discovery fixes widths with any other
         if max(gate.dims) < value.dim():  # or it is that of a transposed weight, and follows with it
-            items += [LayerTensor(getattr(gate, name), gate.dims, fill) for name, fill in gate.fresh.items()]
+            for name, fill in gate.fresh.items():
+                items.append(LayerTensor(getattr(gate, name), gate.get_dims(name), fill))
     return items
 
 

@@ -20,6 +20,10 @@ class ChannelParametrization(nn.Module):
     dims: frozenset[int]
     fresh: Mapping[str, float]
 
+    def get_dims(self, name: str) -> frozenset[int]:
+        """Get the dimensions on which one of its tensors has an entry a channel, where it lacks some."""
+        return self.dims
+
 
 def get_kind(module: nn.Module) -> type[nn.Module]:
     """Get a module's class, as it was before anything parametrized its tensors."""

@@ -19,7 +19,7 @@ from elastic.models import convnet
 from elastic.pruning.budget import Budget
 from elastic.pruning.compaction import compact
 from elastic.pruning.fitting import check_budget_reachable
-from elastic.pruning.gates import Gate
+from elastic.pruning.gates import BLOCK, Gate
 from elastic.training.module import ElasticClassifier
 from tests.fitted import EXACT, Run, Spy, batch, fit, outputs, prepare
 from tests.programs import Killed
@@ -345,8 +345,8 @@ def test_gates_are_attached_once(tmp_path: Path) -> None:
 
 
 def test_an_unknown_grain_is_refused_with_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=r"'block'.*weight, kernel, channel") as caught:
-        fit(tmp_path, *PRUNING, "callbacks.gates.grain=block")
+    with pytest.raises(OptionError, match=r"'row'.*weight, kernel, block, channel") as caught:
+        fit(tmp_path, *PRUNING, "callbacks.gates.grain=row")
     assert "\n" not in str(caught.value)
 
 
@@ -377,6 +377,35 @@ def test_a_run_continued_before_any_event_is_the_whole_run(
     assert load_history(whole)["timeline"] == []
     for key in ("state_dict", "optimizer_states", "elastic"):
         assert_same(one[key], two[key], key)
+
+
+@pytest.mark.slow
+def test_blocks_stay_whole_in_a_run_that_grows_and_is_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Channels come, leave, and the gates are fitted; averaged copies follow."""
+    given = (
+        *("schedule=[growth,gates,ema]", "trigger=periodic", "trigger.every=1", "callbacks.growth.until=0.5"),
+        *("callbacks.gates.grain=block", "callbacks.gates.budget=3000", "model.channels=[8,12,12,16]"),
+        *("data.batch_size=128", "trainer.max_epochs=8"),
+    )
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(configure(whole, *given), whole)
+    kill(configure(broken, *given), broken, monkeypatch, epoch=5, batch=3)
+    train(configure(broken, *given), broken)
+    one, two = (load(folder / "last.ckpt") for folder in (whole, broken))
+    for key in ("state_dict", "optimizer_states", "elastic"):
+        assert_same(one[key], two[key], key)
+    kinds = {event["why"].partition(":")[0] for event in load_history(whole)["timeline"]}
+    assert kinds == {"grow", "prune"}
+    state = one["state_dict"]
+    for name in (name for name in state if name.endswith(".block")):
+        block_K, score = state[name].flatten(), state[name.removesuffix("block") + "score"]
+        numbers, sizes = block_K.unique(return_counts=True)
+        assert numbers.min() >= 0 and sizes.max() <= BLOCK
+        assert all(
+            torch.equal(rows, rows[:1].expand_as(rows)) for rows in (score[block_K == n] for n in numbers)
+        )
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ def test_a_runtime_that_is_missing_is_left_out_and_said(
 
 
 @pytest.mark.slow
-def test_the_page_has_a_row_for_each_network_layer_and_level(
+def test_the_page_has_a_row_for_each_network_layer_level_and_grain(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def list_subjects(images: int) -> list[runtimes.Subject]:
@@ -68,4 +68,4 @@ def test_the_page_has_a_row_for_each_network_layer_and_level(
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n")
     rows = [line for line in text.splitlines() if line.startswith("|") and "---" not in line]
-    assert len(rows) == (1 + 2) + (1 + 2) + (1 + 2 * 4)
+    assert len(rows) == (1 + 2) + (1 + 2) + (1 + 2 * 4) + (1 + 2 * 4)

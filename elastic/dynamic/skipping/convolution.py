@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from elastic.dynamic.skipping import compiling, tiles
 from elastic.dynamic.skipping.active import Active, ActiveLayer, check_maps, check_size, list_all_channels
+from elastic.dynamic.skipping.blocks import SLACK, find_blocks
 from elastic.dynamic.skipping.compiling import ConvolutionShape
 from elastic.dynamic.skipping.native import call, get_workspace, interrupt
 
 Method = Literal["kernel", "stock", "dense"]
 MAX_TAPS = 121  # as in the kernel
-SLACK = 64  # floats that vectors may read beyond the last kernel
 
 
 class _Plan(NamedTuple):
@@ -21,6 +21,7 @@ class _Plan(NamedTuple):
 
     shape: ConvolutionShape
     weight: Tensor  # as the kernel wants it
+    packed: Tensor | None  # as it wants it for blocks
     out: tuple[int, int, int]
     work: int  # floats that it needs for each thread
 
@@ -32,6 +33,8 @@ class ActiveConv2d(ActiveLayer):
         conv: its weights are copied; norms must have been folded in.
         relu: whether negative values become zero.
         method: "kernel", "stock" (gathers weights for one sample, masks for several) or "dense" (masks).
+
+    Where all channels are active, the kernel leaves out blocks of the weight that are zero.
 
     `forward(x_BCHW, reads, writes, residual_BKHW)`: `reads` and `writes` are the active channels, None where
     all are. Active outputs are multiplied by their gates, then the residual is added to them, then comes the
@@ -50,6 +53,7 @@ class ActiveConv2d(ActiveLayer):
         padded[: weight.numel()] = weight.flatten()
         self.weight = padded[: weight.numel()].view(weight.shape)
         self.bias = torch.zeros(len(weight)) if conv.bias is None else conv.bias.detach().clone()
+        self.blocks = find_blocks(weight)
         self._plans: dict[tuple[int, int], _Plan] = {}
 
     @staticmethod
@@ -144,11 +148,13 @@ class ActiveConv2d(ActiveLayer):
         inputs = reads or list_all_channels(batch, self.weight.shape[1])
         outputs = writes or list_all_channels(batch, self.weight.shape[0])
         threads = torch.get_num_threads()
-        call(
-            *("convolution", plan.shape, plan.weight, self.bias, x_BCHW, residual, y_BKHW, batch),
-            *(inputs.channel_BK, inputs.count_B, *outputs, relu, self.zeros),
-            *(get_workspace(threads * plan.work), threads),
-        )
+        maps = (self.bias, x_BCHW, residual, y_BKHW, batch, inputs.channel_BK, inputs.count_B)
+        work = get_workspace(threads * plan.work), threads
+        if self.blocks is None or reads or writes:
+            call("convolution", plan.shape, plan.weight, *maps, *outputs, relu, self.zeros, *work)
+        else:
+            blocks = self.blocks.table, outputs.gate_BK
+            call("convolve_blocks", plan.shape, plan.packed, *maps, *blocks, relu, *work)
         return y_BKHW
 
     def _plan(self, height: int, width: int) -> _Plan:
@@ -163,6 +169,7 @@ class ActiveConv2d(ActiveLayer):
         weight = tiles.transform_weight(self.weight) if tiled else self.weight
         sizes = (channels, height, width, kernels, *taps, self.stride, self.padding, rows, columns, tiled)
         shape = ConvolutionShape(*sizes)
-        plan = _Plan(shape, weight, out, kernel.count_work(shape))
+        packed = None if self.blocks is None else self.blocks.pack(weight)
+        plan = _Plan(shape, weight, packed, out, kernel.count_work(shape))
         self._plans[height, width] = plan
         return plan

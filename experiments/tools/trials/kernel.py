@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from math import isqrt
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic.dynamic.activations import GRADED, find_active
-from elastic.dynamic.skipping import compiling, tiles
+from elastic.dynamic.skipping import blocks, compiling, tiles
 from elastic.dynamic.skipping.active import Active
 from elastic.dynamic.skipping.compiling import FLAGS, SOURCES, Kernel
 from elastic.dynamic.skipping.convolution import MAX_TAPS, ActiveConv2d
@@ -112,8 +113,8 @@ def _run_some(seed: int, count: int, threads: int) -> None:
     torch.set_num_threads(threads)
     random = Random(seed)
     for _ in range(count):
-        kind = random.choices(("convolution", "switch", "pooling"), (8, 1, 1))[0]
-        {"convolution": _convolve, "switch": _switch, "pooling": _pool}[kind](random)
+        kind = random.choices(tuple(KINDS), (7, 2, 1, 1))[0]
+        KINDS[kind](random)
         print(kind, flush=True)
 
 
@@ -144,6 +145,23 @@ def _convolve(random: Random) -> None:
     check_close(found, expected)
 
 
+def _convolve_blocks(random: Random) -> None:
+    """Convolve all channels by a weight of which blocks are zero, however little that saves."""
+    tiled, size = random.random() < 0.5, random.choice((1, 3, 5))
+    size, stride = (3, 1) if tiled else (size, _draw(random, 3))
+    batch, channels, kernels = _draw(random, 6), _draw(random, 40), _draw(random, 70)
+    conv = nn.Conv2d(channels, kernels, size, stride, random.randint(0, 3))
+    rows = random.choice((1, 4, 8))  # outputs of a block
+    is_open = torch.rand(-(-kernels // rows), channels) < random.random()
+    conv.weight.mul_(is_open.repeat_interleave(rows, 0)[:kernels, :, None, None])
+    x_BCHW = torch.randn(batch, channels, size + random.randint(0, 30), size + random.randint(0, 30))
+    expected = conv(x_BCHW)
+    residual = torch.randn_like(expected) if random.random() < 0.5 else None
+    with patch.object(tiles, "prefer_tiles", lambda *_: tiled), patch.object(blocks, "WORTH", torch.inf):
+        found = ActiveConv2d(conv, relu=True)(x_BCHW, residual=residual)
+    check_close(found, (expected if residual is None else expected + residual).relu())
+
+
 def _switch(random: Random) -> None:
     batch, channels, kernels = _draw(random, 6), _draw(random, 40), _draw(random, 70)
     x_BCHW, reads = torch.randn(batch, channels, _draw(random, 20), _draw(random, 20)), None
@@ -168,6 +186,14 @@ def _pool(random: Random) -> None:
     on_BC11 = _spread(reads) != 0
     found = max_pool(torch.where(on_BC11, x_BCHW, torch.nan), reads, size, stride, zeros=True)
     torch.testing.assert_close(found, F.max_pool2d(x_BCHW, size, stride) * on_BC11, rtol=0, atol=0)
+
+
+KINDS: dict[str, Callable[[Random], None]] = {
+    "convolution": _convolve,
+    "blocks": _convolve_blocks,
+    "switch": _switch,
+    "pooling": _pool,
+}
 
 
 def _draw(random: Random, most: int) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from elastic.levels.sizes import level_sizes
 from elastic.models import convnet
 from elastic.models.resnet import resnet
 from elastic.pruning.compaction import compact
-from elastic.pruning.gates import attach_gates, iterate_gates
+from elastic.pruning.gates import Grain, attach_gates, iterate_gates
 from elastic.surgery.depth import deepen, find_stages
 from elastic.surgery.reindexing import grow_index, reindex, split_index
 from elastic.widths.discovery import Widths, discover
@@ -254,7 +254,7 @@ def _grow_any(subject: Subject) -> None:
 def _gate_and_compact(subject: Subject) -> None:
     """Close some gates; the compacted network is the gated one."""
     net = copy.deepcopy(subject.net)
-    grain: Any = subject.random.choice(("weight", "kernel", "channel"))
+    grain: Any = subject.random.choice(get_args(Grain))
     attach_gates(net, discover(net, subject.x), grain)
     for _, _, gate in iterate_gates(net):
         shut = torch.rand(gate.score.shape, generator=subject.generator) < 0.3

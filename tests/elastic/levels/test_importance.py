@@ -131,7 +131,7 @@ def test_taylor_leaves_out_weights_that_are_computed() -> None:
         torch.testing.assert_close(scores, expected[name])
 
 
-@pytest.mark.parametrize("grain", ["weight", "kernel", "channel"])
+@pytest.mark.parametrize("grain", ["weight", "kernel", "block", "channel"])
 def test_gates_are_added_at_every_grain(grain: Any) -> None:
     """Σσ over as many gates as the grain has a row; where one holds a whole channel, a writer adds one σ."""
     net, widths = trunk()
@@ -146,9 +146,7 @@ def test_gates_are_added_at_every_grain(grain: Any) -> None:
             module = net.get_submodule(layer)
             score = module.parametrizations.weight[0].score.detach().double().numpy()
             _, read, high, wide = module.weight.shape
-            entries = score.reshape(
-                len(score), {"weight": read * high * wide, "kernel": read, "channel": 1}[grain]
-            )
+            entries = score.reshape(len(score), {"weight": read * high * wide, "channel": 1}.get(grain, read))
             expected += (1 / (1 + np.exp(-entries))).sum(1)
         np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-5)
 

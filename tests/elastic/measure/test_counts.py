@@ -146,7 +146,7 @@ def test_buffers_do_not_count() -> None:
     assert count_params_dense(net) == 12 + 8
 
 
-@pytest.mark.parametrize("grain", ["weight", "kernel", "channel"])
+@pytest.mark.parametrize("grain", ["weight", "kernel", "block", "channel"])
 def test_parameters_of_a_gated_model(grain: Grain) -> None:
     net: Any = filled(nn.Sequential(conv(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), head(4)))
     dense, x = numel(net), torch.zeros(1, 3, 6, 6)

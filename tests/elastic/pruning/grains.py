@@ -5,12 +5,14 @@ import pytest
 from elastic.pruning.gates import Grain
 from tests.elastic.zoo import CASES
 
-GRAINS: tuple[Grain, ...] = ("weight", "kernel", "channel")
+GRAINS: tuple[Grain, ...] = ("weight", "kernel", "block", "channel")
 every_grain = pytest.mark.parametrize("grain", GRAINS)
 every_case_and_grain = pytest.mark.parametrize(
     ("case", "grain"),
     [
-        pytest.param(case, grain, id=f"{name}-{grain}", marks=() if (i + j) % 3 == 0 else pytest.mark.slow)
+        pytest.param(
+            case, grain, id=f"{name}-{grain}", marks=() if (i + j) % len(GRAINS) == 0 else pytest.mark.slow
+        )
         for i, (name, case) in enumerate(CASES.items())
         for j, grain in enumerate(GRAINS)
     ],

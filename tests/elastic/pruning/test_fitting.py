@@ -105,7 +105,7 @@ def test_the_compacted_network_has_the_size_asked_for(target: int) -> None:
 
 @pytest.mark.parametrize(
     ("grain", "target"),
-    [("weight", 450), ("weight", 200), ("kernel", 200), ("kernel", 100), ("channel", 450)],
+    [("weight", 450), ("weight", 200), ("kernel", 200), ("kernel", 100), ("block", 400), ("channel", 450)],
 )
 def test_one_gate_more_would_be_too_many(grain: gates.Grain, target: int) -> None:
     """Scores are random, some gates are closed; a gate counts for the weights behind it."""
@@ -174,7 +174,7 @@ def test_the_memory_format_stays() -> None:
 # --- budgets that cannot be met -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("grain", ["weight", "kernel", "channel"])
+@pytest.mark.parametrize("grain", ["weight", "kernel", "block", "channel"])
 @pytest.mark.parametrize("by", ["params", "macs"])
 def test_the_least_that_a_network_can_be_is_not_refused_and_less_is(grain: gates.Grain, by: str) -> None:
     net = gated_net(grain)

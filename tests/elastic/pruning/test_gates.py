@@ -18,7 +18,7 @@ from elastic.pruning import gates
 from elastic.pruning.compaction import compact
 from elastic.pruning.dead import find_removable_channels
 from elastic.pruning.folding import compute_mask, fold_gates
-from elastic.pruning.gates import START, Gate, Grain
+from elastic.pruning.gates import BLOCK, START, Gate, Grain
 from elastic.pruning.ranking import REOPENED, keep_best_gates, reopen_gates
 from elastic.surgery.reindexing import FRESH, grow_index, reindex
 from elastic.widths.discovery import Widths, discover
@@ -38,7 +38,7 @@ every_layer = pytest.mark.parametrize("layer", LAYERS)
 
 
 def score_shape(weight: Tensor, grain: Grain) -> tuple[int, ...]:
-    kept = {"weight": weight.dim(), "kernel": 2, "channel": 1}[grain]
+    kept = {"weight": weight.dim(), "kernel": 2, "block": 2, "channel": 1}[grain]
     return (*weight.shape[:kept], *[1] * (weight.dim() - kept))
 
 
@@ -134,6 +134,10 @@ def test_the_gradient_is_that_of_a_logistic_curve(layer: str, grain: Grain) -> N
     y = torch.func.functional_call(twin, {"weight": masked, "bias": module.bias.detach()}, (x,))
     y.square().sum().backward()
     torch.testing.assert_close(its_weight, w.grad)
+    assert its_score is not None and s.grad is not None
+    if grain == "block":  # these layers have but one
+        s.grad = s.grad.mean(0, keepdim=True).expand_as(s)
+        assert torch.equal(its_score, its_score[:1].expand_as(s)), "all of a block, to the last bit"
     torch.testing.assert_close(its_score, s.grad)
     assert not its_weight[(gate.score <= 0).expand_as(weight)].any(), "a closed gate's weight rests"
     assert its_score.count_nonzero() == its_score.numel(), "closed gates feel the loss too"
@@ -330,7 +334,7 @@ def test_the_penalty_counts_weights_whatever_the_grain() -> None:
         for path, gate in found(net).items():
             gate.price = 0.0 if path == "6.2" else 1.0
         values.append(gates.compute_penalty(net).item())
-    assert values == pytest.approx([(4 * 27 + 6 * 36) * 0.5] * 3)
+    assert values == pytest.approx([(4 * 27 + 6 * 36) * 0.5] * len(GRAINS))
 
 
 def test_grace_ends_with_age() -> None:
@@ -381,9 +385,13 @@ def test_settling_keeps_the_highest_scores_up_to_the_count(
     for gate in found(net).values():
         gate.score.data += drift
     rows = []  # (score, weights behind it, path, position)
+    step = BLOCK if grain == "block" else 1  # of a layer's outputs that are ranked
     for path, layer, gate in gates.iterate_gates(net):
-        size = original(layer, "weight").numel() // gate.score.numel()
-        rows += [(s, size, path, i) for i, s in enumerate(gate.score.flatten().tolist())]
+        score = gate.score.detach()
+        if grain == "block":  # of all outputs, these layers have so few
+            score = score.mean(0, keepdim=True)
+        size = original(layer, "weight").numel() // score.numel()
+        rows += [(s, size, path, i) for i, s in enumerate(score.flatten().tolist())]
     total = sum(size for _, size, _, _ in rows)
     best = {max((r for r in rows if r[2] == path), key=lambda r: (r[0], -r[3])) for path in found(net)}
     rows.sort(key=lambda r: (r not in best, -r[0], r[2], r[3]))  # the best of each layer stays
@@ -396,7 +404,9 @@ def test_settling_keeps_the_highest_scores_up_to_the_count(
         left -= size
 
     keep_best_gates(net, asked)
-    now = {(p, i) for p, mask in masks(net).items() for i in mask.flatten().nonzero().flatten().tolist()}
+    now = {
+        (p, i) for p, mask in masks(net).items() for i in mask[::step].flatten().nonzero().flatten().tolist()
+    }
     assert now == kept
     assert gates.count_open(net) == asked - left
     if grain == "weight":
@@ -647,3 +657,45 @@ def test_what_is_open_stays_as_it_is() -> None:
     assert all(
         torch.equal(s, gate.score) for s, (_, _, gate) in zip(before, gates.iterate_gates(net), strict=True)
     )
+
+
+# --- blocks -----------------------------------------------------------------------------------------------
+
+
+def train_blocks(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
+    """Train with a penalty, and check after each step that all gates of a block are the same."""
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (F.cross_entropy(net(X), torch.arange(4)) + 1e-4 * gates.compute_penalty(net)).backward()
+        optimizer.step()
+        for gate in found(net).values():
+            assert torch.equal(gate.score, gates.average_score(gate))
+
+
+@given(data=st.data())
+@settings(max_examples=4)
+def test_a_block_is_one_gate_whatever_becomes_of_its_outputs(data: st.DataObject) -> None:
+    """Outputs leave, are sorted anew and come; a step moves all gates of a block alike."""
+    torch.manual_seed(0)
+    net = nn.Sequential(conv(3, 20, 3), nn.BatchNorm2d(20), nn.ReLU(), conv(20, 11, 3), nn.ReLU(), head(11))
+    widths = discover(net, X)
+    gates.attach_gates(net, widths, "block", grace=1)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.3, weight_decay=0.0)
+    for change in data.draw(st.lists(st.sampled_from(["leave", "sort", "come"]), min_size=1, max_size=3)):
+        train_blocks(net, optimizer)
+        name, size = data.draw(st.sampled_from(list(widths.sizes().items())))
+        order = data.draw(st.permutations(range(size)))
+        index = {"leave": sorted(order[size // 3 :]), "sort": order, "come": grow_index(size, 11)}[change]
+        y = copy.deepcopy(net).eval()(X)
+        reindex(net, widths, {name: index}, optimizers=[optimizer])
+        gates.form_blocks(net)
+        if change != "leave":
+            torch.testing.assert_close(copy.deepcopy(net).eval()(X), y, rtol=1e-4, atol=1e-5)
+    train_blocks(net, optimizer)
+    for gate in found(net).values():
+        assert (
+            gate.block is not None
+            and gate.block.min() >= 0
+            and gate.block.unique(return_counts=True)[1].max() <= BLOCK
+        )
+    assert any(0 < int((gate.score > 0).sum()) < gate.score.numel() for gate in found(net).values())

@@ -56,7 +56,7 @@ def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
 # --- rebuild ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("grain", ["weight", "kernel", "channel"])
+@pytest.mark.parametrize("grain", ["weight", "kernel", "block", "channel"])
 @pytest.mark.parametrize("prefix", ["", "net."])
 def test_a_fresh_model_takes_the_state_of_a_changed_one(tmp_path: Path, grain: str, prefix: str) -> None:
     model, widths = changed(grain)

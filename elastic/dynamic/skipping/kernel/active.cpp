@@ -27,14 +27,10 @@ void clear(float *y, int64_t pixels, int channels, List out) {
 // Floats of work that a thread needs.
 int64_t need(const Shape &s) { return s.tiled ? work_by_tiles(Tiles(s)) : work_by_pixels(s); }
 
-// Lists are ascending, (batch, channels) with a row's first `count` entries valid.
-void convolution(const Shape *shape, const float *weight, const float *bias, const float *x, const float *residual,
-                 float *y, int32_t batch, const int32_t *in, const int32_t *in_count, const int32_t *out,
-                 const int32_t *out_count, const float *gate, int32_t relu, int32_t zeros, float *work,
-                 int32_t threads) {
-    const Tiles s(*shape);
-    const Layer layer{s, weight, bias, residual, gate, y, relu != 0};
-    const Lists reads{in, in_count, s.channels}, writes{out, out_count, s.kernels};
+// Of all that lists name, or of `sparse`, where the lists name all.
+void convolve(const Layer &layer, const float *x, float *y, int32_t batch, Lists reads, Lists writes,
+              const Blocks *sparse, bool zeros, float *work, int32_t threads) {
+    const Tiles s(layer.shape);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         // Each thread has samples of its own, or all share each sample where there are too few.
@@ -45,13 +41,33 @@ void convolution(const Shape *shape, const float *weight, const float *bias, con
         float *scratch = work + me * need(s), *mine = own ? scratch : work;
         for (int64_t b = first; b < batch; b += most * step) {
             const Samples samples{b, step, (int)std::min(most, (batch - b + step - 1) / step)};
-            if (s.tiled) by_tiles(layer, team, x, reads, writes, samples, scratch, mine + s.scratch());
-            else by_pixels(layer, team, x + b * s.channels * s.height * s.width, reads.of(b), writes.of(b), b, mine);
+            if (s.tiled) by_tiles(layer, team, x, reads, writes, sparse, samples, scratch, mine + s.scratch());
+            else by_pixels(layer, team, x + b * s.channels * s.height * s.width, reads.of(b), writes.of(b), sparse, b, mine);
             team.wait();
             for (int i = 0; zeros && team.me == 0 && i < samples.count; i++)
                 clear(y + samples.at(i) * s.kernels * s.pixels(), s.pixels(), s.kernels, writes.of(samples.at(i)));
         }
     }
+}
+
+// Lists are ascending, (batch, channels) with a row's first `count` entries valid.
+void convolution(const Shape *shape, const float *weight, const float *bias, const float *x, const float *residual,
+                 float *y, int32_t batch, const int32_t *in, const int32_t *in_count, const int32_t *out,
+                 const int32_t *out_count, const float *gate, int32_t relu, int32_t zeros, float *work,
+                 int32_t threads) {
+    const Layer layer{*shape, weight, bias, residual, gate, y, relu != 0};
+    const Lists reads{in, in_count, shape->channels}, writes{out, out_count, shape->kernels};
+    convolve(layer, x, y, batch, reads, writes, nullptr, zeros != 0, work, threads);
+}
+
+// Block by block: of the i-th, the inputs in_begin[i] … in_begin[i + 1] of `in`, and so its outputs. `all` names all
+// channels of all samples, `all_count` how many there are.
+void convolve_blocks(const Shape *shape, const float *weight, const float *bias, const float *x, const float *residual,
+                     float *y, int32_t batch, const int32_t *all, const int32_t *all_count, const Blocks *sparse,
+                     const float *gate, int32_t relu, float *work, int32_t threads) {
+    const Layer layer{*shape, weight, bias, residual, gate, y, relu != 0};
+    const Lists lists{all, all_count, shape->channels};
+    convolve(layer, x, y, batch, lists, lists, sparse, false, work, threads);
 }
 
 enum Gates { HARD, RAMP, SCALE };
@@ -159,7 +175,7 @@ extern "C" {
 int64_t active_work(const Shape *s) { return need(*s); }
 
 struct Step {
-    int64_t function;  // 0 convolution, 1 engage, 2 max_pool
+    int64_t function;  // 0 convolution, 1 engage, 2 max_pool, 3 convolve_blocks
     int64_t arguments[16];
 };
 
@@ -168,6 +184,7 @@ void active_run(const Step *steps, int32_t count) {
         const int64_t *a = step->arguments;
         if (step->function == 0) call(convolution, a);
         else if (step->function == 1) call(engage, a);
+        else if (step->function == 3) call(convolve_blocks, a);
         else call(max_pool, a);
     }
 }

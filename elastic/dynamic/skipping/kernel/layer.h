@@ -57,6 +57,8 @@ struct Layer {
 struct List {
     const int32_t *channel;
     int count;
+    const int32_t *place = nullptr;  // of each among the inputs that are laid out; null where those are the same
+    int64_t at(int i) const { return place ? place[i] : i; }
 };
 
 // Of all samples; a row's first entries are valid.
@@ -64,6 +66,15 @@ struct Lists {
     const int32_t *channel, *count;
     int channels;
     List of(int64_t sample) const { return {channel + sample * channels, count[sample]}; }
+};
+
+// Outputs that read the same inputs, the same of all samples; those of one follow those of another.
+struct Blocks {
+    const int32_t *in, *in_begin, *out, *out_begin, *number;  // 0, 1, 2 …
+    int count;
+    // All inputs are laid out; of the weight, which is read in order, those of a block come first in each row.
+    List reads(int i) const { return {number, in_begin[i + 1] - in_begin[i], in + in_begin[i]}; }
+    List writes(int i) const { return {out + out_begin[i], out_begin[i + 1] - out_begin[i]}; }
 };
 
 struct Samples {

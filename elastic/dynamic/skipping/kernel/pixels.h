@@ -95,7 +95,7 @@ void block(const Layer &layer, List in, const int32_t *out, const Source &source
     }
     for (int a = 0; a < in.count; a++) {
         const int64_t at = (int64_t)in.channel[a] * taps;
-        const float *plane = source.data + a * source.plane;
+        const float *plane = source.data + in.at(a) * source.plane;
         for (int t = 0; t < taps; t++) {
             vec x[NV];
             for (int v = 0; v < NV; v++) hold(x[v] = *(const vec *)(plane + source.tap[t] + source.vector[v]));
@@ -124,7 +124,8 @@ void tile(const Layer &layer, List in, List out, Part part, const Source &source
 
 int vectors(int places) { return (places + LANES - 1) / LANES; }
 
-void by_pixels(const Layer &layer, Team team, const float *x, List in, List out, int64_t sample, float *work) {
+void by_pixels(const Layer &layer, Team team, const float *x, List in, List out, const Blocks *sparse, int64_t sample,
+               float *work) {
     const Shape &s = layer.shape;
     const Part mine = team.share(in.count), outputs = team.share(out.count);
     float *padded = work, *column = work + in.count * s.plane();
@@ -158,7 +159,11 @@ void by_pixels(const Layer &layer, Team team, const float *x, List in, List out,
             for (int t = 0; t < s.taps(); t++) source.tap[t] = t * wide;
             team.wait();
         }
-        tile(layer, in, out, outputs, source, sample, count);
+        if (!sparse) tile(layer, in, out, outputs, source, sample, count);
+        for (int i = team.me; sparse && i < sparse->count; i += team.threads) {
+            const List writes = sparse->writes(i);
+            tile(layer, sparse->reads(i), writes, {0, writes.count}, source, sample, count);
+        }
         if (columned) team.wait();
     }
 }

@@ -67,17 +67,19 @@ void products(const Layer &layer, List in, const int32_t *out, const float *seen
         weight[o] = layer.weight + (int64_t)out[o] * s.channels * PLACES;
         for (int t = 0; t < NT; t++) sum[o][t][5 / LANES][5 % LANES] = layer.bias[out[o]];  // adds it to each pixel
     }
-    for (int a = 0; a < in.count; a++, seen += (int64_t)tiles * PLACES)
+    for (int a = 0; a < in.count; a++) {
+        const float *tile = seen + in.at(a) * tiles * PLACES;
         for (int v = 0; v < NV; v++) {
             const int64_t at = in.channel[a] * PLACES + v * LANES;
             vec x[NT];
-            for (int t = 0; t < NT; t++) hold(x[t] = *(const vec *)(seen + t * PLACES + v * LANES));
+            for (int t = 0; t < NT; t++) hold(x[t] = *(const vec *)(tile + t * PLACES + v * LANES));
             for (int o = 0; o < NO; o++) {
                 vec w = *(const vec *)(weight[o] + at);
                 hold(w);
                 for (int t = 0; t < NT; t++) sum[o][t][v] += w * x[t];
             }
         }
+    }
     for (int t = 0; t < NT;) {
         const int row = (first + t) / s.across(), column = (first + t) % s.across();
         const bool two = t + 1 < NT && column + 1 < s.across();
@@ -94,9 +96,21 @@ void products(const Layer &layer, List in, const int32_t *out, const float *seen
     }
 }
 
+// Some outputs at all tiles of a strip.
+void multiply(const Layer &layer, List in, List out, Part part, const float *seen, int tiles, int first, int64_t sample) {
+    auto run = [&](auto count, auto most, int t) {
+        blocks<most>(part, [&](auto number, int o) {
+            products<count, number>(layer, in, out.channel + o, seen + t * PLACES, tiles, first + t, sample);
+        });
+    };
+    int t = 0;
+    for (; t + AT <= tiles; t += AT) run(Int<AT>{}, Int<SUMS * LANES / PLACES / AT>{}, t);
+    for (; t < tiles; t++) run(Int<1>{}, Int<8>{}, t);
+}
+
 // Of some samples, a few kernels at a time, whose weights stay in the cache from sample to sample.
-void by_tiles(const Layer &layer, Team team, const float *x, Lists in, Lists out, Samples samples, float *scratch,
-              float *work) {
+void by_tiles(const Layer &layer, Team team, const float *x, Lists in, Lists out, const Blocks *sparse, Samples samples,
+              float *scratch, float *work) {
     const Tiles s(layer.shape);
     for (int top = 0; top < s.down(); top += s.strip()) {
         const int rows = std::min(s.strip(), s.down() - top), tiles = rows * s.across();
@@ -114,22 +128,20 @@ void by_tiles(const Layer &layer, Team team, const float *x, Lists in, Lists out
         }
         team.wait();
         const int range = std::min(RANGE, (s.kernels + team.threads - 1) / team.threads);
-        for (int from = team.me * range; from < s.kernels; from += team.threads * range)
+        for (int j = team.me; sparse && j < sparse->count; j += team.threads)
+            for (int i = 0; i < samples.count; i++) {
+                const List writes = sparse->writes(j);
+                multiply(layer, sparse->reads(j), writes, {0, writes.count}, work + i * size, tiles, top * s.across(),
+                         samples.at(i));
+            }
+        for (int from = team.me * range; !sparse && from < s.kernels; from += team.threads * range)
             for (int i = 0; i < samples.count; i++) {
                 const int64_t b = samples.at(i);
-                const List reads = in.of(b), writes = out.of(b);
+                const List writes = out.of(b);
                 const int32_t *all = writes.channel, *end = all + writes.count;
                 const Part mine{(int)(std::lower_bound(all, end, from) - all),
                                 (int)(std::lower_bound(all, end, from + range) - all)};
-                auto run = [&](auto count, auto most, int t) {
-                    blocks<most>(mine, [&](auto number, int o) {
-                        const float *seen = work + i * size + t * PLACES;
-                        products<count, number>(layer, reads, all + o, seen, tiles, top * s.across() + t, b);
-                    });
-                };
-                int t = 0;
-                for (; t + AT <= tiles; t += AT) run(Int<AT>{}, Int<SUMS * LANES / PLACES / AT>{}, t);
-                for (; t < tiles; t++) run(Int<1>{}, Int<8>{}, t);
+                multiply(layer, in.of(b), writes, mine, work + i * size, tiles, top * s.across(), b);
             }
     }
 }
