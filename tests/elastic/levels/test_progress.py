@@ -1,6 +1,5 @@
 """A level that will be late is stopped, and a smaller one answers, in the time that is left."""
 
-import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,11 +8,10 @@ import torch
 from torch import nn
 
 from elastic.levels import progress, runtime
-from elastic.levels.alone import make_alone
-from elastic.levels.progress import Late, look, mark_progress, stop_when_late
+from elastic.levels.alone import InParts
+from elastic.levels.progress import Late, look, stop_when_late
 from elastic.levels.runtime import Runtime
 from elastic.measure.machine import RunCost
-from elastic.models import convnet
 
 X = torch.randn(16, 1, 8, 8)
 MS = (1.0, 4.0, 8.0)
@@ -86,26 +84,30 @@ def test_without_a_deadline_nothing_is_stopped(served: Any) -> None:
     assert serve.answer(X)[1] == 2
 
 
-def test_a_network_says_early_that_it_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    net = make_alone(convnet((8, 8, 8, 8)).eval(), X)
-    done: list[float] = []
-    monkeypatch.setattr(progress, "_thread", SimpleNamespace(start_s=0.0, left_ms=None))
-    expected = net(X)
-    with stop_when_late(1e6):
-        assert torch.equal(net(X), expected), "it has time"
-    for left_ms in (1e-6, 1e-3):
-        with pytest.raises(Late) as late, stop_when_late(left_ms):
-            net(X)
-        done.append(late.value.expected_ms)
-        assert late.value.expected_ms > left_ms
-    assert torch.equal(net(X), expected) and torch.equal(copy.deepcopy(net)(X), expected)
+class Slow(nn.Module):
+    """Take a millisecond for each input, and answer with two things."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock, self.done = clock, 0
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.clock.now += len(x) / 1e3
+        self.done += len(x)
+        return {"sum": x.sum((1, 2, 3)), "same": x}
 
 
-def test_marks_stand_at_equal_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    net = torch.fx.symbolic_trace(nn.Sequential(*(nn.Conv2d(1, 1, 1) for _ in range(40))))
-    now = iter(range(10**6))
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: float(next(now)))
-    mark_progress(net, X)
-    parts = [node.args[0] for node in net.graph.nodes if node.target is look]
-    assert len(parts) == progress.PLACES - 1
-    assert parts == pytest.approx([k / progress.PLACES for k in range(1, progress.PLACES)], abs=0.03)
+@pytest.mark.parametrize("size", [1, 8, 9, 16, 31])
+def test_a_batch_in_parts_is_the_batch(clock: Clock, size: int) -> None:
+    x = torch.randn(size, 1, 2, 2)
+    with stop_when_late(size + 0.5):
+        found = InParts(Slow(clock))(x)
+    assert torch.equal(found["same"], x) and torch.equal(found["sum"], x.sum((1, 2, 3)))
+
+
+def test_a_batch_is_late_after_its_first_part(clock: Clock) -> None:
+    net = Slow(clock)
+    with pytest.raises(Late) as late, stop_when_late(31.5):
+        InParts(net)(torch.randn(32, 1, 2, 2))
+    assert late.value.expected_ms == pytest.approx(32) and net.done == 8
+    assert InParts(net)(torch.randn(32, 1, 2, 2))["sum"].shape == (32,), "nobody waits for it any more"
