@@ -159,9 +159,10 @@ class ActiveConv2d(ActiveLayer):
         )
         assert kernel is not None
         kernels, rows, columns = out
-        tiled = taps == [3, 3] and self.stride == 1 and tiles.prefer_tiles(channels, kernels, rows, columns)
-        weight = tiles.transform_weight(self.weight) if tiled else self.weight
-        sizes = (channels, height, width, kernels, *taps, self.stride, self.padding, rows, columns, tiled)
+        takes_tiles = taps == [3, 3] and self.stride == 1
+        way = tiles.choose_way(channels, kernels, rows, columns) if takes_tiles else tiles.PIXELS
+        weight = tiles.transform_weight(self.weight, way)
+        sizes = (channels, height, width, kernels, *taps, self.stride, self.padding, rows, columns, way)
         shape = ConvolutionShape(*sizes)
         plan = _Plan(shape, weight, out, kernel.count_work(shape))
         self._plans[height, width] = plan

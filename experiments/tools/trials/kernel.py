@@ -119,7 +119,8 @@ def _run_some(seed: int, count: int, threads: int) -> None:
 
 def _convolve(random: Random) -> None:
     """Convolve any size; what is not active is not a number, and must not be looked at."""
-    tiled = random.random() < 0.4
+    way = random.choice((tiles.PIXELS, tiles.PIXELS, tiles.TILES, tiles.STRIPS))
+    tiled = way != tiles.PIXELS
     side = isqrt(MAX_TAPS)
     size = (3, 3) if tiled else (_draw(random, side), _draw(random, side))
     stride, pad = 1 if tiled else _draw(random, 4), random.randint(0, 3)
@@ -138,7 +139,7 @@ def _convolve(random: Random) -> None:
     if random.random() < 0.3:
         junk_BCHW = junk_BCHW.contiguous(memory_format=torch.channels_last)
     zeros = random.random() < 0.5
-    with patch.object(tiles, "prefer_tiles", lambda *_: tiled):
+    with patch.object(tiles, "choose_way", lambda *_: way):
         found = ActiveConv2d(conv, relu, zeros)(junk_BCHW, reads, writes, residual)
     found = found if zeros else torch.where(gate_BK11 != 0, found, 0.0)
     check_close(found, expected)

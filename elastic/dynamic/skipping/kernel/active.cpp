@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "pixels.h"
+#include "strips.h"
 #include "tiles.h"
 
 #ifdef _OPENMP
@@ -25,7 +26,9 @@ void clear(float *y, int64_t pixels, int channels, List out) {
 }
 
 // Floats of work that a thread needs.
-int64_t need(const Shape &s) { return s.tiled ? work_by_tiles(Tiles(s)) : work_by_pixels(s); }
+int64_t need(const Shape &s) {
+    return s.way == PIXELS ? work_by_pixels(s) : s.way == TILES ? work_by_tiles(Tiles(s)) : Strip(s).work();
+}
 
 // Lists are ascending, (batch, channels) with a row's first `count` entries valid.
 void convolution(const Shape *shape, const float *weight, const float *bias, const float *x, const float *residual,
@@ -41,12 +44,13 @@ void convolution(const Shape *shape, const float *weight, const float *bias, con
         const int me = omp_get_thread_num(), all = omp_get_num_threads();
         const bool own = batch >= all;
         const Team team = own ? Team{0, 1} : Team{me, all};
-        const int64_t first = own ? me : 0, step = own ? all : 1, most = s.tiled ? s.at_once() : 1;
+        const int64_t first = own ? me : 0, step = own ? all : 1, most = s.way == TILES ? s.at_once() : 1;
         float *scratch = work + me * need(s), *mine = own ? scratch : work;
         for (int64_t b = first; b < batch; b += most * step) {
             const Samples samples{b, step, (int)std::min(most, (batch - b + step - 1) / step)};
-            if (s.tiled) by_tiles(layer, team, x, reads, writes, samples, scratch, mine + s.scratch());
-            else by_pixels(layer, team, x + b * s.channels * s.height * s.width, reads.of(b), writes.of(b), b, mine);
+            const float *maps = x + b * s.channels * s.height * s.width;
+            if (s.way == TILES) by_tiles(layer, team, x, reads, writes, samples, scratch, mine + s.scratch());
+            else (s.way == PIXELS ? by_pixels : by_strips)(layer, team, maps, reads.of(b), writes.of(b), b, mine);
             team.wait();
             for (int i = 0; zeros && team.me == 0 && i < samples.count; i++)
                 clear(y + samples.at(i) * s.kernels * s.pixels(), s.pixels(), s.kernels, writes.of(samples.at(i)));
