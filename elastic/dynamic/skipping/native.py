@@ -15,7 +15,9 @@ from torch import Tensor
 from elastic.dynamic.skipping import compiling
 from elastic.dynamic.skipping.compiling import MAX_ARGUMENTS, Step, Steps
 
-FUNCTIONS = {name: i for i, name in enumerate(("convolution", "engage", "max_pool"))}  # as in the kernel
+FUNCTIONS = {
+    name: i for i, name in enumerate(("convolution", "engage", "max_pool", "classify"))
+}  # as in the kernel
 
 Argument = Tensor | ctypes.Structure | int | None
 Call = tuple[int, tuple[Argument, ...]]

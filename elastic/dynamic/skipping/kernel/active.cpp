@@ -2,9 +2,9 @@
 //
 // Tensors are fp32, NCHW, contiguous and of full size; lists name the active channels, so nothing is gathered.
 
-#include <cmath>
 #include <utility>
 
+#include "means.h"
 #include "pixels.h"
 #include "strips.h"
 #include "tiles.h"
@@ -55,54 +55,6 @@ void convolution(const Shape *shape, const float *weight, const float *bias, con
             for (int i = 0; zeros && team.me == 0 && i < samples.count; i++)
                 clear(y + samples.at(i) * s.kernels * s.pixels(), s.pixels(), s.kernels, writes.of(samples.at(i)));
         }
-    }
-}
-
-enum Gates { HARD, RAMP, SCALE };
-
-// The gate of a kernel that has not the highest score. As torch has it, one that is not a number stays so where gates are
-// computed with it: such a kernel counts as engaged, and all that it writes is not a number.
-float gate_of(float score, int32_t gates) {
-    if (std::isnan(score)) return gates == HARD ? 0.0f : score;
-    if (score <= 0) return 0.0f;
-    return gates == SCALE ? score + 0.5f : gates == RAMP ? std::min(score, 1.0f) : 1.0f;
-}
-
-// The kernels that a module engages: those with a positive score, or the one with the highest. Gates are the scores, 1
-// at most and 1 for the highest (RAMP), or one half more, at least one half (SCALE), or just 1 (HARD); those of other
-// kernels are 0. Means count as at least `within`, (2, channels), and at most its second row. The first score that is
-// not a number is the highest.
-void engage(const float *x, int32_t batch, int32_t channels, int64_t pixels, const int32_t *in,
-            const int32_t *in_count, const float *weight, const float *bias, const float *within,
-            int32_t kernels, int32_t gates, int32_t *out, int32_t *out_count, float *gate, float *means, int32_t threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1 && batch > 1)
-    for (int64_t b = 0; b < batch; b++) {
-        const List reads{in + b * channels, in_count[b]};
-        float *mean = means + b * channels;
-        std::memset(mean, 0, sizeof(float) * channels);
-        for (int a = 0; a < reads.count; a++) {
-            const float *plane = x + (b * channels + reads.channel[a]) * pixels;
-            float sum = 0;
-#pragma omp simd reduction(+ : sum)
-            for (int64_t p = 0; p < pixels; p++) sum += plane[p];
-            mean[reads.channel[a]] = sum / pixels;
-        }
-        for (int c = 0; c < channels; c++)
-            mean[c] = std::min(std::max(mean[c], within[c]), within[channels + c]);
-        int best = 0, count = 0;
-        float highest = -INFINITY;
-        for (int k = 0; k < kernels; k++) {
-            float score = bias[k];
-            const float *row = weight + (int64_t)k * channels;
-#pragma omp simd reduction(+ : score)
-            for (int c = 0; c < channels; c++) score += row[c] * mean[c];
-            if (score > highest || (std::isnan(score) && !std::isnan(highest))) highest = score, best = k;
-            gate[b * kernels + k] = gate_of(score, gates);
-        }
-        gate[b * kernels + best] = gates == SCALE ? std::max(highest, 0.0f) + 0.5f : 1.0f;
-        for (int k = 0; k < kernels; k++)
-            if (gate[b * kernels + k] != 0) out[b * kernels + count++] = k;
-        out_count[b] = count;
     }
 }
 
@@ -163,7 +115,7 @@ extern "C" {
 int64_t active_work(const Shape *s) { return need(*s); }
 
 struct Step {
-    int64_t function;  // 0 convolution, 1 engage, 2 max_pool
+    int64_t function;  // 0 convolution, 1 engage, 2 max_pool, 3 classify
     int64_t arguments[16];
 };
 
@@ -172,7 +124,8 @@ void active_run(const Step *steps, int32_t count) {
         const int64_t *a = step->arguments;
         if (step->function == 0) call(convolution, a);
         else if (step->function == 1) call(engage, a);
-        else call(max_pool, a);
+        else if (step->function == 2) call(max_pool, a);
+        else call(classify, a);
     }
 }
 }
