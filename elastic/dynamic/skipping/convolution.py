@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from elastic.dynamic.skipping import compiling, tiles
 from elastic.dynamic.skipping.active import Active, ActiveLayer, check_maps, check_size, list_all_channels
 from elastic.dynamic.skipping.compiling import ConvolutionShape
-from elastic.dynamic.skipping.native import call, get_workspace, interrupt
+from elastic.dynamic.skipping.native import allocate, call, get_workspace, interrupt
 
 Method = Literal["kernel", "stock", "dense"]
 MAX_TAPS = 121  # as in the kernel
@@ -139,7 +139,7 @@ class ActiveConv2d(ActiveLayer):
         x_BCHW = check_maps(x_BCHW, self.weight.shape[1])
         batch, _, height, width = x_BCHW.shape
         plan = self._plans.get((height, width)) or self._plan(height, width)
-        y_BKHW = torch.empty(batch, *plan.out)
+        y_BKHW = allocate(batch, *plan.out)
         residual = None if residual is None else residual.contiguous()
         inputs = reads or list_all_channels(batch, self.weight.shape[1])
         outputs = writes or list_all_channels(batch, self.weight.shape[0])

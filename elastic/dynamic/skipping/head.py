@@ -2,13 +2,12 @@
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic.dynamic.skipping import compiling
 from elastic.dynamic.skipping.active import ActiveLayer, check_maps
-from elastic.dynamic.skipping.native import call, get_workspace, interrupt
+from elastic.dynamic.skipping.native import allocate, call, get_workspace, interrupt
 
 MAX_WEIGHTS = 2**20  # for more of them products of matrices are faster
 
@@ -40,6 +39,6 @@ class ActiveHead(ActiveLayer):
             x_BN = (x_BCHW.mean((-2, -1), keepdim=True) if self.pools else x_BCHW).flatten(1)
             return F.linear(x_BN, self.weight, self.bias)
         x_BCHW, batch = check_maps(x_BCHW, x_BCHW.shape[1]), len(x_BCHW)
-        y_BK, means = torch.empty(batch, classes), get_workspace(batch * features)
+        y_BK, means = allocate(batch, classes), get_workspace(batch * features)
         call("classify", x_BCHW, batch, features, pixels, self.weight, self.bias, classes, y_BK, means)
         return y_BK

@@ -8,7 +8,7 @@ from elastic.dynamic.activations import GRADED, Activation, find_active
 from elastic.dynamic.modules import KernelActivation
 from elastic.dynamic.skipping import compiling
 from elastic.dynamic.skipping.active import Active, ActiveLayer, check_maps, check_size, list_all_channels
-from elastic.dynamic.skipping.native import call, get_workspace, interrupt
+from elastic.dynamic.skipping.native import allocate, call, get_workspace, interrupt
 
 HARD = 0  # gates are 0 or 1
 GATES = {"ramp": 1, "scale": 2}  # as in the kernel
@@ -66,9 +66,9 @@ def activate_kernels(
     x_BCHW = check_maps(x_BCHW, channels)
     batch, _, height, width = x_BCHW.shape
     active = Active(
-        torch.empty(batch, kernels, dtype=torch.int32),
-        torch.empty(batch, dtype=torch.int32),
-        torch.empty(batch, kernels),
+        allocate(batch, kernels, dtype=torch.int32),
+        allocate(batch, dtype=torch.int32),
+        allocate(batch, kernels),
     )
     reads = reads or list_all_channels(batch, channels)
     call(
@@ -88,7 +88,7 @@ def max_pool(x_BCHW: Tensor, reads: Active | None, size: int, stride: int, zeros
     batch, channels, height, width = x_BCHW.shape
     out = ((height - size) // stride + 1, (width - size) // stride + 1)
     check_size((height, width), "pool", out)
-    y_BCHW = torch.empty(batch, channels, *out)
+    y_BCHW = allocate(batch, channels, *out)
     channel_BK, count_B, _ = reads or list_all_channels(batch, channels)
     sizes = (batch, channels, height, width, size, stride, *out)
     call("max_pool", x_BCHW, y_BCHW, *sizes, channel_BK, count_B, zeros, torch.get_num_threads())
