@@ -50,7 +50,7 @@ class ActiveConv2d(ActiveLayer):
         padded[: weight.numel()] = weight.flatten()
         self.weight = padded[: weight.numel()].view(weight.shape)
         self.bias = torch.zeros(len(weight)) if conv.bias is None else conv.bias.detach().clone()
-        self._plans: dict[tuple[int, int], _Plan] = {}
+        self._plans: dict[tuple[int, int, bool], _Plan] = {}
 
     @staticmethod
     def takes(conv: nn.Module) -> bool:
@@ -138,7 +138,8 @@ class ActiveConv2d(ActiveLayer):
     ) -> Tensor:
         x_BCHW = check_maps(x_BCHW, self.weight.shape[1])
         batch, _, height, width = x_BCHW.shape
-        plan = self._plans.get((height, width)) or self._plan(height, width)
+        size = (height, width, batch == 1 and reads is not None)
+        plan = self._plans.get(size) or self._plan(*size)
         y_BKHW = allocate(batch, *plan.out)
         residual = None if residual is None else residual.contiguous()
         inputs = reads or list_all_channels(batch, self.weight.shape[1])
@@ -151,7 +152,7 @@ class ActiveConv2d(ActiveLayer):
         )
         return y_BKHW
 
-    def _plan(self, height: int, width: int) -> _Plan:
+    def _plan(self, height: int, width: int, once: bool = False) -> _Plan:
         kernel, (_, channels, *taps), out = (
             compiling.load_kernel(),
             self.weight.shape,
@@ -160,10 +161,10 @@ class ActiveConv2d(ActiveLayer):
         assert kernel is not None
         kernels, rows, columns = out
         takes_tiles = taps == [3, 3] and self.stride == 1
-        way = tiles.choose_way(channels, kernels, rows, columns) if takes_tiles else tiles.PIXELS
+        way = tiles.choose_way(channels, kernels, rows, columns, once) if takes_tiles else tiles.PIXELS
         weight = tiles.transform_weight(self.weight, way)
         sizes = (channels, height, width, kernels, *taps, self.stride, self.padding, rows, columns, way)
         shape = ConvolutionShape(*sizes)
         plan = _Plan(shape, weight, out, kernel.count_work(shape))
-        self._plans[height, width] = plan
+        self._plans[height, width, once] = plan
         return plan

@@ -1,5 +1,6 @@
 """Play sequences of layers that the kernel carries out as one call, instead of one call a layer."""
 
+import math
 import operator
 import threading
 from collections.abc import Callable, Sequence
@@ -33,7 +34,8 @@ class Replayed(nn.Module):
     def forward(self, *inputs: Value) -> tuple[Value, ...]:
         tensors, is_list = _flatten(inputs)
         if len({len(x) for x in tensors}) == 1 and len(tensors[0]) > MAX_SAMPLES:
-            parts = zip(*(x.split(MAX_SAMPLES) for x in tensors), strict=True)
+            count = math.ceil(len(tensors[0]) / MAX_SAMPLES)
+            parts = zip(*(x.tensor_split(count) for x in tensors), strict=True)
             results, lists = zip(*(self._play(list(part), is_list) for part in parts), strict=True)
             return _unflatten([torch.cat(values) for values in zip(*results, strict=True)], lists[0])
         return _unflatten(*self._play(tensors, is_list))

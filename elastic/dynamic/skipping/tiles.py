@@ -12,12 +12,20 @@ PIXELS, TILES, STRIPS = range(3)  # as in the kernel
 # Products that transforms of a tile, for one channel, take as long as, about: alone, and side by side.
 ALONE, TOGETHER = 25, 8
 VECTOR = 16  # pixels, or tiles
+FEW = 4  # tiles
 
 
-def choose_way(channels: int, kernels: int, height: int, width: int) -> int:
-    """Choose where a map takes fewest vectors of products, transforms counted."""
+def choose_way(channels: int, kernels: int, height: int, width: int, once: bool = False) -> int:
+    """Choose where a map takes fewest vectors of products, transforms counted.
+
+    Args:
+        once: whether some weights, here and there, are read for one sample only: then few tiles wait for them,
+            and transformed ones are more.
+    """
     products, transforms = channels * kernels, channels + kernels
     tiles = math.ceil(height / 2) * math.ceil(width / 2)
+    if once and tiles <= FEW:
+        return PIXELS
     vectors = math.ceil(tiles / VECTOR)
     costs = {
         PIXELS: 9 * math.ceil(height * width / VECTOR) * products,
