@@ -10,7 +10,7 @@ from elastic.dynamic.skipping import compiling, tiles
 from elastic.dynamic.skipping.active import Active, ActiveLayer, check_maps, check_size, list_all_channels
 from elastic.dynamic.skipping.blocks import SLACK, find_blocks
 from elastic.dynamic.skipping.compiling import ConvolutionShape
-from elastic.dynamic.skipping.native import call, get_workspace, interrupt
+from elastic.dynamic.skipping.native import allocate, call, get_workspace, interrupt
 
 Method = Literal["kernel", "stock", "dense"]
 MAX_TAPS = 121  # as in the kernel
@@ -54,7 +54,7 @@ class ActiveConv2d(ActiveLayer):
         self.weight = padded[: weight.numel()].view(weight.shape)
         self.bias = torch.zeros(len(weight)) if conv.bias is None else conv.bias.detach().clone()
         self.blocks = find_blocks(weight)
-        self._plans: dict[tuple[int, int], _Plan] = {}
+        self._plans: dict[tuple[int, int, bool], _Plan] = {}
 
     @staticmethod
     def takes(conv: nn.Module) -> bool:
@@ -142,8 +142,9 @@ class ActiveConv2d(ActiveLayer):
     ) -> Tensor:
         x_BCHW = check_maps(x_BCHW, self.weight.shape[1])
         batch, _, height, width = x_BCHW.shape
-        plan = self._plans.get((height, width)) or self._plan(height, width)
-        y_BKHW = torch.empty(batch, *plan.out)
+        size = (height, width, batch == 1 and reads is not None)
+        plan = self._plans.get(size) or self._plan(*size)
+        y_BKHW = allocate(batch, *plan.out)
         residual = None if residual is None else residual.contiguous()
         inputs = reads or list_all_channels(batch, self.weight.shape[1])
         outputs = writes or list_all_channels(batch, self.weight.shape[0])
@@ -157,7 +158,7 @@ class ActiveConv2d(ActiveLayer):
             call("convolve_blocks", plan.shape, plan.packed, *maps, *blocks, relu, *work)
         return y_BKHW
 
-    def _plan(self, height: int, width: int) -> _Plan:
+    def _plan(self, height: int, width: int, once: bool = False) -> _Plan:
         kernel, (_, channels, *taps), out = (
             compiling.load_kernel(),
             self.weight.shape,
@@ -165,11 +166,12 @@ class ActiveConv2d(ActiveLayer):
         )
         assert kernel is not None
         kernels, rows, columns = out
-        tiled = taps == [3, 3] and self.stride == 1 and tiles.prefer_tiles(channels, kernels, rows, columns)
-        weight = tiles.transform_weight(self.weight) if tiled else self.weight
-        sizes = (channels, height, width, kernels, *taps, self.stride, self.padding, rows, columns, tiled)
+        takes_tiles = taps == [3, 3] and self.stride == 1
+        way = tiles.choose_way(channels, kernels, rows, columns, once) if takes_tiles else tiles.PIXELS
+        weight = tiles.transform_weight(self.weight, way)
+        sizes = (channels, height, width, kernels, *taps, self.stride, self.padding, rows, columns, way)
         shape = ConvolutionShape(*sizes)
-        packed = None if self.blocks is None else self.blocks.pack(weight)
+        packed = None if self.blocks is None else tiles.transform_weight(self.blocks.pack(self.weight), way)
         plan = _Plan(shape, weight, packed, out, kernel.count_work(shape))
-        self._plans[height, width] = plan
+        self._plans[height, width, once] = plan
         return plan

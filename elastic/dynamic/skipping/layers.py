@@ -8,7 +8,7 @@ from elastic.dynamic.activations import GRADED, Activation, find_active
 from elastic.dynamic.modules import KernelActivation
 from elastic.dynamic.skipping import compiling
 from elastic.dynamic.skipping.active import Active, ActiveLayer, check_maps, check_size, list_all_channels
-from elastic.dynamic.skipping.native import call, get_workspace, interrupt
+from elastic.dynamic.skipping.native import allocate, call, get_workspace, interrupt
 
 HARD = 0  # gates are 0 or 1
 GATES = {"ramp": 1, "scale": 2}  # as in the kernel
@@ -41,7 +41,7 @@ class ActiveMaxPool2d(ActiveLayer):
         super().__init__()
         self.size, self.stride = size, stride
 
-    def forward(self, x_BCHW: Tensor, reads: Active) -> Tensor:
+    def forward(self, x_BCHW: Tensor, reads: Active | None = None) -> Tensor:
         return max_pool(x_BCHW, reads, self.size, self.stride, self.zeros)
 
 
@@ -66,9 +66,9 @@ def activate_kernels(
     x_BCHW = check_maps(x_BCHW, channels)
     batch, _, height, width = x_BCHW.shape
     active = Active(
-        torch.empty(batch, kernels, dtype=torch.int32),
-        torch.empty(batch, dtype=torch.int32),
-        torch.empty(batch, kernels),
+        allocate(batch, kernels, dtype=torch.int32),
+        allocate(batch, dtype=torch.int32),
+        allocate(batch, kernels),
     )
     reads = reads or list_all_channels(batch, channels)
     call(
@@ -79,17 +79,17 @@ def activate_kernels(
     return active
 
 
-def max_pool(x_BCHW: Tensor, reads: Active, size: int, stride: int, zeros: bool) -> Tensor:
+def max_pool(x_BCHW: Tensor, reads: Active | None, size: int, stride: int, zeros: bool) -> Tensor:
     """Pool the active channels, without padding; the others are zero, or anything."""
     if compiling.load_kernel() is None:
         y_BCHW = F.max_pool2d(x_BCHW, size, stride)
-        return reads.mask(y_BCHW) if zeros else y_BCHW
-    x_BCHW = check_maps(x_BCHW, reads.channel_BK.shape[1])
+        return reads.mask(y_BCHW) if zeros and reads is not None else y_BCHW
+    x_BCHW = check_maps(x_BCHW, x_BCHW.shape[1] if reads is None else reads.channel_BK.shape[1])
     batch, channels, height, width = x_BCHW.shape
     out = ((height - size) // stride + 1, (width - size) // stride + 1)
     check_size((height, width), "pool", out)
-    y_BCHW = torch.empty(batch, channels, *out)
-    lists = (reads.channel_BK, reads.count_B)
+    y_BCHW = allocate(batch, channels, *out)
+    channel_BK, count_B, _ = reads or list_all_channels(batch, channels)
     sizes = (batch, channels, height, width, size, stride, *out)
-    call("max_pool", x_BCHW, y_BCHW, *sizes, *lists, zeros, torch.get_num_threads())
+    call("max_pool", x_BCHW, y_BCHW, *sizes, channel_BK, count_B, zeros, torch.get_num_threads())
     return y_BCHW

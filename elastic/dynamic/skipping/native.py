@@ -6,7 +6,9 @@ graphs are.
 """
 
 import ctypes
+import math
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,25 +17,31 @@ from torch import Tensor
 from elastic.dynamic.skipping import compiling
 from elastic.dynamic.skipping.compiling import MAX_ARGUMENTS, Step, Steps
 
-FUNCTIONS = {
-    name: i for i, name in enumerate(("convolution", "engage", "max_pool", "convolve_blocks"))
-}  # as in the kernel
+NAMES = ("convolution", "engage", "max_pool", "classify", "convolve_blocks")  # as in the kernel
+FUNCTIONS = {name: i for i, name in enumerate(NAMES)}
 
 Argument = Tensor | ctypes.Structure | int | None
-Call = tuple[int, tuple[Argument, ...]]
 
 
 class Tape:
     """Record calls of the kernel as they are made for inputs of one shape, and the results that they leave.
 
+    What layers allocate and drop is used again for what comes behind, so that it stays in the cache.
+
     Args:
         inputs: tensors of that shape, which are copied; `play` takes others like them.
         layers: what calls the kernel for the copies, and does nothing else to tensors.
+
+    Attributes:
+        memory: what has been allocated, by its address.
     """
 
     def __init__(self, inputs: Sequence[Tensor], layers: Callable[[list[Tensor]], list[Tensor]]) -> None:
-        self.calls: list[Call] = []  # they hold what the addresses are of
         self.playable = True  # if nothing but calls was done
+        self.memory: dict[int, Tensor] = {}
+        self._free: dict[int, Tensor] = {}
+        self._calls: list[Step] = []
+        self._held: list[Argument] = []  # what else addresses are of
         with torch.inference_mode(False):
             self.inputs = [x.detach().clone(memory_format=torch.contiguous_format) for x in inputs]
             _thread.tape = self
@@ -41,7 +49,27 @@ class Tape:
                 self.results = layers(self.inputs)
             finally:
                 _thread.tape = None
-        self.steps = _make_steps(self.calls)
+        self.steps = (Step * len(self._calls))(*self._calls)
+
+    def record(self, step: Step, arguments: Sequence[Argument]) -> None:
+        """Add a call, and keep what it needs, but for what has been allocated here."""
+        self._calls.append(step)
+        self._held.extend(x for x in arguments if not self._has_allocated(x))
+
+    def _has_allocated(self, x: Argument) -> bool:
+        return isinstance(x, Tensor) and x.data_ptr() in self.memory
+
+    def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Take memory that is free, or new one. It is free again when nothing has the tensor any more."""
+        size = math.prod(shape)
+        fits = [memory for memory in self._free.values() if size <= len(memory) <= 2 * size]
+        memory = min(fits, key=len) if fits else torch.empty(size)
+        address = memory.data_ptr()
+        self._free.pop(address, None)
+        self.memory[address] = memory
+        x = memory[:size].view(dtype).view(*shape)
+        weakref.finalize(x, self._free.__setitem__, address, memory).atexit = False
+        return x
 
     def play(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Compute the results for other inputs."""
@@ -64,10 +92,18 @@ _thread = _Thread()
 
 def call(name: str, *arguments: Argument) -> None:
     """Call a function of the kernel; tensors and structures stand for their addresses."""
-    recorded = FUNCTIONS[name], arguments
-    _run(_make_steps([recorded]))
+    numbers = (ctypes.c_int64 * MAX_ARGUMENTS)(*map(_to_number, arguments))
+    step = Step(FUNCTIONS[name], numbers)
+    _run((Step * 1)(step))
     if _thread.tape is not None:
-        _thread.tape.calls.append(recorded)
+        _thread.tape.record(step, arguments)
+
+
+def allocate(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Make a tensor, of entries of four bytes, for the kernel to fill."""
+    if _thread.tape is not None:
+        return _thread.tape.allocate(shape, dtype)
+    return torch.empty(shape, dtype=dtype)
 
 
 def interrupt() -> None:
@@ -81,12 +117,6 @@ def get_workspace(floats: int) -> Tensor:
     if _thread.workspace.numel() < floats:
         _thread.workspace = torch.empty(floats)
     return _thread.workspace
-
-
-def _make_steps(calls: Sequence[Call]) -> Steps:
-    numbers = ctypes.c_int64 * MAX_ARGUMENTS
-    steps = [Step(function, numbers(*map(_to_number, arguments))) for function, arguments in calls]
-    return (Step * len(steps))(*steps)
 
 
 def _to_number(argument: Argument) -> int:

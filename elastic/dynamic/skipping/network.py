@@ -75,12 +75,18 @@ def _make_by_set(net: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.M
 
 
 def _make_skipping(net: nn.Module, samples: Sequence[Tensor], method: Method | None) -> nn.Module:
-    active = rewrite(net, method)
-    measured = len(samples) > 0 and method is None
-    if measured:
-        tune(active, samples)
+    active = _fuse(rewrite(net, method))
+    if not samples or method is not None:
+        return active
+    tuned = rewrite(net)
+    tune(tuned, samples)
+    # A convolution that is not the kernel's parts what would be one call, which tells only in the whole.
+    return choose_fastest([active, _fuse(tuned), _make_masked(net, torch.channels_last)], samples)
+
+
+def _fuse(active: fx.GraphModule) -> fx.GraphModule:
     fuse(active, lambda node: _is_compiled(active, node))
-    return choose_fastest([active, _make_masked(net, torch.channels_last)], samples) if measured else active
+    return active
 
 
 def _is_compiled(active: fx.GraphModule, node: fx.Node) -> bool:

@@ -41,3 +41,34 @@ def find_pool_size(pool: nn.MaxPool2d) -> tuple[int, int] | None:
         return None
     size, stride, padding, dilation = (value.pop() for value in values)
     return (size, stride) if padding == 0 and dilation == 1 else None
+
+
+def find_head(traced: nn.Module, linear: fx.Node) -> tuple[list[fx.Node], bool]:
+    """Find what lies between maps and a linear layer, it included, and whether maps are averaged there.
+
+    The chain is empty where maps are not flattened.
+    """
+    nodes = linear.all_input_nodes
+    if len(nodes) != 1 or not _flattens_maps(traced, nodes[0]):
+        return [], False
+    chain = [*nodes, linear]
+    before = nodes[0].args[0]
+    pools = isinstance(before, fx.Node) and _averages_maps(traced, before)
+    if pools and isinstance(before, fx.Node):
+        chain = [before, *chain]
+    is_chain = all(find_next(traced, chain[:i]) is node for i, node in enumerate(chain) if i)
+    return (chain, pools) if is_chain else ([], False)
+
+
+def _flattens_maps(traced: nn.Module, node: fx.Node) -> bool:
+    """Tell whether a node flattens all but the batch."""
+    layer = get_layer(traced, node)
+    if layer is not None:
+        return type(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1)
+    is_function = node.op in ("call_function", "call_method") and get_operation_name(node) == "flatten"
+    return is_function and node.args[1:] in ((1,), (1, -1)) and not node.kwargs
+
+
+def _averages_maps(traced: nn.Module, node: fx.Node) -> bool:
+    layer = get_layer(traced, node)
+    return type(layer) is nn.AdaptiveAvgPool2d and set(_pair(layer.output_size)) == {1}

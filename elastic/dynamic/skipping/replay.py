@@ -1,5 +1,6 @@
 """Play sequences of layers that the kernel carries out as one call, instead of one call a layer."""
 
+import math
 import operator
 import threading
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from elastic.dynamic.modules import iterate_modules
 from elastic.dynamic.skipping.active import Active
 from elastic.dynamic.skipping.native import Tape
 
-MAX_SAMPLES = 8  # with more of them, what Python costs is nothing beside the work
+MAX_SAMPLES = 8  # at once: what Python costs is little beside their work, and their maps stay in the cache
 MAX_TAPES = 8  # of a sequence, in each thread
 
 Value = Tensor | Active
@@ -32,8 +33,14 @@ class Replayed(nn.Module):
 
     def forward(self, *inputs: Value) -> tuple[Value, ...]:
         tensors, is_list = _flatten(inputs)
-        if len(tensors[0]) > MAX_SAMPLES:
-            return self._run(inputs)
+        if len({len(x) for x in tensors}) == 1 and len(tensors[0]) > MAX_SAMPLES:
+            count = math.ceil(len(tensors[0]) / MAX_SAMPLES)
+            parts = zip(*(x.tensor_split(count) for x in tensors), strict=True)
+            results, lists = zip(*(self._play(list(part), is_list) for part in parts), strict=True)
+            return _unflatten([torch.cat(values) for values in zip(*results, strict=True)], lists[0])
+        return _unflatten(*self._play(tensors, is_list))
+
+    def _play(self, tensors: list[Tensor], is_list: list[bool]) -> tuple[list[Tensor], list[bool]]:
         shapes = ((x.shape, x.dtype, x.device) for x in tensors)
         key = (torch.get_num_threads(), *(module.active_set for module in self.modules_inside), *shapes)
         tapes = _thread.tapes.setdefault(self, {})
@@ -42,7 +49,9 @@ class Replayed(nn.Module):
                 tapes.clear()
             tapes[key] = self._record(tensors, is_list)
         tape, results_are_lists = tapes[key]
-        return _unflatten(tape.play(tensors), results_are_lists) if tape.playable else self._run(inputs)
+        if tape.playable:
+            return tape.play(tensors), results_are_lists
+        return _flatten(self._run(_unflatten(tensors, is_list)))
 
     def _run(self, inputs: Sequence[Value]) -> tuple[Value, ...]:
         values: tuple[Value, ...] = self.layers(*inputs)

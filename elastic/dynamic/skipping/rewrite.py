@@ -12,9 +12,10 @@ from elastic.dynamic.modules import KernelActivation, iterate_modules
 from elastic.dynamic.skipping import compiling
 from elastic.dynamic.skipping.active import Active, ActiveLayer
 from elastic.dynamic.skipping.convolution import ActiveConv2d, Method
+from elastic.dynamic.skipping.head import ActiveHead
 from elastic.dynamic.skipping.inference import prepare_for_inference
 from elastic.dynamic.skipping.layers import ActiveMaxPool2d, ActiveModule
-from elastic.dynamic.skipping.patterns import find_next, find_pool_size
+from elastic.dynamic.skipping.patterns import find_head, find_next, find_pool_size
 from elastic.dynamic.sums import find_addend
 from elastic.dynamic.zeros import RESHAPES, keeps_zeros, name_operation
 from elastic.errors import StructureError
@@ -96,9 +97,7 @@ class _Rewriter:
     @_rewrite.register
     def _(self, layer: nn.MaxPool2d, node: fx.Node) -> None:
         active, sizes = self._get_active(node), find_pool_size(layer)
-        if active is None:
-            return
-        if sizes is not None:
+        if sizes is not None and node.args:
             node = self._replace([node], ActiveMaxPool2d(*sizes), (node.args[0], active))
         self._list_active(node, active)
 
@@ -126,6 +125,12 @@ class _Rewriter:
         conv = ActiveConv2d(layer, has_relu, method=self.method)
         call = self._replace(chain, conv, (node.args[0], self._get_active(node), gates, residual))
         self._list_active(call, gates)
+
+    @_rewrite.register
+    def _(self, layer: nn.Linear, node: fx.Node) -> None:
+        chain, pools = find_head(self.traced, node)
+        if chain and ActiveHead.takes(layer) and not any(map(self._has_hooks, chain)):
+            self._replace(chain, ActiveHead(layer, pools), (chain[0].args[0],))
 
     def _has_hooks(self, node: fx.Node) -> bool:
         """Tell whether a node calls a layer of the network with hooks, which only it can run."""

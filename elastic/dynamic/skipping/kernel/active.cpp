@@ -2,10 +2,11 @@
 //
 // Tensors are fp32, NCHW, contiguous and of full size; lists name the active channels, so nothing is gathered.
 
-#include <cmath>
 #include <utility>
 
+#include "means.h"
 #include "pixels.h"
+#include "strips.h"
 #include "tiles.h"
 
 #ifdef _OPENMP
@@ -25,7 +26,9 @@ void clear(float *y, int64_t pixels, int channels, List out) {
 }
 
 // Floats of work that a thread needs.
-int64_t need(const Shape &s) { return s.tiled ? work_by_tiles(Tiles(s)) : work_by_pixels(s); }
+int64_t need(const Shape &s) {
+    return s.way == PIXELS ? work_by_pixels(s) : s.way == TILES ? work_by_tiles(Tiles(s)) : Strip(s).work();
+}
 
 // Of all that lists name, or of `sparse`, where the lists name all.
 void convolve(const Layer &layer, const float *x, float *y, int32_t batch, Lists reads, Lists writes,
@@ -37,12 +40,13 @@ void convolve(const Layer &layer, const float *x, float *y, int32_t batch, Lists
         const int me = omp_get_thread_num(), all = omp_get_num_threads();
         const bool own = batch >= all;
         const Team team = own ? Team{0, 1} : Team{me, all};
-        const int64_t first = own ? me : 0, step = own ? all : 1, most = s.tiled ? s.at_once() : 1;
+        const int64_t first = own ? me : 0, step = own ? all : 1, most = s.way == TILES ? s.at_once() : 1;
         float *scratch = work + me * need(s), *mine = own ? scratch : work;
         for (int64_t b = first; b < batch; b += most * step) {
             const Samples samples{b, step, (int)std::min(most, (batch - b + step - 1) / step)};
-            if (s.tiled) by_tiles(layer, team, x, reads, writes, sparse, samples, scratch, mine + s.scratch());
-            else by_pixels(layer, team, x + b * s.channels * s.height * s.width, reads.of(b), writes.of(b), sparse, b, mine);
+            const float *maps = x + b * s.channels * s.height * s.width;
+            if (s.way == TILES) by_tiles(layer, team, x, reads, writes, sparse, samples, scratch, mine + s.scratch());
+            else (s.way == PIXELS ? by_pixels : by_strips)(layer, team, maps, reads.of(b), writes.of(b), sparse, b, mine);
             team.wait();
             for (int i = 0; zeros && team.me == 0 && i < samples.count; i++)
                 clear(y + samples.at(i) * s.kernels * s.pixels(), s.pixels(), s.kernels, writes.of(samples.at(i)));
@@ -68,54 +72,6 @@ void convolve_blocks(const Shape *shape, const float *weight, const float *bias,
     const Layer layer{*shape, weight, bias, residual, gate, y, relu != 0};
     const Lists lists{all, all_count, shape->channels};
     convolve(layer, x, y, batch, lists, lists, sparse, false, work, threads);
-}
-
-enum Gates { HARD, RAMP, SCALE };
-
-// The gate of a kernel that has not the highest score. As torch has it, one that is not a number stays so where gates are
-// computed with it: such a kernel counts as engaged, and all that it writes is not a number.
-float gate_of(float score, int32_t gates) {
-    if (std::isnan(score)) return gates == HARD ? 0.0f : score;
-    if (score <= 0) return 0.0f;
-    return gates == SCALE ? score + 0.5f : gates == RAMP ? std::min(score, 1.0f) : 1.0f;
-}
-
-// The kernels that a module engages: those with a positive score, or the one with the highest. Gates are the scores, 1
-// at most and 1 for the highest (RAMP), or one half more, at least one half (SCALE), or just 1 (HARD); those of other
-// kernels are 0. Means count as at least `within`, (2, channels), and at most its second row. The first score that is
-// not a number is the highest.
-void engage(const float *x, int32_t batch, int32_t channels, int64_t pixels, const int32_t *in,
-            const int32_t *in_count, const float *weight, const float *bias, const float *within,
-            int32_t kernels, int32_t gates, int32_t *out, int32_t *out_count, float *gate, float *means, int32_t threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1 && batch > 1)
-    for (int64_t b = 0; b < batch; b++) {
-        const List reads{in + b * channels, in_count[b]};
-        float *mean = means + b * channels;
-        std::memset(mean, 0, sizeof(float) * channels);
-        for (int a = 0; a < reads.count; a++) {
-            const float *plane = x + (b * channels + reads.channel[a]) * pixels;
-            float sum = 0;
-#pragma omp simd reduction(+ : sum)
-            for (int64_t p = 0; p < pixels; p++) sum += plane[p];
-            mean[reads.channel[a]] = sum / pixels;
-        }
-        for (int c = 0; c < channels; c++)
-            mean[c] = std::min(std::max(mean[c], within[c]), within[channels + c]);
-        int best = 0, count = 0;
-        float highest = -INFINITY;
-        for (int k = 0; k < kernels; k++) {
-            float score = bias[k];
-            const float *row = weight + (int64_t)k * channels;
-#pragma omp simd reduction(+ : score)
-            for (int c = 0; c < channels; c++) score += row[c] * mean[c];
-            if (score > highest || (std::isnan(score) && !std::isnan(highest))) highest = score, best = k;
-            gate[b * kernels + k] = gate_of(score, gates);
-        }
-        gate[b * kernels + best] = gates == SCALE ? std::max(highest, 0.0f) + 0.5f : 1.0f;
-        for (int k = 0; k < kernels; k++)
-            if (gate[b * kernels + k] != 0) out[b * kernels + count++] = k;
-        out_count[b] = count;
-    }
 }
 
 // Max pooling, without padding, of one map. SIZE and STRIDE: where known, so that pixels fill vectors.
@@ -175,7 +131,7 @@ extern "C" {
 int64_t active_work(const Shape *s) { return need(*s); }
 
 struct Step {
-    int64_t function;  // 0 convolution, 1 engage, 2 max_pool, 3 convolve_blocks
+    int64_t function;  // 0 convolution, 1 engage, 2 max_pool, 3 classify, 4 convolve_blocks
     int64_t arguments[16];
 };
 
@@ -184,8 +140,9 @@ void active_run(const Step *steps, int32_t count) {
         const int64_t *a = step->arguments;
         if (step->function == 0) call(convolution, a);
         else if (step->function == 1) call(engage, a);
-        else if (step->function == 3) call(convolve_blocks, a);
-        else call(max_pool, a);
+        else if (step->function == 2) call(max_pool, a);
+        else if (step->function == 3) call(classify, a);
+        else call(convolve_blocks, a);
     }
 }
 }

@@ -20,7 +20,7 @@ from elastic.dynamic.skipping.compiling import CACHE, load_kernel
 from elastic.dynamic.skipping.convolution import ActiveConv2d, Method
 from elastic.dynamic.skipping.layers import activate_kernels, max_pool
 from elastic.dynamic.skipping.native import call, get_workspace
-from elastic.dynamic.skipping.tiles import prefer_tiles
+from elastic.dynamic.skipping.tiles import PIXELS, STRIPS, TILES, choose_way
 
 needs_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "c++")) is None, reason="there is no C++ compiler"
@@ -73,8 +73,8 @@ def some_convolution(method: Method, data: st.DataObject) -> None:
     size = data.draw(st.sampled_from([1, 2, 3, 5, 7]))
     stride, pad = data.draw(st.integers(1, 3)), data.draw(st.integers(0, size // 2))
     height, width = (data.draw(st.sampled_from([1, 2, 4, 7, 8, 9, 14, 16, 20, 32])) for _ in range(2))
-    tiled = data.draw(st.booleans())  # where a kernel is 3×3
-    if tiled:
+    way = data.draw(st.sampled_from([PIXELS, TILES, STRIPS]))  # where a kernel is 3×3
+    if way != PIXELS:
         size, stride, pad = 3, 1, data.draw(st.integers(0, 3))
     height, width = (max(side, size - 2 * pad) for side in (height, width))
     batch, channels, kernels = (data.draw(st.integers(1, most)) for most in (20, 20, 40))
@@ -93,7 +93,7 @@ def some_convolution(method: Method, data: st.DataObject) -> None:
         junk_BCHW = torch.where(maps(on_BC) != 0, x_BCHW, torch.nan)
         layer = ActiveConv2d(conv, relu, zeros=True, method=method)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tiles, "prefer_tiles", lambda *_: tiled)
+            patch.setattr(tiles, "choose_way", lambda *_: way)
             found = layer(junk_BCHW, Active.from_gates(on_BC), Active.from_gates(gate_BK), residual)
         torch.testing.assert_close(found, expected, **CLOSE)
         layer.zeros = False
@@ -129,25 +129,28 @@ def test_so_it_is_with_vectors_of_another_length(
 
 
 @needs_compiler
+@pytest.mark.parametrize("way", [TILES, STRIPS])
 @pytest.mark.parametrize("size", [(140, 6), (6, 140)])
-def test_large_maps_are_tiled_in_strips(size: tuple[int, int]) -> None:
+def test_large_maps_are_tiled_in_strips(
+    size: tuple[int, int], way: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
+    monkeypatch.setattr(tiles, "choose_way", lambda *_: way)
     conv, x_BCHW = nn.Conv2d(65, 66, 3, padding=1), torch.randn(2, 65, *size)
-    assert prefer_tiles(65, 66, *size)
     with torch.no_grad():
         torch.testing.assert_close(ActiveConv2d(conv, False, False)(x_BCHW), conv(x_BCHW), **CLOSE)
 
 
-def test_prefer_tiles_where_transforms_are_shared_by_many_channels() -> None:
-    assert prefer_tiles(64, 64, 8, 8) and not prefer_tiles(3, 64, 8, 8)
-    pays = [prefer_tiles(channels, channels, 16, 16) for channels in range(1, 200)]
-    assert pays == sorted(pays) and not pays[0] and pays[-1]
+def test_tiles_are_chosen_where_transforms_are_shared_by_many_channels() -> None:
+    assert choose_way(64, 64, 8, 8) == TILES and choose_way(3, 64, 8, 8) == PIXELS
+    ways = [choose_way(channels, channels, 16, 16) for channels in range(1, 200)]
+    assert ways == sorted(ways) and (ways[0], ways[-1]) == (PIXELS, STRIPS)
 
 
 @needs_compiler
-@pytest.mark.parametrize("size", [1, 3])
-def test_what_is_not_a_number_stays_so(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "prefer_tiles", lambda *_: True)
+@pytest.mark.parametrize(("size", "way"), [(1, PIXELS), (3, PIXELS), (3, TILES), (3, STRIPS)])
+def test_what_is_not_a_number_stays_so(size: int, way: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "choose_way", lambda *_: way)
     conv = nn.Conv2d(1, 1, size, padding=size // 2)
     with torch.no_grad():
         assert ActiveConv2d(conv, relu=True, zeros=True)(torch.full((1, 1, 8, 8), torch.nan)).isnan().all()

@@ -49,7 +49,8 @@ def test_a_convolution_with_closed_blocks_is_stock_torch_s(data: st.DataObject) 
     """Any size; blocks that read nothing have only their bias; sums and ReLUs stay."""
     size, stride = data.draw(st.sampled_from([1, 3, 3, 5])), data.draw(st.integers(1, 2))
     batch, channels, kernels = (data.draw(st.integers(1, most)) for most in (3, 12, 30))
-    relu, adds, tiled = (data.draw(st.booleans()) for _ in range(3))
+    relu, adds = data.draw(st.booleans()), data.draw(st.booleans())
+    way = data.draw(st.sampled_from([tiles.PIXELS, tiles.TILES, tiles.STRIPS]))  # where a kernel is 3×3
     random = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
     conv = nn.Conv2d(channels, kernels, size, stride, size // 2)
     shut_blocks(conv.weight, data.draw(st.sampled_from([0.3, 0.7, 1.0])), random)
@@ -61,7 +62,7 @@ def test_a_convolution_with_closed_blocks_is_stock_torch_s(data: st.DataObject) 
         expected = expected.relu() if relu else expected
         with pytest.MonkeyPatch.context() as patch, threads(data.draw(st.integers(1, 2))):
             patch.setattr(blocks, "WORTH", 10.0)  # however little it saves
-            patch.setattr(tiles, "prefer_tiles", lambda *_: tiled)
+            patch.setattr(tiles, "choose_way", lambda *_: way)
             layer = ActiveConv2d(conv, relu)
             assert layer.blocks
             torch.testing.assert_close(layer(x_BCHW, None, None, residual), expected, **CLOSE)

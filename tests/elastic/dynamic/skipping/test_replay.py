@@ -69,6 +69,16 @@ def test_results_are_the_callers_own(network: fx.GraphModule) -> None:
     assert torch.equal(first, held)
 
 
+def test_memory_is_used_again(network: fx.GraphModule) -> None:
+    """Of some twenty layers' maps no more is kept than a block's."""
+    x_BCHW = images(2)
+    with torch.no_grad():
+        tape = native.Tape([x_BCHW], lambda inputs: [rewrite(network)(*inputs)])
+    largest = max(map(len, tape.memory.values()))
+    assert sum(map(len, tape.memory.values())) < 5 * largest
+    assert len(tape.steps) > 20
+
+
 def test_threads_do_not_meet(network: fx.GraphModule) -> None:
     fast, slow = make_skipping(network), rewrite(network)
     inputs = [images(seed=seed) for seed in range(40)]
