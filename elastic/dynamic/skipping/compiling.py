@@ -33,6 +33,15 @@ class ConvolutionShape(ctypes.Structure):
     ]
 
 
+class PoolShape(ctypes.Structure):
+    """Describe a max pooling as the kernel's `Pool` does."""
+
+    _fields_ = [
+        (name, ctypes.c_int32)
+        for name in ("channels", "height", "width", "size", "stride", "pad", "out_height", "out_width")
+    ]
+
+
 class Step(ctypes.Structure):
     """Describe a call: which of the kernel's functions, and addresses and numbers for it."""
 

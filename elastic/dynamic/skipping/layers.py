@@ -8,6 +8,7 @@ from elastic.dynamic.activations import GRADED, Activation, find_active
 from elastic.dynamic.modules import KernelActivation
 from elastic.dynamic.skipping import compiling
 from elastic.dynamic.skipping.active import Active, ActiveLayer, check_maps, check_size, list_all_channels
+from elastic.dynamic.skipping.compiling import PoolShape
 from elastic.dynamic.skipping.native import allocate, call, get_workspace, interrupt
 
 HARD = 0  # gates are 0 or 1
@@ -35,14 +36,14 @@ class ActiveModule(ActiveLayer):
 
 
 class ActiveMaxPool2d(ActiveLayer):
-    """Pool the active maps, without padding."""
+    """Pool the active maps."""
 
-    def __init__(self, size: int, stride: int) -> None:
+    def __init__(self, size: int, stride: int, padding: int = 0) -> None:
         super().__init__()
-        self.size, self.stride = size, stride
+        self.sizes = (size, stride, padding)
 
     def forward(self, x_BCHW: Tensor, reads: Active | None = None) -> Tensor:
-        return max_pool(x_BCHW, reads, self.size, self.stride, self.zeros)
+        return max_pool(x_BCHW, reads, *self.sizes, zeros=self.zeros)
 
 
 def activate_kernels(
@@ -79,17 +80,19 @@ def activate_kernels(
     return active
 
 
-def max_pool(x_BCHW: Tensor, reads: Active | None, size: int, stride: int, zeros: bool) -> Tensor:
-    """Pool the active channels, without padding; the others are zero, or anything."""
+def max_pool(
+    x_BCHW: Tensor, reads: Active | None, size: int, stride: int, padding: int = 0, *, zeros: bool
+) -> Tensor:
+    """Pool the active channels; the others are zero, or anything."""
     if compiling.load_kernel() is None:
-        y_BCHW = F.max_pool2d(x_BCHW, size, stride)
+        y_BCHW = F.max_pool2d(x_BCHW, size, stride, padding)
         return reads.mask(y_BCHW) if zeros and reads is not None else y_BCHW
     x_BCHW = check_maps(x_BCHW, x_BCHW.shape[1] if reads is None else reads.channel_BK.shape[1])
     batch, channels, height, width = x_BCHW.shape
-    out = ((height - size) // stride + 1, (width - size) // stride + 1)
-    check_size((height, width), "pool", out)
-    y_BCHW = allocate(batch, channels, *out)
+    rows, columns = ((side + 2 * padding - size) // stride + 1 for side in (height, width))
+    check_size((height, width), "pool", (rows, columns))
+    y_BCHW = allocate(batch, channels, rows, columns)
     channel_BK, count_B, _ = reads or list_all_channels(batch, channels)
-    sizes = (batch, channels, height, width, size, stride, *out)
-    call("max_pool", x_BCHW, y_BCHW, *sizes, channel_BK, count_B, zeros, torch.get_num_threads())
+    shape = PoolShape(channels, height, width, size, stride, padding, rows, columns)
+    call("max_pool", shape, x_BCHW, y_BCHW, batch, channel_BK, count_B, zeros, torch.get_num_threads())
     return y_BCHW

@@ -19,8 +19,8 @@ def choose_way(channels: int, kernels: int, height: int, width: int, once: bool 
     """Choose where a map takes fewest vectors of products, transforms counted.
 
     Args:
-        once: whether some weights, here and there, are read for one sample only: then few tiles wait for them,
-            and transformed ones are more.
+        once: whether some weights, here and there, are read for one sample only: few tiles wait
+            for them then, and transformed ones are more.
     """
     products, transforms = channels * kernels, channels + kernels
     tiles = math.ceil(height / 2) * math.ceil(width / 2)

@@ -185,8 +185,9 @@ def _pool(random: Random) -> None:
     x_BCHW = torch.randn(batch, channels, size + random.randint(0, 30), size + random.randint(0, 30))
     reads = _activate(random, batch, channels)
     on_BC11 = _spread(reads) != 0
-    found = max_pool(torch.where(on_BC11, x_BCHW, torch.nan), reads, size, stride, zeros=True)
-    torch.testing.assert_close(found, F.max_pool2d(x_BCHW, size, stride) * on_BC11, rtol=0, atol=0)
+    padding = random.randint(0, size // 2)
+    found = max_pool(torch.where(on_BC11, x_BCHW, torch.nan), reads, size, stride, padding, zeros=True)
+    torch.testing.assert_close(found, F.max_pool2d(x_BCHW, size, stride, padding) * on_BC11, rtol=0, atol=0)
 
 
 KINDS: dict[str, Callable[[Random], None]] = {

@@ -3,6 +3,7 @@
 // Tensors are fp32, NCHW, contiguous and of full size; lists name the active channels, so nothing is gathered.
 
 #include <utility>
+#include <vector>
 
 #include "means.h"
 #include "pixels.h"
@@ -74,41 +75,51 @@ void convolve_blocks(const Shape *shape, const float *weight, const float *bias,
     convolve(layer, x, y, batch, lists, lists, sparse, false, work, threads);
 }
 
-// Max pooling, without padding, of one map. SIZE and STRIDE: where known, so that pixels fill vectors.
+struct Pool {
+    int32_t channels, height, width, size, stride, pad, out_height, out_width;
+};
+
+// What is not a number is the largest, as torch has it.
+inline float larger(float a, float b) { return b > a || b != b ? b : a; }
+
+// Max pooling of one map; `line` is a row with padding on both sides. SIZE and STRIDE: where known, so that pixels
+// fill vectors.
 template <int SIZE, int STRIDE>
-void max_pool_map(const float *plane, float *out, int32_t width, int32_t size, int32_t stride, int32_t out_height,
-                  int32_t out_width) {
-    if (SIZE) size = SIZE, stride = STRIDE;
-    for (int i = 0; i < out_height; i++, out += out_width) {
-        const float *rows = plane + (int64_t)i * stride * width;
-        for (int j = 0; j < out_width; j++) {
-            float most = rows[j * stride];
-            bool numbers = true;
-            for (int r = 0; r < size; r++)
-                for (int c = 0; c < size; c++) {
-                    const float value = rows[r * width + j * stride + c];
-                    most = std::max(most, value);
-                    numbers &= value == value;
-                }
-            out[j] = numbers ? most : NAN;  // as torch has it
+void max_pool_map(const Pool &s, const float *plane, float *out, float *line) {
+    const int size = SIZE ? SIZE : s.size, stride = SIZE ? STRIDE : s.stride;
+    float *most = line + s.pad;
+    for (int i = 0; i < s.out_height; i++, out += s.out_width) {
+        const int top = std::max(0, i * stride - s.pad), end = std::min(s.height, i * stride - s.pad + size);
+        std::memcpy(most, plane + (int64_t)top * s.width, sizeof(float) * s.width);
+        for (int y = top + 1; y < end; y++) {
+            const float *row = plane + (int64_t)y * s.width;
+            for (int x = 0; x < s.width; x++) most[x] = larger(most[x], row[x]);
+        }
+        for (int j = 0; j < s.out_width; j++) {
+            float value = line[j * stride];
+            for (int c = 1; c < size; c++) value = larger(value, line[j * stride + c]);
+            out[j] = value;
         }
     }
 }
 
 // Of the active channels.
-void max_pool(const float *x, float *y, int32_t batch, int32_t channels, int32_t height, int32_t width, int32_t size,
-              int32_t stride, int32_t out_height, int32_t out_width, const int32_t *in, const int32_t *in_count,
+void max_pool(const Pool *shape, const float *x, float *y, int32_t batch, const int32_t *in, const int32_t *in_count,
               int32_t zeros, int32_t threads) {
-    const int64_t from = (int64_t)height * width, to = (int64_t)out_height * out_width;
-    const auto pool = size == 2 && stride == 2 ? max_pool_map<2, 2> : max_pool_map<0, 0>;
+    const Pool s = *shape;
+    const int64_t from = (int64_t)s.height * s.width, to = (int64_t)s.out_height * s.out_width;
+    const auto pool = s.size == 2 && s.stride == 2   ? max_pool_map<2, 2>
+                      : s.size == 3 && s.stride == 2 ? max_pool_map<3, 2>
+                                                     : max_pool_map<0, 0>;
 #pragma omp parallel for num_threads(threads) if (threads > 1 && batch > 1)
     for (int64_t b = 0; b < batch; b++) {
-        const List reads{in + b * channels, in_count[b]};
+        std::vector<float> line(s.width + 2 * s.pad, -INFINITY);
+        const List reads{in + b * s.channels, in_count[b]};
         for (int a = 0; a < reads.count; a++) {
-            const int64_t map = b * channels + reads.channel[a];
-            pool(x + map * from, y + map * to, width, size, stride, out_height, out_width);
+            const int64_t map = b * s.channels + reads.channel[a];
+            pool(s, x + map * from, y + map * to, line.data());
         }
-        if (zeros) clear(y + b * channels * to, to, channels, reads);
+        if (zeros) clear(y + b * s.channels * to, to, s.channels, reads);
     }
 }
 

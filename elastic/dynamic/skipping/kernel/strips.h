@@ -34,19 +34,27 @@ struct Stretch {
     int lane, row, column, tiles;
 };
 
+// Pixels of the output side by side, the first of a lane.
+struct Pixels {
+    int lane, row, place, count;
+};
+
 struct Vector {
     Stretch stretch[LANES];
-    int count = 0;
+    Pixels pixels[2 * LANES];
+    int stretches, runs;
 
-    Vector(const Strip &s, int first, int end) {
+    void find(const Strip &s, int first, int end) {
+        stretches = runs = 0;
         for (int t = first, size; t < std::min(end, first + LANES); t += size) {
-            const int column = t % s.across;
+            const int row = t / s.across, column = t % s.across, lane = t - first;
             size = std::min({s.across - column, first + LANES - t, end - t});
-            stretch[count++] = {t - first, t / s.across, column, size};
+            stretch[stretches++] = {lane, row, column, size};
+            const int count = std::min(2 * size, s.out_width - 2 * column);
+            for (int r = 0; r < 2 && 2 * row + r < s.out_height; r++)
+                pixels[runs++] = {lane, r, (2 * row + r) * s.out_width + 2 * column, count};
         }
     }
-    const Stretch *begin() const { return stretch; }
-    const Stretch *end() const { return stretch + count; }
 };
 
 template <int W>
@@ -89,7 +97,8 @@ void pad_apart(const Strip &s, const float *map, int top, int rows, float *to) {
 // Row `r` of Bᵀ d B of a vector of tiles, of some inputs, [inputs][4][LANES].
 void see_vector(const Strip &s, const Vector &vector, const float *padded, Part part, int top, int r, float *seen) {
     constexpr int one[] = {0, 1, 2, 1}, other[] = {2, 2, 1, 3};
-    for (const Stretch &stretch : vector)
+    for (int i = 0; i < vector.stretches; i++) {
+        const Stretch &stretch = vector.stretch[i];
         each_vector(stretch.tiles, [&](auto width, int i) {
             typedef typename Lanes<width>::type V;
             const float *from = padded + part.begin * s.padded + 4 * s.half * (stretch.row - top) + stretch.column + i;
@@ -105,6 +114,7 @@ void see_vector(const Strip &s, const Vector &vector, const float *padded, Part 
                 for (int c = 0; c < 4; c++) std::memcpy(to + c * LANES, row + c, sizeof(V));
             }
         });
+    }
 }
 
 // NO outputs at NV vectors of tiles: row `r` of m A, [2][LANES].
@@ -157,13 +167,10 @@ void show_vector(const Layer &layer, const Vector &vector, const float *sums, in
         const vec upper = (m[0] + m[2] + m[4] + bias) * gate, lower = (m[2] - m[4] - m[6] + bias) * gate;
         for (int i = 0; i < LANES; i++) pixels[0][2 * i + c] = upper[i], pixels[1][2 * i + c] = lower[i];
     }
-    for (const Stretch &stretch : vector)
-        for (int r = 0; r < 2 && 2 * stretch.row + r < s.out_height; r++) {
-            const int64_t place = map * s.pixels() + (2 * stretch.row + r) * s.out_width + 2 * stretch.column;
-            const float *from = pixels[r] + 2 * stretch.lane;
-            each_vector(std::min(2 * stretch.tiles, s.out_width - 2 * stretch.column),
-                        [&](auto width, int i) { put(layer, place + i, load<width>(from + i)); });
-        }
+    for (const Pixels *run = vector.pixels; run < vector.pixels + vector.runs; run++)
+        each_vector(run->count, [&](auto width, int i) {
+            put(layer, map * s.pixels() + run->place + i, load<width>(pixels[run->row] + 2 * run->lane + i));
+        });
 }
 
 // One sample; each thread has outputs of its own.
@@ -182,12 +189,14 @@ void by_strips(const Layer &layer, Team team, const float *x, List in, List out,
     for (int first = 0; first < s.tiles; first += s.vectors * LANES) {
         const int end = std::min(s.tiles, first + s.vectors * LANES), vectors = (end - first + LANES - 1) / LANES;
         const int top = first / s.across, rows = (end - 1) / s.across + 1 - top;
+        Vector vector[NEAR];
+        for (int v = 0; v < vectors; v++) vector[v].find(s, first + v * LANES, end);
         for (int a = inputs.begin; a < inputs.end; a++)
             pad_apart(s, x + (int64_t)in.channel[a] * s.height * s.width, top, rows, padded + a * s.padded);
         for (int r = 0; r < 4; r++) {
             team.wait();  // for those who still read the row before
             for (int v = 0; v < vectors; v++)
-                see_vector(s, Vector(s, first + v * LANES, end), padded, inputs, top, r, seen + v * s.channels * ROW);
+                see_vector(s, vector[v], padded, inputs, top, r, seen + v * s.channels * ROW);
             team.wait();
             for (int v = 0; v < vectors; v += 2) {
                 auto run = [&](auto count) {
@@ -201,15 +210,13 @@ void by_strips(const Layer &layer, Team team, const float *x, List in, List out,
                 v + 1 < vectors ? run(Int<2>{}) : run(Int<1>{});
             }
         }
-        for (int v = 0; v < vectors; v++) {
-            const Vector vector(s, first + v * LANES, end);
-            each([&](List, List writes, Part part) {
-                for (int o = part.begin; o < part.end; o++) {
-                    const int kernel = writes.channel[o];
-                    show_vector(layer, vector, sums + ((int64_t)kernel * s.vectors + v) * SUMS_OF, sample, kernel);
-                }
-            });
-        }
+        each([&](List, List writes, Part part) {
+            for (int o = part.begin; o < part.end; o++) {
+                const int kernel = writes.channel[o];
+                for (int v = 0; v < vectors; v++)
+                    show_vector(layer, vector[v], sums + ((int64_t)kernel * s.vectors + v) * SUMS_OF, sample, kernel);
+            }
+        });
     }
 }
 

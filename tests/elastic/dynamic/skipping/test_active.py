@@ -294,13 +294,14 @@ def test_a_graded_gate_learns_where_kernels_are_on(
 
 
 @pytest.mark.usefixtures("either")
-@pytest.mark.parametrize(("size", "stride", "side"), [(2, 2, 8), (2, 2, 9), (3, 2, 11), (3, 1, 5)])
-def test_pooling_of_active_maps(size: int, stride: int, side: int) -> None:
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize(("size", "stride", "side"), [(2, 2, 8), (2, 2, 9), (3, 2, 11), (3, 1, 5), (5, 3, 7)])
+def test_pooling_of_active_maps(size: int, stride: int, side: int, padding: int) -> None:
     random = torch.Generator().manual_seed(0)
     x_BCHW, on_BC = torch.randn(3, 5, side, side, generator=random), mask(3, 5, random)
     junk_BCHW = torch.where(maps(on_BC) != 0, x_BCHW, torch.nan)
-    found = max_pool(junk_BCHW, Active.from_gates(on_BC), size, stride, zeros=True)
-    assert torch.equal(found, F.max_pool2d(x_BCHW, size, stride) * maps(on_BC))
+    found = max_pool(junk_BCHW, Active.from_gates(on_BC), size, stride, padding, zeros=True)
+    assert torch.equal(found, F.max_pool2d(x_BCHW, size, stride, padding) * maps(on_BC))
 
 
 @pytest.mark.usefixtures("either")
@@ -311,7 +312,7 @@ def test_pooling_of_what_is_no_number_is_as_torch_has_it(size: int, stride: int)
     x_BCHW = torch.randn(2, 5, 16, 16, generator=random)
     drawn = torch.rand(x_BCHW.shape, generator=random)
     x_BCHW[drawn < 0.1], x_BCHW[drawn > 0.9] = torch.nan, torch.inf
-    expected = F.max_pool2d(x_BCHW, size, stride)
-    found = max_pool(x_BCHW, list_all_channels(2, 5), size, stride, zeros=True)
+    expected = F.max_pool2d(x_BCHW, size, stride, size // 2)
+    found = max_pool(x_BCHW, list_all_channels(2, 5), size, stride, size // 2, zeros=True)
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
     assert 0.2 < expected.isnan().float().mean() < 0.8
