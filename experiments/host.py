@@ -12,7 +12,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 from elastic.errors import FileError, OptionError
 from elastic.experiments.tools.environment import silence
@@ -86,7 +86,7 @@ def end_children() -> Iterator[None]:
             os._exit(128 + number)
         handler(number, frame)
 
-    before = {number: signal.signal(number, end) for number in SIGNALS}
+    before: dict[int, Any] = {number: signal.signal(number, end) for number in SIGNALS}
     try:
         yield
     finally:

@@ -68,6 +68,8 @@ def _write_facts(about: Mapping[str, Any]) -> str:
         "Data": made.get("data"),
         "Network as first built": _write_call(model) if model else None,
         "Methods": made.get("schedule"),
+        "Started from": made.get("init"),
+        "Learned from": made.get("teacher"),
         "Epochs": made.get("epochs"),
         "Seed": made.get("seed"),
         "Input": " × ".join(map(str, about["input"])) if "input" in about else None,
@@ -107,7 +109,7 @@ def _write_results(measured: Mapping[str, Any]) -> str:
             part = f"{name}, set {row['set']}" if len(sets) > 1 else name
             rows.append((part, {**level, **row}))
     keys = [key for key in ROW if any(key in row for _, row in rows)]
-    if all(row.get("macs_dynamic", row["macs"]) == row["macs"] for _, row in rows):
+    if all(row.get("macs_dynamic", row.get("macs")) == row.get("macs") for _, row in rows):
         keys = [key for key in keys if key != "macs_dynamic"]
     head = ["", *(HEADS[key] for key in keys)]
     lines = [[name, *(_write_cell(key, row.get(key)) for key in keys)] for name, row in rows]
