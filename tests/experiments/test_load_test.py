@@ -15,10 +15,18 @@ import pytest
 import torch
 from PIL import Image
 
+import elastic
+from elastic.data import Digits
 from elastic.errors import FileError, OptionError
 from elastic.experiments.host import check_port, end_children, host_network
-from elastic.experiments.load_test import HEAD, Reply, score, send_load
+from elastic.experiments.load_test import HEAD, Reply, make_requests, score, send_load
 from elastic.experiments.tools.signals import SIGNALS, Interrupted, raise_on_signals
+from elastic.models import convnet
+
+ABOUT = {
+    "model": {"builder": "convnet", "options": {"channels": [4, 6], "in_channels": 1, "classes": 10}},
+    "input": [1, 8, 8],
+}
 
 
 def test_the_score_counts_what_is_in_time_and_what_is_lost() -> None:
@@ -96,6 +104,15 @@ def test_requests_are_read_as_training_images_are_and_what_is_none_is_said() -> 
         with pytest.raises(HTTPException) as caught:
             api.decode_request(request)
         assert caught.value.status_code == 422 and text in caught.value.detail
+
+
+def test_requests_end_with_the_test_images_and_need_to_know_them(tmp_path: Path) -> None:
+    data = Digits(batch_size=8)
+    data.prepare_data()
+    assert [len(labels) for _, labels in make_requests(data, 200)] == [200, 160]
+    elastic.save(convnet([4, 6]), tmp_path / "net", ABOUT)
+    with pytest.raises(FileError, match=r"does not say its data, made\.data: name a run's network"):
+        send_load(str(tmp_path / "net"))
 
 
 @pytest.mark.slow
