@@ -2,7 +2,7 @@
 
 `csv=<file>` writes it down, `markdown=<file>` puts it between marks of a text, `figure=<file.png>` draws it,
 `html=<file>` makes a page of it, with more figures, that opens anywhere. `latency=true` measures all
-networks, and their levels, on this machine. Each data set has a table of its own.
+networks, and their levels, on this machine. Each data set, and each metric, has a table of its own.
 
 A run is a folder with a `summary.json`; folders named <arm>-seed<k> beside each other are one arm. Runs that
 failed are listed.
@@ -29,7 +29,7 @@ from elastic.experiments.tools.figure import draw_arms
 from elastic.experiments.tools.html import list_failures, make_figure, make_page, make_section
 from elastic.experiments.tools.options import call
 from elastic.experiments.tools.results import ResultTable, list_csv, list_facts, make_tables, skips
-from elastic.experiments.tools.tables import format_markdown, write_between_marks, write_csv
+from elastic.experiments.tools.tables import escape_markdown, format_markdown, write_between_marks, write_csv
 from elastic.experiments.tools.timing import time_runs
 from elastic.files.atomic import write_atomically
 
@@ -60,20 +60,21 @@ def compare_runs(
     arms, failures = read_arms(runs, summaries), read_failures(runs)
     tables = make_tables(arms)
     for table in tables:
-        show_table(table, table.data if len(tables) > 1 else None)
+        show_table(table, table.title if len(tables) > 1 else None)
     for line in (*notes, *(f"failed: {name}: {reason}" for name, reason in failures.items())):
         print(line)
     if csv is not None:
         write_csv(csv, *list_csv(arms))
     if markdown is not None:
-        texts = (format_markdown(table.head, table.rows) for table in tables)
+        titles = [f"{escape_markdown(table.title)}:\n\n" if len(tables) > 1 else "" for table in tables]
+        texts = (title + format_markdown(t.head, t.rows) for title, t in zip(titles, tables, strict=True))
         write_between_marks(markdown, "compare", "\n\n".join(texts))
     if figure is not None:
         draw_arms([table.arms for table in tables], "macs_dynamic" if skips(arms) else "params", figure)
     if html is not None:
         facts = {"Runs": runs, "Made": date.today().isoformat(), **list_facts(arms)}
         sections = (
-            make_section(table.data if len(tables) > 1 else "", table, draw_figures(table, notes))
+            make_section(table.title if len(tables) > 1 else "", table, draw_figures(table, notes))
             for table in tables
         )
         page = make_page(make_title(tables), facts, [*sections, list_failures(failures)])
@@ -86,7 +87,7 @@ def make_title(tables: Sequence[ResultTable]) -> str:
         str(run["model"]) for table in tables for arm in table.arms for run in arm.runs if "model" in run
     }
     count = sum(len(table.arms) for table in tables)
-    data = ", ".join(table.data for table in tables if table.data)
+    data = ", ".join(dict.fromkeys(table.data for table in tables if table.data))
     parts = [
         f"{count} arms of {', '.join(sorted(networks)) or 'a network'}",
         *([f"on {data}"] if data else []),

@@ -84,7 +84,10 @@ def send_load(
         FileError: there is no such network, the extra `serve` is missing, or a server does not start.
     """
     network = elastic.load(source)
-    requests = make_requests(make_data(network.about["made"]["data"]), images)
+    name = network.about.get("made", {}).get("data")
+    if name is None:
+        raise FileError(f"{source} does not say its data, made.data: name a run's network, or one of the zoo")
+    requests = make_requests(make_data(name), images)
     rows = []
     for level in (None, *range(len(network))):
         name = "elastic" if level is None else f"level {level}"
@@ -103,8 +106,9 @@ def make_requests(data: ImageData, images: int) -> Requests:
     data.setup()
     assert data.test_set is not None
     requests = []
-    for start in range(0, min(len(data.test_set), 50 * images), images):
-        x_BCHW, y_B = data.test_set.__getitems__(range(start, start + images))
+    count = min(len(data.test_set), 50 * images)
+    for start in range(0, count, images):
+        x_BCHW, y_B = data.test_set.__getitems__(range(start, min(start + images, count)))
         bodies = []
         for x_CHW in x_BCHW:
             file = io.BytesIO()

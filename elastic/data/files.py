@@ -1,15 +1,19 @@
 """Decode image files as they are fetched, for sets too large for memory, and find damaged ones before."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torchvision.transforms import v2
 
 from elastic.data.decoding import read_rgb
 from elastic.data.imageset import Batch, ImageSet
 from elastic.errors import DataError
 
+log = logging.getLogger(__name__)
 CHECKED = 50_000  # files that are decoded once before training; of more, each is when it is fetched
 THREADS = 4  # Pillow's decoders let others run
 
@@ -38,19 +42,34 @@ class ImageFiles(ImageSet):
         Raises:
             DataError: some cannot be decoded.
         """
-        if len(self) > CHECKED:
-            return
-        with ThreadPoolExecutor(THREADS) as pool:
-            faults = [fault for fault in pool.map(_find_fault, self.paths) if fault is not None]
-        if len(faults) > 1:
-            raise DataError(f"{len(faults)} of {len(self)} images cannot be used, the first: {faults[0]}")
-        if faults:
-            raise faults[0]
+        check_each(read_rgb, self.paths)
 
 
-def _find_fault(path: str) -> DataError | None:
-    try:
-        read_rgb(path)
-    except DataError as error:
-        return error
-    return None
+def check_each(decode: Callable[[Any], object], images: Sequence[Any]) -> None:
+    """Decode each image once, unless there are very many.
+
+    Raises:
+        DataError: some cannot be decoded.
+    """
+    if len(images) > CHECKED:
+        return
+
+    def find_fault(image: Any) -> DataError | None:
+        try:
+            decode(image)
+        except DataError as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        faults = [fault for fault in pool.map(find_fault, images) if fault is not None]
+    if len(faults) > 1:
+        raise DataError(f"{len(faults)} of {len(images)} images cannot be used, the first: {faults[0]}")
+    if faults:
+        raise faults[0]
+
+
+@rank_zero_only
+def tell(text: str) -> None:
+    """Say what becomes of files, once."""
+    log.warning(text)

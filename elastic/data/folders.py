@@ -1,22 +1,22 @@
 """Read sets of image files from a folder a class."""
 
-import logging
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_only
 from torchvision import datasets
 
 from elastic.data.decoding import list_suffixes
 from elastic.data.fetch import guard_fetch
-from elastic.data.files import ImageFiles
+from elastic.data.files import ImageFiles, tell
 from elastic.data.images import ImageData
 from elastic.data.imageset import ImageSet
 from elastic.errors import DataError
 from elastic.ranges import Count, checked
 
-log = logging.getLogger(__name__)
+# Folders that systems leave among others, beside hidden ones.
+SYSTEM = ("__MACOSX", "__pycache__", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 
 
 def list_folder(folder: Path, size: int) -> ImageFiles:
@@ -32,7 +32,7 @@ def list_folder(folder: Path, size: int) -> ImageFiles:
     labels: list[int] = []
     skipped: Counter[str] = Counter()
     for label, name in enumerate(classes):
-        files = _list_files(folder / name)
+        files = _list_files(folder / name, [folder.resolve()])
         images = [path for path in files if path.suffix.lower() in list_suffixes()]
         if not images:
             raise _refuse(folder, f"none is in {name}")
@@ -40,7 +40,7 @@ def list_folder(folder: Path, size: int) -> ImageFiles:
         paths += map(str, images)
         labels += [label] * len(images)
     if skipped:
-        _tell(
+        tell(
             f"{folder}: {skipped.total()} files are no images and are skipped ({', '.join(sorted(skipped))})"
         )
     return ImageFiles(paths, labels, classes, size)
@@ -50,13 +50,17 @@ def _list_shown(folder: Path) -> list[Path]:
     """List what is in a folder, without hidden files and folders, such as `.ipynb_checkpoints`."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    return sorted(path for path in folder.iterdir() if path.name[0] != "." and path.name not in SYSTEM)
 
 
-def _list_files(folder: Path) -> list[Path]:
+def _list_files(folder: Path, above: Sequence[Path]) -> list[Path]:
+    """List the files of a folder and of those in it, but for links to one that it lies in."""
+    real = folder.resolve()
+    if real in above:
+        return []
     files: list[Path] = []
     for path in _list_shown(folder):
-        files += _list_files(path) if path.is_dir() else [path]
+        files += _list_files(path, (*above, real)) if path.is_dir() else [path]
     return files
 
 
@@ -65,11 +69,6 @@ def _refuse(folder: Path, cause: str) -> DataError:
         f"{folder} holds no images ({cause}): fill it as {folder}/<class>/*.jpg, no class empty, "
         "or set data.root (or ELASTIC_DATA) to the right folder"
     )
-
-
-@rank_zero_only
-def _tell(text: str) -> None:
-    log.warning(text)
 
 
 @checked

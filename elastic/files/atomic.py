@@ -4,12 +4,31 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from elastic.errors import FileError
+
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside its place and put it there at once: a failure leaves what was there."""
+    """Write a file beside its place and put it there at once: a failure leaves what was there.
+
+    Raises:
+        FileError: there is no such folder, or the place is one.
+    """
+    check_place(path)
     part = path.with_name(path.name + ".part")
     try:
         write(part)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def check_place(path: Path) -> None:
+    """Refuse a place where no file can be.
+
+    Raises:
+        FileError: there is no such folder, or the place is one.
+    """
+    if path.is_dir():
+        raise FileError(f"{path} is a folder: name a file in it")
+    if not path.parent.is_dir():
+        raise FileError(f"{path} cannot be written: make the folder {path.parent} first")

@@ -1,5 +1,6 @@
 """Write a network's card from what its file says of it: Markdown, with a head as Hugging Face reads it."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ def write_card(name: str, about: Mapping[str, Any], load: str = "elastic.load") 
         "\n".join(filter(None, [about.get("protocol", PROTOCOL), about.get("latency"), WORDS]))
         if measured
         else "",
-        _write_use(f'{load}("{name}")', measured),
+        _write_use(f"{load}({json.dumps(name, ensure_ascii=False)})", measured),
         f"## How it was made\n\n```bash\n{made['command']}\n```" if "command" in made else "",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -48,7 +49,7 @@ def _write_head(name: str, about: Mapping[str, Any]) -> str:
     """Write what Hugging Face shows and searches: licence, task, data set, results."""
     data, measured = about.get("made", {}).get("data"), about.get("measured", {})
     head: dict[str, Any] = {"library_name": "elastic-cnn", "tags": ["elastic-cnn", "pruning"]}
-    if "licence" in about:
+    if about.get("licence"):
         head["license"] = about["licence"].lower()
     if data is not None and "test/acc" in measured:
         accuracy = {"type": "accuracy", "value": round(measured["test/acc"], 4)}
@@ -67,22 +68,31 @@ def _write_facts(about: Mapping[str, Any]) -> str:
         "Data": made.get("data"),
         "Network as first built": _write_call(model) if model else None,
         "Methods": made.get("schedule"),
+        "Started from": made.get("init"),
+        "Learned from": made.get("teacher"),
         "Epochs": made.get("epochs"),
         "Seed": made.get("seed"),
         "Input": " × ".join(map(str, about["input"])) if "input" in about else None,
-        "Mean, sd": f"{_list(about['mean'])}; {_list(about['std'])}" if "mean" in about else None,
+        "Mean, sd": f"{_list(about['mean'])}; {_list(about['std'])}"
+        if {"mean", "std"} <= about.keys()
+        else None,
         "Classes": ", ".join(about["classes"]) if "classes" in about else None,
         "Trained on": made.get("device"),
         "Code": versions or None,
         "Licence": about.get("licence"),
     }
-    rows = [f"| {key} | {value} |" for key, value in facts.items() if value is not None]
+    rows = [f"| {key} | {_escape(str(value))} |" for key, value in facts.items() if value is not None]
     return "\n".join(["| | |", "|---|---|", *rows]) if rows else ""
 
 
 def _write_call(model: Mapping[str, Any]) -> str:
     options = ", ".join(f"{key}={value!r}" for key, value in model["options"].items())
     return f"`{model['builder']}({options})`"
+
+
+def _escape(text: str) -> str:
+    """Write what stands in a cell of a table: names of classes may be of whatever signs."""
+    return " ".join(text.replace("<", "&lt;").replace("|", r"\|").split())
 
 
 def _list(values: Sequence[float]) -> str:
@@ -99,7 +109,7 @@ def _write_results(measured: Mapping[str, Any]) -> str:
             part = f"{name}, set {row['set']}" if len(sets) > 1 else name
             rows.append((part, {**level, **row}))
     keys = [key for key in ROW if any(key in row for _, row in rows)]
-    if all(row.get("macs_dynamic", row["macs"]) == row["macs"] for _, row in rows):
+    if all(row.get("macs_dynamic", row.get("macs")) == row.get("macs") for _, row in rows):
         keys = [key for key in keys if key != "macs_dynamic"]
     head = ["", *(HEADS[key] for key in keys)]
     lines = [[name, *(_write_cell(key, row.get(key)) for key in keys)] for name, row in rows]

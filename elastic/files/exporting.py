@@ -1,17 +1,24 @@
 """Write a network as a file that other programs run, and check it against the network before it is left."""
 
 import os
+import re
 import tempfile
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from elastic.errors import FileError, OptionError, StructureError
+from elastic.errors import ElasticError, FileError, OptionError, StructureError
+from elastic.files.atomic import check_place
 from elastic.files.formats import FORMATS, Format, Run, Source, list_tensors
-from elastic.files.formats.interface import Outputs
+from elastic.files.formats.interface import Inputs, Outputs
+from elastic.files.network import Network
+from elastic.files.packing import check_about
 from elastic.levels.cutting import extract_level
 
 # Absolute, and relative to the largest value of an output; in 8 bits, what only a fault would exceed.
@@ -19,20 +26,22 @@ TOLERANCE, TOLERANCE_INT8 = 1e-5, 0.5
 
 
 def export(
-    net: nn.Module,
-    example: Tensor,
+    net: nn.Module | Network,
+    example: Tensor | Sequence[Tensor],
     path: str | Path,
     about: Mapping[str, Any] | None = None,
-    calibration: Sequence[Tensor] = (),
+    calibration: Sequence[Tensor | Sequence[Tensor]] = (),
 ) -> float:
     """Write a network for other programs, in the format that the file's ending names; see `docs/export.md`.
 
     Its outputs may be a tensor or nested tuples, lists and dictionaries of tensors. `.pt2` gives them back as
-    they are, other formats one after the other.
+    they are, other formats one after the other. Of other containers, such as dataclasses, the file has plain
+    ones; what is no tensor is left out.
 
     Args:
-        net: plain, e.g. compacted or a level; or with kernel activation modules, which then mask kernels.
-        example: an input, batch first.
+        net: plain, e.g. compacted or a level; or with kernel activation modules, which then mask kernels; or
+            what `elastic.load` returns, of which it is the largest level, with its modules.
+        example: an input, batch first, or several.
         about: what the file says of the network, in plain containers, where its format has a place for it.
         calibration: batches of inputs; with some the network is brought to 8 bits by the format's own tool.
 
@@ -40,30 +49,64 @@ def export(
         the largest difference of outputs, relative to the largest value where that is above 1.
 
     Raises:
-        OptionError: a kind of file that is not known, or one that has no 8 bits.
-        FileError: outputs that differ by more than 1e-5, in 8 bits by half of the largest; a missing package.
+        OptionError: a kind of file that is not known, or one that has no 8 bits; what no file can say.
+        StructureError: the network does not run on the example, or cannot be traced.
+        FileError: outputs that differ by more than 1e-5, in 8 bits by half of the largest; a missing package
+            or folder.
     """
     path = Path(path)
     form = find_format(path)
     if calibration and not form.has_int8:
         raise OptionError(f"{path.suffix} has no 8 bits: name a file that ends in {_list_endings(int8=True)}")
     form.require()
-    source = Source(_prepare(net), example[:1], about or {}, calibration)
-    tolerance = TOLERANCE_INT8 if calibration else TOLERANCE
+    check_place(path)
+    if isinstance(net, Network):
+        about = net.about if about is None else about
+        net = net.dynamic() if net.sets else net.plain()
+    sample = tuple(x[:1] for x in _list_inputs(example))
+    source = Source(
+        _prepare(net, sample),
+        sample,
+        check_about(about or {}),
+        [_list_inputs(batch) for batch in calibration],
+    )
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         part = Path(folder) / path.name
-        form.write(source, part)
-        remedy = "leave it in fp32" if calibration else "export it in fp32, or in another format"
-        try:
-            difference = _measure_difference(form.open(part, None), source)
-        except RuntimeError as error:  # of the runtime, which does not take what its tools have made
-            cause = str(error).splitlines()[0]
-            raise FileError(f"{path} cannot be run by its runtime ({cause}): {remedy}") from error
-        if not difference <= tolerance:  # nor is NaN
-            raise FileError(f"{path} would differ from the network by {difference:.1e}: {remedy}")
+        difference = _write_checked(form, source, part, path)
         for file in sorted(part.parent.iterdir(), key=lambda file: file == part):  # the named one last
             os.replace(file, path.with_name(file.name))
     return difference
+
+
+def _write_checked(form: Format, source: Source, part: Path, path: Path) -> float:
+    """Write a file, and measure how far its outputs are from the network's.
+
+    Raises:
+        StructureError: it cannot be written.
+        FileError: it cannot be run, or its outputs differ too much.
+    """
+    # The tools raise errors of whatever kind, also those of their own.
+    try:
+        form.write(source, part)
+    except Exception as error:
+        cause = f"{path} cannot be written ({_cite(error)})"
+        raise StructureError(f"{cause}: change forward there, or name another format") from error
+    remedy = "leave it in fp32" if source.calibration else "export it in fp32, or in another format"
+    try:
+        difference = _measure_difference(form.open(part, None), source)
+    except ElasticError:
+        raise
+    except Exception as error:  # of the runtime, which does not take what its tools have made
+        raise FileError(f"{path} cannot be run by its runtime ({_cite(error)}): {remedy}") from error
+    if not difference <= (TOLERANCE_INT8 if source.calibration else TOLERANCE):  # nor is NaN
+        raise FileError(f"{path} would differ from the network by {difference:.1e}: {remedy}")
+    return difference
+
+
+def _cite(error: Exception) -> str:
+    """Cite the first line of what a tool says, without colours."""
+    lines = re.sub("\x1b\\[[0-9;]*m", "", str(error)).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def open_exported(path: str | Path, threads: int | None = None) -> Run:
@@ -100,26 +143,89 @@ def _list_endings(int8: bool = False) -> str:
     return f"{', '.join(first)} or {last}"
 
 
-def _prepare(net: nn.Module) -> nn.Module:
+def _list_inputs(inputs: Tensor | Sequence[Tensor]) -> Inputs:
+    """List one input or several.
+
+    Raises:
+        StructureError: one is empty.
+    """
+    tensors = tuple(x.detach().cpu() for x in ([inputs] if isinstance(inputs, Tensor) else inputs))
+    if not all(len(x) for x in tensors):
+        raise StructureError("an example has no sample: give inputs, batch first")
+    return tensors
+
+
+def _prepare(net: nn.Module, sample: Inputs) -> nn.Module:
     """Copy a network as other programs take it: a level's tensors are parts of others, and have layouts."""
-    net = extract_level(net).eval()
+    net = extract_level(net).cpu().eval()
     for tensor in (*net.parameters(), *net.buffers()):
         tensor.data = tensor.detach().contiguous()
+    try:
+        with torch.no_grad():
+            outputs = net(*sample)
+    except Exception as error:  # of whatever kind: it is the user's code
+        shapes = ", ".join(str(tuple(x.shape)) for x in sample)
+        raise StructureError(
+            f"the network does not run on {shapes} ({_cite(error)}): give one input, or several, batch first"
+        ) from error
+    net = net if _is_plain(outputs) else PlainOutputs(net)
+    if not list_tensors(_make_plain(outputs)):
+        raise StructureError("the network returns no tensor: nothing can be written")
     return net
+
+
+class PlainOutputs(nn.Module):
+    """Return the tensors of a network's outputs in tuples, lists and dictionaries."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+        @wraps(net.forward)  # whose signature names the inputs of the file
+        def forward(*inputs: Tensor) -> Any:
+            return _make_plain(net(*inputs))
+
+        self.forward = forward
+
+
+def _is_plain(outputs: Any) -> bool:
+    if type(outputs) in (tuple, list):
+        return all(map(_is_plain, outputs))
+    if type(outputs) in (dict, OrderedDict):
+        return all(map(_is_plain, outputs.values()))
+    return isinstance(outputs, Tensor)
+
+
+def _make_plain(outputs: Any) -> Any:
+    """Make tuples, lists and dictionaries of nested outputs, without what is no tensor."""
+    if isinstance(outputs, Mapping):
+        parts = {name: _make_plain(value) for name, value in outputs.items()}
+        return {name: part for name, part in parts.items() if part is not None}
+    if isinstance(outputs, tuple | list):
+        return (list if isinstance(outputs, list) else tuple)(
+            part for part in map(_make_plain, outputs) if part is not None
+        )
+    if is_dataclass(outputs):
+        return _make_plain({field.name: getattr(outputs, field.name) for field in fields(outputs)})
+    return outputs if isinstance(outputs, Tensor) else None
 
 
 @torch.no_grad()
 def _measure_difference(run: Run, source: Source) -> float:
     """Measure how far a file's outputs are from the network's, on noise or on what it was calibrated with."""
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(3, *source.example.shape[1:], generator=generator)
-    probe = source.calibration[0] if source.calibration else noise
-    return _compare(run(probe), list_tensors(source.net(probe)))
+    probe = source.calibration[0] if source.calibration else source.repeat_example(3)
+    if not source.calibration:
+        probe = tuple(
+            torch.randn(x.shape, generator=generator).to(x.dtype) if x.is_floating_point() else x
+            for x in probe
+        )
+    return _compare(run(*probe), list_tensors(source.net(*probe)))
 
 
 def _compare(actual: Outputs, expected: Outputs) -> float:
     """Measure the largest difference of outputs, relative to the largest value where that is above 1."""
     if not expected or len(actual) != len(expected):
         raise StructureError(f"{len(actual)} of {len(expected)} outputs can be written: return tensors alone")
-    pairs = zip(actual, expected, strict=True)
+    pairs = [(a.double(), b.double()) for a, b in zip(actual, expected, strict=True)]
     return max(float((a - b).abs().max()) / max(1.0, float(b.abs().max())) for a, b in pairs)

@@ -4,12 +4,15 @@
 """
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 from huggingface_hub.constants import CONFIG_NAME
 
+from elastic.errors import ElasticError, FileError
 from elastic.files.cards import write_card
 from elastic.files.network import Network
 from elastic.files.zoo import WEIGHTS
@@ -30,9 +33,50 @@ class HubNetwork(ModelHubMixin):
     def _from_pretrained(
         cls, *, model_id: str, net: Any = None, example: Any = None, **options: Any
     ) -> "HubNetwork":
-        folder = Path(model_id)
-        path = folder / WEIGHTS if folder.is_dir() else Path(hf_hub_download(model_id, WEIGHTS, **options))
+        path = Path(hf_hub_download(model_id, WEIGHTS, **options))
         return cls(Network.load(net, path, example))
 
     def generate_model_card(self, *_: Any, repo_id: str = "network", **__: Any) -> ModelCard:
         return ModelCard(write_card(repo_id, self.network.about, "elastic.Network.from_pretrained"))
+
+
+def read_repository(repo_id: str, options: Mapping[str, Any]) -> Network:
+    """Read a network from a repository.
+
+    Raises:
+        FileError: there is none, or it cannot be reached.
+    """
+    with _explain(f"{repo_id} cannot be read", "name a folder, or a repository that can be reached"):
+        return HubNetwork.from_pretrained(repo_id, **options).network
+
+
+def write_folder(network: Network, folder: Path, options: Mapping[str, Any]) -> None:
+    """Write a folder.
+
+    Raises:
+        FileError: there can be none.
+    """
+    with _explain(f"{folder} cannot be written", "name another folder"):
+        HubNetwork(network).save_pretrained(folder, model_card_kwargs={"repo_id": folder.name}, **options)
+
+
+def write_repository(network: Network, repo_id: str, options: Mapping[str, Any]) -> str:
+    """Write a repository, and return the address of the commit.
+
+    Raises:
+        FileError: it cannot be reached, or this user may not.
+    """
+    with _explain(f"{repo_id} cannot be written", "log in with `hf auth login`, or give token=…"):
+        return HubNetwork(network).push_to_hub(repo_id, model_card_kwargs={"repo_id": repo_id}, **options)
+
+
+@contextmanager
+def _explain(fault: str, remedy: str) -> Iterator[None]:
+    """Say in one line what the library raises: of the network, of its service, of names and of files."""
+    try:
+        yield
+    except ElasticError:
+        raise
+    except Exception as error:
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FileError(f"{fault} ({cause}): {remedy}") from error

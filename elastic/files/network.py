@@ -158,10 +158,10 @@ class Network:
             StructureError: it is of another architecture.
         """
         tensors, about = read_tensors(path)
-        if example is None:
-            example = _make_example(about, path)
         if model is None:
             model = _build(about, path)
+        if example is None:
+            example = _make_example(about, path)
         widths = _fill(model, {name: t for name, t in tensors.items() if not name.startswith(".")}, example)
         said = {name: value for name, value in about.items() if name not in STRUCTURE}
         if "levels" in about:
@@ -186,9 +186,11 @@ class Network:
                 Hugging Face's own `from_pretrained` takes them.
 
         Raises:
-            FileError: see `load`; or the extra is missing.
+            FileError: see `load`; or there is no such repository, or the extra is missing.
         """
-        network: Network = _import_hub().HubNetwork.from_pretrained(source, **options).network
+        if Path(source).exists():
+            return load(source, options.get("net"), options.get("example"))
+        network: Network = _import_hub().read_repository(str(source), options)
         return network
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
@@ -197,10 +199,9 @@ class Network:
         A card that is there already is kept.
 
         Raises:
-            FileError: the extra is missing.
+            FileError: the extra is missing, or there can be no such folder.
         """
-        card = {"repo_id": Path(folder).name}
-        _import_hub().HubNetwork(self).save_pretrained(folder, model_card_kwargs=card, **options)
+        _import_hub().write_folder(self, Path(folder), options)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Write a repository of Hugging Face, with a card made of what is said of the network (extra `hub`).
@@ -213,10 +214,9 @@ class Network:
             the address of the commit.
 
         Raises:
-            FileError: the extra is missing.
+            FileError: the extra is missing, or the repository cannot be written.
         """
-        card = {"repo_id": repo_id}
-        return str(_import_hub().HubNetwork(self).push_to_hub(repo_id, model_card_kwargs=card, **options))
+        return str(_import_hub().write_repository(self, repo_id, options))
 
     def _attach(self, tensors: Mapping[str, Tensor], modules: Any, example: Tensor, path: Path) -> None:
         """Give every level the kernel activation modules of a file."""
@@ -285,11 +285,16 @@ def _import_hub() -> ModuleType:
 def _make_example(about: Mapping[str, Any], path: Path) -> Tensor:
     if "input" not in about:
         raise FileError(f"{path} does not say the size of its input: give an example, batch first")
-    return torch.zeros(1, *about["input"])
+    try:
+        return torch.zeros(1, *about["input"])
+    except (TypeError, RuntimeError) as error:  # of what are no sizes, or too large ones
+        raise FileError(
+            f"{path} says that its input is {about['input']}: give an example, batch first"
+        ) from error
 
 
 def _build(about: Mapping[str, Any], path: Path) -> nn.Module:
-    if "model" not in about:
+    if not isinstance(about.get("model"), dict):
         raise FileError(
             f"{path} does not say how its network is built: give the network as it was first built"
         )

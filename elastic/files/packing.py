@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
-from elastic.errors import FileError
+from elastic.errors import FileError, OptionError
 from elastic.files.atomic import write_atomically
 
 # What a file's bytes make of the library and of json: a header cut short, other types, other keys.
@@ -36,6 +36,7 @@ def write_tensors(
         about: plain containers.
         packed: leave out the zeros of sparse tensors.
     """
+    check_about(about)
     stored: dict[str, Tensor] = {}
     shapes: dict[str, list[int]] = {}
     storages: set[int] = set()
@@ -54,6 +55,22 @@ def write_tensors(
     content = save(stored, {KEY: json.dumps(meta)})  # the metadata comes first
     content = content.replace(BLANK.encode(), hashlib.sha256(content).hexdigest().encode(), 1)
     write_atomically(path, lambda part: part.write_bytes(content))
+
+
+def check_about(about: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what is to be said of a network, where a file can say it.
+
+    Raises:
+        OptionError: it has others than plain containers, texts and numbers.
+    """
+    for name, value in about.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise OptionError(
+                f"about has {name}={value!r} ({error}): give plain lists and numbers"
+            ) from error
+    return about
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -96,7 +113,14 @@ def _refuse(path: Path, error: Exception) -> FileError:
 def _read_meta(content: bytes) -> dict[str, Any]:
     """Read what is said of the tensors, after comparing the digest with the contents."""
     end = 8 + int.from_bytes(content[:8], "little")
-    meta: dict[str, Any] = json.loads(json.loads(content[8:end])["__metadata__"][KEY])
+    try:
+        head = json.loads(content[8:end])
+    except ValueError as error:
+        raise ValueError("it is no whole safetensors file") from error
+    said = head.get("__metadata__", {})
+    if KEY not in said:
+        raise ValueError("its metadata says nothing of a network: `elastic.save` writes what can be loaded")
+    meta: dict[str, Any] = json.loads(said[KEY])
     if meta.keys() - {DIGEST} != {"about", "sparse"}:
         raise ValueError(f"its metadata holds {', '.join(sorted(meta))}")
     if DIGEST in meta:

@@ -30,12 +30,13 @@ def find_file(source: str | Path) -> Path:
         FileError: there is none.
     """
     path = Path(source).expanduser()
-    if path.is_dir():
-        path = path / WEIGHTS
-    if path.is_file():
-        return path
-    if source in list_zoo():
+    file = path / WEIGHTS if path.is_dir() else path
+    if file.is_file():
+        return file
+    if str(source) in list_zoo():
         return ZOO / f"{source}.safetensors"
+    if path.is_dir():
+        raise FileError(f"there is no {WEIGHTS} in {path}: name the folder of a finished run")
     close = difflib.get_close_matches(str(source), list_zoo(), 1)
     remedy = f"did you mean {close[0]}?" if close else f"name a file, or one of {', '.join(list_zoo())}"
     raise FileError(f"there is no network {source}: {remedy}")

@@ -1,5 +1,6 @@
 """Say in a network's file what it is, what it was made from and what it does."""
 
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -20,13 +21,20 @@ def describe_run(cfg: DictConfig, data: ImageData, summary: dict[str, Any]) -> d
     about: dict[str, Any] = {} if model is None else {"model": model}
     return about | {
         **describe_data(data),
-        "made": {key: summary[key] for key in MADE if key in summary},
+        **({"licence": cfg.licence} if cfg.get("licence") else {}),
+        "made": {key: summary[key] for key in MADE if key in summary} | name_sources(cfg),
         "measured": {
             key: value
             for key, value in summary.items()
             if (key in MEASURED or key.startswith(TEST)) and value not in (None, [])
         },
     }
+
+
+def name_sources(cfg: DictConfig) -> dict[str, str]:
+    """Name the runs that a run has started from, and learned from."""
+    sources = {"init": cfg.get("init"), "teacher": OmegaConf.select(cfg, "callbacks.distil.teacher.run")}
+    return {key: Path(run).name for key, run in sources.items() if isinstance(run, str)}
 
 
 def describe_data(data: ImageData) -> dict[str, Any]:

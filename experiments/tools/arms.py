@@ -43,7 +43,7 @@ class Arm:
     @property
     def data(self) -> str:
         """Name the data set."""
-        return str(self.runs[0].get("data", ""))
+        return str(self.runs[0].get("data") or "")
 
     @property
     def metric(self) -> str:
@@ -83,8 +83,8 @@ def _split_summary(summary: Summary) -> list[tuple[str, Summary]]:
     """Split a summary into those of the network, of its other levels, and of its other sets."""
     common = {key: value for key, value in summary.items() if key not in ("levels", "sets")}
     shared = {"data": summary.get("data", "")}
-    levels = summary.get("levels", [])[:-1]  # the last one is the network itself
-    sets = summary.get("sets", [])[1:]  # the first one is what the summary is of
+    levels = (summary.get("levels") or [])[:-1]  # the last one is the network itself
+    sets = (summary.get("sets") or [])[1:]  # the first one is what the summary is of
     return [
         ("", summary),
         *((f" level {row['level']}", shared | {"macs_dynamic": row.get("macs")} | row) for row in levels),
@@ -152,6 +152,8 @@ def _read_summary(path: Path) -> Summary:
         summary: Summary = json.loads(path.read_text())
         metric = summary[find_metric(summary)]  # without one there is nothing to compare
         sum((metric, *(summary.get(key) or 0 for key in NUMBERS)))  # of numbers, no words
+        parts = [(kind, row) for kind in ("levels", "sets") for row in summary.get(kind) or []]
+        sum(row[find_metric(row)] for kind, row in parts if row[kind[:-1]] is not None)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise FileError(f"{path} is damaged: finish its run again, or leave it out of runs") from error
     check_sum(path)
@@ -161,14 +163,33 @@ def _read_summary(path: Path) -> Summary:
 def read_failures(pattern: str) -> dict[str, str]:
     """Read why runs of a sweep failed, by folder."""
     notes = (folder / FAILED for folder in name_arms(pattern))
-    return {note.parent.name: json.loads(note.read_text())["error"] for note in notes if note.exists()}
+    return {note.parent.name: _read_reason(note) for note in notes if note.exists()}
+
+
+def _read_reason(note: Path) -> str:
+    try:
+        return str(json.loads(note.read_text())["error"])
+    except (ValueError, TypeError, KeyError):
+        return f"{note.name} is damaged"
 
 
 def read_histories(names: Mapping[Path, str]) -> dict[str, list[History]]:
-    """Read what the census found in each epoch of each run that kept it, by arm."""
+    """Read what the census found in each epoch of each run that kept it, by arm.
+
+    Raises:
+        FileError: one is damaged.
+    """
     histories: dict[str, list[History]] = defaultdict(list)
     for folder, arm in names.items():
         if (folder / "history.jsonl").exists():
-            lines = (folder / "history.jsonl").read_text().splitlines()
-            histories[arm].append([json.loads(line) for line in lines])
+            histories[arm].append(_read_history(folder / "history.jsonl"))
     return histories
+
+
+def _read_history(path: Path) -> History:
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        sum(row[key] for row in rows for key in ("epoch", "params", "params_dense"))
+    except (ValueError, TypeError, KeyError) as error:
+        raise FileError(f"{path} is damaged: finish its run again, or leave it out of runs") from error
+    return rows

@@ -126,7 +126,7 @@ def plot_levels(series: Sequence[Series], keys: Sequence[str], label: str, scale
             for kind, marker in (("levels", "o-"), ("sets", "s--")):
                 runs = [run[kind] for run in arm.runs if len(run.get(kind) or ()) > 1]
                 key = _find_key(runs, keys)
-                if key is None:
+                if key is None or len({len(run) for run in runs}) > 1:  # seeds of other levels have no mean
                     continue
                 costs = np.mean([[scale * row[key] for row in run] for run in runs], 0)
                 accuracies = np.mean([arm.list_metrics(run) for run in runs], 0)

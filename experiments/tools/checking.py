@@ -144,6 +144,7 @@ class RunOptions:
     compile: bool | Literal["reduce-overhead", "max-autotune"]
     threads: Annotated[int, Range(1, 1024)] | None
     trust: list[str]
+    licence: str | None
 
 
 PARTS = {

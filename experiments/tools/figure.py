@@ -20,6 +20,7 @@ from elastic.experiments.tools.metrics import SHARES, TEST, describe_metric
 from elastic.files.atomic import write_atomically
 
 LEAST = 0.01  # %, where a logarithmic axis has no place for zero
+LONGEST = 40  # letters of an arm's name beside panels
 LEGEND = 12  # widths that a legend has room for
 
 
@@ -147,8 +148,14 @@ def draw_arms(groups: Sequence[Sequence[Arm]], size: str, path: Path) -> None:
             _draw_column(panel, order, key, scale)
             panel.set_xlabel(label)
             panel.xaxis.set_major_formatter(EngFormatter(sep="") if key == size else "{x:g}")
-        panels[0].set_yticks(range(len(order)), [arm.label.replace("_", " ") for arm in order])
+        panels[0].set_yticks(range(len(order)), [_shorten(arm.label) for arm in order])
     save_figure(figure, path)
+
+
+def _shorten(label: str) -> str:
+    """Write a label that leaves room for the panels; a dollar sign would begin a formula."""
+    text = label.replace("_", " ").replace("\n", " ")
+    return (text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…").replace("$", r"\$")
 
 
 def _draw_column(panel: Axes, arms: Sequence[Arm], key: str, scale: float) -> None:

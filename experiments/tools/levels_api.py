@@ -1,7 +1,6 @@
 """Answer requests over HTTP by LitServe: images in, classes out, by the level that is fast enough now."""
 
 import base64
-import binascii
 import io
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,14 +10,32 @@ import litserve
 import torch
 from fastapi import HTTPException
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms import v2
 
 import elastic
-from elastic.errors import FileError
+from elastic.data.decoding import convert_rgb
+from elastic.errors import DataError, FileError
 from elastic.levels import Runtime, make_alone
 
+MODES = {1: "L", 3: "RGB"}  # of Pillow, by channels
 NEEDED = ("input", "mean", "std", "classes")  # of what a file says, to make its input and name its outputs
+
+
+def read_levels(source: str, level: int | None) -> tuple[list[nn.Module], Mapping[str, Any]]:
+    """Read the levels of a network, or one of them, and what is said of it.
+
+    Raises:
+        FileError: it has kernel activation modules, or does not say what is needed.
+        OptionError: there is no such level.
+    """
+    network = elastic.load(source)
+    network.reject_modules(Path(source))
+    if missing := [name for name in NEEDED if name not in network.about]:
+        raise FileError(f"{source} does not say its {missing[0]}: save it with that in `about`")
+    if network.about["input"][0] not in MODES:
+        raise FileError(f"{source} takes images of {network.about['input'][0]} channels: name one of 1 or 3")
+    return list(network.nets) if level is None else [network.plain(level)], network.about
 
 
 class LevelsAPI(litserve.LitAPI):  # type: ignore[misc]
@@ -39,15 +56,12 @@ class LevelsAPI(litserve.LitAPI):  # type: ignore[misc]
         """Load the network and measure its levels, in the process that answers."""
         torch.set_num_threads(1)
         torch.set_flush_denormal(True)
-        network = elastic.load(self.source)
-        network.reject_modules(Path(self.source))
-        if missing := [name for name in NEEDED if name not in network.about]:
-            raise FileError(f"{self.source} does not say its {missing[0]}: save it with that in `about`")
-        self.about = network.about
-        levels = network.nets if self.level is None else [network.plain(self.level)]
+        levels, self.about = read_levels(self.source, self.level)
         channels, height, width = self.about["input"]
-        self.mode = "L" if channels == 1 else "RGB"
-        self.prepare = v2.Compose([v2.Resize((height, width)), v2.PILToTensor()])
+        self.mode = MODES[channels]
+        # A square is cut out of the middle, as of images that networks are trained on.
+        cut = [v2.Resize(height), v2.CenterCrop(height)] if height == width else [v2.Resize((height, width))]
+        self.prepare = v2.Compose([*cut, v2.PILToTensor()])
         self.mean, self.std = (torch.tensor(self.about[name])[:, None, None] for name in ("mean", "std"))
         example = torch.zeros(self.images, channels, height, width)
         self.runtime = Runtime([make_alone(level, example) for level in levels], example)
@@ -60,11 +74,18 @@ class LevelsAPI(litserve.LitAPI):  # type: ignore[misc]
     def decode_request(self, request: Mapping[str, Any], **_: Any) -> Tensor:
         """Decode the images of a request, scaled and normalised as the network was trained."""
         try:
-            images = [Image.open(io.BytesIO(base64.b64decode(text))) for text in request["images"]]
-            bytes_BCHW = torch.stack([self.prepare(image.convert(self.mode)) for image in images])
-        except (KeyError, TypeError, ValueError, OSError, RuntimeError, binascii.Error) as error:
+            bytes_BCHW = torch.stack([self._decode(text) for text in request["images"]])
+        except DataError as error:
+            raise HTTPException(422, str(error)) from error
+        except Exception as error:  # Pillow's decoders fail with OSError, SyntaxError, struct.error, …
             raise HTTPException(422, "send {'images': [base64 of an image file, …]}") from error
         return (bytes_BCHW.float() / 255 - self.mean) / self.std
+
+    def _decode(self, text: str) -> Tensor:
+        """Decode an image as those that networks are trained on."""
+        with Image.open(io.BytesIO(base64.b64decode(text))) as image:
+            bytes_CHW: Tensor = self.prepare(convert_rgb(image, "an image").convert(self.mode))
+        return bytes_CHW
 
     def predict(self, x_BCHW: Tensor, **_: Any) -> tuple[Tensor, int]:
         """Classify images, and say by which level."""

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -41,15 +42,27 @@ COLUMNS = (  # behind those of metrics
 )
 PREFIXES = {"P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
 CSV_SCALES = {"macs_training": 1e-12}  # in files, whose units do not depend on the runs
-LATEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "±": r"$\pm$", "–": "--", "×": r"$\times$"}
+LATEX = {sign: rf"\{sign}" for sign in "&%_#${}"} | {
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "\\": r"\textbackslash{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "±": r"$\pm$",
+    "–": "--",
+    "×": r"$\times$",
+    "\n": " ",
+}
 
 
 @dataclass(frozen=True)
 class ResultTable:
-    """Hold the arms on one data set as text.
+    """Hold the arms on one data set, judged by one metric, as text.
 
     Attributes:
         data: the data set.
+        title: the same, and the metric where others on it are judged by another.
         arms: a row each.
         head: of the columns.
         rows: of the table.
@@ -57,6 +70,7 @@ class ResultTable:
     """
 
     data: str
+    title: str
     arms: Sequence[Arm]
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -64,21 +78,25 @@ class ResultTable:
 
 
 def make_tables(arms: Sequence[Arm]) -> list[ResultTable]:
-    """Make a table for each data set, in the order of their names."""
-    return [
-        make_table(data, [arm for arm in arms if arm.data == data])
-        for data in sorted({arm.data for arm in arms})
-    ]
+    """Make a table for each data set and metric, in the order of their names."""
+    groups: dict[tuple[str, str], list[Arm]] = {}
+    for arm in arms:
+        groups.setdefault((arm.data, arm.metric), []).append(arm)
+    counts = Counter(data for data, _ in groups)
+    names = {
+        key: f"{key[0]}, {describe_metric(key[1]).name}" if counts[key[0]] > 1 else key[0] for key in groups
+    }
+    return [make_table(names[key], groups[key]) for key in sorted(groups)]
 
 
-def make_table(data: str, arms: Sequence[Arm]) -> ResultTable:
-    """Make a table of arms."""
+def make_table(title: str, arms: Sequence[Arm]) -> ResultTable:
+    """Make a table of arms on the same data."""
     columns = [fit_column(column, arms) for column in select_columns(arms)]
     rows = [
         [arm.label, str(len(arm.runs)), *(format_mean(arm, column) for column in columns)] for arm in arms
     ]
     head = ("arm", "runs", *(column.head for column in columns))
-    return ResultTable(data, arms, head, rows, find_best(rows, columns))
+    return ResultTable(arms[0].data, title, arms, head, rows, find_best(rows, columns))
 
 
 def select_columns(arms: Sequence[Arm]) -> list[Column]:
@@ -101,12 +119,16 @@ def skips(arms: Sequence[Arm]) -> bool:
 
 
 def fit_column(column: Column, arms: Sequence[Arm]) -> Column:
-    """Choose a column's unit by its largest mean, and as many digits as its smallest one needs."""
+    """Choose a column's unit by its largest mean, or a smaller one where its smallest would be shown as zero.
+
+    Where a column has no choice of units, it gets as many digits as its smallest mean needs.
+    """
     means = [mean[0] for arm in arms if (mean := arm.compute_mean(column.key)) is not None and mean[0] > 0]
     if not means:
         return replace(column, head=column.head.format("T"))
     if "{}" in column.head:
-        prefix, unit = next(((p, u) for p, u in PREFIXES.items() if max(means) >= u), ("", 1.0))
+        most = min(max(means), min(means) / (0.5 * 0.1**column.digits))
+        prefix, unit = next(((p, u) for p, u in PREFIXES.items() if most >= u), ("", 1.0))
         column = replace(column, head=column.head.format(prefix), scale=1 / unit)
     smallest = column.scale * min(means)
     if smallest < 0.5 * 0.1**column.digits:  # it would be shown as zero: two digits of it, then, for all
@@ -128,7 +150,7 @@ def find_best(rows: Sequence[Sequence[str]], columns: Sequence[Column]) -> set[t
     best = set()
     for j, column in enumerate(columns, start=2):  # behind the arm and the count of its runs
         texts = {i: row[j].partition(" ")[0].replace(",", "") for i, row in enumerate(rows)}
-        means = {i: float(text) for i, text in texts.items() if text != NONE}
+        means = {i: float(text) for i, text in texts.items() if text not in (NONE, "nan")}
         target = (max if column.more_is_better else min)(means.values(), default=None)
         best |= {(i, j) for i, mean in means.items() if mean == target}
     return best
@@ -136,8 +158,9 @@ def find_best(rows: Sequence[Sequence[str]], columns: Sequence[Column]) -> set[t
 
 def list_csv(arms: Sequence[Arm]) -> tuple[list[str], list[list[str]]]:
     """List head and rows of a file: means and sd apart, in units that do not depend on the arms."""
-    columns = select_columns(arms)
-    head = ["arm", "runs", *(f"{column.key} {part}" for column in columns for part in ("mean", "sd"))]
+    columns, is_mixed = select_columns(arms), len({arm.data for arm in arms}) > 1
+    head = [*(["data"] if is_mixed else []), "arm", "runs"]
+    head += [*(f"{column.key} {part}" for column in columns for part in ("mean", "sd"))]
     rows = []
     for arm in sorted(arms, key=lambda arm: arm.name):
         values: list[str] = []
@@ -145,7 +168,7 @@ def list_csv(arms: Sequence[Arm]) -> tuple[list[str], list[list[str]]]:
             scale = column.scale if column.more_is_better else CSV_SCALES.get(column.key, 1.0)
             mean = arm.compute_mean(column.key)
             values += ["", ""] if mean is None else [f"{scale * value:.6g}" for value in mean]
-        rows.append([arm.name, str(len(arm.runs)), *values])
+        rows.append([*([arm.data] if is_mixed else []), arm.name, str(len(arm.runs)), *values])
     return head, rows
 
 
@@ -170,8 +193,12 @@ def list_facts(arms: Sequence[Arm]) -> Mapping[str, str]:
     runs = [run for arm in arms for run in arm.runs]
 
     def list_distinct(key: str) -> str:
-        values = {run[key] for run in runs if run.get(key) is not None}
-        return ", ".join(f"{value:,}" if type(value) is int else str(value) for value in sorted(values))
+        values = [run[key] for run in runs if run.get(key) is not None]
+        are_numbers = all(isinstance(value, int | float) for value in values)
+        values = sorted(values, key=None if are_numbers else str)
+        return ", ".join(
+            dict.fromkeys(f"{value:,}" if type(value) is int else str(value) for value in values)
+        )
 
     names = {
         "Commit": "git",

@@ -29,7 +29,14 @@ def write_rows(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def format_markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Format a table in Markdown."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))
+    lines = [[escape_markdown(cell) for cell in line] for line in (head, *rows)]
+    lines.insert(1, ["---"] * len(head))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def escape_markdown(text: str) -> str:
+    """Write what stands in a cell: names of folders may have whatever signs."""
+    return text.replace("|", r"\|").replace("<", "&lt;").replace("\n", " ")
 
 
 def write_between_marks(path: Path, command: str, table: str) -> None:

@@ -11,9 +11,10 @@ import pytest
 
 from elastic.errors import FileError, OptionError
 from elastic.experiments.compare import compare_runs
-from elastic.experiments.tools.arms import read_arms, read_summaries, shorten_names
-from elastic.experiments.tools.figure import save_figure
-from elastic.experiments.tools.results import make_tables, write_latex
+from elastic.experiments.tools.arms import read_arms, read_failures, read_summaries, shorten_names
+from elastic.experiments.tools.figure import draw_arms, save_figure
+from elastic.experiments.tools.results import list_facts, make_tables, write_latex
+from elastic.experiments.tools.tables import format_markdown
 
 
 def write(folder: Path, accuracy: float, params: int, **more: Any) -> None:
@@ -195,7 +196,7 @@ def test_levels_and_sets_keep_their_numbers_behind_short_names(tmp_path: Path) -
     [
         ([430_000_000, 2_000_000_000], "training GMACs", ["0.430", "2.000"]),
         ([6_200_000_000_000, 16_700_000_000_000], "training TMACs", ["6.200", "16.700"]),
-        ([400_000, 2_000_000_000_000], "training TMACs", ["0.00000040", "2.00000000"]),
+        ([400_000, 2_000_000_000_000], "training MMACs", ["0.400", "2,000,000.000"]),
         ([12, 13], "training MACs", ["12.000", "13.000"]),
     ],
 )
@@ -219,6 +220,41 @@ def test_latex_can_be_typeset(tmp_path: Path) -> None:
     assert lines[4].startswith(r"a\_b & 2 & \textbf{85.00 $\pm$ 7.07} & \textbf{1,000 $\pm$ 0} & ")
     assert lines[5].startswith(r"c\%d & 1 & 70.00 & 2,000 & ")
     assert lines[4].split(" & ")[6] == "--" and all(line.count(" & ") == 7 for line in lines[4:6])
+    write(tmp_path / "e$f{g}~^\\<|\n-seed0", 0.6, 3000)
+    (table,) = make_tables(read_arms(f"{tmp_path}/*", read_summaries(f"{tmp_path}/*")))
+    name = r"e\$f\{g\}\textasciitilde{}\textasciicircum{}\textbackslash{}\textless{}\textbar{}  & 1 & "
+    assert write_latex(table).splitlines()[6].startswith(name)
+    assert format_markdown(table.head, table.rows).splitlines()[4].startswith(r"| e$f{g}~^\&lt;\|  | 1 | ")
+    draw_arms([table.arms], "params", tmp_path / "arms.png")
+
+
+def test_each_metric_on_the_same_data_has_a_table(tmp_path: Path) -> None:
+    write(tmp_path / "a-seed0", 0.9, 10, data="shapes")
+    write(tmp_path / "b-seed0", float("nan"), 10, data="shapes")
+    text = json.dumps({"data": "shapes", "test/r2": 12.5, "params": 5})
+    (tmp_path / "c-seed0").mkdir()
+    (tmp_path / "c-seed0/summary.json").write_text(text)
+    tables = make_tables(read_arms(f"{tmp_path}/*", read_summaries(f"{tmp_path}/*")))
+    assert [table.title for table in tables] == ["shapes, test accuracy", "shapes, test r2"]
+    assert [len(table.rows) for table in tables] == [2, 1] and (0, 2) in tables[0].best
+
+
+def test_what_is_damaged_beside_a_summary_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "a-seed0", 0.9, 10, levels=None, seed=0)
+    write(tmp_path / "b-seed0", 0.9, 10, seed="one", **{"budget/target": [1, 2]})
+    (tmp_path / "c-seed0").mkdir()
+    (tmp_path / "c-seed0/failed.json").write_text("{")
+    pattern = f"{tmp_path}/*"
+    assert read_failures(pattern) == {"c-seed0": "failed.json is damaged"}
+    assert list_facts(read_arms(pattern, read_summaries(pattern)))["Seeds"] == "0, one"
+    for text in ('{"epoch": 1, "par', '{"epoch": 1}'):
+        (tmp_path / "a-seed0/history.jsonl").write_text(text)
+        with pytest.raises(FileError, match=r"history.jsonl is damaged"):
+            read_arms(pattern, read_summaries(pattern))
+    (tmp_path / "a-seed0/history.jsonl").unlink()
+    write(tmp_path / "d-seed0", 0.9, 10, levels=[{"level": 0}])
+    with pytest.raises(FileError, match=r"summary.json is damaged"):
+        read_summaries(pattern)
 
 
 def test_a_picture_of_no_kind_is_refused(tmp_path: Path) -> None:

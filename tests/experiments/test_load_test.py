@@ -1,13 +1,32 @@
 """Requests over HTTP: the elastic network answers, nothing is lost, numbers are what they are called."""
 
+import base64
 import csv
+import io
+import multiprocessing
+import os
+import signal
+import socket
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from elastic.errors import FileError
-from elastic.experiments.host import host_network
-from elastic.experiments.load_test import HEAD, Reply, score, send_load
+import elastic
+from elastic.data import Digits
+from elastic.errors import FileError, OptionError
+from elastic.experiments.host import check_port, end_children, host_network
+from elastic.experiments.load_test import HEAD, Reply, make_requests, score, send_load
+from elastic.experiments.tools.signals import SIGNALS, Interrupted, raise_on_signals
+from elastic.models import convnet
+
+ABOUT = {
+    "model": {"builder": "convnet", "options": {"channels": [4, 6], "in_channels": 1, "classes": 10}},
+    "input": [1, 8, 8],
+}
 
 
 def test_the_score_counts_what_is_in_time_and_what_is_lost() -> None:
@@ -24,6 +43,76 @@ def test_without_its_extra_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         host_network("digits-gnap-2k")
     with pytest.raises(FileError, match="there is no network none"):
         host_network("none")
+
+
+def test_a_port_that_is_taken_is_refused() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(OptionError, match=f"port={port} cannot be listened at .*: name another"):
+            check_port(port)
+    check_port(port)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_ends_a_servers_processes_before_it_ends_the_server(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    killed = []
+    child = type("Child", (), {"kill": lambda self: killed.append(self)})()
+    monkeypatch.setattr(multiprocessing, "active_children", lambda: [child])
+    with pytest.raises(Interrupted) as caught, raise_on_signals(), end_children():
+        os.kill(os.getpid(), number)
+        pytest.fail("a signal was lost")
+    caught.value.arrived.set()
+    assert killed[0] is child
+
+
+def send(*images: Any) -> dict[str, Any]:
+    return {"images": [base64.b64encode(image).decode() for image in images]}
+
+
+def write(image: Image.Image, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+def test_requests_are_read_as_training_images_are_and_what_is_none_is_said() -> None:
+    pytest.importorskip("litserve", reason="the extra `serve` is not installed")
+    from fastapi import HTTPException
+
+    from elastic.experiments.tools.levels_api import LevelsAPI
+
+    api = LevelsAPI("digits-gnap-2k", 20.0, 0, 1)
+    api.setup("cpu")
+    torch.set_flush_denormal(False)  # as other tests have it
+    bytes_HW = np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8)
+    wide = Image.fromarray(np.pad(bytes_HW, ((0, 0), (4, 4))))  # whose middle is cut out
+    deep = Image.fromarray(bytes_HW.astype(np.uint16) * 257)
+    x_BCHW = api.decode_request(send(*map(write, (Image.fromarray(bytes_HW), wide, deep))))
+    assert torch.equal(x_BCHW[0], x_BCHW[1]) and torch.equal(x_BCHW[0], x_BCHW[2])
+    floats = Image.fromarray(np.zeros((8, 8), np.float32))
+    huge = Image.new("1", (20_000, 20_000))  # which Pillow takes for an attack
+    for request, text in [
+        (send(write(floats, "TIFF")), "unknown range"),
+        (send(write(huge)), "base64 of an image file"),
+        (send(write(deep)[:-30]), "base64 of an image file"),
+        ({"images": []}, "base64 of an image file"),
+    ]:
+        with pytest.raises(HTTPException) as caught:
+            api.decode_request(request)
+        assert caught.value.status_code == 422 and text in caught.value.detail
+
+
+def test_requests_end_with_the_test_images_and_need_to_know_them(tmp_path: Path) -> None:
+    data = Digits(batch_size=8)
+    data.prepare_data()
+    assert [len(labels) for _, labels in make_requests(data, 200)] == [200, 160]
+    elastic.save(convnet([4, 6]), tmp_path / "net", ABOUT)
+    with pytest.raises(FileError, match=r"does not say its data, made\.data: name a run's network"):
+        send_load(str(tmp_path / "net"))
 
 
 @pytest.mark.slow

@@ -57,7 +57,7 @@ KINDS: dict[str, Any] = {
 }
 # Options that take anything that is written: names, places, metrics; and those of others that say so.
 FREE = {
-    *("name", "run", "choices.data", "choices.model", "init", "timeline"),
+    *("name", "run", "choices.data", "choices.model", "init", "timeline", "licence"),
     *("data.root", "data.dataset.path", "model.name", "trainer.accelerator", "trainer.strategy"),
     *("trainer.precision", "trainer.profiler.dirpath", "trainer.profiler.filename"),
     *("callbacks.census.folder", "callbacks.growth.monitor", "callbacks.growth.timeline"),

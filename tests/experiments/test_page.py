@@ -202,6 +202,14 @@ def test_arms_of_the_same_name_in_different_folders_are_different(tmp_path: Path
     assert set(name_arms(f"{tmp_path}/digits/*").values()) == {"gnap"}
 
 
+def test_seeds_of_different_levels_are_not_drawn_as_one_line() -> None:
+    levels = [{"macs": k, "test/acc": 0.5} for k in range(3)]
+    runs = [{"test/acc": 0.5, "levels": levels[:count]} for count in (2, 3)]
+    draw = plot_levels([Series(1, "a", "C0", runs)], ["macs"], "MACs")
+    assert draw(plt.figure().gca()) == []
+    plt.close("all")
+
+
 def test_figures_of_nothing_are_nothing() -> None:
     def series(run: dict[str, Any]) -> list[Series]:
         return [Series(1, "one", "C0", [run], [[]])]

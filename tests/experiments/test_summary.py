@@ -7,8 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
+from elastic.data import Digits
+from elastic.experiments.tools.about import describe_run
 from elastic.experiments.tools.figure import draw_history
 from elastic.experiments.tools.summary import (
     measure_metrics,
@@ -18,6 +21,7 @@ from elastic.experiments.tools.summary import (
     write_summary,
 )
 from elastic.experiments.train import build, train
+from elastic.files.cards import write_card
 from elastic.files.network import Network
 from elastic.files.sums import SUMS, check_sum
 from elastic.models import convnet
@@ -250,3 +254,19 @@ def test_no_epochs_no_picture(tmp_path: Path) -> None:
 
 def test_the_runs_own_picture(finished: Path) -> None:
     assert opened(finished / "history.png").shape == (840, 840, 3)
+
+
+def test_a_file_says_its_licence_and_what_its_run_began_with() -> None:
+    content = {
+        "model": {"_target_": "elastic.models.convnet", "channels": [4, 6]},
+        "init": "runs/first-seed0/",
+        "licence": "MIT",
+        "callbacks": {"distil": {"teacher": {"run": "${init}"}}},
+    }
+    about = describe_run(OmegaConf.create(content), Digits(), {"seed": 0, "test/acc": 0.5})
+    assert about["licence"] == "MIT" and about["model"]["options"]["channels"] == [4, 6]
+    assert about["made"] == {"seed": 0, "init": "first-seed0", "teacher": "first-seed0"}
+    card = write_card("name", about)
+    assert "license: mit" in card and "| Started from | first-seed0 |" in card
+    alone = describe_run(OmegaConf.create(content | {"init": None, "licence": None}), Digits(), {})
+    assert alone["made"] == {} and "licence" not in alone

@@ -35,10 +35,9 @@ def quantize(program: ExportedProgram, source: Source, axis: Dim) -> ExportedPro
 
     quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
     module = prepare_pt2e(program.module(), quantizer)
-    for x_BCHW in source.calibration:
-        module(x_BCHW)
-    inputs = source.example.repeat(BATCH, *[1] * (source.example.dim() - 1))
-    return trace(convert_pt2e(module), inputs, axis)
+    for inputs in source.calibration:
+        module(*inputs)
+    return trace(convert_pt2e(module), source.repeat_example(BATCH), axis)
 
 
 def open_file(path: Path, threads: int | None = None) -> Run:
@@ -53,9 +52,10 @@ def open_file(path: Path, threads: int | None = None) -> Run:
     method = program.load_method("forward")
     assert method is not None
 
-    def run(x_BCHW: Tensor) -> Outputs:
+    def run(*inputs: Tensor) -> Outputs:
         assert contents and program  # which the method refers to, without keeping them
-        parts = [[y.clone() for y in method.execute([x])] for x in x_BCHW.contiguous().split(BATCH)]
+        batches = zip(*(x.contiguous().split(BATCH) for x in inputs), strict=True)
+        parts = [[y.clone() for y in method.execute(list(batch))] for batch in batches]
         return [torch.cat(outputs) for outputs in zip(*parts, strict=True)]
 
     return run

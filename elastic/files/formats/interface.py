@@ -15,8 +15,9 @@ from torch.utils import _pytree as pytree
 
 from elastic.errors import FileError
 
+Inputs = tuple[Tensor, ...]
 Outputs = list[Tensor]
-Run = Callable[[Tensor], Outputs]
+Run = Callable[..., Outputs]  # of inputs
 
 
 @dataclass(frozen=True)
@@ -25,24 +26,28 @@ class Source:
 
     Attributes:
         net: in evaluation mode, its tensors contiguous.
-        example: one input, batch first.
+        example: one sample of each input, batch first.
         about: what the file says of the network, in plain containers.
-        calibration: batches of inputs that say which values occur, for 8 bits; without any it stays fp32.
+        calibration: batches of all inputs that say which values occur, for 8 bits; without any it stays fp32.
     """
 
     net: nn.Module
-    example: Tensor
+    example: Inputs
     about: Mapping[str, Any] = field(default_factory=dict)
-    calibration: Sequence[Tensor] = ()
+    calibration: Sequence[Inputs] = ()
 
     @property
     def texts(self) -> dict[str, str]:
         """Write each entry of `about` as JSON."""
         return {name: json.dumps(value) for name, value in self.about.items()}
 
+    def repeat_example(self, batch: int) -> Inputs:
+        """Repeat the example along the batch."""
+        return tuple(x.repeat(batch, *[1] * (x.dim() - 1)) for x in self.example)
+
     def make_program(self, batch_axis: Any, batch: int = 2) -> ExportedProgram:
         """Trace the network for any batch size; one of 1 would be taken for granted."""
-        return trace(self.net, self.example.repeat(batch, *[1] * (self.example.dim() - 1)), batch_axis)
+        return trace(self.net, self.repeat_example(batch), batch_axis)
 
 
 @dataclass(frozen=True)
@@ -76,12 +81,12 @@ class Format:
                 raise FileError(f"{error.name} is not installed: install the extra `{self.extra}`") from error
 
 
-def trace(net: nn.Module, x_BCHW: Tensor, batch_axis: Any) -> ExportedProgram:
+def trace(net: nn.Module, inputs: Inputs, batch_axis: Any) -> ExportedProgram:
     """Trace a network by torch.export."""
     with warnings.catch_warnings():
         # Of what kernel activation modules note of their last input.
         warnings.filterwarnings("ignore", ".*were assigned during export", UserWarning)
-        return torch.export.export(net, (x_BCHW,), dynamic_shapes=({0: batch_axis},))
+        return torch.export.export(net, inputs, dynamic_shapes=tuple({0: batch_axis} for _ in inputs))
 
 
 def list_tensors(outputs: Any) -> Outputs:

@@ -12,7 +12,7 @@ def write(source: Source, path: Path) -> None:
     """Write the network; the format has no place for what is said of it."""
     import litert_torch
 
-    litert_torch.convert(source.net, (source.example,)).export(str(path))
+    litert_torch.convert(source.net, source.example).export(str(path))
     if source.calibration:
         quantize(path, source)
 
@@ -26,8 +26,12 @@ def quantize(path: Path, source: Source) -> None:
     keep = algorithm_manager.AlgorithmName.NO_QUANTIZE
     for end in (qtyping.TFLOperationName.INPUT, qtyping.TFLOperationName.OUTPUT):
         tool.update_quantization_recipe(".*", end, algorithm_key=keep)
-    inputs = [{"args_0": x[None].numpy()} for batch in source.calibration for x in batch]
-    path.write_bytes(tool.quantize(tool.calibrate({"serving_default": inputs})).quantized_model)
+    samples = [
+        {f"args_{k}": x[None].numpy() for k, x in enumerate(sample)}
+        for batch in source.calibration
+        for sample in zip(*batch, strict=True)
+    ]
+    path.write_bytes(tool.quantize(tool.calibrate({"serving_default": samples})).quantized_model)
 
 
 def open_file(path: Path, threads: int | None = None) -> Run:
@@ -36,15 +40,18 @@ def open_file(path: Path, threads: int | None = None) -> Run:
 
     interpreter = Interpreter(model_content=path.read_bytes(), num_threads=threads)
     interpreter.allocate_tensors()
-    (entry,), outputs = interpreter.get_input_details(), interpreter.get_output_details()
+    entries = sorted(interpreter.get_input_details(), key=lambda entry: str(entry["name"]))
+    outputs = interpreter.get_output_details()
 
-    def run_one(x_1CHW: Tensor) -> Outputs:
-        interpreter.set_tensor(entry["index"], x_1CHW.numpy())
+    def run_one(*inputs: Tensor) -> Outputs:
+        for entry, x in zip(entries, inputs, strict=True):
+            interpreter.set_tensor(entry["index"], x.numpy())
         interpreter.invoke()
         return [torch.from_numpy(interpreter.get_tensor(output["index"])) for output in outputs]
 
-    def run(x_BCHW: Tensor) -> Outputs:
-        return [torch.cat(parts) for parts in zip(*map(run_one, x_BCHW.split(1)), strict=True)]
+    def run(*inputs: Tensor) -> Outputs:
+        samples = (x.split(1) for x in inputs)
+        return [torch.cat(parts) for parts in zip(*map(run_one, *samples), strict=True)]
 
     return run
 

@@ -1,7 +1,7 @@
 """Write ONNX files and run them by ONNX Runtime, which also brings them to 8 bits."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
-from elastic.files.formats.interface import Format, Outputs, Run, Source
+from elastic.files.formats.interface import Format, Inputs, Outputs, Run, Source
 
 
 def write(source: Source, path: Path) -> None:
@@ -18,7 +18,8 @@ def write(source: Source, path: Path) -> None:
 
     program = source.make_program(Dim("batch"))
     # The program knows the batch axis as a symbol of torch's own making; named here, so it is in the file.
-    made = torch.onnx.export(program, dynamo=True, verbose=False, dynamic_shapes=({0: "batch"},))
+    axes = tuple({0: "batch"} for _ in source.example)
+    made = torch.onnx.export(program, dynamo=True, verbose=False, dynamic_shapes=axes)
     assert made is not None
     made.save(path)
     if source.calibration:
@@ -39,12 +40,12 @@ def quantize(path: Path, source: Source) -> None:
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
-            self.batches: Iterator[dict[str, Any]] = iter({name: x.numpy()} for x in source.calibration)
+            self.batches: Iterator[dict[str, Any]] = (feed(inputs) for inputs in source.calibration)
 
         def get_next(self) -> dict[str, Any] | None:
             return next(self.batches, None)
 
-    name = open_session(path, 1).get_inputs()[0].name
+    feed = make_feed(open_session(path, 1))
     logging.getLogger("root").setLevel(logging.ERROR)
     quant_pre_process(path, path)
     quantize_static(path, path, Reader(), quant_format=QuantFormat.QDQ, per_channel=True)
@@ -59,13 +60,19 @@ def open_session(path: Path, threads: int | None) -> Any:
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
+def make_feed(session: Any) -> Callable[[Inputs], dict[str, Any]]:
+    """Return what gives inputs the names that a file has for them."""
+    names = [each.name for each in session.get_inputs()]
+    return lambda inputs: {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
+
+
 def open_file(path: Path, threads: int | None = None) -> Run:
     """Open a file in ONNX Runtime."""
     session = open_session(path, threads)
-    name = session.get_inputs()[0].name
+    feed = make_feed(session)
 
-    def run(x_BCHW: Tensor) -> Outputs:
-        return [torch.from_numpy(output) for output in session.run(None, {name: x_BCHW.numpy()})]
+    def run(*inputs: Tensor) -> Outputs:
+        return [torch.from_numpy(output) for output in session.run(None, feed(inputs))]
 
     return run
 

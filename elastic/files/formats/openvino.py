@@ -19,7 +19,7 @@ def write(source: Source, path: Path) -> None:
     import openvino
 
     model = openvino.convert_model(source.make_program(Dim("batch")))
-    model.reshape({model.input(0): [-1, *source.example.shape[1:]]})
+    model.reshape({model.input(k): [-1, *x.shape[1:]] for k, x in enumerate(source.example)})
     if source.calibration:
         model = quantize(model, source)
     for name, text in source.texts.items():
@@ -32,7 +32,7 @@ def quantize(model: Any, source: Source) -> Any:
     import nncf
 
     nncf.set_log_level(logging.ERROR)
-    data = nncf.Dataset([x.numpy() for x in source.calibration])
+    data = nncf.Dataset([tuple(x.numpy() for x in inputs) for inputs in source.calibration])
     return nncf.quantize(model, data, subset_size=len(source.calibration))
 
 
@@ -43,8 +43,8 @@ def open_file(path: Path, threads: int | None = None) -> Run:
     options = FP32 if threads is None else {**FP32, "INFERENCE_NUM_THREADS": threads}
     compiled = openvino.Core().compile_model(path, "CPU", options)
 
-    def run(x_BCHW: Tensor) -> Outputs:
-        result = compiled(x_BCHW.numpy())
+    def run(*inputs: Tensor) -> Outputs:
+        result = compiled([x.numpy() for x in inputs])
         return [torch.from_numpy(result[output].copy()) for output in compiled.outputs]
 
     return run

@@ -25,8 +25,8 @@ def open_file(path: Path, threads: int | None = None) -> Run:
     net = torch.export.load(io.BytesIO(path.read_bytes())).module()
 
     @torch.no_grad()
-    def run(x_BCHW: Tensor) -> Outputs:
-        return list_tensors(net(x_BCHW))
+    def run(*inputs: Tensor) -> Outputs:
+        return list_tensors(net(*inputs))
 
     return run
 

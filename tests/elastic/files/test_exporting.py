@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import nn
 import elastic
 from elastic.dynamic.attaching import attach_modules
 from elastic.dynamic.modules import iterate_modules
-from elastic.errors import FileError, OptionError
+from elastic.errors import ElasticError, FileError, OptionError
 from elastic.files.exporting import TOLERANCE, export, open_exported
 from elastic.files.formats import FORMATS, Run, list_tensors
 from elastic.levels.nested import Levels
@@ -77,7 +77,7 @@ def test_a_gated_network_is_as_its_compacted_one(tmp_path: Path) -> None:
 
 def answer(patch: pytest.MonkeyPatch, outputs: list[torch.Tensor]) -> None:
     """Let every `.pt2` file give these outputs."""
-    form = replace(FORMATS[".pt2"], open=lambda path, threads: lambda x: outputs)
+    form = replace(FORMATS[".pt2"], open=lambda path, threads: lambda *inputs: outputs)
     patch.setitem(FORMATS, ".pt2", form)
 
 
@@ -172,6 +172,70 @@ def test_all_outputs_are_exported_with_a_batch_axis_of_that_name_and_what_the_fi
         assert session.get_modelmeta().custom_metadata_map == {"mean": "[0.5, 0.25]", "classes": "10"}
         assert [axes.shape for axes in session.get_inputs()] == [["batch", 3, 8, 8]]
         assert [axes.shape for axes in session.get_outputs()] == [["batch", 2], ["batch", 5], ["batch", 4]]
+
+
+@dataclass
+class Answer:
+    mean: torch.Tensor
+    parts: tuple[Any, ...]
+    loss: torch.Tensor | None = None
+
+
+class TwoInputs(nn.Module):
+    """Take signals and volumes, and return what is no plain container, with what is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.signal, self.volume = nn.Conv1d(2, 4, 3), nn.Conv3d(1, 4, 1)
+
+    def forward(self, x_BCL: torch.Tensor, x_BCDHW: torch.Tensor) -> Answer:
+        mean_BC = self.signal(x_BCL).mean(2) + self.volume(x_BCDHW).mean((2, 3, 4))
+        return Answer(mean_BC, (mean_BC > 0, 3))
+
+
+@pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=pytest.mark.slow)])
+def test_several_inputs_and_other_containers_are_exported(suffix: str, tmp_path: Path) -> None:
+    net, path = TwoInputs().eval(), tmp_path / f"net{suffix}"
+    example = (torch.randn(1, 2, 9, requires_grad=True), torch.randn(1, 1, 2, 3, 4))
+    export(net, example, path)
+    for size in (1, 7):
+        inputs = torch.randn(size, 2, 9), torch.randn(size, 1, 2, 3, 4)
+        with torch.no_grad():
+            expected = net(*inputs)
+        actual = open_exported(path, 1)(*inputs)
+        torch.testing.assert_close(actual, [expected.mean, expected.parts[0]], atol=1e-5, rtol=1e-5)
+
+
+def test_what_load_returns_is_exported_with_what_it_says(tmp_path: Path) -> None:
+    network, extra = elastic.load("digits-gnap-2k"), {"about.json": ""}
+    elastic.export(network, torch.zeros(1, 1, 8, 8), tmp_path / "net.pt2")
+    torch.export.load(tmp_path / "net.pt2", extra_files=extra)
+    assert json.loads(extra["about.json"]) == network.about
+
+
+class Choice(nn.Module):
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor | None:
+        return x_BCHW if x_BCHW.sum() > 0 else -x_BCHW
+
+
+@pytest.mark.parametrize(
+    ("net", "example", "name", "about", "text"),
+    [
+        (convnet(in_channels=3), torch.ones(1, 1, 8, 8), "net.pt2", {}, "does not run on (1, 1, 8, 8)"),
+        (convnet(in_channels=3), X[:0], "net.pt2", {}, "an example has no sample"),
+        (convnet(in_channels=3), X, "none/net.pt2", {}, "make the folder"),
+        (convnet(in_channels=3), X, "net.pt2", {"mean": numpy.float32(1)}, "about has mean=np.float32(1.0)"),
+        (Choice(), X, "net.pt2", {}, "change forward there, or name another format"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # of torch.export
+def test_what_cannot_be_exported_is_said_in_one_line(
+    net: nn.Module, example: torch.Tensor, name: str, about: Any, text: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ElasticError) as caught:
+        export(net, example, tmp_path / name, about)
+    assert text in str(caught.value) and "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_wrong_output_of_several_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,3 +64,21 @@ def test_a_repository_gets_the_same_files(monkeypatch: pytest.MonkeyPatch) -> No
     assert elastic.load("digits-gnap-2k").push_to_hub("me/digits") == "https://host/me/digits"
     assert {"model.safetensors", "config.json", "README.md"} < set(sent)
     assert 'elastic.Network.from_pretrained("me/digits")' in sent["card"]
+
+
+def test_what_cannot_be_read_or_sent_is_said_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = pytest.importorskip("elastic.files.hub", reason="the extra `hub` is not installed")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("no way\nto the service")
+
+    monkeypatch.setattr(hub.HubNetwork, "from_pretrained", fail)
+    monkeypatch.setattr(hub.HubNetwork, "push_to_hub", fail)
+    with pytest.raises(FileError, match=r"me/x cannot be read \(no way\): name a folder"):
+        elastic.Network.from_pretrained("me/x")
+    with pytest.raises(FileError, match=r"me/x cannot be written \(no way\): log in"):
+        elastic.load("digits-gnap-2k").push_to_hub("me/x")
+    with pytest.raises(FileError, match=r"there is no model\.safetensors in"):
+        elastic.Network.from_pretrained(tmp_path)

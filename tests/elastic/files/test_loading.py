@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import elastic
@@ -104,8 +104,11 @@ def test_a_file_is_readable_by_whom_the_umask_lets(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("about", "text"),
     [
-        ({}, "does not say the size of its input"),
-        ({"input": [1, 8, 8]}, "does not say how its network is built"),
+        ({}, "does not say how its network is built"),
+        ({"input": [1, 8, 8], "model": 5}, "does not say how its network is built"),
+        ({"model": ABOUT["model"]}, "does not say the size of its input"),
+        ({**ABOUT, "input": "eight"}, "says that its input is eight"),
+        ({**ABOUT, "input": [1, -8, 8]}, "says that its input is"),
         ({**ABOUT, "model": {"builder": "os.system", "options": {}}}, "no builder 'os.system'"),
         ({**ABOUT, "model": {"builder": "convnet", "options": {"layers": 3}}}, "cannot be built with"),
         ({**ABOUT, "model": {"builder": "convnet", "options": {"channels": []}}}, "at least one convolution"),
@@ -137,6 +140,23 @@ def test_a_file_that_does_not_say_enough_is_refused_in_a_line(
 def test_a_network_that_is_not_there_is_an_error(name: str, remedy: str) -> None:
     with pytest.raises(FileError, match=f"there is no network {name}: {remedy}"):
         elastic.load(name)
+
+
+def test_files_of_others_are_named_as_such(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    save_file(convnet().state_dict(), path)
+    with pytest.raises(FileError, match="its metadata says nothing of a network"):
+        elastic.load(path)
+    torch.save({}, path)
+    with pytest.raises(FileError, match="it is no whole safetensors file"):
+        elastic.load(path)
+    with pytest.raises(FileError, match=r"there is no model.safetensors in"):
+        elastic.load(tmp_path)
+    with pytest.raises(FileError, match="make the folder"):
+        elastic.save(convnet(), tmp_path / "none/net")
+    with pytest.raises(OptionError, match="about has mean=tensor"):
+        elastic.save(convnet(), path, {"mean": torch.ones(1)})
+    assert len(elastic.load(Path("digits-gnap-2k"))) == 1
 
 
 @pytest.mark.parametrize("name", sorted(BUILDERS.keys() - {"from_torchvision", "from_timm"}))
