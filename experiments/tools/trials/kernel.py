@@ -27,6 +27,7 @@ from elastic.dynamic.skipping import blocks, compiling, tiles
 from elastic.dynamic.skipping.active import Active
 from elastic.dynamic.skipping.compiling import FLAGS, SOURCES, Kernel
 from elastic.dynamic.skipping.convolution import MAX_TAPS, ActiveConv2d
+from elastic.dynamic.skipping.head import ActiveHead
 from elastic.dynamic.skipping.layers import activate_kernels, max_pool
 from elastic.experiments.tools.trials import Part
 
@@ -113,7 +114,7 @@ def _run_some(seed: int, count: int, threads: int) -> None:
     torch.set_num_threads(threads)
     random = Random(seed)
     for _ in range(count):
-        kind = random.choices(tuple(KINDS), (7, 2, 1, 1))[0]
+        kind = random.choices(tuple(KINDS), (7, 2, 1, 1, 1))[0]
         KINDS[kind](random)
         print(kind, flush=True)
 
@@ -190,11 +191,20 @@ def _pool(random: Random) -> None:
     torch.testing.assert_close(found, F.max_pool2d(x_BCHW, size, stride, padding) * on_BC11, rtol=0, atol=0)
 
 
+def _classify(random: Random) -> None:
+    batch, channels, pools = _draw(random, 6), _draw(random, 40), random.random() < 0.5
+    x_BCHW = torch.randn(batch, channels, _draw(random, 20), _draw(random, 20))
+    features_BN = (x_BCHW.mean((2, 3), keepdim=True) if pools else x_BCHW).flatten(1)
+    linear = nn.Linear(features_BN.shape[1], _draw(random, 70), bias=random.random() < 0.5)
+    check_close(ActiveHead(linear, pools)(x_BCHW), linear(features_BN))
+
+
 KINDS: dict[str, Callable[[Random], None]] = {
     "convolution": _convolve,
     "blocks": _convolve_blocks,
     "switch": _switch,
     "pooling": _pool,
+    "head": _classify,
 }
 
 
