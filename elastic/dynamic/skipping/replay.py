@@ -33,7 +33,7 @@ class Replayed(nn.Module):
 
     def forward(self, *inputs: Value) -> tuple[Value, ...]:
         tensors, is_list = _flatten(inputs)
-        if len({len(x) for x in tensors}) == 1 and len(tensors[0]) > MAX_SAMPLES:
+        if len(tensors[0]) > MAX_SAMPLES and len({len(x) for x in tensors}) == 1:
             count = math.ceil(len(tensors[0]) / MAX_SAMPLES)
             parts = zip(*(x.tensor_split(count) for x in tensors), strict=True)
             results, lists = zip(*(self._play(list(part), is_list) for part in parts), strict=True)

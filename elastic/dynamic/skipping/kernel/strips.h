@@ -4,7 +4,7 @@
 // places after another is seen and multiplied: what is read again and again stays in the nearest cache.
 #pragma once
 
-#include "layer.h"
+#include "widths.h"
 
 namespace {
 
@@ -56,25 +56,6 @@ struct Vector {
         }
     }
 };
-
-template <int W>
-struct Lanes {
-    typedef float type __attribute__((vector_size(4 * W)));
-};
-
-template <int W>
-inline typename Lanes<W>::type load(const float *from) {
-    typename Lanes<W>::type value;
-    std::memcpy(&value, from, sizeof value);
-    return value;
-}
-
-// run(vectors of how many, the first's place) for `count` floats: as wide ones as there are, then narrower ones.
-template <int W = LANES, typename Run>
-inline void each_vector(int count, Run run, int place = 0) {
-    for (; count - place >= W; place += W) run(Int<W>{}, place);
-    if constexpr (W > 1) each_vector<W / 2>(count, run, place);
-}
 
 // The rows of one input that some rows of tiles read.
 void pad_apart(const Strip &s, const float *map, int top, int rows, float *to) {
