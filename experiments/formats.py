@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import elastic
 from elastic.data import ImageData
 from elastic.dynamic.skipping import make_skipping
-from elastic.errors import FileError
+from elastic.errors import ElasticError
 from elastic.experiments.export import CALIBRATION, measure_run
 from elastic.experiments.results import ROOT
 from elastic.experiments.tools.composition import CONF
@@ -89,7 +89,7 @@ def measure(each: Exported, endings: Sequence[str], folder: Path) -> None:
             path = folder / f"{'int8' if calibration else 'fp32'}{ending}"
             try:
                 each.difference[column] = f"{export(each.net, example, path, {}, calibration):.0e}"
-            except FileError as error:
+            except ElasticError as error:
                 print(error)
                 continue
             files = [path, path.with_suffix(".bin")] if ending == ".xml" else [path]
@@ -173,7 +173,7 @@ def is_installed(ending: str) -> bool:
     """Tell whether a format can be written here."""
     try:
         FORMATS[ending].require()
-    except FileError as error:
+    except ElasticError as error:
         print(error)
         return False
     return True

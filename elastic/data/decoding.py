@@ -11,6 +11,7 @@ from elastic.errors import DataError
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")  # modes of Pillow, whose conversion would clip them at 255
 SIXTEEN_IN_32 = ("PNG", "PPM")  # formats of 16 bits at most that Pillow may open in the mode of 32
 UNREADABLE = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")  # formats that Pillow knows by name alone
+WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 WHITE = (255, 255, 255, 255)
 
 
@@ -49,7 +50,7 @@ def convert_rgb(image: Image.Image, name: str) -> Image.Image:
         return Image.fromarray(grey).convert("RGB")
     if image.mode in ("I", "F"):
         raise DataError(f"{name} has values of an unknown range: save it with 8 or 16 bits")
-    if image.has_transparency_data:
+    if image.mode in WITH_ALPHA or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image)
     return image.convert("RGB")

@@ -124,7 +124,10 @@ def open_exported(path: str | Path, threads: int | None = None) -> Run:
     form.require()
     if not path.is_file():
         raise FileError(f"there is no file {path}: export a network into it first")
-    return form.open(path, threads)
+    try:
+        return form.open(path, threads)
+    except Exception as error:  # of whatever kind a runtime's are
+        raise FileError(f"{path} cannot be opened ({_cite(error)}): export it again") from error
 
 
 def find_format(path: Path) -> Format:

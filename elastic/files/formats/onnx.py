@@ -18,7 +18,7 @@ def write(source: Source, path: Path) -> None:
 
     program = source.make_program(Dim("batch"))
     # The program knows the batch axis as a symbol of torch's own making; named here, so it is in the file.
-    axes = tuple({0: "batch"} for _ in source.example)
+    axes = ({0: "batch"}, *({} for _ in source.example[1:]))  # which have the same axis
     made = torch.onnx.export(program, dynamo=True, verbose=False, dynamic_shapes=axes)
     assert made is not None
     made.save(path)

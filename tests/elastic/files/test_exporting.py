@@ -109,6 +109,9 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         export(nn.Identity(), X, tmp_path / "net.pt2", calibration=[X])
     with pytest.raises(FileError, match="there is no file"):
         open_exported(tmp_path / "net.pt2")
+    (tmp_path / "net.pt2").write_text("cut short")
+    with pytest.raises(FileError, match=r"net.pt2 cannot be opened \(.*\): export it again"):
+        open_exported(tmp_path / "net.pt2")
 
 
 @pytest.mark.parametrize(
