@@ -16,9 +16,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,14 +34,14 @@ from elastic.experiments.tools.per_image import read_test_batches
 from elastic.experiments.tools.restore import restore
 from elastic.experiments.tools.runtime_figures import draw_serving
 from elastic.experiments.tools.tables import write_csv
-from elastic.levels import Runtime, make_alone
+from elastic.levels import Late, Runtime, make_alone
 from elastic.ranges import Count, Positive
 
 PHASES = (False, True, False, True, False)  # whether the busy process runs
 REQUESTS = 100  # different batches, at most
 SCORES = ("right in time", "in time", "accuracy in time")
 Batches = list[tuple[Tensor, Tensor]]
-# Answers a batch within so many milliseconds, if it can, and says by which level.
+# Answers a batch within so many milliseconds and says by which level, or raises `Late`.
 Server = Callable[[Tensor, float], tuple[Tensor, int]]
 
 
@@ -146,22 +145,17 @@ def run_servers(
     Args:
         deadline: relative to what the whole network takes on an idle core.
     """
-    runtime = Runtime(levels, batches[0][0])
-    deadline_ms = deadline * runtime.costs[-1].latency_ms
-    servers: dict[str, Server] = {"elastic": runtime.answer}
-    servers |= {f"level {k}": partial(_answer_always, level, k) for k, level in enumerate(levels)}
-    answers: dict[str, list[Answers]] = {name: [] for name in servers}
+    example = batches[0][0]
+    runtimes = {"elastic": Runtime(levels, example)}
+    runtimes |= {f"level {k}": Runtime([level], example) for k, level in enumerate(levels)}
+    deadline_ms = deadline * runtimes["elastic"].costs[-1].latency_ms
+    answers: dict[str, list[Answers]] = {name: [] for name in runtimes}
     with start_rival() as load:
         for _ in range(repeats):
-            for name, server in servers.items():
-                runtime.within(latency_ms=deadline_ms)
-                answers[name].append(answer_stream(server, batches, deadline_ms / 1e3, seconds, load))
+            for name, runtime in runtimes.items():
+                runtime.within(latency_ms=max(deadline_ms, runtime.costs[0].latency_ms))
+                answers[name].append(answer_stream(runtime.answer, batches, deadline_ms / 1e3, seconds, load))
     return answers
-
-
-@torch.inference_mode()
-def _answer_always(level: nn.Module, k: int, x_BCHW: Tensor, left_ms: float) -> tuple[Tensor, int]:
-    return level(x_BCHW), k
 
 
 def answer_stream(
@@ -171,7 +165,7 @@ def answer_stream(
     seconds: float,
     load: Callable[[bool], None],
 ) -> Answers:
-    """Answer requests through all phases; one that is past its deadline before its turn is dropped."""
+    """Answer requests through all phases; one that a server gives up is not in time."""
     answers: Answers = []
     begin, k = time.perf_counter(), 0
     for i in range(int(len(PHASES) * seconds / deadline_s)):
@@ -181,12 +175,12 @@ def answer_stream(
         while (now := time.perf_counter() - begin) < arrival_s:
             time.sleep(min(1e-3, arrival_s - now))
         x_BCHW, y_B = batches[i % len(batches)]
-        left_s, accuracy = arrival_s + deadline_s - now, 0.0
-        if left_s > 0:
+        left_s, accuracy, is_answered = arrival_s + deadline_s - now, 0.0, False
+        with suppress(Late):
             y_BK, k = server(x_BCHW, 1e3 * left_s)
-            accuracy = float((y_BK.argmax(1) == y_B).float().mean())
+            accuracy, is_answered = float((y_BK.argmax(1) == y_B).float().mean()), True
         latency_s = time.perf_counter() - begin - arrival_s
-        in_time = left_s > 0 and latency_s <= deadline_s
+        in_time = is_answered and latency_s <= deadline_s
         answers.append(Answer(arrival_s, loaded, k, accuracy, 1e3 * latency_s, in_time))
     return answers
 

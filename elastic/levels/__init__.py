@@ -4,11 +4,13 @@ from elastic.levels.alone import make_alone
 from elastic.levels.cutting import extract_level
 from elastic.levels.importance import score_channels
 from elastic.levels.nested import Levels
+from elastic.levels.progress import Late
 from elastic.levels.runtime import Runtime
 from elastic.levels.sensitivity import measure_sensitivity
 from elastic.levels.sizes import level_sizes
 
 __all__ = [
+    "Late",
     "Levels",
     "Runtime",
     "extract_level",

@@ -21,7 +21,7 @@ from elastic.measure.machine import measure_cost
 # mean is the mean: a missed deadline costs more than some answers of a small level.
 SMOOTHING = 0.3
 # A larger level must be expected to take at most this part of the deadline …
-HEADROOM = 0.8
+HEADROOM = 0.9
 # … at so many requests in a row, before it is used. A smaller one is used at once.
 PATIENCE = 8
 
@@ -95,9 +95,13 @@ class Runtime:
         """Run a level, and return its output and which it was.
 
         Args:
-            left_ms: of the deadline, for a request that has waited.
+            left_ms: of the deadline, for a request that has waited, and that nobody wants too late.
+
+        Raises:
+            Late: with `left_ms`, not even the smallest level is expected to be in time.
         """
-        left_ms = self.deadline_ms if left_ms is None else left_ms
+        wanted_ms, left_ms = left_ms, self.deadline_ms if left_ms is None else left_ms
+        self._give_up(wanted_ms)
         k = self.level if left_ms is None else min(self.level, self._expect_largest(left_ms))
         begin = start = time.perf_counter()
         try:
@@ -106,10 +110,21 @@ class Runtime:
         except Late as late:
             self.observe(k, late.expected_ms)
             start = time.perf_counter()
-            k = min(k - 1, self._expect_largest((left_ms or 0.0) - 1e3 * (start - begin)))
+            gone_ms = 1e3 * (start - begin)
+            self._give_up(None if wanted_ms is None else wanted_ms - gone_ms)
+            k = min(k - 1, self._expect_largest((left_ms or 0.0) - gone_ms))
             out = self.levels[k](x_BCHW)
         self.observe(k, 1e3 * (time.perf_counter() - start))
         return out, k
+
+    def _give_up(self, left_ms: float | None) -> None:
+        """Give a request up that cannot be in time: the work would make the next ones late, too."""
+        expected_ms = self.costs[0].latency_ms * self.slowdown
+        if left_ms is None or expected_ms <= left_ms:
+            return
+        with self._lock:
+            self.slowdown += SMOOTHING * (1.0 - self.slowdown)  # or no request would ever be tried again
+        raise Late(expected_ms)
 
     def observe(self, k: int, latency_ms: float) -> None:
         """Observe how long level k has taken, and choose the level of the next request."""
