@@ -25,7 +25,7 @@ def carry_out(name: str, trials: int, folder: Path, seed: int = 0) -> Part:
     return part
 
 
-TRIALS = {"options": 12, "structure": 8, "files": 60}
+TRIALS = {"options": 16, "structure": 8, "files": 60}
 
 
 @pytest.mark.parametrize("name", TRIALS)

@@ -18,6 +18,7 @@ from elastic.experiments import serve
 from elastic.experiments.serve import PHASES, Answer, answer_stream, score
 from elastic.experiments.tools.restore import restore
 from elastic.experiments.train import train
+from elastic.levels import Late
 from tests.fitted import EXACT, command
 from tests.runs import configure
 
@@ -113,7 +114,9 @@ def answered(clock: Clock, takes_s: float, slower: float, deadline_s: float = 0.
     batches = [(torch.eye(10)[:4], torch.tensor([0, 1, 9, 9]))]
 
     def answer(x: torch.Tensor, left_ms: float) -> tuple[torch.Tensor, int]:
-        assert 0 < left_ms <= 1e3 * deadline_s * (1 + 1e-9)
+        assert left_ms <= 1e3 * deadline_s * (1 + 1e-9)
+        if left_ms <= 0:
+            raise Late(takes_s)
         clock.now += takes_s * (slower if clock.loaded else 1)
         return x, 1
 

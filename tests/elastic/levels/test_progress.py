@@ -72,8 +72,30 @@ def test_the_first_request_of_a_load_is_in_time(served: Any, clock: Clock) -> No
 def test_a_request_that_has_waited_has_less_time(served: Any) -> None:
     serve, _ = served
     serve.within(latency_ms=10)
-    assert [serve.answer(X, left)[1] for left in (9.0, 7.0, 2.0, 0.1)] == [2, 1, 0, 0]
+    assert [serve.answer(X, left)[1] for left in (9.0, 7.0, 2.0)] == [2, 1, 0]
     assert serve.level == 2, "the machine is as fast as it was"
+
+
+def test_a_request_that_cannot_be_in_time_is_given_up(served: Any, clock: Clock) -> None:
+    serve, machine = served
+    serve.within(latency_ms=10)
+    begin = clock.now
+    for left_ms in (0.9, 0.0, -3.0):
+        with pytest.raises(Late, match="1 ms are expected"):
+            serve.answer(X, left_ms)
+    assert clock.now == begin, "the next one need not wait for it"
+    machine.slower = 40.0
+    with pytest.raises(Late):
+        serve.answer(X, 10.0)
+    assert 1e3 * (clock.now - begin) == pytest.approx(32), "after a tenth of the largest"
+    machine.slower, given_up = 1.0, 0
+    while given_up < 10:
+        try:
+            assert serve.answer(X, 10.0)[1] == 0
+            break
+        except Late:
+            given_up += 1
+    assert 0 < given_up < 10, "it does not give up for good"
 
 
 def test_without_a_deadline_nothing_is_stopped(served: Any) -> None:
