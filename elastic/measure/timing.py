@@ -17,11 +17,14 @@ def measure_times_ms(
     networks: Sequence[Network],
     inputs: Sequence[Sequence[Tensor]],
     clock: Callable[[], float] | None = None,
+    settle_s: float = 0.0,
 ) -> list[list[float]]:
     """Measure the time of each network for each of its inputs.
 
     Args:
         clock: reads seconds; `time.process_time` leaves out what else runs on the machine.
+        settle_s: for so long a network runs before it is measured. The threads of the one before it wait for
+            more work, and keep cores busy, for some hundredths of a second.
     """
     clock = clock or time.perf_counter
     times_ms: list[list[float]] = [[] for _ in networks]
@@ -30,6 +33,9 @@ def measure_times_ms(
             network(x_BCHW)
         for batches in zip(*inputs, strict=True):
             for network, x_BCHW, times in zip(networks, batches, times_ms, strict=True):
+                begin = time.perf_counter()
+                while time.perf_counter() - begin < settle_s:
+                    network(x_BCHW)
                 start = clock()
                 network(x_BCHW)
                 times.append(1e3 * (clock() - start))
@@ -37,10 +43,13 @@ def measure_times_ms(
 
 
 def measure_medians_ms(
-    networks: Sequence[Network], inputs: Sequence[Tensor], clock: Callable[[], float] | None = None
+    networks: Sequence[Network],
+    inputs: Sequence[Tensor],
+    clock: Callable[[], float] | None = None,
+    settle_s: float = 0.0,
 ) -> list[float]:
     """Measure the median time of each network over the same inputs, see `measure_times_ms`."""
-    times_ms = measure_times_ms(networks, [inputs] * len(networks), clock)
+    times_ms = measure_times_ms(networks, [inputs] * len(networks), clock, settle_s)
     return [statistics.median(times) for times in times_ms]
 
 
