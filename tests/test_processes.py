@@ -82,6 +82,7 @@ def test_two_processes_follow_one(tmp_path: Path) -> None:
     assert found["test/acc"] == pytest.approx(summary["test/acc"], abs=0.01)
 
 
+@pytest.mark.slow
 def test_two_processes_train_a_module_that_knows_nothing_of_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -222,6 +222,7 @@ def same_checkpoint(one: dict[str, Any], two: dict[str, Any]) -> None:
     assert_same(flatten(one["state_dict"]), flatten(two["state_dict"]))
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     """Killed after growth and after pruning; and continued once more when it has finished."""
     longer = ("trainer.max_epochs=6", "data.batch_size=128", "optimizer.lr=6e-2")

@@ -313,6 +313,7 @@ def test_all_levels_learn(tmp_path: Path) -> None:
     ],
     ids=["sgd", "adamw"],
 )
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
 ) -> None:
