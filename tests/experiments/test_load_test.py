@@ -18,6 +18,7 @@ from PIL import Image
 import elastic
 from elastic.data import Digits
 from elastic.errors import FileError, OptionError
+from elastic.experiments import load_test
 from elastic.experiments.host import check_port, end_children, host_network
 from elastic.experiments.load_test import HEAD, Reply, make_requests, score, send_load
 from elastic.experiments.tools.signals import SIGNALS, Interrupted, raise_on_signals
@@ -124,3 +125,12 @@ def test_every_request_is_answered_on_a_loaded_machine(tmp_path: Path) -> None:
     for row in rows:
         assert (row["requests"], row["lost"], row["levels"]) == ("30", "0", "0")
         assert float(row["right in time (%)"]) > 90
+
+
+def test_a_server_that_ends_at_once_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load_test.sys, "executable", "false")
+    with (
+        pytest.raises(FileError, match="the server has not started"),
+        load_test.start_server("digits-gnap-2k", 40, None, 1),
+    ):
+        pass
