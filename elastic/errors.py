@@ -3,6 +3,10 @@
 It names the thing and the remedy. Anything else that is raised is a fault of the code.
 """
 
+import re
+
+COLOUR = re.compile("\x1b\\[[0-9;]*m")
+
 
 class ElasticError(Exception):
     """Say, on one line, what is wrong and what to do: the base of all errors that a user can mend."""
@@ -39,3 +43,9 @@ class BusyError(TrainingError):
 
 class SweepError(TrainingError):
     """End a sweep of which no run can be done."""
+
+
+def cite(error: BaseException) -> str:
+    """Cite the first line of what others' code says, without colours, or the name of its error."""
+    lines = COLOUR.sub("", str(error)).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -19,9 +19,10 @@ from elastic.experiments.tools.environment import silence
 from elastic.experiments.tools.errors import run
 from elastic.experiments.tools.folders import lock_folder, write_config
 from elastic.experiments.tools.options import call
-from elastic.experiments.tools.restore import FinishedRun, find_digest, restore
+from elastic.experiments.tools.restore import FinishedRun, restore
 from elastic.experiments.tools.summary import find_revision, measure_network, write_summary
 from elastic.files.network import Network
+from elastic.files.sums import find_digest
 from elastic.files.zoo import WEIGHTS
 from elastic.levels.importance import score_channels
 from elastic.levels.sensitivity import keep_best, measure_sensitivity

@@ -8,7 +8,7 @@ are run by PyTorch, ONNX Runtime and OpenVINO (extras `export` and `openvino`), 
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -174,12 +174,17 @@ def list_levels() -> list[dict[str, str]]:
                 "alone": make_alone(level, x_BCHW),
                 **make_rivals(alone, [x_BCHW], 1),
             }
-            medians = measure_medians_ms(list(runs.values()), [x_BCHW] * REPEATS, time.process_time)
-            times = {f"{run} (ms)": f"{median:.3f}" for run, median in zip(runs, medians, strict=True)}
+            times, medians = _time_runs(runs, x_BCHW)
             rows.append(
                 {"network": name, "level": str(k)} | times | {"in place ÷ extracted": _divide(medians)}
             )
     return rows
+
+
+def _time_runs(runs: Mapping[str, Execution], x_BCHW: Tensor) -> tuple[dict[str, str], list[float]]:
+    """Time executions in turn; return their cells in a table, and the numbers."""
+    medians = measure_medians_ms(list(runs.values()), [x_BCHW] * REPEATS, time.process_time)
+    return {f"{run} (ms)": f"{ms:.3f}" for run, ms in zip(runs, medians, strict=True)}, medians
 
 
 def list_grains() -> list[dict[str, str]]:
@@ -192,8 +197,7 @@ def list_grains() -> list[dict[str, str]]:
         for grain, part in product(GRAINS, OPEN):
             sparse = make_skipping(_shut_gates(net, x_BCHW, grain, part), method="kernel")
             runs: dict[str, Execution] = rivals | {"left out": sparse}
-            medians = measure_medians_ms(list(runs.values()), [x_BCHW] * REPEATS, time.process_time)
-            times = {f"{run} (ms)": f"{median:.3f}" for run, median in zip(runs, medians, strict=True)}
+            times, medians = _time_runs(runs, x_BCHW)
             ratio = f"{medians[-1] / min(medians[:-1]):.2f}"
             rows.append(
                 {"network": name, "gates": grain, "open": str(part)} | times | {"left out ÷ best": ratio}

@@ -50,7 +50,7 @@ from elastic.experiments.tools.memory import check_memory
 from elastic.experiments.tools.options import HELP
 from elastic.experiments.tools.parts import make_callbacks, make_loggers, make_recipe, make_task
 from elastic.experiments.tools.publish import publish
-from elastic.experiments.tools.restore import build_network, find_digest
+from elastic.experiments.tools.restore import build_network
 from elastic.experiments.tools.signals import AGAIN, advise, follow_parent
 from elastic.experiments.tools.summary import (
     find_revision,
@@ -63,6 +63,7 @@ from elastic.experiments.tools.sweep import complete_sweep, note_failure, read_o
 from elastic.experiments.tools.training_help import describe_training
 from elastic.experiments.tools.trust import trust_modules
 from elastic.files.network import Network
+from elastic.files.sums import find_digest
 from elastic.files.zoo import WEIGHTS
 from elastic.pruning.compaction import compact
 from elastic.training.compilation import compile_network

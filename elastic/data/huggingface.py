@@ -12,7 +12,7 @@ from elastic.data.decoding import convert_rgb
 from elastic.data.files import check_each
 from elastic.data.images import ImageData
 from elastic.data.imageset import Batch, ImageSet
-from elastic.errors import DataError
+from elastic.errors import DataError, cite
 
 
 class HuggingFaceImages(ImageData):
@@ -64,7 +64,7 @@ def _load_split(dataset: str | Mapping[str, Any], split: str, cache: str) -> Any
             return datasets.load_from_disk(str(Path(dataset, split)))
         return datasets.load_dataset(dataset, split=split, cache_dir=cache)
     except Exception as error:  # of its own, of the network, of the file system
-        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+        cause = cite(error)
         shown = dataset if isinstance(dataset, str) else f"the split '{split}'"
         raise DataError(f"{shown} cannot be loaded ({cause}): set data.dataset, .train and .test") from error
 

@@ -1,7 +1,6 @@
 """Write a network as a file that other programs run, and check it against the network before it is left."""
 
 import os
-import re
 import tempfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elastic.errors import ElasticError, FileError, OptionError, StructureError
+from elastic.errors import ElasticError, FileError, OptionError, StructureError, cite
 from elastic.files.atomic import check_place
 from elastic.files.formats import FORMATS, Format, Run, Source, list_tensors
 from elastic.files.formats.interface import Inputs, Outputs
@@ -89,7 +88,7 @@ def _write_checked(form: Format, source: Source, part: Path, path: Path) -> floa
     try:
         form.write(source, part)
     except Exception as error:
-        cause = f"{path} cannot be written ({_cite(error)})"
+        cause = f"{path} cannot be written ({cite(error)})"
         raise StructureError(f"{cause}: change forward there, or name another format") from error
     remedy = "leave it in fp32" if source.calibration else "export it in fp32, or in another format"
     try:
@@ -97,16 +96,10 @@ def _write_checked(form: Format, source: Source, part: Path, path: Path) -> floa
     except ElasticError:
         raise
     except Exception as error:  # of the runtime, which does not take what its tools have made
-        raise FileError(f"{path} cannot be run by its runtime ({_cite(error)}): {remedy}") from error
+        raise FileError(f"{path} cannot be run by its runtime ({cite(error)}): {remedy}") from error
     if not difference <= (TOLERANCE_INT8 if source.calibration else TOLERANCE):  # nor is NaN
         raise FileError(f"{path} would differ from the network by {difference:.1e}: {remedy}")
     return difference
-
-
-def _cite(error: Exception) -> str:
-    """Cite the first line of what a tool says, without colours."""
-    lines = re.sub("\x1b\\[[0-9;]*m", "", str(error)).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def open_exported(path: str | Path, threads: int | None = None) -> Run:
@@ -127,7 +120,7 @@ def open_exported(path: str | Path, threads: int | None = None) -> Run:
     try:
         return form.open(path, threads)
     except Exception as error:  # of whatever kind a runtime's are
-        raise FileError(f"{path} cannot be opened ({_cite(error)}): export it again") from error
+        raise FileError(f"{path} cannot be opened ({cite(error)}): export it again") from error
 
 
 def find_format(path: Path) -> Format:
@@ -169,7 +162,7 @@ def _prepare(net: nn.Module, sample: Inputs) -> nn.Module:
     except Exception as error:  # of whatever kind: it is the user's code
         shapes = ", ".join(str(tuple(x.shape)) for x in sample)
         raise StructureError(
-            f"the network does not run on {shapes} ({_cite(error)}): give one input, or several, batch first"
+            f"the network does not run on {shapes} ({cite(error)}): give one input, or several, batch first"
         ) from error
     net = net if _is_plain(outputs) else PlainOutputs(net)
     if not list_tensors(_make_plain(outputs)):

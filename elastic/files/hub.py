@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 from huggingface_hub.constants import CONFIG_NAME
 
-from elastic.errors import ElasticError, FileError
+from elastic.errors import ElasticError, FileError, cite
 from elastic.files.cards import write_card
 from elastic.files.network import Network
 from elastic.files.zoo import WEIGHTS
@@ -78,5 +78,5 @@ def _explain(fault: str, remedy: str) -> Iterator[None]:
     except ElasticError:
         raise
     except Exception as error:
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        cause = cite(error)
         raise FileError(f"{fault} ({cause}): {remedy}") from error

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
-from elastic.errors import FileError, OptionError
+from elastic.errors import FileError, OptionError, cite
 from elastic.files.atomic import write_atomically
 
 # What a file's bytes make of the library and of json: a header cut short, other types, other keys.
@@ -106,7 +106,7 @@ def read_about(path: Path) -> dict[str, Any]:
 
 
 def _refuse(path: Path, error: Exception) -> FileError:
-    cause = (str(error).splitlines() or [type(error).__name__])[0]
+    cause = cite(error)
     return FileError(f"{path} cannot be read ({cause}): train again or restore it")
 
 

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 def write_sums(folder: Path, names: Iterable[str]) -> None:
     """Sum up those of the named files that a folder has."""
     files = (folder / name for name in names)
-    lines = [f"{_digest(file.read_bytes())}  {file.name}\n" for file in files if file.exists()]
+    lines = [_write_line(file) for file in files if file.exists()]
     write_atomically(folder / SUMS, lambda part: part.write_text("".join(lines)))
 
 
@@ -31,9 +31,14 @@ def check_sum(file: Path) -> None:
         OSError: it cannot be read.
     """
     sums = file.with_name(SUMS)
-    if sums.exists() and f"{_digest(file.read_bytes())}  {file.name}\n".encode() not in sums.read_bytes():
+    if sums.exists() and _write_line(file).encode() not in sums.read_bytes():
         logger.warning("%s is not what %s says: restore it, or remove %s if you changed it", file, SUMS, SUMS)
 
 
-def _digest(content: bytes) -> str:
-    return sha256(content).hexdigest()
+def find_digest(file: Path) -> str:
+    """Find the digest of a file's contents."""
+    return sha256(file.read_bytes()).hexdigest()
+
+
+def _write_line(file: Path) -> str:
+    return f"{find_digest(file)}  {file.name}\n"

@@ -7,10 +7,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from elastic.dynamic.skipping import make_skipping
+from elastic.dynamic.skipping.replay import MAX_SAMPLES
 from elastic.levels.cutting import extract_level
 from elastic.levels.progress import look
-
-PART = 8  # of a batch is computed at once: its maps stay in the cache
 
 
 def make_alone(level: nn.Module, *samples: Tensor) -> nn.Module:
@@ -27,7 +26,7 @@ def make_alone(level: nn.Module, *samples: Tensor) -> nn.Module:
     tensors = [tensor for tensor in (*alone.parameters(), *alone.buffers()) if tensor.is_floating_point()]
     if any(tensor.device.type != "cpu" or tensor.dtype != torch.float32 for tensor in tensors):
         return alone
-    return InParts(make_skipping(alone, [sample[:PART] for sample in samples]))
+    return InParts(make_skipping(alone, [sample[:MAX_SAMPLES] for sample in samples]))
 
 
 class InParts(nn.Module):
@@ -38,7 +37,7 @@ class InParts(nn.Module):
         self.net = net
 
     def forward(self, x_BCHW: Tensor) -> Any:
-        parts = x_BCHW.split(PART)
+        parts = x_BCHW.split(MAX_SAMPLES)
         if len(parts) == 1:
             return self.net(x_BCHW)
         outputs, done = [], 0

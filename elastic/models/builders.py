@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from elastic.errors import OptionError
+from elastic.errors import OptionError, cite
 from elastic.models.alexnet import alexnet
 from elastic.models.convnet import convnet
 from elastic.models.resnet import resnet20, resnet56
@@ -59,7 +59,7 @@ def build_model(model: Mapping[str, Any]) -> nn.Module:
     try:
         return BUILDERS[name](**options)
     except (TypeError, ValueError, RuntimeError) as error:
-        cause = str(error).splitlines()[0]
+        cause = cite(error)
         raise OptionError(
             f"{name} cannot be built with {dict(options)} ({cause}): bring the network"
         ) from error

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from elastic.errors import TrainingError
+from elastic.errors import TrainingError, cite
 from elastic.training.structure import Structure, find_path
 
 ATTRIBUTE = "elastic_structure"  # the name of the child that a foreign module is given
@@ -100,7 +100,7 @@ def _capture(module: L.LightningModule, net: nn.Module, inputs: Tensor) -> Tenso
     except NotImplementedError:  # Lightning's, of modules without a forward
         return inputs
     except (RuntimeError, TypeError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = cite(error)
         raise TrainingError(
             f"the network's input cannot be told ({reason}): give "
             f"{type(module).__name__} an example_input_array"

@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from torch import nn
 
-from elastic.errors import ElasticError, FileError
+from elastic.errors import ElasticError, FileError, cite
 from elastic.levels.nested import Levels
 from elastic.pruning.gates import attach_gates
 from elastic.surgery.rebuilding import rebuild
@@ -53,7 +53,7 @@ def load_module(module_class: type[M], checkpoint: Path | str, **arguments: Any)
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         if isinstance(error, ElasticError):
             raise
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        cause = cite(error)
         raise FileError(
             f"{checkpoint} does not fit {module_class.__name__} ({cause}): name another"
         ) from error

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from elastic.errors import StructureError
+from elastic.errors import StructureError, cite
 from elastic.files.sums import check_sum
 
 MOST = 2**20  # channels of a width, or epochs: beyond it a file asks for what no machine has
@@ -23,7 +23,7 @@ def read_timeline(path: Path) -> list[dict[str, Any]]:
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
     except (OSError, ValueError, RecursionError) as error:
-        cause = str(error).splitlines()[0]
+        cause = cite(error)
         raise StructureError(f"{path} cannot be read ({cause}): name the timeline.jsonl of a run") from error
     for row in rows:
         counts = [row.get(key) for key in ("epoch", "before", "after")] if isinstance(row, dict) else [None]

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from elastic.errors import OptionError
+from elastic.errors import OptionError, cite
 from elastic.experiments.tools.trust import find_object
 from elastic.ranges import (
     ANYTHING,
@@ -377,7 +377,7 @@ def _read_target(key: str, target: Any) -> Signature:
     try:
         thing = find_object(target)
     except Exception as error:  # of whatever its module does when it is imported
-        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        cause = cite(error)
         raise OptionError(f"{key} names {target}, which cannot be imported: {cause}") from error
     if not callable(thing):
         raise OptionError(f"{key} names {target}, which is neither a class nor a function: name one")

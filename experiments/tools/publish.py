@@ -7,9 +7,11 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from elastic.experiments.tools.figure import draw_heat_map
+from elastic.experiments.tools.summary import TEXTS
 from elastic.experiments.tools.tables import format_markdown
+from elastic.files.zoo import WEIGHTS
 
-FILES = ("model.safetensors", "config.yaml", "summary.json", "timeline.jsonl", "history.jsonl")
+FILES = (WEIGHTS, *TEXTS)
 EVENT = ("epoch", "step", "why", "width", "stage", "before", "after")  # keys of the timeline
 Rows = Sequence[Mapping[str, Any]]
 

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,13 @@ from omegaconf import DictConfig
 from torch import nn
 
 from elastic.data import ImageData
-from elastic.errors import ElasticError, FileError, OptionError
+from elastic.errors import ElasticError, FileError, OptionError, cite
 from elastic.experiments.tools.checking import check_part
 from elastic.experiments.tools.folders import CONFIG, SUMMARY, check_finished, load_config
 from elastic.experiments.tools.parts import make_task
 from elastic.experiments.tools.trust import trust_modules
 from elastic.files.network import Network
-from elastic.files.sums import check_sum
+from elastic.files.sums import check_sum, find_digest
 from elastic.files.zoo import WEIGHTS
 from elastic.training.tasks import Classification, Task
 
@@ -91,7 +90,7 @@ def restore(folder: Path, trust: Sequence[str] = ()) -> FinishedRun:
     except (RuntimeError, MemoryError, OverflowError) as error:
         if isinstance(error, ElasticError):
             raise
-        cause = str(error).strip().splitlines()[0]
+        cause = cite(error)
         raise FileError(f"{folder / CONFIG} is of a network that cannot be built: {cause}") from error
     network = Network.load(net, folder / WEIGHTS, torch.zeros(1, *data.shape))
     return FinishedRun(network, data, make_task(cfg, data.classes), summary, cfg, folder)
@@ -111,11 +110,6 @@ def read_summary(folder: Path) -> dict[str, Any]:
         raise FileError(f"{folder / SUMMARY} is damaged: finish the run with run={folder}")
     check_sum(folder / SUMMARY)
     return summary
-
-
-def find_digest(file: Path) -> str:
-    """Find the digest of a file's contents."""
-    return sha256(file.read_bytes()).hexdigest()
 
 
 def build_network(
