@@ -2,7 +2,9 @@
 
 `csv=<file>` writes it down, `markdown=<file>` puts it between marks of a text, `figure=<file.png>` draws it,
 `html=<file>` makes a page of it, with more figures, that opens anywhere. `latency=true` measures all
-networks, and their levels, on this machine. Each data set, and each metric, has a table of its own.
+networks, and their levels, on this machine. `baseline=<arm>` compares each arm with that one, seed by seed:
+the mean difference with its 95 % confidence interval, and p of a paired t test. Each data set, and each
+metric, has a table of its own.
 
 A run is a folder with a `summary.json`; folders named <arm>-seed<k> beside each other are one arm. Runs that
 failed are listed.
@@ -28,7 +30,7 @@ from elastic.experiments.tools.errors import run
 from elastic.experiments.tools.figure import draw_arms
 from elastic.experiments.tools.html import list_failures, make_figure, make_page, make_section
 from elastic.experiments.tools.options import call
-from elastic.experiments.tools.results import ResultTable, list_csv, list_facts, make_tables, skips
+from elastic.experiments.tools.results import ResultTable, find_arm, list_csv, list_facts, make_tables, skips
 from elastic.experiments.tools.tables import escape_markdown, format_markdown, write_between_marks, write_csv
 from elastic.experiments.tools.timing import time_runs
 from elastic.files.atomic import write_atomically
@@ -43,6 +45,7 @@ def compare_runs(
     figure: Path | None = None,
     html: Path | None = None,
     latency: bool = False,
+    baseline: str | None = None,
 ) -> None:
     """Show one table of many runs for each data set, and write them down where a file is named.
 
@@ -53,18 +56,19 @@ def compare_runs(
         figure: a picture of it.
         html: a page about it that opens anywhere, with more figures.
         latency: measure all networks, and their levels, on this machine.
+        baseline: the arm that the others are compared with, seed by seed.
     """
     summaries, notes = read_summaries(runs), []
     if latency:
         notes.append(time_runs(summaries))
     arms, failures = read_arms(runs, summaries), read_failures(runs)
-    tables = make_tables(arms)
+    tables = make_tables(arms, baseline)
     for table in tables:
         show_table(table, table.title if len(tables) > 1 else None)
     for line in (*notes, *(f"failed: {name}: {reason}" for name, reason in failures.items())):
         print(line)
     if csv is not None:
-        write_csv(csv, *list_csv(arms))
+        write_csv(csv, *list_csv(arms, find_arm(arms, baseline)))
     if markdown is not None:
         titles = [f"{escape_markdown(table.title)}:\n\n" if len(tables) > 1 else "" for table in tables]
         texts = (title + format_markdown(t.head, t.rows) for title, t in zip(titles, tables, strict=True))

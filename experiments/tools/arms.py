@@ -82,7 +82,7 @@ def read_arms(pattern: str, summaries: Mapping[Path, Summary]) -> list[Arm]:
 def _split_summary(summary: Summary) -> list[tuple[str, Summary]]:
     """Split a summary into those of the network, of its other levels, and of its other sets."""
     common = {key: value for key, value in summary.items() if key not in ("levels", "sets")}
-    shared = {"data": summary.get("data", "")}
+    shared = {"data": summary.get("data", ""), "seed": summary.get("seed")}
     levels = (summary.get("levels") or [])[:-1]  # the last one is the network itself
     sets = (summary.get("sets") or [])[1:]  # the first one is what the summary is of
     return [

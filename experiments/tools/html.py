@@ -62,7 +62,7 @@ and that are not zero. macs: multiply-accumulates for one input; kMACs … PMACs
 def make_section(title: str, table: ResultTable, figures: Iterable[str]) -> str:
     """Make the part about one data set: its table, the same in LaTeX and as CSV, and figures."""
     heading = f"<h2>{html.escape(title)}</h2>" if title else ""
-    texts = {"LaTeX": write_latex(table), "CSV": write_rows(*list_csv(table.arms))}
+    texts = {"LaTeX": write_latex(table), "CSV": write_rows(*list_csv(table.arms, table.baseline))}
     sources = "".join(
         f"<details><summary>{name}</summary><pre>{html.escape(text)}</pre></details>"
         for name, text in texts.items()

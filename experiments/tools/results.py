@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from elastic.errors import OptionError
 from elastic.experiments.tools.arms import Arm
+from elastic.experiments.tools.differences import Difference, compute_difference
 from elastic.experiments.tools.metrics import describe_metric
 
 NONE = "–"
@@ -51,6 +53,7 @@ LATEX = {sign: rf"\{sign}" for sign in "&%_#${}"} | {
     "|": r"\textbar{}",
     "±": r"$\pm$",
     "–": "--",
+    "−": "$-$",
     "×": r"$\times$",
     "\n": " ",
 }
@@ -67,6 +70,7 @@ class ResultTable:
         head: of the columns.
         rows: of the table.
         best: row and column of the best mean of each column, as it is shown.
+        baseline: the arm that the last columns are about.
     """
 
     data: str
@@ -75,10 +79,19 @@ class ResultTable:
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     best: set[tuple[int, int]]
+    baseline: Arm | None = None
 
 
-def make_tables(arms: Sequence[Arm]) -> list[ResultTable]:
-    """Make a table for each data set and metric, in the order of their names."""
+def make_tables(arms: Sequence[Arm], baseline: str | None = None) -> list[ResultTable]:
+    """Make a table for each data set and metric, in the order of their names.
+
+    Args:
+        arms: all of them.
+        baseline: the name or the label of the arm that each is compared with, seed by seed.
+
+    Raises:
+        OptionError: no arm has that name.
+    """
     groups: dict[tuple[str, str], list[Arm]] = {}
     for arm in arms:
         groups.setdefault((arm.data, arm.metric), []).append(arm)
@@ -86,17 +99,34 @@ def make_tables(arms: Sequence[Arm]) -> list[ResultTable]:
     names = {
         key: f"{key[0]}, {describe_metric(key[1]).name}" if counts[key[0]] > 1 else key[0] for key in groups
     }
-    return [make_table(names[key], groups[key]) for key in sorted(groups)]
+    if baseline is not None and find_arm(arms, baseline) is None:
+        labels = ", ".join(sorted(arm.label for arm in arms))
+        raise OptionError(f"there is no arm {baseline} to compare with: name one of {labels}")
+    return [make_table(names[key], groups[key], baseline) for key in sorted(groups)]
 
 
-def make_table(title: str, arms: Sequence[Arm]) -> ResultTable:
+def find_arm(arms: Sequence[Arm], name: str | None) -> Arm | None:
+    """Find an arm by its name or label."""
+    return next((arm for arm in arms if name in (arm.name, arm.label)), None)
+
+
+def make_table(title: str, arms: Sequence[Arm], baseline: str | None = None) -> ResultTable:
     """Make a table of arms on the same data."""
     columns = [fit_column(column, arms) for column in select_columns(arms)]
     rows = [
         [arm.label, str(len(arm.runs)), *(format_mean(arm, column) for column in columns)] for arm in arms
     ]
-    head = ("arm", "runs", *(column.head for column in columns))
-    return ResultTable(arms[0].data, title, arms, head, rows, find_best(rows, columns))
+    head, best = ["arm", "runs", *(column.head for column in columns)], find_best(rows, columns)
+    other = find_arm(arms, baseline)
+    if other is not None:
+        head += [f"− {other.label} (95 %)", "p"]
+        for row, arm in zip(rows, arms, strict=True):
+            row += (
+                format_difference(compute_difference(arm, other, arm.metric), columns[0])
+                if arm is not other
+                else [NONE, NONE]
+            )
+    return ResultTable(arms[0].data, title, arms, head, rows, best, other)
 
 
 def select_columns(arms: Sequence[Arm]) -> list[Column]:
@@ -145,6 +175,16 @@ def format_mean(arm: Arm, column: Column) -> str:
     return " ± ".join(f"{value:,.{column.digits}f}" for value in values)
 
 
+def format_difference(difference: Difference | None, column: Column) -> list[str]:
+    """Write a difference with its confidence interval, and p; a single pair of seeds has neither."""
+    if difference is None:
+        return [NONE, NONE]
+    mean = f"{column.scale * difference.mean:+.{column.digits}f}"
+    if difference.margin is None or difference.p is None:
+        return [mean, NONE]
+    return [f"{mean} ± {column.scale * difference.margin:.{column.digits}f}", f"{difference.p:.2g}"]
+
+
 def find_best(rows: Sequence[Sequence[str]], columns: Sequence[Column]) -> set[tuple[int, int]]:
     """Find the cells with the best mean of each column as shown."""
     best = set()
@@ -156,11 +196,13 @@ def find_best(rows: Sequence[Sequence[str]], columns: Sequence[Column]) -> set[t
     return best
 
 
-def list_csv(arms: Sequence[Arm]) -> tuple[list[str], list[list[str]]]:
+def list_csv(arms: Sequence[Arm], baseline: Arm | None = None) -> tuple[list[str], list[list[str]]]:
     """List head and rows of a file: means and sd apart, in units that do not depend on the arms."""
     columns, is_mixed = select_columns(arms), len({arm.data for arm in arms}) > 1
     head = [*(["data"] if is_mixed else []), "arm", "runs"]
     head += [*(f"{column.key} {part}" for column in columns for part in ("mean", "sd"))]
+    if baseline is not None:
+        head += [f"− {baseline.name} {part}" for part in ("pairs", "mean", "95 %", "p")]
     rows = []
     for arm in sorted(arms, key=lambda arm: arm.name):
         values: list[str] = []
@@ -168,8 +210,22 @@ def list_csv(arms: Sequence[Arm]) -> tuple[list[str], list[list[str]]]:
             scale = column.scale if column.more_is_better else CSV_SCALES.get(column.key, 1.0)
             mean = arm.compute_mean(column.key)
             values += ["", ""] if mean is None else [f"{scale * value:.6g}" for value in mean]
+        if baseline is not None:
+            values += list_difference(arm, baseline)
         rows.append([*([arm.data] if is_mixed else []), arm.name, str(len(arm.runs)), *values])
     return head, rows
+
+
+def list_difference(arm: Arm, baseline: Arm) -> list[str]:
+    """List the cells of a file that say how an arm differs from the baseline; empty where nothing does."""
+    is_other = arm is not baseline and (arm.data, arm.metric) == (baseline.data, baseline.metric)
+    difference = compute_difference(arm, baseline, arm.metric) if is_other else None
+    if difference is None:
+        return [""] * 4
+    scale = make_metric_column(arm.metric).scale
+    values = (difference.mean, difference.margin)
+    cells = ["" if value is None else f"{scale * value:.6g}" for value in values]
+    return [str(difference.pairs), *cells, "" if difference.p is None else f"{difference.p:.3g}"]
 
 
 def write_latex(table: ResultTable) -> str:

@@ -2,16 +2,19 @@
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from scipy.stats import ttest_rel
 
 from elastic.errors import FileError, OptionError
 from elastic.experiments.compare import compare_runs
 from elastic.experiments.tools.arms import read_arms, read_failures, read_summaries, shorten_names
+from elastic.experiments.tools.differences import compute_difference
 from elastic.experiments.tools.figure import draw_arms, save_figure
 from elastic.experiments.tools.results import list_facts, make_tables, write_latex
 from elastic.experiments.tools.tables import format_markdown
@@ -208,6 +211,55 @@ def test_a_column_has_one_unit_and_digits_for_its_smallest(
     (table,) = make_tables(read_arms(f"{tmp_path}/*", read_summaries(f"{tmp_path}/*")))
     column = list(table.head).index(head)
     assert [row[column] for row in table.rows] == texts
+
+
+def test_arms_are_compared_seed_by_seed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Against scipy's own paired test; seeds that one of the two lacks do not count."""
+    ours, theirs = [0.93, 0.916, 0.94, 0.92], [0.92, 0.91, 0.925, 0.915]
+    for seed, (accuracy, other) in enumerate(zip(ours, theirs, strict=True)):
+        write(tmp_path / f"looking-seed{seed}", accuracy, 2, seed=seed)
+        write(tmp_path / f"blind-seed{seed}", other, 1, seed=seed)
+    write(tmp_path / "blind-seed9", 0.1, 1, seed=9)
+    write(tmp_path / "one-seed2", 0.5, 3, seed=2)
+    write(tmp_path / "none-seed7", 0.5, 4, seed=7)
+    compare_runs(f"{tmp_path}/*", csv=tmp_path / "results.csv", baseline="blind")
+    head, *rows = csv.reader((tmp_path / "results.csv").read_text().splitlines())
+    cells = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    test = ttest_rel(ours, theirs)
+    low, high = test.confidence_interval(0.95)
+    columns = [f"− blind {part}" for part in ("pairs", "mean", "95 %", "p")]
+    found = [float(cells["looking"][column]) for column in columns]
+    assert found == pytest.approx([4, 50 * (low + high), 50 * (high - low), test.pvalue], rel=0.01)
+    assert [cells["one"][column] for column in columns] == ["1", "-42.5", "", ""]
+    assert not any(cells[arm][columns[0]] for arm in ("none", "blind"))
+    shown = capsys.readouterr().out
+    assert f"+{50 * (low + high):.2f} ± {50 * (high - low):.2f}" in shown and "-42.50 " in shown
+    with pytest.raises(
+        OptionError, match="there is no arm fixed to compare with: name one of blind, looking"
+    ):
+        compare_runs(f"{tmp_path}/*", baseline="fixed")
+
+
+@pytest.mark.parametrize(("ours", "p"), [((0.5, 0.25), 1.0), ((0.75, 0.5), 0.0)])
+def test_differences_that_do_not_vary_need_no_test(tmp_path: Path, ours: Sequence[float], p: float) -> None:
+    for seed, accuracy in enumerate(ours):
+        write(tmp_path / f"a-seed{seed}", accuracy, 2, seed=seed)
+        write(tmp_path / f"b-seed{seed}", (0.5, 0.25)[seed], 1, seed=seed)
+    arms = {arm.name: arm for arm in read_arms(f"{tmp_path}/*", read_summaries(f"{tmp_path}/*"))}
+    found = compute_difference(arms["a"], arms["b"], "test/acc")
+    assert found is not None and (found.margin, found.p) == (0, p)
+
+
+def test_a_level_is_compared_with_the_same_seed_of_a_network(tmp_path: Path) -> None:
+    for seed in range(2):
+        levels = [{"level": i, "test/acc": 0.8 + 0.1 * i + 0.01 * seed, "params": 1 + i} for i in range(2)]
+        write(tmp_path / f"joint-seed{seed}", 0.9 + 0.01 * seed, 2, seed=seed, levels=levels)
+        write(tmp_path / f"alone-seed{seed}", 0.82 + 0.02 * seed, 1, seed=seed)
+    (table,) = make_tables(read_arms(f"{tmp_path}/*", read_summaries(f"{tmp_path}/*")), baseline="alone")
+    assert {row[0]: row[-2].split()[0] for row in table.rows if row[-2] != "–"} == {
+        "joint level 0": "-2.50",
+        "joint": "+7.50",
+    }
 
 
 def test_latex_can_be_typeset(tmp_path: Path) -> None:

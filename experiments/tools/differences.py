@@ -1,0 +1,45 @@
+"""Compare two arms seed by seed: how much they differ by, how sure that is, and a paired t test of it."""
+
+import statistics
+from dataclasses import dataclass
+
+from scipy.stats import t as student
+
+from elastic.experiments.tools.arms import Arm
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Hold by how much an arm differs from another over the seeds that both have.
+
+    Attributes:
+        pairs: how many seeds those are.
+        mean: of the differences.
+        margin: half of the mean's confidence interval; None of a single pair.
+        p: of a paired, two-sided t test; None of a single pair.
+    """
+
+    pairs: int
+    mean: float
+    margin: float | None = None
+    p: float | None = None
+
+
+def compute_difference(arm: Arm, other: Arm, key: str) -> Difference | None:
+    """Compute by how much a figure of `arm` differs from `other`'s; None where they share no seed with it."""
+    ours, theirs = (
+        {str(run["seed"]): run[key] for run in each.runs if None not in (run.get("seed"), run.get(key))}
+        for each in (arm, other)
+    )
+    differences = [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
+    if not differences:
+        return None
+    n, mean = len(differences), statistics.mean(differences)
+    if n == 1:
+        return Difference(n, mean)
+    error = statistics.stdev(differences) / n**0.5
+    margin = float(student.ppf(0.5 + CONFIDENCE / 2, n - 1)) * error
+    p = 2 * float(student.sf(abs(mean) / error, n - 1)) if error else float(mean == 0)
+    return Difference(n, mean, margin, p)
