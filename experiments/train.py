@@ -77,7 +77,7 @@ def build(cfg: DictConfig) -> tuple[ElasticModule, ImageData]:
     levels = None
     if cfg.get("init") is not None:
         weights = check_finished(Path(cfg.init).expanduser()) / WEIGHTS
-        network = Network.load(net, weights, torch.zeros(1, *data.shape))
+        network = Network.load(weights, net, torch.zeros(1, *data.shape))
         network.reject_modules(weights)
         levels = network.levels if "dynamic" in list_callbacks(cfg) else None  # each gets modules of its own
         net.train()

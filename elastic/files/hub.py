@@ -34,7 +34,7 @@ class HubNetwork(ModelHubMixin):
         cls, *, model_id: str, net: Any = None, example: Any = None, **options: Any
     ) -> "HubNetwork":
         path = Path(hf_hub_download(model_id, WEIGHTS, **options))
-        return cls(Network.load(net, path, example))
+        return cls(Network.load(path, net, example))
 
     def generate_model_card(self, *_: Any, repo_id: str = "network", **__: Any) -> ModelCard:
         return ModelCard(write_card(repo_id, self.network.about, "elastic.Network.from_pretrained"))

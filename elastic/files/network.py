@@ -145,11 +145,11 @@ class Network:
         write_tensors(tensors, about, path, packed)
 
     @classmethod
-    def load(cls, model: nn.Module | None, path: Path, example: Tensor | None = None) -> "Network":
+    def load(cls, path: Path, net: nn.Module | None = None, example: Tensor | None = None) -> "Network":
         """Read a network from its file, which is read once, ready for inference.
 
         Args:
-            model: the network as it was first built, before anything had changed, to be filled in place; by
+            net: the network as it was first built, before anything had changed, to be filled in place; by
                 default it is built as the file says.
             example: an input, batch first; by default zeros of the size that the file says.
 
@@ -158,20 +158,20 @@ class Network:
             StructureError: it is of another architecture.
         """
         tensors, about = read_tensors(path)
-        if model is None:
-            model = _build(about, path)
+        if net is None:
+            net = _build(about, path)
         if example is None:
             example = _make_example(about, path)
-        widths = _fill(model, {name: t for name, t in tensors.items() if not name.startswith(".")}, example)
+        widths = _fill(net, {name: t for name, t in tensors.items() if not name.startswith(".")}, example)
         said = {name: value for name, value in about.items() if name not in STRUCTURE}
         if "levels" in about:
-            levels = Levels(model, widths, _check_levels(about["levels"], path))
+            levels = Levels(net, widths, _check_levels(about["levels"], path))
             _load_state(levels.norms, _select(tensors, LEVEL_NORMS), f"{path} lacks norms of its levels")
             network = cls(levels, about=said)
         else:
-            network = cls(model, about=said)
-        for net in network.nets:
-            net.eval()
+            network = cls(net, about=said)
+        for each in network.nets:
+            each.eval()
         if "switched" in about:
             network._attach(tensors, _check_modules(about["switched"], tensors, path), example, path)
         return network
@@ -272,7 +272,7 @@ def load(source: str | Path, net: nn.Module | None = None, example: Tensor | Non
         FileError: there is no such file, it is damaged, or does not say what is not given.
         StructureError: it is of another architecture.
     """
-    return Network.load(net, find_file(source), example)
+    return Network.load(find_file(source), net, example)
 
 
 def _import_hub() -> ModuleType:

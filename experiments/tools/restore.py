@@ -92,7 +92,7 @@ def restore(folder: Path, trust: Sequence[str] = ()) -> FinishedRun:
             raise
         cause = cite(error)
         raise FileError(f"{folder / CONFIG} is of a network that cannot be built: {cause}") from error
-    network = Network.load(net, folder / WEIGHTS, torch.zeros(1, *data.shape))
+    network = Network.load(folder / WEIGHTS, net, torch.zeros(1, *data.shape))
     return FinishedRun(network, data, make_task(cfg, data.classes), summary, cfg, folder)
 
 

@@ -292,7 +292,7 @@ def test_all_levels_learn(tmp_path: Path) -> None:
     assert min(accuracies) > 0.7 and found["schedule"] == "joint"
     assert evaluate(tmp_path) == found
     module, _ = build(configure(tmp_path / "again", *options))
-    levels = Network.load(module.net, tmp_path / "model.safetensors", module.structure.example).nets
+    levels = Network.load(tmp_path / "model.safetensors", module.net, module.structure.example).nets
     assert [counts.count_macs(level, module.structure.example) for level in levels] == [
         row["macs"] for row in found["levels"]
     ]

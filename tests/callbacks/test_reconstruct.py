@@ -378,7 +378,7 @@ def test_a_run_that_was_cut_by_latency_goes_on_with_the_sizes_it_began_with(
     train(configure(broken, *given), broken)
     assert_same_run(whole, broken)
     net = build(configure(tmp_path / "third", *given))[0].net
-    network = Network.load(net, whole / "model.safetensors", EXAMPLE)
+    network = Network.load(whole / "model.safetensors", net, EXAMPLE)
     for level, most in zip(network.nets, (0.3, 0.6, 1.0), strict=True):
         assert fake_ms(1.0)(level, EXAMPLE) <= most
 
@@ -404,7 +404,7 @@ def test_the_summary_has_a_row_a_level(finished: Path) -> None:
     """Counted and tested again on networks that are cut out of the saved file."""
     found = summary(finished)
     module, data = build(configure(finished / "x", *FINISHED))
-    network = Network.load(module.net, finished / "model.safetensors", module.structure.example)
+    network = Network.load(finished / "model.safetensors", module.net, module.structure.example)
     levels = network.levels
     assert levels is not None
     data.prepare_data()
@@ -520,7 +520,7 @@ def test_a_run_starts_from_one_that_grew_and_was_pruned(tmp_path: Path) -> None:
     fresh, _ = build(configure(tmp_path / "x", *RECONSTRUCTING))
     assert run.module.structure.start_sizes != fresh.structure.start_sizes, "it has grown"
     net = build(configure(tmp_path / "y", *growing))[0].net
-    plain = Network.load(net, first / "model.safetensors", EXAMPLE).plain()
+    plain = Network.load(first / "model.safetensors", net, EXAMPLE).plain()
     run.fit()
     with torch.no_grad():
         assert torch.allclose(held[0], plain(batch(run.data)[0]), atol=1e-5)

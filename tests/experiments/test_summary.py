@@ -85,7 +85,7 @@ def test_the_summary_is_flat_and_complete(finished: Path) -> None:
 def test_params_are_the_non_zeros_in_the_file(finished: Path) -> None:
     """Counted on the tensors of the file that are parameters: buffers are left out."""
     module, _ = build(configure(finished / "again", *PRUNING))
-    plain = Network.load(module.net, finished / "model.safetensors", module.structure.example).plain()
+    plain = Network.load(finished / "model.safetensors", module.net, module.structure.example).plain()
     parameters = dict(plain.named_parameters())
     assert not [name for name in parameters if "running" in name]
     found = {name: t for name, t in plain.state_dict().items() if name in parameters}
@@ -97,7 +97,7 @@ def test_params_are_the_non_zeros_in_the_file(finished: Path) -> None:
 
 def test_macs_are_those_of_the_compacted_network_by_hand(finished: Path) -> None:
     module, _ = build(configure(finished / "again", *PRUNING))
-    plain = Network.load(module.net, finished / "model.safetensors", module.structure.example).plain()
+    plain = Network.load(finished / "model.safetensors", module.net, module.structure.example).plain()
     convs = [m for m in plain if isinstance(m, torch.nn.Conv2d)]  # type: ignore[union-attr]
     positions = (64, 64, 16, 16)
     macs = sum(n * c.weight.numel() for n, c in zip(positions, convs, strict=True)) + plain[-1].weight.numel()  # type: ignore[index,operator]

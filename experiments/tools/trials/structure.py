@@ -224,7 +224,7 @@ def _restore(subject: Subject, network: Network) -> None:
     expected = [subject.run(network.plain(k)) for k in range(len(network))]
     expected += [subject.run(network.dynamic(set=k)) for k in range(network.sets)]
     network.save(subject.file)
-    again = Network.load(subject.build(), subject.file, subject.x)
+    again = Network.load(subject.file, subject.build(), subject.x)
     actual = [subject.run(again.plain(k)) for k in range(len(again))]
     actual += [subject.run(again.dynamic(set=k)) for k in range(again.sets)]
     pairs = zip(chain(*expected), chain(*actual), strict=True)

@@ -40,7 +40,7 @@ def fresh(name: str) -> nn.Module:
 
 
 def load_levels(net: nn.Module, path: Path, x: Tensor) -> Levels:
-    levels = Network.load(net, path, x).levels
+    levels = Network.load(path, net, x).levels
     assert levels is not None
     return levels
 
@@ -76,7 +76,7 @@ def test_without_its_levels_it_is_the_whole_network(tmp_path: Path, name: str) -
     net, x, widths = built(name)
     levels = nested(net.eval(), widths, halves(widths, 0.5))
     Network(levels).save(tmp_path / "levels", {})
-    whole = Network.load(fresh(name), tmp_path / "levels", x).plain()
+    whole = Network.load(tmp_path / "levels", fresh(name), x).plain()
     same(net.state_dict(), whole.state_dict())
     assert torch.equal(net(x), whole(x))
 
@@ -130,7 +130,7 @@ def test_layers_that_share_a_weight_are_stored(tmp_path: Path) -> None:
     net, x = tied(), torch.randn(2, 3, 6, 6)
     reindex(net, discover(net, x), {"0": [0, 2]})
     Network(net).save(tmp_path / "net")
-    assert torch.equal(Network.load(tied(), tmp_path / "net", x).run(x), net(x))
+    assert torch.equal(Network.load(tmp_path / "net", tied(), x).run(x), net(x))
 
 
 @pytest.mark.parametrize("nest", [False, True])
@@ -149,7 +149,7 @@ def test_a_network_whose_own_layers_are_called_levels(tmp_path: Path, nest: bool
             assert torch.equal(a(x), b(x))
     else:
         Network(net).save(tmp_path / "net")
-    assert torch.equal(Network.load(build(), tmp_path / "net", x).run(x), net(x))
+    assert torch.equal(Network.load(tmp_path / "net", build(), x).run(x), net(x))
 
 
 # --- refusals ----------------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def test_a_network_whose_own_layers_are_called_levels(tmp_path: Path, nest: bool
 def refused(name: str, path: Path, *named: str) -> None:
     net, x = fresh(name), built(name)[1]
     with pytest.raises(FileError) as caught:
-        Network.load(net, path, x)
+        Network.load(path, net, x)
     assert all(part in str(caught.value) for part in (*named, str(path))), str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -297,7 +297,7 @@ def test_modules_come_back_with_their_levels_and_sets(tmp_path: Path, nest: bool
     levels = evaluated(nested(net, widths, halves(widths, 0.5))) if nest else net.eval()
     network = dynamic(levels, x, sets)
     network.save(tmp_path / "net", {"seed": 3})
-    again = Network.load(fresh("convnet"), tmp_path / "net", x)
+    again = Network.load(tmp_path / "net", fresh("convnet"), x)
     assert len(again) == len(network) == 1 + nest and again.sets == network.sets == sets
     for level in range(len(network)):
         outputs = [network.run(x, level, k) for k in range(sets)]
@@ -380,7 +380,7 @@ def test_a_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         return read_bytes(path)
 
     monkeypatch.setattr(Path, "read_bytes", watch)
-    Network.load(fresh("convnet"), tmp_path / "net", x)
+    Network.load(tmp_path / "net", fresh("convnet"), x)
     assert opened == [tmp_path / "net"]
 
 

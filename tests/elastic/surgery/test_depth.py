@@ -167,7 +167,7 @@ def test_compacted_saved_and_loaded(tmp_path: Path) -> None:
     plain = compact(net, X)
     assert torch.allclose(run(plain, False), run(net, False), atol=1e-5)
     Network(plain).save(tmp_path / "m", {})
-    assert torch.equal(run(Network.load(built(), tmp_path / "m", X).plain(), False), run(plain, False))
+    assert torch.equal(run(Network.load(tmp_path / "m", built(), X).plain(), False), run(plain, False))
 
 
 class Forward(nn.Module):

@@ -137,7 +137,7 @@ def compacted(model: nn.Module | None = None) -> nn.Module:
 def test_round_trip_bit_for_bit(tmp_path: Path) -> None:
     plain = compacted()
     Network(plain).save(tmp_path / "m.safetensors", {"asked": 1})
-    back = Network.load(built(seed=5), tmp_path / "m.safetensors", EXAMPLE).plain()
+    back = Network.load(tmp_path / "m.safetensors", built(seed=5), EXAMPLE).plain()
     same(plain.state_dict(), back.state_dict())
     assert torch.equal(plain(probe()), back(probe())) and not back.training
     with safe_open(tmp_path / "m.safetensors", "pt") as file:
@@ -151,7 +151,7 @@ def test_round_trip_at_every_density(tmp_path: Path, kept: float) -> None:
     for parameter in model.parameters():
         parameter.data *= torch.rand(parameter.shape) < kept
     Network(model).save(tmp_path / "m", {})
-    same(model.state_dict(), Network.load(built(seed=5), tmp_path / "m", EXAMPLE).plain().state_dict())
+    same(model.state_dict(), Network.load(tmp_path / "m", built(seed=5), EXAMPLE).plain().state_dict())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -161,7 +161,7 @@ def test_round_trip_of_other_types(tmp_path: Path, dtype: torch.dtype) -> None:
     Network(model).save(tmp_path / "m", {})
     same(
         model.state_dict(),
-        Network.load(built(seed=5).to(dtype), tmp_path / "m", EXAMPLE).plain().state_dict(),
+        Network.load(tmp_path / "m", built(seed=5).to(dtype), EXAMPLE).plain().state_dict(),
     )
 
 
@@ -170,7 +170,7 @@ def test_not_a_number_is_kept(tmp_path: Path) -> None:
     model[3].weight.data[:, 1:] = 0
     model[3].weight.data[0, 0] = torch.tensor([float("nan"), float("inf"), 1.0])
     Network(model).save(tmp_path / "m", {})
-    back = Network.load(built(seed=5), tmp_path / "m", EXAMPLE).plain()
+    back = Network.load(tmp_path / "m", built(seed=5), EXAMPLE).plain()
     assert torch.equal(model[3].weight.view(torch.int32), back[3].weight.view(torch.int32))
 
 
@@ -216,7 +216,7 @@ def test_a_bias_that_compaction_gave_is_restored(tmp_path: Path) -> None:
     plain = compact(model, EXAMPLE)
     assert plain[2].bias is not None and plain[0].out_channels == 3
     Network(plain).save(tmp_path / "m", {})
-    back = Network.load(net(1), tmp_path / "m", EXAMPLE).plain()
+    back = Network.load(tmp_path / "m", net(1), EXAMPLE).plain()
     same(plain.state_dict(), back.state_dict())
     assert torch.allclose(back(probe()), model(probe()), atol=1e-5)
 
@@ -224,7 +224,7 @@ def test_a_bias_that_compaction_gave_is_restored(tmp_path: Path) -> None:
 def refused(path: Path, net: nn.Module | None = None) -> str:
     """The message of the error, which must be one line."""
     with pytest.raises((StructureError, FileError)) as caught:
-        Network.load(built() if net is None else net, path, EXAMPLE)
+        Network.load(path, built() if net is None else net, EXAMPLE)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
