@@ -119,7 +119,7 @@ def test_the_summary_tells_the_budget_asked_from_what_was_got(tmp_path: Path) ->
         ("[ema,gates,growth]", "growth+gates+ema"),
         ("[magnitude]", "magnitude"),
         ("[magnitude,growth]", "growth+magnitude"),
-        ("dynamic", "dynamic"),
+        ("[distil,dynamic]", "dynamic+distil"),
     ],
 )
 def test_the_summary_names_the_schedule_in_one_order(tmp_path: Path, schedule: str, named: str) -> None:
