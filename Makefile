@@ -22,7 +22,7 @@ demo: setup  ## grow and prune a network on images that need no download: make d
 	$(BIN)/python -m experiments.train experiment=digits $(ARGS)
 
 test: setup  ## the default suite, warnings are errors
-	$(PYTEST) -n 2
+	$(PYTEST) -n 2 --dist worksteal
 
 lint: setup  ## ruff check, ruff format --check, types
 	$(BIN)/ruff check .
@@ -60,7 +60,7 @@ bench: setup  ## what elasticity costs and saves, beside the plain way
 	$(BIN)/python -m experiments.bench
 
 test-slow: setup  ## tests that train for longer
-	$(PYTEST) -n 2 -m slow
+	$(PYTEST) -n 2 --dist worksteal -m slow
 
 test-data: setup  ## tests on real data sets under ELASTIC_DATA
 	$(PYTEST) -m data

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 # In the default suite one page stands for each kind of block. These cost more, or are of a kind with others.
-SLOW = ("ema_distil", "dynamic", "levels", "sweeps")
+SLOW = ("ema_distil", "dynamic", "levels", "sweeps", "export", "run")
 DOWNLOADED = ("mnist", "fashion_mnist", "cifar10", "cifar100", "imagenette")
 LIBRARY = ("growth", "gates", "magnitude", "ema", "joint", "reconstruct", "dynamic", "distil")
 Summary = dict[str, Any]

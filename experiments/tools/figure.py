@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
 from elastic.errors import OptionError
 from elastic.experiments.tools.arms import Arm, History
@@ -84,7 +84,7 @@ def _draw_size(panel: Axes, history: History) -> None:
     panel.set(ylabel="parameters", yscale="log")
     panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.yaxis.set_major_formatter("{x:,.0f}")
-    panel.yaxis.set_minor_formatter("")
+    panel.yaxis.set_minor_locator(NullLocator())
 
 
 def _draw_widths(panel: Axes, history: History) -> None:

@@ -107,6 +107,7 @@ def test_a_setting_that_is_wrong_is_named(
     assert not any(name.endswith(".part") for name in left)
 
 
+@pytest.mark.slow
 def test_by_process(tmp_path: Path) -> None:
     """Once for real: what the shell sees."""
     code, err = process(*SMOKE, f"run={tmp_path / 'run'}", "callbacks.growth.amount.ceiling=0.5")

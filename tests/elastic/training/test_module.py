@@ -127,7 +127,7 @@ def test_a_schedule_lasts_as_long_as_the_run() -> None:
     assert isinstance(attached().configure_optimizers(), AdamW)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
 def test_the_default_optimizers_learn(tmp_path: Path, optimizer: str) -> None:
     rate = {"adamw": 3e-2, "sgd": 0.3}[optimizer]
     options = (f"optimizer={optimizer}", f"optimizer.lr={rate}", "trainer.max_epochs=6")
