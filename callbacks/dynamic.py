@@ -46,6 +46,8 @@ class PruneDynamically(ElasticCallback):
             on the rest of its batch then, and the network learns nothing through what modules look at.
         contrast: how much of what an input's saliency differs by from the mean over inputs is taught: the
             less, the more kernels have one choice for all inputs, to which weights can adapt.
+        difficulty: above 0, inputs whose class the network is sure of are taught to engage less than others:
+            saliency is multiplied by this power of the entropy of what the network says of an input.
         freeze: part of the run from which modules learn no more, and weights adapt to a choice that stays.
 
     Where there are levels, each of them gets modules of its own, and each step trains one, drawn at random.
@@ -75,6 +77,7 @@ class PruneDynamically(ElasticCallback):
         start: Start = "order",
         saliency: NotNegative = 0.0,
         contrast: Part = 1.0,
+        difficulty: NotNegative = 0.0,
         freeze: Part = 1.0,
     ) -> None:
         gains = [gain] if isinstance(gain, int | float) else list(gain)
@@ -88,10 +91,15 @@ class PruneDynamically(ElasticCallback):
             )
         if modules_only and freeze < 1:
             raise OptionError("where modules alone are trained, they cannot freeze: leave one of both out")
+        if difficulty and not saliency and start != "saliency":
+            raise OptionError(
+                "nothing teaches modules what is difficult: set saliency above 0, or difficulty=0"
+            )
         self.losses = [ActivationLoss(each, form, by, target) for each in gains]
         self.activation, self.kind, self.begin, self.end = activation, kind, begin, end
         self.branches, self.rate, self.modules_only = branches, rate, modules_only
         self.start, self.saliency, self.contrast, self.freeze = start, saliency, contrast, freeze
+        self.difficulty = difficulty
         self.costs: list[ActivationCost] = []
         self.has_started = self.is_frozen = False
         self.active_set, self.ramp_up = 0, 0.0
@@ -146,7 +154,11 @@ class PruneDynamically(ElasticCallback):
             self._start_saliency(trainer)
 
     def _start_saliency(self, trainer: L.Trainer) -> None:
-        self._saliencies = [Saliency(net, self.contrast) for net in self.structure.dynamic_nets]
+        if self.difficulty and self.structure.outputs != "classes":
+            raise TrainingError("difficulty is that of telling classes: set callbacks.dynamic.difficulty=0")
+        self._saliencies = [
+            Saliency(net, self.contrast, self.difficulty) for net in self.structure.dynamic_nets
+        ]
         if self.start == "saliency" and not self.has_started:
             x_BCHW, _ = sample_batch(trainer, SAMPLES, self.structure.make_seed(0))
             for level, saliency in enumerate(self._saliencies):
@@ -205,7 +217,8 @@ class PruneDynamically(ElasticCallback):
             multiplier = self.multiplier_LS[level, self.active_set]
             terms.append(loss.loss(self.costs[level].fraction(loss.by), self.ramp_up, multiplier))
         if self._saliencies and not self.is_frozen:
-            distance = self._saliencies[level].compute_loss(self.threshold_LS[level, self.active_set])
+            threshold = self.threshold_LS[level, self.active_set]
+            distance = self._saliencies[level].compute_loss(threshold, output)
             terms.append(self.saliency * distance)
         return torch.stack(terms).sum() if terms else None
 

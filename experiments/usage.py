@@ -1,6 +1,6 @@
 """Show how often the kernels of a dynamic network are on, and what images take.
 
-    python -m experiments.usage run=<folder> [level=…] [set=…] [figure=<png>] [csv=<file>]
+    python -m experiments.usage run=<folder> [level=…] [set=…] [figure=<png>] [csv=<file>] [classes=<file>]
 
 Prints the part of the images for which each layer's kernels are on; the figure has that, kernel by kernel,
 the MACs of each class and of each image, and the images that took least and most.
@@ -24,7 +24,12 @@ from elastic.experiments.tools.tables import write_csv
 
 
 def show_kernel_usage(
-    run: Path, level: int | None = None, set: int = 0, figure: Path | None = None, csv: Path | None = None
+    run: Path,
+    level: int | None = None,
+    set: int = 0,
+    figure: Path | None = None,
+    csv: Path | None = None,
+    classes: Path | None = None,
 ) -> None:
     """Show how often each layer's kernels are on over the test split, and what images take.
 
@@ -34,14 +39,19 @@ def show_kernel_usage(
         set: of the modules.
         figure: a picture to draw.
         csv: a table of every kernel to write.
+        classes: a table of every class to write: how many images are right, and what they take.
     """
     finished = restore(run)
+    if classes is not None:
+        finished.require_classes()
     images = run_per_image(finished.network.dynamic(level, set), finished.data, finished.task)
     Console().print(_make_table(images))
     figures = ", ".join(map(" ".join, list_shown(images.metrics)))
     print(f"{figures}, {images.macs:,.0f} MACs an image, modules included")
     if csv is not None:
         write_csv(csv, ["convolution", "kernel", "on"], _list_kernels(images))
+    if classes is not None:
+        write_csv(classes, ["class", "images", "right (%)", "MACs, mean"], _list_classes(images))
     if figure is not None:
         finished.require_classes()
         raw_NCHW = torch.cat([x_BCHW for x_BCHW, _ in finished.data.test_dataloader()])
@@ -61,6 +71,14 @@ def _list_kernels(images: PerImage) -> Iterator[tuple[str, int, str]]:
     for name, usage_K in images.usage.items():
         for k, part in enumerate(usage_K.tolist()):
             yield name, k, f"{part:.4f}"
+
+
+def _list_classes(images: PerImage) -> Iterator[list[str]]:
+    """List every class of the test split."""
+    for label in images.label_N.unique().tolist():
+        is_own = images.label_N == label
+        right, macs = images.correct_N[is_own].double().mean(), images.macs_N[is_own].double().mean()
+        yield [str(label), str(int(is_own.sum())), f"{100 * right:.2f}", f"{macs:.0f}"]
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from elastic.dynamic.attaching import MODULES, measure_reading_weights
 from elastic.dynamic.modules import KernelActivation, iterate_modules
@@ -20,6 +21,7 @@ from elastic.dynamic.zeros import name_operation
 from elastic.widths.tracing import preserve_modes
 
 STEEPNESS = 4.0  # of scores: so many for one mean saliency
+SURE = 1e-3  # nats, below which an input is not easier
 RIDGE = 1e-3  # of the fit, in parts of the features' variance
 
 
@@ -31,11 +33,13 @@ class Saliency:
     Args:
         net: from `attach_modules`.
         contrast: how much of what an input's saliency differs by from the mean over inputs modules are
-            taught; at 0 all inputs have one choice.
+            taught; at 0 all inputs have one order of kernels.
+        difficulty: the power of an input's difficulty that its saliency is multiplied by, see
+            `weigh_inputs`; at 0 none engages more than others by it.
     """
 
-    def __init__(self, net: fx.GraphModule, contrast: float = 1.0) -> None:
-        self.net, self.contrast = net, contrast
+    def __init__(self, net: fx.GraphModule, contrast: float = 1.0, difficulty: float = 0.0) -> None:
+        self.net, self.contrast, self.difficulty = net, contrast, difficulty
         self.modules = list(iterate_modules(net))
         self._maps: dict[str, Tensor] = {}
         self._rectified: dict[str, bool] = {}
@@ -64,15 +68,41 @@ class Saliency:
         saliency_BK = norm_BK * measure_reading_weights(self.net, site, norm_BK.shape[1]).sqrt()
         return saliency_BK / saliency_BK.mean(1, keepdim=True).clamp(min=1e-12)
 
-    def compute_targets(self, saliency_BK: Tensor) -> Tensor:
+    @torch.no_grad()
+    def weigh_inputs(self, output: Any) -> Tensor | float:
+        """Weigh inputs by how difficult they are: weight_B1, which is 1 on average; or 1 for all.
+
+        It is a power of the entropy of the classes' probabilities: where a network is sure, few kernels are
+        worth their work.
+
+        Args:
+            output: what the network has said of them: scores of classes, in dimension 1, or several such.
+        """
+        if not self.difficulty:
+            return 1.0
+        score_BK = tree_leaves(output)[0].float()
+        entropy_B = torch.special.entr(score_BK.softmax(1)).sum(1)
+        entropy_B1 = entropy_B.reshape(len(score_BK), -1).mean(1, keepdim=True)  # over pixels, if there are
+        weight_B1: Tensor = entropy_B1.clamp(min=SURE).pow(self.difficulty)
+        return weight_B1 / weight_B1.mean()
+
+    def compute_targets(self, saliency_BK: Tensor, weight_B1: Tensor | float = 1.0) -> Tensor:
         """Compute what scores are to be, up to the threshold."""
         mean_1K = saliency_BK.mean(0, keepdim=True)
-        return STEEPNESS * torch.lerp(mean_1K, saliency_BK, self.contrast)
+        return STEEPNESS * weight_B1 * torch.lerp(mean_1K, saliency_BK, self.contrast)
 
-    def compute_loss(self, threshold: Tensor) -> Tensor:
-        """Compute how far the last call's scores are from what saliency says, in squares."""
+    def compute_loss(self, threshold: Tensor, output: Any) -> Tensor:
+        """Compute how far the last call's scores are from what saliency says, in squares.
+
+        Args:
+            threshold: how much lower scores are, from `fit`.
+            output: what the network has said in that call.
+        """
+        weight_B1 = self.weigh_inputs(output)
         losses = [
-            (module.score_BK.float() - self.compute_targets(self.measure(module)) + threshold).square().mean()
+            (module.score_BK.float() - self.compute_targets(self.measure(module), weight_B1) + threshold)
+            .square()
+            .mean()
             for module in self.modules
         ]
         return torch.stack(losses).sum()
@@ -100,9 +130,9 @@ class Saliency:
         with preserve_modes(self.net):
             self.net.eval()
             for x_BCHW in batches:
-                self.net(x_BCHW)
+                weight_B1 = self.weigh_inputs(self.net(x_BCHW))
                 for fit in fits:
-                    fit.add()
+                    fit.add(weight_B1)
         for hook in (*opened, *inputs):
             hook.remove()
         lowest = torch.stack([fit.solve() for fit in fits]).min()
@@ -121,18 +151,20 @@ class _Fit:
         self.mean_BC = torch.empty(0)
         self.means: list[Tensor] = []
         self.saliencies: list[Tensor] = []
+        self.weights: list[Tensor] = []
 
     def note_input(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self.mean_BC = inputs[0].float().mean((2, 3))
 
-    def add(self) -> None:
+    def add(self, weight_B1: Tensor | float) -> None:
+        self.weights.append(torch.ones_like(self.mean_BC[:, :1]) * weight_B1)
         self.means.append(self.mean_BC)
         self.saliencies.append(self.saliency.measure(self.module))
 
     def solve(self) -> Tensor:
         """Give every head its weights; return the lowest score of all."""
         mean_NC = torch.cat(self.means)
-        target_NK = self.saliency.compute_targets(torch.cat(self.saliencies))
+        target_NK = self.saliency.compute_targets(torch.cat(self.saliencies), torch.cat(self.weights))
         score_NK = target_NK.mean(0, keepdim=True)
         for head in self.module.iterate_heads():
             head.norm.running_mean.copy_(mean_NC.mean(0))  # type: ignore[union-attr]

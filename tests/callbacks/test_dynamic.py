@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -163,8 +164,8 @@ def test_what_is_seen_adds_up(finished: Path) -> None:
 def test_kernel_usage_is_shown_and_drawn(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    picture, table = tmp_path / "usage.png", tmp_path / "usage.csv"
-    given = [f"run={finished}", "set=1", f"figure={picture}", f"csv={table}"]
+    picture, table, classes = (tmp_path / name for name in ("usage.png", "usage.csv", "classes.csv"))
+    given = [f"run={finished}", "set=1", f"figure={picture}", f"csv={table}", f"classes={classes}"]
     monkeypatch.setattr("sys.argv", ["usage", *given])
     usage.main()
     row = summary_of(finished)["sets"][1]
@@ -173,6 +174,10 @@ def test_kernel_usage_is_shown_and_drawn(
     net = restore(finished).network.plain()
     kernels = sum(m.out_channels for m in net.modules() if isinstance(m, nn.Conv2d))
     assert len(table.read_text().splitlines()) == 1 + kernels
+    _, *rows = (line.split(",") for line in classes.read_text().splitlines())
+    count_K, right_K, macs_K = np.array([[float(cell) for cell in cells] for _, *cells in rows]).T
+    assert count_K @ right_K / count_K.sum() == pytest.approx(100 * row["test/acc"], abs=0.01)
+    assert count_K @ macs_K / count_K.sum() == pytest.approx(row["macs_dynamic"], abs=1)
 
 
 def test_time_is_measured_beside_macs(
@@ -596,9 +601,17 @@ def test_kernels_close_on_the_path_to_the_target_and_the_choice_then_stays(tmp_p
 
 
 def test_what_has_looked_measures_again_as_it_did(tmp_path: Path) -> None:
-    summary = train(configure(tmp_path, *TRAINING, *LOOKING), tmp_path)
+    cfg = configure(tmp_path, *TRAINING, *LOOKING, "callbacks.dynamic.difficulty=0.5")
+    summary = train(cfg, tmp_path)
     assert summary["macs_dynamic"] < summary["macs"]
     assert evaluate(tmp_path) == summary_of(tmp_path)
+
+
+def test_difficulty_is_that_of_classes(tmp_path: Path) -> None:
+    run = prepare(tmp_path, *TRAINING, *LOOKING, "callbacks.dynamic.difficulty=1")
+    run.module.structure.outputs = "values"
+    with pytest.raises(TrainingError, match=r"telling classes: set callbacks\.dynamic\.difficulty=0"):
+        run.fit()
 
 
 @pytest.mark.parametrize(
@@ -607,6 +620,7 @@ def test_what_has_looked_measures_again_as_it_did(tmp_path: Path) -> None:
         ({"start": "zero"}, "modules cannot start by 'zero': set start to order or saliency"),
         ({"modules_only": True, "freeze": 0.5}, "where modules alone are trained, they cannot freeze"),
         ({"form": "threshold"}, "has a target where its form is 'target' or 'threshold'"),
+        ({"difficulty": 1.0}, "nothing teaches modules what is difficult: set saliency above 0, or"),
     ],
 )
 def test_ways_of_looking_that_cannot_be_are_one_line(options: dict[str, Any], message: str) -> None:

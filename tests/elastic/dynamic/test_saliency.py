@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.stats import entropy
 from torch import Tensor, fx, nn
 
 from elastic.dynamic.attaching import attach_modules
 from elastic.dynamic.modules import WITHIN, iterate_modules
-from elastic.dynamic.saliency import RIDGE, STEEPNESS, Saliency, solve_ridge
+from elastic.dynamic.saliency import RIDGE, STEEPNESS, SURE, Saliency, solve_ridge
 from elastic.widths.discovery import discover
 from tests.elastic.zoo import randomised
 
@@ -99,6 +100,43 @@ def test_contrast_shrinks_what_inputs_differ_by_and_leaves_the_mean() -> None:
     torch.testing.assert_close(part - part.mean(0), 0.25 * (whole - whole.mean(0)), rtol=1e-3, atol=1e-4)
 
 
+def test_inputs_are_weighed_by_the_entropy_of_what_is_said_of_them() -> None:
+    """Against scipy; on average they weigh 1, and an input that is sure does not vanish."""
+    _, dynamic = attached()
+    score_BK = torch.randn(5, 7, generator=torch.Generator().manual_seed(2)) * 3
+    score_BK[4] = 1e4 * torch.eye(7)[0]
+    entropy_B = np.maximum(entropy(score_BK.double().softmax(1).numpy(), axis=1), SURE)
+    for power in (0.5, 2.0):
+        weight_B1 = Saliency(dynamic, difficulty=power).weigh_inputs(score_BK)
+        assert isinstance(weight_B1, Tensor)
+        np.testing.assert_allclose(
+            weight_B1[:, 0], entropy_B**power / np.mean(entropy_B**power), rtol=1e-4, atol=1e-6
+        )
+    pixels_BKHW = score_BK[..., None, None].expand(-1, -1, 2, 3)  # a class each
+    again_B1 = Saliency(dynamic, difficulty=2.0).weigh_inputs((pixels_BKHW, None))
+    torch.testing.assert_close(again_B1, weight_B1)
+
+
+@pytest.mark.parametrize("contrast", [0.0, 1.0])
+def test_modules_are_fitted_to_what_is_difficult(contrast: float) -> None:
+    """What they are fitted to is saliency times the input's weight; without contrast in one order for all."""
+    net, dynamic = attached()
+    saliency = Saliency(dynamic, contrast, difficulty=1.0)
+    weight_N1 = torch.cat([saliency.weigh_inputs(net(x)) for x in X.split(16)])  # type: ignore[misc]
+    said_NK = saliency_by_hand(net, X)
+    target_NK = STEEPNESS * weight_N1 * (said_NK if contrast else said_NK.mean(0))
+    threshold = saliency.fit(X.split(16))
+    dynamic(X)
+    (module,) = iterate_modules(dynamic)
+    (head,) = module.iterate_heads()
+    with torch.no_grad():
+        weight_KC, bias_K = solve_ridge(head.look(X.mean((2, 3))), target_NK)
+        expected_NK = head.look(X.mean((2, 3))) @ weight_KC.T.float() + bias_K
+    torch.testing.assert_close(
+        module.score_BK.detach() + threshold, expected_NK.float(), rtol=1e-4, atol=1e-4
+    )
+
+
 def test_modules_that_see_nothing_are_fitted_to_the_mean() -> None:
     net, dynamic = attached("constant")
     threshold = Saliency(dynamic).fit(X.split(16))
@@ -108,19 +146,21 @@ def test_modules_that_see_nothing_are_fitted_to_the_mean() -> None:
     torch.testing.assert_close(module.score_BK.detach() + threshold, mean_K.expand(64, -1))
 
 
-def test_saliency_teaches_the_heads_alone_and_leaves_off_where_they_know_it() -> None:
+@pytest.mark.parametrize("difficulty", [0.0, 2.0])
+def test_saliency_teaches_the_heads_alone_and_leaves_off_where_they_know_it(difficulty: float) -> None:
     _, dynamic = attached()
     dynamic.train()
-    saliency, (module,) = Saliency(dynamic), iterate_modules(dynamic)
+    saliency, (module,) = Saliency(dynamic, difficulty=difficulty), iterate_modules(dynamic)
     module.is_steady = True
     x = X.clone().requires_grad_()
-    dynamic(x)
-    saliency.compute_loss(torch.tensor(0.0)).backward()
+    output = dynamic(x)
+    saliency.compute_loss(torch.tensor(0.0), output).backward()
     assert x.grad is None and all(p.grad is None for p in dynamic.first.parameters())
     assert all(p.grad is not None and p.grad.any() for p in module.parameters())
-    known = STEEPNESS * saliency.measure(module)
+    known = STEEPNESS * saliency.measure(module) * saliency.weigh_inputs(output)
     module.score_BK = known - 0.7
-    assert float(saliency.compute_loss(torch.tensor(0.7))) == pytest.approx(0, abs=1e-10)
+    assert float(saliency.compute_loss(torch.tensor(0.7), output)) == pytest.approx(0, abs=1e-10)
+    assert not difficulty or float(saliency.compute_loss(torch.tensor(0.7), 0 * output)) > 1e-3
 
 
 def test_a_steady_choice_does_not_depend_on_the_batch_and_is_that_of_evaluation() -> None:
