@@ -116,7 +116,7 @@ def test_the_recorded_runs_can_be_compared() -> None:
         of_runs = () if " level " in name else ("params_dense", "wall_s")
         assert all(arm.list_values(key) for key in ("test/acc", "params", "macs", *of_runs))
     tables = {table.data: table for table in make_tables(list(arms.values()))}
-    assert tables.keys() == {"cifar10", "digits", "mnist"}
+    assert tables.keys() == {"cifar10", "cifar10_mnist", "digits", "mnist"}
     assert sum(len(table.rows) for table in tables.values()) == len(arms)
 
 
