@@ -30,7 +30,7 @@ from elastic.experiments.tools.errors import run
 from elastic.experiments.tools.figure import draw_arms
 from elastic.experiments.tools.html import list_failures, make_figure, make_page, make_section
 from elastic.experiments.tools.options import call
-from elastic.experiments.tools.results import ResultTable, find_arm, list_csv, list_facts, make_tables, skips
+from elastic.experiments.tools.results import ResultTable, list_csv, list_facts, make_tables, skips
 from elastic.experiments.tools.tables import escape_markdown, format_markdown, write_between_marks, write_csv
 from elastic.experiments.tools.timing import time_runs
 from elastic.files.atomic import write_atomically
@@ -68,7 +68,7 @@ def compare_runs(
     for line in (*notes, *(f"failed: {name}: {reason}" for name, reason in failures.items())):
         print(line)
     if csv is not None:
-        write_csv(csv, *list_csv(arms, find_arm(arms, baseline)))
+        write_csv(csv, *list_csv(arms, baseline))
     if markdown is not None:
         titles = [f"{escape_markdown(table.title)}:\n\n" if len(tables) > 1 else "" for table in tables]
         texts = (title + format_markdown(t.head, t.rows) for title, t in zip(titles, tables, strict=True))

@@ -119,7 +119,7 @@ def assert_trained(summary: Summary, words: Sequence[str]) -> None:
     expected = expect(words)
     methods = [name for name in expected.pop("schedule") if name in LIBRARY]
     schedule = summary["schedule"].split("+")
-    assert set(schedule) - {"static", "distil"} == set(methods) - {"distil"}, words
+    assert set(schedule) - {"static"} == set(methods), words
     assert {key: summary.get(key) for key in expected} == expected, words
     assert 0 <= summary["test/acc"] <= 1 and summary["params"] > 0
 

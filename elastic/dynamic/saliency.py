@@ -76,7 +76,8 @@ class Saliency:
         worth their work.
 
         Args:
-            output: what the network has said of them: scores of classes, in dimension 1, or several such.
+            output: what the network has said of them: scores of classes, in dimension 1, or several such,
+                of which the first counts.
         """
         if not self.difficulty:
             return 1.0
@@ -86,7 +87,7 @@ class Saliency:
         weight_B1: Tensor = entropy_B1.clamp(min=SURE).pow(self.difficulty)
         return weight_B1 / weight_B1.mean()
 
-    def compute_targets(self, saliency_BK: Tensor, weight_B1: Tensor | float = 1.0) -> Tensor:
+    def compute_targets(self, saliency_BK: Tensor, weight_B1: Tensor | float) -> Tensor:
         """Compute what scores are to be, up to the threshold."""
         mean_1K = saliency_BK.mean(0, keepdim=True)
         return STEEPNESS * weight_B1 * torch.lerp(mean_1K, saliency_BK, self.contrast)

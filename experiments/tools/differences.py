@@ -27,8 +27,15 @@ class Difference:
     p: float | None = None
 
 
-def compute_difference(arm: Arm, other: Arm, key: str) -> Difference | None:
-    """Compute by how much a figure of `arm` differs from `other`'s; None where they share no seed with it."""
+def compute_difference(arm: Arm, other: Arm) -> Difference | None:
+    """Compute by how much the metric of `arm` differs from that of `other`, an arm judged by the same one.
+
+    Returns:
+        None where there is nothing to compare: the same arm, or no seed that both have a figure of.
+    """
+    if arm is other:
+        return None
+    key = arm.metric
     ours, theirs = (
         {str(run["seed"]): run[key] for run in each.runs if None not in (run.get("seed"), run.get(key))}
         for each in (arm, other)

@@ -70,7 +70,7 @@ class ResultTable:
         head: of the columns.
         rows: of the table.
         best: row and column of the best mean of each column, as it is shown.
-        baseline: the arm that the last columns are about.
+        baseline: what the last columns are about, the name or label of an arm; None, or no arm here, without.
     """
 
     data: str
@@ -79,7 +79,7 @@ class ResultTable:
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     best: set[tuple[int, int]]
-    baseline: Arm | None = None
+    baseline: str | None = None
 
 
 def make_tables(arms: Sequence[Arm], baseline: str | None = None) -> list[ResultTable]:
@@ -121,12 +121,8 @@ def make_table(title: str, arms: Sequence[Arm], baseline: str | None = None) -> 
     if other is not None:
         head += [f"− {other.label} (95 %)", "p"]
         for row, arm in zip(rows, arms, strict=True):
-            row += (
-                format_difference(compute_difference(arm, other, arm.metric), columns[0])
-                if arm is not other
-                else [NONE, NONE]
-            )
-    return ResultTable(arms[0].data, title, arms, head, rows, best, other)
+            row += format_difference(compute_difference(arm, other), columns[0])
+    return ResultTable(arms[0].data, title, arms, head, rows, best, baseline)
 
 
 def select_columns(arms: Sequence[Arm]) -> list[Column]:
@@ -196,13 +192,13 @@ def find_best(rows: Sequence[Sequence[str]], columns: Sequence[Column]) -> set[t
     return best
 
 
-def list_csv(arms: Sequence[Arm], baseline: Arm | None = None) -> tuple[list[str], list[list[str]]]:
+def list_csv(arms: Sequence[Arm], baseline: str | None = None) -> tuple[list[str], list[list[str]]]:
     """List head and rows of a file: means and sd apart, in units that do not depend on the arms."""
     columns, is_mixed = select_columns(arms), len({arm.data for arm in arms}) > 1
     head = [*(["data"] if is_mixed else []), "arm", "runs"]
     head += [*(f"{column.key} {part}" for column in columns for part in ("mean", "sd"))]
     if baseline is not None:
-        head += [f"− {baseline.name} {part}" for part in ("pairs", "mean", "95 %", "p")]
+        head += [f"− {baseline} {part}" for part in ("pairs", "mean", "95 %", "p")]
     rows = []
     for arm in sorted(arms, key=lambda arm: arm.name):
         values: list[str] = []
@@ -211,15 +207,15 @@ def list_csv(arms: Sequence[Arm], baseline: Arm | None = None) -> tuple[list[str
             mean = arm.compute_mean(column.key)
             values += ["", ""] if mean is None else [f"{scale * value:.6g}" for value in mean]
         if baseline is not None:
-            values += list_difference(arm, baseline)
+            alike = [other for other in arms if (other.data, other.metric) == (arm.data, arm.metric)]
+            values += list_difference(arm, find_arm(alike, baseline))
         rows.append([*([arm.data] if is_mixed else []), arm.name, str(len(arm.runs)), *values])
     return head, rows
 
 
-def list_difference(arm: Arm, baseline: Arm) -> list[str]:
-    """List the cells of a file that say how an arm differs from the baseline; empty where nothing does."""
-    is_other = arm is not baseline and (arm.data, arm.metric) == (baseline.data, baseline.metric)
-    difference = compute_difference(arm, baseline, arm.metric) if is_other else None
+def list_difference(arm: Arm, baseline: Arm | None) -> list[str]:
+    """List the cells of a file that say how an arm differs from the baseline; empty ones without a pair."""
+    difference = None if baseline is None else compute_difference(arm, baseline)
     if difference is None:
         return [""] * 4
     scale = make_metric_column(arm.metric).scale

@@ -246,7 +246,7 @@ def test_differences_that_do_not_vary_need_no_test(tmp_path: Path, ours: Sequenc
         write(tmp_path / f"a-seed{seed}", accuracy, 2, seed=seed)
         write(tmp_path / f"b-seed{seed}", (0.5, 0.25)[seed], 1, seed=seed)
     arms = {arm.name: arm for arm in read_arms(f"{tmp_path}/*", read_summaries(f"{tmp_path}/*"))}
-    found = compute_difference(arms["a"], arms["b"], "test/acc")
+    found = compute_difference(arms["a"], arms["b"])
     assert found is not None and (found.margin, found.p) == (0, p)
 
 
