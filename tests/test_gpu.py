@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 
+from elastic.experiments.tools.summary import measure_network
 from elastic.experiments.train import make_network
 from tests.fitted import EXACT, Run, Spy, prepare
 from tests.programs import Killed
@@ -49,6 +50,7 @@ class Watch(L.Callback):
             torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_no_step_waits_for_the_device(tmp_path: Path, schedule: tuple[str, ...]) -> None:
     watch = Watch()
@@ -135,6 +137,14 @@ def _assert_equal(first: Run, second: Run) -> None:
             assert torch.equal(value, states[1][name]), name
 
 
+def test_kernels_per_input_are_counted_where_the_run_has_left_its_images(tmp_path: Path) -> None:
+    run = prepare(tmp_path, *GPU, *SCHEDULES["kernels per input"], "trainer.max_epochs=1").fit()
+    network = make_network(run.module.cpu().structure)
+    row = measure_network(network, run.data, run.module.task)
+    assert 0 < row["macs_dynamic"] <= row["macs"]
+
+
+@pytest.mark.filterwarnings("ignore:TensorFloat32")
 def test_a_network_that_grows_is_compiled_anew(tmp_path: Path) -> None:
     from elastic.training.compilation import compile_network
 

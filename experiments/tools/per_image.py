@@ -65,10 +65,12 @@ def run_per_image(net: fx.GraphModule, data: ImageData, task: Task) -> PerImage:
 
 
 def read_test_batches(data: ImageData) -> list[Batch]:
-    """Read the test split as networks take it."""
+    """Read the test split as networks take it, on the CPU."""
     data.prepare_data()
     data.setup("test")
-    return [(data.normalise(scale_bytes(x_BCHW)), y_B) for x_BCHW, y_B in data.test_dataloader()]
+    # A run on a GPU that has just ended still holds its images there.
+    batches = ((x_BCHW.cpu(), y_B.cpu()) for x_BCHW, y_B in data.test_dataloader())
+    return [(data.normalise(scale_bytes(x_BCHW)), y_B) for x_BCHW, y_B in batches]
 
 
 def sample_images(data: ImageData, count: int) -> Tensor:
