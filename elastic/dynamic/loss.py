@@ -4,6 +4,8 @@ The MACs of an input are those of its active kernels over active maps, and of th
 """
 
 from dataclasses import dataclass
+from functools import reduce
+from operator import mul
 from typing import Literal, get_args
 
 import torch
@@ -56,7 +58,8 @@ class ActivationCost:
             for path in iterate_layers(module.site):
                 parts.setdefault(path, []).append(part_B)
         fixed = sum(macs for path, macs in self._layer_macs.items() if path not in parts) + self.module_macs
-        engaged = [self._layer_macs[path] * torch.stack(part).prod(0) for path, part in parts.items()]
+        # Not torch's product, whose backward counts zeros on the host, and so waits for a GPU.
+        engaged = [self._layer_macs[path] * reduce(mul, part) for path, part in parts.items()]
         return torch.stack(engaged).sum(0) + fixed
 
     def kernels_B(self) -> Tensor:
