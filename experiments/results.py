@@ -44,11 +44,8 @@ ROWS = (
     Row("growth", "first_runs", "gnap", "digits, the demo", "first_runs/dense"),
     Row("growth", "gnap_mnist", "best", "MNIST, CNN that starts with 979 parameters"),
     Row("growth", "gnap_cifar10", "p157800", "CIFAR-10, ResNet-20"),
-    Row("growth", "gnap_cifar10", "p100000", "CIFAR-10, ResNet-20"),
-    Row("growth", "gnap_cifar10", "p80000", "CIFAR-10, separable convolutions"),
     Row("levels", "prune_and_grow", "resnet20-joint_100", "CIFAR-10, ResNet-20, 4 levels", LEVELS_DENSE),
     Row("dynamic", "dynamic_pruning", "convnet-long", "MNIST, CNN", "controls_mnist/dense_full"),
-    Row("dynamic", "dynamic_pruning", "resnet20-blind_hard_100", "CIFAR-10, ResNet-20, blind", LEVELS_DENSE),
     Row("dynamic", "dynamic_pruning", "vgg16_bn_half-bounded", "CIFAR-10, half VGG-16", VGG_DENSE),
     Row("dynamic", "composition_mnist", "gated", "MNIST: grown, pruned, 3 levels"),
 )
