@@ -12,6 +12,7 @@ from elastic.callbacks.magnitude import PruneByMagnitude
 from elastic.callbacks.panels import LogPanels
 from elastic.callbacks.progress import ElasticProgress
 from elastic.callbacks.reconstruct import Reconstruct
+from elastic.callbacks.resolution import GrowResolution
 
 __all__ = [
     "AverageWeights",
@@ -21,6 +22,7 @@ __all__ = [
     "ElasticProgress",
     "FollowNetwork",
     "GrowOnSaturation",
+    "GrowResolution",
     "LogPanels",
     "PruneByGates",
     "PruneByMagnitude",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from torch import nn
+from torch import Tensor, nn
 
 from elastic.callbacks.base import ElasticCallback, StepNetwork, list_elastic
 from elastic.files.atomic import write_atomically
@@ -65,7 +65,7 @@ class Census(ElasticCallback):
             return
         net, sizes = self.structure.net, self.structure.widths.sizes()
         counts = {"params": count_params(net), "params_dense": count_params_dense(net)}
-        counts["macs"] = self._count_macs(net)
+        counts["macs"] = self._count_macs(net, self.structure.example)
         pl_module.log_dict({f"size/{name}": float(value) for name, value in counts.items()})
         pl_module.log_dict({f"widths/{name}": float(size) for name, size in sizes.items()})
         if self.history and self.history[-1]["epoch"] == trainer.current_epoch:
@@ -91,12 +91,16 @@ class Census(ElasticCallback):
         networks = [step for callback in list_elastic(trainer) for step in callback.list_step_networks()]
         if not any(step.trained for step in networks):
             networks.append(StepNetwork(self.structure.net))
-        return count_step_macs(networks, self._count_macs)
+        full = self.structure.example
+        trained = full if self.structure.resize is None else self.structure.resize(full)
+        return count_step_macs(
+            networks, lambda step: self._count_macs(step.net, trained if step.trained else full)
+        )
 
-    def _count_macs(self, net: nn.Module) -> int:
-        key = (id(net), *(parameter.shape for parameter in net.parameters()))
+    def _count_macs(self, net: nn.Module, example: Tensor) -> int:
+        key = (id(net), example.shape, *(parameter.shape for parameter in net.parameters()))
         if key not in self._macs:
-            self._macs[key] = count_macs(net, self.structure.example)
+            self._macs[key] = count_macs(net, example)
         return self._macs[key]
 
     def _write_timeline(self, trainer: L.Trainer) -> None:
@@ -113,14 +117,14 @@ class Census(ElasticCallback):
         self.macs_training = state_dict["macs_training"]
 
 
-def count_step_macs(networks: Sequence[StepNetwork], count: Callable[[nn.Module], int]) -> int:
+def count_step_macs(networks: Sequence[StepNetwork], count: Callable[[StepNetwork], int]) -> int:
     """Count the MACs of a training step for one input.
 
     Args:
         count: counts those of a network's forward pass.
     """
-    trained = sum(step.times * count(step.net) for step in networks if step.trained)
-    return PASSES * round(trained) + round(sum(s.times * count(s.net) for s in networks if not s.trained))
+    trained = sum(step.times * count(step) for step in networks if step.trained)
+    return PASSES * round(trained) + round(sum(s.times * count(s) for s in networks if not s.trained))
 
 
 def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:

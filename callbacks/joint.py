@@ -61,5 +61,5 @@ class TrainJointly(TrainLevels):
         """Return what the levels drawn for this step lose against the network's own output."""
         drawn = [0, *(1 + torch.randperm(len(self.levels) - 2)[: self.between]).tolist()]
         outputs = self.outputs or self.structure.outputs
-        losses = [compare_outputs(self.levels.run(k, x), output, outputs) for k in drawn]
+        losses = [compare_outputs(self.structure.run(k, x), output, outputs) for k in drawn]
         return torch.stack(losses).sum()

@@ -61,6 +61,7 @@ class Structure(nn.Module):
         outputs: what the network says, for levels and others that learn from it.
         compute_loss: what channels are judged by, where gradients decide: outputs, targets -> loss.
         schedule_fraction: the part of the run that an optimizer and its schedule last.
+        resize: what the network's first input becomes in a training step, where it is not the input itself.
 
     Raises:
         StructureError: nothing of the network can change.
@@ -83,6 +84,7 @@ class Structure(nn.Module):
         self.dynamic_nets: list[fx.GraphModule] = []
         self.module_rate = 1.0
         self.schedule_fraction = 1.0
+        self.resize: Callable[[Tensor], Tensor] | None = None
         self.outputs: Outputs = "classes"
         self.compute_loss: Callable[[Any, Tensor], Tensor] = compute_class_loss
         self.own: OwnOptimizers = OwnOptimizers((), ())
@@ -105,6 +107,7 @@ class Structure(nn.Module):
             "trainer": None,
             "own": OwnOptimizers((), ()),
             "_inner_call": None,
+            "resize": None,
         }
         return {**super().__getstate__(), **own}  # type: ignore[misc]
 
@@ -233,6 +236,8 @@ class Structure(nn.Module):
 
     def run(self, level: int, *args: Any, **kwargs: Any) -> Any:
         """Execute a level, the network itself where there are none; with its modules, if it has any."""
+        if self.resize is not None and self.is_trained_now():
+            args, kwargs = change_first(self.resize, args, kwargs)
         dynamic = self.dynamic_nets[level] if self.dynamic_nets else None
         if dynamic is not None:
             sync_traced(dynamic, self.nets[level], self.net.training)
@@ -264,7 +269,7 @@ class Structure(nn.Module):
     def route(self, terms: Sequence[LossTerm]) -> None:
         """Let calls of the network run the active level and its modules, and add terms to the loss."""
         self.unroute()
-        if terms or self.levels is not None or self.dynamic_nets:
+        if terms or self.levels is not None or self.dynamic_nets or self.resize is not None:
             self._inner_call = self.net._compiled_call_impl or self.net._call_impl
             self.net._compiled_call_impl = Router(self, terms)
 
@@ -276,10 +281,14 @@ class Structure(nn.Module):
             self.net._compiled_call_impl = None if plain else self._inner_call
         self._inner_call = None
 
+    def is_trained_now(self) -> bool:
+        """Tell whether a call of the network belongs to a training step."""
+        return self.trainer is not None and self.trainer.training and self.net.training
+
     def compute_loss_scale(self) -> float | None:
         """Return what the run multiplies its loss with, or None where nothing is trained now."""
         trainer = self.trainer
-        if trainer is None or not trainer.training or not self.net.training:
+        if trainer is None or not self.is_trained_now():
             return None
         automatic = trainer.lightning_module.automatic_optimization
         scaler = get_scaler(trainer)
@@ -348,6 +357,16 @@ class Structure(nn.Module):
         for net, level in zip(self.dynamic_nets, self.nets, strict=False):
             sync_traced(net, level, self.net.training)
         return self
+
+
+def change_first(
+    change: Callable[[Tensor], Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call, the first of them changed."""
+    if args:
+        return (change(args[0]), *args[1:]), kwargs
+    name = next(iter(kwargs))
+    return args, {**kwargs, name: change(kwargs[name])}
 
 
 def find_path(module: nn.Module, child: nn.Module) -> str:

@@ -33,7 +33,7 @@ from elastic.training.module import ElasticModule
 from elastic.training.tasks import Task
 
 # The callbacks that change the network, what is kept of it or what it learns from, as `schedule` names them.
-SCHEDULE = ("growth", "gates", "magnitude", "ema", "joint", "reconstruct", "dynamic", "distil")
+SCHEDULE = ("growth", "resolution", "gates", "magnitude", "ema", "joint", "reconstruct", "dynamic", "distil")
 LEVEL_KEYS = ("params", "macs")  # of the summary, that each level has, beside its metrics
 DYNAMIC_KEYS = ("macs_dynamic", "sets")  # and where it has kernel activation modules
 Row = dict[str, Any]

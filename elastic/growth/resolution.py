@@ -1,0 +1,43 @@
+"""Decide how large training images are as a run goes on; no model is in sight.
+
+Images that begin small make early steps cheap: progressive resizing, Howard, fast.ai (2018); Tan & Le,
+arXiv 2104.00298, 4.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Annotated
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from elastic.ranges import Count, Part, Range, checked
+
+
+@checked
+@dataclass(frozen=True)
+class Resolution:
+    """Say how large training images are: their sides grow along a line, to full size and no further.
+
+    Args:
+        start: sides at the start ÷ full sides.
+        until: part of the run from which images have their full size.
+        multiple: sides are rounded up to a multiple of that many pixels.
+    """
+
+    start: Annotated[float, Range(0, 1, above=True)] = 0.5
+    until: Part = 0.7
+    multiple: Count = 4
+
+    def compute_sides(self, full: Sequence[int], progress: float) -> list[int]:
+        """Give the sides of images of full sides `full` when a part of the run has passed."""
+        part = 1.0 if progress >= self.until else self.start + (1 - self.start) * progress / self.until
+        return [min(side, ceil(round(part * side, 6) / self.multiple) * self.multiple) for side in full]
+
+
+def resize(x_BCHW: Tensor, sides: Sequence[int]) -> Tensor:
+    """Bring images to other sides, with no aliases where they become smaller."""
+    if list(x_BCHW.shape[2:]) == list(sides):
+        return x_BCHW
+    return F.interpolate(x_BCHW, list(sides), mode="bilinear", antialias=True)
