@@ -48,7 +48,7 @@ class GrowResolution(ElasticCallback):
         net, example = self.structure.net, self.structure.example
         if example.ndim != 4:
             raise TrainingError(
-                f"inputs of shape {tuple(example.shape[1:])} are no images that can grow: leave out GrowResolution"
+                f"inputs of shape {tuple(example.shape[1:])} are no images: leave out GrowResolution"
             )
         x_1CHW = example[:1].to(next(net.parameters()).device)
         small = resize(x_1CHW, self.resolution.compute_sides(x_1CHW.shape[2:], 0.0))

@@ -28,7 +28,7 @@ PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 # In the default suite one page stands for each kind of block. These cost more, or are of a kind with others.
 SLOW = ("ema_distil", "dynamic", "levels", "sweeps", "export", "run")
 DOWNLOADED = ("mnist", "fashion_mnist", "cifar10", "cifar100", "imagenette")
-LIBRARY = ("growth", "gates", "magnitude", "ema", "joint", "reconstruct", "dynamic", "distil")
+LIBRARY = ("growth", "resolution", "gates", "magnitude", "ema", "joint", "reconstruct", "dynamic", "distil")
 Summary = dict[str, Any]
 
 

@@ -17,6 +17,7 @@ from elastic.callbacks import (
     Distil,
     FollowNetwork,
     GrowOnSaturation,
+    GrowResolution,
     PruneByGates,
     PruneByMagnitude,
     PruneDynamically,
@@ -24,6 +25,7 @@ from elastic.callbacks import (
     TrainJointly,
 )
 from elastic.errors import TrainingError
+from elastic.growth import Resolution
 from elastic.models import resnet20
 from elastic.pruning import compact
 from elastic.pruning.gates import iterate_gates
@@ -49,6 +51,7 @@ SCHEDULES: dict[str, Callbacks] = {
     "dynamic": lambda _: [PruneDynamically(gain=0.5)],
     "ema+growth+gates": lambda _: [AverageWeights(decay=0.9), grow(), PruneByGates(penalty=1e-2)],
     "distil": lambda _: [Distil(make_network().eval())],
+    "resolution+growth": lambda _: [GrowResolution(Resolution(0.5, 0.7, multiple=1)), grow()],
 }
 
 
