@@ -25,6 +25,7 @@ COMMANDS = {
     "runtimes": "time dynamic networks and levels beside ONNX Runtime and OpenVINO",
     "sensitivity": "show what dropping a part of each width costs and saves",
     "prune": "prune a finished run's network at once",
+    "cascade": "show what levels save where the small ones answer what they are sure of",
     "serve": "serve a stream of images by an elastic network under load",
     "host": "answer requests over HTTP by an elastic network",
     "load_test": "send requests over HTTP to one, under load",

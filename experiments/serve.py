@@ -4,9 +4,10 @@
         [csv=<file>] [figure=<png>]
 
 A stream of images from the test split comes at a fixed rate, a batch as soon as the last one is due. The same
-stream is served by the network whose level `elastic.Runtime` chooses, and by each level alone; all on one
-core, which a busy process shares with them in every other phase of so many seconds. What counts is the part
-of all images that is classified right and in time.
+stream is served by the network whose level `elastic.Runtime` chooses; by the smallest level, and what it is
+not sure of by the largest while there is time (`elastic.levels.RefiningRuntime`); and by each level alone.
+All run on one core, which a busy process shares with them in every other phase of so many seconds. What
+counts is the part of all images that is classified right and in time.
 """
 
 import os
@@ -34,7 +35,7 @@ from elastic.experiments.tools.per_image import read_test_batches
 from elastic.experiments.tools.restore import restore
 from elastic.experiments.tools.runtime_figures import draw_serving
 from elastic.experiments.tools.tables import write_csv
-from elastic.levels import Late, Runtime, make_alone
+from elastic.levels import Late, RefiningRuntime, Runtime, make_alone
 from elastic.ranges import Count, Positive
 
 PHASES = (False, True, False, True, False)  # whether the busy process runs
@@ -146,7 +147,7 @@ def run_servers(
         deadline: relative to what the whole network takes on an idle core.
     """
     example = batches[0][0]
-    runtimes = {"elastic": Runtime(levels, example)}
+    runtimes = {"elastic": Runtime(levels, example), "refining": RefiningRuntime(levels, example)}
     runtimes |= {f"level {k}": Runtime([level], example) for k, level in enumerate(levels)}
     deadline_ms = deadline * runtimes["elastic"].costs[-1].latency_ms
     answers: dict[str, list[Answers]] = {name: [] for name in runtimes}

@@ -158,10 +158,12 @@ def test_a_stream_is_served_by_the_elastic_network_and_by_every_level(
     code, out, err = command(elastic.experiments.serve.main, *fixtures, f"run={finished}", *options)
     assert code == 0 and not err, err
     rows = list(csv.DictReader((tmp_path / "s.csv").read_text().splitlines()))
-    assert [row["server"] for row in rows] == [n for n in ("elastic", "level 0", "level 1") for _ in range(2)]
+    assert [row["server"] for row in rows] == [
+        n for n in ("elastic", "refining", "level 0", "level 1") for _ in range(2)
+    ]
     assert all(0 <= float(row["right in time"]) <= float(row["in time"]) <= 1 for row in rows)
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
-    assert all(name in out for name in ("elastic", "level 0", "level 1"))
+    assert all(name in out for name in ("elastic", "refining", "level 0", "level 1"))
 
 
 def test_a_network_without_levels_cannot_compete(tmp_path: Path, fixtures: Fixtures) -> None:
