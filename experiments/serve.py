@@ -1,7 +1,7 @@
 """Serve requests with a deadline while another process loads the CPU: is the elastic model best?
 
     python -m experiments.serve run=<folder> [batch=32] [deadline=1.3] [seconds=3] [repeats=5]
-        [csv=<file>] [figure=<png>]
+        [csv=<file>] [figure=<png>] [markdown=<file>]
 
 A stream of images from the test split comes at a fixed rate, a batch as soon as the last one is due. The same
 stream is served by the network whose level `elastic.Runtime` chooses; by the smallest level, and what it is
@@ -34,7 +34,7 @@ from elastic.experiments.tools.options import call
 from elastic.experiments.tools.per_image import read_test_batches
 from elastic.experiments.tools.restore import restore
 from elastic.experiments.tools.runtime_figures import draw_serving
-from elastic.experiments.tools.tables import write_csv
+from elastic.experiments.tools.tables import format_markdown, write_between_marks, write_csv
 from elastic.levels import Late, RefiningRuntime, Runtime, make_alone
 from elastic.ranges import Count, Positive
 
@@ -78,6 +78,7 @@ def serve_stream(
     repeats: Count = 5,
     csv: Path | None = None,
     figure: Path | None = None,
+    markdown: Path | None = None,
 ) -> None:
     """Serve a stream of images by the elastic network and by each of its levels, and show who is best.
 
@@ -89,6 +90,7 @@ def serve_stream(
         repeats: of the whole comparison.
         csv: a table to write.
         figure: a picture to draw.
+        markdown: a text to put the table into, between marks that name the deadline.
     """
     torch.set_num_threads(1)
     finished = restore(run).reject_modules().require_classes()
@@ -99,7 +101,14 @@ def serve_stream(
     levels = [make_alone(level, batches[0][0]) for level in finished.network.nets]
     answers = run_servers(levels, batches, deadline, seconds, repeats)
     scores = {name: [score(repeat) for repeat in of_server] for name, of_server in answers.items()}
-    Console().print(_make_table(scores))
+    head = ["server", *(f"{name} (%)" for name in SCORES)]
+    table = Table(*head)
+    rows = [[name, *map(_format_mean, zip(*of_server, strict=True))] for name, of_server in scores.items()]
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+    if markdown is not None:
+        write_between_marks(markdown, f"serve deadline={deadline:g}", format_markdown(head, rows))
     if csv is not None:
         write_csv(csv, ("server", "repeat", *SCORES), _list_rows(scores))
     if figure is not None:
@@ -191,13 +200,6 @@ def score(answers: Answers) -> tuple[float, float, float]:
     in_time = [answer for answer in answers if answer.in_time]
     right = sum(answer.accuracy for answer in in_time)
     return right / len(answers), len(in_time) / len(answers), right / max(1, len(in_time))
-
-
-def _make_table(scores: dict[str, list[tuple[float, float, float]]]) -> Table:
-    table = Table("server", *(f"{name} (%)" for name in SCORES))
-    for name, repeats in scores.items():
-        table.add_row(name, *map(_format_mean, zip(*repeats, strict=True)))
-    return table
 
 
 def _format_mean(values: tuple[float, ...]) -> str:

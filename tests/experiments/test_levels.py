@@ -154,7 +154,11 @@ def test_a_stream_is_served_by_the_elastic_network_and_by_every_level(
     finished: Path, tmp_path: Path, fixtures: Fixtures
 ) -> None:
     options = ("batch=8", "seconds=0.1", "repeats=2")
-    options += (f"csv={tmp_path / 's.csv'}", f"figure={tmp_path / 's.png'}")
+    text = tmp_path / "s.md"
+    text.write_text(
+        "<!-- begin of `elastic serve deadline=1.3` -->\n<!-- end of `elastic serve deadline=1.3` -->\n"
+    )
+    options += (f"csv={tmp_path / 's.csv'}", f"figure={tmp_path / 's.png'}", f"markdown={text}")
     code, out, err = command(elastic.experiments.serve.main, *fixtures, f"run={finished}", *options)
     assert code == 0 and not err, err
     rows = list(csv.DictReader((tmp_path / "s.csv").read_text().splitlines()))
@@ -162,6 +166,7 @@ def test_a_stream_is_served_by_the_elastic_network_and_by_every_level(
         n for n in ("elastic", "refining", "level 0", "level 1") for _ in range(2)
     ]
     assert all(0 <= float(row["right in time"]) <= float(row["in time"]) <= 1 for row in rows)
+    assert all(f"| {name} |" in text.read_text() for name in ("elastic", "refining", "level 0", "level 1"))
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
     assert all(name in out for name in ("elastic", "refining", "level 0", "level 1"))
 
