@@ -56,7 +56,7 @@ class GrowResolution(ElasticCallback):
             net.eval()
             try:
                 outputs = [[leaf.shape for leaf in tree_leaves(net.forward(x))] for x in (x_1CHW, small)]
-            except RuntimeError as error:
+            except (RuntimeError, ValueError, AssertionError) as error:  # as networks say it themselves
                 raise TrainingError(
                     f"the network takes no images of {small.shape[2]} by {small.shape[3]} pixels, at which "
                     "they are to start: raise callbacks.resolution.resolution.start"

@@ -36,6 +36,15 @@ class Witness(nn.Sequential):
         return output
 
 
+class OfOneSize(nn.Sequential):
+    """Assert the size of images, as networks of patches do."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        torch._assert(input.shape[2] == 8, "images of 8 pixels")
+        output: Tensor = super().forward(input)
+        return output
+
+
 def make_witness() -> Witness:
     torch.manual_seed(0)
     return Witness(*make_network())
@@ -114,6 +123,7 @@ def test_the_height_is_logged() -> None:
 @pytest.mark.parametrize(
     ("net", "example", "said"),
     [
+        (OfOneSize(*make_network()), torch.zeros(2, 1, 8, 8), "no images of 4 by 4 pixels"),
         (
             nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1)),
             torch.zeros(2, 1, 8, 8),
