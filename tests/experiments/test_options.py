@@ -37,7 +37,7 @@ COMPOSED: tuple[tuple[str, ...], ...] = (
         "trigger=periodic",
         "lr_scheduler=stable",
     ),
-    ("schedule=joint", "data=shapes", "model=resnet20", "lr_scheduler=cosine"),
+    ("schedule=[joint,resolution]", "data=shapes", "model=resnet20", "lr_scheduler=cosine"),
     ("schedule=reconstruct", "data=cifar10", "model=vgg16_bn", "lr_scheduler=multistep"),
     ("schedule=dynamic", "data=mnist", "model=alexnet", "lr_scheduler=step", "debug=profile"),
     ("data=imagenette", "model=narrow", "lr_scheduler=plateau", "experiment=cifar10"),
