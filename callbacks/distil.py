@@ -6,13 +6,12 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from elastic.callbacks.base import ElasticCallback, StepNetwork
 from elastic.errors import TrainingError
 from elastic.ranges import Natural, Positive, checked
 from elastic.training.answers import Answers, ask
-from elastic.training.imitation import Outputs, check_outputs, compare_outputs
+from elastic.training.imitation import Outputs, check_outputs, compare_outputs, list_shapes
 from elastic.widths.tracing import preserve_modes
 
 
@@ -116,8 +115,3 @@ class Distil(ElasticCallback):
             compare_outputs(said, taught, outputs, self.temperature) for said in (output, taught)
         )
         return self.weight * (cross_entropy - entropy)
-
-
-def list_shapes(outputs: Any) -> list[tuple[int, ...]]:
-    """List the shapes of one input's outputs, without the batch."""
-    return [tuple(leaf.shape[1:]) for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]

@@ -3,11 +3,11 @@
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from elastic.callbacks.base import ElasticCallback
 from elastic.errors import TrainingError
 from elastic.growth.resolution import Resolution, resize
+from elastic.training.imitation import list_shapes
 from elastic.training.progress import measure_epoch_progress
 from elastic.widths.tracing import preserve_modes
 
@@ -55,7 +55,7 @@ class GrowResolution(ElasticCallback):
         with preserve_modes(net):
             net.eval()
             try:
-                outputs = [[leaf.shape for leaf in tree_leaves(net.forward(x))] for x in (x_1CHW, small)]
+                outputs = [list_shapes(net.forward(x)) for x in (x_1CHW, small)]
             except (RuntimeError, ValueError, AssertionError) as error:  # as networks say it themselves
                 raise TrainingError(
                     f"the network takes no images of {small.shape[2]} by {small.shape[3]} pixels, at which "

@@ -11,19 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from elastic.errors import OptionError
 from elastic.experiments.tools.arms import name_arms
 from elastic.experiments.tools.environment import silence
 from elastic.experiments.tools.errors import run
-from elastic.experiments.tools.folders import check_finished
 from elastic.experiments.tools.options import call
 from elastic.experiments.tools.per_image import read_test_batches
 from elastic.experiments.tools.restore import restore
-from elastic.experiments.tools.tables import format_markdown, write_between_marks, write_csv
+from elastic.experiments.tools.tables import format_markdown, print_table, write_between_marks, write_csv
 from elastic.levels.cascade import count_cascade_macs, fit_threshold, run_cascade
 from elastic.measure.counts import count_macs
 from elastic.ranges import Natural, Positive
@@ -59,7 +56,7 @@ def compute_outputs(folder: Path, small: int = 0) -> Outputs:
         FileError: the folder holds no finished run, or one with kernel activation modules.
         OptionError: it tells no classes, or has no such level below the network.
     """
-    finished = restore(check_finished(folder)).reject_modules().require_classes()
+    finished = restore(folder).reject_modules().require_classes()
     network = finished.network
     if small >= len(network) - 1:
         raise OptionError(
@@ -108,10 +105,7 @@ def show_cascade(
             fitted = [fit_threshold(each.logits_LNK, each.macs, budget) for each in outputs]
             rows.append(make_row(arm, [*map(measure_cascade, outputs, fitted)]))
         rows += [make_row(arm, [measure_cascade(each, t) for each in outputs]) for t in THRESHOLDS]
-    table = Table(*HEAD)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=110).print(table)
+    print_table(HEAD, rows, width=110)
     if csv is not None:
         write_csv(csv, HEAD, rows)
     if markdown is not None:

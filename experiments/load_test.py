@@ -26,8 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from rich.console import Console
-from rich.table import Table
 from torchvision.transforms.functional import to_pil_image
 
 import elastic
@@ -38,7 +36,7 @@ from elastic.experiments.serve import start_rival
 from elastic.experiments.tools.environment import silence
 from elastic.experiments.tools.errors import run
 from elastic.experiments.tools.options import call
-from elastic.experiments.tools.tables import write_csv
+from elastic.experiments.tools.tables import print_table, write_csv
 from elastic.files.zoo import find_file
 from elastic.ranges import Count, Positive
 
@@ -93,10 +91,7 @@ def send_load(
         name = "elastic" if level is None else f"level {level}"
         with start_server(source, deadline * COMPUTED, level, images) as (port, load):
             rows.append([name, *score(send_stream(port, requests, rate, seconds, load), deadline)])
-    table = Table(*HEAD)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=120).print(table)
+    print_table(HEAD, rows, width=120)
     if csv is not None:
         write_csv(csv, HEAD, rows)
 

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from elastic.data import ImageData
@@ -21,7 +19,7 @@ from elastic.experiments.tools.errors import run
 from elastic.experiments.tools.figure import save_figure
 from elastic.experiments.tools.options import call
 from elastic.experiments.tools.restore import restore
-from elastic.experiments.tools.tables import write_csv
+from elastic.experiments.tools.tables import print_table, write_csv
 from elastic.files.atomic import write_atomically
 from elastic.levels.sensitivity import Cut, Evaluation, measure_sensitivity
 from elastic.measure.machine import measure_latency_ms
@@ -61,10 +59,7 @@ def show_sensitivity(
         net, discover(net, finished.example), finished.example, evaluate, latency_ms=time
     )
     rows = list_rows(curves)
-    table = Table(*HEAD)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=110).print(table)
+    print_table(HEAD, rows, width=110)
     if json is not None:
         text = json_format.dumps(
             {name: [asdict(cut) for cut in curve] for name, curve in curves.items()}, indent=1

@@ -22,8 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from elastic.data import ImageData
@@ -34,7 +32,7 @@ from elastic.experiments.tools.options import call
 from elastic.experiments.tools.per_image import read_test_batches
 from elastic.experiments.tools.restore import restore
 from elastic.experiments.tools.runtime_figures import draw_serving
-from elastic.experiments.tools.tables import format_markdown, write_between_marks, write_csv
+from elastic.experiments.tools.tables import format_markdown, print_table, write_between_marks, write_csv
 from elastic.levels import Late, RefiningRuntime, Runtime, make_alone
 from elastic.ranges import Count, Positive
 
@@ -102,11 +100,8 @@ def serve_stream(
     answers = run_servers(levels, batches, deadline, seconds, repeats)
     scores = {name: [score(repeat) for repeat in of_server] for name, of_server in answers.items()}
     head = ["server", *(f"{name} (%)" for name in SCORES)]
-    table = Table(*head)
     rows = [[name, *map(_format_mean, zip(*of_server, strict=True))] for name, of_server in scores.items()]
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+    print_table(head, rows)
     if markdown is not None:
         write_between_marks(markdown, f"serve deadline={deadline:g}", format_markdown(head, rows))
     if csv is not None:

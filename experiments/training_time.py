@@ -17,8 +17,6 @@ from typing import Annotated, Any
 import lightning as L
 import torch
 from omegaconf import DictConfig, open_dict
-from rich.console import Console
-from rich.table import Table
 
 from elastic.callbacks import Census
 from elastic.callbacks.base import ElasticCallback
@@ -30,7 +28,7 @@ from elastic.experiments.tools.folders import check_finished, load_config
 from elastic.experiments.tools.options import call
 from elastic.experiments.tools.parts import make_callbacks
 from elastic.experiments.tools.summary import find_cpu
-from elastic.experiments.tools.tables import format_markdown, write_between_marks, write_csv
+from elastic.experiments.tools.tables import format_markdown, print_table, write_between_marks, write_csv
 from elastic.experiments.train import build, make_trainer
 from elastic.ranges import Range
 
@@ -136,10 +134,7 @@ def show_training_time(
         head.append(f"÷ {baseline}")
         for row, training in zip(rows, times.values(), strict=True):
             row.append(f"{training.total_s / times[baseline].total_s:.2f}")
-    table = Table(*head)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=110).print(table)
+    print_table(head, rows, width=110)
     note = f"Processor time on {find_cpu()}: the median of {batches - 1} steps of each epoch."
     print(note)
     if csv is not None:

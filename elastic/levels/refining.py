@@ -5,10 +5,9 @@ inputs, there mostly is room for it on those that need it.
 """
 
 import time
-from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from elastic.levels.cascade import measure_confidence
 from elastic.levels.runtime import HEADROOM, Runtime
@@ -37,12 +36,7 @@ class RefiningRuntime(Runtime):
         logits_BK = serve(x_BCHW)
     """
 
-    def __init__(
-        self, levels: Sequence[nn.Module], example: Tensor, *, joules: Callable[[], float] | None = None
-    ) -> None:
-        super().__init__(levels, example, joules=joules)
-        self._batch = len(example)
-        self._input_s = 0.0  # of the largest level for one input: the slowest part, which fades
+    _input_s = 0.0  # of the largest level for one input: the slowest part, which fades
 
     @torch.inference_mode()
     def answer(self, x_BCHW: Tensor, left_ms: float | None = None) -> tuple[Tensor, int]:
@@ -58,13 +52,13 @@ class RefiningRuntime(Runtime):
         self._give_up(left_ms)
         left_ms = self.deadline_ms if left_ms is None else left_ms
         logits_BK: Tensor = self.levels[0](x_BCHW).clone()
-        self.observe(0, 1e3 * (time.perf_counter() - begin) * self._batch / len(x_BCHW))
+        self.observe(0, 1e3 * (time.perf_counter() - begin) * self.batch / len(x_BCHW))
         end = None if left_ms is None else begin + HEADROOM * left_ms / 1e3
         return logits_BK, self._refine(x_BCHW, logits_BK, end)
 
     def _refine(self, x_BCHW: Tensor, logits_BK: Tensor, end: float | None) -> int:
         """Let the largest level answer what is least sure, until a time of the clock."""
-        level, expected_s = 0, 1e-3 * self.costs[self.allowed].latency_ms * self.slowdown / self._batch
+        level, expected_s = 0, 1e-3 * self.costs[self.allowed].latency_ms * self.slowdown / self.batch
         self._input_s *= FADING
         for part_N in list_unsure(logits_BK).split(PART):
             start, count = time.perf_counter(), len(part_N)

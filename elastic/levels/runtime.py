@@ -38,6 +38,7 @@ class Runtime:
         joules: reads a counter of energy, see `read_rapl_joules`; needed for budgets of energy only.
 
     Attributes:
+        batch: inputs of a request, at calibration.
         level: what the next request runs on.
         slowdown: time that requests take now, relative to calibration.
 
@@ -54,6 +55,7 @@ class Runtime:
         self.levels = list(levels)
         for level in self.levels:
             level.eval()
+        self.batch = len(example)
         self.costs = [measure_cost(level, example, joules) for level in self.levels]
         self.allowed = self.level = len(self.levels) - 1
         self.deadline_ms: float | None = None

@@ -63,3 +63,8 @@ def compare_outputs(output: Any, target: Any, outputs: Outputs, temperature: flo
 def _widen(output: Tensor) -> Tensor:
     """Return an output in 32 bits or more."""
     return output.to(torch.promote_types(output.dtype, torch.float32))
+
+
+def list_shapes(outputs: Any) -> list[tuple[int, ...]]:
+    """List the shapes of one input's outputs, without the batch."""
+    return [tuple(leaf.shape[1:]) for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]

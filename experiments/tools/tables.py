@@ -7,8 +7,19 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from elastic.errors import FileError
 from elastic.files.atomic import write_atomically
+
+
+def print_table(head: Sequence[str], rows: Iterable[Sequence[str]], width: int | None = None) -> None:
+    """Print a table, as wide as the terminal by default."""
+    table = Table(*head)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=width).print(table)
 
 
 def write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -83,6 +83,19 @@ def test_a_network_that_has_been_trained_takes_images_as_they_are() -> None:
     assert net.trained == [5]
 
 
+def test_outputs_may_have_parts_that_are_no_tensors() -> None:
+    class Telling(nn.Sequential):
+        def forward(self, input: Tensor) -> tuple[Tensor, str]:  # type: ignore[override]
+            return super().forward(input), "scores of classes"
+
+    class First(Program):
+        def forward(self, x_BCHW: Tensor) -> Tensor:
+            logits_BK: Tensor = self.net(x_BCHW)[0]
+            return logits_BK
+
+    fit(First(Telling(*make_network())), [grow_images()], max_epochs=1)
+
+
 def test_a_teacher_sees_full_images() -> None:
     teacher, net = make_witness(), make_witness()
     train(net, Distil(teacher))
