@@ -61,6 +61,7 @@ FREE = {
     *("data.root", "data.dataset.path", "model.name", "trainer.accelerator", "trainer.strategy"),
     *("trainer.precision", "trainer.profiler.dirpath", "trainer.profiler.filename"),
     *("callbacks.census.folder", "callbacks.growth.monitor", "callbacks.growth.timeline"),
+    *("task.metric", "callbacks.joint.sensitivity", "callbacks.reconstruct.sensitivity"),
 }
 
 
@@ -106,7 +107,9 @@ def refuses(cfg: DictConfig, key: str, value: Any) -> bool:
 # Options that take more than the kind they have, by their signature or because what makes them says no.
 MEANT: dict[str, tuple[str, ...]] = {
     "threads": ("nothing",),
+    "data.augment": ("nothing",),
     "trainer.devices": ("a word",),
+    "trainer.max_epochs": ("nothing",),  # where steps or time end the run
     "trainer.enable_model_summary": ("nothing",),
     "trainer.plugins": ("nothing",),
     "callbacks.dynamic.kind": ("below",),
@@ -270,6 +273,9 @@ def test_objectives_are_in_every_summary(tmp_path: Path, monkeypatch: pytest.Mon
         (("trust=null",), "trust=null cannot be"),
         (("+learning_rate=1",), "there is no option learning_rate"),
         (("~trainer.max_epochs",), "nothing ends this run"),
+        (("trainer.max_epochs=null",), "nothing ends this run"),
+        (("task.metric=-3",), "metric"),
+        (("schedule=joint", "callbacks.joint.sensitivity=/nonexistent"), "/nonexistent"),
         (("+callbacks.x._target_=torch.nn.ReLU",), "callbacks.x names torch.nn.ReLU, which is no callback"),
         (("+optimizer.capturable=true",), "optimizer: If capturable=True"),
         (("trainer.devices=10000", "trainer.strategy=ddp"), "set trainer.devices to"),
