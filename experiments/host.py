@@ -1,7 +1,8 @@
 """Answer requests over HTTP: `python -m experiments.host source=<file, folder or name> [deadline=20]`.
 
 LitServe (extra `serve`) takes the requests, and the largest level that is expected to meet the deadline on
-this machine, as it is loaded now, answers. `POST /predict` takes
+this machine, as it is loaded now, answers; with `refine=true` the smallest does, and while there is time the
+largest answers again what it is least sure of. `POST /predict` takes
 `{"images": [<base64 of an image file>, …]}`.
 """
 
@@ -29,6 +30,7 @@ def host_network(
     deadline: Positive = 20.0,
     level: int | None = None,
     images: Count = 1,
+    refine: bool = False,
 ) -> None:
     """Answer requests over HTTP on this machine alone, until it is stopped.
 
@@ -38,12 +40,15 @@ def host_network(
         deadline: of a request's computation, in milliseconds.
         level: that always answers, 0 being the smallest; by default the deadline decides.
         images: that a request usually has.
+        refine: let the smallest level answer, and the largest what it is least sure of while there is time.
 
     Raises:
         FileError: there is no such network, it does not say what is needed, or the extra is missing.
-        OptionError: there is no such level, or the port is taken.
+        OptionError: there is no such level, one alone has nothing to refine, or the port is taken.
     """
     path = find_file(source)
+    if refine and level is not None:
+        raise OptionError(f"refine=true takes two levels, level={level} is one: leave one of the two out")
     try:
         import litserve
 
@@ -52,7 +57,7 @@ def host_network(
         raise FileError(f"{error.name} is not installed: install the extra `serve`") from error
     read_levels(str(path), level)  # which says what is wrong, before a process of the server's does at length
     check_port(port)
-    api = LevelsAPI(str(path), deadline, level, images)
+    api = LevelsAPI(str(path), deadline, level, images, refine)
     server = litserve.LitServer(api, accelerator="cpu", workers_per_device=1)
     with end_children():
         server.run(

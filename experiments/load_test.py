@@ -87,13 +87,18 @@ def send_load(
         raise FileError(f"{source} does not say its data, made.data: name a run's network, or one of the zoo")
     requests = make_requests(make_data(name), images)
     rows = []
-    for level in (None, *range(len(network))):
-        name = "elastic" if level is None else f"level {level}"
-        with start_server(source, deadline * COMPUTED, level, images) as (port, load):
+    for name, options in list_servers(len(network)).items():
+        with start_server(source, deadline * COMPUTED, images, **options) as (port, load):
             rows.append([name, *score(send_stream(port, requests, rate, seconds, load), deadline)])
     print_table(HEAD, rows, width=120)
     if csv is not None:
         write_csv(csv, HEAD, rows)
+
+
+def list_servers(levels: int) -> dict[str, dict[str, int]]:
+    """List the servers of a network with so many levels: options of `experiments.host` by name."""
+    refining = {"refining": {"refine": True}} if levels > 1 else {}
+    return {"elastic": {}, **refining, **{f"level {k}": {"level": k} for k in range(levels)}}
 
 
 def make_requests(data: ImageData, images: int) -> Requests:
@@ -114,13 +119,10 @@ def make_requests(data: ImageData, images: int) -> Requests:
 
 
 @contextmanager
-def start_server(
-    source: str, deadline: float, level: int | None, images: int
-) -> Iterator[tuple[int, Switch]]:
+def start_server(source: str, deadline: float, images: int, **further: int) -> Iterator[tuple[int, Switch]]:
     """Start a server and a busy process, which is stopped, on one core; yield a port and its switch."""
     port = _find_port()
-    options = {"source": find_file(source), "port": port, "deadline": deadline}
-    options |= {"level": "null" if level is None else level, "images": images}
+    options = {"source": find_file(source), "port": port, "deadline": deadline, "images": images, **further}
     words = [f"{name}={value}" for name, value in options.items()]
     command = [sys.executable, "-W", "ignore", "-m", "elastic.experiments.host", *words]
     with keep_to_core() as spread, tempfile.TemporaryFile() as log:

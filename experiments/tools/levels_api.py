@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 import elastic
 from elastic.data.decoding import convert_rgb
 from elastic.errors import DataError, FileError
-from elastic.levels import Runtime, make_alone
+from elastic.levels import RefiningRuntime, Runtime, make_alone
 
 MODES = {1: "L", 3: "RGB"}  # of Pillow, by channels
 NEEDED = ("input", "mean", "std", "classes")  # of what a file says, to make its input and name its outputs
@@ -46,11 +46,15 @@ class LevelsAPI(litserve.LitAPI):  # type: ignore[misc]
         deadline_ms: of a request's computation; the largest level that is expected to meet it answers.
         level: the one that always answers; without it, the deadline decides.
         images: that a request usually has, to measure each level with.
+        refine: let the smallest level answer, and the largest what it is least sure of while there is time.
     """
 
-    def __init__(self, source: str, deadline_ms: float, level: int | None, images: int) -> None:
+    def __init__(
+        self, source: str, deadline_ms: float, level: int | None, images: int, refine: bool = False
+    ) -> None:
         super().__init__()
         self.source, self.deadline_ms, self.level, self.images = source, deadline_ms, level, images
+        self.make_runtime = RefiningRuntime if refine else Runtime
 
     def setup(self, device: str) -> None:
         """Load the network and measure its levels, in the process that answers."""
@@ -64,7 +68,7 @@ class LevelsAPI(litserve.LitAPI):  # type: ignore[misc]
         self.prepare = v2.Compose([*cut, v2.PILToTensor()])
         self.mean, self.std = (torch.tensor(self.about[name])[:, None, None] for name in ("mean", "std"))
         example = torch.zeros(self.images, channels, height, width)
-        self.runtime = Runtime([make_alone(level, example) for level in levels], example)
+        self.runtime = self.make_runtime([make_alone(level, example) for level in levels], example)
         if self.level is None:
             try:
                 self.runtime.within(latency_ms=self.deadline_ms)

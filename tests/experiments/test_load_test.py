@@ -20,8 +20,10 @@ from elastic.data import Digits
 from elastic.errors import FileError, OptionError
 from elastic.experiments import load_test
 from elastic.experiments.host import check_port, end_children, host_network
-from elastic.experiments.load_test import HEAD, Reply, make_requests, score, send_load
+from elastic.experiments.load_test import HEAD, Reply, list_servers, make_requests, score, send_load
 from elastic.experiments.tools.signals import SIGNALS, Interrupted, raise_on_signals
+from elastic.levels.cascade import run_cascade
+from elastic.levels.refining import SURE
 from elastic.models import convnet
 
 ABOUT = {
@@ -44,6 +46,8 @@ def test_without_its_extra_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         host_network("digits-gnap-2k")
     with pytest.raises(FileError, match="there is no network none"):
         host_network("none")
+    with pytest.raises(OptionError, match="level=1 is one: leave one of the two out"):
+        host_network("digits-gnap-2k", level=1, refine=True)
 
 
 def test_a_port_that_is_taken_is_refused() -> None:
@@ -107,6 +111,28 @@ def test_requests_are_read_as_training_images_are_and_what_is_none_is_said() -> 
         assert caught.value.status_code == 422 and text in caught.value.detail
 
 
+def test_what_the_smallest_level_is_unsure_of_is_refined_where_that_is_asked_for() -> None:
+    pytest.importorskip("litserve", reason="the extra `serve` is not installed")
+    from elastic.experiments.tools.levels_api import LevelsAPI
+
+    source = "cifar10-resnet20-levels"
+    api = LevelsAPI(source, 10_000.0, None, 16, refine=True)
+    api.setup("cpu")
+    torch.set_flush_denormal(False)
+    x_BCHW = 10 * torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    levels = [net.eval() for net in elastic.load(source).nets]
+    with torch.no_grad():
+        wanted_BK, index_B = run_cascade([levels[0], levels[-1]], x_BCHW, SURE)
+    logits_BK, level = api.predict(x_BCHW)
+    assert torch.allclose(logits_BK, wanted_BK, atol=1e-3)
+    assert level == len(levels) - 1 and 0 < index_B.sum() < len(index_B)
+
+
+def test_a_network_of_one_level_has_no_server_that_refines() -> None:
+    assert list_servers(1) == {"elastic": {}, "level 0": {"level": 0}}
+    assert list(list_servers(2)) == ["elastic", "refining", "level 0", "level 1"]
+
+
 def test_requests_end_with_the_test_images_and_need_to_know_them(tmp_path: Path) -> None:
     data = Digits(batch_size=8)
     data.prepare_data()
@@ -131,6 +157,6 @@ def test_a_server_that_ends_at_once_is_named(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(load_test.sys, "executable", "false")
     with (
         pytest.raises(FileError, match="the server has not started"),
-        load_test.start_server("digits-gnap-2k", 40, None, 1),
+        load_test.start_server("digits-gnap-2k", 40, 1),
     ):
         pass
