@@ -4,7 +4,6 @@ An entry names a recorded run and says in words what it is; every number comes f
 read from the data sets, under ELASTIC_DATA; latencies are measured on this machine, all networks in turn.
 """
 
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from elastic.experiments.tools.environment import silence
 from elastic.experiments.tools.errors import run
 from elastic.experiments.tools.restore import FinishedRun, restore
 from elastic.experiments.tools.summary import find_cpu
+from elastic.experiments.tools.tables import format_spread
 from elastic.experiments.tools.timing import time_runs
 from elastic.files.cards import PROTOCOL, write_card
 from elastic.files.zoo import ZOO
@@ -117,9 +117,8 @@ def describe_entry(entry: Entry, finished: FinishedRun, summary: dict[str, Any])
     seeds = read_summaries(ROOT / "experiments" / question, arm.partition("-seed")[0])
     protocol = PROTOCOL
     if len(seeds) > 1:
-        values = [100 * seed["test/acc"] for seed in seeds]
-        spread = f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f} %"
-        protocol += f" Seed {summary['seed']} of {len(seeds)}, which have {spread} (mean ± sd)."
+        spread = format_spread([100 * seed["test/acc"] for seed in seeds])
+        protocol += f" Seed {summary['seed']} of {len(seeds)}, which have {spread} % (mean ± sd)."
     return about | {"summary": entry.summary, "protocol": protocol, "licence": LICENCE}
 
 

@@ -6,7 +6,7 @@ less than a threshold's probability. What it takes is the MACs of the levels tha
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,13 @@ from elastic.experiments.tools.errors import run
 from elastic.experiments.tools.options import call
 from elastic.experiments.tools.per_image import read_test_batches
 from elastic.experiments.tools.restore import restore
-from elastic.experiments.tools.tables import format_markdown, print_table, write_between_marks, write_csv
+from elastic.experiments.tools.tables import (
+    format_markdown,
+    format_spread,
+    print_table,
+    write_between_marks,
+    write_csv,
+)
 from elastic.levels.cascade import count_cascade_macs, fit_threshold, run_cascade
 from elastic.measure.counts import count_macs
 from elastic.ranges import Natural, Positive
@@ -114,17 +120,11 @@ def show_cascade(
 
 def make_row(arm: str, measured: Sequence[Measured]) -> list[str]:
     """Make a row of the table: means over seeds, with their standard deviation where there are several."""
-
-    def show(read: Callable[[Measured], float], digits: int) -> str:
-        values = [read(each) for each in measured]
-        spread = f" ± {statistics.stdev(values):,.{digits}f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):,.{digits}f}{spread}"
-
     return [
         *(arm, str(len(measured)), f"{statistics.mean(each.threshold for each in measured):.3f}"),
-        show(lambda each: 100 * each.small, 1),
-        show(lambda each: each.macs, 0),
-        show(lambda each: 100 * each.accuracy, 2),
+        format_spread([100 * each.small for each in measured], 1),
+        format_spread([each.macs for each in measured], 0),
+        format_spread([100 * each.accuracy for each in measured]),
     ]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from elastic.errors import FileError
 from elastic.experiments.tools.errors import run
-from elastic.experiments.tools.tables import format_markdown, replace_table
+from elastic.experiments.tools.tables import format_markdown, format_spread, replace_table
 from elastic.files.atomic import write_atomically
 
 ROOT = Path(__file__).parents[1]
@@ -106,11 +106,8 @@ def _list_ends(summaries: Sequence[Mapping[str, Any]], key: str) -> list[list[fl
 
 def _show_accuracy(summaries: Sequence[Mapping[str, Any]]) -> str:
     """Show mean ± sd over seeds in percent."""
-    texts = []
-    for values in _list_ends(summaries, "test/acc"):
-        spread = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        texts.append(f"{100 * statistics.fmean(values):.2f}{spread}")
-    return " to ".join(texts) + " %"
+    ends = _list_ends(summaries, "test/acc")
+    return " to ".join(format_spread([100 * value for value in values]) for values in ends) + " %"
 
 
 def _show_params(summaries: Sequence[Mapping[str, Any]]) -> str:

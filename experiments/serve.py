@@ -12,7 +12,6 @@ counts is the part of all images that is classified right and in time.
 
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -32,7 +31,13 @@ from elastic.experiments.tools.options import call
 from elastic.experiments.tools.per_image import read_test_batches
 from elastic.experiments.tools.restore import restore
 from elastic.experiments.tools.runtime_figures import draw_serving
-from elastic.experiments.tools.tables import format_markdown, print_table, write_between_marks, write_csv
+from elastic.experiments.tools.tables import (
+    format_markdown,
+    format_spread,
+    print_table,
+    write_between_marks,
+    write_csv,
+)
 from elastic.levels import Late, RefiningRuntime, Runtime, make_alone
 from elastic.ranges import Count, Positive
 
@@ -100,7 +105,10 @@ def serve_stream(
     answers = run_servers(levels, batches, deadline, seconds, repeats)
     scores = {name: [score(repeat) for repeat in of_server] for name, of_server in answers.items()}
     head = ["server", *(f"{name} (%)" for name in SCORES)]
-    rows = [[name, *map(_format_mean, zip(*of_server, strict=True))] for name, of_server in scores.items()]
+    rows = [
+        [name, *(format_spread([100 * part for part in parts]) for parts in zip(*of_server, strict=True))]
+        for name, of_server in scores.items()
+    ]
     print_table(head, rows)
     if markdown is not None:
         write_between_marks(markdown, f"serve deadline={deadline:g}", format_markdown(head, rows))
@@ -195,11 +203,6 @@ def score(answers: Answers) -> tuple[float, float, float]:
     in_time = [answer for answer in answers if answer.in_time]
     right = sum(answer.accuracy for answer in in_time)
     return right / len(answers), len(in_time) / len(answers), right / max(1, len(in_time))
-
-
-def _format_mean(values: tuple[float, ...]) -> str:
-    sd = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{100 * statistics.mean(values):.2f} ± {100 * sd:.2f}"
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from elastic.errors import OptionError
 from elastic.experiments.tools.arms import Arm
 from elastic.experiments.tools.differences import Difference, compute_difference
 from elastic.experiments.tools.metrics import describe_metric
+from elastic.experiments.tools.tables import format_spread
 
 NONE = "–"
 
@@ -164,11 +165,8 @@ def fit_column(column: Column, arms: Sequence[Arm]) -> Column:
 
 def format_mean(arm: Arm, column: Column) -> str:
     """Write mean ± sd, or what the only run has."""
-    mean = arm.compute_mean(column.key)
-    if mean is None:
-        return NONE
-    values = (column.scale * value for value in mean[: min(len(arm.runs), 2)])
-    return " ± ".join(f"{value:,.{column.digits}f}" for value in values)
+    values = [column.scale * value for value in arm.list_values(column.key)]
+    return format_spread(values, column.digits) if values else NONE
 
 
 def format_difference(difference: Difference | None, column: Column) -> list[str]:

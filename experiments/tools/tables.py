@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,12 @@ from rich.table import Table
 
 from elastic.errors import FileError
 from elastic.files.atomic import write_atomically
+
+
+def format_spread(values: Sequence[float], digits: int = 2) -> str:
+    """Write mean ± sample standard deviation, or the only value."""
+    figures = [statistics.fmean(values), *([statistics.stdev(values)] if len(values) > 1 else [])]
+    return " ± ".join(f"{figure:,.{digits}f}" for figure in figures)
 
 
 def print_table(head: Sequence[str], rows: Iterable[Sequence[str]], width: int | None = None) -> None:
