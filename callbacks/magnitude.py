@@ -1,7 +1,6 @@
 """Close the smallest weights step by step: the control for learned gates."""
 
 from collections.abc import Mapping
-from math import inf
 from typing import Any
 
 import lightning as L
@@ -49,7 +48,7 @@ class PruneByMagnitude(ElasticCallback):
     changes_structure = True
 
     def __init__(self, budget: int, begin: Part = 0.2, end: Part = 0.75) -> None:
-        self.budget = Budget(budget, begin, end, headroom=inf)  # the path falls from the full size
+        self.budget = Budget(budget, begin, end)
         self.is_done = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

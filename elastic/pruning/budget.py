@@ -18,19 +18,21 @@ LEAST, MOST = 1e-8, 1e-1  # bounds of λ: what no λ reaches must not make it ru
 class Budget:
     """Multiply λ up while the network is above its path to the budget, down while it is below.
 
-    The path falls on a cubic curve from the largest size seen, or (1 + headroom) times the budget where
-    that is less, at `begin`, to the budget at `end`: early on there is room to learn and to grow.
+    The path falls on a cubic curve from the largest size seen to the budget at `end`. It begins where that
+    size was reached, or at `begin` if that is later: what has grown gets time to learn.
 
     Args:
         target: parameters wanted, or MACs.
         begin, end: parts of the run between which the path falls; after `end` the budget should hold.
+        peak, since: the largest size seen, and the part of the run at which it was reached.
+        last, last_progress: of the latest look.
     """
 
     target: int
     begin: Part = 0.0
     end: Part = 0.7
-    headroom: float = 3.0
     peak: float = 0.0
+    since: float = 0.0
     last: float | None = None
     last_progress: float = 0.0
 
@@ -40,22 +42,24 @@ class Budget:
             raise OptionError(
                 f"the budget's path falls from {self.begin} to {self.end} of the run: set 0 ≤ begin < end ≤ 1"
             )
-        if not self.headroom >= 0:
-            raise OptionError(f"the budget's headroom is {self.headroom}: set it to 0 or more")
 
     def path(self, progress: float) -> float:
         """Compute the size wanted at this part of the run (0 … 1)."""
-        above = max(0.0, min(self.headroom * self.target, self.peak - self.target))
-        remaining = (self.end - progress) / (self.end - self.begin)
+        above = max(0.0, self.peak - self.target)
+        begin = max(self.begin, self.since)
+        remaining = (self.end - progress) / (self.end - begin) if begin < self.end else 0.0
         return self.target + above * min(1.0, max(0.0, remaining)) ** 3
 
     def steer(self, penalty: float, size: float, progress: float) -> float:
         """Compute the next λ, from the present one and the present size."""
         size = max(size, 1.0)
-        self.peak = max(self.peak, size)
+        if size > self.peak:
+            self.peak, self.since = size, progress
         trend = 0.0 if self.last is None else log(size / self.last)
         elapsed = max(0.0, progress - self.last_progress)
         self.last, self.last_progress = size, progress
+        if self.peak <= self.target:  # nothing to shut yet: λ waits for what grows
+            return penalty
         error = log(size / self.path(progress)) + DAMPING * trend
         step = RATE * elapsed * max(-1.0, min(1.0, error))
         return min(MOST, max(LEAST, penalty * exp(step)))
