@@ -46,9 +46,9 @@ class Entry:
 ENTRIES = (
     Entry(
         "digits-gnap-2k",
-        "first_runs/gnap-seed0",
+        "first_runs/early_path-seed0",
         "A CNN for 8×8 grey digits that grew when training saturated and pruned itself to 2,000 parameters.",
-        "elastic train experiment=digits seed=0",
+        "elastic train experiment=digits seed=0",  # at the commit that the card names
     ),
     Entry(
         "mnist-gnap-3k",

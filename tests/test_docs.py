@@ -18,7 +18,6 @@ import yaml
 import elastic
 import elastic.experiments.cli
 import elastic.experiments.train
-from elastic.experiments import results
 from tests.fitted import command
 from tests.runs import configure, without_account
 
@@ -271,13 +270,6 @@ def test_commands_on_downloaded_data_train(words: list[str], call: Callable[...,
 
 def test_the_readme_is_of_one_screen() -> None:
     assert len(README.read_text().split()) <= 700
-
-
-def test_the_readme_gives_the_spread_of_the_demo() -> None:
-    summaries = results.read_summaries(ROOT / "experiments" / "first_runs", "gnap")
-    low, high = (100 * pick(s["test/acc"] for s in summaries) for pick in (min, max))
-    text = " ".join(README.read_text().split())
-    assert f"{low:.1f} to {high:.1f} % over five seeds" in text and len(summaries) == 5
 
 
 def test_the_demo_is_the_one_that_the_readme_tells_of(tmp_path: Path) -> None:
