@@ -47,15 +47,16 @@ def host_network(
         OptionError: there is no such level, one alone has nothing to refine, or the port is taken.
     """
     path = find_file(source)
-    if refine and level is not None:
-        raise OptionError(f"refine=true takes two levels, level={level} is one: leave one of the two out")
     try:
         import litserve
 
         from elastic.experiments.tools.levels_api import LevelsAPI, read_levels
     except ImportError as error:
         raise FileError(f"{error.name} is not installed: install the extra `serve`") from error
-    read_levels(str(path), level)  # which says what is wrong, before a process of the server's does at length
+    # This says what is wrong, before a process of the server's does at length.
+    levels, _ = read_levels(str(path), level)
+    if refine and len(levels) == 1:
+        raise OptionError("refine=true takes two levels, and there is one to answer: leave it out")
     check_port(port)
     api = LevelsAPI(str(path), deadline, level, images, refine)
     server = litserve.LitServer(api, accelerator="cpu", workers_per_device=1)

@@ -46,8 +46,6 @@ def test_without_its_extra_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         host_network("digits-gnap-2k")
     with pytest.raises(FileError, match="there is no network none"):
         host_network("none")
-    with pytest.raises(OptionError, match="level=1 is one: leave one of the two out"):
-        host_network("digits-gnap-2k", level=1, refine=True)
 
 
 def test_a_port_that_is_taken_is_refused() -> None:
@@ -126,6 +124,13 @@ def test_what_the_smallest_level_is_unsure_of_is_refined_where_that_is_asked_for
     logits_BK, level = api.predict(x_BCHW)
     assert torch.allclose(logits_BK, wanted_BK, atol=1e-3)
     assert level == len(levels) - 1 and 0 < index_B.sum() < len(index_B)
+
+
+@pytest.mark.parametrize(("source", "level"), [("digits-gnap-2k", None), ("cifar10-resnet20-levels", 1)])
+def test_one_level_has_nothing_to_refine(source: str, level: int | None) -> None:
+    pytest.importorskip("litserve", reason="the extra `serve` is not installed")
+    with pytest.raises(OptionError, match="takes two levels, and there is one to answer: leave it out"):
+        host_network(source, level=level, refine=True)
 
 
 def test_a_network_of_one_level_has_no_server_that_refines() -> None:
