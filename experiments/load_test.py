@@ -97,8 +97,10 @@ def send_load(
 
 def list_servers(levels: int) -> dict[str, dict[str, int]]:
     """List the servers of a network with so many levels: options of `experiments.host` by name."""
-    refining = {"refining": {"refine": True}} if levels > 1 else {}
-    return {"elastic": {}, **refining, **{f"level {k}": {"level": k} for k in range(levels)}}
+    servers: dict[str, dict[str, int]] = {"elastic": {}}
+    if levels > 1:
+        servers["refining"] = {"refine": True}
+    return servers | {f"level {k}": {"level": k} for k in range(levels)}
 
 
 def make_requests(data: ImageData, images: int) -> Requests:
