@@ -15,6 +15,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 from elastic.experiments.tools.arms import Arm, History, Summary
 from elastic.experiments.tools.metrics import ShownMetric, describe_metric, find_metric
+from elastic.experiments.tools.tables import format_spread
 
 LINE = 0.17  # inches that a number takes
 MARGIN = 0.8  # inches above and below a panel
@@ -80,8 +81,9 @@ def plot_against(series: Sequence[Series], key: str, label: str) -> Draw:
             x, y = float(np.mean(costs)), float(np.mean(accuracies))
             sd = [float(np.std(v, ddof=1)) if len(v) > 1 else 0.0 for v in (costs, accuracies)]
             bars = panel.errorbar(x, y, xerr=sd[0], yerr=sd[1], fmt="o", capsize=3, color=arm.colour)
-            value = f"{_show(y, sd[1], arm.metric.digits)}{arm.metric.unit}"
-            bars.lines[0].set_gid(f"{TIP}{arm.name}: {value}, {_show(x, sd[0])} {label}")
+            value = f"{format_spread(accuracies, arm.metric.digits)}{arm.metric.unit}"
+            cost = format_spread(costs, 0 if x >= 100 else 3)
+            bars.lines[0].set_gid(f"{TIP}{arm.name}: {value}, {cost} {label}")
             points.append(Point(arm, x, y))
         if len(points) < 2:
             return []
@@ -143,12 +145,6 @@ def plot_levels(series: Sequence[Series], keys: Sequence[str], label: str, scale
         return list({point.arm.number: point.arm for point in ends}.values())
 
     return draw
-
-
-def _show(mean: float, sd: float, digits: int = 0) -> str:
-    """Show mean ± sd, or the mean alone where there is no spread."""
-    digits = digits if mean >= 100 or digits else 3
-    return f"{mean:,.{digits}f} ± {sd:,.{digits}f}" if sd else f"{mean:,.{digits}f}"
 
 
 def _find_key(runs: Sequence[Sequence[dict[str, Any]]], keys: Sequence[str]) -> str | None:

@@ -98,7 +98,7 @@ def test_what_is_drawn_tells_what_it_is(folder: Path) -> None:
     text = make_page(folder)
     tips = {html.unescape(tip) for tip in re.findall("<title>(.*?)</title>", text)}
     assert "large & wide: 95.00 %, 5,000 parameters that are not zero" in tips
-    assert "small: 90.50 ± 0.71 %, 1,000 parameters that are not zero" in tips
+    assert "small: 90.50 ± 0.71 %, 1,000 ± 0 parameters that are not zero" in tips
     assert "small: 100 to 103 parameters that are not zero" in tips
     assert "small, level 1: 60.00 %, 1.1e-05 10⁶ MACs an image, mean" in tips
     legends = re.findall('<ul class="arms">(.*?)</ul>', text)
