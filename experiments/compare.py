@@ -1,10 +1,11 @@
 """Show one table of many runs, mean ± sd over seeds: `python -m experiments.compare runs='<glob>'`.
 
-`csv=<file>` writes it down, `markdown=<file>` puts it between marks of a text, `figure=<file.png>` draws it,
-`html=<file>` makes a page of it, with more figures, that opens anywhere. `latency=true` measures all
-networks, and their levels, on this machine. `baseline=<arm>` compares each arm with that one, seed by seed:
-the mean difference with its 95 % confidence interval, and p of a paired t test. Each data set, and each
-metric, has a table of its own.
+`csv=<file>` writes it down, `figure=<file.png>` draws it, `html=<file>` makes a page with more figures that
+opens anywhere. `markdown=<file>` puts it into a text, between <!-- begin of `elastic compare` --> and
+<!-- end of `elastic compare` -->; of several tables in a text, each has marks that name its runs:
+`elastic compare runs=<glob>`. `latency=true` measures all networks, and their levels, on this machine.
+`baseline=<arm>` compares each arm with that one, seed by seed: the mean difference with its 95 % confidence
+interval, and p of a paired t test. Each data set, and each metric, has a table of its own.
 
 A run is a folder with a `summary.json`; folders named <arm>-seed<k> beside each other are one arm. Runs that
 failed are listed.
@@ -52,7 +53,7 @@ def compare_runs(
     Args:
         runs: a glob of their folders.
         csv: the table as a file.
-        markdown: a text to put it into, between <!-- begin of `elastic compare` --> and <!-- end of … -->.
+        markdown: a text to put it into, between marks that name the command.
         figure: a picture of it.
         html: a page about it that opens anywhere, with more figures.
         latency: measure all networks, and their levels, on this machine.
@@ -72,7 +73,7 @@ def compare_runs(
     if markdown is not None:
         titles = [f"{escape_markdown(table.title)}:\n\n" if len(tables) > 1 else "" for table in tables]
         texts = (title + format_markdown(t.head, t.rows) for title, t in zip(titles, tables, strict=True))
-        write_between_marks(markdown, "compare", "\n\n".join(texts))
+        write_between_marks(markdown, "compare", "\n\n".join(texts), of=f"runs={runs}")
     if figure is not None:
         draw_arms([table.arms for table in tables], "macs_dynamic" if skips(arms) else "params", figure)
     if html is not None:

@@ -57,16 +57,21 @@ def escape_markdown(text: str) -> str:
     return text.replace("|", r"\|").replace("<", "&lt;").replace("\n", " ")
 
 
-def write_between_marks(path: Path, command: str, table: str) -> None:
+def write_between_marks(path: Path, command: str, table: str, of: str = "") -> None:
     """Put what a command has made into a Markdown file, between the marks that name it.
+
+    Args:
+        of: what the table is of; where there are marks that name that, too, it goes between them.
 
     Raises:
         FileError: there is no such file, or it has no such marks.
     """
     if not path.exists():
         raise FileError(f"{path} is missing: write it first, with a place for the table")
-    begin, end = (f"<!-- {part} of `elastic {command}` -->" for part in ("begin", "end"))
-    text = replace_table(path.read_text(), table, begin, end)
+    text = path.read_text()
+    name = f"{command} {of}" if f"`elastic {command} {of}`" in text else command
+    begin, end = (f"<!-- {part} of `elastic {name}` -->" for part in ("begin", "end"))
+    text = replace_table(text, table, begin, end)
     write_atomically(path, lambda part: part.write_text(text))
 
 

@@ -61,6 +61,22 @@ def test_the_table_is_put_between_its_marks(tmp_path: Path) -> None:
         compare_runs(f"{tmp_path}/*-seed0", markdown=tmp_path / "no" / "page.md")
 
 
+def test_of_several_tables_in_a_text_each_stands_between_marks_that_name_its_runs(tmp_path: Path) -> None:
+    write(tmp_path / "grown-seed0", 0.91, 1100)
+    write(tmp_path / "dense-seed0", 0.5, 100)
+    page, globs = tmp_path / "page.md", [f"{tmp_path}/{arm}-seed*" for arm in ("grown", "dense")]
+    marks = [f"<!-- {{}} of `elastic compare{name}` -->" for name in ("", *(f" runs={g}" for g in globs))]
+    page.write_text("\n".join(mark.format(part) for mark in marks for part in ("begin", "end")))
+    for glob in (*globs, f"{tmp_path}/*-seed0"):
+        compare_runs(glob, markdown=page)
+    both, *tables = (part.split("<!-- end")[0] for part in page.read_text().split("<!-- begin")[1:])
+    assert [("| grown |" in table, "| dense |" in table) for table in (both, *tables)] == [
+        (True, True),
+        (True, False),
+        (False, True),
+    ]
+
+
 def shown(
     folder: Path, capsys: pytest.CaptureFixture
 ) -> tuple[dict[str, list[str]], dict[str, dict[str, str]]]:

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from elastic.data import ImageData
+from elastic.experiments.compare import compare_runs
 from elastic.experiments.tools.composition import list_callbacks
 from elastic.experiments.tools.summary import SCHEDULE
 from tests.runs import configure
@@ -133,6 +134,7 @@ LONG = ("dynamic_pruning", "prune_and_grow")  # of many commands
     ids=name,
 )
 def test_the_commands_that_made_a_record_compose(readme: Path, tmp_path: Path) -> None:
+    names = {read(folder).name for folder in RUNS if folder.parent == readme.parent}
     composed: set[tuple[str, ...]] = set()
     for python_m, module, *arguments in commands(readme, tmp_path):
         assert python_m == "-m" and module.startswith("experiments.")
@@ -145,14 +147,21 @@ def test_the_commands_that_made_a_record_compose(readme: Path, tmp_path: Path) -
         if kind not in composed:
             composed.add(kind)
             cfg = configure(tmp_path, *single(said))
-            assert cfg.name in (
-                "digits",
-                "mnist",
-                "mnist_dynamic",
-                "cifar10",
-                "cifar10_smallest",
-                "cifar10_levels",
-                "cifar10_dynamic",
-                "cifar10_looking",
-                "cifar10_mnist",
-            )
+            assert cfg.name in names
+
+
+@pytest.mark.parametrize("readme", READMES, ids=name)
+def test_the_tables_of_a_record_are_what_their_commands_make(
+    readme: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    page, text = tmp_path / "page.md", readme.read_text()
+    page.write_text(
+        re.sub(r"(<!-- begin of `elastic compare.*? -->\n).*?(?=<!-- end)", r"\1", text, flags=re.S)
+    )
+    for _, module, *arguments in commands(readme, tmp_path):
+        options = dict(word.split("=", 1) for word in arguments if "=" in word)
+        if module == "experiments.compare" and "markdown" in options:
+            assert options["markdown"] == f"experiments/{name(readme)}"
+            compare_runs(options["runs"], markdown=page, baseline=options.get("baseline"))
+    assert page.read_text() == text
