@@ -39,15 +39,15 @@ class Row:
     dense: str | None = None
 
 
-LEVELS_DENSE, VGG_DENSE = "prune_and_grow/resnet20-dense_100", "prune_and_grow/vgg16_bn_half-dense"
+RESNET_DENSE = "prune_and_grow/resnet20-dense_100"
 ROWS = (
     Row("growth", "first_runs", "gnap", "digits, the demo", "first_runs/dense"),
     Row("growth", "gnap_mnist", "best", "MNIST, CNN that starts with 979 parameters"),
     Row("growth", "gnap_cifar10", "p157800", "CIFAR-10, ResNet-20"),
     Row("growth", "growth_pays", "fixed_resolution", "CIFAR-10, ResNet-20: images grow", "growth_pays/fixed"),
-    Row("levels", "prune_and_grow", "resnet20-joint_100", "CIFAR-10, ResNet-20, 4 levels", LEVELS_DENSE),
+    Row("levels", "prune_and_grow", "resnet20-joint_100", "CIFAR-10, ResNet-20, 4 levels", RESNET_DENSE),
     Row("dynamic", "dynamic_pruning", "convnet-long", "MNIST, CNN", "controls_mnist/dense_full"),
-    Row("dynamic", "dynamic_pruning", "vgg16_bn_half-bounded", "CIFAR-10, half VGG-16", VGG_DENSE),
+    Row("dynamic", "dynamic_pruning", "resnet20-looking_hard_100", "CIFAR-10, ResNet-20", RESNET_DENSE),
     Row("dynamic", "composition_mnist", "gated", "MNIST: grown, pruned, 3 levels"),
 )
 
