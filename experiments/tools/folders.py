@@ -1,7 +1,7 @@
 """Read and keep the folder of a run: its configuration, its checkpoint, the lock while it trains."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -32,6 +32,7 @@ REMEDY = "restore it, or train again in another folder"
 # What may differ between a run and what continues it: where data is and who reads it, not what is trained.
 EPOCHS = "trainer.max_epochs="  # the one option that a run that goes on may change
 PLACES = ("root", "download", "workers")
+MARK = "\0"  # instead of "${"
 
 
 class RunMark(L.Callback):
@@ -191,18 +192,26 @@ def write_config(cfg: DictConfig, folder: Path) -> None:
 
 
 def make_portable(cfg: DictConfig) -> DictConfig:
-    """Resolve a configuration but for what depends on the machine: folders and the environment."""
-    raw, resolved = (OmegaConf.to_container(cfg, resolve=resolve) for resolve in (False, True))
-    portable = OmegaConf.create(_resolve(raw, resolved))
+    """Resolve a configuration but for what depends on the machine: folders and the environment.
+
+    Where a value refers to one that does, the other's expression takes its place.
+    """
+    marked = OmegaConf.create(_map_texts(_mark, OmegaConf.to_container(cfg)))
+    resolved = OmegaConf.to_container(marked, resolve=True)
+    portable = OmegaConf.create(_map_texts(lambda text: text.replace(MARK, "${"), resolved))
     portable.run = "."
     portable.pop("trust", None)  # that is said anew by whoever uses it
     return portable
 
 
-def _resolve(raw: Any, resolved: Any) -> Any:
-    if isinstance(raw, dict):
-        return {key: _resolve(raw[key], resolved[key]) for key in raw}
-    if isinstance(raw, list):
-        return [_resolve(*pair) for pair in zip(raw, resolved, strict=True)]
-    depends = isinstance(raw, str) and ("${run}" in raw or "${oc.env" in raw)
-    return raw if depends else resolved
+def _mark(text: str) -> str:
+    """Let an expression that depends on the machine be a text like any other."""
+    return text.replace("${", MARK) if "${run}" in text or "${oc.env" in text else text
+
+
+def _map_texts(change: Callable[[str], str], node: Any) -> Any:
+    if isinstance(node, dict):
+        return {key: _map_texts(change, value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_map_texts(change, value) for value in node]
+    return change(node) if isinstance(node, str) else node

@@ -21,6 +21,7 @@ from elastic.callbacks import Census, ElasticProgress, GrowOnSaturation, PruneBy
 from elastic.data import ImageData
 from elastic.errors import OptionError
 from elastic.experiments.tools.composition import rewrite
+from elastic.experiments.tools.folders import load_config, write_config
 from elastic.experiments.tools.parts import make_loggers, make_recipe
 from elastic.experiments.train import build, train
 from elastic.growth import Growth, Periodic, Plateau
@@ -433,3 +434,15 @@ def test_a_start_runs_with_an_optimizer(tmp_path: Path, optimizer: str, fresh: s
     survive(tmp_path, "smoke", *FEW, *every, *chosen)
     events = [json.loads(line) for line in (tmp_path / "timeline.jsonl").read_text().splitlines()]
     assert len({event["width"] for event in events if event["after"] > event["before"]}) == 4
+
+
+def test_what_is_kept_of_a_run_names_no_place_of_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither where a value is the place itself, nor where it refers to one."""
+    monkeypatch.setenv("ELASTIC_DATA", str(tmp_path / "here"))
+    write_config(configure(tmp_path, "data=cifar10_mnist", "schedule=static"), tmp_path)
+    assert str(tmp_path) not in (tmp_path / "config.yaml").read_text()
+    monkeypatch.setenv("ELASTIC_DATA", "there")
+    data = load_config(tmp_path).data
+    assert {data.root, *(part.root for part in data.sets.values())} == {"there"}

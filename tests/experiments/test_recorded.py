@@ -89,6 +89,11 @@ def test_a_recorded_configuration_has_the_names_of_todays(tmp_path: Path) -> Non
             assert ours.get("amount") == theirs.get("amount"), name(folder)
 
 
+def test_no_recorded_configuration_names_a_place_of_some_machine() -> None:
+    places = re.compile(r"(^|[\s'\"])(/|~|[A-Za-z]:\\)")
+    assert [name(folder) for folder in RUNS if places.search((folder / "config.yaml").read_text())] == []
+
+
 def test_every_recorded_summary_names_its_schedule() -> None:
     for folder in RUNS:
         summary = json.loads((folder / "summary.json").read_text())
