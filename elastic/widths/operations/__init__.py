@@ -37,15 +37,16 @@ from elastic.widths.operations.layers import (
 )
 from elastic.widths.operations.making import decide, expand, fill, fill_like, repeat, repeat_entries
 from elastic.widths.operations.products import attend, contract, multiply_matrices
+from elastic.widths.operations.ranking import find_extreme, find_place, rank
 from elastic.widths.operations.registry import TABLE, register_op
 from elastic.widths.operations.reshaping import flatten, reshape, reshape_as, unflatten
 from elastic.widths.operations.shapes import (
     accumulate,
-    find_extreme,
     measure_norm,
     mix_dimension,
     move_dimensions,
     normalize,
+    normalize_neighbours,
     permute,
     read_attribute,
     reduce,
@@ -57,11 +58,13 @@ from elastic.widths.operations.shapes import (
     unsqueeze,
 )
 from elastic.widths.operations.spatial import (
+    fold,
     pad,
     pool,
     resize,
     shuffle_channels,
     shuffle_pixels,
+    unfold,
     unpool,
     unshuffle_pixels,
 )
@@ -90,14 +93,23 @@ LAYERS: dict[Rule, Iterable[type[nn.Module]]] = {
     rectify: (nn.PReLU,),
     flatten: (nn.Flatten,),
     unflatten: (nn.Unflatten,),
-    mix_dimension: (nn.Softmax, nn.LogSoftmax, nn.Softmax2d),
+    mix_dimension: (nn.Softmax, nn.LogSoftmax, nn.Softmax2d, nn.Softmin),
+    normalize_neighbours: (nn.LocalResponseNorm, nn.CrossMapLRN2d),
     pool: (
         *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
-        *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.LPPool2d),
-        *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.FractionalMaxPool2d),
+        *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+        *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
+        *(nn.LPPool1d, nn.LPPool2d, nn.LPPool3d, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d),
     ),
     unpool: (nn.MaxUnpool1d, nn.MaxUnpool2d, nn.MaxUnpool3d),
-    pad: (nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d),
+    pad: (
+        *(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d),
+        *(nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
+        *(nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
+        *(nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d),
+    ),
+    unfold: (nn.Unfold,),
+    fold: (nn.Fold,),
     resize: (nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
     gate_linearly: (nn.GLU,),
     shuffle_pixels: (nn.PixelShuffle,),
@@ -122,10 +134,14 @@ FUNCTIONS: dict[Rule, str] = {
         addcmul addcdiv bernoulli masked_fill erf sin cos tan sign reciprocal floor ceil round log1p expm1
         log2 exp2 sigmoid nan_to_num hardshrink softshrink softsign tanhshrink threshold logsigmoid rrelu
         clamp_min clamp_max alpha_dropout feature_alpha_dropout cpu cuda long int bool
-        eq ne gt lt ge le logical_not drop_block2d""",
+        eq ne gt lt ge le isnan isinf isfinite drop_block2d
+        logical_not logical_and logical_or logical_xor bitwise_not bitwise_and bitwise_or bitwise_xor
+        invert and or xor pos positive special_expit atan arctan asin arcsin acos arccos sinh cosh asinh acosh
+        atanh erfc log10 logit sinc trunc fix frac sgn mod fmod remainder floordiv floor_divide float_power
+        atan2 arctan2 hypot copysign heaviside logaddexp fmin fmax requires_grad""",
     fill: "ones zeros empty full rand randn new_ones new_zeros new_empty new_full",
     fill_like: "ones_like zeros_like empty_like full_like rand_like randn_like",
-    expand: "expand",
+    expand: "expand broadcast_to",
     repeat: "repeat tile",
     repeat_entries: "repeat_interleave",
     stack: "stack",
@@ -145,6 +161,9 @@ FUNCTIONS: dict[Rule, str] = {
     measure_norm: "norm vector_norm linalg_vector_norm linalg_norm",
     normalize: "normalize",
     find_extreme: "max min",
+    find_place: "argmax argmin",
+    rank: "sort argsort median nanmedian mode topk kthvalue",
+    normalize_neighbours: "local_response_norm",
     move_dimensions: "movedim moveaxis",
     multiply_matrices: "matmul bmm",
     contract: "einsum",
@@ -155,9 +174,11 @@ FUNCTIONS: dict[Rule, str] = {
         max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices fractional_max_pool2d
         fractional_max_pool2d_with_indices max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d
         adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
-        adaptive_max_pool3d""",
+        adaptive_max_pool3d lp_pool1d lp_pool2d lp_pool3d""",
     pad: "pad",
     resize: "interpolate grid_sample",
+    unfold: "unfold",
+    fold: "fold",
     convolve_with: "conv1d conv2d conv3d",
     convolve_transposed_with: "conv_transpose1d conv_transpose2d conv_transpose3d",
     project_with: "linear",
@@ -168,11 +189,11 @@ FUNCTIONS: dict[Rule, str] = {
     flatten: "flatten",
     unflatten: "unflatten",
     reshape: "view reshape",
-    reduce: "mean sum amax amin var std prod logsumexp nansum nanmean any all",
-    mix_dimension: "softmax log_softmax",
-    concatenate: "cat concat concatenate",
+    reduce: "mean sum amax amin var std prod logsumexp nansum nanmean any all count_nonzero",
+    mix_dimension: "softmax log_softmax softmin",
+    concatenate: "cat concat concatenate hstack vstack dstack",
     split: "split",
-    chunk: "chunk",
+    chunk: "chunk tensor_split",
     get_item: "getitem",
     transpose: "transpose swapaxes swapdims",
     transpose_last: "t adjoint",

@@ -64,7 +64,8 @@ def chunk(tracker: Tracker, node: fx.Node) -> tuple[Axes, ...]:
     """Follow a split into a given number of parts: equal parts stay equal."""
     x, dim, lengths = _read_parts(node)
     axis = x[dim]
-    if len(set(lengths)) > 1:
+    is_number = isinstance(get_argument(node, 1, "chunks", "sections", "indices_or_sections"), int)
+    if len(set(lengths)) > 1 or not is_number:
         tracker.fix([axis], node, "fixes the number of channels")
     elif axis is not None:
         tracker.elements.tie(axis, len(lengths))

@@ -106,6 +106,11 @@ def is_stored(tensor: str) -> bool:
     return not tensor.startswith(ATTRIBUTE) and tensor != LAYER
 
 
+def get_operation_name(node: fx.Node) -> str:
+    """Name the function, the method or the layer that a node calls: `relu_`, `add`, `stage1.0`."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
 def get_value(argument: Any) -> Any:
     """Get a value as the example gives it: of a node's output, or the argument itself."""
     return argument.meta["value"] if isinstance(argument, fx.Node) else argument

@@ -12,11 +12,18 @@ from elastic.widths.operations.interface import (
     Tracker,
     get_argument,
     get_axes,
+    get_operation_name,
     get_shape,
     get_value,
     list_tensors,
 )
 from elastic.widths.union import Axis
+
+STACKS = {
+    "vstack": 0,
+    "hstack": 1,
+    "dstack": 2,
+}  # the dimension, of tensors that have it, along which they join
 
 
 def broadcast(tracker: Tracker, node: fx.Node) -> Axes:
@@ -40,7 +47,10 @@ def concatenate(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow tensors set side by side along one dimension; along the others they agree."""
     parts, shapes = _list_parts(node)
     y = list(parts[0])
-    dim = get_argument(node, 1, "dim", "axis", default=0) % len(y)
+    along = STACKS.get(get_operation_name(node), 0)
+    if along >= len(y):
+        raise NotFollowed("is given too few dimensions")
+    dim = get_argument(node, 1, "dim", "axis", default=along) % len(y)
     for d in (d for d in range(len(y)) if d != dim):
         for axes in parts[1:]:
             if y[d] is not None or axes[d] is not None:

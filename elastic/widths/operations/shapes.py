@@ -1,22 +1,27 @@
 """Follow channels where dimensions change places, come, or go."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import fx, nn
 
 from elastic.widths.operations.interface import (
     Axes,
     NotFollowed,
+    Tracked,
     Tracker,
     get_argument,
     get_axes,
     get_input,
+    get_operation_name,
     get_shape,
     get_value,
     list_arguments,
+    list_axes,
     normalize_dims,
 )
-from elastic.widths.operations.joining import broadcast
+
+ORDER = "depends on the order of its channels"
 
 
 def permute(tracker: Tracker, node: fx.Node) -> Axes:
@@ -40,9 +45,17 @@ def transpose_last(tracker: Tracker, node: fx.Node) -> Axes:
     return (*x[:-2], *reversed(x[-2:]))
 
 
-def read_attribute(tracker: Tracker, node: fx.Node) -> Axes:
-    """Follow `x.mT`, and `x.T` of two dimensions."""
-    name = get_argument(node, 1)
+def read_attribute(tracker: Tracker, node: fx.Node) -> Tracked:
+    """Follow `x.mT`, `x.T` of two dimensions, `x.data`, and one of several results by its name (`values`)."""
+    source, name = get_input(node), get_argument(node, 1)
+    results = get_value(source)
+    if isinstance(results, tuple):
+        tracked: Any = source.meta["axes"]
+        tracker.drop(list_axes(tracked))  # what is not picked is not read here
+        places = [place for place, part in enumerate(results) if part is getattr(results, name)]
+        return tracked[places[0]] if tracked and places else None
+    if name == "data":
+        return get_axes(source)
     if name != "mT" and (name != "T" or len(get_shape(node)) != 2):
         raise NotFollowed("is none that is known")
     return transpose_last(tracker, node)
@@ -51,7 +64,14 @@ def read_attribute(tracker: Tracker, node: fx.Node) -> Axes:
 def accumulate(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow sums along a dimension, where each entry depends on those before it."""
     x = get_axes(get_input(node))
-    tracker.fix([x[get_argument(node, 1, "dim")]], node, "depends on the order of its channels")
+    tracker.fix([x[get_argument(node, 1, "dim")]], node, ORDER)
+    return x
+
+
+def normalize_neighbours(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow local response norm: each channel is divided by what those beside it hold."""
+    x = get_axes(get_input(node))
+    tracker.fix([x[1]], node, ORDER)
     return x
 
 
@@ -74,12 +94,13 @@ def unsqueeze(tracker: Tracker, node: fx.Node) -> Axes:
 
 def reduce(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow mean, sum, amax and their like: over space they leave channels alone, else they mix them."""
-    return _reduce(tracker, node, get_argument(node, 1, "dim", "axis"))
+    return reduce_over(tracker, node, get_argument(node, 1, "dim", "axis"))
 
 
-def _reduce(
+def reduce_over(
     tracker: Tracker, node: fx.Node, dims: int | Sequence[int] | None, ndim: int | None = None
 ) -> Axes:
+    """Take statistics over given dimensions, of which the result has `ndim` if it is not one tensor."""
     x = get_axes(get_input(node))
     over = normalize_dims(dims, len(x))
     tracker.mix([x[d] for d in over], node, "takes statistics over its channels")
@@ -115,7 +136,7 @@ def move_dimensions(tracker: Tracker, node: fx.Node) -> Axes:
 
 def measure_norm(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow vector norms: over space they leave channels alone, else they mix them."""
-    return _reduce(tracker, node, get_argument(node, 2, "dim", "axis"))
+    return reduce_over(tracker, node, get_argument(node, 2, "dim", "axis"))
 
 
 def normalize(tracker: Tracker, node: fx.Node) -> Axes:
@@ -128,33 +149,16 @@ def normalize(tracker: Tracker, node: fx.Node) -> Axes:
 
 def reduce_twice(tracker: Tracker, node: fx.Node) -> tuple[Axes, Axes]:
     """Follow var_mean and its like, which give two results."""
-    axes = _reduce(tracker, node, get_argument(node, 1, "dim", "axis"), len(get_value(node)[0].shape))
+    axes = reduce_over(tracker, node, get_argument(node, 1, "dim", "axis"), len(get_value(node)[0].shape))
     return axes, axes
 
 
 def reorder(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow flip and roll: they change the order along dimensions, which may not be that of channels."""
     x = get_axes(get_input(node))
-    last = "flip" not in str(getattr(node.target, "__name__", node.target))
+    last = "flip" not in get_operation_name(node)
     dims = get_argument(node, 1 + last, "dims")
     if not last and not isinstance(dims, tuple | list):
         dims = list_arguments(node, 1, "dims")
     tracker.fix([x[d] for d in normalize_dims(dims, len(x))], node, "changes the order of its channels")
     return x
-
-
-def find_extreme(tracker: Tracker, node: fx.Node) -> tuple[Axes, Axes] | Axes:
-    """Follow max and min along one dimension, which also say where it lies, or of two tensors."""
-    dim = get_argument(node, 1, "dim", "other")
-    if isinstance(dim, fx.Node):
-        return broadcast(tracker, node)
-    if dim is None:
-        return _reduce(tracker, node, None)
-    x = get_axes(get_input(node))
-    asks_place = any(
-        user.op != "call_function" or user.args[1:] not in ((0,), ("values",)) for user in node.users
-    )
-    if asks_place and x[dim] is not None:
-        tracker.fix([x[dim]], node, "says which channel is the largest")
-    axes = _reduce(tracker, node, dim, len(get_value(node)[0].shape))
-    return axes, axes

@@ -13,6 +13,7 @@ from elastic.widths.operations.interface import (
     get_argument,
     get_axes,
     get_input,
+    get_operation_name,
     get_shape,
     get_value,
 )
@@ -67,6 +68,30 @@ def unshuffle_pixels(tracker: Tracker, node: fx.Node) -> Axes:
     return (*x[:channel], None if axis is None else np.repeat(axis, size // len(axis)), None, None)
 
 
+def unfold(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow windows: those of `F.unfold` stand in the place of channels, those of `x.unfold` come last."""
+    x = get_axes(get_input(node))
+    if node.op == "call_method":
+        dim = get_argument(node, 1, "dimension") % len(x)
+        tracker.fix([x[dim]], node, SPACE)
+        return (*x[:dim], None, *x[dim + 1 :], None)
+    channel = len(x) - 3
+    tracker.fix(x[channel + 1 :], node, SPACE)
+    axis, rows = x[channel], get_shape(node)[channel]
+    return (*x[:channel], None if axis is None else np.repeat(axis, rows // len(axis)), None)
+
+
+def fold(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow what sums windows up to maps."""
+    x = get_axes(get_input(node))
+    channel = len(x) - 2
+    tracker.fix(x[channel + 1 :], node, SPACE)
+    axis = x[channel]
+    if axis is not None:
+        axis = tracker.elements.tie_parts(list(axis.reshape(get_shape(node)[channel], -1).T))
+    return (*x[:channel], axis, None, None)
+
+
 def shuffle_channels(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow a channel shuffle between a number of groups, which change alike."""
     x = get_axes(get_input(node))
@@ -90,7 +115,7 @@ def _count_dimensions(tracker: Tracker, node: fx.Node) -> int:
     if node.op == "call_module":
         name = type(tracker.get_layer(node, nn.Module)).__name__
     else:
-        name = getattr(node.target, "__name__", str(node.target))
+        name = get_operation_name(node)
     digit = re.search("([123])d", name)
     if digit is None:
         raise NotFollowed("does not say on how many dimensions it works")

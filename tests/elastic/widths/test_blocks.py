@@ -409,7 +409,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "response norm of neighbours": (
         just(lambda m, x: m.one(x), one=nn.LocalResponseNorm(3)),
-        "cannot be foll",
+        "depends on the order of its channels",
     ),
     "pooled over channels": (
         just(lambda m, x: F.max_pool3d(x[:, None], (3, 1, 1), 1, (1, 0, 0))[:, 0]),
