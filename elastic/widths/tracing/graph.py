@@ -1,10 +1,12 @@
 """Trace a model, and read what a node of its graph calls."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor, fx, nn
 
 from elastic.errors import StructureError
+from elastic.widths.operations.interface import get_operation_name
 from elastic.widths.operations.registry import is_whole
 from elastic.widths.parameters import get_kind
 from elastic.widths.tracing.concrete import PLACE, ConcreteTracer, trace_factories
@@ -41,7 +43,20 @@ def trace(model: nn.Module, *example: Tensor) -> fx.GraphModule:
     Raises:
         StructureError: torch.fx cannot trace it.
     """
-    return fx.GraphModule(model, trace_graph(model, *example))
+    with preserve_attributes(model):
+        return fx.GraphModule(model, trace_graph(model, *example))
+
+
+@contextmanager
+def preserve_attributes(model: nn.Module) -> Iterator[None]:
+    """Take back what a forward keeps in its modules while it is traced, and what torch.fx puts there."""
+    held = {module: dict(vars(module)) for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, attributes in held.items():
+            vars(module).clear()
+            vars(module).update(attributes)
 
 
 def trace_graph(model: nn.Module, *example: Tensor) -> fx.Graph:
@@ -63,11 +78,6 @@ def trace_graph(model: nn.Module, *example: Tensor) -> fx.Graph:
 def get_layer(traced: nn.Module, node: fx.Node) -> nn.Module | None:
     """Get the layer that a node calls, if it calls one."""
     return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
-
-
-def get_operation_name(node: fx.Node) -> str:
-    """Name the function, the method or the layer that a node calls: `relu_`, `add`, `stage1.0`."""
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
 def describe_node(node: fx.Node) -> str:

@@ -3,8 +3,10 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from elastic.errors import StructureError
@@ -134,16 +136,26 @@ def _drop_counters(traced: fx.GraphModule) -> None:
 
 def _join_modes(training: fx.GraphModule, evaluation: fx.GraphModule) -> None:
     """Let the flags in evaluation follow a mode; raise ValueError where more than flags differ."""
-    pairs = list(zip(training.graph.nodes, evaluation.graph.nodes, strict=True))
+    # Of two graphs of unequal length the shorter one ends where the other one goes on: that pair differs.
+    pairs = list(zip(training.graph.nodes, evaluation.graph.nodes, strict=False))
     evaluation.add_submodule(MODE, Mode().train(evaluation.training))
     with evaluation.graph.inserting_before(pairs[0][1]):
         flag = evaluation.graph.call_module(MODE)
     for train_node, eval_node in pairs:
-        if train_node.target != eval_node.target:
+        if not _is_same_call(train_node, eval_node):
             raise ValueError(f"{describe_node(train_node)} there is {describe_node(eval_node)} here")
         eval_node.args = _join_arguments(train_node.args, eval_node.args, flag)
         eval_node.kwargs = _join_arguments(train_node.kwargs, eval_node.kwargs, flag)
     evaluation.recompile()
+
+
+def _is_same_call(train_node: fx.Node, eval_node: fx.Node) -> bool:
+    """Tell whether two nodes call the same, or hold the same tensor."""
+    if train_node.target != eval_node.target or train_node.op != "get_attr":
+        return train_node.target == eval_node.target
+    path = str(eval_node.target)
+    values = [attrgetter(path)(node.graph.owning_module) for node in (train_node, eval_node)]
+    return values[0] is values[1] or torch.equal(*values)
 
 
 def _join_arguments(train_value: Any, eval_value: Any, flag: fx.Node) -> Any:

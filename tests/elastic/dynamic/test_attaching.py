@@ -94,6 +94,36 @@ class OtherNumbers(Dropping):
         return F.dropout(super().forward(x), 0.5 if self.training else 0.0, True)
 
 
+class OneMore(Dropping):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return y * torch.rand(()) if self.training else y
+
+
+class Remembering(Dropping):
+    """Makes a tensor in its forward, and keeps what it has seen."""
+
+    seen: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen = super().forward(x) * torch.tensor([0.5, 2.0, 1.0, 3.0])
+        return self.seen
+
+
+class OtherTensors(Dropping):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * (torch.tensor(0.5) if self.training else torch.tensor(1.0))
+
+
+def test_attaching_leaves_nothing_in_the_network() -> None:
+    net, x = Remembering().eval(), torch.randn(2, 1, 8, 8)
+    expected, names = net(x), {*vars(net)}
+    found = attach_modules(net, discover(net, x))
+    assert {*vars(net)} == names and net.seen is expected
+    with torch.no_grad():
+        assert torch.allclose(found.eval()(x), expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("traced_in_training", [True, False])
 def test_what_is_random_in_training_is_so_there_alone(traced_in_training: bool) -> None:
     torch.manual_seed(0)
@@ -111,7 +141,7 @@ def test_what_is_random_in_training_is_so_there_alone(traced_in_training: bool) 
         assert torch.equal(found(x), expected)
 
 
-@pytest.mark.parametrize("kind", [Otherwise, OtherNumbers])
+@pytest.mark.parametrize("kind", [Otherwise, OtherNumbers, OtherTensors, OneMore])
 def test_a_network_that_training_changes_is_refused(kind: type[Dropping]) -> None:
     net, x = kind(), torch.randn(2, 1, 8, 8)
     widths = discover(net, x)
@@ -119,7 +149,8 @@ def test_a_network_that_training_changes_is_refused(kind: type[Dropping]) -> Non
         StructureError, match=f"^{kind.__name__} is another network in training than in eval.*"
     ) as refusal:
         attach_modules(net, widths)
-    assert "\n" not in str(refusal.value) and all(module.training for module in net.modules())
+    assert "\n" not in str(refusal.value) and "zip()" not in str(refusal.value)
+    assert all(module.training for module in net.modules())
 
 
 def test_modules_go_where_kernels_have_one_writer() -> None:
