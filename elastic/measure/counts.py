@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from elastic.widths.discovery import Widths
 from elastic.widths.parameters import ChannelParametrization, get_weight
-from elastic.widths.tracing import make_meta_copy
+from elastic.widths.tracing import WithoutData, make_meta_copy
 
 COUNTED = (nn.modules.conv._ConvNd, nn.Linear)
 
@@ -84,7 +84,7 @@ def count_macs(model: nn.Module, *example: Tensor) -> int:
 def count_macs_by_layer(model: nn.Module, *example: Tensor) -> dict[str, int]:
     """Count the MACs of each layer that has any, by its path; those outside of layers are under ""."""
     replica = make_meta_copy(model).eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), WithoutData(), FlopCounterMode(display=False) as counter:
         replica(*(x.new_empty((1, *x.shape[1:]), device="meta") for x in example))
     leaves = {path for path, module in replica.named_modules() if isinstance(module, COUNTED)}
     flops = {path.partition(".")[2]: sum(by_op.values()) for path, by_op in counter.get_flop_counts().items()}

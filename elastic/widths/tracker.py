@@ -17,6 +17,7 @@ from elastic.widths.operations.interface import ATTRIBUTE, Layer, Place, is_stor
 from elastic.widths.parameters import ChannelParametrization, get_original, list_parametrizations
 from elastic.widths.tracing import describe_node
 from elastic.widths.tracing.graph import shorten
+from elastic.widths.tracing.meta import drop_data
 from elastic.widths.tracing.shapes import infer_call, infer_layer
 from elastic.widths.tracing.sizes import STOCK, SizeAttribute, is_stock
 from elastic.widths.union import Axis, ChannelUnion
@@ -90,7 +91,7 @@ class AxisTracker:
         target: Any = node.target
         if node.op == "get_attr":
             path, _, name = target.rpartition(".")
-            return _drop_data(getattr(self._find_module(path), name))
+            return drop_data(getattr(self._find_module(path), name))
         args, kwargs = map_arg((node.args, dict(node.kwargs)), _get_value)
         if node.op == "output":
             return args[0]
@@ -103,7 +104,7 @@ class AxisTracker:
             return value
         if node.op == "call_method":
             return getattr(args[0], target)(*args[1:], **kwargs)
-        return _drop_data(target(*args, **kwargs))
+        return drop_data(target(*args, **kwargs))
 
     def _find_axes(self, node: fx.Node, value: Any) -> Tracked:
         if node.op == "output":
@@ -330,10 +331,6 @@ def _take_input(node: fx.Node, inputs: list[Tensor]) -> Any:
 
 def _get_value(node: fx.Node) -> Any:
     return node.meta["value"]
-
-
-def _drop_data(value: Any) -> Any:
-    return value.to("meta") if isinstance(value, Tensor) and not value.is_meta else value
 
 
 def _get_key(size: SizeAttribute) -> Dimension:

@@ -1,7 +1,7 @@
 """Trace a model with torch.fx: without its data, in one mode or in both."""
 
 from elastic.widths.tracing.graph import describe_node, get_layer, get_operation_name, trace
-from elastic.widths.tracing.meta import BATCH_NORM, make_meta_copy
+from elastic.widths.tracing.meta import BATCH_NORM, WithoutData, make_meta_copy
 from elastic.widths.tracing.modes import (
     MODE,
     Mode,
@@ -16,6 +16,7 @@ __all__ = [
     "BATCH_NORM",
     "MODE",
     "Mode",
+    "WithoutData",
     "describe_node",
     "find_following_norms",
     "get_layer",

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from elastic.errors import StructureError
 from elastic.widths.copying import ATOMS
-from elastic.widths.tracing.meta import make_meta_copy
+from elastic.widths.tracing.meta import drop_data, make_meta_copy
 from elastic.widths.tracing.sizes import note_computed_sizes
 
 Instruction = tuple[CodeType, int]  # the place in the code where a frame is
@@ -222,13 +222,13 @@ class ConcreteTracer(fx.Tracer):
             path, _, name = target.rpartition(".")
             owner = self._replica.get_submodule(path)
             value = getattr(owner, name) if hasattr(owner, name) else getattr(self.root, name)
-            return value.to("meta") if isinstance(value, Tensor) else value
+            return drop_data(value)
         if node.op == "call_module":
             return self._replica.get_submodule(target)(*args, **kwargs)
         if node.op == "call_method":
             return getattr(args[0], target)(*args[1:], **kwargs)
         value = target(*args, **kwargs)
-        return value.to("meta") if isinstance(value, Tensor) else value
+        return drop_data(value)
 
 
 @contextmanager

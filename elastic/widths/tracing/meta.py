@@ -1,9 +1,12 @@
 """Copy a model without its data."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from elastic.errors import StructureError
 from elastic.widths.copying import copy_module
@@ -46,6 +49,23 @@ def make_meta_copy(model: nn.Module) -> nn.Module:
         if _keeps_shape(get_kind(module)):  # type: ignore[arg-type]
             vars(module)["forward"] = _keep_shape
     return replica
+
+
+def drop_data(value: Any) -> Any:
+    """Bring a tensor to the meta device; leave anything else as it is."""
+    return value.to("meta") if isinstance(value, Tensor) and not value.is_meta else value
+
+
+class WithoutData(TorchFunctionMode):
+    """Let tensors without data meet those that a forward makes, which have some."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves((args, kwargs))):
+            args, kwargs = tree_map(drop_data, (args, kwargs))
+        return func(*args, **kwargs)
 
 
 def _refuse_compiled(model: nn.Module) -> None:

@@ -105,6 +105,16 @@ def test_products_outside_of_layers_count() -> None:
     assert count_macs(net, torch.zeros(1, 5, 7)) == 10 + 5 * 7 * 5
 
 
+def test_what_a_forward_makes_has_no_part_in_it() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        mean, scale = torch.tensor([0.4, 0.5, 0.6]), torch.linspace(0.5, 1, 3).tolist()
+        return m.conv((x - mean[:, None, None]) * scale[1])
+
+    plain = Net(lambda m, x: m.conv(x), conv=conv(3, 4, 3))
+    x = torch.zeros(1, 3, 8, 8)
+    assert count_macs(Net(forward, conv=conv(3, 4, 3)), x) == count_macs(plain, x) == 3 * 4 * 9 * 64
+
+
 def test_counting_leaves_the_model_alone() -> None:
     net = convnet((4, 6, 6, 8)).train()
     before, drawn = states(net), torch.get_rng_state()
