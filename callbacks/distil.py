@@ -10,9 +10,15 @@ from torch import Tensor, nn
 from elastic.callbacks.base import ElasticCallback, StepNetwork
 from elastic.errors import TrainingError
 from elastic.ranges import Natural, Positive, checked
+from elastic.surgery.layout import lay_out_weights
 from elastic.training.answers import Answers, ask
-from elastic.training.imitation import Outputs, check_outputs, compare_outputs, list_shapes
-from elastic.widths.tracing import preserve_modes
+from elastic.training.imitation import (
+    Outputs,
+    check_comparable,
+    check_outputs,
+    compare_outputs,
+    find_output_shapes,
+)
 
 
 @checked
@@ -33,8 +39,9 @@ class Distil(ElasticCallback):
 
     Raises:
         OptionError: no weight, no temperature, or no such outputs.
-        TrainingError: a teacher whose outputs have other shapes, or that cannot look at the images; one that
-            is to be asked before training about images that are then mixed, or whose order is not known.
+        TrainingError: a teacher whose outputs have other shapes, or that cannot look at the images; outputs
+            that hold no classes, where classes are compared; a teacher that is to be asked before training
+            about images that are then mixed, or whose order is not known.
 
     Example::
 
@@ -72,27 +79,26 @@ class Distil(ElasticCallback):
                     "callbacks.distil.views=0"
                 )
 
-    @torch.no_grad()
     def _check(self) -> None:
-        net, example = self.structure.net, self.structure.example
+        example = self.structure.example
         x = torch.zeros(1, *example.shape[1:], dtype=example.dtype)
         try:
-            taught = list_shapes(self.teacher.cpu()(x))
+            taught = find_output_shapes(self.teacher, x)
         except RuntimeError as error:
             raise TrainingError(
                 f"the teacher cannot look at images of {tuple(x.shape[1:])}: name the run of one that can"
             ) from error
-        with preserve_modes(net):
-            learnt = list_shapes(net.eval().forward(x.to(next(net.parameters()).device)))
+        learnt = find_output_shapes(self.structure.net, x)
         if taught != learnt:
             shown = (", ".join(map(str, shapes)) for shapes in (taught, learnt))
             raise TrainingError(
                 "the teacher's outputs are of {}, the network's of {}: name the run of another".format(*shown)
             )
+        check_comparable(learnt, self.outputs or self.structure.outputs)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        place = {"device": pl_module.device, "dtype": next(self.structure.net.parameters()).dtype}
-        self.teacher.to(**place, memory_format=self.structure.memory_format)  # type: ignore[call-overload]
+        self.teacher.to(pl_module.device, next(self.structure.net.parameters()).dtype)
+        lay_out_weights(self.teacher, self.structure.memory_format)
         if self.views:
             self.answers = ask(trainer, self.structure, self.teacher, self.views)
 

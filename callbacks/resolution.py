@@ -1,15 +1,13 @@
 """Let training images grow as the run goes on."""
 
 import lightning as L
-import torch
 from torch import Tensor
 
 from elastic.callbacks.base import ElasticCallback
 from elastic.errors import TrainingError
 from elastic.growth.resolution import Resolution, resize
-from elastic.training.imitation import list_shapes
+from elastic.training.imitation import find_output_shapes
 from elastic.training.progress import measure_epoch_progress
-from elastic.widths.tracing import preserve_modes
 
 
 class GrowResolution(ElasticCallback):
@@ -43,24 +41,21 @@ class GrowResolution(ElasticCallback):
         super().teardown(trainer, pl_module, stage)
         self.structure.resize = None
 
-    @torch.no_grad()
     def _check(self) -> None:
         net, example = self.structure.net, self.structure.example
         if example.ndim != 4:
             raise TrainingError(
                 f"inputs of shape {tuple(example.shape[1:])} are no images: leave out GrowResolution"
             )
-        x_1CHW = example[:1].to(next(net.parameters()).device)
+        x_1CHW = example[:1]
         small = resize(x_1CHW, self.resolution.compute_sides(x_1CHW.shape[2:], 0.0))
-        with preserve_modes(net):
-            net.eval()
-            try:
-                outputs = [list_shapes(net.forward(x)) for x in (x_1CHW, small)]
-            except (RuntimeError, ValueError, AssertionError) as error:  # as networks say it themselves
-                raise TrainingError(
-                    f"the network takes no images of {small.shape[2]} by {small.shape[3]} pixels, at which "
-                    "they are to start: raise callbacks.resolution.resolution.start"
-                ) from error
+        try:
+            outputs = [find_output_shapes(net, x) for x in (x_1CHW, small)]
+        except (RuntimeError, ValueError, AssertionError) as error:  # as networks say it themselves
+            raise TrainingError(
+                f"the network takes no images of {small.shape[2]} by {small.shape[3]} pixels, at which "
+                "they are to start: raise callbacks.resolution.resolution.start"
+            ) from error
         if outputs[0] != outputs[1]:
             raise TrainingError(
                 "the size of the network's output depends on that of the image, and so would its targets': "

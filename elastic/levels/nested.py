@@ -11,7 +11,6 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.utils import parametrize
 
 from elastic.errors import StructureError
 from elastic.levels.cutting import (
@@ -22,6 +21,7 @@ from elastic.levels.cutting import (
     iterate_shared,
     make_level,
 )
+from elastic.pruning.gates import iterate_gates
 from elastic.widths.discovery import Slot, Widths
 from elastic.widths.operations.interface import is_stored
 
@@ -48,7 +48,7 @@ class Levels(Sequence[nn.Module]):
     """
 
     def __init__(self, net: nn.Module, widths: Widths, sizes: Sequence[Sizes]) -> None:
-        if any(parametrize.is_parametrized(module) for module in net.modules()):
+        if any(iterate_gates(net)):
             raise StructureError("a gated network has no levels: compact it first, then make them")
         full = widths.sizes()
         self.net, self.widths = net, widths

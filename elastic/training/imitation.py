@@ -1,14 +1,15 @@
 """Measure how far a network's outputs are from another's, whatever they are."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from elastic.errors import OptionError
+from elastic.errors import OptionError, TrainingError
+from elastic.widths.tracing import preserve_modes
 
 Outputs = Literal["classes", "labels", "values"]
 
@@ -65,6 +66,26 @@ def _widen(output: Tensor) -> Tensor:
     return output.to(torch.promote_types(output.dtype, torch.float32))
 
 
-def list_shapes(outputs: Any) -> list[tuple[int, ...]]:
+@torch.no_grad()
+def find_output_shapes(net: nn.Module, x: Tensor) -> list[tuple[int, ...]]:
+    """Find the shapes of a network's outputs in evaluation mode, without the batch."""
+    with preserve_modes(net):
+        return _list_shapes(net.eval().forward(x.to(next(net.parameters(), x).device)))
+
+
+def check_comparable(shapes: Iterable[tuple[int, ...]], outputs: Outputs) -> None:
+    """Refuse outputs without classes where classes are to be compared: each would be all of one.
+
+    Raises:
+        TrainingError: always then.
+    """
+    single = [shape for shape in shapes if outputs == "classes" and (not shape or shape[0] < 2)]
+    if single:
+        raise TrainingError(
+            f"an output of shape {single[0]} holds no scores of several classes: set outputs=labels or values"
+        )
+
+
+def _list_shapes(outputs: Any) -> list[tuple[int, ...]]:
     """List the shapes of one input's outputs, without the batch."""
     return [tuple(leaf.shape[1:]) for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric, Metric
 
 from elastic.errors import DataError, TrainingError
+from elastic.surgery.layout import lay_out_images
 from elastic.training.schedules import Scheduler, make_schedule, read_plan, replan
 from elastic.training.structure import Structure
 from elastic.training.tasks import Classification, Task
@@ -56,7 +57,7 @@ class ElasticModule(L.LightningModule):
         self.structure.lay_out()
 
     def forward(self, x_BCHW: Tensor) -> Any:
-        return self.net(x_BCHW.contiguous(memory_format=self.structure.memory_format))
+        return self.net(lay_out_images(x_BCHW, self.structure.memory_format))
 
     def on_validation_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Look at the first images and at the weights, so that training is not blamed for what comes to it.

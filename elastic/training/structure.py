@@ -22,6 +22,7 @@ from elastic.pruning.gates import find_grain, iterate_gates
 from elastic.surgery.checking import discover_checked
 from elastic.surgery.depth import count_blocks, deepen, get_template_name
 from elastic.surgery.fresh import Fresh, zero_out
+from elastic.surgery.layout import lay_out_weights
 from elastic.surgery.rebuilding import rebuild
 from elastic.surgery.reindexing import Index, reindex
 from elastic.training.groups import adopt_parameters
@@ -177,7 +178,7 @@ class Structure(nn.Module):
             fp32_on_cpu = on_cpu and trainer is not None and trainer.precision == "32-true"
             self.memory_format = choose_memory_format(self.nets, fp32_on_cpu)
             for net in (self.net, *self.copies):
-                net.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+                lay_out_weights(net, self.memory_format)
         if self.levels is not None:
             self.levels.refresh()
 

@@ -1,12 +1,14 @@
 """Two lines make a module elastic that knows nothing of this library, whatever its training loop does."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import nn
 
@@ -114,6 +116,31 @@ def test_the_network_changes_as_asked_and_still_learns(name: str, tmp_path: Path
         else structure.net.eval()
     )
     assert (net(x_NCHW).argmax(1) == y_N).float().mean() > 0.6
+
+
+class Scored(Program):
+    """A network that gives one score an image, and a program that knows it."""
+
+    def __init__(self, *outputs: int) -> None:
+        super().__init__(nn.Sequential(*make_network()[:-1], nn.Linear(32, 1), *map(nn.Flatten, outputs)))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x_BCHW, y_B = batch
+        return F.binary_cross_entropy_with_logits(self(x_BCHW).flatten(), (y_B > 1).float())
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/acc", ((self(batch[0]).flatten() > 0) == (batch[1] > 1)).float().mean())
+
+
+@pytest.mark.parametrize("dims", [(), (0,)], ids=["(B, 1)", "(B,)"])
+def test_a_single_score_is_no_choice_between_classes(dims: tuple[int, ...]) -> None:
+    """By the likeliest of one class levels would learn nothing, and say nothing of it."""
+    teacher = Scored(*dims).net.eval()
+    for make in (partial(TrainJointly, [0.5]), partial(Distil, teacher)):
+        with pytest.raises(TrainingError, match="holds no scores of several classes: set outputs=labels"):
+            fit(Scored(*dims), [make()], max_epochs=1)
+        for outputs in ("labels", "values"):
+            fit(Scored(*dims), [make(outputs=outputs)], max_epochs=1)
 
 
 def test_a_penalty_holds_from_the_first_step_after_a_restart_within_an_epoch(tmp_path: Path) -> None:

@@ -162,8 +162,8 @@ def test_a_teacher_asked_beforehand_says_what_it_says_in_each_step(first: Path, 
         images = len(run.data.train_set)  # type: ignore[arg-type]
     for a, b in zip(*weights, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    assert sum(seen[0]) - 1 == 3 * (images // 400) * 400  # the one is zeros, to see its shapes
-    assert sum(seen[1]) - 1 == 2 * images
+    assert sum(seen[0]) == 3 * (images // 400) * 400
+    assert sum(seen[1]) == 2 * images
 
 
 def test_a_teacher_that_cannot_be_asked_beforehand_is_refused(first: Path, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Prepare networks for inference: traced, their norms folded into convolutions."""
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from elastic.dynamic.norms import SetNorm
@@ -10,10 +10,15 @@ from elastic.widths.hooks import has_hooks
 from elastic.widths.tracing import BATCH_NORM, get_layer, trace
 
 
-def prepare_for_inference(net: nn.Module) -> fx.GraphModule:
-    """Trace a copy in evaluation mode, without the layers that do nothing there."""
+def prepare_for_inference(net: nn.Module, *example: Tensor) -> fx.GraphModule:
+    """Trace a copy in evaluation mode, without the layers that do nothing there.
+
+    Args:
+        example: inputs; with them, a forward may ask for sizes.
+    """
     copied = copy_module(net).eval()
-    traced = copied if isinstance(copied, fx.GraphModule) else trace(copied)
+    inputs = [x.to("meta") for x in example]
+    traced = copied if isinstance(copied, fx.GraphModule) else trace(copied, *inputs)
     _fold_norms(traced)
     _leave_out_identities(traced)
     traced.recompile()

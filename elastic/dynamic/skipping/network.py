@@ -18,6 +18,7 @@ from elastic.dynamic.skipping.inference import prepare_for_inference
 from elastic.dynamic.skipping.replay import fuse
 from elastic.dynamic.skipping.rewrite import rewrite
 from elastic.measure.timing import choose_fastest
+from elastic.surgery.layout import lay_out_images, lay_out_weights
 from elastic.widths.tracing import get_layer
 
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -75,13 +76,13 @@ def _make_by_set(net: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.M
 
 
 def _make_skipping(net: nn.Module, samples: Sequence[Tensor], method: Method | None) -> nn.Module:
-    active = _fuse(rewrite(net, method))
+    active = _fuse(rewrite(net, method, samples))
     if not samples or method is not None:
         return active
-    tuned = rewrite(net)
+    tuned = rewrite(net, samples=samples)
     tune(tuned, samples)
     # A convolution that is not the kernel's parts what would be one call, which tells only in the whole.
-    return choose_fastest([active, _fuse(tuned), _make_masked(net, torch.channels_last)], samples)
+    return choose_fastest([active, _fuse(tuned), _make_masked(net, torch.channels_last, samples)], samples)
 
 
 def _fuse(active: fx.GraphModule) -> fx.GraphModule:
@@ -94,23 +95,20 @@ def _is_compiled(active: fx.GraphModule, node: fx.Node) -> bool:
     return isinstance(layer, ActiveLayer) and layer.is_compiled
 
 
-def _make_masked(net: nn.Module, memory_format: torch.memory_format) -> fx.GraphModule:
-    traced = prepare_for_inference(net)
-    nn.Module.to(traced, memory_format=memory_format)  # type: ignore[call-overload]  # torch's stub lacks it
+def _make_masked(
+    net: nn.Module, memory_format: torch.memory_format, samples: Sequence[Tensor] = ()
+) -> fx.GraphModule:
+    traced = prepare_for_inference(net, *samples[:1])
+    lay_out_weights(traced, memory_format)
     for node in list(traced.graph.nodes):
         if node.op == "call_method" and node.target == "view":  # is refused for other memory formats
             node.target = "reshape"
         if node.op == "placeholder":
             with traced.graph.inserting_after(node):
-                formatted = traced.graph.call_function(set_format, (node, memory_format))
+                formatted = traced.graph.call_function(lay_out_images, (node, memory_format))
             node.replace_all_uses_with(formatted, lambda user, formatted=formatted: user is not formatted)
     traced.recompile()
     return traced
-
-
-def set_format(x: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """Lay images out in a memory format."""
-    return x.contiguous(memory_format=memory_format) if x.dim() == 4 else x
 
 
 def tune(active: fx.GraphModule, samples: Iterable[Tensor], repeats: int = REPEATS) -> None:

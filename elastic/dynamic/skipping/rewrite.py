@@ -3,6 +3,7 @@
 Convolutions take the addition and the ReLU behind them.
 """
 
+from collections.abc import Sequence
 from functools import singledispatchmethod
 
 import torch
@@ -30,18 +31,19 @@ def scale(x_BCHW: Tensor, active: Active) -> Tensor:
     return active.scale(x_BCHW)
 
 
-def rewrite(net: nn.Module, method: Method | None = None) -> fx.GraphModule:
+def rewrite(net: nn.Module, method: Method | None = None, samples: Sequence[Tensor] = ()) -> fx.GraphModule:
     """Rewrite a network, whose layers are told which channels are active.
 
     Args:
         method: of all convolutions; by default the kernel, or stock torch where that cannot be compiled.
+        samples: inputs; with one, a forward may ask for sizes.
 
     Raises:
         StructureError: it is not in fp32 on the CPU, or it only contains a network with modules.
     """
     _check(net)
     default: Method = "stock" if compiling.load_kernel() is None else "kernel"
-    return _Rewriter(prepare_for_inference(net), method or default).run()
+    return _Rewriter(prepare_for_inference(net, *samples[:1]), method or default).run()
 
 
 def _check(net: nn.Module) -> None:

@@ -36,7 +36,7 @@ from tests.elastic.levels.nets import (
     some_nets,
     step,
 )
-from tests.elastic.zoo import CASES, Case, conv, head, randomised
+from tests.elastic.zoo import CASES, Case, Net, conv, head, randomised
 
 # All widths lie between others' channels.
 WHOLE = {"split", "sliced_halves", "channel_shuffle", "grouped", "join_in_groups"}
@@ -296,6 +296,51 @@ def test_channels_last(name: str) -> None:
     close(levels.run(0, x), extracted(levels, 0)(x))
 
 
+def complex_filter(m: Any, x: Tensor) -> Tensor:
+    """Multiply a map's spectrum by weights of four dimensions, which are no images."""
+    filtered = torch.fft.irfft2(torch.fft.rfft2(x) * torch.view_as_complex(m.weights), s=x.shape[2:])
+    return m.head(m.last(m.first(filtered)))
+
+
+class Split(nn.Module):
+    """Asks a part of its input how many channels it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.head = conv(3, 8, 3), conv(8, 8, 3), head(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.last(self.first(x).relu())
+        parts = y.chunk(2, 1)
+        return self.head(sum(part for part in parts))  # type: ignore[no-any-return]
+
+
+ODD: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "volumes": (
+        nn.Sequential(nn.Conv3d(2, 6, 3), nn.BatchNorm3d(6), nn.ReLU(), nn.Conv3d(6, 4, 3), nn.Flatten(2)),
+        (9, 2, 5, 6, 7),
+    ),
+    "complex weights": (
+        Net(
+            complex_filter,
+            **{"weights": nn.Parameter(torch.randn(3, 8, 5, 2)), "first": conv(3, 8, 3), "last": conv(8, 4)},
+            head=head(4),
+        ),
+        (9, 3, 8, 8),
+    ),
+    "shapes asked for": (Split(), (9, 3, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_levels_of_networks_that_are_not_like_others_run_alone(name: str) -> None:
+    net, shape = ODD[name]
+    net, x = randomised(copy.deepcopy(net)).eval(), torch.randn(shape)
+    widths = discover(net, x)
+    for level in evaluated(nested(net, widths, halves(widths))):
+        close(make_alone(level, x[:8])(x[:8]), level(x[:8]))
+
+
 @some_nets
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_a_level_may_leave_as_a_network_of_its_own(name: str, memory_format: torch.memory_format) -> None:
@@ -496,6 +541,28 @@ def test_sizes_that_cannot_be_are_refused(what: str) -> None:
         Levels(net, widths, sizes)
     assert named in str(caught.value) and "\n" not in str(caught.value)
     assert all(torch.equal(before[n], t) for n, t in net.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm"])
+def test_weights_that_are_computed_stay_whole_in_every_level(kind: str) -> None:
+    torch.manual_seed(0)
+    normed = getattr(nn.utils.parametrizations, kind)(conv(4, 6, 3))
+    net = nn.Sequential(
+        conv(3, 4, 3), normed, nn.ReLU(), conv(6, 8, 3), nn.ReLU(), conv(8, 6), head(6)
+    ).eval()
+    x = torch.randn(4, 3, 8, 8)
+    widths = discover(net, x)
+    assert widths.sizes() == {"3": 8, "5": 6}
+    levels = Levels(net, widths, [{"3": 5, "5": 3}])
+    step(lambda x: levels.run(0, x), x)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            assert parameter.grad is not None
+            parameter.sub_(0.1 * parameter.grad)
+    smaller = copy.deepcopy(net)
+    reindex(smaller, discover(smaller, x), {"3": range(5), "5": range(3)})
+    close(levels[0](x), smaller(x))
+    close(make_alone(levels[0], x)(x), smaller(x))
 
 
 @pytest.mark.parametrize("grain", ["weight", "channel"])

@@ -222,6 +222,13 @@ def laid_out_last(net: nn.Module) -> bool:
     return last
 
 
+def test_what_has_no_images_keeps_its_layout() -> None:
+    net = nn.Sequential(nn.Conv3d(1, 4, 3), nn.ReLU(), nn.Conv3d(4, 3, 3))
+    module = ElasticClassifier(net, (1, 6, 6, 6), 3, SGD)  # type: ignore[arg-type]
+    assert module(torch.randn(2, 1, 6, 6, 6)).shape == (2, 3, 2, 2, 2)
+    assert all(parameter.is_contiguous() for parameter in net.parameters())
+
+
 def test_the_layout_follows_what_grows() -> None:
     net = resnet20(8, in_channels=1)
     made = ElasticClassifier(net, (1, 8, 8), 10, torch.optim.SGD)

@@ -1,0 +1,20 @@
+"""Lay out images, and the weights that work on them, in memory; all other tensors stay as they are."""
+
+import torch
+from torch import Tensor, nn
+
+
+def lay_out_weights(net: nn.Module, memory_format: torch.memory_format) -> None:
+    """Bring the weights of convolutions over images into a memory format, in place.
+
+    `net.to(memory_format=…)` refuses tensors of five dimensions, and changes the strides of whatever else
+    has four, which need not stand for an image.
+    """
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+            layer.to(memory_format=memory_format)  # type: ignore[call-overload]  # torch's stub lacks it
+
+
+def lay_out_images(x: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """Give images in a memory format."""
+    return x.contiguous(memory_format=memory_format) if x.dim() == 4 else x
