@@ -52,6 +52,8 @@ def find_site(traced: fx.GraphModule, width: Width) -> Site:
     try:
         call = _find_writer(traced, width)
         readers, depthwise = _follow_maps(traced, call)
+        for reader in {*readers} - {slot.module for slot in width.slots_with("in")}:
+            raise StructureError(f"{reader} does not read them as its channels")
     except StructureError as reason:
         raise StructureError(f"the kernels of '{width.name}' cannot be switched off: {reason}") from reason
     return Site(str(call.target), readers, depthwise)

@@ -69,21 +69,21 @@ class Levels(Sequence[nn.Module]):
     def __len__(self) -> int:
         return len(self._levels)
 
-    def run(self, k: int, *inputs: Tensor, traced: nn.Module | None = None) -> Any:
+    def run(self, k: int, *inputs: Any, traced: nn.Module | None = None, **named: Any) -> Any:
         """Run level k in training: gradients reach the network's own parameters, and the level's norms.
 
         Args:
             k: the level.
-            inputs: of the network.
+            inputs, named: what the network is called with.
             traced: what is made of the level's own layers, and is called in its place.
         """
         level = self._levels[k]
         net = level if traced is None else traced
         if level is self.net:
-            return net(*inputs)
+            return net(*inputs, **named)
         level.train(self.net.training)
         views = {f"{path}.{name}".lstrip("."): view for path, name, view in self._iterate_views(k)}
-        return functional_call(net, views, inputs)
+        return functional_call(net, views, inputs, named)
 
     def _iterate_views(self, k: int) -> Iterator[tuple[str, str, Tensor]]:
         """Iterate over what level k has of the network's tensors: (layer, name, view)."""

@@ -1,5 +1,7 @@
 """Lay out images, and the weights that work on them, in memory; all other tensors stay as they are."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +17,7 @@ def lay_out_weights(net: nn.Module, memory_format: torch.memory_format) -> None:
             layer.to(memory_format=memory_format)  # type: ignore[call-overload]  # torch's stub lacks it
 
 
-def lay_out_images(x: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """Give images in a memory format."""
-    return x.contiguous(memory_format=memory_format) if x.dim() == 4 else x
+def lay_out_images(x: Any, memory_format: torch.memory_format) -> Any:
+    """Give images in a memory format, and anything else as it is."""
+    is_batch = isinstance(x, Tensor) and x.dim() == 4
+    return x.contiguous(memory_format=memory_format) if is_batch else x

@@ -243,7 +243,7 @@ class Structure(nn.Module):
         if dynamic is not None:
             sync_traced(dynamic, self.nets[level], self.net.training)
         if self.levels is not None and level < len(self.levels) - 1:
-            return self.levels.run(level, *args, traced=dynamic)
+            return self.levels.run(level, *args, traced=dynamic, **kwargs)
         return (dynamic or self._inner_call or self.net)(*args, **kwargs)
 
     def run_active(self, *args: Any, **kwargs: Any) -> Any:

@@ -322,8 +322,6 @@ class AxisTracker:
 
 def _take_input(node: fx.Node, inputs: list[Tensor]) -> Any:
     """Take the next inputs for a placeholder, or what it stands for without one."""
-    if str(node.target).startswith("*"):
-        return [inputs.pop(0) for _ in range(len(inputs))]
     if not inputs and not node.args:
         raise TypeError("there is no input for it")
     return inputs.pop(0) if inputs else node.args[0]

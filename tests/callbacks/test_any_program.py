@@ -118,6 +118,32 @@ def test_the_network_changes_as_asked_and_still_learns(name: str, tmp_path: Path
     assert (net(x_NCHW).argmax(1) == y_N).float().mean() > 0.6
 
 
+class ByName(Program):
+    """Calls its network by the names of its arguments, of which some have a default."""
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = make_network()
+
+        def forward(self, images: torch.Tensor, scale: float = 1.0) -> Any:
+            return self.layers(images * scale)
+
+    def __init__(self) -> None:
+        super().__init__(self.Network())
+
+    def forward(self, x_BCHW: torch.Tensor) -> Any:
+        return self.net(images=x_BCHW)
+
+
+@pytest.mark.parametrize("name", ["growth+gates", "joint", "reconstruct", "dynamic", "distil"])
+def test_a_network_may_be_called_by_names(name: str, tmp_path: Path) -> None:
+    module = ByName()
+    example = make_data().tensors[0][:2]
+    fit(module, [FollowNetwork("net", example), *SCHEDULES[name](tmp_path)], max_epochs=3)
+    assert module(example).isfinite().all()
+
+
 class Scored(Program):
     """A network that gives one score an image, and a program that knows it."""
 

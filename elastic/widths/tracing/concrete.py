@@ -3,6 +3,7 @@
 The graph then holds a node that expects the same answer: for another shape it raises an error.
 """
 
+import inspect
 import operator
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,7 @@ Instruction = tuple[CodeType, int]  # the place in the code where a frame is
 # Functions that make a tensor of given sizes: torch.fx does not see them where these are traced numbers.
 FACTORIES = ("ones", "zeros", "full", "empty", "arange", "rand", "randn", "linspace", "eye")
 PLACE = "place"  # in a node's `meta`: the module in whose forward it is
+POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 # Methods that torch.fx puts its own in place of while it traces.
 PATCHED = {name: getattr(nn.Module, name) for name in ("__call__", "__getattr__")}
 
@@ -40,6 +42,18 @@ def expect_same(value: object, expected: object) -> None:
         raise StructureError(
             f"the network was traced for inputs of another shape ({expected} there is {value} here): "
             "give it inputs of the example's shape"
+        )
+
+
+def expect_default(value: object, default: object, name: str) -> None:
+    """Raise StructureError where a traced network is given another value than the one it was traced with.
+
+    Raises:
+        StructureError: always then.
+    """
+    if type(value) is not type(default) or value != default:
+        raise StructureError(
+            f"the network was traced with {name}={default!r}, as it is by default: leave it out"
         )
 
 
@@ -102,6 +116,28 @@ class ConcreteTracer(fx.Tracer):
         self._replica: nn.Module | None = None
         self._asked: list[tuple[fx.Node, Instruction]] = []  # since the last node, and by whom
         self._place = ""
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """Make placeholders of the inputs; what else a forward may be given is what it is by default."""
+        if not self._inputs:
+            return super().create_args_for_root(root_fn, is_module, concrete_args)
+        args, left = [self.root], len(self._inputs)
+        defaults = []
+        for parameter in list(inspect.signature(inspect.unwrap(root_fn)).parameters.values())[1:]:
+            name, default = parameter.name, parameter.default
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                args += [self.create_proxy("placeholder", f"{name}_{i}", (), {}) for i in range(left)]
+                left = 0
+            elif parameter.kind in POSITIONAL and (left or default is parameter.empty):
+                args.append(self.create_proxy("placeholder", name, (), {}))
+                left -= 1
+            elif type(default) in ATOMS:
+                defaults.append((self.create_proxy("placeholder", name, (default,), {}), default, name))
+        for given in defaults:
+            self.create_proxy("call_function", expect_default, given, {})
+        return root_fn, args
 
     # In these, torch.fx's own search all tensors of the model for each one that is read, copy a stack of
     # modules for each node, and try many types for each argument.

@@ -115,6 +115,62 @@ class OtherTensors(Dropping):
         return super().forward(x) * (torch.tensor(0.5) if self.training else torch.tensor(1.0))
 
 
+class Optional(Dropping):
+    """May be given more than an image."""
+
+    def forward(
+        self, x: torch.Tensor, mask: torch.Tensor | None = None, *, features: bool = False, scale: float = 2.0
+    ) -> Any:
+        y = self.one(x).relu()
+        if mask is not None:
+            y = y * mask
+        logits = self.head(self.two(y).mean((2, 3))) * scale
+        return (logits, y) if features else logits
+
+
+class PassedOn(Optional):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [Optional, PassedOn])
+def test_what_a_forward_may_be_given_is_what_it_is_by_default(kind: type[Optional]) -> None:
+    net, x = kind().eval(), torch.randn(2, 1, 8, 8)
+    widths = discover(net, x, check=True)
+    assert widths.sizes() == {"one": 8, "two": 8}
+    found = attach_modules(net, widths).eval()
+    with torch.no_grad():
+        for way in (found, make_skipping(found), make_skipping(found, [x]), make_masked(found)):
+            assert torch.allclose(way(x), net(x), atol=1e-6)
+    if kind is Optional:
+        assert torch.equal(found(x, None, features=False, scale=2.0), found(x))
+        for name, value in {"mask": x, "features": True, "scale": 1.0}.items():
+            with pytest.raises(StructureError, match=f"traced with {name}=.*, as it is by default: leave"):
+                found(x, **{name: value})
+
+
+class Filtering(Dropping):
+    """Filters each of its maps alone, as if it were an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.one(x).relu()
+        images = y.reshape(y.shape[0] * y.shape[1], 1, *y.shape[2:])
+        return self.head(self.two(self.filter(images).reshape(y.shape)).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_what_reads_maps_as_images_is_no_reader_of_channels() -> None:
+    net, x = Filtering(), torch.randn(2, 1, 8, 8)
+    widths = discover(net, x)
+    with pytest.raises(StructureError, match="'one' cannot be switched off: filter does not read them as"):
+        attach_modules(net, widths, ["one"])
+    (module,) = iterate_modules(attach_modules(net, widths))
+    assert module.site.writer == "two"
+
+
 def test_attaching_leaves_nothing_in_the_network() -> None:
     net, x = Remembering().eval(), torch.randn(2, 1, 8, 8)
     expected, names = net(x), {*vars(net)}
