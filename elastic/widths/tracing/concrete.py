@@ -123,7 +123,8 @@ class ConcreteTracer(fx.Tracer):
         """Make placeholders of the inputs; what else a forward may be given is what it is by default."""
         if not self._inputs:
             return super().create_args_for_root(root_fn, is_module, concrete_args)
-        args, left = [self.root], len(self._inputs)
+        args: list[Any] = [self.root]
+        left = len(self._inputs)
         defaults = []
         for parameter in list(inspect.signature(inspect.unwrap(root_fn)).parameters.values())[1:]:
             name, default = parameter.name, parameter.default
