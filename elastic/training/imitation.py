@@ -57,8 +57,13 @@ def compare_outputs(output: Any, target: Any, outputs: Outputs, temperature: flo
     """
     compare = COMPARISONS[outputs]
     pairs = zip(tree_leaves(output), tree_leaves(target), strict=True)
-    losses = [compare(_widen(a), _widen(b.detach()), temperature) for a, b in pairs if a.is_floating_point()]
+    losses = [compare(_widen(a), _widen(b.detach()), temperature) for a, b in pairs if _is_score(a)]
     return temperature**2 * torch.stack(losses).sum()
+
+
+def _is_score(output: Any) -> bool:
+    """Tell whether an output is one to compare: not a None, a number or an index."""
+    return isinstance(output, Tensor) and output.is_floating_point()
 
 
 def _widen(output: Tensor) -> Tensor:
@@ -88,4 +93,4 @@ def check_comparable(shapes: Iterable[tuple[int, ...]], outputs: Outputs) -> Non
 
 def _list_shapes(outputs: Any) -> list[tuple[int, ...]]:
     """List the shapes of one input's outputs, without the batch."""
-    return [tuple(leaf.shape[1:]) for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    return [tuple(leaf.shape[1:]) for leaf in tree_leaves(outputs) if _is_score(leaf)]

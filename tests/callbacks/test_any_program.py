@@ -144,6 +144,31 @@ def test_a_network_may_be_called_by_names(name: str, tmp_path: Path) -> None:
     assert module(example).isfinite().all()
 
 
+class Described(Program):
+    """A network that gives more than scores: an index, a number, a None."""
+
+    class Network(ByName.Network):
+        def forward(self, x: torch.Tensor) -> Any:
+            scores = self.layers(x)
+            return {"scores": scores, "class": scores.argmax(1), "loss": None, "classes": 4}
+
+    def __init__(self) -> None:
+        super().__init__(self.Network())
+
+    def forward(self, x_BCHW: torch.Tensor) -> Any:
+        return self.net(x_BCHW)["scores"]
+
+
+@pytest.mark.parametrize(
+    "name", ["growth+gates", "joint", "reconstruct", "dynamic", "resolution+growth", "distil"]
+)
+def test_a_network_may_give_more_than_scores(name: str, tmp_path: Path) -> None:
+    module = Described()
+    callbacks = [Distil(Described.Network().eval())] if name == "distil" else SCHEDULES[name](tmp_path)
+    fit(module, callbacks, max_epochs=3)
+    assert module(make_data().tensors[0]).isfinite().all()
+
+
 class Scored(Program):
     """A network that gives one score an image, and a program that knows it."""
 
