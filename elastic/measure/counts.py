@@ -5,7 +5,7 @@ counted; a gated weight counts where its gate is open. `params_dense`: the same,
 multiply-accumulates of convolutions and matrix products for one input, as dense kernels execute them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from elastic.widths.discovery import Widths
 from elastic.widths.parameters import ChannelParametrization, get_weight
-from elastic.widths.tracing import WithoutData, make_meta_copy
+from elastic.widths.tracing import WithoutData, drop_data, make_meta_copy
 
 COUNTED = (nn.modules.conv._ConvNd, nn.Linear)
 
@@ -82,10 +82,23 @@ def count_macs(model: nn.Module, *example: Tensor) -> int:
 
 
 def count_macs_by_layer(model: nn.Module, *example: Tensor) -> dict[str, int]:
-    """Count the MACs of each layer that has any, by its path; those outside of layers are under ""."""
-    replica = make_meta_copy(model).eval()
+    """Count the MACs of each layer that has any, by its path; those outside of layers are under "".
+
+    A network that takes no single input (of clips, say, whose frames lie in the batch) is given all.
+    """
+    replica, batch = make_meta_copy(model).eval(), len(example[0])
+    try:
+        return _count_macs(replica, [x.new_empty((1, *x.shape[1:]), device="meta") for x in example])
+    except Exception:  # the model's own forward runs here: anything may come
+        if batch == 1:
+            raise
+    macs = _count_macs(replica, [drop_data(x) for x in example])
+    return {path: count // batch for path, count in macs.items()}
+
+
+def _count_macs(replica: nn.Module, inputs: Sequence[Tensor]) -> dict[str, int]:
     with torch.no_grad(), WithoutData(), FlopCounterMode(display=False) as counter:
-        replica(*(x.new_empty((1, *x.shape[1:]), device="meta") for x in example))
+        replica(*inputs)
     leaves = {path for path, module in replica.named_modules() if isinstance(module, COUNTED)}
     flops = {path.partition(".")[2]: sum(by_op.values()) for path, by_op in counter.get_flop_counts().items()}
     macs = {path: flops[path] // 2 for path in flops if path in leaves}

@@ -15,9 +15,8 @@ from elastic.widths.operations import NEEDS_NO_TENSOR, READS_COUNTS, TABLE, NotF
 from elastic.widths.operations.counts import count_node, list_counts
 from elastic.widths.operations.interface import ATTRIBUTE, Layer, Place, is_stored, list_axes, list_tensors
 from elastic.widths.parameters import ChannelParametrization, get_original, list_parametrizations
-from elastic.widths.tracing import describe_node
+from elastic.widths.tracing import describe_node, drop_data
 from elastic.widths.tracing.graph import shorten
-from elastic.widths.tracing.meta import drop_data
 from elastic.widths.tracing.shapes import infer_call, infer_layer
 from elastic.widths.tracing.sizes import STOCK, SizeAttribute, is_stock
 from elastic.widths.union import Axis, ChannelUnion

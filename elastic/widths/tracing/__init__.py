@@ -1,7 +1,7 @@
 """Trace a model with torch.fx: without its data, in one mode or in both."""
 
 from elastic.widths.tracing.graph import describe_node, get_layer, get_operation_name, trace
-from elastic.widths.tracing.meta import BATCH_NORM, WithoutData, make_meta_copy
+from elastic.widths.tracing.meta import BATCH_NORM, WithoutData, drop_data, make_meta_copy
 from elastic.widths.tracing.modes import (
     MODE,
     Mode,
@@ -18,6 +18,7 @@ __all__ = [
     "Mode",
     "WithoutData",
     "describe_node",
+    "drop_data",
     "find_following_norms",
     "get_layer",
     "get_operation_name",

@@ -115,6 +115,20 @@ def test_what_a_forward_makes_has_no_part_in_it() -> None:
     assert count_macs(Net(forward, conv=conv(3, 4, 3)), x) == count_macs(plain, x) == 3 * 4 * 9 * 64
 
 
+def test_clips_whose_frames_lie_in_the_batch_are_counted_by_frame() -> None:
+    """As temporal shift modules do it (arXiv 1811.08383)."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        clips = m.conv(x).unflatten(0, (-1, 4))
+        frames = torch.cat([clips[:, 1:], torch.zeros_like(clips[:, :1])], 1).flatten(0, 1)
+        return m.last(frames).unflatten(0, (-1, 4)).mean((1, 3, 4))
+
+    net = Net(forward, conv=conv(3, 4, 3), last=conv(4, 5))
+    assert count_macs_by_layer(net, torch.zeros(8, 3, 6, 6)) == {"conv": 3 * 4 * 9 * 36, "last": 4 * 5 * 36}
+    with pytest.raises(RuntimeError):
+        count_macs(net, torch.zeros(1, 3, 6, 6))
+
+
 def test_counting_leaves_the_model_alone() -> None:
     net = convnet((4, 6, 6, 8)).train()
     before, drawn = states(net), torch.get_rng_state()
