@@ -152,7 +152,7 @@ FUNCTIONS: dict[Rule, str] = {
     set_item: "setitem",
     reduce_twice: "var_mean std_mean",
     reorder: "flip roll",
-    decide: "expect_same expect_default",
+    decide: "expect_same expect_default assert",
     unbind: "unbind",
     gate_linearly: "glu",
     shuffle_pixels: "pixel_shuffle",

@@ -1,9 +1,11 @@
 """Follow tensors that are made in a forward: of one value everywhere, or a copy of channels."""
 
+import operator
+
 import numpy as np
 from torch import fx
 
-from elastic.widths.operations.counts import Count, get_counts, list_counts
+from elastic.widths.operations.counts import Count, get_count, get_counts, list_counts
 from elastic.widths.operations.interface import (
     Axes,
     NotFollowed,
@@ -88,11 +90,22 @@ def repeat(tracker: Tracker, node: fx.Node) -> Axes:
 
 
 def decide(tracker: Tracker, node: fx.Node) -> None:
-    """Fix the channels whose number decides which way the forward goes."""
-    question = node.args[0]
+    """Fix the channels whose number decides which way the forward goes, unless it stays as it is."""
+    question, expected = node.args[:2]
     assert isinstance(question, fx.Node)
-    axes = [axis for count in list_counts(question) for axis in count.axes]
-    tracker.fix(axes, question, "decides by the number of channels")
+    if not _stays_equal(tracker, question, expected is not False):
+        axes = [axis for count in list_counts(question) for axis in count.axes]
+        tracker.fix(axes, question, "decides by the number of channels")
+
+
+def _stays_equal(tracker: Tracker, question: fx.Node, answer: bool) -> bool:
+    """Tell whether channels are counted and found as many as an attribute says, which follows them."""
+    if question.target is not (operator.eq if answer else operator.ne):
+        return False
+    numbers = sorted(question.args, key=lambda number: isinstance(number, fx.Node))
+    count = get_count(numbers[1])
+    is_plain = count.is_linear and not count.constant and [factor for factor, _ in count.terms] == [1]
+    return is_plain and tracker.follow_size(numbers[0], count.axes[0])
 
 
 def _list_counts(sizes: list[object]) -> list[Count]:

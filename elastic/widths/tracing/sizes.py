@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import fx, nn
 
 # Of torch's own layers only these count channels: those on which their tensors have these roles.
 STOCK = {
@@ -96,6 +96,12 @@ def _note(operation: Callable[..., Any]) -> Callable[..., Any]:
     return compute
 
 
+def _compare(operation: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Let a traced number do the comparison, whose node then has the attribute."""
+    noted = _note(operation)
+    return lambda self, other: operation(other, self) if isinstance(other, fx.Proxy) else noted(self, other)
+
+
 def _reverse(operation: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     return lambda self, other: operation(other, self)
 
@@ -103,8 +109,10 @@ def _reverse(operation: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
 for _name in ("add", "sub", "truediv", "mod", "pow"):
     setattr(SizeAttribute, f"__{_name}__", _note(getattr(operator, _name)))
     setattr(SizeAttribute, f"__r{_name}__", _note(_reverse(getattr(operator, _name))))
-for _name in ("eq", "ne", "lt", "le", "gt", "ge", "neg"):
+for _name in ("lt", "le", "gt", "ge", "neg"):
     setattr(SizeAttribute, f"__{_name}__", _note(getattr(operator, _name)))
+for _name in ("eq", "ne"):
+    setattr(SizeAttribute, f"__{_name}__", _compare(getattr(operator, _name)))
 SizeAttribute.__rfloordiv__ = _note(_reverse(operator.floordiv))  # type: ignore[method-assign]
 SizeAttribute.__float__ = _note(float)  # type: ignore[method-assign]
 SizeAttribute.__int__ = _note(int)  # type: ignore[method-assign]

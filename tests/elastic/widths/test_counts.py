@@ -104,5 +104,5 @@ def test_an_assertion_on_channels_fixes_them() -> None:
         torch._assert(x.shape[1] == 8, "eight channels")
         return x
 
-    with pytest.raises(StructureError, match="computes with the number of channels"):
+    with pytest.raises(StructureError, match="decides by the number of channels"):
         find_widths(between(forward), X)["stem"]

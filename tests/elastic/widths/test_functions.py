@@ -159,3 +159,65 @@ def test_channels_that_are_compared_stay(work: Callable[[Tensor], Tensor], reaso
     assert reason in widths.fixed["stem"]
     with pytest.raises(StructureError):
         widths["stem"]
+
+
+class Asserting(nn.Module):
+    """Knows how many channels it has, and sees to it that it is given as many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 6
+        self.stem, self.last, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 5, 1), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x).relu()
+        self.look(y)
+        return self.head(self.last(y).mean((2, 3)))  # type: ignore[no-any-return]
+
+    def look(self, y: Tensor) -> None:
+        assert y.shape[1] == self.width
+
+
+class AttributeFirst(Asserting):
+    def look(self, y: Tensor) -> None:
+        assert self.width == y.size(1)
+
+
+class ByTorch(Asserting):
+    def look(self, y: Tensor) -> None:
+        torch._assert(y.shape[1] == self.last.in_channels, "other channels")
+
+
+class Raising(Asserting):
+    def look(self, y: Tensor) -> None:
+        if y.shape[1] != self.width:
+            raise ValueError("other channels")
+
+
+@pytest.mark.parametrize("kind", [Asserting, AttributeFirst, ByTorch, Raising])
+def test_a_comparison_with_an_attribute_follows_the_channels(kind: type[Asserting]) -> None:
+    model = kind().eval()
+    check_followed(model, example())
+    assert model.width == (6 if kind is ByTorch else 8)
+    assert discover(model, example()).sizes() == {"stem": 8, "last": 5}
+
+
+class Written(Asserting):
+    def look(self, y: Tensor) -> None:
+        assert y.shape[1] == 6
+
+
+class OneMore(Asserting):
+    def look(self, y: Tensor) -> None:
+        assert y.shape[1] != self.width + 1
+
+
+class AtLeast(Asserting):
+    def look(self, y: Tensor) -> None:
+        assert y.shape[1] >= self.width
+
+
+@pytest.mark.parametrize("kind", [Written, OneMore, AtLeast])
+def test_any_other_comparison_fixes_them(kind: type[Asserting]) -> None:
+    widths = discover(kind(), example())
+    assert list(widths) == ["last"] and "decides by the number of channels" in widths.fixed["stem"]
