@@ -12,13 +12,7 @@ from elastic.errors import TrainingError
 from elastic.ranges import Natural, Positive, checked
 from elastic.surgery.layout import lay_out_weights
 from elastic.training.answers import Answers, ask
-from elastic.training.imitation import (
-    Outputs,
-    check_comparable,
-    check_outputs,
-    compare_outputs,
-    find_output_shapes,
-)
+from elastic.training.imitation import Outputs, check_outputs, compare_outputs, find_output_shapes
 
 
 @checked
@@ -39,9 +33,8 @@ class Distil(ElasticCallback):
 
     Raises:
         OptionError: no weight, no temperature, or no such outputs.
-        TrainingError: a teacher whose outputs have other shapes, or that cannot look at the images; outputs
-            that hold no classes, where classes are compared; a teacher that is to be asked before training
-            about images that are then mixed, or whose order is not known.
+        TrainingError: a teacher whose outputs have other shapes, or that cannot look at the images; one that
+            is to be asked before training about images that are then mixed, or whose order is not known.
 
     Example::
 
@@ -94,7 +87,6 @@ class Distil(ElasticCallback):
             raise TrainingError(
                 "the teacher's outputs are of {}, the network's of {}: name the run of another".format(*shown)
             )
-        check_comparable(learnt, self.outputs or self.structure.outputs)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.teacher.to(pl_module.device, next(self.structure.net.parameters()).dtype)

@@ -10,13 +10,7 @@ from torch import Tensor
 from elastic.callbacks.base import StepNetwork
 from elastic.callbacks.levels import TrainLevels
 from elastic.ranges import Natural, checked
-from elastic.training.imitation import (
-    Outputs,
-    check_comparable,
-    check_outputs,
-    compare_outputs,
-    find_output_shapes,
-)
+from elastic.training.imitation import Outputs, check_outputs, compare_outputs
 
 
 @checked
@@ -34,7 +28,6 @@ class TrainJointly(TrainLevels):
 
     Raises:
         OptionError: `between` is no number of levels.
-        TrainingError: outputs that hold no classes, where classes are compared.
 
     Example::
 
@@ -47,13 +40,6 @@ class TrainJointly(TrainLevels):
         super().__init__(*args, **levels)
         check_outputs(outputs)
         self.between, self.outputs = between, outputs
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            structure = self.structure
-            shapes = find_output_shapes(structure.net, structure.example)
-            check_comparable(shapes, self.outputs or structure.outputs)
 
     def list_step_networks(self) -> Sequence[StepNetwork]:
         """List all levels; those between are executed in a part of the steps."""

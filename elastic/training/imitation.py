@@ -1,6 +1,6 @@
 """Measure how far a network's outputs are from another's, whatever they are."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from elastic.errors import OptionError, TrainingError
+from elastic.errors import OptionError
 from elastic.widths.tracing import preserve_modes
 
 Outputs = Literal["classes", "labels", "values"]
@@ -52,12 +52,16 @@ def compare_outputs(output: Any, target: Any, outputs: Outputs, temperature: flo
 
     Args:
         output, target: tensors, or equal structures of tensors (several heads).
-        outputs: what they are: scores of classes, of labels, or values (regression, features).
+        outputs: what they are: scores of classes, of labels, or values (regression, features); of classes,
+            one that has a single score is compared as a value, since of one class all are sure.
         temperature: T that scores are divided by; times T², the gradient does not depend on its size.
     """
-    compare = COMPARISONS[outputs]
-    pairs = zip(tree_leaves(output), tree_leaves(target), strict=True)
-    losses = [compare(_widen(a), _widen(b.detach()), temperature) for a, b in pairs if _is_score(a)]
+    losses = []
+    for ours, theirs in zip(tree_leaves(output), tree_leaves(target), strict=True):
+        if _is_score(ours):
+            is_single = ours.dim() < 2 or ours.shape[1] < 2
+            compare = COMPARISONS["values" if outputs == "classes" and is_single else outputs]
+            losses.append(compare(_widen(ours), _widen(theirs.detach()), temperature))
     return temperature**2 * torch.stack(losses).sum()
 
 
@@ -76,19 +80,6 @@ def find_output_shapes(net: nn.Module, x: Tensor) -> list[tuple[int, ...]]:
     """Find the shapes of a network's outputs in evaluation mode, without the batch."""
     with preserve_modes(net):
         return _list_shapes(net.eval().forward(x.to(next(net.parameters(), x).device)))
-
-
-def check_comparable(shapes: Iterable[tuple[int, ...]], outputs: Outputs) -> None:
-    """Refuse outputs without classes where classes are to be compared: each would be all of one.
-
-    Raises:
-        TrainingError: always then.
-    """
-    single = [shape for shape in shapes if outputs == "classes" and (not shape or shape[0] < 2)]
-    if single:
-        raise TrainingError(
-            f"an output of shape {single[0]} holds no scores of several classes: set outputs=labels or values"
-        )
 
 
 def _list_shapes(outputs: Any) -> list[tuple[int, ...]]:
