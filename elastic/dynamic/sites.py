@@ -46,17 +46,35 @@ def find_sites(traced: fx.GraphModule, widths: Widths, names: Iterable[str] | No
 def find_site(traced: fx.GraphModule, width: Width) -> Site:
     """Find where a width's kernels are.
 
+    Of several layers that write a width one may be switched if its maps are multiplied by the others'
+    (squeeze and excitation), not added: where they are off, so are the products.
+
     Raises:
         StructureError: they cannot be switched off; it says why.
     """
-    try:
-        call = _find_writer(traced, width)
-        readers, depthwise = _follow_maps(traced, call)
-        for reader in {*readers} - {slot.module for slot in width.slots_with("in")}:
-            raise StructureError(f"{reader} does not read them as its channels")
-    except StructureError as reason:
-        raise StructureError(f"the kernels of '{width.name}' cannot be switched off: {reason}") from reason
-    return Site(str(call.target), readers, depthwise)
+    writers = sorted({slot.module for slot in width.slots_with("out")})
+    reason = width.mixed
+    for writer in () if reason else writers:
+        try:
+            return _find_site(traced, width, writer)
+        except StructureError as error:
+            reason = str(error)
+    if len(writers) > 1 and not width.mixed:
+        reason = f"its maps are sums, {' and '.join(writers[:2])} write them"
+    raise StructureError(f"the kernels of '{width.name}' cannot be switched off: {reason}")
+
+
+def _find_site(traced: fx.GraphModule, width: Width, writer: str) -> Site:
+    """Find the site of the kernels of one layer that writes a width."""
+    call = _find_call(traced, width, writer)
+    readers, depthwise = _follow_maps(traced, call)
+    slots = {slot.module for slot in width.slots_with("in")}
+    for reader in {*readers} - slots:
+        raise StructureError(f"{reader} does not read them as its channels")
+    if len({slot.module for slot in width.slots_with("out")}) > 1:
+        for reader in readers:  # in another call it may read the other layer's maps
+            _require_one_call(traced, reader)
+    return Site(writer, readers, depthwise)
 
 
 def find_branch_sites(traced: fx.GraphModule) -> list[Site]:
@@ -89,14 +107,8 @@ def find_norm(traced: fx.GraphModule, node: fx.Node) -> fx.Node:
     return users[0] if normed else node
 
 
-def _find_writer(traced: fx.GraphModule, width: Width) -> fx.Node:
-    """Find the one call of the one ordinary convolution that writes a width, and nothing but the width."""
-    writers = sorted({slot.module for slot in width.slots_with("out")})
-    if len(writers) != 1:
-        raise StructureError(f"its maps are sums, {' and '.join(writers[:2])} write them")
-    if width.mixed is not None:
-        raise StructureError(width.mixed)
-    (writer,) = writers
+def _find_call(traced: fx.GraphModule, width: Width, writer: str) -> fx.Node:
+    """Find the one call of an ordinary convolution that writes a width, and nothing but the width."""
     layer, calls = traced.get_submodule(writer), find_calls(traced, writer)
     if type(layer) is not nn.Conv2d or layer.groups > 1:
         raise StructureError(f"{writer} ({type(layer).__name__}) is no ordinary convolution")
@@ -122,7 +134,7 @@ def _follow_maps(traced: fx.GraphModule, writer: fx.Node) -> tuple[tuple[str, ..
         for user in ends.pop().users:
             layer = get_layer(traced, user)
             if _is_depthwise(layer):
-                depthwise.append(_require_one_call(traced, user))
+                depthwise.append(_require_one_call(traced, str(user.target)))
                 ends.append(find_norm(traced, user))
             elif isinstance(layer, nn.Conv2d | nn.Linear):
                 readers.append(str(user.target))
@@ -137,8 +149,7 @@ def _is_depthwise(layer: nn.Module | None) -> bool:
     return isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels == layer.out_channels > 1
 
 
-def _require_one_call(traced: fx.GraphModule, node: fx.Node) -> str:
-    path = str(node.target)
+def _require_one_call(traced: fx.GraphModule, path: str) -> str:
     if (count := len(find_calls(traced, path))) != 1:
         raise StructureError(f"{path} is used {count} times")
     return path

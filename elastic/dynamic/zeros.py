@@ -4,6 +4,7 @@ from torch import fx, nn
 
 from elastic.widths.tracing import get_layer, get_operation_name
 
+PRODUCTS = ("mul", "imul", "multiply")  # zero where either factor is
 # Each function, or method, that makes zeros of zeros, and the layer that does the same. Torch's poolings that
 # can return indices, too, are `boolean_dispatch` to torch.fx.
 KEEPS_ZEROS: dict[str, type[nn.Module] | None] = {
@@ -14,6 +15,7 @@ KEEPS_ZEROS: dict[str, type[nn.Module] | None] = {
     **{"adaptive_avg_pool2d": nn.AdaptiveAvgPool2d, "adaptive_max_pool2d": nn.AdaptiveMaxPool2d},
     **{"flatten": nn.Flatten, "view": None, "reshape": None, "contiguous": None},
     **{"identity": nn.Identity, "zero_pad2d": nn.ZeroPad2d},
+    **dict.fromkeys(PRODUCTS),
 }
 RESHAPES = {"flatten", "view", "reshape"}  # of those, the ones behind which channels lie elsewhere
 READS_SHAPE = {"size", "getattr", "dim"}

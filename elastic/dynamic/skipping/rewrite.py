@@ -18,7 +18,7 @@ from elastic.dynamic.skipping.inference import prepare_for_inference
 from elastic.dynamic.skipping.layers import ActiveMaxPool2d, ActiveModule
 from elastic.dynamic.skipping.patterns import find_head, find_next, find_pool_size
 from elastic.dynamic.sums import find_addend
-from elastic.dynamic.zeros import RESHAPES, keeps_zeros, name_operation
+from elastic.dynamic.zeros import PRODUCTS, RESHAPES, keeps_zeros, name_operation
 from elastic.errors import StructureError
 from elastic.widths.hooks import has_hooks
 from elastic.widths.tracing import get_layer
@@ -141,8 +141,9 @@ class _Rewriter:
 
     def _get_active(self, node: fx.Node) -> fx.Node | None:
         """Get the node that lists the active channels of what a node reads, if any is known not to be."""
-        source = node.args[0] if node.args else None
-        return self.active.get(source) if isinstance(source, fx.Node) else None
+        is_product = name_operation(self.traced, node) in PRODUCTS
+        sources = node.args if is_product else node.args[:1]
+        return next((self.active[s] for s in sources if isinstance(s, fx.Node) and s in self.active), None)
 
     def _list_active(self, node: fx.Node, active: fx.Node | None) -> None:
         if active is not None:

@@ -138,7 +138,8 @@ FUNCTIONS: dict[Rule, str] = {
         logical_not logical_and logical_or logical_xor bitwise_not bitwise_and bitwise_or bitwise_xor
         invert and or xor pos positive special_expit atan arctan asin arcsin acos arccos sinh cosh asinh acosh
         atanh erfc log10 logit sinc trunc fix frac sgn mod fmod remainder floordiv floor_divide float_power
-        atan2 arctan2 hypot copysign heaviside logaddexp fmin fmax requires_grad""",
+        multiply subtract divide true_divide negative absolute greater greater_equal less less_equal not_equal
+        arcsinh arccosh arctanh atan2 arctan2 hypot copysign heaviside logaddexp fmin fmax requires_grad""",
     fill: "ones zeros empty full rand randn new_ones new_zeros new_empty new_full",
     fill_like: "ones_like zeros_like empty_like full_like rand_like randn_like",
     expand: "expand broadcast_to",

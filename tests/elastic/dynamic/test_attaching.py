@@ -246,6 +246,68 @@ def test_a_depthwise_convolution_follows_its_maps() -> None:
     assert off_BK.any() and (seen[0][off_BK] == 0).all() and (seen[0][~off_BK] != 0).any()
 
 
+def squeeze_and_excite(m: Any, x: Tensor) -> Tensor:
+    """Weigh each map by what all of them hold (arXiv 1709.01507), behind a depthwise convolution."""
+    y = F.relu(m.norm(m.depth(F.relu(m.expand(x)))))
+    return m.head(m.project(m.excite(F.relu(m.squeeze(y.mean((2, 3), keepdim=True)))).sigmoid() * y))  # type: ignore[no-any-return]
+
+
+def weigh(m: Any, x: Tensor) -> Tensor:
+    return m.head(m.project(m.scale * m.expand(x).mul_(2.0)))  # type: ignore[no-any-return]
+
+
+def gate(m: Any, x: Tensor) -> Tensor:
+    return m.head(m.project(torch.multiply(torch.tanh(m.expand(x)), m.other(x).sigmoid())))  # type: ignore[no-any-return]
+
+
+MULTIPLIED: dict[str, tuple[Any, dict[str, Any], Site]] = {
+    "by what is squeezed": (
+        squeeze_and_excite,
+        {"depth": conv(6, 6, 3, groups=6), "norm": nn.BatchNorm2d(6)}
+        | {"squeeze": conv(6, 3), "excite": conv(3, 6)},
+        Site("expand", ("project", "squeeze"), ("depth",)),
+    ),
+    "by a parameter": (
+        weigh,
+        {"scale": nn.Parameter(torch.rand(6, 1, 1) + 0.5)},
+        Site("expand", ("project",), ()),
+    ),
+    "by another layer's": (gate, {"other": conv(3, 6)}, Site("expand", ("project",), ())),
+}
+
+
+@pytest.mark.parametrize("name", MULTIPLIED)
+def test_maps_that_are_multiplied_are_off_where_a_factor_is(name: str) -> None:
+    forward, layers, site = MULTIPLIED[name]
+    net = Net(forward, expand=conv(3, 6), project=conv(6, 4), head=head(4), **copy.deepcopy(layers))
+    net = gated(randomised(net).eval(), X)
+    found = {module.site.writer: module for module in iterate_modules(net)}["expand"]
+    assert (*sorted(found.site.readers), found.site.depthwise) == (*site.readers, site.depthwise)
+    seen: list[Tensor] = []
+    net.get_submodule("project").register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        expected = net(X)
+        off_BK = found.active_BK == 0
+        assert off_BK.any() and (seen[0][off_BK] == 0).all() and (seen[0][~off_BK] != 0).any()
+        net.get_submodule("project")._forward_pre_hooks.clear()
+        for way in (make_skipping(net), make_skipping(net, [X]), make_masked(net)):
+            torch.testing.assert_close(way(X), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_maps_that_are_multiplied_and_added_are_not_off() -> None:
+    layers = {"expand": conv(3, 6), "other": conv(3, 6), "project": conv(6, 4), "head": head(4)}
+    net = Net(lambda m, x: m.head(m.project((y := m.expand(x)) * m.other(x) + y)), **layers)
+    with pytest.raises(StructureError, match="its maps are sums, expand and other write them"):
+        attach_modules(net, discover(net, X), ["expand"])
+
+
+def test_a_layer_that_reads_others_maps_too_is_no_reader_of_one() -> None:
+    layers = {"one": conv(3, 6), "two": conv(3, 6), "project": conv(6, 4), "head": head(4)}
+    net = Net(lambda m, x: m.head(m.project(m.one(x).relu()) + m.project(m.two(x).relu())), **layers)
+    with pytest.raises(StructureError, match="its maps are sums, one and two write them"):
+        attach_modules(net, discover(net, X), ["one"])
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [

@@ -63,6 +63,7 @@ ONE_BY_ONE: dict[str, Callable[[Tensor], Tensor]] = {
     "xor": lambda x: x * ((x > 0) ^ (x > 1)),
     "logical_and": lambda x: x * torch.logical_and(x > 0, x < 1),
     "isfinite": lambda x: x * torch.isfinite(x),
+    "long names": lambda x: torch.multiply(torch.subtract(x, torch.divide(x, 3)), torch.absolute(x)),
     "data": lambda x: x + x.data,
     "requires_grad_": lambda x: x.clone().requires_grad_(),
 }

@@ -93,6 +93,7 @@ def test_what_is_no_number_comes_through() -> None:
 
 
 TORCHVISION = ["resnet18", "mobilenet_v2", "vgg11_bn", "densenet121", "shufflenet_v2_x0_5", "squeezenet1_1"]
+TORCHVISION += ["mobilenet_v3_small", "efficientnet_b0"]  # squeeze and excite
 
 
 @pytest.mark.slow
