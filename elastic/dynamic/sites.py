@@ -69,8 +69,8 @@ def _find_site(traced: fx.GraphModule, width: Width, writer: str) -> Site:
     call = _find_call(traced, width, writer)
     readers, depthwise = _follow_maps(traced, call)
     slots = {slot.module for slot in width.slots_with("in")}
-    for reader in {*readers} - slots:
-        raise StructureError(f"{reader} does not read them as its channels")
+    if others := [reader for reader in readers if reader not in slots]:
+        raise StructureError(f"{others[0]} does not read them as its channels")
     if len({slot.module for slot in width.slots_with("out")}) > 1:
         for reader in readers:  # in another call it may read the other layer's maps
             _require_one_call(traced, reader)

@@ -91,7 +91,7 @@ def repeat(tracker: Tracker, node: fx.Node) -> Axes:
 
 def decide(tracker: Tracker, node: fx.Node) -> None:
     """Fix the channels whose number decides which way the forward goes, unless it stays as it is."""
-    question, expected = node.args[:2]
+    question, expected = get_argument(node, 0, "condition"), get_argument(node, 1, "message")
     assert isinstance(question, fx.Node)
     if not _stays_equal(tracker, question, expected is not False):
         axes = [axis for count in list_counts(question) for axis in count.axes]

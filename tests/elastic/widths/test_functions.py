@@ -186,7 +186,7 @@ class AttributeFirst(Asserting):
 
 class ByTorch(Asserting):
     def look(self, y: Tensor) -> None:
-        torch._assert(y.shape[1] == self.last.in_channels, "other channels")
+        torch._assert(condition=y.shape[1] == self.last.in_channels, message="other channels")
 
 
 class Raising(Asserting):
