@@ -53,27 +53,26 @@ def find_site(traced: fx.GraphModule, width: Width) -> Site:
         StructureError: they cannot be switched off; it says why.
     """
     writers = sorted({slot.module for slot in width.slots_with("out")})
-    reason = width.mixed
-    for writer in () if reason else writers:
+    reason = width.mixed or "no layer writes them"
+    for writer in writers if width.mixed is None else ():
         try:
-            return _find_site(traced, width, writer)
+            return _find_site(traced, width, writer, len(writers) == 1)
         except StructureError as error:
             reason = str(error)
-    if len(writers) > 1 and not width.mixed:
+    if len(writers) > 1 and width.mixed is None:
         reason = f"its maps are sums, {' and '.join(writers[:2])} write them"
     raise StructureError(f"the kernels of '{width.name}' cannot be switched off: {reason}")
 
 
-def _find_site(traced: fx.GraphModule, width: Width, writer: str) -> Site:
-    """Find the site of the kernels of one layer that writes a width."""
+def _find_site(traced: fx.GraphModule, width: Width, writer: str, is_alone: bool) -> Site:
+    """Find the site of the kernels of one layer that writes a width, alone or among others."""
     call = _find_call(traced, width, writer)
     readers, depthwise = _follow_maps(traced, call)
     slots = {slot.module for slot in width.slots_with("in")}
     if others := [reader for reader in readers if reader not in slots]:
         raise StructureError(f"{others[0]} does not read them as its channels")
-    if len({slot.module for slot in width.slots_with("out")}) > 1:
-        for reader in readers:  # in another call it may read the other layer's maps
-            _require_one_call(traced, reader)
+    for reader in () if is_alone else readers:  # in another call it may read another layer's maps
+        _require_one_call(traced, reader)
     return Site(writer, readers, depthwise)
 
 

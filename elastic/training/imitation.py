@@ -79,9 +79,5 @@ def _widen(output: Tensor) -> Tensor:
 def find_output_shapes(net: nn.Module, x: Tensor) -> list[tuple[int, ...]]:
     """Find the shapes of a network's outputs in evaluation mode, without the batch."""
     with preserve_modes(net):
-        return _list_shapes(net.eval().forward(x.to(next(net.parameters(), x).device)))
-
-
-def _list_shapes(outputs: Any) -> list[tuple[int, ...]]:
-    """List the shapes of one input's outputs, without the batch."""
-    return [tuple(leaf.shape[1:]) for leaf in tree_leaves(outputs) if _is_score(leaf)]
+        outputs = net.eval().forward(x.to(next(net.parameters(), x).device))
+    return [tuple(leaf.shape[1:]) for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]

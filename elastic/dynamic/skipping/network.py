@@ -32,7 +32,8 @@ def make_skipping(net: nn.Module, samples: Sequence[Tensor] = (), method: Method
         net: from `attach_modules`, or one without modules, which is executed in full.
         samples: inputs as they will come, to measure each convolution's fastest method, and whether to skip
             at all: where it does not pay, the result is `make_masked(net)`. Without them all convolutions
-            are carried out by the kernel, or by stock torch where that cannot be compiled.
+            are carried out by the kernel, or by stock torch where that cannot be compiled. A network whose
+            forward asks for sizes needs one.
         method: "kernel", "stock" or "dense" for all convolutions, whatever is faster.
 
     It has copies of all weights, for each set of modules if norms keep statistics for each, in evaluation

@@ -19,11 +19,8 @@ from elastic.widths.operations.interface import (
 )
 from elastic.widths.union import Axis
 
-STACKS = {
-    "vstack": 0,
-    "hstack": 1,
-    "dstack": 2,
-}  # the dimension, of tensors that have it, along which they join
+# The dimension along which they join tensors, where these have it.
+STACKS = {"vstack": 0, "hstack": 1, "dstack": 2}
 
 
 def broadcast(tracker: Tracker, node: fx.Node) -> Axes:

@@ -91,9 +91,10 @@ def repeat(tracker: Tracker, node: fx.Node) -> Axes:
 
 def decide(tracker: Tracker, node: fx.Node) -> None:
     """Fix the channels whose number decides which way the forward goes, unless it stays as it is."""
-    question, expected = get_argument(node, 0, "condition"), get_argument(node, 1, "message")
+    question = get_argument(node, 0, "condition")
     assert isinstance(question, fx.Node)
-    if not _stays_equal(tracker, question, expected is not False):
+    answer = get_argument(node, 1, "message") is not False  # an assertion, which has a message, wants it true
+    if not _stays_equal(tracker, question, answer):
         axes = [axis for count in list_counts(question) for axis in count.axes]
         tracker.fix(axes, question, "decides by the number of channels")
 

@@ -100,7 +100,7 @@ def reduce(tracker: Tracker, node: fx.Node) -> Axes:
 def reduce_over(
     tracker: Tracker, node: fx.Node, dims: int | Sequence[int] | None, ndim: int | None = None
 ) -> Axes:
-    """Take statistics over given dimensions, of which the result has `ndim` if it is not one tensor."""
+    """Follow statistics over given dimensions; `ndim` is that of the results, where they are several."""
     x = get_axes(get_input(node))
     over = normalize_dims(dims, len(x))
     tracker.mix([x[d] for d in over], node, "takes statistics over its channels")

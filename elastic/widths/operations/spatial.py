@@ -50,46 +50,27 @@ def pad(tracker: Tracker, node: fx.Node) -> Axes:
 
 def shuffle_pixels(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow a pixel shuffle: neighbouring channels become one, of larger maps."""
-    x = get_axes(get_input(node))
-    channel = len(x) - 3
-    tracker.fix(x[channel + 1 :], node, SPACE)
-    axis = x[channel]
-    if axis is not None:
-        axis = tracker.elements.tie_parts(list(axis.reshape(get_shape(node)[channel], -1).T))
-    return (*x[:channel], axis, None, None)
+    return (*_merge_channels(tracker, node, space=2), None, None)
 
 
 def unshuffle_pixels(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow what takes a pixel shuffle back: each channel becomes several."""
-    x = get_axes(get_input(node))
-    channel = len(x) - 3
-    tracker.fix(x[channel + 1 :], node, SPACE)
-    axis, size = x[channel], get_shape(node)[channel]
-    return (*x[:channel], None if axis is None else np.repeat(axis, size // len(axis)), None, None)
+    return (*_repeat_channels(tracker, node), None, None)
 
 
 def unfold(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow windows: those of `F.unfold` stand in the place of channels, those of `x.unfold` come last."""
+    if node.op != "call_method":
+        return (*_repeat_channels(tracker, node), None)
     x = get_axes(get_input(node))
-    if node.op == "call_method":
-        dim = get_argument(node, 1, "dimension") % len(x)
-        tracker.fix([x[dim]], node, SPACE)
-        return (*x[:dim], None, *x[dim + 1 :], None)
-    channel = len(x) - 3
-    tracker.fix(x[channel + 1 :], node, SPACE)
-    axis, rows = x[channel], get_shape(node)[channel]
-    return (*x[:channel], None if axis is None else np.repeat(axis, rows // len(axis)), None)
+    dim = get_argument(node, 1, "dimension") % len(x)
+    tracker.fix([x[dim]], node, SPACE)
+    return (*x[:dim], None, *x[dim + 1 :], None)
 
 
 def fold(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow what sums windows up to maps."""
-    x = get_axes(get_input(node))
-    channel = len(x) - 2
-    tracker.fix(x[channel + 1 :], node, SPACE)
-    axis = x[channel]
-    if axis is not None:
-        axis = tracker.elements.tie_parts(list(axis.reshape(get_shape(node)[channel], -1).T))
-    return (*x[:channel], axis, None, None)
+    return (*_merge_channels(tracker, node, space=1), None, None)
 
 
 def shuffle_channels(tracker: Tracker, node: fx.Node) -> Axes:
@@ -108,6 +89,26 @@ def shuffle_channels(tracker: Tracker, node: fx.Node) -> Axes:
 def resize(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow resizing: it works on all dimensions but batch and channels."""
     return _pass_beside(tracker, node, range(2 - len(get_shape(node)), 0))
+
+
+def _merge_channels(tracker: Tracker, node: fx.Node, space: int) -> Axes:
+    """Give the axes up to that of channels, before so many of space, where neighbouring ones become one."""
+    x = get_axes(get_input(node))
+    channel = len(x) - 1 - space
+    tracker.fix(x[channel + 1 :], node, SPACE)
+    axis = x[channel]
+    if axis is not None:
+        axis = tracker.elements.tie_parts(list(axis.reshape(get_shape(node)[channel], -1).T))
+    return (*x[:channel], axis)
+
+
+def _repeat_channels(tracker: Tracker, node: fx.Node) -> Axes:
+    """Give the axes up to that of channels, before two of space, where each becomes several."""
+    x = get_axes(get_input(node))
+    channel = len(x) - 3
+    tracker.fix(x[channel + 1 :], node, SPACE)
+    axis, size = x[channel], get_shape(node)[channel]
+    return (*x[:channel], None if axis is None else np.repeat(axis, size // len(axis)))
 
 
 def _count_dimensions(tracker: Tracker, node: fx.Node) -> int:

@@ -43,7 +43,7 @@ def make_meta_copy(model: nn.Module) -> nn.Module:
     _refuse_compiled(model)
     memo: dict[int, Any] = {}
     for module in model.modules():
-        _drop_data(module, memo)
+        _replace_tensors(module, memo)
     replica = copy_module(model, memo)
     for module in replica.modules():
         if _keeps_shape(get_kind(module)):  # type: ignore[arg-type]
@@ -81,7 +81,7 @@ def _refuse_compiled(model: nn.Module) -> None:
             raise StructureError(f"{name} is a TorchScript module: give the module that it was made of")
 
 
-def _drop_data(module: nn.Module, memo: dict[int, Any]) -> None:
+def _replace_tensors(module: nn.Module, memo: dict[int, Any]) -> None:
     """Put tensors without data into the memo of a copy, in place of a module's own."""
     for parameter in module._parameters.values():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
@@ -92,7 +92,7 @@ def _drop_data(module: nn.Module, memo: dict[int, Any]) -> None:
             memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
     for tensor in (*module._buffers.values(), *vars(module).values()):
         if isinstance(tensor, Tensor):
-            memo[id(tensor)] = tensor.to("meta")
+            memo[id(tensor)] = drop_data(tensor)
 
 
 def _keeps_shape(kind: type[nn.Module]) -> bool:

@@ -151,8 +151,10 @@ def _join_modes(training: fx.GraphModule, evaluation: fx.GraphModule) -> None:
 
 def _is_same_call(train_node: fx.Node, eval_node: fx.Node) -> bool:
     """Tell whether two nodes call the same, or hold the same tensor."""
-    if train_node.target != eval_node.target or train_node.op != "get_attr":
-        return train_node.target == eval_node.target
+    if train_node.target != eval_node.target:
+        return False
+    if eval_node.op != "get_attr":
+        return True
     path = str(eval_node.target)
     values = [attrgetter(path)(node.graph.owning_module) for node in (train_node, eval_node)]
     return values[0] is values[1] or torch.equal(*values)
