@@ -58,8 +58,8 @@ class Distil(ElasticCallback):
     def list_step_networks(self) -> Sequence[StepNetwork]:
         """List the teacher, which is executed in a training step, or before all, and not trained."""
         trainer = self.structure.trainer
-        epochs = trainer.max_epochs if trainer is not None and trainer.max_epochs else -1
-        times = self.views / max(epochs, self.views) if self.views else 1.0
+        epochs = trainer.max_epochs if trainer is not None and (trainer.max_epochs or 0) > 0 else self.views
+        times = self.views / epochs if self.views else 1.0
         return [StepNetwork(self.teacher, times, trained=False)]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -102,7 +102,7 @@ class Distil(ElasticCallback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self.answers is not None:
-            self.answers.batch = batch_idx
+            self.answers.begin_batch(trainer.train_dataloader)
 
     def compute_loss(self, x: Tensor, output: Any) -> Tensor:
         """Return the loss against the teacher's output for the same images, or its mean answer about them."""

@@ -32,12 +32,19 @@ class Answers:
     def __init__(self, answers_NK: Tensor) -> None:
         self.answers_NK = answers_NK
         self.batches: tuple[Tensor, ...] = ()
-        self.batch = 0
+        self.batch = -1
 
     def begin_epoch(self, loader: Any) -> None:
         """Read in which order an epoch takes the images; once, so that a step copies nothing."""
         order = torch.tensor(list(loader.sampler), device=self.answers_NK.device)
         self.batches = order.split(loader.batch_size)
+        self.batch = -1
+
+    def begin_batch(self, loader: Any) -> None:
+        """Go on to the loader's next batch."""
+        if not self.batches:  # restarted in the middle of an epoch: the loader begins anew, nothing told so
+            self.begin_epoch(loader)
+        self.batch += 1
 
     def find(self, count: int) -> Tensor:
         """Return the answers about the present batch.

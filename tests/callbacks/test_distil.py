@@ -17,7 +17,7 @@ from elastic.errors import OptionError, TrainingError
 from elastic.experiments.tools.restore import restore_teacher
 from elastic.experiments.train import train
 from elastic.training.answers import Answers
-from tests.fitted import EXACT, Spy, command, prepare
+from tests.fitted import EXACT, Run, Spy, command, prepare
 from tests.resuming import assert_same_run, kill
 from tests.runs import configure, load
 
@@ -164,6 +164,36 @@ def test_a_teacher_asked_beforehand_says_what_it_says_in_each_step(first: Path, 
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert sum(seen[0]) == 3 * (images // 400) * 400
     assert sum(seen[1]) == 2 * images
+
+
+@pytest.mark.filterwarnings("ignore:You.re resuming from a checkpoint that ended before the epoch ended")
+def test_answers_are_those_about_the_batch_also_after_a_restart_in_the_middle_of_an_epoch(
+    first: Path, tmp_path: Path
+) -> None:
+    given = (*TRAINING, "schedule=[static,distil]", f"init={first}", "callbacks.distil.views=1")
+    given += ("+callbacks.checkpoint.every_n_train_steps=6", "callbacks.checkpoint.save_on_train_epoch_end=false")
+    given += ("trainer.max_epochs=2",)
+    seen: list[int] = []
+
+    def start(folder: Path) -> Run:
+        run = prepare(folder, *given)
+        distil = run.callbacks["distil"]
+
+        def compare(net: nn.Module, args: tuple[torch.Tensor]) -> None:
+            if net.training and distil.answers is not None:
+                expected_BK = distil.teacher(args[0])
+                torch.testing.assert_close(distil.answers.find(len(args[0])), expected_BK, rtol=1e-3, atol=1e-4)
+                seen.append(len(args[0]))
+
+        run.module.net.register_forward_pre_hook(compare)
+        return run
+
+    start(tmp_path).fit()
+    whole = len(seen)
+    assert whole == 8
+    seen.clear()
+    start(tmp_path).fit(ckpt_path=tmp_path / "last.ckpt")
+    assert seen
 
 
 def test_a_teacher_that_cannot_be_asked_beforehand_is_refused(first: Path, tmp_path: Path) -> None:
