@@ -110,11 +110,12 @@ class Census(ElasticCallback):
             self._written = len(timeline)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history, "seconds": self.seconds, "macs_training": self.macs_training}
+        state = {"history": self.history, "seconds": self.seconds, "macs_training": self.macs_training}
+        return {**state, "samples": self._samples}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history, self.seconds = list(state_dict["history"]), state_dict["seconds"]
-        self.macs_training = state_dict["macs_training"]
+        self.macs_training, self._samples = state_dict["macs_training"], state_dict.get("samples", 0)
 
 
 def count_step_macs(networks: Sequence[StepNetwork], count: Callable[[StepNetwork], int]) -> int:

@@ -178,16 +178,14 @@ class PruneDynamically(ElasticCallback):
         self._remove_saliencies()
         super().teardown(trainer, pl_module, stage)
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.modules_only:
-            for fixed in (self.structure.net, *self._list_norms()):
-                fixed.eval()
-
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         # Told anew for each batch, so that it holds after a restart in the middle of an epoch, too.
         progress = measure_epoch_progress(trainer)
+        if self.modules_only:
+            for fixed in (self.structure.net, *self._list_norms()):
+                fixed.eval()
         for module in iterate_modules(self.structure.kernel_modules):
             module.temperature = COLD**progress
         self.is_active = progress >= self.begin

@@ -19,7 +19,12 @@ from elastic.pruning.gates import Grain
 from elastic.pruning.penalty import add_penalty_gradient
 from elastic.pruning.ranking import keep_best_gates, reopen_gates
 from elastic.ranges import Count, Natural, NotNegative, Part, checked
-from elastic.training.progress import is_last_epoch, measure_epoch_progress, measure_step_progress
+from elastic.training.progress import (
+    ends_within_epoch,
+    is_last_epoch,
+    measure_epoch_progress,
+    measure_step_progress,
+)
 
 EVERY = 10  # batches between two looks at what is open
 LEAST = 0.8  # of the size on the budget's path; below it, gates are opened again
@@ -108,6 +113,8 @@ class PruneByGates(ElasticCallback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        if not self.is_frozen and ends_within_epoch(trainer, self.end):
+            self._freeze()
         # Told anew for each batch, so that it holds after a restart in the middle of an epoch, too.
         self._is_active = not self.is_frozen and self.begin <= measure_epoch_progress(trainer)
         if batch_idx == 0 or not self._gates:  # layers may have come since the last epoch
@@ -186,5 +193,5 @@ class PruneByGates(ElasticCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.penalty, self.is_frozen = state_dict["penalty"], state_dict["is_frozen"]
         self.is_above_path = state_dict["is_above_path"]
-        if self.budget is not None:
-            vars(self.budget).update(state_dict["budget"])
+        if self.budget is not None:  # one that the run is continued with begins now
+            vars(self.budget).update(state_dict["budget"] or {})

@@ -19,7 +19,7 @@ from elastic.pruning.fitting import (
 from elastic.pruning.gates import freeze_gates
 from elastic.pruning.live import count_live_params
 from elastic.ranges import Part, checked
-from elastic.training.progress import is_last_epoch, measure_epoch_progress
+from elastic.training.progress import ends_within_epoch, is_last_epoch, measure_epoch_progress
 
 
 @checked
@@ -53,7 +53,7 @@ class PruneByMagnitude(ElasticCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if any(type(other) is PruneByGates for other in list_elastic(trainer)):
+        if any(isinstance(other, PruneByGates) for other in list_elastic(trainer)):
             raise TrainingError(
                 "the network is pruned by gates and by magnitude: leave one of them out of the schedule"
             )
@@ -71,6 +71,13 @@ class PruneByMagnitude(ElasticCallback):
             self.is_done = is_last
             self._prune(progress)
         remove_dead_channels(self.structure)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if not self.is_done and ends_within_epoch(trainer, self.budget.end):
+            self.is_done = True
+            self._prune(1.0)
 
     def _prune(self, progress: float) -> None:
         # On the way there the gates tell the size, ten times as fast as compaction.

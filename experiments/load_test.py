@@ -174,7 +174,8 @@ def _wait(server: "subprocess.Popen[bytes]", port: int, log: IO[bytes]) -> None:
             time.sleep(0.2)
     log.seek(0)
     *_, last = ["no word of it", *log.read().decode().splitlines()]
-    raise FileError(f"the server has not started within {START_S:.0f} s: {last}")
+    how = f"has not started within {START_S:.0f} s" if server.poll() is None else "has ended as it started"
+    raise FileError(f"the server {how}: {last}")
 
 
 def send_stream(port: int, requests: Requests, rate: float, seconds: float, load: Switch) -> list[Reply]:

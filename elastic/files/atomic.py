@@ -14,7 +14,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         FileError: there is no such folder, or the place is one.
     """
     check_place(path)
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # several processes may write one page
     try:
         write(part)
         os.replace(part, path)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from elastic.errors import FileError
 from elastic.measure.timing import WARM_UP, measure_medians_ms
+from elastic.widths.tracing import preserve_modes
 
 RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
 REPEATS = 30
@@ -34,9 +35,8 @@ def measure_cost(net: nn.Module, example: Tensor, joules: Callable[[], float] | 
 
 def measure_latency_ms(net: nn.Module, example: Tensor, repeats: int = REPEATS) -> float:
     """Measure the median time of a forward pass in evaluation mode."""
-    is_training = net.training
-    (median,) = measure_medians_ms([net.eval()], [example] * repeats)
-    net.train(is_training)
+    with preserve_modes(net):
+        (median,) = measure_medians_ms([net.eval()], [example] * repeats)
     return median
 
 

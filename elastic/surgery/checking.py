@@ -7,17 +7,16 @@ same function after its widths are permuted, and after channels that nothing rea
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import is_dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from elastic.errors import StructureError
 from elastic.measure.counts import count_macs
 from elastic.surgery.fresh import draw_he_normal
 from elastic.surgery.indices import grow_index
 from elastic.surgery.layers import list_tensors
+from elastic.surgery.outputs import list_output_tensors
 from elastic.surgery.reindexing import reindex
 from elastic.widths.copying import copy_module
 from elastic.widths.discovery import discover, refuse_none
@@ -124,12 +123,7 @@ class _Probe:
     def run(self, model: nn.Module) -> list[Tensor]:
         """Run a copy on noise, and list its outputs."""
         with torch.no_grad():
-            outputs = model(*self.inputs)
-        outputs = vars(outputs) if is_dataclass(outputs) else outputs
-        tensors = [y for y in tree_leaves(outputs) if isinstance(y, Tensor)]
-        if not tensors:
-            raise StructureError(f"its output, a {type(outputs).__name__}, holds no tensors to compare")
-        return tensors
+            return list_output_tensors(model(*self.inputs))
 
     def _is_close(self, output: Tensor, expected: Tensor) -> bool:
         if output.shape != expected.shape:

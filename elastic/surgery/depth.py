@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from elastic.errors import StructureError
 from elastic.surgery.fresh import draw_he_normal
 from elastic.surgery.layers import list_tensors
+from elastic.surgery.outputs import list_output_tensors
 from elastic.surgery.reindexing import reindex_copy, resize_index
 from elastic.surgery.residual import find_last_norm
 from elastic.widths.discovery import Widths, find_widths
@@ -23,7 +24,7 @@ from elastic.widths.parameters import get_original
 from elastic.widths.tracing import BATCH_NORM, preserve_modes
 from elastic.widths.width import fix_widths
 
-REMEDY = "set growth.blocks=0"
+REMEDY = "set its Growth's blocks to 0 (callbacks.growth.amount.blocks=0)"
 
 
 def find_stages(model: nn.Module) -> dict[str, str]:
@@ -132,8 +133,7 @@ def _compute_outputs(model: nn.Module, widths: Widths) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     with preserve_modes(model):
         noise = (torch.randn(x.shape, generator=generator).to(device, x.dtype) for x in widths.example)
-        outputs = model.eval().forward(*noise)
-    return [outputs] if isinstance(outputs, Tensor) else [y for y in outputs if isinstance(y, Tensor)]
+        return list_output_tensors(model.eval().forward(*noise))
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from elastic.errors import TrainingError, cite
 from elastic.training.structure import Structure, find_path
+from elastic.widths.tracing import preserve_modes
 
 ATTRIBUTE = "elastic_structure"  # the name of the child that a foreign module is given
 
@@ -93,9 +94,8 @@ def _capture(module: L.LightningModule, net: nn.Module, inputs: Tensor) -> Tenso
     """Return what reaches the network when the module's forward is given inputs; these where it has none."""
     captured: list[Tensor] = []
     hook = net.register_forward_pre_hook(lambda _, args: captured.extend(args[:1]))
-    modes = {child: child.training for child in module.modules()}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), preserve_modes(module):
             module.eval().forward(inputs)
     except NotImplementedError:  # Lightning's, of modules without a forward
         return inputs
@@ -107,8 +107,6 @@ def _capture(module: L.LightningModule, net: nn.Module, inputs: Tensor) -> Tenso
         ) from error
     finally:
         hook.remove()
-        for child, training in modes.items():
-            child.training = training
     if not captured:
         raise TrainingError(
             f"{type(module).__name__}'s forward does not reach its network: give an input of that, with "

@@ -14,7 +14,7 @@ def measure_epoch_progress(trainer: L.Trainer, epoch: int | None = None) -> floa
     Raises:
         TrainingError: nothing bounds the run, so that no part of it can be told.
     """
-    return max(_list_bounds(trainer, trainer.current_epoch if epoch is None else epoch))
+    return min(1.0, max(_list_bounds(trainer, trainer.current_epoch if epoch is None else epoch)))
 
 
 def measure_step_progress(trainer: L.Trainer) -> float:
@@ -31,11 +31,27 @@ def measure_step_progress(trainer: L.Trainer) -> float:
 
 
 def is_last_epoch(trainer: L.Trainer) -> bool:
-    """Tell whether the present epoch is the last one, as far as that is known when it begins."""
+    """Tell whether the present epoch is the last one, as far as that is known when it begins.
+
+    Where data has no length, steps tell nothing of epochs: see `ends_within_epoch`.
+    """
     if _has_epochs(trainer) and trainer.current_epoch + 1 >= (trainer.max_epochs or 1):
         return True
-    batches = trainer.num_training_batches / trainer.accumulate_grad_batches
-    return trainer.max_steps > 0 and trainer.global_step + batches >= trainer.max_steps
+    batches = trainer.num_training_batches
+    if trainer.max_steps <= 0 or not math.isfinite(batches):
+        return False
+    trained = trainer.fit_loop.total_batch_idx + 1
+    # Manual optimization may step several times a batch, accumulation does so less than once.
+    steps = trainer.global_step / trained if trained else 1 / trainer.accumulate_grad_batches
+    return trainer.global_step + math.ceil(batches * steps) >= trainer.max_steps
+
+
+def ends_within_epoch(trainer: L.Trainer, part: float) -> bool:
+    """Tell whether a part of the run has passed in an epoch whose length is not known.
+
+    What else waits for an epoch to begin would wait in vain: data that never ends has one epoch.
+    """
+    return not math.isfinite(trainer.num_training_batches) and measure_step_progress(trainer) >= part
 
 
 def _has_epochs(trainer: L.Trainer) -> bool:

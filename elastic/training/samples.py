@@ -41,10 +41,12 @@ def sample_batch(trainer: L.Trainer, count: int, seed: int) -> tuple[Tensor, Ten
         return x_BCHW.to(device), y_B.to(device)
     with isolate_rng():
         loader = trainer.fit_loop._data_source.dataloader()
-        batch = next(iter(loader))
+        batches = iter(loader)
+        batch = next(batches)
         size = len(batch[0]) if isinstance(batch, list | tuple) and len(batch) == 2 else 0
         if not size:
             raise TrainingError("samples are taken from pairs (inputs, targets), which the batches are not")
-        batches = [batch, *islice(loader, max(0, count // size - 1))]
-    x_BCHW, y_B = (torch.cat([batch[i] for batch in batches])[:count] for i in (0, 1))
-    return x_BCHW.to(device), y_B.to(device)
+        taken = [batch, *islice(batches, max(0, count // size - 1))]
+        taken = [trainer.strategy.batch_to_device(each, device) for each in taken]  # with the module's hooks
+    x_BCHW, y_B = (torch.cat([each[i] for each in taken])[:count] for i in (0, 1))
+    return x_BCHW, y_B

@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from elastic.errors import FileError, SweepError, TrainingError
+from elastic.errors import FileError, SweepError, TrainingError, cite
 from elastic.experiments.tools.errors import FULL, THEIRS
 from elastic.experiments.tools.processes import forks_others, speak_for_others, starts_others
 from elastic.experiments.tools.signals import Interrupted, keep_raising
@@ -91,10 +91,10 @@ def explain_faults() -> Iterator[SettingUp]:
         if setting_up.has_begun and (what := _find_process(error)):
             raise TrainingError(f"{what}: go on with elastic train run={setting_up.folder}") from error
         if setting_up.has_begun and _is_of_callbacks(error):
-            raise TrainingError(f"{str(error).strip().splitlines()[0]}: look at the callbacks") from error
+            raise TrainingError(f"{cite(error)}: look at the callbacks") from error
         if setting_up.has_begun:
             raise
-        cause = (str(error).strip().splitlines() or [""])[0]
+        cause = cite(error)
         if setting_up.checkpoint is not None:
             raise FileError(
                 f"{setting_up.checkpoint} does not fit the run ({type(error).__name__}: {cause}): restore "

@@ -105,6 +105,14 @@ def extend(saved: DictConfig, epochs: int, folder: Path) -> None:
             f"{folder} holds a run in phases, whose epochs were shared out at its start: continue it with "
             f"run={folder} alone, or start another one from it with init={folder}"
         )
+    if not isinstance(epochs, int) or epochs < 1:  # no number of epochs, as the check of options will tell
+        saved.trainer.max_epochs = epochs
+        return
+    if planned in (None, -1):
+        raise TrainingError(
+            f"{folder} holds a run that steps or time bound, and not epochs: continue it with "
+            f"run={folder} alone"
+        )
     if epochs < planned:
         raise TrainingError(f"{folder} holds a run of {planned} epochs: set {EPOCHS}{planned} or more")
     saved.trainer.max_epochs = epochs

@@ -69,7 +69,7 @@ def _observe(children: Sequence["subprocess.Popen[bytes]"]) -> None:
     watch_processes([child.pid for child in children])
 
 
-def _end(rank: int, end: os.waitid_result, processes: Sequence[int]) -> NoReturn:
+def _end(rank: int, end: "os.waitid_result", processes: Sequence[int]) -> NoReturn:
     time.sleep(PATIENCE_S)
     by_code = end.si_code == os.CLD_EXITED
     how = f"with exit code {end.si_status}" if by_code else f"by {signal.Signals(end.si_status).name}"

@@ -32,7 +32,18 @@ from elastic.pruning import compact
 from elastic.pruning.gates import iterate_gates
 from elastic.training.joining import find_structure
 from elastic.training.structure import Structure
-from tests.programs import BATCH, Adversary, Killed, Program, Spy, fit, kill_at, make_data, make_network
+from tests.programs import (
+    BATCH,
+    IMAGES,
+    Adversary,
+    Killed,
+    Program,
+    Spy,
+    fit,
+    kill_at,
+    make_data,
+    make_network,
+)
 
 Callbacks = Callable[[Path], Sequence[L.Callback]]
 SEED = 3
@@ -115,6 +126,28 @@ def test_the_network_changes_as_asked_and_still_learns(name: str, tmp_path: Path
         else structure.net.eval()
     )
     assert (net(x_NCHW).argmax(1) == y_N).float().mean() > 0.6
+
+
+def test_a_restart_within_an_epoch_leaves_a_network_that_is_not_trained(tmp_path: Path) -> None:
+    fit(make_program(), [PruneDynamically(0.5, modules_only=True)], tmp_path, every=6, max_epochs=2)
+    again, before = make_program(), make_program()
+    last = str(tmp_path / "last.ckpt")
+    assert torch.load(last, weights_only=True)["global_step"] % 4
+    fit(again, [PruneDynamically(0.5, modules_only=True)], tmp_path, last, 6, max_epochs=2)
+    for key, value in before.net.state_dict().items():
+        assert torch.equal(value, structure_of(again).net.state_dict()[key]), key
+
+
+def test_a_restart_within_an_epoch_counts_all_of_it(tmp_path: Path) -> None:
+    fit(make_program(), [Census(str(tmp_path))], tmp_path, every=6, max_epochs=2)
+    again = Census(str(tmp_path))
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 6
+    seen: list[int] = []
+    spy = Spy(on_train_batch_end=lambda *_: seen.append(BATCH))
+    fit(make_program(), [again, spy], tmp_path, str(tmp_path / "last.ckpt"), 6, max_epochs=2)
+    once = Census(str(tmp_path))
+    fit(make_program(), [once], max_epochs=1)
+    assert again.macs_training * IMAGES == once.macs_training * (6 * BATCH + sum(seen))
 
 
 class ByName(Program):

@@ -171,7 +171,10 @@ def test_answers_are_those_about_the_batch_also_after_a_restart_in_the_middle_of
     first: Path, tmp_path: Path
 ) -> None:
     given = (*TRAINING, "schedule=[static,distil]", f"init={first}", "callbacks.distil.views=1")
-    given += ("+callbacks.checkpoint.every_n_train_steps=6", "callbacks.checkpoint.save_on_train_epoch_end=false")
+    given += (
+        "+callbacks.checkpoint.every_n_train_steps=6",
+        "callbacks.checkpoint.save_on_train_epoch_end=false",
+    )
     given += ("trainer.max_epochs=2",)
     seen: list[int] = []
 
@@ -182,7 +185,9 @@ def test_answers_are_those_about_the_batch_also_after_a_restart_in_the_middle_of
         def compare(net: nn.Module, args: tuple[torch.Tensor]) -> None:
             if net.training and distil.answers is not None:
                 expected_BK = distil.teacher(args[0])
-                torch.testing.assert_close(distil.answers.find(len(args[0])), expected_BK, rtol=1e-3, atol=1e-4)
+                torch.testing.assert_close(
+                    distil.answers.find(len(args[0])), expected_BK, rtol=1e-3, atol=1e-4
+                )
                 seen.append(len(args[0]))
 
         run.module.net.register_forward_pre_hook(compare)

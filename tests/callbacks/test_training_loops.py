@@ -18,6 +18,7 @@ from elastic.callbacks import (
     Distil,
     GrowOnSaturation,
     PruneByGates,
+    PruneByMagnitude,
     PruneDynamically,
     Reconstruct,
     TrainJointly,
@@ -29,8 +30,10 @@ from elastic.pruning.gates import iterate_gates
 from elastic.training.joining import find_structure
 from elastic.training.loading import load_module
 from elastic.training.module import ElasticClassifier
+from elastic.training.progress import is_last_epoch
+from elastic.training.samples import sample_batch
 from elastic.training.structure import Structure
-from tests.programs import BATCH, Killed, Program, Spy, fit, kill_at, make_data, make_network
+from tests.programs import BATCH, Adversary, Killed, Program, Spy, fit, kill_at, make_data, make_network
 
 BUDGET = 250
 
@@ -230,6 +233,12 @@ class Stream(IterableDataset[Any]):
         yield from make_data()
 
 
+class Endless(Stream):
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            yield from super().__iter__()
+
+
 @pytest.mark.parametrize(
     "callbacks",
     [
@@ -246,6 +255,47 @@ def test_data_without_a_length(callbacks: Callable[[], Sequence[L.Callback]]) ->
     for callback in chosen:
         if isinstance(callback, PruneByGates) and callback.budget is not None:
             assert measure_compacted(module) <= BUDGET
+
+
+@pytest.mark.parametrize("method", [prune, lambda: PruneByMagnitude(BUDGET, begin=0.0)])
+def test_steps_bound_data_that_never_ends(method: Callable[[], PruneByGates | PruneByMagnitude]) -> None:
+    """Gates learn until their part of the run has passed, and are fitted then, within the one epoch."""
+    pruning, sizes = method(), []
+    spy = Spy(on_train_batch_end=lambda *_: sizes.append(pruning.measure_size()))
+    module = make_program()
+    trainer = fit(module, [pruning, spy], loader=DataLoader(Endless(), BATCH), max_epochs=-1, max_steps=40)
+    assert trainer.global_step == 40 and sizes[4] > BUDGET
+    assert measure_compacted(module) <= BUDGET
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_last_epoch_is_known_however_often_a_batch_steps(accumulate: int) -> None:
+    last: list[bool] = []
+    spy = Spy(on_train_epoch_start=lambda trainer, _: last.append(is_last_epoch(trainer)))
+    module = make_program(Adversary if accumulate == 1 else Program)
+    steps = 4 * (8 if accumulate == 1 else 2)  # of an epoch of 4 batches: each twice, or two in all
+    options = {} if accumulate == 1 else {"accumulate_grad_batches": accumulate}
+    fit(module, [spy], max_epochs=-1, max_steps=steps, **options)
+    assert last == [False, False, False, True]
+
+
+def test_samples_are_each_taken_once_as_the_module_sees_them() -> None:
+    taken: list[Tensor] = []
+
+    class Halved(Program):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return [batch[0] / 2, batch[1]]
+
+    spy = Spy(on_train_start=lambda trainer, _: taken.append(sample_batch(trainer, 96, 0)[0]))
+    fit(make_program(Halved), [spy], max_epochs=1)
+    torch.testing.assert_close(taken[0], make_data().tensors[0][:96] / 2)
+
+
+def test_a_budget_may_come_later(tmp_path: Path) -> None:
+    fit(make_program(), [PruneByGates(penalty=1e-2)], tmp_path, max_epochs=2)
+    again = make_program()
+    fit(again, [prune()], tmp_path, str(tmp_path / "last.ckpt"), max_epochs=12)
+    assert measure_compacted(again) <= BUDGET
 
 
 def test_a_target_needs_the_length_of_an_epoch() -> None:

@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 
 import elastic.experiments.compare
 import elastic.experiments.train
 from elastic.errors import TrainingError
 from elastic.experiments.tools.environment import explain_faults
 from elastic.experiments.tools.errors import run
+from elastic.experiments.tools.folders import extend
 from tests.fitted import EXACT, Spy, command, fit
 from tests.resuming import assert_same_run
 from tests.runs import load, load_history
@@ -165,6 +167,16 @@ def test_a_run_is_continued_for_more_epochs_but_not_for_fewer(
     assert train()[0] == 0 and read_epochs() == [0, 1, 2, 3], "it is a run of four epochs now"
     code, err = train("trainer.max_epochs=3")
     assert "holds a run of 4 epochs: set trainer.max_epochs=4 or more" in told(err, code)
+    code, err = train("trainer.max_epochs=many")
+    assert "max_epochs" in told(err, code)
+
+
+def test_a_run_that_steps_bound_is_not_continued_by_epochs(tmp_path: Path) -> None:
+    saved = OmegaConf.create({"trainer": {"max_epochs": None, "max_steps": 4}, "callbacks": {}})
+    with pytest.raises(
+        TrainingError, match=r"that steps or time bound, and not epochs: continue it with run="
+    ):
+        extend(saved, 3, tmp_path)
 
 
 def test_a_run_in_phases_is_not_continued_for_more_epochs(

@@ -4,6 +4,7 @@ import copy
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -193,6 +194,11 @@ class Forward(nn.Module):
         return self.last(h_BCHW.mean((2, 3)))
 
 
+class InDictionary(Forward):
+    def forward(self, x_BCHW: Tensor) -> Any:
+        return {"logits": super().forward(x_BCHW)}
+
+
 class Overwrites(BasicBlock):
     """Changes its input, so that its shortcut is another one."""
 
@@ -212,6 +218,7 @@ def shared() -> nn.Module:
 
 UNUSABLE: dict[str, Callable[[], nn.Module]] = {
     **{how: (lambda how=how: Forward(how)) for how in ("one by one", "all outputs", "their number")},  # type: ignore[misc]
+    "in a dictionary": lambda: InDictionary("their number"),
     "overwritten input": lambda: wrapped(nn.Sequential(Overwrites(4, 4, 1), Overwrites(4, 4, 1))),
     "another addition": lambda: wrapped(nn.Sequential(Twice(4, 4, 1), Twice(4, 4, 1))),
     "one block twice": lambda: wrapped(shared()),
@@ -230,7 +237,9 @@ def test_what_a_block_more_would_change_is_refused_and_left_as_it_was(how: str) 
     net = UNUSABLE[how]()
     widths = discover(net, X)
     sizes, before, modes = widths.sizes(), zoo.states(net), [module.training for module in net.modules()]
-    with pytest.raises(StructureError, match=r"'layer' cannot grow: .* set growth.blocks=0") as caught:
+    with pytest.raises(
+        StructureError, match=r"'layer' cannot grow: .* set its Growth's blocks to 0"
+    ) as caught:
         deepen(net, widths, "layer")
     assert "\n" not in str(caught.value)
     assert widths.sizes() == sizes and not zoo.differences(before, zoo.states(net))
