@@ -30,9 +30,9 @@ class Census:
     widths: dict[str, int]
 
 
-def census(model: nn.Module, widths: Widths, example: Tensor) -> Census:
-    """Count parameters, MACs (of one input) and channels."""
-    return Census(count_params(model), count_params_dense(model), count_macs(model, example), widths.sizes())
+def census(model: nn.Module, widths: Widths, *example: Tensor) -> Census:
+    """Count parameters, MACs (of one input, or one of each where the network takes several) and channels."""
+    return Census(count_params(model), count_params_dense(model), count_macs(model, *example), widths.sizes())
 
 
 @torch.no_grad()
@@ -88,7 +88,9 @@ def count_macs_by_layer(model: nn.Module, *example: Tensor) -> dict[str, int]:
     """
     replica, batch = make_meta_copy(model).eval(), len(example[0])
     try:
-        return _count_macs(replica, [x.new_empty((1, *x.shape[1:]), device="meta") for x in example])
+        return _count_macs(
+            replica, [x.new_empty((1, *x.shape[1:])[: x.dim()], device="meta") for x in example]
+        )
     except Exception:  # the model's own forward runs here: anything may come
         if batch == 1:
             raise

@@ -11,7 +11,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
-from elastic.errors import StructureError
+from elastic.errors import StructureError, cite
 from elastic.measure.counts import count_macs
 from elastic.surgery.fresh import draw_he_normal
 from elastic.surgery.indices import grow_index
@@ -61,10 +61,15 @@ def _make_probe(model: nn.Module, widths: Widths) -> "_Probe":
     for dtype in (torch.float64, None):
         try:
             probe = _Probe(model, widths, dtype)
-            probe.run(probe.model)
-            return probe
+            outputs = probe.run(probe.model)
         except Exception as error:  # the model's own code runs here: anything may come
-            fault = str(error).strip().split("\n")[0]
+            fault = cite(error)
+            continue
+        if not any(y.isfinite().any() for y in outputs):
+            raise StructureError("the model's output for noise of the example's shape is nowhere finite")
+        if not all(map(probe.is_close, probe.run(probe.model, seed=1), outputs)):
+            raise StructureError("the model draws numbers in evaluation: what changes it cannot be told")
+        return probe
     raise StructureError(f"the model does not run on noise of the example's shape: {fault}")
 
 
@@ -118,23 +123,28 @@ class _Probe:
         except Exception:  # a network that was followed wrongly may fail in any way
             return False
         pairs = zip(outputs, expected, strict=False)
-        return len(outputs) == len(expected) and all(self._is_close(*pair) for pair in pairs)
+        return len(outputs) == len(expected) and all(self.is_close(*pair) for pair in pairs)
 
-    def run(self, model: nn.Module) -> list[Tensor]:
+    def run(self, model: nn.Module, seed: int = 0) -> list[Tensor]:
         """Run a copy on noise, and list its outputs."""
-        with torch.no_grad():
+        devices = {x.device for x in self.inputs if x.device.type == "cuda"}
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
             return list_output_tensors(model(*self.inputs))
 
-    def _is_close(self, output: Tensor, expected: Tensor) -> bool:
+    def is_close(self, output: Tensor, expected: Tensor) -> bool:
+        """Tell whether an output is the expected one, where that is a number at all."""
         if output.shape != expected.shape:
             return False
-        scale = expected.abs().max().item() if expected.numel() else 0.0
-        return torch.allclose(output, expected, rtol=0, atol=self.tolerance * scale)
+        finite = expected[expected.isfinite()].abs()
+        scale = finite.max().item() if finite.numel() else 0.0
+        return torch.allclose(output, expected, rtol=0, atol=self.tolerance * scale, equal_nan=True)
 
     def _draw_input(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+        shape = x[:SAMPLES].shape if x.dim() else x.shape
         if not x.is_floating_point():
-            return torch.zeros(x[:SAMPLES].shape, dtype=x.dtype)
-        return torch.randn(x[:SAMPLES].shape, generator=self.generator).to(dtype or x.dtype)
+            return torch.zeros(shape, dtype=x.dtype)
+        return torch.randn(shape, generator=self.generator).to(dtype or x.dtype)
 
     def _draw_again(self, value: Tensor) -> None:
         """Draw anew what is a scalar a channel (away from neutral values), and what is constant."""

@@ -86,8 +86,7 @@ def find_widths(model: nn.Module, *example: Tensor) -> Widths:
     elements = ChannelUnion()
     records: Records = {}
     replica = make_meta_copy(model)
-    # Two samples, so that batch norm in training mode has something to average; sizes stay distinct.
-    inputs = [x.new_empty((max(2, len(x)), *x.shape[1:]), device="meta") for x in example]
+    inputs = _make_inputs(example)
     for graph in trace_modes(replica, *inputs):
         with torch.no_grad():
             AxisTracker(graph, replica, elements, records).run(*inputs)
@@ -96,6 +95,22 @@ def find_widths(model: nn.Module, *example: Tensor) -> Widths:
     fix_widths(widths, _find_unstored(model, widths))
     fix_widths(widths, _find_inseparable(widths))
     return widths
+
+
+def _make_inputs(example: Sequence[Tensor]) -> list[Tensor]:
+    """Make inputs without data, of the example's shapes.
+
+    Of a batch of one, two samples: batch norm in training mode has something to average then. Inputs beside a
+    larger batch keep their length, say that of a number for all samples.
+    """
+    for x in example:
+        if not isinstance(x, Tensor):
+            raise OptionError(
+                f"an example input is a {type(x).__name__}: give the network's inputs as tensors, one by one"
+            )
+    batch = len(example[0]) if example and example[0].dim() else 2
+    shapes = [(2, *x.shape[1:]) if x.dim() and len(x) == batch < 2 else x.shape for x in example]
+    return [x.new_empty(shape, device="meta") for x, shape in zip(example, shapes, strict=True)]
 
 
 def _find_unstored(model: nn.Module, widths: Widths) -> dict[str, str]:

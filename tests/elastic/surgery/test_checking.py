@@ -110,3 +110,44 @@ def test_a_width_that_is_fixed_later_counts_as_constant() -> None:
     expected = model(x).detach()
     reindex(model, widths, {name: grow_index(size, 2) for name, size in widths.sizes().items()})
     torch.testing.assert_close(model(x), expected)
+
+
+class Drawing(nn.Module):
+    """Computes what a check cannot compare: numbers drawn anew at each call, or none at all."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.first, self.last = how, conv(3, 8), conv(8, 4)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        h_BCHW = self.first(x_BCHW)
+        if self.how == "dropout":
+            h_BCHW = nn.functional.dropout(h_BCHW, 0.2)
+        if self.how == "noise":
+            h_BCHW = h_BCHW + torch.randn(len(h_BCHW), 1, 1, 1, dtype=h_BCHW.dtype)
+        y_BC = self.last(h_BCHW).mean((2, 3))
+        return {"infinite": y_BC / 0.0, "logarithm": y_BC.log()}.get(self.how, y_BC)
+
+
+@pytest.mark.parametrize("how", ["dropout", "noise", "infinite", "logarithm"])
+def test_what_cannot_be_compared_condemns_no_width(how: str) -> None:
+    torch.manual_seed(0)
+    net, x_BCHW = Drawing(how), torch.randn(2, 3, 8, 8)
+    assert discover_checked(net, x_BCHW).sizes() == {"first": 8}
+    if how != "logarithm":  # some of whose outputs are numbers
+        with pytest.raises(StructureError, match=r"draws numbers in evaluation|is nowhere finite"):
+            discover(net, x_BCHW, check=True)
+
+
+def test_what_is_a_number_is_compared_where_the_rest_is_none() -> None:
+    register_op("flip", pass_through)
+
+    class Flips(Drawing):
+        def forward(self, x_BCHW: Tensor) -> Tensor:
+            return self.last(self.first(x_BCHW).flip(1)).mean((2, 3)).log()
+
+    torch.manual_seed(0)
+    net, x_BCHW = Flips(""), torch.randn(8, 3, 8, 8)
+    assert discover(net, x_BCHW).sizes() == {"first": 8}
+    with pytest.raises(StructureError, match="another order of its channels the network is another function"):
+        discover(net, x_BCHW, check=True)

@@ -16,7 +16,8 @@ from torch.nn.utils import parametrizations
 from torchvision import models
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from elastic.errors import StructureError
+from elastic.errors import OptionError, StructureError
+from elastic.measure import census
 from elastic.surgery.reindexing import grow_index, reindex
 from elastic.widths.discovery import Widths, discover
 from tests.elastic.zoo import CASES, OUTPUT, Case, Net, changes, conv, differences, groupings, head, states
@@ -466,3 +467,34 @@ def test_torchvision_is_as_elastic_as_our_own(name: str) -> None:
     half = {n: torch.randperm(w.size, generator=random)[: -(-w.size // 2)] for n, w in widths.items()}
     reindex(model, widths, half)
     check_structure(model, widths, x)
+
+
+class Timed(nn.Module):
+    """Scales what it reads by a second input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x_BCHW: Tensor, scale: Tensor) -> Tensor:
+        return self.last(self.first(x_BCHW) * scale)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1, 1)])
+def test_a_number_may_stand_beside_a_batch(shape: tuple[int, ...], batch: int) -> None:
+    net, x_BCHW, scale = Timed(), torch.randn(batch, 3, 8, 8), torch.randn(shape)
+    if batch == 1 and shape == (1,):  # a number a sample, which does not go with images
+        return
+    widths = discover(net, x_BCHW, scale, check=True)
+    assert widths.sizes() == {"first": 8}
+    net(x_BCHW, scale)
+    assert census(net, widths, x_BCHW, scale).widths == {"first": 8}
+
+
+def test_an_example_that_is_no_tensor_is_named() -> None:
+    x_BCHW = torch.randn(1, 3, 8, 8)
+    with pytest.raises(
+        OptionError, match="an example input is a tuple: give the network's inputs as tensors"
+    ):
+        discover(Timed(), (x_BCHW, x_BCHW))  # type: ignore[arg-type]
