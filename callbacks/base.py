@@ -38,11 +38,14 @@ class ElasticCallback(L.Callback):
     the structure, and answers questions; it writes into no attribute of the user's module.
 
     Attributes:
-        changes_structure: whether the network's parameters may change their shapes, or copies follow them;
-            levels and kernel activation modules need a network that stays as it is.
+        changes_structure: whether the network's parameters may change their shapes; levels and kernel
+            activation modules need a network that stays as it is.
+        averages_weights: whether a copy of the network stands in for it in validation, which has neither
+            levels nor modules, and which nothing else may do at once.
     """
 
     changes_structure: ClassVar[bool] = False
+    averages_weights: ClassVar[bool] = False
     structure: Structure
     _own_states: Sequence[dict[str, Any]] | None = None
 
@@ -74,11 +77,19 @@ class ElasticCallback(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.structure = join_structure(trainer, pl_module)
+        if stage == "fit" and self._leads(trainer):
+            for callback in list_elastic(trainer):
+                callback.check(trainer)
         static = [callback for callback in trainer.callbacks if isinstance(callback, STATIC)]  # type: ignore[attr-defined]
-        if self.changes_structure and static:
+        if static and self.changes_structure:
             raise TrainingError(
                 f"{type(static[0]).__name__} cannot follow a network that changes, as "
                 f"{type(self).__name__} needs it to: leave one of them out (AverageWeights follows)"
+            )
+        if static and self.averages_weights:
+            raise TrainingError(
+                f"{type(static[0]).__name__} and {type(self).__name__} would each replace the network's "
+                "weights by others: leave one of them out"
             )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -165,8 +176,15 @@ def refuse_changes_beside(trainer: L.Trainer, what: str) -> None:
     """Refuse a run in which the structure changes, for the sake of what needs it to stay.
 
     Raises:
-        TrainingError: a callback changes it.
+        TrainingError: a callback changes it, or averages it as one network.
     """
+    for callback in list_elastic(trainer):
+        if callback.averages_weights:
+            name = type(callback).__name__
+            raise TrainingError(
+                f"{what} and {name} cannot be in one run, since {name} averages one network that runs whole: "
+                f"leave {name} out"
+            )
     changing = [type(c).__name__ for c in list_elastic(trainer) if c.changes_structure]
     if changing:
         raise TrainingError(

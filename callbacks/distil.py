@@ -77,7 +77,7 @@ class Distil(ElasticCallback):
         x = torch.zeros(1, *example.shape[1:], dtype=example.dtype)
         try:
             taught = find_output_shapes(self.teacher, x)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError, AssertionError) as error:  # as networks say it themselves
             raise TrainingError(
                 f"the teacher cannot look at images of {tuple(x.shape[1:])}: name the run of one that can"
             ) from error

@@ -32,7 +32,7 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
         AverageWeights(decay=0.99)
     """
 
-    changes_structure = True  # a copy of the network that would have to follow
+    averages_weights = True
 
     def __init__(
         self,

@@ -62,7 +62,6 @@ class TrainLevels(ElasticCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self.check(trainer)
         structure = self.structure
         net, widths, example = structure.net, structure.widths, structure.example
         if structure.levels is None and trainer.ckpt_path is None:  # a checkpoint brings its own

@@ -159,24 +159,23 @@ def finish(
     """Measure the network once on the test split, and write down and show what the run has come to."""
     structure = module.cpu().float().structure  # saved and measured in 32 bits, whatever it was trained in
     network = make_network(structure)
-    census = next((callback for callback in list_elastic(trainer) if isinstance(callback, Census)), Census())
-    summary = summarise(
-        cfg, measure_network(network, data, module.task), census.seconds, census.macs_training
-    )
-    summary["epochs"] = trainer.current_epoch  # that were trained, whatever was planned
+    census = next((callback for callback in list_elastic(trainer) if isinstance(callback, Census)), None)
+    costs = (None, None) if census is None else (census.seconds, census.macs_training)
+    history = [] if census is None else census.history
+    summary = summarise(cfg, trainer.current_epoch, measure_network(network, data, module.task), *costs)
     metric = f"val/{module.task.metric}"
-    summary[metric] = census.history[-1].get(metric) if census.history else None
+    summary[metric] = history[-1].get(metric) if history else None
     for callback in list_elastic(trainer):
         summary |= callback.report()
     network.save(folder / WEIGHTS, describe_run(cfg, data, summary))
     summary["weights"] = find_digest(folder / WEIGHTS)
-    write_lines(folder / "history.jsonl", census.history)
-    draw_history(census.history, structure.timeline, folder / "history.png", module.task.metric)
+    write_lines(folder / "history.jsonl", history)
+    draw_history(history, structure.timeline, folder / "history.png", module.task.metric)
     write_summary(summary, folder)
     options = OmegaConf.to_container(make_portable(cfg), resolve=True)
     for logger in trainer.loggers:
-        publish(logger, folder, options, summary, census.history, structure.timeline)
-    show(summary, census.history, folder)
+        publish(logger, folder, options, summary, history, structure.timeline)
+    show(summary, history, folder)
     return summary
 
 

@@ -111,13 +111,16 @@ def measure_metrics(net: nn.Module, data: ImageData, task: Task) -> dict[str, fl
     return {f"{TEST}{name}": float(measured[f"{TEST}{name}"]) for name in task.list_metrics()}
 
 
-def summarise(cfg: DictConfig, measured: Row, wall_s: float, macs_training: int | None) -> Row:
+def summarise(
+    cfg: DictConfig, epochs: int, measured: Row, wall_s: float | None, macs_training: int | None
+) -> Row:
     """Make one flat object, under the keys that every run shares.
 
     Args:
+        epochs: that were trained, whatever was planned.
         measured: what the network is, from `measure_network`.
-        wall_s: what training took.
-        macs_training: the same in MACs, see `callbacks.Census`; None where they were not counted.
+        wall_s: what training took; None where it was not counted.
+        macs_training: the same in MACs, see `callbacks.Census`.
     """
     return {
         "experiment": cfg.name,
@@ -125,10 +128,10 @@ def summarise(cfg: DictConfig, measured: Row, wall_s: float, macs_training: int 
         "data": cfg.choices.data,
         "model": cfg.choices.model,
         "schedule": "+".join(name for name in SCHEDULE if name in list_callbacks(cfg)) or "static",
-        "epochs": cfg.trainer.max_epochs,
+        "epochs": epochs,
         **measured,
         "macs_training": macs_training,
-        "wall_s": round(wall_s, 1),
+        "wall_s": None if wall_s is None else round(wall_s, 1),
         "git": find_revision(),
         "elastic": elastic.__version__,
         "torch": torch.__version__,
@@ -186,7 +189,8 @@ def show(summary: Row, history: list[Row], folder: Path) -> None:
         console.print(_make_level_table(summary["levels"]))
     if "budget/reason" in summary:
         print(f"the budget was missed by more than 2 %: {summary['budget/reason']}")
-    print(f"{summary['epochs']} epochs in {summary['wall_s']:.0f} s; see {folder}/history.png")
+    time = "" if summary["wall_s"] is None else f" in {summary['wall_s']:.0f} s"
+    print(f"{summary['epochs']} epochs{time}; see {folder}/history.png")
 
 
 def _make_table(summary: Row, history: list[Row]) -> Table:

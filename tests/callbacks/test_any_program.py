@@ -150,6 +150,25 @@ def test_a_restart_within_an_epoch_counts_all_of_it(tmp_path: Path) -> None:
     assert again.macs_training * IMAGES == once.macs_training * (6 * BATCH + sum(seen))
 
 
+class Refuses(PruneByGates):
+    """A user's own, which answers the question what it cannot be in one run with."""
+
+    def check(self, trainer: L.Trainer) -> None:
+        raise TrainingError(f"not beside {len(trainer.callbacks)} others: leave it out")  # type: ignore[attr-defined]
+
+
+def test_every_callback_is_asked_what_it_cannot_be_with() -> None:
+    with pytest.raises(TrainingError, match="not beside"):
+        fit(make_program(), [PruneByGates(penalty=1e-2), Refuses()])
+
+
+def test_two_averages_are_refused() -> None:
+    with pytest.raises(
+        TrainingError, match=r"StochasticWeightAveraging and AverageWeights would each replace"
+    ):
+        fit(make_program(), [StochasticWeightAveraging(1e-2), AverageWeights()])
+
+
 class ByName(Program):
     """Calls its network by the names of its arguments, of which some have a default."""
 

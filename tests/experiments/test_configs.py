@@ -404,7 +404,7 @@ def test_experiments_survive_a_few_batches_of_real_data(tmp_path: Path, experime
     survive(tmp_path, experiment, *few, "data.download=false", "data.batch_size=32")
 
 
-def test_one_batch_is_neither_logged_nor_saved(tmp_path: Path) -> None:
+def test_one_batch_is_neither_logged_nor_a_checkpoint(tmp_path: Path) -> None:
     summary = train(configure(tmp_path, "debug=batch", "trainer.accelerator=cpu"), tmp_path)
     assert (
         summary["epochs"] == 1

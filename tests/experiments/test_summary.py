@@ -26,6 +26,7 @@ from elastic.files.network import Network
 from elastic.files.sums import SUMS, check_sum
 from elastic.models import convnet
 from elastic.training.tasks import Classification
+from tests.fitted import EXACT
 from tests.runs import TINY, configure
 
 PRUNING = (
@@ -123,9 +124,15 @@ def test_the_summary_tells_the_budget_asked_from_what_was_got(tmp_path: Path) ->
     ],
 )
 def test_the_summary_names_the_schedule_in_one_order(tmp_path: Path, schedule: str, named: str) -> None:
-    found = summarise(configure(tmp_path, f"schedule={schedule}"), {}, 1.25, 10**12)
+    found = summarise(configure(tmp_path, f"schedule={schedule}"), 3, {}, 1.25, 10**12)
     assert found["schedule"] == named
     assert (found["wall_s"], found["macs_training"]) == (1.2, 10**12)
+
+
+def test_what_nothing_has_counted_is_no_number(tmp_path: Path) -> None:
+    given = (*EXACT, "schedule=static", "trainer.max_epochs=1", "callbacks.census=null")
+    summary = train(configure(tmp_path, *given), tmp_path)
+    assert summary["epochs"] == 1 and summary["wall_s"] is None and summary["macs_training"] is None
 
 
 def test_the_accuracy_is_that_of_the_images_right(tmp_path: Path) -> None:
