@@ -13,9 +13,18 @@ from elastic.errors import StructureError
 from elastic.widths.hooks import watch_hooks
 from elastic.widths.operations import NEEDS_NO_TENSOR, READS_COUNTS, TABLE, NotFollowed, Role, Rule, Tracked
 from elastic.widths.operations.counts import count_node, list_counts
-from elastic.widths.operations.interface import ATTRIBUTE, Layer, Place, is_stored, list_axes, list_tensors
+from elastic.widths.operations.interface import (
+    ATTRIBUTE,
+    Layer,
+    Place,
+    get_input,
+    is_stored,
+    list_axes,
+    list_tensors,
+)
 from elastic.widths.parameters import ChannelParametrization, get_original, list_parametrizations
 from elastic.widths.tracing import describe_node, drop_data
+from elastic.widths.tracing.concrete import changes_tensor
 from elastic.widths.tracing.graph import shorten
 from elastic.widths.tracing.shapes import infer_call, infer_layer
 from elastic.widths.tracing.sizes import STOCK, SizeAttribute, is_stock
@@ -39,6 +48,7 @@ class AxisTracker:
         self._recorded: list[Axis] = []  # what the rule of this node has recorded
         self._united: list[tuple[Axis, Axis]] = []  # what it has let agree
         self._followed: list[SizeAttribute] = []  # the numbers of this node that follow channels
+        self._aliases: dict[fx.Node, list[fx.Node]] = {}  # nodes that give one and the same tensor
         # Attributes that are used as they are, with a reason.
         self._constant: dict[Dimension, str] = {
             (place.module, ATTRIBUTE + place.name, place.number): f"the forward computes with {place}"
@@ -82,6 +92,17 @@ class AxisTracker:
         if self._hooked and node.op == "call_module" and str(node.target) in self._hooked:
             axes = [*list_axes(node.meta["axes"]), *self._list_input_axes(node)]
             self.fix(axes, node, "has a hook that may change them")
+        if changes_tensor(node):
+            self._update_aliases(node)
+
+    def _update_aliases(self, node: fx.Node) -> None:
+        """Let all nodes that give the tensor which a method has changed know its dimensions from now on."""
+        source = get_input(node)
+        aliases = self._aliases.setdefault(source, [source])
+        self._aliases[node] = aliases
+        aliases.append(node)
+        for alias in aliases:
+            alias.meta["value"], alias.meta["axes"] = node.meta["value"], node.meta["axes"]
 
     def _compute(self, node: fx.Node, inputs: list[Tensor]) -> Any:
         """Compute what a node gives; of what the model's forward makes, a tensor may have data yet."""
@@ -101,6 +122,8 @@ class AxisTracker:
         value = infer_call(target, args, kwargs)
         if value is not None:
             return value
+        if changes_tensor(node) and isinstance(args[0], Tensor):
+            get_input(node).meta["value"] = args[0].detach()  # of the shape before, which the rule asks for
         if node.op == "call_method":
             return getattr(args[0], target)(*args[1:], **kwargs)
         return drop_data(target(*args, **kwargs))

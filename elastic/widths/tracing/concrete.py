@@ -57,6 +57,12 @@ def expect_default(value: object, default: object, name: str) -> None:
         )
 
 
+def changes_tensor(node: fx.Node) -> bool:
+    """Tell whether a node calls a method that changes its tensor, perhaps also its shape: `unsqueeze_`."""
+    name = str(node.target)
+    return node.op == "call_method" and name.endswith("_") and not name.endswith("__")
+
+
 class TrainingFlag:
     """Stand for `self.training`, true while a forward is traced, and know what it has been used for.
 
@@ -236,10 +242,15 @@ class ConcreteTracer(fx.Tracer):
         if self._replica is None:
             with _untraced():
                 self._replica = make_meta_copy(self.root)
-        needed, pending = set[fx.Node](), [node]
+        seen, needed, pending = set[fx.Node](), set[fx.Node](), [node]
         while pending:
             source = pending.pop()
-            if source not in needed and source not in self._values:
+            if source in seen:
+                continue
+            seen.add(source)
+            # What a method has changed may be of another shape by now.
+            pending += (user for user in source.users if changes_tensor(user) and user.args[0] is source)
+            if source not in self._values:
                 needed.add(source)
                 pending += source.all_input_nodes
         inputs = dict(zip(node.graph.find_nodes(op="placeholder"), self._inputs, strict=False))

@@ -1,0 +1,80 @@
+"""Methods that change a tensor's shape in place, whether or not their result is used."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from elastic import discover, reindex
+from elastic.widths.discovery import find_widths
+from tests.elastic.widths.odd import between
+from tests.elastic.zoo import Net
+
+X = torch.randn(2, 3, 2, 4, generator=torch.Generator().manual_seed(0))  # as many places as channels
+SHUFFLED = [3, -1, 0, 5, 7, 1, 4, -1, 2, 6]
+
+
+def change(tensor: Tensor, *calls: tuple[str, tuple[int, ...]]) -> Tensor:
+    """Call methods, and give the tensor itself."""
+    for name, arguments in calls:
+        getattr(tensor, name)(*arguments)
+    return tensor
+
+
+def project_places(*calls: tuple[str, tuple[int, ...]]) -> nn.Module:
+    """Read channels, which come to lie on the last dimension, with a linear layer."""
+    return Net(
+        lambda m, x: m.head(m.read(change(m.stem(x).flatten(2), *calls)).relu().mean(1)),
+        **{"stem": nn.Conv2d(3, 8, 1), "read": nn.Linear(8, 6), "head": nn.Linear(6, 5)},
+    )
+
+
+def gate(*calls: tuple[str, tuple[int, ...]]) -> nn.Module:
+    return between(lambda m, x: x * change(x.mean((2, 3)).sigmoid(), *calls))
+
+
+def change_result(m: nn.Module, x: Tensor) -> Tensor:
+    """Change what another method has given, which is the tensor itself."""
+    y = x.mean((2, 3))
+    y.sigmoid_().unsqueeze_(-1)
+    y.relu_().unsqueeze_(-1)
+    return x * y
+
+
+def ask_shape(m: nn.Module, x: Tensor) -> Tensor:
+    y = x.flatten(2)[..., :6]
+    if y.shape[2] == 6:
+        y.transpose_(1, 2)
+    if y.shape[1] != 6:
+        raise ValueError("six places")
+    return x * y.mean(1)[..., None, None]
+
+
+FOLLOWED: dict[str, Callable[[], nn.Module]] = {
+    "transpose_": lambda: project_places(("transpose_", (1, 2))),
+    "swapaxes_": lambda: project_places(("swapaxes_", (-1, -2))),
+    "and back": lambda: project_places(*[("swapdims_", (1, 2))] * 3),
+    "unsqueeze_": lambda: gate(("unsqueeze_", (-1,)), ("unsqueeze_", (-1,))),
+    "squeeze_": lambda: gate(*[("unsqueeze_", (-1,))] * 3, ("squeeze_", (-1,))),
+    "t_": lambda: gate(("t_", ()), ("t_", ()), *[("unsqueeze_", (-1,))] * 2),
+    "result of a method": lambda: between(change_result),
+    "shape asked": lambda: between(ask_shape),
+}
+
+
+@pytest.mark.parametrize("build", FOLLOWED.values(), ids=FOLLOWED)
+def test_a_tensor_whose_shape_changes_in_place_is_followed(build: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = build().eval()
+    expected = model(X).detach()
+    widths = discover(model, X)
+    assert widths["stem"].size == 8
+    reindex(model, widths, {"stem": SHUFFLED})
+    torch.testing.assert_close(model(X), expected)
+
+
+def test_a_shape_that_cannot_be_followed_fixes_the_channels() -> None:
+    widths = find_widths(between(lambda m, x: change(x, ("resize_", (2, 8, 8, 1))).view(2, 8, 2, 4)), X)
+    assert widths.fixed["stem"] == "resize_(2, 8, 8, 1) in the model's forward cannot be followed"
+    assert list(widths) == ["last"]
