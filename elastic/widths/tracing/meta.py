@@ -1,6 +1,7 @@
 """Copy a model without its data."""
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -11,28 +12,42 @@ from torch.utils._pytree import tree_leaves, tree_map
 from elastic.errors import StructureError
 from elastic.widths.copying import copy_module
 from elastic.widths.parameters import get_kind
+from elastic.widths.tracing.shapes import infer_each, infer_norm
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
+
+
+def _work_on_each(layer: nn.Module, input: Tensor) -> Tensor:
+    """Stand for a layer that works entry by entry."""
+    known = infer_each(input)
+    return type(layer).forward(layer, input) if known is None else known
+
+
+def _normalize(layer: nn.Module, input: Tensor) -> Tensor:
+    """Stand for batch and group norm."""
+    return infer_norm(input)
+
+
+def _normalize_layer(layer: nn.Module, input: Tensor) -> Tensor:
+    """Stand for layer norm, whose output lies in the usual order."""
+    return input.new_empty(input.shape)
+
+
 # Layers whose output has the shape of their input, and which are slow on the meta device.
-KEEPS_SHAPE = (
-    BATCH_NORM,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.Dropout,
-    nn.Sigmoid,
-    nn.ReLU,
-    nn.ReLU6,
-    nn.Hardswish,
-    nn.Hardsigmoid,
-    nn.Hardtanh,
-    nn.SiLU,
-    nn.GELU,
-)
-
-
-def _keep_shape(input: Tensor) -> Tensor:
-    """Stand for an operation whose output has the shape of its input."""
-    return input.detach()
+KEEPS_SHAPE: dict[type[nn.Module], Callable[[nn.Module, Tensor], Tensor]] = {
+    BATCH_NORM: _normalize,
+    nn.GroupNorm: _normalize,
+    nn.LayerNorm: _normalize_layer,
+    nn.Dropout: _work_on_each,
+    nn.Sigmoid: _work_on_each,
+    nn.ReLU: _work_on_each,
+    nn.ReLU6: _work_on_each,
+    nn.Hardswish: _work_on_each,
+    nn.Hardsigmoid: _work_on_each,
+    nn.Hardtanh: _work_on_each,
+    nn.SiLU: _work_on_each,
+    nn.GELU: _work_on_each,
+}
 
 
 def make_meta_copy(model: nn.Module) -> nn.Module:
@@ -46,8 +61,8 @@ def make_meta_copy(model: nn.Module) -> nn.Module:
         _replace_tensors(module, memo)
     replica = copy_module(model, memo)
     for module in replica.modules():
-        if _keeps_shape(get_kind(module)):  # type: ignore[arg-type]
-            vars(module)["forward"] = _keep_shape
+        if (forward := _find_forward(get_kind(module))) is not None:  # type: ignore[arg-type]
+            vars(module)["forward"] = MethodType(forward, module)
     return replica
 
 
@@ -95,5 +110,8 @@ def _replace_tensors(module: nn.Module, memo: dict[int, Any]) -> None:
             memo[id(tensor)] = drop_data(tensor)
 
 
-def _keeps_shape(kind: type[nn.Module]) -> bool:
-    return issubclass(kind, KEEPS_SHAPE) and kind.__module__.startswith("torch.nn.")
+def _find_forward(kind: type[nn.Module]) -> Callable[[nn.Module, Tensor], Tensor] | None:
+    """Find what stands for the forward of a layer of torch's own, if anything does."""
+    if not kind.__module__.startswith("torch.nn."):
+        return None
+    return next((KEEPS_SHAPE[base] for base in kind.__mro__ if base in KEEPS_SHAPE), None)

@@ -13,13 +13,15 @@ from torch.nn import functional as F
 
 Shape = Sequence[int]
 
-# Functions whose output has the shape of their input; those that join two tensors, or one and a number.
-UNARY = {F.layer_norm, F.batch_norm, F.group_norm, F.relu, F.gelu, F.silu, F.hardswish, F.dropout, torch.relu}
+# Functions that work entry by entry; norms; those that join two tensors, or one and a number.
+UNARY = {F.relu, F.gelu, F.silu, F.hardswish, F.dropout, torch.relu}
 UNARY |= {torch.sigmoid, F.leaky_relu, F.relu6, F.hardsigmoid, F.hardtanh}
 UNARY_MODULES = {"torchvision.ops.stochastic_depth"}  # that need not be there
+NORMS = {F.batch_norm, F.group_norm}
 BINARY = {operator.add, operator.iadd, operator.mul, operator.imul, operator.sub, torch.add, torch.mul}
 IN_PLACE = {operator.iadd, operator.imul}
 SPELLED = {"add", "add_", "mul", "mul_", "relu", "relu_", "sigmoid", "sub"}  # methods
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the number of dimensions
 
 
 def infer_layer(layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
@@ -39,14 +41,42 @@ def infer_call(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tens
     if not args or not _is_known(args[0]):
         return None
     first, *others = args
+    if target is F.layer_norm:
+        return first.new_empty(first.shape)
+    if target in NORMS:
+        return infer_norm(first)
     is_known = target in SPELLED if isinstance(target, str) else _keeps_shape(target)
     if is_known and not any(isinstance(other, Tensor) for other in others[:1]):
-        return first.detach()
+        return infer_each(first)
     if len(others) == 1 and not kwargs and (is_known or target in BINARY):
         return _infer_joined(target, first, others[0])
     if target is F.adaptive_avg_pool2d and len(others) == 1 and first.is_contiguous():
         return first.new_empty(_pool(first.shape, others[0], 2))
     return None
+
+
+def infer_each(x: Tensor) -> Tensor | None:
+    """Find what an operation that works entry by entry gives; None where it has to be called.
+
+    Of a part of a tensor, say, it gives one without gaps, but for what is done in place.
+    """
+    return x.detach() if _is_dense(x) else None
+
+
+def infer_norm(x: Tensor) -> Tensor:
+    """Find what batch and group norm give: without gaps, in the usual order or with channels last.
+
+    They are not called where there are gaps: on the meta device they leave them another order.
+    """
+    dense = torch.empty_like(x)  # in the order that the dimensions have in memory
+    return dense if _is_dense(dense) else x.new_empty(x.shape)
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Tell whether a tensor has no gaps, and one of the two orders that torch keeps."""
+    if x.is_contiguous():
+        return True
+    return x.dim() in CHANNELS_LAST and x.is_contiguous(memory_format=CHANNELS_LAST[x.dim()])
 
 
 def _is_known(x: Any) -> bool:
@@ -61,11 +91,11 @@ def _keeps_shape(function: Any) -> bool:
 def _infer_joined(target: Any, first: Tensor, second: Any) -> Tensor | None:
     """Find what two tensors of one type give, or a tensor and a number."""
     if isinstance(second, int | float):
-        return first.detach()
+        return infer_each(first)
     if not _is_known(second) or second.dtype != first.dtype:
         return None
     if second.shape == first.shape:
-        return first.detach()
+        return infer_each(first) if second.stride() == first.stride() else None
     if isinstance(target, str) or not (first.is_contiguous() and second.is_contiguous()):
         return None  # in place, say
     shape = torch.broadcast_shapes(first.shape, second.shape)
