@@ -13,8 +13,10 @@ from operator import add
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, fx
 
+from elastic.widths.operations.interface import get_argument, get_input, get_operation_name, list_axes
 from elastic.widths.union import Axis, ChannelUnion
 
 
@@ -113,7 +115,8 @@ def list_counts(argument: Any) -> list[Count]:
 
 def count_node(node: fx.Node, value: Any) -> Counts:
     """Find what a node's number, or each of a shape's, depends on."""
-    name = (node.target if isinstance(node.target, str) else node.target.__name__).strip("_")
+    is_call = node.op in ("call_function", "call_method")
+    name = get_operation_name(node).strip("_") if is_call else ""  # an input or a layer may be called `size`
     counts = COUNTING.get(name, _count_anyhow)(node)
     if not any(count.terms for count in ([counts] if isinstance(counts, Count) else counts)):
         return get_counts(value)
@@ -123,23 +126,31 @@ def count_node(node: fx.Node, value: Any) -> Counts:
 
 
 def _count_shape(node: fx.Node) -> Counts:
-    """Count `x.shape` and `x.size()`; another attribute of x holds no number of channels."""
-    source, name = node.args[0], node.args[1] if len(node.args) > 1 else None
-    if isinstance(name, str) and name != "shape":
-        return Count(Fraction(), is_linear=False)
+    """Count `x.shape` and `x.size()`; another attribute of x may count its channels in a way of its own."""
+    source, name = get_input(node), get_argument(node, 1)
+    if isinstance(name, str) and (name != "shape" or not isinstance(source.meta["value"], Tensor)):
+        return _count_nothing(node) if name in UNCHANGED else _count_anyhow(node)
     counts = _list_dimensions(source)
     dim = node.kwargs.get("dim", name)
     return counts[dim] if isinstance(dim, int) else counts
 
 
-def _count_dimensions(node: fx.Node) -> Counts:
-    """Count `len(x.shape)`, which no channel changes."""
-    return get_counts(node.meta["value"])
+def _count_length(node: fx.Node) -> Counts:
+    """Count `len(x)`, the first dimension of a tensor; `len(x.shape)` is changed by no channel."""
+    dimensions = _list_dimensions(get_input(node))
+    return dimensions[0] if dimensions else _count_nothing(node)
 
 
 def _count_entries(node: fx.Node) -> Counts:
-    """Count `x.numel()`."""
-    return reduce(_multiply, _list_dimensions(node.args[0]), Count(Fraction(1)))
+    """Count `x.numel()`, or that of a shape."""
+    source = get_input(node)
+    counts = list_counts(source) if "counts" in source.meta else _list_dimensions(source)
+    return reduce(_multiply, counts, Count(Fraction(1)))
+
+
+def _count_nothing(node: fx.Node) -> Counts:
+    """Count `x.dim()` and its like, which no channel changes."""
+    return get_counts(node.meta["value"])
 
 
 def _list_dimensions(source: Any) -> tuple[Count, ...]:
@@ -189,7 +200,17 @@ def _count_same(node: fx.Node) -> Counts:
 
 
 def _count_anyhow(node: fx.Node) -> Count:
-    return _entangle([count for source in node.all_input_nodes for count in list_counts(source)])
+    """Depend on all numbers that a node reads, and on the channels of all tensors: `x.stride(0)`."""
+    is_number = not isinstance(node.meta["value"], bool | torch.dtype | torch.device)
+    return _entangle(
+        [count for source in node.all_input_nodes for count in _list_all_counts(source, is_number)]
+    )
+
+
+def _list_all_counts(source: fx.Node, of_tensors: bool) -> list[Count]:
+    if "counts" in source.meta:
+        return list_counts(source)
+    return [count_axis(axis, len(axis)) for axis in list_axes(source.meta["axes"])] if of_tensors else []
 
 
 def _entangle(counts: Sequence[Count]) -> Count:
@@ -197,6 +218,8 @@ def _entangle(counts: Sequence[Count]) -> Count:
     return Count(Fraction(), reduce(add, (count.terms for count in counts), ()), is_linear=False)
 
 
+# Numbers that a tensor gives and no channel changes.
+UNCHANGED = ("dim", "ndim", "ndimension", "element_size", "itemsize", "get_device")
 COUNTING: dict[str, Callable[[fx.Node], Counts]] = {
     "getattr": _count_shape,
     "size": _count_shape,
@@ -208,11 +231,13 @@ COUNTING: dict[str, Callable[[fx.Node], Counts]] = {
     "isub": _count_difference,
     "imul": _count_product,
     "ifloordiv": _count_ratio,
-    "len": _count_dimensions,
+    "len": _count_length,
     "numel": _count_entries,
+    "nelement": _count_entries,
     "floordiv": _count_ratio,
     "truediv": _count_ratio,
     "int": _count_same,
     "tuple": _count_same,
     "list": _count_same,
+    **dict.fromkeys(UNCHANGED, _count_nothing),
 }

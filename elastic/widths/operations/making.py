@@ -13,6 +13,7 @@ from elastic.widths.operations.interface import (
     get_argument,
     get_axes,
     get_input,
+    get_operation_name,
     get_shape,
     list_arguments,
 )
@@ -24,12 +25,21 @@ def fill(tracker: Tracker, node: fx.Node) -> Axes:
     is_like = node.op == "call_method"
     if is_like:
         tracker.drop(get_axes(get_input(node)))
-    counts = _list_counts(list_arguments(node, int(is_like), "size"))
+    counts = _list_counts(_list_fill_sizes(tracker, node, int(is_like)))
     shape = get_shape(node)
     if len(counts) != len(shape):
         tracker.fix([a for count in counts for a in count.axes], node, "computes with the number of channels")
         return (None,) * len(shape)
     return tuple(_follow_count(tracker, node, count) for count in counts)
+
+
+def _list_fill_sizes(tracker: Tracker, node: fx.Node, position: int) -> list[object]:
+    """List the sizes of what is made, and fix the channels that the value counts which fills it."""
+    if not get_operation_name(node).endswith("full"):
+        return list_arguments(node, position, "size")
+    value, size = get_argument(node, position + 1, "fill_value"), get_argument(node, position, "size")
+    tracker.fix(get_count(value).axes, node, "computes with the number of channels")
+    return list(size) if isinstance(size, tuple | list) else [size]
 
 
 def fill_like(tracker: Tracker, node: fx.Node) -> Axes:

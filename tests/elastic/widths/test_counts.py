@@ -63,12 +63,38 @@ FOLLOWED: dict[str, Callable[[], nn.Module]] = {
     "another's shape": lambda: between(unpack_anothers, one=conv(8, 8)),
     "view of another's shape": lambda: between(lambda m, x: m.one(x).view(x.shape), one=conv(8, 8)),
     "ones of that shape": lambda: between(lambda m, x: x * x.new_ones(x.shape[1], 1, 1)),
+    "filled by that shape": lambda: between(lambda m, x: x * torch.full(x.shape, 0.5)),
+    "filled by a keyword": lambda: between(lambda m, x: x * x.new_full(size=x.shape, fill_value=0.5)),
+    "numbers that no channel changes": lambda: between(
+        lambda m, x: x * x.dim() * x.ndim * len(x.shape) * x.element_size() * len(x) * len(x.mean(1))
+    ),
+    "types that no channel changes": lambda: between(lambda m, x: torch.relu(x).to(x.dtype).to(x.device)),
     "computed from space": lambda: between(lambda m, x: x * x.shape[3] ** -0.5),
 }
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "scaled by channels": (lambda: between(lambda m, x: x * x.shape[1] ** -0.5), "computes with the number"),
     "divided by channels": (lambda: between(lambda m, x: x / x.size(1)), "computes with the number"),
     "attention": (lambda: between(attend), "computes with the number"),
+    "divided by entries": (lambda: between(lambda m, x: x / x.numel()), "computes with the number"),
+    "entries by another name": (lambda: between(lambda m, x: x / x.nelement()), "computes with the number"),
+    "entries by a function": (
+        lambda: between(lambda m, x: x / torch.numel(input=x)),
+        "computes with the number",
+    ),
+    "entries of a shape": (lambda: between(lambda m, x: x / x.shape.numel()), "computes with the number"),
+    "bytes": (lambda: between(lambda m, x: x / x.nbytes), "computes with the number"),
+    "step in memory": (lambda: between(lambda m, x: x / x.stride(0)), "computes with the number"),
+    "steps in memory": (lambda: between(lambda m, x: x / x.stride()[0]), "computes with the number"),
+    "length": (lambda: between(lambda m, x: x / len(x[0])), "decides by the number"),
+    "length of a weight": (lambda: between(lambda m, x: x / len(m.stem.weight)), "decides by the number"),
+    "filled with channels": (
+        lambda: between(lambda m, x: x * torch.full((1,), x.shape[1])),
+        "computes with the number",
+    ),
+    "filled with what channels give": (
+        lambda: between(lambda m, x: x * x.new_full(size=(1,), fill_value=1 / x.shape[1])),
+        "computes with the number",
+    ),
     "all but four": (lambda: between(lambda m, x: x[:, : x.shape[1] - 4], reads=4), "fixes the number"),
     "from four on": (lambda: between(lambda m, x: x[:, x.shape[1] - 4 :], reads=4), "fixes the number"),
     "rounded": (lambda: between(lambda m, x: x[:, : x.shape[1] // 3], reads=2), "fixes the number"),
@@ -97,6 +123,21 @@ def test_another_number_fixes_the_channels_it_is_computed_from(
     torch.manual_seed(0)
     widths = find_widths(build(), X)
     assert reason in widths.fixed["stem"]
+
+
+class Named(nn.Module):
+    """Give inputs and layers the names of what counts channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.len, self.numel, self.last = conv(3, 8), nn.ReLU(), conv(8, 5)
+
+    def forward(self, x: Tensor, size: int = 2, mul: float = 0.5) -> Tensor:
+        return self.last(self.numel(self.len(x)) * size * mul).mean((2, 3))  # type: ignore[no-any-return]
+
+
+def test_inputs_and_layers_may_be_called_as_functions_are() -> None:
+    assert discover(Named(), X).sizes() == {"len": 8}
 
 
 def test_an_assertion_on_channels_fixes_them() -> None:
