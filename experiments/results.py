@@ -42,7 +42,7 @@ class Row:
 RESNET_DENSE = "prune_and_grow/resnet20-dense_100"
 ROWS = (
     Row("growth", "first_runs", "gnap", "digits, the demo", "first_runs/dense"),
-    Row("growth", "gnap_mnist", "best", "MNIST, CNN that starts with 979 parameters"),
+    Row("growth", "gnap_mnist", "p5000", "MNIST, CNN that starts with 979 parameters"),
     Row("growth", "gnap_cifar10", "p157800", "CIFAR-10, ResNet-20"),
     Row("growth", "growth_pays", "fixed_resolution", "CIFAR-10, ResNet-20: images grow", "growth_pays/fixed"),
     Row("levels", "prune_and_grow", "resnet20-joint_100", "CIFAR-10, ResNet-20, 4 levels", RESNET_DENSE),
