@@ -25,7 +25,7 @@ from elastic.widths.operations.functional import (
     rectify_with,
 )
 from elastic.widths.operations.interface import LAYER, Axes, NotFollowed, Role, Rule, Tracked, Tracker
-from elastic.widths.operations.joining import broadcast, concatenate, hold, stack
+from elastic.widths.operations.joining import broadcast, concatenate, convert, hold, stack
 from elastic.widths.operations.layers import (
     convolve,
     convolve_transposed,
@@ -130,7 +130,7 @@ FUNCTIONS: dict[Rule, str] = {
         add sub mul truediv div iadd isub imul itruediv rsub neg pow sqrt rsqrt exp log abs square
         maximum minimum relu relu6 leaky_relu elu selu celu gelu silu mish sigmoid tanh hardtanh hardswish
         hardsigmoid softplus clamp clip dropout dropout1d dropout2d dropout3d feature_dropout contiguous
-        clone detach to float half bfloat16 double type type_as expand_as stochastic_depth where lerp
+        clone detach float half bfloat16 double type expand_as stochastic_depth where lerp
         addcmul addcdiv bernoulli masked_fill erf sin cos tan sign reciprocal floor ceil round log1p expm1
         log2 exp2 sigmoid nan_to_num hardshrink softshrink softsign tanhshrink threshold logsigmoid rrelu
         clamp_min clamp_max alpha_dropout feature_alpha_dropout cpu cuda long int bool
@@ -140,6 +140,7 @@ FUNCTIONS: dict[Rule, str] = {
         atanh erfc log10 logit sinc trunc fix frac sgn mod fmod remainder floordiv floor_divide float_power
         multiply subtract divide true_divide negative absolute greater greater_equal less less_equal not_equal
         arcsinh arccosh arctanh atan2 arctan2 hypot copysign heaviside logaddexp fmin fmax requires_grad""",
+    convert: "to type_as",
     fill: "ones zeros empty full rand randn new_ones new_zeros new_empty new_full",
     fill_like: "ones_like zeros_like empty_like full_like rand_like randn_like",
     expand: "expand broadcast_to",

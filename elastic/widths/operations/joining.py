@@ -12,6 +12,7 @@ from elastic.widths.operations.interface import (
     Tracker,
     get_argument,
     get_axes,
+    get_input,
     get_operation_name,
     get_shape,
     get_value,
@@ -38,6 +39,12 @@ def broadcast(tracker: Tracker, node: fx.Node) -> Axes:
             tracker.unite(axes[0], axis, node)
         y[d] = axes[0] if axes else None
     return tuple(y)
+
+
+def convert(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow a change of type or device, which another tensor may say: what that one holds is not read."""
+    tracker.drop([axis for source in list_tensors(node) for axis in get_axes(source)])
+    return get_axes(get_input(node))
 
 
 def concatenate(tracker: Tracker, node: fx.Node) -> Axes:

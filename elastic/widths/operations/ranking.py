@@ -26,13 +26,17 @@ def find_extreme(tracker: Tracker, node: fx.Node) -> tuple[Axes, Axes] | Axes:
     if dim is None:
         return reduce_over(tracker, node, None)
     x = get_axes(get_input(node))
-    asks_place = any(
-        user.op != "call_function" or user.args[1:] not in ((0,), ("values",)) for user in node.users
-    )
-    if asks_place and x[dim] is not None:
+    if any(map(_asks_place, node.users)) and x[dim] is not None:
         tracker.fix([x[dim]], node, LARGEST)
     axes = reduce_over(tracker, node, dim, len(get_value(node)[0].shape))
     return axes, axes
+
+
+def _asks_place(user: fx.Node) -> bool:
+    """Tell whether a user of both results may read the places; what nothing reads, as a `_`, does not."""
+    if user.op != "call_function":
+        return True
+    return bool(user.users) and user.args[1:] not in ((0,), ("values",))
 
 
 def find_place(tracker: Tracker, node: fx.Node) -> Axes:
