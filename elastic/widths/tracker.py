@@ -23,15 +23,15 @@ from elastic.widths.operations.interface import (
     list_tensors,
 )
 from elastic.widths.parameters import ChannelParametrization, get_original, list_parametrizations
+from elastic.widths.stock import Records, list_own_axes, unite_attributes
 from elastic.widths.tracing import describe_node, drop_data
 from elastic.widths.tracing.concrete import changes_tensor
 from elastic.widths.tracing.graph import shorten
 from elastic.widths.tracing.shapes import infer_call, infer_layer
-from elastic.widths.tracing.sizes import STOCK, SizeAttribute, is_stock
+from elastic.widths.tracing.sizes import AttributePlace, SizeAttribute
 from elastic.widths.union import Axis, ChannelUnion
 
 Dimension = tuple[str, str, int]  # module, tensor, dimension
-Records = dict[Dimension, tuple[Role, Axis]]  # what lies there
 # Values that hold no channels, though they may count them.
 PLAIN = (int, float, torch.Size, torch.device, torch.dtype)
 CONSTANT = "_tensor_constant"  # what torch.fx calls a tensor that the model's forward makes
@@ -60,7 +60,7 @@ class AxisTracker:
     def run(self, *inputs: Tensor) -> None:
         """Run all nodes, and note of each its value and the value's axes.
 
-        Last, fix what layers' own attributes count that are used as they are.
+        Last, let layers' own attributes count their own channels: those that are used as they are fix them.
 
         Raises:
             StructureError: the model does not run on these inputs, or a rule is at fault.
@@ -75,14 +75,13 @@ class AxisTracker:
                     f"{describe_node(node)}: {shorten(error)}"
                 ) from error
             self._note_axes(node, value)
+        unite_attributes(self.elements, self.records, self._find_module)
         self._fix_used_as_they_are()
 
     def _fix_used_as_they_are(self) -> None:
-        for (path, name, _), reason in self._constant.items():
-            if is_stock(self._find_module(path)):
-                roles = STOCK.get(name.removeprefix(ATTRIBUTE), ())
-                on_layer = (record for key, record in self.records.items() if key[0] == path)
-                self.elements.fix_all([axis for role, axis in on_layer if role in roles], reason)
+        for (path, name, number), reason in self._constant.items():
+            place = AttributePlace(path, name.removeprefix(ATTRIBUTE), number)
+            self.elements.fix_all(list_own_axes(self._find_module(path), place, self.records), reason)
 
     def _note_axes(self, node: fx.Node, value: Any) -> None:
         if _is_plain(value):
