@@ -1,6 +1,6 @@
 """Connect a callback to the structure of the network that it is about, and ask callbacks what they answer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,6 +15,9 @@ from elastic.training.structure import Structure, get_scaler
 
 # Lightning's own callbacks that hold on to parameters, or copies of them, as they were.
 STATIC = (StochasticWeightAveraging, BaseFinetuning, ModelPruning)
+
+
+Loss = Callable[[Any, Tensor], Tensor]  # of outputs and targets
 
 
 @dataclass(frozen=True)
@@ -153,17 +156,20 @@ class FollowNetwork(ElasticCallback):
     Args:
         network: its path in the module, say "backbone" or "model.encoder".
         example: an input of it, where the module's own forward does not lead to it.
+        loss: what its channels are judged by where gradients decide (GradMax, importance "taylor"): takes
+            the network's outputs and the targets of a batch; the cross entropy of classes by default.
 
     Example::
 
         trainer = L.Trainer(callbacks=[FollowNetwork("backbone"), PruneByGates(budget=100_000)])
     """
 
-    def __init__(self, network: str, example: Tensor | None = None) -> None:
-        self.network, self.example = network, example
+    def __init__(self, network: str, example: Tensor | None = None, loss: Loss | None = None) -> None:
+        self.network, self.example, self.loss = network, example, loss
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        join_structure(trainer, pl_module, self.network, self.example)
+        structure = join_structure(trainer, pl_module, self.network, self.example)
+        structure.compute_loss = self.loss or structure.compute_loss
         super().setup(trainer, pl_module, stage)
 
 

@@ -19,7 +19,7 @@ from elastic.surgery.fresh import PAIRS, STRATEGIES, Fresh, zero_out
 from elastic.surgery.reindexing import Index, grow_index, split_index
 from elastic.training.entry_rates import EntryRates
 from elastic.training.progress import measure_epoch_progress
-from elastic.training.samples import sample_batch
+from elastic.training.samples import check_loss, sample_batch
 from elastic.training.timeline import find_growth_at, read_timeline, select_growth
 
 STARTS = (*STRATEGIES, *PAIRS, "gradmax")
@@ -112,6 +112,10 @@ class GrowOnSaturation(ElasticCallback):
                     f"the timeline tells of '{name}', which this network has not: replay it on the network, "
                     "and with the start, of its own run"
                 )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.fresh == "gradmax":
+            check_loss(trainer, self.structure)  # which is needed when much has been trained
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look for validation's metric before anything is trained; others come later."""

@@ -49,6 +49,7 @@ class TrainJointly(TrainLevels):
         return [*small, *(StepNetwork(level, often) for level in between), StepNetwork(self.structure.net)]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         self.structure.extra_levels = range(len(self.levels) - 1)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

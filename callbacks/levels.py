@@ -15,7 +15,7 @@ from elastic.levels.sizes import By, check_levels, level_sizes
 from elastic.measure.machine import measure_latency_ms
 from elastic.ranges import Count, Positive, checked
 from elastic.surgery.reindexing import reindex
-from elastic.training.samples import sample_batch
+from elastic.training.samples import check_loss, sample_batch
 from elastic.widths.discovery import discover
 
 SAMPLES = 256  # training images that importance by gradients looks at
@@ -72,6 +72,10 @@ class TrainLevels(ElasticCallback):
             structure.nest(Levels(net, widths, sizes))
         if self.importance != "taylor":
             score_channels(net, widths, self.importance)  # what it refuses, it refuses now
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.importance == "taylor":
+            check_loss(trainer, self.structure)  # which is needed when much has been trained
 
     @property
     def levels(self) -> Levels:

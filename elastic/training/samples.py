@@ -9,7 +9,9 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from elastic.errors import TrainingError
+from elastic.errors import TrainingError, cite
+from elastic.training.structure import Structure
+from elastic.widths.tracing import preserve_modes
 
 
 class Sampler(Protocol):
@@ -23,6 +25,24 @@ class Sampler(Protocol):
 def count_samples(batch: Any) -> int:
     """Count the samples of a batch: the length of its first tensor."""
     return next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), 0)
+
+
+def check_loss(trainer: L.Trainer, structure: Structure) -> None:
+    """Try the loss that channels are judged by, on two training samples.
+
+    Raises:
+        TrainingError: it does not take what the network says and the batches hold.
+    """
+    x_BCHW, y_B = sample_batch(trainer, 2, structure.seed)
+    net = structure.net
+    try:
+        with torch.no_grad(), preserve_modes(net):
+            structure.compute_loss(net.eval()(x_BCHW), y_B)
+    except Exception as error:  # it may be the user's own
+        raise TrainingError(
+            f"the loss that channels are judged by does not take the network's outputs: {cite(error)}. In a "
+            "program of your own, give one that does with FollowNetwork('…', loss=…)"
+        ) from error
 
 
 def sample_batch(trainer: L.Trainer, count: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -11,11 +11,12 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from elastic import Growth, Periodic
 from elastic.callbacks import (
     Distil,
+    FollowNetwork,
     GrowOnSaturation,
     PruneByGates,
     PruneByMagnitude,
@@ -289,6 +290,41 @@ def test_samples_are_each_taken_once_as_the_module_sees_them() -> None:
     spy = Spy(on_train_start=lambda trainer, _: taken.append(sample_batch(trainer, 96, 0)[0]))
     fit(make_program(Halved), [spy], max_epochs=1)
     torch.testing.assert_close(taken[0], make_data().tensors[0][:96] / 2)
+
+
+class Values(Program):
+    """Fits four values an image."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return nn.functional.mse_loss(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/acc", 0.0)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: GrowOnSaturation(Periodic(2), Growth(ceiling=2), fresh="gradmax"),
+        lambda: TrainJointly([0.5], importance="taylor", outputs="values"),
+        lambda: Reconstruct([0.5], importance="taylor", dense=0.34, prune=0.33),
+    ],
+    ids=["gradmax", "joint", "reconstruct"],
+)
+def test_channels_are_judged_by_the_programs_own_loss(make: Callable[[], L.Callback]) -> None:
+    x_NCHW, y_N = make_data().tensors
+    loader = DataLoader(TensorDataset(x_NCHW, nn.functional.one_hot(y_N).float()), BATCH)
+    seen: list[int] = []
+    spy = Spy(on_train_batch_start=lambda *_: seen.append(1))
+    with pytest.raises(
+        TrainingError, match=r"In a program of your own, give .* FollowNetwork\('…', loss=…\)"
+    ):
+        fit(make_program(Values), [make(), spy], loader=loader)
+    assert not seen
+    module = make_program(Values)
+    fit(module, [FollowNetwork("net", loss=nn.functional.mse_loss), make()], loader=loader)
+    structure = get_structure(module)
+    assert structure.levels is not None or structure.timeline
 
 
 def test_a_budget_may_come_later(tmp_path: Path) -> None:
