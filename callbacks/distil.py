@@ -58,8 +58,8 @@ class Distil(ElasticCallback):
     def list_step_networks(self) -> Sequence[StepNetwork]:
         """List the teacher, which is executed in a training step, or before all, and not trained."""
         trainer = self.structure.trainer
-        epochs = trainer.max_epochs if trainer is not None and (trainer.max_epochs or 0) > 0 else self.views
-        times = self.views / epochs if self.views else 1.0
+        epochs = (trainer.max_epochs or 0) if trainer is not None else 0
+        times = self.views / (epochs if epochs > 0 else self.views) if self.views else 1.0
         return [StepNetwork(self.teacher, times, trained=False)]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
