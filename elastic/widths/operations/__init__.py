@@ -36,7 +36,7 @@ from elastic.widths.operations.layers import (
     rectify,
 )
 from elastic.widths.operations.making import decide, expand, fill, fill_like, repeat, repeat_entries
-from elastic.widths.operations.products import attend, contract, multiply_matrices
+from elastic.widths.operations.products import add_product, attend, contract, multiply_matrices
 from elastic.widths.operations.ranking import find_extreme, find_place, rank
 from elastic.widths.operations.registry import TABLE, register_op
 from elastic.widths.operations.reshaping import flatten, reshape, reshape_as, unflatten
@@ -167,7 +167,8 @@ FUNCTIONS: dict[Rule, str] = {
     rank: "sort argsort median nanmedian mode topk kthvalue",
     normalize_neighbours: "local_response_norm",
     move_dimensions: "movedim moveaxis",
-    multiply_matrices: "matmul bmm",
+    multiply_matrices: "matmul bmm mm",
+    add_product: "addmm baddbmm",
     contract: "einsum",
     attend: "scaled_dot_product_attention",
     reshape_as: "reshape_as view_as",

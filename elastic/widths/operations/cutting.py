@@ -8,6 +8,7 @@ from itertools import accumulate, pairwise
 from math import gcd
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -24,6 +25,7 @@ from elastic.widths.operations.interface import (
     get_value,
     list_axes,
 )
+from elastic.widths.operations.reshaping import agree
 from elastic.widths.tracing.sizes import SizeAttribute
 from elastic.widths.union import Axis
 
@@ -200,14 +202,17 @@ def _cut(tracker: Tracker, node: fx.Node, axis: Axis | None, places: Sequence[tu
     """Let cuts follow the channels before them, or fix the channels where they do not.
 
     The longest equal parts that all cuts lie between are tied: only so do the cuts stay at the same fraction
-    of the channels.
+    of the channels. A cut that counts others' channels lets those before it agree with them.
     """
     if axis is None or not len(axis):
         return
     if all(count.terms or place == 0 for place, count in places):
         unit = gcd(len(axis), *(min(place, len(axis)) for place, _ in places))
         tracker.elements.tie(axis, len(axis) // unit)
-    if not all(count.counts(axis[:place], tracker.elements) for place, count in places):
+    if not all(
+        count.counts(axis[:place], tracker.elements) or agree(tracker, axis[:place], count, np.tile)
+        for place, count in places
+    ):
         tracker.fix(
             [axis, *(a for _, count in places for a in count.axes)], node, "fixes the number of channels"
         )

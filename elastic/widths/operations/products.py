@@ -24,8 +24,26 @@ SUMS = "sums over its channels"
 
 
 def multiply_matrices(tracker: Tracker, node: fx.Node) -> Axes:
-    """Follow matmul and bmm: the last dimension of one factor meets the last but one of the other."""
-    first, second = get_input(node), get_argument(node, 1, "other", "mat2", "tensor2")
+    """Follow matmul, mm and bmm: the last dimension of one factor meets the last but one of the other."""
+    return _multiply(tracker, node, get_input(node), get_argument(node, 1, "other", "mat2", "tensor2"))
+
+
+def add_product(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow addmm and baddbmm: what a product of two matrices is added to agrees with it."""
+    factors = get_argument(node, 1, "mat1", "batch1"), get_argument(node, 2, "mat2", "batch2")
+    if not isinstance(factors[0], fx.Node):
+        raise NotFollowed("multiplies what is no tensor")
+    axes, summand = _multiply(tracker, node, *factors), get_input(node)
+    ends = zip(reversed(axes), reversed(get_axes(summand)), reversed(get_shape(summand)), strict=False)
+    for d, (axis, other, size) in enumerate(ends, 1):
+        if size < get_shape(node)[-d]:
+            tracker.fix([other], node, "broadcasts one channel over many")
+        elif axis is not None or other is not None:
+            tracker.unite(axis, other, node)
+    return axes
+
+
+def _multiply(tracker: Tracker, node: fx.Node, first: fx.Node, second: object) -> Axes:
     if not isinstance(second, fx.Node) or min(len(get_shape(first)), len(get_shape(second))) < 2:
         raise NotFollowed("multiplies by a vector")
     batch = len(get_shape(node)) - 2

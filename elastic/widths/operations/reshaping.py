@@ -4,7 +4,7 @@ A size written as a number fixes the channels it counts; a size computed from th
 follows them. One axis may be cut by constant factors (channel shuffle): the cuts change alike.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from math import prod
@@ -24,7 +24,7 @@ from elastic.widths.operations.interface import (
     get_value,
     list_arguments,
 )
-from elastic.widths.tracing.sizes import SizeAttribute
+from elastic.widths.tracing.sizes import AttributePlace, SizeAttribute
 from elastic.widths.union import Axis
 
 
@@ -42,7 +42,10 @@ def flatten(tracker: Tracker, node: fx.Node) -> Axes:
 
 
 def unflatten(tracker: Tracker, node: fx.Node) -> Axes:
-    """Follow unflattening: one dimension is given sizes, the others stay."""
+    """Follow unflattening: one dimension is given sizes, the others stay.
+
+    A layer's first size follows the channels, as in `nn.Unflatten(1, (8, 4, 4))`, if none takes what is left.
+    """
     if node.op == "call_module":
         layer = tracker.get_layer(node, nn.Unflatten)
         dim, sizes = layer.dim, layer.unflattened_size
@@ -50,10 +53,14 @@ def unflatten(tracker: Tracker, node: fx.Node) -> Axes:
         dim, sizes = get_argument(node, 1, "dim"), get_argument(node, 2, "sizes")
     if not isinstance(dim, int):
         raise NotFollowed("names its dimensions")
-    source = get_input(node)
-    counts: list[Count | None] = [None] * len(get_shape(source))
-    counts[dim % len(counts) : dim % len(counts) + 1] = _read_sizes(get_counts(sizes))
-    return _carry_runs(tracker, node, counts)
+    counts = _read_sizes(get_counts(sizes))
+    numbers = list(sizes) if isinstance(sizes, tuple | list) else [None] * len(counts)
+    if node.op == "call_module":
+        numbers[0] = SizeAttribute(numbers[0], AttributePlace(str(node.target), "unflattened_size", 0))
+    others: list[None] = [None] * len(get_shape(get_input(node)))
+    dim %= len(others)
+    before, after = others[:dim], others[dim + 1 :]
+    return _carry_runs(tracker, node, [*before, *counts, *after], [*before, *numbers, *after])
 
 
 def reshape(tracker: Tracker, node: fx.Node) -> Axes:
@@ -107,7 +114,7 @@ def _carry_runs(
     for axis, size, number in zip_longest(y, sizes, numbers):
         if size is None or not (size.terms or (axis is not None and not isinstance(number, SizeAttribute))):
             continue
-        if not size.counts(axis, tracker.elements) and not _agree(tracker, axis, size):
+        if not size.counts(axis, tracker.elements) and not agree(tracker, axis, size):
             tracker.fix([axis, *size.axes], node, "is given a size that counts other channels")
     return tuple(y)
 
@@ -133,15 +140,21 @@ def _find_attribute(run: Run, numbers: Sequence[object]) -> int | None:
     return next((d for d in reversed(run.after) if numbers and isinstance(numbers[d], SizeAttribute)), None)
 
 
-def _agree(tracker: Tracker, axis: Axis | None, size: Count) -> bool:
-    """Let channels agree with others whose number they are given as their size."""
+def agree(
+    tracker: Tracker, axis: Axis | None, size: Count, multiply: Callable[[Axis, int], Axis] = np.repeat
+) -> bool:
+    """Let channels agree with others whose number they are given as their size; False where they cannot.
+
+    Args:
+        multiply: how a multiple of these lies: each channel several times, or all of them (`np.tile`).
+    """
     if axis is None or not size.is_linear or size.constant or len(size.terms) != 1:
         return False
     factor, counted = size.terms[0]
     if len(axis) != factor * len(counted) or len(counted) % factor.denominator:
         return False
     part = tracker.elements.tie(counted, factor.denominator)
-    tracker.elements.unite(axis, np.repeat(part, factor.numerator))
+    tracker.elements.unite(axis, multiply(part, factor.numerator))
     return True
 
 

@@ -40,6 +40,54 @@ def drop_blocks(m: Any, x: Tensor) -> Tensor:
     return x * F.max_pool2d(mask[:, None], 3, 1, 1) / mask.mean()
 
 
+def modulate(m: Any, x: Tensor) -> Tensor:
+    """Scale and shift by what a linear layer gives (FiLM, arXiv 1709.07871)."""
+    p, n = m.project(x.mean((2, 3)).relu()), x.size(1)
+    return x * p[:, :n, None, None] + p[:, n:, None, None]
+
+
+def modulate_twice(m: Any, x: Tensor) -> Tensor:
+    p, n = m.project(m.one(x).mean((2, 3)).relu()), x.size(1)
+    return x * p[:, :n, None, None] + p[:, n : 2 * n, None, None] * p[:, 2 * n :, None, None]
+
+
+def modulate_parts(m: Any, x: Tensor) -> Tensor:
+    scale, shift = m.project(x.mean((2, 3)).relu()).split(x.size(1), 1)
+    return x * scale[..., None, None] + shift[..., None, None]
+
+
+def modulate_at_the_end(m: Any, x: Tensor) -> Tensor:
+    """Cut where twice as many channels end as there are."""
+    p = m.project(x.mean((2, 3)).relu())
+    return x * p[:, 2 * x.size(1) :, None, None]
+
+
+def join_half(m: Any, x: Tensor) -> Tensor:
+    """Join half as many channels of another width."""
+    return torch.cat([x, m.one(x)[:, : x.size(1) // 2]], 1)
+
+
+def attend_in_place(m: Any, x: Tensor) -> Tensor:
+    """Attend between places, by a product that is scaled (as in the memory-saving attention of diffusion)."""
+    y = x.flatten(2).transpose(1, 2)
+    weight = torch.baddbmm(y.new_zeros(1, 1, 1), y, y.transpose(1, 2), beta=0, alpha=0.1).softmax(-1)
+    return torch.bmm(weight, y).transpose(1, 2).reshape(x.shape)
+
+
+def decode(m: Any, x: Tensor) -> Tensor:
+    """Begin maps from a vector, as generators do (DCGAN, arXiv 1511.06434)."""
+    return F.relu(m.up(m.maps(m.begin(x.mean((2, 3))))))
+
+
+def decoder(sizes: tuple[int, ...], begin: int = 96) -> Build:
+    return just(
+        decode,
+        begin=lambda: nn.Linear(8, begin),
+        maps=lambda: nn.Unflatten(1, sizes),
+        up=lambda: nn.ConvTranspose2d(6, 8, 4),
+    )
+
+
 # The sizes of what is free.
 FOLLOWED: dict[str, tuple[Build, dict[str, int]]] = {
     "attention to places": (
@@ -56,6 +104,63 @@ FOLLOWED: dict[str, tuple[Build, dict[str, int]]] = {
     "of the type of more": (
         just(lambda m, x: m.one(x).to(x), reads=4, one=lambda: conv(8, 4)),
         {"stem": 8, "one": 4},
+    ),
+    "scaled and shifted": (just(modulate, project=lambda: nn.Linear(8, 16)), {"stem": 8}),
+    "three parts": (
+        just(modulate_twice, project=lambda: nn.Linear(6, 24), one=lambda: conv(8, 6)),
+        {"stem": 8, "one": 6},
+    ),
+    "split by others' number": (just(modulate_parts, project=lambda: nn.Linear(8, 16)), {"stem": 8}),
+    "the last of three parts": (just(modulate_at_the_end, project=lambda: nn.Linear(8, 24)), {"stem": 8}),
+    "half as many of another": (just(join_half, 12, one=lambda: conv(8, 12)), {"stem": 4}),
+    "product": (
+        just(
+            lambda m, x: x * torch.mm(x.mean((2, 3)), m.weight)[..., None, None],
+            weight=lambda: nn.Parameter(torch.rand(8, 8)),
+        ),
+        {"stem": 8},
+    ),
+    "product and sum": (
+        just(
+            lambda m, x: x * torch.addmm(m.shift, m.one(x).mean((2, 3)), m.weight)[..., None, None],
+            one=lambda: conv(8, 6),
+            weight=lambda: nn.Parameter(torch.rand(6, 8)),
+            shift=lambda: nn.Parameter(torch.rand(8)),
+        ),
+        {"stem": 8, "one": 6},
+    ),
+    "product and sum of matrices": (
+        just(
+            lambda m, x: x * (m.two(x).mean((2, 3)).addmm(m.one(x).mean((2, 3)), m.weight))[..., None, None],
+            one=lambda: conv(8, 6),
+            two=lambda: conv(8, 8),
+            weight=lambda: nn.Parameter(torch.rand(6, 8)),
+        ),
+        {"stem": 8, "one": 6},
+    ),
+    "attention by products": (just(attend_in_place), {"stem": 8}),
+    "decoder": (decoder((6, 4, 4)), {"stem": 8, "begin": 6, "up": 8}),
+    "decoder, counted from what is left": (decoder((-1, 4, 4)), {"stem": 8, "begin": 6, "up": 8}),
+    "decoder by an attribute": (
+        just(
+            lambda m, x: m.up(m.begin(x.mean((2, 3))).unflatten(1, (m.channels, 4, 4))),
+            channels=lambda: 6,
+            begin=lambda: nn.Linear(8, 96),
+            up=lambda: nn.ConvTranspose2d(6, 8, 4),
+        ),
+        {"stem": 8, "begin": 6, "up": 8},
+    ),
+    "pairs of a layer": (
+        just(
+            lambda m, x: m.pairs(m.one(x)).sum(2),
+            one=lambda: conv(8, 16),
+            pairs=lambda: nn.Unflatten(1, (8, 2)),
+        ),
+        {"stem": 8, "one": 8},
+    ),
+    "unflattened to others' shape": (
+        just(lambda m, x: x.flatten(1).unflatten(1, m.one(x).shape[1:]), one=lambda: conv(8, 8)),
+        {"stem": 8},
     ),
     "of another type": (just(lambda m, x: x.to(torch.float64).to(x)), {"stem": 8}),
 }
@@ -81,6 +186,26 @@ REFUSED: dict[str, tuple[Build, str]] = {
         just(lambda m, x: x * x.max(1, True)[1]),
         "says which channel is the largest",
     ),
+    "from a written number on": (
+        just(lambda m, x: x + m.one(x)[:, 4:], one=lambda: conv(8, 12)),
+        "fixes the number of channels",
+    ),
+    "up to another number": (
+        just(lambda m, x: x * m.one(x)[:, : x.size(1) + 1, :].mean(), one=lambda: conv(8, 12)),
+        "fixes the number of channels",
+    ),
+    "added to a row of numbers": (
+        just(
+            lambda m, x: x * torch.addmm(torch.ones(8), m.one(x).mean((2, 3)), m.weight)[..., None, None],
+            one=lambda: conv(8, 6),
+            weight=lambda: nn.Parameter(torch.rand(6, 8)),
+        ),
+        "joins a part that never changes",
+    ),
+    "unflattened to numbers": (
+        just(lambda m, x: x.unflatten(1, (4, 2)).flatten(1, 2)),
+        "fixes the number of channels",
+    ),
     "both, by names": (
         just(lambda m, x: (lambda top: x * top.values + top.indices)(x.max(1, True))),
         "says which channel is the largest",
@@ -89,10 +214,10 @@ REFUSED: dict[str, tuple[Build, str]] = {
 
 
 @pytest.mark.parametrize(("build", "reason"), REFUSED.values(), ids=REFUSED)
-def test_what_depends_on_places_is_refused(build: Build, reason: str) -> None:
+def test_what_numbers_or_places_decide_is_refused(build: Build, reason: str) -> None:
     torch.manual_seed(0)
     widths = find_widths(build(), X)
-    assert list(widths) == ["last"] and reason in widths.fixed["stem"]
+    assert "stem" not in widths and reason in widths.fixed["stem"]
 
 
 def test_a_place_that_is_an_output_fixes_the_channels() -> None:
@@ -108,3 +233,9 @@ def test_a_place_that_is_an_output_fixes_the_channels() -> None:
             return self.layers["last"](y), y.max(1)
 
     assert not find_widths(Both(), X)
+
+
+def test_a_layer_that_unflattens_says_how_many_channels_it_gives() -> None:
+    model = decoder((6, 4, 4))()
+    reindex(model, find_widths(model, X), {"begin": grow_index(6, 2)})
+    assert model.maps.unflattened_size == (8, 4, 4) and model.begin.out_features == 128
