@@ -1,6 +1,5 @@
 """Count what the network is made of, epoch by epoch, and write down what has happened to it."""
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ import lightning as L
 from torch import Tensor, nn
 
 from elastic.callbacks.base import ElasticCallback, StepNetwork, list_elastic
-from elastic.files.atomic import write_atomically
+from elastic.files.atomic import write_lines
 from elastic.measure.counts import count_macs, count_params, count_params_dense
 from elastic.training.samples import count_samples
 
@@ -126,10 +125,3 @@ def count_step_macs(networks: Sequence[StepNetwork], count: Callable[[StepNetwor
     """
     trained = sum(step.times * count(step) for step in networks if step.trained)
     return PASSES * round(trained) + round(sum(s.times * count(s) for s in networks if not s.trained))
-
-
-def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write one JSON object a line, put in place at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    write_atomically(path, lambda part: part.write_text(text))

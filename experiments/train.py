@@ -20,7 +20,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from elastic.callbacks import Census
 from elastic.callbacks.base import list_elastic
-from elastic.callbacks.census import write_lines
 from elastic.data import ImageData
 from elastic.errors import TrainingError
 from elastic.experiments.tools.about import describe_run
@@ -62,6 +61,7 @@ from elastic.experiments.tools.summary import (
 from elastic.experiments.tools.sweep import complete_sweep, note_failure, read_objectives, run_in_sweep
 from elastic.experiments.tools.training_help import describe_training
 from elastic.experiments.tools.trust import trust_modules
+from elastic.files.atomic import write_lines
 from elastic.files.network import Network
 from elastic.files.sums import find_digest
 from elastic.files.zoo import WEIGHTS

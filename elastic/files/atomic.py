@@ -1,8 +1,10 @@
 """Put files in place at once."""
 
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from elastic.errors import FileError
 
@@ -20,6 +22,13 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write one JSON object a line, put in place at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_atomically(path, lambda part: part.write_text(text))
 
 
 def check_place(path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from torch.utils.data import DataLoader
 
-from elastic.callbacks.census import write_lines
+from elastic.files.atomic import write_lines
 from elastic.measure import counts
 from tests.fitted import EXACT, Run, Spy, fit, prepare
 

@@ -52,7 +52,7 @@ def activate_kernels(
     weight_KC: Tensor,
     bias_K: Tensor,
     within_2C: Tensor,
-    activation: Activation = "soft",
+    activation: Activation,
 ) -> Active:
     """Activate the kernels that a module engages: a positive score each, or the highest one.
 
