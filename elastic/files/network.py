@@ -38,7 +38,6 @@ class Network:
     Args:
         levels: the levels of a network, or a network that is its only level.
         dynamic_nets: each level with its kernel activation modules, if there are any.
-
         about: what is to be said of it, in plain containers; see `docs/files.md`.
 
     Attributes:

@@ -110,7 +110,8 @@ def make_level(net: nn.Module, widths: Widths, sizes: Sizes, cut: Cut) -> nn.Mod
 def extract_level(level: nn.Module) -> nn.Module:
     """Make a level a network of its own, its tensors copied.
 
-    It is faster where weights are large: a view has to be laid out anew for each product (see README).
+    It is faster where weights are large: a view has to be laid out anew for each product; docs/performance.md
+    has by how much.
     """
     extracted = copy_module(level)
     for tensor in (*extracted.parameters(), *extracted.buffers()):

@@ -1,8 +1,8 @@
 """Freeze a core: a network is pruned in steps to it, then re-constructed level by level around it.
 
-Bui et al., Towards Adaptive Deep Learning: Model Elasticity via Prune-and-Grow CNN Architectures, arXiv
-2505.11569. What is pruned keeps its place and its values in the network's storage; growing back a level
-trains what it has beyond the level before it, and nothing else.
+Mangal, Kalra and Sapra, Towards Adaptive Deep Learning: Model Elasticity via Prune-and-Grow CNN
+Architectures, arXiv 2505.11569. What is pruned keeps its place and its values in the network's storage;
+growing back a level trains what it has beyond the level before it, and nothing else.
 """
 
 from dataclasses import dataclass
