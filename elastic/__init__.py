@@ -1,4 +1,4 @@
-"""Change the size of CNNs while they train and while they run. This much needs torch alone.
+"""Change the size of CNNs while they train and while they run. This much needs torch and NumPy alone.
 
 `elastic.callbacks` has the Lightning callbacks.
 """

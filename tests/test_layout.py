@@ -1,4 +1,4 @@
-"""Imports go one way, from room to room, and most rooms need torch alone."""
+"""Imports go one way, from room to room, and most rooms need torch and NumPy alone."""
 
 import ast
 import re
@@ -20,7 +20,7 @@ LAYERS = (
     ("elastic.experiments",),
 )
 LEVEL = {room: i for i, rooms in enumerate(LAYERS) for room in rooms}
-# What needs more than torch; all else has to run without.
+# What needs more than torch and NumPy; all else has to run without.
 WITH_LIBRARIES = ("training", "files", "data", "models", "callbacks", "experiments")
 ALONE = {*sys.stdlib_module_names, "torch", "numpy", "elastic"}
 
@@ -70,7 +70,7 @@ def test_imports_go_one_way() -> None:
     assert not above
 
 
-def test_most_rooms_need_torch_alone() -> None:
+def test_most_rooms_need_torch_and_numpy_alone() -> None:
     alone = [
         path
         for path in sources()
