@@ -188,7 +188,7 @@ def check_evaluate(out: str, given: Mapping[str, str]) -> None:
 
 def check_files(out: str, given: Mapping[str, str]) -> None:
     """Assert that what a command is asked to write is there."""
-    for key in {"to", "csv", "figure", "html"} & set(given):
+    for key in {"to", "csv", "figure", "html", "json", "markdown", "classes"} & set(given):
         assert Path(given[key]).stat().st_size > 100, given
 
 
