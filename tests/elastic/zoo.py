@@ -481,11 +481,14 @@ CASES: dict[str, Case] = {
     ),
     "padded_shortcut": Case(
         lambda: Net(option_a, stem=conv(3, 4), one=conv(4, 7, 3), two=conv(7, 6, 3, stride=2), head=head(6)),
-        {"one": 7},
-        {"one": f"{layer('one')} two.weight.1"},
+        {"stem": 4, "one": 7},
         {
-            "stem": "pad(0, 0, 0, 0, 1, 1) in the model's forward changes the number of channels",
-            "two": "joins a part that never changes",
+            "stem": f"{layer('stem')} one.weight.1 two.weight.0[None*1,stem*1,None*1] "
+            "two.bias.0[None*1,stem*1,None*1] head.2.weight.1[None*1,stem*1,None*1]",
+            "one": f"{layer('one')} two.weight.1",
+        },
+        {
+            "two": "pad(0, 0, 0, 0, 1, 1) in the model's forward joins a part that never changes",
             "head.2": OUTPUT,
         },
     ),

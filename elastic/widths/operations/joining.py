@@ -63,7 +63,7 @@ def concatenate(tracker: Tracker, node: fx.Node) -> Axes:
     if any(axis is not None for axis in ends):
         y[dim] = np.concatenate(
             [
-                _begin_constant(tracker, node, shape[dim]) if axis is None else axis
+                begin_constant(tracker, node, shape[dim]) if axis is None else axis
                 for shape, axis in zip(shapes, ends, strict=True)
             ]
         )
@@ -101,7 +101,7 @@ def _list_parts(node: fx.Node) -> tuple[list[Axes], list[Sequence[int]]]:
     return list(parts.meta["axes"]), [value.shape for value in values]
 
 
-def _begin_constant(tracker: Tracker, node: fx.Node, size: int) -> Axis:
+def begin_constant(tracker: Tracker, node: fx.Node, size: int) -> Axis:
     """Make an axis of what never changes (the model's input, say)."""
     axis = tracker.elements.new(size)
     tracker.fix([axis], node, "joins a part that never changes")

@@ -17,6 +17,8 @@ from elastic.widths.operations.interface import (
     get_shape,
     get_value,
 )
+from elastic.widths.operations.joining import begin_constant
+from elastic.widths.union import Axis
 
 SPACE = "works on channels as if they were space"
 
@@ -38,14 +40,28 @@ def unpool(tracker: Tracker, node: fx.Node) -> Axes:
 
 
 def pad(tracker: Tracker, node: fx.Node) -> Axes:
-    """Follow padding: it is given two numbers a dimension, the last one first."""
+    """Follow padding: it is given two numbers a dimension, the last one first.
+
+    Constant channels that are added at the ends never change; those between them do.
+    """
     if node.op == "call_module":
-        padding = getattr(tracker.get_layer(node, nn.Module), "padding")  # noqa: B009
+        layer = tracker.get_layer(node, nn.Module)
+        padding = getattr(layer, "padding")  # noqa: B009
+        is_constant = isinstance(layer, nn.modules.padding._ConstantPadNd)
     else:
         padding = get_argument(node, 1, "pad")
+        is_constant = get_argument(node, 2, "mode", default="constant") == "constant"
     amounts = [get_value(amount) for amount in get_value(padding)]
-    pairs = zip(amounts[::2], amounts[1::2], strict=True)
-    return _pass_beside(tracker, node, [-1 - i for i, pair in enumerate(pairs) if any(pair)])
+    pairs = {
+        -1 - i: pair for i, pair in enumerate(zip(amounts[::2], amounts[1::2], strict=True)) if any(pair)
+    }
+    x, extended = get_axes(get_input(node)), dict[int, Axis]()
+    for d, pair in pairs.items():
+        if is_constant and (axis := x[d]) is not None and min(pair) >= 0:
+            first, last = (begin_constant(tracker, node, size) for size in pair)
+            extended[d] = np.concatenate([first, axis, last])
+    y = _pass_beside(tracker, node, [d for d in pairs if d not in extended])
+    return tuple(extended.get(d, axis) for d, axis in enumerate(y, -len(y)))
 
 
 def shuffle_pixels(tracker: Tracker, node: fx.Node) -> Axes:

@@ -88,6 +88,11 @@ def decoder(sizes: tuple[int, ...], begin: int = 96) -> Build:
     )
 
 
+def pad_shortcut(m: Any, x: Tensor) -> Tensor:
+    """Add what has fewer channels, between others of zeros (ResNet, arXiv 1512.03385, option A)."""
+    return F.relu(m.wide(F.relu(x))[:, :, ::2, ::2] + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2)))
+
+
 # The sizes of what is free.
 FOLLOWED: dict[str, tuple[Build, dict[str, int]]] = {
     "attention to places": (
@@ -158,6 +163,20 @@ FOLLOWED: dict[str, tuple[Build, dict[str, int]]] = {
         ),
         {"stem": 8, "one": 8},
     ),
+    "padded shortcut": (just(pad_shortcut, 12, wide=lambda: conv(8, 12, 3)), {"stem": 8}),
+    "padded at one end": (
+        just(lambda m, x: F.pad(x, [0, 0, 1, 1, 0, 2], "constant", 0.5), 10),
+        {"stem": 8},
+    ),
+    "padded by a layer": (
+        just(
+            lambda m, x: m.pad(m.one(x)),
+            9,
+            one=lambda: conv(8, 6),
+            pad=lambda: nn.ConstantPad3d((0, 0, 0, 0, 3, 0), 2.0),
+        ),
+        {"stem": 8, "one": 6},
+    ),
     "unflattened to others' shape": (
         just(lambda m, x: x.flatten(1).unflatten(1, m.one(x).shape[1:]), one=lambda: conv(8, 8)),
         {"stem": 8},
@@ -205,6 +224,18 @@ REFUSED: dict[str, tuple[Build, str]] = {
     "unflattened to numbers": (
         just(lambda m, x: x.unflatten(1, (4, 2)).flatten(1, 2)),
         "fixes the number of channels",
+    ),
+    "padded by neighbours": (
+        just(lambda m, x: F.pad(x, (0, 0, 0, 0, 1, 1), "replicate"), 10),
+        "changes the number of channels",
+    ),
+    "padded and cut": (
+        just(lambda m, x: F.pad(x, (0, 0, 0, 0, 3, -1)), 10),
+        "changes the number of channels",
+    ),
+    "padded to a number": (
+        just(lambda m, x: F.pad(x, (0, 0, 0, 0, 0, 12 - x.size(1))), 12),
+        "computes with the number of channels",
     ),
     "both, by names": (
         just(lambda m, x: (lambda top: x * top.values + top.indices)(x.max(1, True))),
