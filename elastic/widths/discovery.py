@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from elastic.errors import OptionError, StructureError
 from elastic.widths.collecting import collect_widths
+from elastic.widths.computed import fix_computed_sizes
 from elastic.widths.operations.interface import is_stored
 from elastic.widths.sizing import find_spans, list_layouts
 from elastic.widths.tracing import make_meta_copy, trace_modes
@@ -87,9 +88,11 @@ def find_widths(model: nn.Module, *example: Tensor) -> Widths:
     records: Records = {}
     replica = make_meta_copy(model)
     inputs = _make_inputs(example)
-    for graph in trace_modes(replica, *inputs):
+    graphs = trace_modes(replica, *inputs)
+    for graph in graphs:
         with torch.no_grad():
             AxisTracker(graph, replica, elements, records).run(*inputs)
+    fix_computed_sizes(graphs, replica, elements, records)
     widths = collect_widths(elements, records)
     widths.example = tuple(inputs)
     fix_widths(widths, _find_unstored(model, widths))

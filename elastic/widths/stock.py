@@ -20,7 +20,9 @@ Records = dict[tuple[str, str, int], tuple[Role, Axis]]  # what lies on a module
 
 def list_own_axes(layer: nn.Module, place: AttributePlace, records: Records) -> list[Axis]:
     """List the axes of a stock layer's own tensors that one of its attributes counts; none of another's."""
-    roles = STOCK.get(place.name, ()) if is_stock(layer) else ()
+    roles = STOCK.get(place.name)
+    if roles is None or not is_stock(layer):
+        return []
     is_shape = place.name == "normalized_shape"  # which counts each dimension
     return [
         axis

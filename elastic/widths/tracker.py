@@ -10,6 +10,7 @@ from torch.fx.node import map_arg
 from torch.nn.utils import parametrize
 
 from elastic.errors import StructureError
+from elastic.widths.computed import CONSTANT
 from elastic.widths.hooks import watch_hooks
 from elastic.widths.operations import NEEDS_NO_TENSOR, READS_COUNTS, TABLE, NotFollowed, Role, Rule, Tracked
 from elastic.widths.operations.counts import count_node, list_counts
@@ -34,7 +35,6 @@ from elastic.widths.union import Axis, ChannelUnion
 Dimension = tuple[str, str, int]  # module, tensor, dimension
 # Values that hold no channels, though they may count them.
 PLAIN = (int, float, torch.Size, torch.device, torch.dtype)
-CONSTANT = "_tensor_constant"  # what torch.fx calls a tensor that the model's forward makes
 
 
 class AxisTracker:

@@ -114,10 +114,16 @@ class _AskedProxy(_Asked, fx.Proxy):
 
 
 class ConcreteTracer(fx.Tracer):
-    """Trace, and compute what the forward asks for from the shapes of an example."""
+    """Trace, and compute what the forward asks for from the shapes of an example.
 
-    def __init__(self, inputs: Sequence[Tensor] = ()) -> None:
+    Attributes:
+        answers: what it has been told, in order; `known_answers`, those of another trace, are told instead.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor] = (), known_answers: Sequence[Any] | None = None) -> None:
         super().__init__()
+        self.answers: list[Any] = []
+        self._known_answers = None if known_answers is None else iter(known_answers)
         self._inputs, self._values = inputs, dict[fx.Node, Any]()
         self._replica: nn.Module | None = None
         self._asked: list[tuple[fx.Node, Instruction]] = []  # since the last node, and by whom
@@ -214,7 +220,7 @@ class ConcreteTracer(fx.Tracer):
         return bool(self.ask(obj)) if self._inputs else super().to_bool(obj)
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        value = self._evaluate(obj.node) if self._inputs else None
+        value = self._answer(obj.node) if self._inputs else None
         if not isinstance(value, tuple | list):
             return super().iter(obj)
         parts: Any = obj
@@ -229,13 +235,19 @@ class ConcreteTracer(fx.Tracer):
         Raises:
             TraceError: it depends on the data.
         """
-        value = self._evaluate(proxy.node)
+        value = self._answer(proxy.node)
         if not isinstance(value, bool | int | float):
             raise fx.proxy.TraceError("it asks for what depends on the data")
         expected = self.create_proxy("call_function", expect_same, (proxy, value), {})
         if caller is not None:
             self._asked.append((expected.node, caller))
         return value
+
+    def _answer(self, node: fx.Node) -> Any:
+        """Tell what a node gives, or what it gave when the same forward was traced before."""
+        known = self._known_answers
+        self.answers.append(self._evaluate(node) if known is None else next(known, None))
+        return self.answers[-1]
 
     def _evaluate(self, node: fx.Node) -> Any:
         """Compute what a node gives, without data."""

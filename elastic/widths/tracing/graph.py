@@ -1,7 +1,8 @@
 """Trace a model, and read what a node of its graph calls."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, fx, nn
 
@@ -10,7 +11,7 @@ from elastic.widths.operations.interface import get_operation_name
 from elastic.widths.operations.registry import is_whole
 from elastic.widths.parameters import get_kind
 from elastic.widths.tracing.concrete import PLACE, ConcreteTracer, trace_factories
-from elastic.widths.tracing.sizes import note_computed_sizes, tag_sizes
+from elastic.widths.tracing.sizes import AttributePlace, note_computed_sizes, tag_sizes
 
 
 class _Tracer(ConcreteTracer):
@@ -59,14 +60,25 @@ def preserve_attributes(model: nn.Module) -> Iterator[None]:
             vars(module).update(attributes)
 
 
-def trace_graph(model: nn.Module, *example: Tensor) -> fx.Graph:
-    """Trace a model's graph alone, whose nodes call the model's own layers; see `trace`."""
-    tracer = _Tracer(example)
+def trace_graph(
+    model: nn.Module,
+    *example: Tensor,
+    known_answers: Sequence[Any] | None = None,
+    sizes: Mapping[AttributePlace, int] | None = None,
+) -> fx.Graph:
+    """Trace a model's graph alone, whose nodes call the model's own layers; see `trace`.
+
+    Args:
+        known_answers: what the forward was told about shapes when it was traced before, and is told again.
+        sizes: whole numbers that modules are to hold, in place of those that they do.
+    """
+    tracer = _Tracer(example, known_answers)
     try:
-        with tag_sizes(model), trace_factories(tracer), note_computed_sizes() as computed:
+        with tag_sizes(model, sizes) as read, trace_factories(tracer), note_computed_sizes() as computed:
             graph = tracer.trace(model)
         graph.owning_module = model  # type: ignore[assignment]
-        graph.computed_sizes = computed  # type: ignore[attr-defined]
+        graph.computed_sizes, graph.read_sizes = computed, read  # type: ignore[attr-defined]
+        graph.answers = tracer.answers  # type: ignore[attr-defined]
         return graph
     except Exception as error:  # the model's own forward runs here: anything may come
         raise StructureError(

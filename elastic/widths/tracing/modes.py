@@ -1,8 +1,9 @@
 """Trace a model in training and in evaluation as one graph, which follows its mode."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor, fx, nn
 
 from elastic.errors import StructureError
 from elastic.widths.tracing.concrete import TrainingFlag
-from elastic.widths.tracing.graph import describe_node, trace, trace_graph
+from elastic.widths.tracing.graph import describe_node, preserve_attributes, trace, trace_graph
+from elastic.widths.tracing.sizes import AttributePlace
 
 MODE = "_mode"  # where a traced network holds its own
 
@@ -75,11 +77,31 @@ def trace_modes(model: nn.Module, *example: Tensor) -> list[fx.Graph]:
     switches = {(type(module).train, type(module).eval) for module in model.modules()}
     is_usual = switches == {(nn.Module.train, nn.Module.eval)}  # the flags tell the mode
     training, decides = _trace_training(model if is_usual else model.train(), *example)
-    if is_usual and not decides:
-        return [training]
-    evaluation = trace_graph(model.eval(), *example)
-    texts = {re.sub("True|False", "flag", str(graph)) for graph in (training, evaluation)}
-    return [training] if len(texts) == 1 else [training, evaluation]
+    graphs = [training]
+    if not is_usual or decides:
+        evaluation = trace_graph(model.eval(), *example)
+        texts = {re.sub("True|False", "flag", str(graph)) for graph in (training, evaluation)}
+        graphs += [evaluation] if len(texts) > 1 else []
+    for graph in graphs:
+        graph.trace_again = partial(_trace_again, graph, graph is training, *example)  # type: ignore[attr-defined]
+    return graphs
+
+
+@contextmanager
+def _trace_again(
+    graph: fx.Graph, training: bool, *example: Tensor, sizes: Mapping[AttributePlace, int]
+) -> Iterator[fx.Graph]:
+    """Trace the forward of a graph with other numbers in its modules, as if shapes stayed as they are.
+
+    Raises:
+        StructureError: the forward fails with them.
+    """
+    model = graph.owning_module
+    assert isinstance(model, nn.Module)
+    with preserve_modes(model), preserve_attributes(model), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # a forward may draw constants
+        answers = graph.answers  # type: ignore[attr-defined]
+        yield trace_graph(model.train(training), *example, known_answers=answers, sizes=sizes)
 
 
 def _trace_training(model: nn.Module, *example: Tensor) -> tuple[fx.Graph, bool]:

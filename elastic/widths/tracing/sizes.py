@@ -2,11 +2,13 @@
 
 `torch.split(x, self.width, 1)` is given a number, and a graph would hold no more than that. While a model is
 traced its whole numbers are `SizeAttribute`s, which know what would have to change. What a forward computes
-or decides by other than their multiples (`self.conv.out_channels ** -0.5`) is noted.
+or decides by other than their multiples (`self.conv.out_channels ** -0.5`) is noted, where Python asks the
+number itself; see `elastic.widths.computed` for the rest.
 """
 
+import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -106,11 +108,16 @@ def _reverse(operation: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     return lambda self, other: operation(other, self)
 
 
-for _name in ("add", "sub", "truediv", "mod", "pow"):
-    setattr(SizeAttribute, f"__{_name}__", _note(getattr(operator, _name)))
-    setattr(SizeAttribute, f"__r{_name}__", _note(_reverse(getattr(operator, _name))))
-for _name in ("lt", "le", "gt", "ge", "neg"):
-    setattr(SizeAttribute, f"__{_name}__", _note(getattr(operator, _name)))
+_TWO_SIDED = {name: getattr(operator, name) for name in ("add", "sub", "truediv", "mod", "pow")}
+_TWO_SIDED |= {name: getattr(operator, name) for name in ("xor", "lshift", "rshift")}
+_TWO_SIDED |= {"and": operator.and_, "or": operator.or_, "divmod": divmod}
+_ONE_SIDED = {name: getattr(operator, name) for name in ("lt", "le", "gt", "ge", "neg", "pos", "invert")}
+_ONE_SIDED |= {"abs": abs, "round": round, "trunc": math.trunc, "floor": math.floor, "ceil": math.ceil}
+for _name, _operation in _TWO_SIDED.items():
+    setattr(SizeAttribute, f"__{_name}__", _note(_operation))
+    setattr(SizeAttribute, f"__r{_name}__", _note(_reverse(_operation)))
+for _name, _operation in _ONE_SIDED.items():
+    setattr(SizeAttribute, f"__{_name}__", _note(_operation))
 for _name in ("eq", "ne"):
     setattr(SizeAttribute, f"__{_name}__", _compare(getattr(operator, _name)))
 SizeAttribute.__rfloordiv__ = _note(_reverse(operator.floordiv))  # type: ignore[method-assign]
@@ -140,9 +147,16 @@ def is_stock(module: nn.Module) -> bool:
 
 
 @contextmanager
-def tag_sizes(model: nn.Module) -> Iterator[None]:
-    """Let the whole numbers that a model's modules hold know where they are from."""
+def tag_sizes(
+    model: nn.Module, sizes: Mapping[AttributePlace, int] | None = None
+) -> Iterator[set[AttributePlace]]:
+    """Let the whole numbers that a model's modules hold know where they are from; give those that are read.
+
+    Args:
+        sizes: what some of them are instead, meanwhile.
+    """
     before: list[tuple[dict[str, Any], str, Any]] = []
+    tagged: dict[tuple[int, str], Any] = {}
     try:
         for path, module in model.named_modules():
             attributes, is_stock = vars(module), type(module).__module__.startswith("torch.nn.")
@@ -150,11 +164,31 @@ def tag_sizes(model: nn.Module) -> Iterator[None]:
                 value = attributes[name]
                 if _is_size(value):
                     before.append((attributes, name, value))
-                    attributes[name] = _tag(path, name, value)
-        yield
+                    attributes[name] = tagged[id(module), name] = _tag(path, name, value, sizes or {})
+        with _watch_reads(tagged) as read:
+            yield read
     finally:
         for attributes, name, value in before:
             attributes[name] = value
+
+
+@contextmanager
+def _watch_reads(tagged: Mapping[tuple[int, str], Any]) -> Iterator[set[AttributePlace]]:
+    """Note which attributes are read, by the identity of their module and their name."""
+    read, names = set[AttributePlace](), {name for _, name in tagged}
+
+    def get(module: nn.Module, name: str) -> Any:
+        if name in names and (id(module), name) in tagged:
+            value = tagged[id(module), name]
+            numbers = value if isinstance(value, tuple | list) else (value,)
+            read.update(number.place for number in numbers if isinstance(number, SizeAttribute))
+        return super(nn.Module, module).__getattribute__(name)
+
+    setattr(nn.Module, "__getattribute__", get)  # noqa: B010
+    try:
+        yield read
+    finally:
+        delattr(nn.Module, "__getattribute__")
 
 
 def _is_size(value: Any) -> bool:
@@ -163,12 +197,14 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and value > 1
 
 
-def _tag(path: str, name: str, value: Any) -> Any:
+def _tag(path: str, name: str, value: Any, sizes: Mapping[AttributePlace, int]) -> Any:
     if isinstance(value, int):
-        return SizeAttribute(value, AttributePlace(path, name, 0))
+        place = AttributePlace(path, name, 0)
+        return SizeAttribute(sizes.get(place, value), place)
+    places = (AttributePlace(path, name, i) for i in range(len(value)))
     return type(value)(
-        SizeAttribute(part, AttributePlace(path, name, i)) if part > 1 else part
-        for i, part in enumerate(value)
+        SizeAttribute(sizes.get(place, part), place) if part > 1 else part
+        for place, part in zip(places, value, strict=True)
     )
 
 
