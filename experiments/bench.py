@@ -31,13 +31,12 @@ from elastic.dynamic.skipping import make_skipping
 from elastic.experiments.tools.composition import CONF, settle
 from elastic.experiments.tools.environment import silence
 from elastic.experiments.tools.errors import run
+from elastic.experiments.tools.nested import make_levels
 from elastic.experiments.tools.options import call
 from elastic.experiments.tools.parts import make_callbacks, make_recipe, make_task
 from elastic.experiments.tools.timing import Work, make_forward, make_stock, time_pairs
 from elastic.experiments.train import make_trainer
 from elastic.levels.cutting import extract_level
-from elastic.levels.nested import Levels
-from elastic.levels.sizes import level_sizes
 from elastic.measure.timing import choose_fastest
 from elastic.models import convnet, resnet20, vgg16_bn
 from elastic.pruning import gates
@@ -50,7 +49,6 @@ from elastic.widths.discovery import discover
 
 Pair = tuple[Work, Work]  # ours, theirs
 STEPS = {28: 200, 32: 50}  # of an epoch, by the height of images: starting a run shall not be seen
-FRACTIONS = (0.512, 0.64, 0.8)  # of the MACs, of the levels below the network
 
 
 def make_step(net: nn.Module, x_BCHW: Tensor, optimizer: torch.optim.Optimizer | None = None) -> Work:
@@ -159,20 +157,15 @@ def make_recompilation(net: nn.Module, x_BCHW: Tensor) -> Pair:
     return grow_and_step, make_step(net, x_BCHW)
 
 
-def _make_levels(net: nn.Module, x_BCHW: Tensor) -> Levels:
-    widths = discover(net, x_BCHW)
-    return Levels(net, widths, level_sizes(net, widths, x_BCHW, FRACTIONS))
-
-
 def make_core_forward(net: nn.Module, x_BCHW: Tensor) -> Pair:
     """Run the smallest of four levels on parts of the network's tensors, against the same with its own."""
-    core = _make_levels(net.eval(), x_BCHW)[0].eval()
+    core = make_levels(net.eval(), x_BCHW)[0].eval()
     return make_forward(core, x_BCHW), make_forward(extract_level(core), x_BCHW)
 
 
 def make_joint_gradients(net: nn.Module, x_BCHW: Tensor) -> Pair:
     """Compute gradients of all four levels through the network's tensors, against those of four networks."""
-    levels = _make_levels(net, x_BCHW)
+    levels = make_levels(net, x_BCHW)
     extracted = [extract_level(level).requires_grad_() for level in levels]
 
     def compute_jointly() -> None:

@@ -25,18 +25,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from elastic.experiments.tools.environment import silence
 from elastic.experiments.tools.errors import run
+from elastic.experiments.tools.nested import make_levels
 from elastic.experiments.tools.options import call
 from elastic.experiments.tools.timing import make_forward, time_pairs
 from elastic.levels.cutting import extract_level
-from elastic.levels.nested import Levels
 from elastic.levels.runtime import Runtime
-from elastic.levels.sizes import level_sizes
 from elastic.measure import counts
 from elastic.models import resnet20
-from elastic.widths.discovery import discover
 
 X_BCHW = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-FRACTIONS = (0.512, 0.64, 0.8)  # of the MACs, of the levels below the network
 
 
 @dataclass(frozen=True)
@@ -87,15 +84,10 @@ def compare_switching() -> None:
 
 def make_ours() -> Method:
     """Switch the levels of this library."""
-    levels = _make_levels(resnet20())
+    levels = make_levels(resnet20(), X_BCHW)
     runtime = Runtime(levels, X_BCHW)
     budgets_mb = [runtime.costs[0].memory_mb, runtime.costs[-1].memory_mb]
     return Method(lambda k: runtime.within(memory_mb=budgets_mb[k]), lambda: None, 0)
-
-
-def _make_levels(net: nn.Module) -> Levels:
-    widths = discover(net, X_BCHW)
-    return Levels(net, widths, level_sizes(net, widths, X_BCHW, FRACTIONS))
 
 
 def make_once_for_all() -> Method:
@@ -170,7 +162,7 @@ def compare_methods() -> Table:
 def compare_levels(net: nn.Module, repeats: int) -> Table:
     """Time each level in place and extracted, in turn, for one image."""
     table = Table("level", "params", "macs", "in place, ms", "extracted, ms", "ratio", "range")
-    for k, level in enumerate(_make_levels(net)):
+    for k, level in enumerate(make_levels(net, X_BCHW)):
         extracted = extract_level(level.eval()).eval()
         times = time_pairs(make_forward(level, X_BCHW), make_forward(extracted, X_BCHW), repeats)
         sizes = counts.count_params(level), counts.count_macs(level, X_BCHW)
