@@ -21,6 +21,7 @@ from elastic.experiments.tools.options import call
 from elastic.experiments.tools.per_image import read_test_batches
 from elastic.experiments.tools.restore import restore
 from elastic.experiments.tools.tables import (
+    check_targets,
     format_markdown,
     format_spread,
     print_table,
@@ -99,7 +100,12 @@ def show_cascade(
         budget: of MACs: adds the threshold at which images take so many, by their mean, labels unseen.
         csv: the table as a file.
         markdown: a text to put it into, between marks as those of compare.
+
+    Raises:
+        OptionError: there is no finished run.
+        FileError: the table cannot be written.
     """
+    check_targets("cascade", csv, markdown)
     arms = defaultdict[str, list[Outputs]](list)
     for folder, arm in name_arms(runs).items():
         arms[arm].append(compute_outputs(folder, small))

@@ -22,7 +22,7 @@ from torchvision.models import get_model
 from elastic.errors import ElasticError
 from elastic.experiments.tools.errors import run
 from elastic.experiments.tools.options import call
-from elastic.files.atomic import write_atomically
+from elastic.files.atomic import check_place, write_atomically
 from elastic.measure.counts import count_macs
 from elastic.models import from_timm
 from elastic.surgery.checking import MACS_PER_PARAMETER, fix_wrong_widths
@@ -75,7 +75,11 @@ def list_networks(page: Path = Path("docs/networks.md"), names: str = "") -> Non
     Args:
         page: the file to write.
         names: of some of the networks, separated by commas; all by default.
+
+    Raises:
+        FileError: there can be no such file.
     """
+    check_place(page)
     torch.set_num_threads(1)
     rows = [describe_network(name) for name in (names.split(",") if names else NAMES)]
     write_atomically(

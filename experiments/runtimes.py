@@ -28,12 +28,13 @@ from elastic.experiments.latency import list_cells, measure_rows
 from elastic.experiments.results import ROOT
 from elastic.experiments.tools.environment import silence
 from elastic.experiments.tools.errors import run
+from elastic.experiments.tools.nested import make_levels
 from elastic.experiments.tools.options import call
 from elastic.experiments.tools.per_image import sample_images
 from elastic.experiments.tools.restore import restore
 from elastic.experiments.tools.rivals import make_rivals
-from elastic.experiments.tools.tables import format_markdown, write_between_marks
-from elastic.levels import Levels, extract_level, level_sizes, make_alone
+from elastic.experiments.tools.tables import check_marks, format_markdown, write_between_marks
+from elastic.levels import extract_level, make_alone
 from elastic.measure.timing import Network as Execution
 from elastic.measure.timing import measure_medians_ms
 from elastic.models import resnet20, vgg16_bn
@@ -44,7 +45,6 @@ from elastic.widths.discovery import discover
 PAGE = ROOT / "docs" / "runtimes.md"
 RECORDED = ("convnet-long-seed0", "resnet20-distil-seed0", "resnet20_grown-distil-seed0")
 IMAGES, REPEATS = 192, 50
-FRACTIONS = (0.512, 0.64, 0.8)  # of the channels, of the levels below the network
 GRAINS: tuple[Grain, ...] = ("kernel", "block")  # of gates
 OPEN = (0.5, 0.25)  # parts of them that are
 # Channels, kernels, size, stride, rows: of ResNet-20, VGG-16, and ResNet-18 at 224 pixels.
@@ -77,7 +77,11 @@ def show_runtimes(page: Path = PAGE, images: int = IMAGES, threads: int = 2) -> 
         page: with marks, between which the tables are written.
         images: of each network, a third of them at 224 pixels.
         threads: the most that are tried.
+
+    Raises:
+        FileError: there is no such page, or it has no such marks.
     """
+    check_marks(page, "runtimes")
     torch.manual_seed(0)
     torch.set_flush_denormal(True)
     parts = [
@@ -164,9 +168,7 @@ def list_levels() -> list[dict[str, str]]:
     rows = []
     for name, net in (("ResNet-20", resnet20()), ("VGG-16-BN", vgg16_bn())):
         x_BCHW = torch.randn(1, 3, 32, 32)
-        widths = discover(net.eval(), x_BCHW)
-        levels = Levels(net, widths, level_sizes(net, widths, x_BCHW, FRACTIONS))
-        for k, level in enumerate(levels):
+        for k, level in enumerate(make_levels(net.eval(), x_BCHW)):
             alone = extract_level(level.eval()).eval()
             runs: dict[str, Execution] = {
                 "in place": level,

@@ -32,6 +32,7 @@ from elastic.experiments.tools.per_image import read_test_batches
 from elastic.experiments.tools.restore import restore
 from elastic.experiments.tools.runtime_figures import draw_serving
 from elastic.experiments.tools.tables import (
+    check_targets,
     format_markdown,
     format_spread,
     print_table,
@@ -94,7 +95,11 @@ def serve_stream(
         csv: a table to write.
         figure: a picture to draw.
         markdown: a text to put the table into, between marks that name the deadline.
+
+    Raises:
+        FileError: there is no such run, it has no levels, or the table cannot be written.
     """
+    check_targets(name := f"serve deadline={deadline:g}", csv, markdown)
     torch.set_num_threads(1)
     finished = restore(run).reject_modules().require_classes()
     if len(finished.network) == 1:
@@ -111,7 +116,7 @@ def serve_stream(
     ]
     print_table(head, rows)
     if markdown is not None:
-        write_between_marks(markdown, f"serve deadline={deadline:g}", format_markdown(head, rows))
+        write_between_marks(markdown, name, format_markdown(head, rows))
     if csv is not None:
         write_csv(csv, ("server", "repeat", *SCORES), _list_rows(scores))
     if figure is not None:

@@ -28,7 +28,13 @@ from elastic.experiments.tools.folders import check_finished, load_config
 from elastic.experiments.tools.options import call
 from elastic.experiments.tools.parts import make_callbacks
 from elastic.experiments.tools.summary import find_cpu
-from elastic.experiments.tools.tables import format_markdown, print_table, write_between_marks, write_csv
+from elastic.experiments.tools.tables import (
+    check_targets,
+    format_markdown,
+    print_table,
+    write_between_marks,
+    write_csv,
+)
 from elastic.experiments.train import build, make_trainer
 from elastic.ranges import Range
 
@@ -123,7 +129,9 @@ def show_training_time(
 
     Raises:
         OptionError: there is no run, or none of the baseline.
+        FileError: the table cannot be written.
     """
+    check_targets("training_time", csv, markdown)
     arms = {arm: folder for folder, arm in name_arms(runs).items()}
     if not arms or (baseline is not None and baseline not in arms):
         names = ", ".join(arms) or "folders of finished runs"

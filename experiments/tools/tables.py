@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from elastic.errors import FileError
-from elastic.files.atomic import write_atomically
+from elastic.files.atomic import check_place, write_atomically
 
 
 def format_spread(values: Sequence[float], digits: int = 2) -> str:
@@ -66,13 +66,39 @@ def write_between_marks(path: Path, command: str, table: str, of: str = "") -> N
     Raises:
         FileError: there is no such file, or it has no such marks.
     """
+    text = _replace_between_marks(path, command, table, of)
+    write_atomically(path, lambda part: part.write_text(text))
+
+
+def check_marks(path: Path, command: str) -> None:
+    """Refuse a text into which `write_between_marks` could put nothing, before what takes long.
+
+    Raises:
+        FileError: there is no such file, or it has no such marks.
+    """
+    _replace_between_marks(path, command, "")
+
+
+def check_targets(command: str, csv: Path | None, markdown: Path | None) -> None:
+    """Refuse places where a command's table cannot be written, before what takes long.
+
+    Raises:
+        FileError: there is no such folder, or no text with marks that name the command.
+    """
+    if csv is not None:
+        check_place(csv)
+    if markdown is not None:
+        check_marks(markdown, command)
+
+
+def _replace_between_marks(path: Path, command: str, table: str, of: str = "") -> str:
     if not path.exists():
         raise FileError(f"{path} is missing: write it first, with a place for the table")
+    check_place(path)
     text = path.read_text()
     name = f"{command} {of}" if f"`elastic {command} {of}`" in text else command
     begin, end = (f"<!-- {part} of `elastic {name}` -->" for part in ("begin", "end"))
-    text = replace_table(text, table, begin, end)
-    write_atomically(path, lambda part: part.write_text(text))
+    return replace_table(text, table, begin, end)
 
 
 def replace_table(text: str, table: str, begin: str, end: str) -> str:

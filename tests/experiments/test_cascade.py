@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from elastic.errors import OptionError
+from elastic.errors import FileError, OptionError
 from elastic.experiments.cascade import compute_outputs, measure_cascade, show_cascade
 from elastic.experiments.tools.per_image import read_test_batches
 from elastic.experiments.tools.restore import restore
@@ -83,3 +83,10 @@ def test_a_run_without_levels_is_refused(tmp_path: Path) -> None:
         show_cascade(str(tmp_path / "plain"))
     with pytest.raises(OptionError, match="no finished run among"):
         show_cascade(str(tmp_path / "nothing"))
+
+
+def test_a_text_without_marks_is_refused_before_any_run_is_read(tmp_path: Path) -> None:
+    text = tmp_path / "text.md"
+    text.write_text("# A text")
+    with pytest.raises(FileError, match="no place for the table: put '<!-- begin of `elastic cascade` -->'"):
+        show_cascade(str(tmp_path / "none"), markdown=text)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from elastic.errors import FileError
-from elastic.experiments import latency, runtimes
+from elastic.experiments import latency, networks, runtimes
 from elastic.experiments.latency import compare_with_best, list_cells
 from elastic.experiments.tools import rivals
 from elastic.models import convnet
@@ -69,3 +69,18 @@ def test_the_page_has_a_row_for_each_network_layer_level_and_grain(
     assert text.startswith("before\n") and text.endswith("after\n")
     rows = [line for line in text.splitlines() if line.startswith("|") and "---" not in line]
     assert len(rows) == (1 + 2) + (1 + 2) + (1 + 2 * 4) + (1 + 2 * 4)
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_anything_is_timed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(runtimes, "list_subjects", lambda images: pytest.fail("it is timed"))
+    monkeypatch.setattr(networks, "describe_network", lambda name: pytest.fail("it is discovered"))
+    page = tmp_path / "page.md"
+    with pytest.raises(FileError, match="is missing"):
+        runtimes.show_runtimes(page)
+    page.write_text("# A page")
+    with pytest.raises(FileError, match="there is no place for the table"):
+        runtimes.show_runtimes(page)
+    with pytest.raises(FileError, match="is a folder"):
+        networks.list_networks(tmp_path)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from elastic.errors import OptionError
+from elastic.errors import FileError, OptionError
 from elastic.experiments import training_time
 from elastic.experiments.train import train
 from elastic.experiments.training_time import StepClock, TrainingTime, show_training_time, time_training
@@ -65,3 +65,23 @@ def test_arms_are_put_beside_their_baseline(
     assert rows[1:] == [["fixed", "200", "200", "40", "1.00"], ["grown", "100", "200", "30", "0.75"]]
     with pytest.raises(OptionError, match=r"no dense among .*: name fixed, grown"):
         show_training_time(f"{tmp_path}/*-seed0", baseline="dense")
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "reason"),
+    [
+        (None, "markdown", "is missing: write it first"),
+        ("# A page", "markdown", "there is no place for the table"),
+        (None, "csv", "make the folder"),
+    ],
+)
+def test_where_no_table_can_be_written_nothing_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, target: str, reason: str
+) -> None:
+    (tmp_path / "grown-seed0").mkdir()
+    monkeypatch.setattr(training_time, "time_training", lambda *_: pytest.fail("it is timed"))
+    page = tmp_path / ("page.md" if target == "markdown" else "missing/times.csv")
+    if text is not None:
+        page.write_text(text)
+    with pytest.raises(FileError, match=reason):
+        show_training_time(f"{tmp_path}/*-seed0", **{target: page})
