@@ -99,6 +99,7 @@ class Subject:
             lambda: Gated(a, b),
         ]
         self.build = random.choice(builders)
+        torch.manual_seed(self.generator.initial_seed())  # weights, too, follow from the seed
         self.net = _randomise(self.build(), self.generator).eval()
         self.x = torch.randn(2, 3, 8, 8, generator=self.generator)
         self.widths: Widths = discover(self.net, self.x)
