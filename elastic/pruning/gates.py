@@ -79,7 +79,7 @@ class Gate(ChannelParametrization):
     in of `BLOCK` outputs: they open and close together. `block` numbers them, and follows the outputs, so
     that surgery leaves all as it is; fresh outputs are given blocks of their own by `form_blocks`.
     `grace` counts the epochs for which an entry is spared the penalty: fresh channels get no gradient at
-    first and would lose against it. `price` is the cost of one weight, see `compute_penalty`.
+    first and would lose against it. `price` is the cost of one weight, see `add_penalty_gradient`.
     """
 
     score: nn.Parameter
@@ -161,18 +161,6 @@ def find_grain(model: nn.Module) -> Grain | None:
     if all(depth == 1 for depth, _ in dims):
         return "channel"
     return "kernel" if all(depth == 2 for depth, of_weight in dims if of_weight > 2) else "weight"
-
-
-def compute_penalty(model: nn.Module) -> Tensor:
-    """Sum price · size · σ(score): how many weights (at price 1) or MACs the gates mean to keep.
-
-    `size` is the number of weights behind one score. Entries in their grace period do not count.
-    """
-    terms = []
-    for _, layer, gate in iterate_gates(model):
-        openness = torch.sigmoid(gate.score) * (gate.grace <= 0)
-        terms.append(compute_worth(layer, gate) * openness.sum())
-    return torch.stack(terms).sum()
 
 
 def compute_worth(layer: nn.Module, gate: Gate) -> float:

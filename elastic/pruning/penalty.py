@@ -10,10 +10,11 @@ from elastic.pruning.gates import Gate, compute_worth
 
 @torch.no_grad()
 def add_penalty_gradient(gates: Iterable[tuple[str, nn.Module, Gate]], penalty: float) -> None:
-    """Add to each score's gradient what λ · `compute_penalty` would: λ · price · size · σ'(score).
+    """Add to each score's gradient that of λ · Σ price · size · σ(score): λ · price · size · σ'(score).
 
-    Entries in their grace period and frozen gates get nothing; a score without a gradient gets one. There are
-    as many calls for a hundred gates as for one.
+    The sum is how many weights (at price 1) or MACs the gates mean to keep; `size` is the number of weights
+    behind one score. Entries in their grace period and frozen gates get nothing; a score without a gradient
+    gets one. There are as many calls for a hundred gates as for one.
 
     Args:
         gates: as `iterate_gates` yields them.

@@ -24,6 +24,7 @@ from elastic.surgery.reindexing import FRESH, grow_index, reindex
 from elastic.widths.discovery import Widths, discover
 from elastic.widths.parameters import get_original as held_original
 from tests.elastic.pruning.grains import GRAINS, every_case_and_grain, every_grain
+from tests.elastic.pruning.sums import compute_penalty
 from tests.elastic.zoo import Case, Net, conv, differences, head, states
 
 X = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(1))
@@ -187,7 +188,7 @@ def test_gates_close_where_the_loss_does_not_need_them() -> None:
     optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
     for _ in range(300):
         optimizer.zero_grad()
-        (F.mse_loss(net(x), y) + 0.02 * gates.compute_penalty(net)).backward()
+        (F.mse_loss(net(x), y) + 0.02 * compute_penalty(net)).backward()
         optimizer.step()
     assert (gate.score > 0).tolist() == [[True] * 4 + [False] * 4]
     assert F.mse_loss(net(x), y) < 0.01
@@ -254,7 +255,7 @@ def test_the_order_in_which_modules_are_registered_does_not_matter() -> None:
     assert list(found(net)) == ["conv"]
     assert gates.count_open(net) == 4 * 27
     expected = 4 * 27 * torch.sigmoid(torch.tensor(START))
-    torch.testing.assert_close(gates.compute_penalty(net).detach(), expected)
+    torch.testing.assert_close(compute_penalty(net).detach(), expected)
 
 
 @every_grain
@@ -306,7 +307,7 @@ def test_the_penalty_against_a_sum_over_single_weights(grain: Grain) -> None:
     for i, gate in enumerate(found(net).values()):
         gate.price = 0.5 + i
         gate.grace.copy_(torch.randint(0, 3, gate.grace.shape, generator=drawn))
-    gates.compute_penalty(net).backward()
+    compute_penalty(net).backward()
 
     total, spared = 0.0, 0
     for _, layer, gate in gates.iterate_gates(net):
@@ -323,7 +324,7 @@ def test_the_penalty_against_a_sum_over_single_weights(grain: Grain) -> None:
             expected[at] += gate.price * sigma * (1 - sigma)
         torch.testing.assert_close(gate.score.grad, expected, rtol=1e-4, atol=1e-6)
     assert spared > 0
-    assert gates.compute_penalty(net).item() == pytest.approx(total, rel=1e-5)
+    assert compute_penalty(net).item() == pytest.approx(total, rel=1e-5)
 
 
 def test_the_penalty_counts_weights_whatever_the_grain() -> None:
@@ -333,7 +334,7 @@ def test_the_penalty_counts_weights_whatever_the_grain() -> None:
         net, _ = gated_network(grain, 0.0)
         for path, gate in found(net).items():
             gate.price = 0.0 if path == "6.2" else 1.0
-        values.append(gates.compute_penalty(net).item())
+        values.append(compute_penalty(net).item())
     assert values == pytest.approx([(4 * 27 + 6 * 36) * 0.5] * len(GRAINS))
 
 
@@ -356,7 +357,7 @@ def test_frozen_gates_rest_and_their_weights_go_on_learning(grain: Grain) -> Non
 
     def step() -> None:
         optimizer.zero_grad()
-        (F.cross_entropy(net(X), torch.arange(4)) + 1e-3 * gates.compute_penalty(net)).backward()
+        (F.cross_entropy(net(X), torch.arange(4)) + 1e-3 * compute_penalty(net)).backward()
         optimizer.step()
 
     step()
@@ -608,7 +609,7 @@ def test_pruned_channels_leave_and_fresh_ones_come(grain: Grain) -> None:
 
     def step() -> None:
         optimizer.zero_grad()
-        (F.cross_entropy(net(X), torch.arange(4)) + 1e-3 * gates.compute_penalty(net)).backward()
+        (F.cross_entropy(net(X), torch.arange(4)) + 1e-3 * compute_penalty(net)).backward()
         optimizer.step()
 
     keep = find_removable_channels(net, widths, X)
@@ -666,7 +667,7 @@ def train_blocks(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 
     """Train with a penalty, and check after each step that all gates of a block are the same."""
     for _ in range(steps):
         optimizer.zero_grad()
-        (F.cross_entropy(net(X), torch.arange(4)) + 1e-4 * gates.compute_penalty(net)).backward()
+        (F.cross_entropy(net(X), torch.arange(4)) + 1e-4 * compute_penalty(net)).backward()
         optimizer.step()
         for gate in found(net).values():
             assert torch.equal(gate.score, gates.average_score(gate))
