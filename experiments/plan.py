@@ -74,12 +74,10 @@ def carry_out(file: Path, runs: Path = Path("outputs/plan"), workers: Count = 1,
         OptionError: the file is no plan, or has no such arm.
         TrainingError: runs have failed; the others are finished.
     """
-    plan = [
-        planned for planned in read_plan(file, runs) if fnmatch(planned.name.rpartition("-seed")[0], only)
-    ]
+    plan = [planned for planned in read_plan(file, runs) if fnmatch(planned.arm, only)]
     if not plan:
         raise OptionError(f"{file} has no arm {only}: name one of its arms")
-    failed = run_side_by_side(plan, max(1, workers))
+    failed = run_side_by_side(plan, workers)
     if failed:
         raise TrainingError(
             f"{len(failed)} of {len(plan)} runs have failed, {', '.join(failed)}: see {runs}/<run>.log"

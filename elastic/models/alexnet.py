@@ -6,14 +6,14 @@ strides and kernels are reduced for small images. For 224×224 take torchvision'
 
 from torch import nn
 
-from elastic.ranges import Count, Part
+from elastic.ranges import Count
 
 CHANNELS = (1, 3, 6, 4, 4)  # of the convolutions, in units of `width`
 POOLS = (0, 1, 4)  # the convolutions that a pooling follows
 
 
 def alexnet(
-    width: Count = 64, in_channels: int = 3, classes: int = 10, hidden: Count = 1024, dropout: Part = 0.5
+    width: Count = 64, in_channels: int = 3, classes: int = 10, hidden: Count = 1024
 ) -> nn.Sequential:
     """Build 3×3 convolutions with ReLU and no norm, three 2×2 max-poolings, two hidden linear layers.
 
@@ -29,7 +29,7 @@ def alexnet(
         channels = multiple * width
     net.add_module("flatten", nn.Flatten())
     for i, (inputs, outputs) in enumerate(((16 * channels, hidden), (hidden, hidden)), start=6):
-        net.add_module(f"dropout{i}", nn.Dropout(dropout))
+        net.add_module(f"dropout{i}", nn.Dropout(0.5))
         net.add_module(f"fc{i}", nn.Linear(inputs, outputs))
         net.add_module(f"relu{i}", nn.ReLU())
     net.add_module("fc8", nn.Linear(hidden, classes))

@@ -5,8 +5,6 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-Group = dict[str, object]
-
 
 def adopt_parameters(
     optimizers: Iterable[torch.optim.Optimizer],

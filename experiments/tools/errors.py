@@ -10,7 +10,7 @@ from typing import Any
 from hydra.errors import HydraException, InstantiationException
 from omegaconf.errors import OmegaConfBaseException
 
-from elastic.errors import ElasticError
+from elastic.errors import ElasticError, cite
 from elastic.experiments.tools.composition import explain
 from elastic.experiments.tools.signals import Interrupted, raise_on_signals, stop
 
@@ -72,8 +72,8 @@ def format_error(error: BaseException) -> str:
         cause = cause.__cause__
     if isinstance(cause, HydraException) and (text := explain(cause)):
         return text
-    lines = [line.strip() for line in str(cause).strip().splitlines()] or [type(cause).__name__]
-    shown = " ".join(lines[:2]) if isinstance(cause, HydraException) else lines[0]
+    lines = [line.strip() for line in str(cause).strip().splitlines()]
+    shown = " ".join(lines[:2]) if lines and isinstance(cause, HydraException) else cite(cause)
     if cause is not error and not isinstance(cause, ElasticError):
         shown += f" ({str(error).splitlines()[-1]})"
     return shown

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.optim import Optimizer
 
-from elastic.errors import OptionError
+from elastic.errors import OptionError, cite
 from elastic.experiments.tools.composition import list_callbacks
 from elastic.training.schedules import Scheduler, make_schedule
 from elastic.training.tasks import Task
@@ -54,7 +54,7 @@ def make_recipe(cfg: DictConfig) -> tuple[Callable[..., Optimizer], Callable[...
         if scheduler is not None:
             make_schedule(scheduler, trial, steps=1000, batches=10)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        cause = str(error).strip().partition("\n")[0].removesuffix(".")
+        cause = cite(error).removesuffix(".")
         raise OptionError(f"{part}: {cause}: change its options, or choose another {part}") from error
     return optimizer, scheduler
 

@@ -49,10 +49,10 @@ def raise_on_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def keep_raising(number: int = signal.SIGTERM) -> None:
-    """Raise on a signal again where a library has put a handler of its own in place."""
+def keep_raising() -> None:
+    """Raise on SIGTERM again where a library has put a handler of its own in place."""
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is _raise:
-        signal.signal(number, _raise)
+        signal.signal(signal.SIGTERM, _raise)
 
 
 def advise(advice: Callable[[], str]) -> None:
