@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -234,6 +235,13 @@ def test_one_process_that_fails_ends_all(
     while third.exists() and "Z" not in (third / "stat").read_text().rpartition(")")[2]:
         assert time.monotonic() < until, "it is left alone"
         time.sleep(0.01)
+
+
+def test_a_system_without_waitid_has_no_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "waitid")
+    before = threading.active_count()
+    together.watch_processes([os.getpid()])
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize(

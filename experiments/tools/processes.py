@@ -42,9 +42,14 @@ def speak_for_others() -> None:
 def watch_processes(processes: Sequence[int]) -> None:
     """End this process, with a line, when one of others fails and it does not notice: it may wait for ever.
 
+    Systems that cannot tell of an end without taking it from others, macOS up to Python 3.12 and Windows,
+    have no such watch.
+
     Args:
         processes: the numbers of the second process on, children of this one.
     """
+    if not hasattr(os, "waitid"):
+        return
 
     def watch() -> None:
         remaining = dict(enumerate(processes, 1))
