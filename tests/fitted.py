@@ -11,14 +11,14 @@ import lightning as L
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
-from hydra.utils import instantiate
 from torch import Tensor
 
 from elastic.data import ImageData
-from elastic.experiments.tools.environment import choose_precision, silence
+from elastic.experiments.tools.composition import list_callbacks
+from elastic.experiments.tools.environment import silence
 from elastic.experiments.tools.errors import run
-from elastic.experiments.tools.parts import make_loggers
-from elastic.experiments.train import build
+from elastic.experiments.tools.parts import make_callbacks
+from elastic.experiments.train import build, make_trainer
 from elastic.training.module import ElasticClassifier
 from tests.runs import TINY, configure
 
@@ -63,16 +63,10 @@ def prepare(
     """What `experiments.train.train` would fit, with callbacks of the test around the run's own."""
     silence()
     cfg = configure(folder, *overrides)
-    own = {name: instantiate(c) for name, c in cfg.callbacks.items() if c is not None}
+    names = [name for name in list_callbacks(cfg) if name != "learning_rate" or cfg.logger]
+    own = dict(zip(names, make_callbacks(cfg), strict=True))
     module, data = build(cfg)
-    trainer = instantiate(
-        cfg.trainer,
-        precision=choose_precision(cfg.trainer.precision),
-        callbacks=[*before, *own.values(), *after],
-        logger=make_loggers(cfg),
-        enable_progress_bar="progress" in own,
-        default_root_dir=folder,
-    )
+    trainer = make_trainer(cfg, [*before, *own.values(), *after], folder)
     return Run(module, data, trainer, own, folder)
 
 
