@@ -41,12 +41,13 @@ def list_modules() -> list[str]:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add a page a module, and the recorded runs with their figures, to the site and its navigation."""
+    """Add a page a module, and the recorded runs with their figures, tables and plans, to the site."""
     api = {name: f"api/{name}.md" for name in list_modules()}
     for name, uri in api.items():
         files.append(File.generated(config, uri, content=f"::: {name}\n"))
-    runs = sorted((ROOT / "experiments").glob("*/README.md"))
-    for path in (*runs, *(ROOT / "experiments").rglob("*.png")):
+    recorded = ROOT / "experiments"
+    runs = sorted(recorded.glob("*/README.md"))
+    for path in (*runs, *recorded.rglob("*.png"), *recorded.glob("*/*.csv"), *recorded.glob("*.yaml")):
         uri = path.relative_to(ROOT).as_posix()
         files.append(File.generated(config, uri, abs_src_path=str(path)))
     packages = {name.rpartition(".")[0] for name in api}
@@ -63,9 +64,10 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Link the names of the API. Links that leave `docs/`, the top of the site, lose a `../`."""
+    """Link the names of the API. `docs/` is the top of the site: links lose the `../` or `docs/` of it."""
     up = "../" * page.file.src_uri.count("/")
-    return NAME.sub(r"[`\1`][\1]", markdown).replace(f"]({up}../", f"]({up}")
+    markdown = NAME.sub(r"[`\1`][\1]", markdown)
+    return markdown.replace(f"]({up}../", f"]({up}").replace(f"]({up}docs/", f"]({up}")
 
 
 def on_page_content(html: str, **_: Any) -> str:
