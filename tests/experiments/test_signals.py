@@ -223,7 +223,7 @@ def test_all_that_a_command_has_started_ends_with_it(
         pytest.skip("Lightning's own processes")
     else:
         more = (f"run={tmp_path / 'run'}", "trainer.devices=2", "trainer.strategy=ddp")
-    process = start(tmp_path, *LONG, *more)
+    process = start(tmp_path, *more, *LONG)
     try:
         wait_for(process, "*/last.ckpt", tmp_path, count=2 if many == "a sweep" else 1)
         process.send_signal(number)
