@@ -35,13 +35,23 @@ from elastic.widths.operations.layers import (
     project,
     rectify,
 )
-from elastic.widths.operations.making import decide, expand, fill, fill_like, repeat, repeat_entries
+from elastic.widths.operations.making import (
+    decide,
+    expand,
+    fill,
+    fill_like,
+    hold_values,
+    make_grid,
+    repeat,
+    repeat_entries,
+)
 from elastic.widths.operations.products import add_product, attend, contract, multiply_matrices
 from elastic.widths.operations.ranking import find_extreme, find_place, rank
 from elastic.widths.operations.registry import TABLE, register_op
 from elastic.widths.operations.reshaping import flatten, reshape, reshape_as, unflatten
 from elastic.widths.operations.shapes import (
     accumulate,
+    join_complex,
     measure_norm,
     mix_dimension,
     move_dimensions,
@@ -52,6 +62,7 @@ from elastic.widths.operations.shapes import (
     reduce,
     reduce_twice,
     reorder,
+    split_complex,
     squeeze,
     transpose,
     transpose_last,
@@ -64,6 +75,7 @@ from elastic.widths.operations.spatial import (
     resize,
     shuffle_channels,
     shuffle_pixels,
+    transform,
     unfold,
     unpool,
     unshuffle_pixels,
@@ -139,10 +151,13 @@ FUNCTIONS: dict[Rule, str] = {
         invert and or xor pos positive special_expit atan arctan asin arcsin acos arccos sinh cosh asinh acosh
         atanh erfc log10 logit sinc trunc fix frac sgn mod fmod remainder floordiv floor_divide float_power
         multiply subtract divide true_divide negative absolute greater greater_equal less less_equal not_equal
+        real imag angle conj complex polar
         arcsinh arccosh arctanh atan2 arctan2 hypot copysign heaviside logaddexp fmin fmax requires_grad""",
     convert: "to type_as",
     fill: "ones zeros empty full rand randn new_ones new_zeros new_empty new_full",
     fill_like: "ones_like zeros_like empty_like full_like rand_like randn_like",
+    hold_values: "new_tensor",
+    make_grid: "affine_grid",
     expand: "expand broadcast_to",
     repeat: "repeat tile",
     repeat_entries: "repeat_interleave",
@@ -179,6 +194,11 @@ FUNCTIONS: dict[Rule, str] = {
         adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
         adaptive_max_pool3d lp_pool1d lp_pool2d lp_pool3d""",
     pad: "pad",
+    transform: """
+        fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_ifftn
+        fft_rfftn fft_irfftn""",
+    split_complex: "view_as_real",
+    join_complex: "view_as_complex",
     resize: "interpolate grid_sample",
     unfold: "unfold",
     fold: "fold",
@@ -210,7 +230,7 @@ FUNCTIONS: dict[Rule, str] = {
 READS_COUNTS: tuple[Rule, ...] = (
     *(reshape, unflatten, split, get_item),
     *(decide, set_item, convolve_with, convolve_transposed_with, normalize_layer_with),
-    *(fill, expand, repeat),
+    *(fill, expand, repeat, make_grid),
 )
 # These are asked even where no tensor with channels is read.
 NEEDS_NO_TENSOR: tuple[Rule, ...] = (fill, decide)

@@ -42,6 +42,21 @@ def _list_fill_sizes(tracker: Tracker, node: fx.Node, position: int) -> list[obj
     return list(size) if isinstance(size, tuple | list) else [size]
 
 
+def hold_values(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow `x.new_tensor`: x tells a type alone."""
+    tracker.drop(get_axes(get_input(node)))
+    return (None,) * len(get_shape(node))
+
+
+def make_grid(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow `affine_grid`: places in an image of a size, of which the number of channels does not matter."""
+    tracker.fix(get_axes(get_input(node)), node, "reads channels as coordinates")
+    counts = _list_counts(list_arguments(node, 1, "size"))
+    axes = [axis for count in (*counts[:1], *counts[2:]) for axis in count.axes]
+    tracker.fix(axes, node, "computes with the number of channels")
+    return (None,) * len(get_shape(node))
+
+
 def fill_like(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow `torch.zeros_like` and its like."""
     return get_axes(get_input(node))

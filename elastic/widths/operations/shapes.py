@@ -46,7 +46,7 @@ def transpose_last(tracker: Tracker, node: fx.Node) -> Axes:
 
 
 def read_attribute(tracker: Tracker, node: fx.Node) -> Tracked:
-    """Follow `x.mT`, `x.T` of two dimensions, `x.data`, and one of several results by its name (`values`)."""
+    """Follow `x.mT`, `x.T` of two dimensions, `x.data`, `x.real`, and one of several results (`values`)."""
     source, name = get_input(node), get_argument(node, 1)
     results = get_value(source)
     if isinstance(results, tuple):
@@ -54,11 +54,23 @@ def read_attribute(tracker: Tracker, node: fx.Node) -> Tracked:
         tracker.drop(list_axes(tracked))  # what is not picked is not read here
         places = [place for place, part in enumerate(results) if part is getattr(results, name)]
         return tracked[places[0]] if tracked and places else None
-    if name == "data":
+    if name in ("data", "real", "imag"):
         return get_axes(source)
     if name != "mT" and (name != "T" or len(get_shape(node)) != 2):
         raise NotFollowed("is none that is known")
     return transpose_last(tracker, node)
+
+
+def split_complex(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow `view_as_real`: both parts lie in a last dimension of their own."""
+    return (*get_axes(get_input(node)), None)
+
+
+def join_complex(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow `view_as_complex`: the last dimension holds both parts."""
+    *x, last = get_axes(get_input(node))
+    tracker.fix([last], node, "joins channels to complex numbers")
+    return tuple(x)
 
 
 def accumulate(tracker: Tracker, node: fx.Node) -> Axes:

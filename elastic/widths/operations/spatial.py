@@ -29,6 +29,15 @@ def pool(tracker: Tracker, node: fx.Node) -> Axes | tuple[Axes, Axes]:
     return axes if isinstance(get_value(node), Tensor) else (axes, axes)  # with the places of maxima
 
 
+def transform(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow Fourier transforms of the last dimension, the last two (`fft2`), or those given."""
+    name = get_operation_name(node)
+    if name.endswith("n") and get_argument(node, 2, "dim") is None:
+        raise NotFollowed("transforms all dimensions, channels too")
+    dims = get_argument(node, 2, "dim", default=(-2, -1) if name.endswith("2") else -1)
+    return _pass_beside(tracker, node, [dims] if isinstance(dims, int) else dims)
+
+
 def unpool(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow what puts maxima back to their places."""
     x, indices = get_axes(get_input(node)), get_axes(get_argument(node, 1, "indices"))

@@ -25,7 +25,12 @@ from elastic.widths.tracing.sizes import note_computed_sizes
 Instruction = tuple[CodeType, int]  # the place in the code where a frame is
 
 # Functions that make a tensor of given sizes: torch.fx does not see them where these are traced numbers.
-FACTORIES = ("ones", "zeros", "full", "empty", "arange", "rand", "randn", "linspace", "eye")
+FACTORIES = tuple("ones zeros full empty arange rand randn linspace eye tensor as_tensor".split())
+# Methods that take sizes or types, which torch.fx does not see where the forward makes the tensor itself.
+SIZED = tuple(
+    "expand broadcast_to repeat tile view reshape narrow select type "
+    "new_zeros new_ones new_empty new_full".split()
+)
 PLACE = "place"  # in a node's `meta`: the module in whose forward it is
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 # Methods that torch.fx puts its own in place of while it traces.
@@ -307,22 +312,29 @@ def _untraced() -> Iterator[None]:
 
 @contextmanager
 def trace_factories(tracer: fx.Tracer) -> Iterator[None]:
-    """Let functions that make tensors be traced where they are given traced numbers."""
+    """Let functions that make tensors, and methods of tensors made so, be traced with traced numbers."""
     before = {name: getattr(torch, name) for name in FACTORIES}
     try:
         for name, function in before.items():
-            setattr(torch, name, _make_traceable(tracer, function))
+            setattr(torch, name, _make_traceable(tracer, function, "call_function", function))
+        for name in SIZED:
+            setattr(Tensor, name, _make_traceable(tracer, getattr(Tensor, name), "call_method", name))
         yield
     finally:
         for name, function in before.items():
             setattr(torch, name, function)
+        for name in SIZED:
+            if name in vars(Tensor):  # its base has torch's own
+                delattr(Tensor, name)
 
 
-def _make_traceable(tracer: fx.Tracer, function: Callable[..., Any]) -> Callable[..., Any]:
+def _make_traceable(
+    tracer: fx.Tracer, function: Callable[..., Any], kind: str, target: Any
+) -> Callable[..., Any]:
     @wraps(function)
     def make(*args: Any, **kwargs: Any) -> Any:
         if any(isinstance(value, fx.Proxy) for value in tree_leaves((args, kwargs))):
-            return tracer.create_proxy("call_function", function, args, kwargs)
+            return tracer.create_proxy(kind, target, args, kwargs)
         return function(*args, **kwargs)
 
     return make

@@ -93,6 +93,43 @@ def pad_shortcut(m: Any, x: Tensor) -> Tensor:
     return F.relu(m.wide(F.relu(x))[:, :, ::2, ::2] + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2)))
 
 
+def weigh_frequencies(m: Any, x: Tensor) -> Tensor:
+    """Weigh what a Fourier transform over space gives (GFNet, arXiv 2107.00645)."""
+    y = torch.fft.rfft2(x, dim=(2, 3), norm="ortho") * torch.view_as_complex(m.weight)
+    return torch.fft.irfft2(y, s=x.shape[2:], dim=(2, 3), norm="ortho")
+
+
+def convolve_frequencies(m: Any, x: Tensor) -> Tensor:
+    """Convolve real and imaginary parts as channels (Fast Fourier Convolution)."""
+    y = torch.fft.rfft2(x)
+    y = F.relu(m.one(torch.cat([y.real, y.imag], 1)))
+    return torch.fft.irfft2(torch.complex(*y.chunk(2, 1)), s=x.shape[-2:])
+
+
+def transform_image(m: Any, x: Tensor) -> Tensor:
+    """Move images by what a layer says (spatial transformer networks, arXiv 1506.02025)."""
+    theta = m.locate(x.mean((2, 3))).tanh().view(-1, 2, 3)
+    return F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False), align_corners=False)
+
+
+def blur(m: Any, x: Tensor) -> Tensor:
+    """Blur each channel by a filter that the forward makes (anti-aliased networks, arXiv 1904.11486)."""
+    line = torch.tensor([1.0, 2.0, 1.0]).to(x.device, x.dtype)
+    line = line.type(x.dtype) / 4
+    filters = (line[:, None] * line)[None, None].expand(x.size(1), 1, 3, 3)
+    return F.conv2d(F.pad(x, [1, 1, 1, 1], mode="reflect"), filters, stride=2, groups=x.size(1))
+
+
+def add_rows(m: Any, x: Tensor) -> Tensor:
+    """Join rows' numbers, for as many images and places as there are."""
+    rows = torch.linspace(-1, 1, 8).view(1, 1, x.shape[2], 1).expand(x.shape[0], 1, -1, x.shape[3])
+    return m.one(torch.cat([x, rows, torch.ones(1, 1, 1, 8).repeat(x.size(0), 1, x.size(2), 1)], 1))
+
+
+def normalise_by_shape(m: Any, x: Tensor) -> Tensor:
+    return x / torch.tensor(x.shape[2:]).prod() + x.new_tensor([1.0, 2, 3, 4, 5, 6, 7, 8])
+
+
 # The sizes of what is free.
 FOLLOWED: dict[str, tuple[Build, dict[str, int]]] = {
     "attention to places": (
@@ -101,6 +138,18 @@ FOLLOWED: dict[str, tuple[Build, dict[str, int]]] = {
     ),
     "the smallest channel": (just(lambda m, x: x * x.min(1, True).values), {"stem": 8}),
     "coordinates": (just(add_coordinates, one=lambda: conv(9, 8)), {"stem": 8, "one": 8}),
+    "rows": (just(add_rows, one=lambda: conv(10, 8)), {"stem": 8, "one": 8}),
+    "values that the forward makes": (just(normalise_by_shape), {"stem": 8}),
+    "weights of frequencies": (
+        just(weigh_frequencies, weight=lambda: nn.Parameter(torch.rand(8, 8, 5, 2))),
+        {"stem": 8},
+    ),
+    "convolution of frequencies": (
+        just(convolve_frequencies, one=lambda: conv(16, 16)),
+        {"stem": 8, "one": 8},
+    ),
+    "moved images": (just(transform_image, locate=lambda: nn.Linear(8, 6)), {"stem": 8}),
+    "blur": (just(blur), {"stem": 8}),
     "regions": (just(drop_blocks), {"stem": 8}),
     "of the type of others": (
         just(lambda m, x: m.one(x).type_as(x), one=lambda: conv(8, 8)),
@@ -235,6 +284,12 @@ REFUSED: dict[str, tuple[Build, str]] = {
     ),
     "padded to a number": (
         just(lambda m, x: F.pad(x, (0, 0, 0, 0, 0, 12 - x.size(1))), 12),
+        "computes with the number of channels",
+    ),
+    "frequencies of channels": (just(lambda m, x: torch.fft.fft(x, dim=1).real), "as if they were space"),
+    "frequencies of all dimensions": (just(lambda m, x: torch.fft.fftn(x).real), "channels too"),
+    "numbers of channels as values": (
+        just(lambda m, x: x / torch.tensor(x.shape[1:]).prod()),
         "computes with the number of channels",
     ),
     "both, by names": (
