@@ -148,6 +148,12 @@ def _count_entries(node: fx.Node) -> Counts:
     return reduce(_multiply, counts, Count(Fraction(1)))
 
 
+def _count_numbers(node: fx.Node) -> Counts:
+    """Count `math.prod(x.shape[1:])`."""
+    counts = [*list_counts(node.args[0]), *map(get_count, node.args[1:])]
+    return reduce(_multiply, counts, Count(Fraction(1)))
+
+
 def _count_nothing(node: fx.Node) -> Counts:
     """Count `x.dim()` and its like, which no channel changes."""
     return get_counts(node.meta["value"])
@@ -233,6 +239,7 @@ COUNTING: dict[str, Callable[[fx.Node], Counts]] = {
     "ifloordiv": _count_ratio,
     "len": _count_length,
     "numel": _count_entries,
+    "prod": _count_numbers,
     "nelement": _count_entries,
     "floordiv": _count_ratio,
     "truediv": _count_ratio,

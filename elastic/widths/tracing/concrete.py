@@ -4,6 +4,7 @@ The graph then holds a node that expects the same answer: for another shape it r
 """
 
 import inspect
+import math
 import operator
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ from functools import cached_property, wraps
 from types import CodeType, FrameType
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
@@ -31,6 +33,7 @@ SIZED = tuple(
     "expand broadcast_to repeat tile view reshape narrow select type "
     "new_zeros new_ones new_empty new_full".split()
 )
+NUMPY = {"axis", "out"}  # how NumPy's functions call a method of what is no array
 PLACE = "place"  # in a node's `meta`: the module in whose forward it is
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 # Methods that torch.fx puts its own in place of while it traces.
@@ -105,6 +108,10 @@ class _Asked:
         tracer = self.tracer  # type: ignore[attr-defined]
         return int(tracer.ask(tracer.create_proxy("call_function", len, (self,), {})))
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        """Give NumPy a number, or those of a shape, for good."""
+        return np.asarray(self.tracer.ask_numbers(self), dtype)  # type: ignore[attr-defined]
+
 
 class _AskedAttribute(_Asked, fx.proxy.Attribute):
     pass
@@ -112,6 +119,8 @@ class _AskedAttribute(_Asked, fx.proxy.Attribute):
 
 class _AskedProxy(_Asked, fx.Proxy):
     def __getattr__(self, k: str) -> fx.proxy.Attribute:
+        if k.startswith(("__array", "__cuda_array")):  # NumPy and torch look for more than `__array__`
+            raise AttributeError(k)
         return _AskedAttribute(self, k)
 
     def __setitem__(self, index: Any, value: Any) -> None:
@@ -207,6 +216,8 @@ class ConcreteTracer(fx.Tracer):
 
     def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
         """Make a node; a number that torch has looked at only to see that it is one was not asked for."""
+        if args[:2] == ("call_method", "prod") and args[3].keys() == NUMPY:  # `np.prod(x.shape)`
+            args = ("call_function", math.prod, args[2], {})
         asked, self._asked = self._asked, []
         frame: FrameType | None = sys._getframe(1)
         callers: set[Instruction] = set()
@@ -247,6 +258,11 @@ class ConcreteTracer(fx.Tracer):
         if caller is not None:
             self._asked.append((expected.node, caller))
         return value
+
+    def ask_numbers(self, proxy: fx.Proxy) -> Any:
+        """Compute a number from the example's shape, or each of a shape's; see `ask`."""
+        is_shape = isinstance(self._answer(proxy.node), tuple | list)
+        return [self.ask(part) for part in self.iter(proxy)] if is_shape else self.ask(proxy)
 
     def _answer(self, node: fx.Node) -> Any:
         """Tell what a node gives, or what it gave when the same forward was traced before."""

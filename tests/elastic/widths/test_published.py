@@ -1,8 +1,10 @@
 """What published networks put between convolutions: attention, conditioning, coordinates, decoders."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -148,6 +150,24 @@ FOLLOWED: dict[str, tuple[Build, dict[str, int]]] = {
         just(convolve_frequencies, one=lambda: conv(16, 16)),
         {"stem": 8, "one": 8},
     ),
+    "flattened by a product": (
+        just(
+            lambda m, x: m.all(x.view(-1, math.prod(x.shape[1:])))[..., None, None],
+            all=lambda: nn.Linear(512, 8),
+        ),
+        {"stem": 8, "all": 8},
+    ),
+    "flattened by NumPy": (
+        just(
+            lambda m, x: m.all(x.view(-1, np.prod(x.shape[1:])))[..., None, None],
+            all=lambda: nn.Linear(512, 8),
+        ),
+        {"stem": 8, "all": 8},
+    ),
+    "numbers of NumPy": (
+        just(lambda m, x: x / np.sqrt(x.shape[3]) * float(np.array(x.shape[2:]).sum())),
+        {"stem": 8},
+    ),
     "moved images": (just(transform_image, locate=lambda: nn.Linear(8, 6)), {"stem": 8}),
     "blur": (just(blur), {"stem": 8}),
     "regions": (just(drop_blocks), {"stem": 8}),
@@ -285,6 +305,10 @@ REFUSED: dict[str, tuple[Build, str]] = {
     "padded to a number": (
         just(lambda m, x: F.pad(x, (0, 0, 0, 0, 0, 12 - x.size(1))), 12),
         "computes with the number of channels",
+    ),
+    "channels counted by NumPy": (
+        just(lambda m, x: x / np.sqrt(x.shape[1])),
+        "decides by the number of channels",
     ),
     "frequencies of channels": (just(lambda m, x: torch.fft.fft(x, dim=1).real), "as if they were space"),
     "frequencies of all dimensions": (just(lambda m, x: torch.fft.fftn(x).real), "channels too"),
