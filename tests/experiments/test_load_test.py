@@ -161,7 +161,7 @@ def test_every_request_is_answered_on_a_loaded_machine(tmp_path: Path) -> None:
 def test_a_server_that_ends_at_once_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load_test.sys, "executable", "false")
     with (
-        pytest.raises(FileError, match="the server has not started"),
+        pytest.raises(FileError, match="the server has ended as it started"),
         load_test.start_server("digits-gnap-2k", 40, 1),
     ):
         pass
