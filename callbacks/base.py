@@ -6,7 +6,12 @@ from typing import Any, ClassVar
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from torch import Tensor, nn
 
 from elastic.errors import TrainingError
@@ -14,7 +19,7 @@ from elastic.training.joining import join_structure
 from elastic.training.structure import Structure, get_scaler
 
 # Lightning's own callbacks that hold on to parameters, or copies of them, as they were.
-STATIC = (StochasticWeightAveraging, BaseFinetuning, ModelPruning)
+STATIC = (StochasticWeightAveraging, WeightAveraging, BaseFinetuning, ModelPruning)
 
 
 Loss = Callable[[Any, Tensor], Tensor]  # of outputs and targets
@@ -83,7 +88,11 @@ class ElasticCallback(L.Callback):
         if stage == "fit" and self._leads(trainer):
             for callback in list_elastic(trainer):
                 callback.check(trainer)
-        static = [callback for callback in trainer.callbacks if isinstance(callback, STATIC)]  # type: ignore[attr-defined]
+        static = [
+            callback
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+            if isinstance(callback, STATIC) and not isinstance(callback, ElasticCallback)
+        ]
         if static and self.changes_structure:
             raise TrainingError(
                 f"{type(static[0]).__name__} cannot follow a network that changes, as "

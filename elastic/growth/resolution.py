@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Annotated
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -40,4 +41,5 @@ def resize(x_BCHW: Tensor, sides: Sequence[int]) -> Tensor:
     """Bring images to other sides, with no aliases where they become smaller."""
     if list(x_BCHW.shape[2:]) == list(sides):
         return x_BCHW
-    return F.interpolate(x_BCHW, list(sides), mode="bilinear", antialias=True)
+    wide = torch.promote_types(x_BCHW.dtype, torch.float32)  # which CPUs have no 16-bit kernels for
+    return F.interpolate(x_BCHW.to(wide), list(sides), mode="bilinear", antialias=True).to(x_BCHW.dtype)

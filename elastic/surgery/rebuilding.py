@@ -60,8 +60,10 @@ def _resize(model: nn.Module, widths: Widths, sizes: Mapping[str, int]) -> None:
 
 def _check(model: nn.Module, state: Mapping[str, Tensor], prefix: str) -> None:
     """Raise StructureError unless the state has the model's tensors, each of its shape."""
-    shapes = {prefix + name: tensor.shape for name, tensor in model.state_dict().items()}
-    names = {name for name in state if name.startswith(prefix)}
+    # What modules keep beside tensors is theirs to take up.
+    tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    shapes = {prefix + name: tensor.shape for name, tensor in tensors.items()}
+    names = {name for name, value in state.items() if name.startswith(prefix) and isinstance(value, Tensor)}
     for name in sorted(shapes.keys() ^ names):
         raise StructureError(f"{REFUSAL}: it {'lacks' if name in shapes else 'also holds'} '{name}'")
     for name, shape in shapes.items():

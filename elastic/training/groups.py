@@ -38,4 +38,6 @@ def remove_parameters(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.
     for i, group in enumerate(optimizer.param_groups):
         homes |= {id(parameter): i for parameter in group["params"] if id(parameter) in removed}
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in removed]
+    for parameter in [p for p in optimizer.state if id(p) in homes]:  # Adagrad's begins before any step
+        del optimizer.state[parameter]
     return homes

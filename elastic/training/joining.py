@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from elastic.errors import TrainingError, cite
 from elastic.training.structure import Structure, find_path
-from elastic.widths.tracing import preserve_modes
+from elastic.widths.tracing import drop_data, make_meta_copy, preserve_modes
 
 ATTRIBUTE = "elastic_structure"  # the name of the child that a foreign module is given
 
@@ -64,11 +64,17 @@ def find_network(module: L.LightningModule, network: str | None = None) -> nn.Mo
             names = ", ".join(name for name, _ in module.named_children())
             raise TrainingError(f"the module has no '{network}': name its network, one of {names}") from error
     candidates = {name: child for name, child in module.named_children() if list(child.parameters())}
+    if not candidates:
+        raise TrainingError(
+            f"{type(module).__name__} has no child with parameters yet: make its network in __init__, which "
+            "callbacks look for before setup and configure_model"
+        )
     if len(candidates) != 1:
-        names = ", ".join(candidates) or "none"
+        names = ", ".join(candidates)
         raise TrainingError(
             f"{type(module).__name__} has {len(candidates)} children with parameters ({names}): "
-            "name the one that is to be elastic with callbacks=[FollowNetwork('…'), …]"
+            "name the one that is to be elastic with callbacks=[FollowNetwork('…'), …], or '' for the module "
+            "itself"
         )
     return next(iter(candidates.values()))
 
@@ -85,9 +91,25 @@ def find_example(trainer: L.Trainer, module: L.LightningModule, net: nn.Module) 
     if not tensors:
         raise TrainingError(f"an input cannot be told: give {type(module).__name__} an example_input_array")
     first = tensors[0]
-    if len(list(module.children())) == 1 or find_path(module, net) == "":
+    is_single = len(list(module.children())) == 1
+    if find_path(module, net) == "" or (is_single and _runs(net, first)):
         return first
-    return _capture(module, net, first)
+    try:
+        return _capture(module, net, first)
+    except TrainingError:
+        if is_single:
+            return first  # what is wrong with it is told where it is traced
+        raise
+
+
+def _runs(net: nn.Module, x: Tensor) -> bool:
+    """Tell whether a network takes an input, by its shape and type alone."""
+    try:
+        with torch.no_grad():
+            make_meta_copy(net).eval()(drop_data(x))
+    except Exception:  # it is the user's own
+        return False
+    return True
 
 
 def _capture(module: L.LightningModule, net: nn.Module, inputs: Tensor) -> Tensor:
@@ -99,7 +121,7 @@ def _capture(module: L.LightningModule, net: nn.Module, inputs: Tensor) -> Tenso
             module.eval().forward(inputs)
     except NotImplementedError:  # Lightning's, of modules without a forward
         return inputs
-    except (RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # it is the user's own
         reason = cite(error)
         raise TrainingError(
             f"the network's input cannot be told ({reason}): give "
@@ -117,12 +139,25 @@ def _capture(module: L.LightningModule, net: nn.Module, inputs: Tensor) -> Tenso
 
 def _take_batch(trainer: L.Trainer, module: L.LightningModule) -> Any:
     """Return a training batch as the module sees it, without moving any random state."""
-    source = trainer.fit_loop._data_source
     with isolate_rng():
-        loader = source.dataloader() if source.is_defined() else None
-        loaders: Sequence[Any] = tree_leaves(loader)
+        loaders = _make_loaders(trainer, module)
         if not loaders:
             raise TrainingError(f"there is no data yet: give {type(module).__name__} an example_input_array")
         batch = next(iter(loaders[0]))
-        hooks = trainer.datamodule if trainer.datamodule is not None else module  # type: ignore[attr-defined]
-        return hooks.on_after_batch_transfer(batch, 0)
+        return module._apply_batch_transfer_handler(batch, module.device)
+
+
+def _make_loaders(trainer: L.Trainer, module: L.LightningModule) -> Sequence[Any]:
+    """Make the loaders that a batch may be taken from: of training, or of what is looked at without it."""
+    loops: list[Any] = [trainer.fit_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop]
+    for source in (loop._data_source for loop in loops):
+        try:
+            made = source.dataloader() if source.is_defined() else None
+        except Exception as error:  # the user's own may need what its setup makes, which comes later
+            raise TrainingError(
+                f"there is no data before {type(module).__name__} is set up ({cite(error)}): give it an "
+                "example_input_array"
+            ) from error
+        if loaders := [loader for loader in tree_leaves(made) if loader is not None]:
+            return loaders
+    return []

@@ -1,5 +1,6 @@
 """Load a module whose network has grown, been gated, nested or given modules, without its callbacks."""
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from elastic.pruning.gates import attach_gates
 from elastic.surgery.rebuilding import rebuild
 from elastic.training.checkpoints import read_checkpoint
 from elastic.training.joining import add_structure, find_structure
-from elastic.training.structure import Structure
+from elastic.training.structure import Structure, make_prefix
 
 M = TypeVar("M", bound=L.LightningModule)
 HEAD = re.compile(r"\bkernel_modules\..*\.heads\.(\d+)\.")
@@ -45,7 +46,7 @@ def load_module(module_class: type[M], checkpoint: Path | str, **arguments: Any)
         raise FileError(
             f"{checkpoint} has no elastic network: load it with {module_class.__name__}.load_from_checkpoint"
         )
-    module = module_class(**{**saved.get("hyper_parameters", {}), **arguments})
+    module = module_class(**{**_select_arguments(module_class, saved), **arguments})
     try:
         structure = find_structure(module) or _join(module, state[key])
         _restore(structure, state, state[key])
@@ -59,6 +60,16 @@ def load_module(module_class: type[M], checkpoint: Path | str, **arguments: Any)
         ) from error
     structure.route([])
     return module.eval()
+
+
+def _select_arguments(module_class: type[L.LightningModule], saved: dict[str, Any]) -> dict[str, Any]:
+    """Select those of the saved hyperparameters that a class takes: under one name, or each by its own."""
+    values, name = dict(saved.get("hyper_parameters", {})), saved.get("hparams_name")
+    parameters = inspect.signature(module_class).parameters
+    if isinstance(name, str) and name in parameters and name not in values:
+        return {name: values}
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return {key: value for key, value in values.items() if takes_all or key in parameters}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -78,7 +89,7 @@ def _join(module: nn.Module, history: dict[str, Any]) -> Structure:
 
 def _restore(structure: Structure, state: dict[str, Any], history: dict[str, Any]) -> None:
     """Give the network what callbacks had given it: gates, levels, kernel activation modules."""
-    net, prefix = structure.net, f"{structure.path}."
+    net, prefix = structure.net, make_prefix(structure.path)
     if history["grain"] is not None:
         attach_gates(net, structure.widths, history["grain"])
     if history["levels"] is None and history["modules"] is None:

@@ -98,9 +98,10 @@ class OwnOptimizers:
 
     def clip(self, home: torch.optim.Optimizer, limit: float | None, algorithm: str | None) -> None:
         """Clip gradients as a run clips those of the user's optimizer, which no longer holds them."""
-        if limit is not None and limit > 0:
+        parameters = [p for p in self.list_parameters(home) if p.grad is not None]
+        if parameters and limit is not None and limit > 0:
             clip = clip_grad_value_ if algorithm == "value" else clip_grad_norm_
-            clip(self.list_parameters(home), limit)
+            clip(parameters, limit)
 
     def state_dict(self) -> list[dict[str, Any]]:
         """Return the state of each optimizer."""

@@ -23,8 +23,8 @@ class Sampler(Protocol):
 
 
 def count_samples(batch: Any) -> int:
-    """Count the samples of a batch: the length of its first tensor."""
-    return next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), 0)
+    """Count the samples of a batch: the length of its first tensor that has one."""
+    return next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()), 0)
 
 
 def check_loss(trainer: L.Trainer, structure: Structure) -> None:
@@ -69,4 +69,4 @@ def sample_batch(trainer: L.Trainer, count: int, seed: int) -> tuple[Tensor, Ten
         taken = [batch, *islice(batches, max(0, count // size - 1))]
         taken = [trainer.strategy.batch_to_device(each, device) for each in taken]  # with the module's hooks
     x_BCHW, y_B = (torch.cat([each[i] for each in taken])[:count] for i in (0, 1))
-    return x_BCHW, y_B
+    return trainer.precision_plugin.convert_input(x_BCHW), y_B

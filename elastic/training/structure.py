@@ -328,7 +328,7 @@ class Structure(nn.Module):
             TrainingError: the state is of a network that began otherwise.
             StructureError: the state is of another architecture.
         """
-        own, net_prefix = find_path(module, self), f"{prefix}{self.path}."
+        own, net_prefix = find_path(module, self), prefix + make_prefix(self.path)
         state = {name: value for name, value in state_dict.items() if name.startswith(net_prefix)}
         history = state_dict.get(f"{prefix}{own}._extra_state")
         if history is not None:
@@ -373,6 +373,11 @@ def change_first(
 def find_path(module: nn.Module, child: nn.Module) -> str:
     """Return the dotted path of a module in another."""
     return next(path for path, candidate in module.named_modules() if candidate is child)
+
+
+def make_prefix(path: str) -> str:
+    """Return what the names of a network's tensors begin with in its module, which may be the network."""
+    return f"{path}." if path else ""
 
 
 def get_scaler(trainer: L.Trainer) -> torch.amp.GradScaler | None:

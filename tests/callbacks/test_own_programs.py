@@ -1,0 +1,225 @@
+"""Programs that make their network, data and inputs in their own ways are followed, or told what to give."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from elastic import Growth, Periodic
+from elastic.callbacks import (
+    Census,
+    FollowNetwork,
+    GrowOnSaturation,
+    GrowResolution,
+    PruneByGates,
+    TrainJointly,
+)
+from elastic.errors import TrainingError
+from elastic.growth import Resolution
+from elastic.training.joining import find_structure
+from elastic.training.loading import load_module
+from elastic.training.samples import count_samples
+from tests.programs import BATCH, Program, fit, make_data, make_network
+
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+
+
+def grow(**options: Any) -> GrowOnSaturation:
+    return GrowOnSaturation(Periodic(2), Growth(factor=1.5, ceiling=2), until=0.7, **options)
+
+
+def get_sizes(module: L.LightningModule) -> dict[str, int]:
+    structure = find_structure(module)
+    assert structure is not None
+    return structure.widths.sizes()
+
+
+class Layers(Program):
+    """Has its layers itself, as the first example of many courses does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.net
+        self.first, self.last = nn.Conv2d(1, 6, 3), nn.Linear(6, 4)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.last(self.first(x_BCHW).relu().mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_a_module_may_itself_be_the_network(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"2 children .* or '' for the module itself"):
+        fit(Layers(), [grow()])
+    whole, again = Layers(), Layers()
+    fit(whole, [FollowNetwork(""), grow()], tmp_path, max_epochs=4)
+    assert get_sizes(whole) == {"first": 9}
+    trainer = fit(again, [FollowNetwork(""), grow()], tmp_path, str(tmp_path / "last.ckpt"), max_epochs=5)
+    assert trainer.current_epoch == 5 and get_sizes(again) == {"first": 9}
+    loaded = load_module(Layers, tmp_path / "last.ckpt")
+    x_NCHW, _ = make_data().tensors
+    assert torch.equal(loaded(x_NCHW), again.eval()(x_NCHW))
+
+
+class Bytes(Program):
+    """Takes images as bytes, channels last."""
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        return super().forward(x_BHWC.permute(0, 3, 1, 2).float() / 255)
+
+
+def test_an_input_is_what_the_modules_forward_makes_of_it() -> None:
+    x_NCHW, y_N = make_data().tensors
+    bytes_NHWC = (x_NCHW.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1)
+    loader = DataLoader(TensorDataset(bytes_NHWC, y_N), BATCH)
+    module = Bytes()
+    L.Trainer(max_epochs=3, callbacks=[grow()], **QUIET).fit(module, loader, loader)  # type: ignore[arg-type]
+    assert get_sizes(module)["0"] == 9
+
+
+class Moved(Program):
+    """Scales batches in a hook of the module, which a data module beside it has not."""
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return [batch[0].float() / 255, batch[1]]
+
+
+class Data(L.LightningDataModule):
+    def train_dataloader(self) -> Any:
+        x_NCHW, y_N = make_data().tensors
+        return DataLoader(TensorDataset((x_NCHW.clamp(0, 1) * 255).byte(), y_N), BATCH)
+
+    val_dataloader = test_dataloader = train_dataloader
+
+
+@pytest.mark.filterwarnings("ignore:You have overridden `on_after_batch_transfer`")  # so it goes first
+def test_hooks_of_the_module_see_what_a_data_module_gives() -> None:
+    module = Moved()
+    L.Trainer(max_epochs=3, callbacks=[grow()], **QUIET).fit(module, Data())  # type: ignore[arg-type]
+    assert get_sizes(module)["0"] == 9
+
+
+@pytest.mark.parametrize("look", ["validate", "test"])
+def test_a_network_is_looked_at_before_it_is_trained(look: str) -> None:
+    class Looked(Program):
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            self.validation_step(batch, batch_idx)
+
+    trainer = L.Trainer(callbacks=[grow(), PruneByGates(penalty=1e-2)], **QUIET)  # type: ignore[arg-type]
+    (found,) = getattr(trainer, look)(Looked(), DataLoader(make_data(), BATCH), verbose=False)
+    assert 0 <= found["val/acc"] <= 1
+
+
+class Late(Program):
+    """Makes its data, or its network, when it is set up."""
+
+    def __init__(self, late: str) -> None:
+        super().__init__()
+        self.late = late
+        if late == "network":
+            del self.net
+
+    def setup(self, stage: str) -> None:
+        self.images = make_data()
+        if self.late == "network":
+            self.net = make_network()
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(self.images, BATCH)
+
+    val_dataloader = train_dataloader
+
+
+@pytest.mark.parametrize(
+    ("late", "remedy"),
+    [
+        ("data", r"no data before Late is set up \(.*images.*\): give it an example_input_array"),
+        ("network", "no child with parameters yet: make its network in __init__"),
+    ],
+)
+def test_what_comes_too_late_is_told_with_its_remedy(late: str, remedy: str) -> None:
+    with pytest.raises(TrainingError, match=remedy) as refusal:
+        L.Trainer(max_epochs=1, callbacks=[PruneByGates(penalty=1e-2)], **QUIET).fit(Late(late))  # type: ignore[arg-type]
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_average_that_cannot_follow_is_refused() -> None:
+    with pytest.raises(
+        TrainingError, match=r"EMAWeightAveraging cannot follow .* \(AverageWeights follows\)"
+    ):
+        fit(Program(), [EMAWeightAveraging(), grow()])
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: [grow(fresh="gradmax")],
+        lambda: [TrainJointly([0.5], importance="taylor")],
+        lambda: [GrowResolution(Resolution(0.5, 0.7, multiple=1))],
+    ],
+    ids=["gradmax", "taylor", "resolution"],
+)
+def test_samples_and_images_are_of_the_runs_precision(
+    precision: Any, make: Callable[[], list[L.Callback]]
+) -> None:
+    assert fit(Program(), make(), max_epochs=4, precision=precision).current_epoch == 4
+
+
+def test_values_are_clipped_where_nothing_is_of_elastic_methods(tmp_path: Path) -> None:
+    clip = {"gradient_clip_val": 0.5, "gradient_clip_algorithm": "value"}
+    assert fit(Program(), [Census(str(tmp_path))], max_epochs=1, **clip).global_step == 4
+
+
+class Adagrad(Program):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adagrad(self.parameters(), lr=1e-2)
+
+
+def test_an_optimizer_whose_state_begins_before_any_step_is_saved(tmp_path: Path) -> None:
+    fit(Adagrad(), [PruneByGates(penalty=1e-2)], tmp_path, max_epochs=2)
+    again = Adagrad()
+    fit(again, [PruneByGates(penalty=1e-2)], tmp_path, str(tmp_path / "last.ckpt"), max_epochs=3)
+    assert again.trainer.global_step == 12
+
+
+def test_a_batch_may_begin_with_a_number() -> None:
+    assert count_samples({"scale": torch.tensor(2.0), "x": torch.zeros(3, 1)}) == 3
+
+
+class Configured(Program):
+    def __init__(self, options: dict[str, int]) -> None:
+        super().__init__(make_network(options["width"]))
+        self.save_hyperparameters(options)
+
+
+class Noted(Program):
+    def __init__(self, width: int = 6) -> None:
+        super().__init__(make_network(width))
+        self.save_hyperparameters()
+        self.save_hyperparameters({"note": "mine"})
+
+
+@pytest.mark.parametrize(("kind", "argument"), [(Configured, {"width": 5}), (Noted, 5)])
+def test_hyperparameters_are_given_as_the_class_takes_them(
+    kind: Callable[[Any], L.LightningModule], argument: Any, tmp_path: Path
+) -> None:
+    module = kind(argument)
+    fit(module, [grow()], tmp_path, max_epochs=3)
+    loaded = load_module(type(module), tmp_path / "last.ckpt")
+    assert get_sizes(loaded) == get_sizes(module) == {"0": 8, "3": 12}
+    x_NCHW, _ = make_data().tensors
+    assert F.mse_loss(loaded(x_NCHW), module.eval()(x_NCHW)) == 0
