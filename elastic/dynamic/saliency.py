@@ -171,11 +171,11 @@ class _Fit:
             head.norm.running_mean.copy_(mean_NC.mean(0))  # type: ignore[union-attr]
             head.norm.running_var.copy_(mean_NC.var(0))  # type: ignore[union-attr]
             if head.linear.weight.requires_grad:
-                feature_NC = head.look(mean_NC)
+                feature_NC = head.look(mean_NC.to(head.linear.weight.dtype))
                 weight_KC, bias_K = solve_ridge(feature_NC, target_NK)
                 head.linear.weight.copy_(weight_KC)
                 head.linear.bias.copy_(bias_K)
-                score_NK = head.linear(feature_NC.to(head.linear.weight.dtype))
+                score_NK = head.linear(feature_NC)
             else:
                 head.linear.bias.copy_(score_NK[0])
         return score_NK.min()

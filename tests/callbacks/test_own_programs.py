@@ -19,6 +19,7 @@ from elastic.callbacks import (
     GrowOnSaturation,
     GrowResolution,
     PruneByGates,
+    PruneDynamically,
     TrainJointly,
 )
 from elastic.errors import TrainingError
@@ -170,8 +171,9 @@ def test_an_average_that_cannot_follow_is_refused() -> None:
         lambda: [grow(fresh="gradmax")],
         lambda: [TrainJointly([0.5], importance="taylor")],
         lambda: [GrowResolution(Resolution(0.5, 0.7, multiple=1))],
+        lambda: [PruneDynamically(start="saliency", saliency=1.0)],
     ],
-    ids=["gradmax", "taylor", "resolution"],
+    ids=["gradmax", "taylor", "resolution", "saliency"],
 )
 def test_samples_and_images_are_of_the_runs_precision(
     precision: Any, make: Callable[[], list[L.Callback]]
