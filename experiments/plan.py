@@ -132,6 +132,9 @@ def run_side_by_side(plan: Sequence[PlannedRun], workers: int) -> list[str]:
                 failed += [planned.name] * bool(code)
                 unfinished.discard(planned.name)
                 print(describe_end(planned, code, time.monotonic() - start), flush=True)
+            if waiting and not under_way and not list_ready(waiting, unfinished, 1):
+                names = ", ".join(planned.name for planned in waiting)
+                raise OptionError(f"{names} start from each other: let one of them start from none")
             time.sleep(POLL_S)
     finally:
         stop(list(under_way.values()))

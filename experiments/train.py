@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from elastic.callbacks import Census
 from elastic.callbacks.base import list_elastic
 from elastic.data import ImageData
-from elastic.errors import TrainingError
+from elastic.errors import OptionError, TrainingError
 from elastic.experiments.tools.about import describe_run
 from elastic.experiments.tools.checking import check_options
 from elastic.experiments.tools.composition import CONF, check_words, list_callbacks, rewrite, settle
@@ -203,6 +203,8 @@ def run_job(cfg: DictConfig) -> float | tuple[float, ...]:
         hydra_cfg = HydraConfig.get()
         folder, words = Path(hydra_cfg.runtime.output_dir), hydra_cfg.overrides.task
         choices = hydra_cfg.runtime.choices
+        if choices.get("sweep") and not is_multirun():
+            raise OptionError(f"sweep={choices['sweep']} is of several runs: add -m, or leave it out")
         if is_multirun():  # where an option that nothing takes lets one run fail, and no other
             summary = note_failure(folder, lambda: run_in_sweep(settle(cfg, words, choices), folder, train))
         else:

@@ -144,7 +144,7 @@ def explain_miss(model: nn.Module, is_over: bool) -> str:
     if is_over:
         return "the network grew, or its gates were not yet fitted, when pruning came to its end"
     if all(count == score.numel() for count, (score, _) in zip(counts, layers, strict=True)):
-        return "all gates are open: the network is no larger"
+        return "all gates that are left are open: what has been pruned does not come back"
     if all(score.shape == weight.shape for score, weight in layers):
         return "the next weight brings back a channel"
     return "one gate more would be over it"

@@ -399,7 +399,8 @@ def read_signature(thing: Any) -> Signature:
                 parameters.setdefault(parameter.name, _read_parameter(function, parameter))
         if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in found):
             break
-        others = others or not _is_ours(function)  # which hands them on to whatever it likes
+        # A function hands them on to whatever it likes, as do others' classes.
+        others = others or not inspect.isclass(thing) or not _is_ours(function)
     return Signature(parameters, others)
 
 

@@ -25,17 +25,24 @@ LISTS = ("logger", "schedule")  # groups of which a run has several
 # Groups whose choices have options of their own: another choice starts without an experiment's.
 OWN_OPTIONS = ("model", "optimizer", "lr_scheduler")
 # What stands beside the callbacks, but only one of them reads.
+PATHS = ("run", "init", "timeline", "data.root")
+BEYOND_GRAMMAR = re.compile(
+    r"^(?!.*(,|\$\{)).*([=()#']|[^\x00-\x7f])"
+)  # of one value, no list and no reference
 READ_BY = {"trigger": "growth", "timeline": "growth"}
 
 
 def rewrite(word: str) -> str:
-    """Write for Hydra what its grammar does not know: the home folder in `key=~/…`, and `group=null`."""
+    """Write for Hydra what its grammar does not know: `key=~/…`, `group=null`, signs in paths."""
     key, equals, value = word.partition("=")
     if not equals:
         return word
     if value == "null" and (CONF / key).is_dir() and key != "callbacks":
         return f"{key}=[]" if key in LISTS else f"~{key}"
-    return f"{key}={Path(value).expanduser()}" if value.startswith("~") else word
+    value = str(Path(value).expanduser()) if value.startswith("~") else value
+    if key in PATHS and BEYOND_GRAMMAR.search(value) and not value.startswith(("'", '"')):
+        value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return f"{key}={value}"
 
 
 def check_words(words: Sequence[str]) -> None:

@@ -77,6 +77,11 @@ def continue_config(cfg: DictConfig, folder: Path) -> DictConfig:
     """
     cfg.run = str(folder)
     has_begun = (folder / CHECKPOINT).exists()
+    if not has_begun and is_pruned(folder):
+        raise TrainingError(
+            f"{folder} holds a network that elastic prune has left, which training would replace: start from "
+            f"it with init={folder}, in another folder"
+        )
     words = [text for text in HydraConfig.get().overrides.task if not text.startswith(("run=", "trust="))]
     goes_on = [text for text in words if text.startswith(EPOCHS)]
     if has_begun and len(words) > len(goes_on):
@@ -91,6 +96,14 @@ def continue_config(cfg: DictConfig, folder: Path) -> DictConfig:
     if goes_on:
         extend(saved, cfg.trainer.max_epochs, folder)
     return saved
+
+
+def is_pruned(folder: Path) -> bool:
+    """Tell whether a folder holds what `elastic prune` has left: a network without a training of its own."""
+    try:
+        return "pruned" in json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def extend(saved: DictConfig, epochs: int, folder: Path) -> None:

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 import elastic.experiments.compare
 import elastic.experiments.train
 from elastic.errors import TrainingError
+from elastic.experiments.tools.composition import rewrite
 from elastic.experiments.tools.environment import explain_faults
 from elastic.experiments.tools.errors import run
 from elastic.experiments.tools.folders import extend
@@ -368,3 +369,42 @@ def test_a_full_disk_by_process(tmp_path: Path) -> None:
     code, err = process(*SMOKE, f"run={tmp_path / 'run'}", preexec_fn=limit)
     assert "File too large" in told(err, code)
     assert not {"summary.json", "last.ckpt"} & {p.name for p in (tmp_path / "run").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("word", "written"),
+    [
+        ("run=multirun/max_epochs=2-seed0", "run='multirun/max_epochs=2-seed0'"),
+        ("init=o/ünï", "init='o/ünï'"),
+        ("init=it's", "init='it\\'s'"),
+        ("init=a,b", "init=a,b"),
+        ("run=${oc.env:HOME}/a", "run=${oc.env:HOME}/a"),
+        ("model.name=x=y", "model.name=x=y"),
+    ],
+)
+def test_folders_are_named_as_they_are_called(word: str, written: str) -> None:
+    assert rewrite(word) == written
+
+
+def test_a_folder_with_an_equals_sign_is_trained_in_and_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main, folder = elastic.experiments.train.main, tmp_path / "max_epochs=1"
+    for _ in range(2):
+        given = () if (folder / "summary.json").exists() else (*SMOKE, "trainer.max_epochs=2")
+        code, _, err = command(main, monkeypatch, capsys, f"run={folder}", *given)
+        assert code == 0, err
+    summary = folder / "summary.json"
+    summary.write_text(json.dumps({**json.loads(summary.read_text()), "pruned": {}}))
+    (folder / "last.ckpt").unlink()
+    before = (folder / "model.safetensors").read_bytes()
+    code, _, err = command(main, monkeypatch, capsys, f"run={folder}")
+    assert "holds a network that elastic prune has left" in told(err, code)
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_a_sweep_without_its_flag_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = command(elastic.experiments.train.main, monkeypatch, capsys, "sweep=demo")
+    assert "sweep=demo is of several runs: add -m" in told(err, code)

@@ -111,3 +111,13 @@ def test_what_is_no_plan_is_refused(file: Path, tmp_path: Path, text: str, only:
     file.write_text(text)
     with pytest.raises(OptionError, match=reason):
         plan.carry_out(file, tmp_path / "runs", only=only)
+
+
+def test_runs_that_wait_for_each_other_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "plan.yaml"
+    file.write_text(
+        "arms:\n  a: {seeds: [0], options: ['init={runs}/b-seed0']}\n"
+        "  b: {seeds: [0], options: ['init={runs}/a-seed0']}\n"
+    )
+    with pytest.raises(OptionError, match="a-seed0, b-seed0 start from each other"):
+        plan.run_side_by_side(plan.read_plan(file, tmp_path), 1)

@@ -199,7 +199,7 @@ def test_the_size_in_macs_is_the_flop_counter_s_where_nothing_is_zero() -> None:
     ("grain", "target", "why"),
     [
         ("weight", 300, None),
-        ("weight", 10_000, "all gates are open"),
+        ("weight", 10_000, "all gates that are left are open"),
         ("channel", 310, "one gate more"),
         ("weight", 5, "every layer keeps one gate"),
     ],
