@@ -22,9 +22,6 @@ from elastic.training.structure import Structure, get_scaler
 STATIC = (StochasticWeightAveraging, WeightAveraging, BaseFinetuning, ModelPruning)
 
 
-Loss = Callable[[Any, Tensor], Tensor]  # of outputs and targets
-
-
 @dataclass(frozen=True)
 class StepNetwork:
     """Name a network that a training step executes, for the count of what training takes.
@@ -173,7 +170,12 @@ class FollowNetwork(ElasticCallback):
         trainer = L.Trainer(callbacks=[FollowNetwork("backbone"), PruneByGates(budget=100_000)])
     """
 
-    def __init__(self, network: str, example: Tensor | None = None, loss: Loss | None = None) -> None:
+    def __init__(
+        self,
+        network: str,
+        example: Tensor | None = None,
+        loss: Callable[[Any, Tensor], Tensor] | None = None,
+    ) -> None:
         self.network, self.example, self.loss = network, example, loss
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -104,7 +104,7 @@ def make_trained_epoch(net: nn.Module, x_BCHW: Tensor, options: Sequence[str]) -
         task = make_task(cfg, net(x_BCHW[:1]).shape[1])
         _, C, H, W = x_BCHW.shape
         module = ElasticModule(copy.deepcopy(net), (C, H, W), task, *make_recipe(cfg))
-        trainer = make_trainer(cfg, [*make_callbacks(cfg), EndAfterEpoch()], Path(cfg.run))
+        trainer = make_trainer(cfg, [*make_callbacks(cfg).values(), EndAfterEpoch()], Path(cfg.run))
         trainer.fit(module, train_loader, val_loader)
 
     def loop() -> None:

@@ -103,7 +103,12 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         if cfg.threads is not None:
             torch.set_num_threads(cfg.threads)
         with explain_faults() as setting_up:
-            callbacks = [*make_callbacks(cfg), RunMark(cfg), EndOnSignals(), setting_up]  # may build networks
+            callbacks = [
+                *make_callbacks(cfg).values(),
+                RunMark(cfg),
+                EndOnSignals(),
+                setting_up,
+            ]  # may build networks
             module, data = build(cfg)
             trainer = make_trainer(cfg, callbacks, folder)
             setting_up.checkpoint = find_checkpoint(folder, cfg)

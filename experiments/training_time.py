@@ -88,7 +88,11 @@ def time_training(folder: Path, batches: int, clock: Clock = time.process_time) 
     step_clock = StepClock(clock)
     with tempfile.TemporaryDirectory() as name:
         module, data = build(cfg)
-        own = [c for c in make_callbacks(cfg) if isinstance(c, ElasticCallback) and not isinstance(c, Census)]
+        own = [
+            c
+            for c in make_callbacks(cfg).values()
+            if isinstance(c, ElasticCallback) and not isinstance(c, Census)
+        ]
         trainer = make_trainer(cfg, [*own, step_clock], Path(name))
         trainer.fit(module, data)
     return TrainingTime(step_clock.steps_s, step_clock.batches)

@@ -14,7 +14,6 @@ from hydra.core.global_hydra import GlobalHydra
 from torch import Tensor
 
 from elastic.data import ImageData
-from elastic.experiments.tools.composition import list_callbacks
 from elastic.experiments.tools.environment import silence
 from elastic.experiments.tools.errors import run
 from elastic.experiments.tools.parts import make_callbacks
@@ -63,8 +62,7 @@ def prepare(
     """What `experiments.train.train` would fit, with callbacks of the test around the run's own."""
     silence()
     cfg = configure(folder, *overrides)
-    names = [name for name in list_callbacks(cfg) if name != "learning_rate" or cfg.logger]
-    own = dict(zip(names, make_callbacks(cfg), strict=True))
+    own = make_callbacks(cfg)
     module, data = build(cfg)
     trainer = make_trainer(cfg, [*before, *own.values(), *after], folder)
     return Run(module, data, trainer, own, folder)

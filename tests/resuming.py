@@ -48,7 +48,7 @@ def kill(cfg: DictConfig, folder: Path, monkeypatch: pytest.MonkeyPatch, epoch: 
         patch.setattr(
             elastic.experiments.train,
             "make_callbacks",
-            lambda cfg: [*make_callbacks(cfg), Kill(epoch, batch)],
+            lambda cfg: make_callbacks(cfg) | {"kill": Kill(epoch, batch)},
         )
         with pytest.raises(Killed):
             train(cfg, folder)

@@ -24,11 +24,9 @@ NO_NAME = re.compile(r"null|true|false|[-+]?[\d.]+(e[-+]?\d+)?", re.IGNORECASE) 
 LISTS = ("logger", "schedule")  # groups of which a run has several
 # Groups whose choices have options of their own: another choice starts without an experiment's.
 OWN_OPTIONS = ("model", "optimizer", "lr_scheduler")
+PATHS = ("run", "init", "timeline", "data.root")  # options that name a file or a folder
+UNQUOTED = re.compile(r"[=()#']|[^\x00-\x7f]")  # signs that Hydra takes in quotes alone
 # What stands beside the callbacks, but only one of them reads.
-PATHS = ("run", "init", "timeline", "data.root")
-BEYOND_GRAMMAR = re.compile(
-    r"^(?!.*(,|\$\{)).*([=()#']|[^\x00-\x7f])"
-)  # of one value, no list and no reference
 READ_BY = {"trigger": "growth", "timeline": "growth"}
 
 
@@ -40,9 +38,16 @@ def rewrite(word: str) -> str:
     if value == "null" and (CONF / key).is_dir() and key != "callbacks":
         return f"{key}=[]" if key in LISTS else f"~{key}"
     value = str(Path(value).expanduser()) if value.startswith("~") else value
-    if key in PATHS and BEYOND_GRAMMAR.search(value) and not value.startswith(("'", '"')):
-        value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-    return f"{key}={value}"
+    return f"{key}={_quote(value)}" if key in PATHS else f"{key}={value}"
+
+
+def _quote(path: str) -> str:
+    """Put a path in quotes where Hydra needs them; lists of a sweep and references stay as they are."""
+    is_list, is_quoted = "," in path or "${" in path, path.startswith(("'", '"'))
+    if is_list or is_quoted or not UNQUOTED.search(path):
+        return path
+    escaped = path.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def check_words(words: Sequence[str]) -> None:

@@ -18,13 +18,13 @@ from elastic.training.schedules import Scheduler, make_schedule
 from elastic.training.tasks import Task
 
 
-def make_callbacks(cfg: DictConfig) -> list[L.Callback]:
-    """Make the callbacks of a run; the learning rate is watched where there is a logger to tell.
+def make_callbacks(cfg: DictConfig) -> dict[str, L.Callback]:
+    """Make the callbacks of a run, by their names; learning rates are watched where a logger is told.
 
     Raises:
         OptionError: one of them is none.
     """
-    callbacks = []
+    callbacks = {}
     for name, node in list_callbacks(cfg).items():
         if name == "learning_rate" and not cfg.get("logger"):
             continue
@@ -32,7 +32,7 @@ def make_callbacks(cfg: DictConfig) -> list[L.Callback]:
         callback = instantiate(node, _convert_="all")
         if not isinstance(callback, L.Callback):
             raise OptionError(f"callbacks.{name} names {node.get('_target_')}, which is no callback")
-        callbacks.append(callback)
+        callbacks[name] = callback
     return callbacks
 
 

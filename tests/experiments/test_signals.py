@@ -109,7 +109,9 @@ def test_a_run_that_is_stopped_goes_on_and_is_the_whole_run(
     make_callbacks = elastic.experiments.train.make_callbacks
     with monkeypatch.context() as patch:
         spy = Spy(**WHEN[when](number))
-        patch.setattr(elastic.experiments.train, "make_callbacks", lambda cfg: [*make_callbacks(cfg), spy])
+        patch.setattr(
+            elastic.experiments.train, "make_callbacks", lambda cfg: make_callbacks(cfg) | {"spy": spy}
+        )
         code, _, err = command(
             elastic.experiments.train.main, monkeypatch, capsys, *CHANGING, f"run={broken}"
         )

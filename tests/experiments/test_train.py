@@ -322,7 +322,7 @@ def test_a_folder_of_images_is_trained_on(tmp_path: Path) -> None:
 def test_what_callbacks_are_given_is_plain(tmp_path: Path) -> None:
     """A trigger's attributes are in checkpoints, which hold nothing that only OmegaConf could read."""
     own = ("+trigger.levels=[0.5,0.7]", "trigger._target_=types.SimpleNamespace")
-    callbacks = make_callbacks(configure(tmp_path, *own))
+    callbacks = make_callbacks(configure(tmp_path, *own)).values()
     (growth,) = (callback for callback in callbacks if isinstance(callback, GrowOnSaturation))
     assert type(growth.trigger.levels) is list  # type: ignore[attr-defined]
 

@@ -4,7 +4,7 @@ A view, a split or a slice that is given such a number is followed where the num
 stands for change alike. Whatever else computes with it keeps those channels as they are.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import reduce, singledispatch
@@ -144,14 +144,12 @@ def _count_length(node: fx.Node) -> Counts:
 def _count_entries(node: fx.Node) -> Counts:
     """Count `x.numel()`, or that of a shape."""
     source = get_input(node)
-    counts = list_counts(source) if "counts" in source.meta else _list_dimensions(source)
-    return reduce(_multiply, counts, Count(Fraction(1)))
+    return _multiply_all(list_counts(source) if "counts" in source.meta else _list_dimensions(source))
 
 
 def _count_numbers(node: fx.Node) -> Counts:
     """Count `math.prod(x.shape[1:])`."""
-    counts = [*list_counts(node.args[0]), *map(get_count, node.args[1:])]
-    return reduce(_multiply, counts, Count(Fraction(1)))
+    return _multiply_all([*list_counts(node.args[0]), *map(get_count, node.args[1:])])
 
 
 def _count_nothing(node: fx.Node) -> Counts:
@@ -199,6 +197,10 @@ def _multiply(first: Count, second: Count) -> Count:
         first, second = second, first
     is_constant = second.is_linear and not second.terms
     return first.scale(second.constant) if is_constant else _entangle([first, second])
+
+
+def _multiply_all(counts: Iterable[Count]) -> Count:
+    return reduce(_multiply, counts, Count(Fraction(1)))
 
 
 def _count_same(node: fx.Node) -> Counts:

@@ -61,7 +61,7 @@ def _try_once(part: Part, cfg: DictConfig, changes: dict[str, Any], folder: Path
         part.fail(f"{altered} of {changes} became something else")
         return
     try:
-        callbacks = make_callbacks(cfg)
+        callbacks = [*make_callbacks(cfg).values()]
         build(cfg)
         make_trainer(cfg, callbacks, folder)
     except THEIRS as error:
