@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import lightning as L
@@ -15,7 +16,8 @@ from lightning.pytorch.callbacks import (
 from torch import Tensor, nn
 
 from elastic.errors import TrainingError
-from elastic.training.joining import join_structure
+from elastic.training.joining import find_structure, join_structure
+from elastic.training.own_parameters import check_followed
 from elastic.training.structure import Structure, get_scaler
 
 # Lightning's own callbacks that hold on to parameters, or copies of them, as they were.
@@ -56,8 +58,11 @@ class ElasticCallback(L.Callback):
 
     # Questions.
 
-    def compute_loss(self, x: Tensor, output: Any) -> Tensor | None:
-        """Return what a call of the network in training adds to the loss, if anything."""
+    def attach(self) -> None:
+        """Attach what the network is trained with, once optimizers exist."""
+
+    def compute_loss(self, output: Any, *inputs: Any, **named: Any) -> Tensor | None:
+        """Return what a call of the network in training, with these inputs, adds to the loss, if anything."""
         return None
 
     def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -83,6 +88,7 @@ class ElasticCallback(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.structure = join_structure(trainer, pl_module)
         if stage == "fit" and self._leads(trainer):
+            self.structure.hide_gates()
             for callback in list_elastic(trainer):
                 callback.check(trainer)
         static = [
@@ -103,11 +109,25 @@ class ElasticCallback(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._leads(trainer):
-            self.structure.take_own_parameters()
-            if self._own_states:  # none where the network had nothing of the kind when it was saved
-                self.structure.own.load_state_dict(self._own_states)
-            self._own_states = None
+            self._attach_all(trainer)
+            self._take_own_parameters(trainer)
             self._route(trainer)
+
+    def _attach_all(self, trainer: L.Trainer) -> None:
+        with self.structure.changing():
+            self.structure.show_gates()
+            for callback in list_elastic(trainer):
+                callback.attach()
+
+    def _take_own_parameters(self, trainer: L.Trainer) -> None:
+        if any(callback.changes_structure for callback in list_elastic(trainer)):
+            for optimizer in trainer.optimizers:
+                check_followed(optimizer)
+        self.structure.take_own_parameters()
+        if self._own_states:  # none where the network had nothing of the kind when it was saved
+            self.structure.own.load_state_dict(self._own_states)
+        self._own_states = None
+        self.structure.own.follow(trainer.strategy._lightning_optimizers, partial(self._step_own, trainer))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._route(trainer)
@@ -115,18 +135,18 @@ class ElasticCallback(L.Callback):
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._route(trainer)
 
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        if self._leads(trainer):
-            own = self.structure.own
-            parameters = own.list_parameters(optimizer)
-            finite = own.unscale(optimizer, get_scaler(trainer))
-            # Before the penalty comes, which is not the task's: a budget's λ would be steered in vain.
-            own.clip(optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
-            for callback in list_elastic(trainer):
-                callback.add_gradients(parameters)
-            own.step(optimizer, skip=not finite)
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._route(trainer)
+
+    def _step_own(self, trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> None:
+        own = self.structure.own
+        parameters = own.list_parameters(optimizer)
+        finite = own.unscale(optimizer, get_scaler(trainer))
+        # Before the penalty comes, which is not the task's: a budget's λ would be steered in vain.
+        own.clip(optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
+        for callback in list_elastic(trainer):
+            callback.add_gradients(parameters)
+        own.step(optimizer, skip=not finite)
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -143,6 +163,15 @@ class ElasticCallback(L.Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self._leads(trainer):
             self.structure.unroute()
+            self.structure.own.release()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Leave the network with its gates, where a fit ends before it has begun."""
+        structure = find_structure(pl_module)
+        if structure is not None:
+            structure.show_gates()
 
     def _leads(self, trainer: L.Trainer) -> bool:
         """Tell whether this is the callback that sees to what is common to all."""

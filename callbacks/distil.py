@@ -1,5 +1,6 @@
 """Let the network also learn from what another network says."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from elastic.ranges import Natural, Positive, checked
 from elastic.surgery.layout import lay_out_weights
 from elastic.training.answers import Answers, ask
 from elastic.training.imitation import Outputs, check_outputs, compare_outputs, find_output_shapes
+from elastic.training.samples import count_samples
 
 
 @checked
@@ -104,12 +106,20 @@ class Distil(ElasticCallback):
         if self.answers is not None:
             self.answers.begin_batch(trainer.train_dataloader)
 
-    def compute_loss(self, x: Tensor, output: Any) -> Tensor:
+    def compute_loss(self, output: Any, *inputs: Any, **named: Any) -> Tensor:
         """Return the loss against the teacher's output for the same images, or its mean answer about them."""
-        with torch.no_grad():
-            taught = self.teacher(x) if self.answers is None else self.answers.find(len(x))
+        views = self.answers
+        taught = self._ask(*inputs, **named) if views is None else views.find(count_samples(output))
         outputs = self.outputs or self.structure.outputs
         cross_entropy, entropy = (
             compare_outputs(said, taught, outputs, self.temperature) for said in (output, taught)
         )
         return self.weight * (cross_entropy - entropy)
+
+    @torch.no_grad()
+    def _ask(self, *inputs: Any, **named: Any) -> Any:
+        """Return the teacher's output for the inputs of a call."""
+        if named:  # the teacher may have others for them
+            call = inspect.signature(self.structure.net.forward).bind(*inputs, **named)
+            inputs, named = call.args, call.kwargs
+        return self.teacher(*inputs, **named)

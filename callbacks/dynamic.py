@@ -125,9 +125,10 @@ class PruneDynamically(ElasticCallback):
             )
         if trainer.world_size > 1 and (structure.levels is not None or len(self.losses) > 1):
             raise TrainingError("several sets, or levels, are trained in one process: set trainer.devices=1")
-        self._attach()
+        with structure.showing_gates():
+            self._attach_modules()
 
-    def _attach(self) -> None:
+    def _attach_modules(self) -> None:
         structure, sets = self.structure, len(self.losses)
         nets = structure.nets
         options = {"activation": self.activation, "kind": self.kind, "branches": self.branches}
@@ -207,7 +208,7 @@ class PruneDynamically(ElasticCallback):
             self.active_set = int(torch.randint(len(self.losses), ()))
             select_set(self.structure.kernel_modules, self.active_set)
 
-    def compute_loss(self, x: Tensor, output: Any) -> Tensor | None:
+    def compute_loss(self, output: Any, *inputs: Any, **named: Any) -> Tensor | None:
         """Return the loss of what this call has engaged."""
         level, loss = self.structure.level, self.losses[self.active_set]
         terms = []

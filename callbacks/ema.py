@@ -133,7 +133,8 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
 
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._release()
-        EMAWeightAveraging.setup(self, trainer, pl_module, "fit")
+        with self.structure.showing_gates():
+            EMAWeightAveraging.setup(self, trainer, pl_module, "fit")
         self.structure.copies.append(self._get_network())
 
     def _release(self) -> None:

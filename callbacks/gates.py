@@ -88,6 +88,9 @@ class PruneByGates(ElasticCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self._gates, self._logged = [], -1.0
+
+    def attach(self) -> None:
+        """Gate the network."""
         attach_once(self.structure, self.grain, self.grace)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

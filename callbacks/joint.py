@@ -58,9 +58,10 @@ class TrainJointly(TrainLevels):
             for k in reversed(range(len(self.levels) - 1)):
                 self.levels.copy_norms(k)
 
-    def compute_loss(self, x: Tensor, output: Any) -> Tensor:
+    def compute_loss(self, output: Any, *inputs: Any, **named: Any) -> Tensor:
         """Return what the levels drawn for this step lose against the network's own output."""
         drawn = [0, *(1 + torch.randperm(len(self.levels) - 2)[: self.between]).tolist()]
         outputs = self.outputs or self.structure.outputs
-        losses = [compare_outputs(self.structure.run(k, x), output, outputs) for k in drawn]
+        said = (self.structure.run(k, *inputs, **named) for k in drawn)
+        losses = [compare_outputs(each, output, outputs) for each in said]
         return torch.stack(losses).sum()

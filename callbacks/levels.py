@@ -62,6 +62,10 @@ class TrainLevels(ElasticCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        with self.structure.showing_gates():  # of an earlier fit, which levels refuse
+            self._nest(trainer)
+
+    def _nest(self, trainer: L.Trainer) -> None:
         structure = self.structure
         net, widths, example = structure.net, structure.widths, structure.example
         if structure.levels is None and trainer.ckpt_path is None:  # a checkpoint brings its own

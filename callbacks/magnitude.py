@@ -57,6 +57,9 @@ class PruneByMagnitude(ElasticCallback):
             raise TrainingError(
                 "the network is pruned by gates and by magnitude: leave one of them out of the schedule"
             )
+
+    def attach(self) -> None:
+        """Gate the network, for good."""
         attach_once(self.structure, "weight")
         freeze_gates(self.structure.net)
 

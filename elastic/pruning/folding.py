@@ -1,5 +1,7 @@
 """Fold gates into the weights behind them: a plain model comes out."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -30,14 +32,19 @@ def fold_gates(model: nn.Module) -> nn.Module:
 
 
 def _fold(module: nn.Module) -> None:
-    """Make parametrized tensors ordinary parameters.
-
-    `parametrize.remove_parametrizations` would strip the class, which all copies of the model share.
-    """
+    """Make parametrized tensors ordinary parameters."""
     values = {}
     for name, chain in list_chains(module).items():
         is_trained = all(stored.requires_grad for stored in chain.parameters(recurse=False))
         values[name] = nn.Parameter(getattr(module, name).detach(), is_trained)
+    make_plain(module, values)
+
+
+def make_plain(module: nn.Module, values: Mapping[str, nn.Parameter]) -> None:
+    """Give a module parameters in place of all tensors that are parametrized.
+
+    `parametrize.remove_parametrizations` would strip the class, which all copies of the model share.
+    """
     del module._modules["parametrizations"]
     module.__class__ = type(module).__bases__[0]
     # Parameters that were gated come first, as they did when the layer was made.

@@ -91,7 +91,8 @@ class Gate(ChannelParametrization):
         dims = {"weight": range(weight.dim()), "channel": (channel,)}.get(grain, range(2))
         self.dims, self.channel = frozenset(dims), channel
         shape = [size if dim in dims else 1 for dim, size in enumerate(weight.shape)]
-        self.fresh = {"score": START, "grace": float(grace)}
+        self.fresh = {"score": START}
+        self.set_grace(grace)
         self.price = 1.0
         self.score = nn.Parameter(weight.new_full(shape, START))
         self.register_buffer("grace", torch.zeros_like(self.score))
@@ -102,11 +103,17 @@ class Gate(ChannelParametrization):
             block = (outputs // BLOCK).view([-1 if dim == channel else 1 for dim in range(weight.dim())])
         self.register_buffer("block", block)
 
+    def set_grace(self, epochs: int) -> None:
+        """Set for how many epochs fresh entries are spared the penalty."""
+        self.fresh = {**self.fresh, "grace": float(epochs)}
+
     def get_dims(self, name: str) -> frozenset[int]:
         return frozenset({self.channel}) if name == "block" else self.dims
 
     def forward(self, weight: Tensor) -> Tensor:
-        score = self.score.view(-1) if weight.dim() == 1 else self.score
+        # What the program leaves out of a step, by Lightning's toggle_optimizer, its gates are left out of.
+        score = self.score if weight.requires_grad else self.score.detach()
+        score = score.view(-1) if weight.dim() == 1 else score
         if weight.dim() == 1 and len(weight) > len(score):  # a transposed convolution's groups share scores
             score = score.repeat(len(weight) // len(score))
         return _Step.apply(weight, score, self.block, self.channel)

@@ -11,9 +11,14 @@ from elastic.surgery.fresh import Fresh, Patch
 from elastic.surgery.layers import LayerTensor
 from elastic.widths.discovery import Slot
 
-# Optimizer state that holds second moments: a zero there makes a fresh channel's first step many times
-# the learning rate, so fresh entries take the mean along the axis.
-SECOND_MOMENTS = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf"}
+# Optimizer state that steps are scaled by: a zero there makes a fresh channel's first step many times the
+# learning rate (a second moment), or none (Rprop's step size), so fresh entries take the mean along the axis.
+SCALES = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf", "step_size"} | {
+    "row_var",
+    "col_var",
+    "variance",
+}
+AVERAGED_DIM = {"row_var": -1, "col_var": -2}  # of Adafactor's, which have one entry there
 
 
 @dataclass(frozen=True)
@@ -86,13 +91,18 @@ def gather_state(
     for key, value in state.items():
         if not isinstance(value, Tensor) or value.dim() == 0:
             continue
-        if value.shape != item.value.shape:
+        shape = list(item.value.shape)
+        dims = item.dims
+        if key in AVERAGED_DIM:
+            averaged = AVERAGED_DIM[key] % len(shape)
+            shape[averaged], dims = 1, dims - {averaged}
+        if list(value.shape) != shape:
             raise StructureError(
                 f"{type(optimizer).__name__} keeps '{key}' of shape {tuple(value.shape)} for a tensor of "
                 f"shape {tuple(item.value.shape)}, which cannot follow: use SGD, Adam or AdamW"
             )
-        fill = None if key in SECOND_MOMENTS else 0.0
-        yield state, key, gather(LayerTensor(value, item.dims, fill), moves)
+        fill = None if key in SCALES else 0.0
+        yield state, key, gather(LayerTensor(value, dims, fill), moves)
 
 
 def keep_memory_format(value: Tensor, old: Tensor) -> Tensor:

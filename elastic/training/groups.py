@@ -31,13 +31,10 @@ def adopt_parameters(
                 group["params"].sort(key=lambda parameter: rank.get(id(parameter), len(rank)))
 
 
-def remove_parameters(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> dict[int, int]:
-    """Take parameters out of an optimizer's groups; return the group of each, by `id`."""
+def remove_parameters(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Take parameters out of an optimizer's groups."""
     removed = {id(parameter) for parameter in parameters}
-    homes: dict[int, int] = {}
-    for i, group in enumerate(optimizer.param_groups):
-        homes |= {id(parameter): i for parameter in group["params"] if id(parameter) in removed}
+    for group in optimizer.param_groups:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in removed]
-    for parameter in [p for p in optimizer.state if id(p) in homes]:  # Adagrad's begins before any step
+    for parameter in [p for p in optimizer.state if id(p) in removed]:  # Adagrad's begins before any step
         del optimizer.state[parameter]
-    return homes

@@ -47,7 +47,7 @@ def join_structure(
 def add_structure(module: nn.Module, structure: Structure) -> Structure:
     """Make a structure a child of its network's module; loading a state then rebuilds the network first."""
     module.add_module(ATTRIBUTE, structure)
-    module.register_load_state_dict_pre_hook(structure.prepare_load)
+    structure.follow_loading(module)
     return structure
 
 

@@ -11,7 +11,6 @@ from torch import nn
 
 from elastic.errors import ElasticError, FileError, cite
 from elastic.levels.nested import Levels
-from elastic.pruning.gates import attach_gates
 from elastic.surgery.rebuilding import rebuild
 from elastic.training.checkpoints import read_checkpoint
 from elastic.training.joining import add_structure, find_structure
@@ -88,10 +87,8 @@ def _join(module: nn.Module, history: dict[str, Any]) -> Structure:
 
 
 def _restore(structure: Structure, state: dict[str, Any], history: dict[str, Any]) -> None:
-    """Give the network what callbacks had given it: gates, levels, kernel activation modules."""
+    """Give the network what callbacks had given it, beside gates: levels, kernel activation modules."""
     net, prefix = structure.net, make_prefix(structure.path)
-    if history["grain"] is not None:
-        attach_gates(net, structure.widths, history["grain"])
     if history["levels"] is None and history["modules"] is None:
         return
     rebuild(net, structure.widths, {n: v for n, v in state.items() if n.startswith(prefix)}, prefix)

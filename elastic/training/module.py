@@ -47,7 +47,7 @@ class ElasticModule(L.LightningModule):
         self.net, self.task, self.seed = net, task, seed
         self.structure = Structure(net, torch.zeros(1, *shape), seed, channels_last=True)
         self.structure.outputs, self.structure.compute_loss = task.outputs, task.compute_loss
-        self.register_load_state_dict_pre_hook(self.structure.prepare_load)
+        self.structure.follow_loading(self)
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self.train_loss = MeanMetric(nan_strategy="disable")  # a NaN must show
         self.train_metric = task.make_metrics()[task.metric]

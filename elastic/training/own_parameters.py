@@ -1,14 +1,15 @@
 """Step the parameters that elastic methods add to a network, beside the user's own optimizers.
 
-Gate scores, the norms of levels and kernel activation modules are parameters like others, so that a user's
-`configure_optimizers` finds them. But scores want no weight decay, modules a learning rate of their own, and
-a parameter group more would break resuming and schedulers such as OneCycleLR. So they are taken out of the
-user's groups, and an optimizer of the same kind follows the learning rate of the group that they came from.
+Gate scores come when the user's optimizers exist; the norms of levels and kernel activation modules are there
+before, so that `configure_optimizers` may find them. Scores want no weight decay, modules a learning rate of
+their own, and a parameter group more would break resuming and schedulers such as OneCycleLR. So none of them
+stays in the user's groups: an optimizer of the same kind follows the group that they came from, or that what
+they act on is in.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 from elastic.errors import TrainingError
 from elastic.training.groups import remove_parameters
+
+Home = torch.optim.Optimizer  # one of the user's
 
 FOLLOWED = ("lr", "betas", "momentum")  # what schedulers change
 # These have one operator for a whole group, on CPUs too: scores are many and small. (SGD's wants a momentum
@@ -30,11 +33,13 @@ class OwnParameter:
     """Say how a parameter that an elastic method has added learns.
 
     Attributes:
+        like: where it is in no group itself, it learns like the first of these that is in one.
         rate: of its learning, times the network's.
         decays: whether the weight decay of the group it came from holds for it.
     """
 
     parameter: nn.Parameter
+    like: Sequence[Tensor] = ()
     rate: float = 1.0
     decays: bool = True
 
@@ -44,25 +49,53 @@ class OwnOptimizers:
 
     Args:
         homes: the user's optimizers; own parameters are taken out of their groups.
-        parameters: a parameter in no group learns like the first group of the first optimizer.
+        parameters: one that no group leads to learns like the first group of the first optimizer.
 
     Raises:
-        TrainingError: an optimizer that has no parameter groups to follow.
+        TrainingError: an optimizer that cannot be followed.
     """
 
     def __init__(self, homes: Sequence[torch.optim.Optimizer], parameters: Iterable[OwnParameter]) -> None:
-        waiting = list(parameters)
+        own = list(parameters)
         self.optimizers: list[torch.optim.Optimizer] = []
         self._homes = list(homes)
-        if not self._homes or not waiting:
+        self._removals: list[Callable[[], None]] = []
+        if not self._homes or not own:
             return
-        for home in self._homes:
-            groups = remove_parameters(home, [own.parameter for own in waiting])
-            members = [(own, groups[id(own.parameter)]) for own in waiting if id(own.parameter) in groups]
-            waiting = [own for own in waiting if id(own.parameter) not in groups]
+        places = _find_places(self._homes, own)
+        for k, home in enumerate(self._homes):
+            remove_parameters(home, [each.parameter for each in own])
+            members = [(each, i) for each, (h, i) in zip(own, places, strict=True) if h == k]
             self.optimizers.append(_make_follower(home, members))
-        if waiting:
-            self.optimizers[0].param_groups += _make_groups(self._homes[0], [(own, 0) for own in waiting])
+
+    def follow(self, wrappers: Iterable[Any], step: Callable[[Home], None]) -> None:
+        """Call `step` after each step of a user's optimizer, and drop gradients where the user does.
+
+        Args:
+            wrappers: what stands for the optimizers in the user's program, beside themselves.
+        """
+        for home in self._homes:
+            handle = home.register_step_post_hook(lambda optimizer, args, kwargs: step(optimizer))
+            self._removals.append(handle.remove)
+        for target in (*self._homes, *wrappers):
+            self._follow_zero_grad(target)
+
+    def _follow_zero_grad(self, target: Any) -> None:
+        """Drop own gradients with the user's; torch has no hook for it."""
+        zero_grad, home = target.zero_grad, getattr(target, "optimizer", target)
+
+        def zero_all(*args: Any, **kwargs: Any) -> None:
+            zero_grad(*args, **kwargs)
+            for parameter in self.list_parameters(home):
+                parameter.grad = None
+
+        target.zero_grad = zero_all
+        self._removals.append(lambda: delattr(target, "zero_grad"))
+
+    def release(self) -> None:
+        """Follow the user's optimizers no longer."""
+        while self._removals:
+            self._removals.pop()()
 
     def list_parameters(self, home: torch.optim.Optimizer) -> list[nn.Parameter]:
         """List the own parameters that are stepped with one of the user's optimizers."""
@@ -117,13 +150,44 @@ class OwnOptimizers:
         return next((follower for optimizer, follower in pairs if optimizer is home), None)
 
 
+def _find_places(homes: Sequence[Home], own: Iterable[OwnParameter]) -> list[tuple[int, int]]:
+    """Find what each parameter learns like: an optimizer, and a group of it."""
+    places = {
+        id(parameter): (k, i)
+        for k, home in enumerate(homes)
+        for i, group in enumerate(home.param_groups)
+        for parameter in group["params"]
+    }
+    candidates = ((each.parameter, *each.like) for each in own)
+    return [next((places[id(p)] for p in group if id(p) in places), (0, 0)) for group in candidates]
+
+
+def check_followed(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer that surgery, and parameters of its own, cannot follow.
+
+    Raises:
+        TrainingError: it keeps its state for all parameters together, or in another optimizer.
+    """
+    name = type(optimizer).__name__
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TrainingError("LBFGS keeps one state for all parameters, which cannot change: take another")
+    inner = [value for value in vars(optimizer).values() if isinstance(value, torch.optim.Optimizer)]
+    if inner:
+        raise TrainingError(
+            f"{name} wraps {type(inner[0]).__name__}, whose state no change of the network would reach: "
+            f"give configure_optimizers another than {name}"
+        )
+
+
 def _make_follower(
     home: torch.optim.Optimizer, members: list[tuple[OwnParameter, int]]
 ) -> torch.optim.Optimizer:
     """Make an optimizer of the same class and options, whatever its constructor takes."""
-    if isinstance(home, torch.optim.LBFGS):
-        raise TrainingError("LBFGS has no parameter groups, which gates and levels need: take another")
+    check_followed(home)
     follower = object.__new__(type(home))
+    # What its class has set beside torch's own, but no hooks, nor methods that schedulers have replaced.
+    attributes = {name: value for name, value in vars(home).items() if not hasattr(type(home), name)}
+    vars(follower).update({name: v for name, v in attributes.items() if not name.startswith("_optimizer")})
     state = {
         "defaults": home.defaults,
         "state": defaultdict(dict),

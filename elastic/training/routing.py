@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-LossTerm = Callable[[Tensor, Any], Tensor | None]
+LossTerm = Callable[..., Tensor | None]
 
 
 class Runner(Protocol):
@@ -57,7 +57,7 @@ class Router:
 
     Args:
         runner: executes the network as it is to be trained now.
-        terms: what each call in training adds to the loss, from the first input and the output.
+        terms: what each call in training adds to the loss, from the output and the inputs.
     """
 
     def __init__(self, runner: Runner, terms: Iterable[LossTerm]) -> None:
@@ -68,6 +68,5 @@ class Router:
         scale = self.runner.compute_loss_scale() if torch.is_grad_enabled() else None
         if scale is None:
             return output
-        x = args[0] if args else next(iter(kwargs.values()))
-        losses = [loss for term in self.terms if (loss := term(x, output)) is not None]
+        losses = [loss for term in self.terms if (loss := term(output, *args, **kwargs)) is not None]
         return add_loss(output, torch.stack(losses).sum(), scale) if losses else output

@@ -18,7 +18,8 @@ from elastic.dynamic.attaching import MODULES, attach_modules
 from elastic.dynamic.modules import describe_modules, select_set
 from elastic.errors import TrainingError
 from elastic.levels.nested import Levels
-from elastic.pruning.gates import find_grain, iterate_gates
+from elastic.pruning.gates import attach_gates, find_grain, iterate_gates
+from elastic.pruning.hiding import HiddenGates, hide_gates
 from elastic.surgery.checking import discover_checked
 from elastic.surgery.depth import count_blocks, deepen, get_template_name
 from elastic.surgery.fresh import Fresh, zero_out
@@ -33,6 +34,7 @@ from elastic.training.processes import find_differing_processes, unwrapped
 from elastic.training.routing import LossTerm, Router
 from elastic.training.tasks import compute_class_loss
 from elastic.widths.discovery import discover
+from elastic.widths.parameters import get_weight
 from elastic.widths.tracing import sync_traced
 from elastic.widths.width import fix_widths
 
@@ -91,6 +93,8 @@ class Structure(nn.Module):
         self.own: OwnOptimizers = OwnOptimizers((), ())
         self.trainer: L.Trainer | None = None
         self._inner_call: Callable[..., Any] | None = None
+        self._hides_gates = False
+        self._hidden_gates: list[HiddenGates] = []
 
     @property
     def net(self) -> nn.Module:
@@ -109,6 +113,8 @@ class Structure(nn.Module):
             "own": OwnOptimizers((), ()),
             "_inner_call": None,
             "resize": None,
+            "_hides_gates": False,
+            "_hidden_gates": [],
         }
         return {**super().__getstate__(), **own}  # type: ignore[misc]
 
@@ -207,6 +213,31 @@ class Structure(nn.Module):
     def _list_optimizers(self) -> list[torch.optim.Optimizer]:
         return [] if self.trainer is None else [*self.trainer.optimizers, *self.own.optimizers]
 
+    # Gates.
+
+    def hide_gates(self) -> None:
+        """Leave weights under their own names, as a program's setup and its optimizers look for them."""
+        self._hides_gates = True
+        self._hidden_gates += hide_gates(self.net)
+
+    def show_gates(self) -> None:
+        """Put gates back where they were hidden."""
+        self._hides_gates = False
+        self._restore_gates()
+
+    @contextmanager
+    def showing_gates(self) -> Iterator[None]:
+        """Surround what has to see the gates while they are hidden from the program."""
+        hides = self._hides_gates
+        self.show_gates()
+        yield
+        if hides:
+            self.hide_gates()
+
+    def _restore_gates(self) -> None:
+        while self._hidden_gates:
+            self._hidden_gates.pop().restore()
+
     # Levels and kernel activation modules.
 
     def nest(self, levels: Levels) -> None:
@@ -254,10 +285,16 @@ class Structure(nn.Module):
 
     def list_own_parameters(self) -> list[OwnParameter]:
         """List the parameters that elastic methods have added: scores, norms of levels, modules."""
-        scores = [OwnParameter(gate.score, decays=False) for _, _, gate in iterate_gates(self.net)]
-        norms = [OwnParameter(p) for p in (self.level_norms.parameters() if self.levels else ())]
+        weights = list(self.net.parameters())
+        scores = [
+            OwnParameter(gate.score, like=[get_weight(layer), *weights], decays=False)
+            for _, layer, gate in iterate_gates(self.net)
+        ]
+        norms = [
+            OwnParameter(p, like=weights) for p in (self.level_norms.parameters() if self.levels else ())
+        ]
         modules = [
-            OwnParameter(p, scale_module_rate(p, self.module_rate))
+            OwnParameter(p, like=weights, rate=scale_module_rate(p, self.module_rate))
             for p in (self.kernel_modules.parameters() if self.dynamic_nets else ())
         ]
         return [*scores, *norms, *modules]
@@ -265,6 +302,7 @@ class Structure(nn.Module):
     def take_own_parameters(self) -> None:
         """Take what elastic methods have added out of the user's optimizers, which must exist by now."""
         assert self.trainer is not None
+        self.own.release()
         self.own = OwnOptimizers(self.trainer.optimizers, self.list_own_parameters())
 
     def route(self, terms: Sequence[LossTerm]) -> None:
@@ -283,8 +321,12 @@ class Structure(nn.Module):
         self._inner_call = None
 
     def is_trained_now(self) -> bool:
-        """Tell whether a call of the network belongs to a training step."""
-        return self.trainer is not None and self.trainer.training and self.net.training
+        """Tell whether a call of the network belongs to a training step, whatever mode the network is in."""
+        trainer = self.trainer
+        if trainer is None or not trainer.training:
+            return False
+        batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        return bool(batches.started > batches.processed)
 
     def compute_loss_scale(self) -> float | None:
         """Return what the run multiplies its loss with, or None where nothing is trained now."""
@@ -297,6 +339,11 @@ class Structure(nn.Module):
         return (scaler.get_scale() if scaler is not None else 1.0) / batches
 
     # Checkpoints.
+
+    def follow_loading(self, module: nn.Module) -> None:
+        """Bring the network to the shapes of whatever state its module loads."""
+        module.register_load_state_dict_pre_hook(self.prepare_load)
+        module.register_load_state_dict_post_hook(self.finish_load)
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return what has happened, for the module's `state_dict`: plain containers alone."""
@@ -331,12 +378,20 @@ class Structure(nn.Module):
         own, net_prefix = find_path(module, self), prefix + make_prefix(self.path)
         state = {name: value for name, value in state_dict.items() if name.startswith(net_prefix)}
         history = state_dict.get(f"{prefix}{own}._extra_state")
+        self._restore_gates()
         if history is not None:
             self._take_history(history)
+            if history["grain"] is not None and not any(iterate_gates(self.net)):
+                attach_gates(self.net, self.widths, history["grain"])
         rebuild(self.net, self.widths, state, net_prefix)
         if history is not None and history["levels"] is not None and self.levels is None:
             self.nest(Levels(self.net, self.widths, history["levels"]))
         self.lay_out()
+
+    def finish_load(self, *_: object) -> None:
+        """Hide gates again from a program that has not made its optimizers."""
+        if self._hides_gates:
+            self.hide_gates()
 
     def _take_history(self, history: dict[str, Any]) -> None:
         start = history["start_sizes"]

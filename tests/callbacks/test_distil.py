@@ -50,7 +50,7 @@ def test_the_gradient_is_that_of_the_paper(weight: float, temperature: float) ->
     given_BK, asked_BK = torch.randn(6, 10, dtype=torch.double, requires_grad=True), torch.randn(6, 10)
     teacher = Says(asked_BK)
     distil = Distil(teacher, weight, temperature, outputs="classes")
-    distil.compute_loss(torch.zeros(6, 1), given_BK).backward()  # type: ignore[no-untyped-call]
+    distil.compute_loss(given_BK, torch.zeros(6, 1)).backward()  # type: ignore[no-untyped-call]
     q_BK, p_BK = (given_BK / temperature).softmax(1), (asked_BK / temperature).softmax(1)
     torch.testing.assert_close(given_BK.grad.float(), (weight * temperature * (q_BK - p_BK) / 6).float())
 
@@ -69,7 +69,7 @@ def test_the_teacher_is_what_the_run_starts_from(first: Path, tmp_path: Path, sc
             x_BCHW = batch[0]
             seen["start"] = copy.deepcopy(module.net).eval()(x_BCHW)
             seen["x"] = x_BCHW
-            seen["term"] = run.callbacks["distil"].compute_loss(x_BCHW, seen["start"])
+            seen["term"] = run.callbacks["distil"].compute_loss(seen["start"], x_BCHW)
 
     run = prepare(
         tmp_path, *TRAINING, f"schedule={schedule}", f"init={first}", after=(Spy(on_train_batch_start=start),)

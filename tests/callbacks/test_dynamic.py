@@ -99,7 +99,7 @@ def test_the_loss_sets_in_at_its_beginning_and_is_whole_at_its_end(tmp_path: Pat
     def note(trainer: L.Trainer, module: ElasticClassifier, *_: Any) -> None:
         own = run.callbacks["dynamic"]
         share = float(own.costs[0].fraction("macs").detach())
-        loss = own.compute_loss(None, None)
+        loss = own.compute_loss(None)
         held.append(0.0 if loss is None else float(loss.detach()) / (2.0 * share))
 
     options = ("callbacks.dynamic.begin=0.25", "callbacks.dynamic.end=0.75", "callbacks.dynamic.gain=2.0")

@@ -274,7 +274,7 @@ def test_counts_are_counted_not_averaged(tmp_path: Path) -> None:
 class Single(ElasticCallback):
     """Answer what the loss is, and hold what cannot be copied."""
 
-    def compute_loss(self, x: Tensor, output: Any) -> Tensor:
+    def compute_loss(self, output: Any, *inputs: Any, **named: Any) -> Tensor:
         return torch.zeros(())
 
     def __deepcopy__(self, memo: Any) -> Any:

@@ -242,6 +242,7 @@ def test_parameters_and_buffers_follow_the_index() -> None:
         lambda p: torch.optim.Adagrad(p, 1e-2),
         lambda p: torch.optim.RMSprop(p, 1e-2, momentum=0.9),
         lambda p: torch.optim.RMSprop(p, 1e-2, centered=True),
+        lambda p: torch.optim.Rprop(p, 1e-2),
     ],
     ids=[
         "sgd",
@@ -254,10 +255,11 @@ def test_parameters_and_buffers_follow_the_index() -> None:
         "adagrad",
         "rmsprop",
         "rmsprop_centered",
+        "rprop",
     ],
 )
 def test_optimizer_state_follows_the_index(make: Callable[[Any], torch.optim.Optimizer]) -> None:
-    squares = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf"}
+    scales = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf", "step_size"}
     model = two_layers()
     optimizer = make(model.parameters())
     trained(model, optimizer)
@@ -284,9 +286,26 @@ def test_optimizer_state_follows_the_index(make: Callable[[Any], torch.optim.Opt
             assert value.shape == parameter.shape
             now, then = value.movedim(dims[name], 0), before.movedim(dims[name], 0)
             assert torch.equal(now[KEPT], then[OLD]), (name, key)
-            filled = then.mean(0) if key in squares else torch.zeros_like(then[0])
+            filled = then.mean(0) if key in scales else torch.zeros_like(then[0])
             torch.testing.assert_close(now[NEW], torch.stack([filled, filled]), rtol=1e-6, atol=0)
     assert seen >= len(dims)
+    trained(model, optimizer)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_what_adafactor_keeps_of_rows_and_columns_follows_the_index() -> None:
+    model = two_layers()
+    optimizer = torch.optim.Adafactor(model.parameters(), lr=1e-2)
+    trained(model, optimizer)
+    weights = model[0].weight, model[5].weight  # type: ignore[union-attr]
+    old = [{key: value.clone() for key, value in optimizer.state[weight].items()} for weight in weights]
+    reindex(model, discover(model, X), {"0": INDEX}, optimizers=[optimizer])
+    moved = [(0, "row_var", 0), (0, "col_var", 0), (1, "col_var", 1)]
+    for layer, key, dim in moved:
+        now, then = (s[key].movedim(dim, 0) for s in (optimizer.state[weights[layer]], old[layer]))
+        assert torch.equal(now[KEPT], then[OLD]), (layer, key)
+        assert now[NEW].gt(0).all(), (layer, key)
+    assert torch.equal(optimizer.state[weights[1]]["row_var"], old[1]["row_var"])
     trained(model, optimizer)
     assert all(p.isfinite().all() for p in model.parameters())
 
@@ -385,11 +404,12 @@ def test_a_wrong_index_is_refused(wanted: Mapping[str, Any], match: str) -> None
     refused(match, model, discover(model, X), wanted)
 
 
-def test_factored_moments_are_refused() -> None:
+def test_state_of_another_shape_is_refused() -> None:
     model = two_layers()
-    optimizer = torch.optim.Adafactor(model.parameters())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     trained(model, optimizer)
-    refused("Adafactor keeps 'row_var'", model, discover(model, X), {"0": [0, 1]}, optimizer)
+    optimizer.state[model[0].weight]["basis"] = torch.eye(3)  # type: ignore[union-attr]
+    refused("SGD keeps 'basis'", model, discover(model, X), {"0": [0, 1]}, optimizer)
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_the_first_step_is_that_of_plain_torch(tmp_path: Path) -> None:
     held: dict[str, Any] = {}
 
     class Pull(ElasticCallback):
-        def compute_loss(self, x: Tensor, output: Any) -> Tensor:
+        def compute_loss(self, output: Any, *inputs: Any, **named: Any) -> Tensor:
             return 0.1 * self.structure.net[0].weight.square().sum()  # type: ignore[index, no-any-return]
 
     def look(trainer: Any, m: ElasticClassifier, given: Any, index: int) -> None:

@@ -23,7 +23,7 @@ class Plain:
         return self.scale
 
 
-def penalise(x: Tensor, output: Tensor) -> Tensor:
+def penalise(output: Tensor, x: Tensor) -> Tensor:
     return (output * x.mean()).square().mean()
 
 
@@ -36,7 +36,7 @@ def test_the_gradient_is_that_of_the_sum_of_losses(scale: float) -> None:
     net._compiled_call_impl = Router(Plain(net, scale), [penalise])
     (scale * net(x).sum()).backward()
     output = other(x)
-    (scale * (output.sum() + penalise(x, output))).backward()
+    (scale * (output.sum() + penalise(output, x))).backward()
     for a, b in zip(net.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
 
@@ -60,7 +60,7 @@ def test_outputs_of_any_form_carry_it(wrap: Any) -> None:
 def test_outside_of_training_no_term_is_asked_for() -> None:
     net = nn.Linear(2, 2)
 
-    def refuse(x: Tensor, output: Tensor) -> Tensor:
+    def refuse(output: Tensor, x: Tensor) -> Tensor:
         raise AssertionError
 
     net._compiled_call_impl = Router(Plain(net, None), [refuse])

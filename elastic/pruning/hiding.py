@@ -1,0 +1,50 @@
+"""Take the gates off a model for a while, so that a program finds its weights where it made them."""
+
+from dataclasses import dataclass
+from typing import cast
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from elastic.measure.counts import list_chains
+from elastic.pruning.folding import make_plain
+from elastic.pruning.gates import Gate
+
+
+@dataclass(frozen=True)
+class HiddenGates:
+    """Hold the gates of a layer that has its weights under their own names.
+
+    Attributes:
+        gated: the layer's class with gates.
+        chains: its gates, by the name of the parameter that they mask.
+    """
+
+    layer: nn.Module
+    gated: type[nn.Module]
+    chains: nn.ModuleDict
+
+    def restore(self) -> None:
+        """Put the gates back over what the layer has under those names by now."""
+        for name, chain in self.chains.items():
+            chain.register_parameter("original", self.layer._parameters.pop(name))
+        self.layer.__class__ = self.gated
+        self.layer._modules["parametrizations"] = self.chains
+
+
+def hide_gates(model: nn.Module) -> list[HiddenGates]:
+    """Take the gates off a model, weights and all as they are; it computes without them until restored."""
+    layers = [module for module in model.modules() if parametrize.is_parametrized(module)]
+    return [_hide(layer) for layer in layers if _has_gates_alone(layer)]
+
+
+def _has_gates_alone(layer: nn.Module) -> bool:
+    return all(isinstance(each, Gate) for chain in list_chains(layer).values() for each in chain.children())
+
+
+def _hide(layer: nn.Module) -> HiddenGates:
+    chains = layer._modules["parametrizations"]
+    assert isinstance(chains, nn.ModuleDict)
+    hidden = HiddenGates(layer, type(layer), chains)
+    make_plain(layer, {name: cast(nn.Parameter, chain.original) for name, chain in chains.items()})
+    return hidden

@@ -1,0 +1,335 @@
+"""However a program groups its weights, steps its optimizers or holds its network, methods act alike."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from elastic import Growth, Periodic
+from elastic.callbacks import (
+    Distil,
+    FollowNetwork,
+    GrowOnSaturation,
+    PruneByGates,
+    PruneDynamically,
+    TrainJointly,
+)
+from elastic.errors import StructureError, TrainingError
+from elastic.pruning.gates import Gate, iterate_gates
+from elastic.training.joining import find_structure
+from tests.programs import BATCH, Killed, Program, Spy, fit, kill_at, make_data, make_network
+
+SEED = 3
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:.*resuming from a checkpoint that ended before the epoch"),
+]
+
+
+def seed_epochs() -> Spy:
+    return Spy(on_train_epoch_start=lambda trainer, _: torch.manual_seed(trainer.current_epoch))
+
+
+def make(kind: type[Program], *args: Any) -> Program:
+    torch.manual_seed(SEED)
+    return kind(*args)
+
+
+def list_gates(net: nn.Module) -> list[Gate]:
+    return [gate for _, _, gate in iterate_gates(net)]
+
+
+def assert_equal(net: nn.Module, expected: nn.Module) -> None:
+    ours, theirs = net.state_dict(), expected.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=0, atol=0, msg=name)
+
+
+# --- how weights are looked for ----------------------------------------------------------------------------
+
+
+class Plain(Program):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+class ByName(Program):
+    """Decay weights, not biases, as many programs of language models do."""
+
+    def configure_optimizers(self) -> Any:
+        named = dict(self.net.named_parameters())
+        groups = [[p for n, p in named.items() if n.endswith(end)] for end in ("weight", "bias")]
+        return torch.optim.SGD([{"params": group} for group in groups], lr=0.05)
+
+
+class ByKind(Program):
+    """Look for parameters among the attributes of layers, as programs of detectors do."""
+
+    def configure_optimizers(self) -> Any:
+        layers = [(layer, name) for layer in self.net.modules() for name in ("weight", "bias")]
+        values = [getattr(layer, name, None) for layer, name in layers]
+        return torch.optim.SGD([value for value in values if isinstance(value, nn.Parameter)], lr=0.05)
+
+
+class ByLayer(Program):
+    """Give each layer's parameters by hand, after its weights have been set in `setup`."""
+
+    def setup(self, stage: str) -> None:
+        self.net[0].load_state_dict({"weight": self.net[0].weight.detach().clone()})
+        self.net[3].load_state_dict({"weight": self.net[3].weight.detach().clone()})
+
+    def configure_optimizers(self) -> Any:
+        conv, norm, _, other, last_norm, *_, linear = self.net
+        norms = [*norm.parameters(), *last_norm.parameters()]
+        layers = [conv.weight, other.weight, linear.weight, linear.bias, *norms]
+        return torch.optim.SGD(layers, lr=0.05)
+
+
+@pytest.mark.parametrize("kind", [ByName, ByKind, ByLayer])
+@pytest.mark.parametrize("way", ["whole", "continued", "further"])
+def test_gated_weights_are_found_by_the_names_that_the_program_gave_them(
+    kind: type[Program], way: str, tmp_path: Path
+) -> None:
+    def train(kind: type[Program], folder: Path) -> Program:
+        callbacks = [seed_epochs(), PruneByGates(penalty=1e-2, grain="kernel")]
+        module = make(kind)
+        if way == "continued":
+            with pytest.raises(Killed):
+                fit(module, [*callbacks, kill_at(6)], folder, max_epochs=2)
+            module, callbacks = make(kind), [seed_epochs(), PruneByGates(penalty=1e-2, grain="kernel")]
+        checkpoint = str(folder / "last.ckpt") if way == "continued" else None
+        fit(module, callbacks, folder, checkpoint, max_epochs=2)
+        if way == "further":
+            fit(module, [seed_epochs(), PruneByGates(penalty=1e-2)], max_epochs=1)
+        return module
+
+    start = make(kind).net[0].weight.detach().clone()
+    module, expected = train(kind, tmp_path / "this"), train(Plain, tmp_path / "plain")
+    assert not torch.equal(module.net[0].parametrizations.weight.original, start), "it is trained"
+    assert_equal(module.net, expected.net)
+
+
+def test_a_fit_that_is_refused_leaves_the_gates_of_the_one_before() -> None:
+    module = make(Plain)
+    fit(module, [PruneByGates(penalty=1e-2)], max_epochs=1)
+    expected = make(Plain)
+    fit(expected, [PruneByGates(penalty=1e-2)], max_epochs=1)
+    with pytest.raises(StructureError, match="compact it first"):
+        fit(module, [TrainJointly([0.5])], max_epochs=1)
+    assert_equal(module.net, expected.net)
+    grow = GrowOnSaturation(Periodic(1), Growth(factor=1.5, ceiling=2))
+    with pytest.raises(TrainingError, match="limit_val_batches=0"):
+        fit(module, [grow], limit_val_batches=0)
+    assert_equal(module.net, expected.net)
+
+
+# --- how optimizers are stepped ----------------------------------------------------------------------------
+
+
+class Generating(Program):
+    """Train a generator against the network, by hand."""
+
+    def __init__(self, rates: tuple[float, float], toggles: bool) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.generator = nn.Linear(4, 64)
+        self.rates, self.toggles = rates, toggles
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        first, second = self.optimizers()
+        fake_BCHW = self.generator(torch.randn(BATCH, 4)).view(BATCH, 1, 8, 8)
+        if self.toggles:
+            self.toggle_optimizer(first)
+        first.zero_grad()
+        self.manual_backward(self.net(fake_BCHW).square().mean())
+        first.step()
+        if self.toggles:
+            self.untoggle_optimizer(first)
+        second.zero_grad()
+        loss = F.cross_entropy(self.net(batch[0]), batch[1])
+        scores = [gate.score for gate in list_gates(self.net)]
+        expected = torch.autograd.grad(loss, scores, retain_graph=True)
+        self.manual_backward(loss)
+        for score, gradient in zip(scores, expected, strict=True):
+            torch.testing.assert_close(score.grad, gradient)
+        second.step()
+
+    def configure_optimizers(self) -> Any:
+        sizes = (self.generator, self.net)
+        return [torch.optim.SGD(n.parameters(), lr) for n, lr in zip(sizes, self.rates, strict=True)]
+
+
+@pytest.mark.parametrize("toggles", [True, False])
+@pytest.mark.parametrize("rates", [(0.1, 0.0), (0.0, 0.1)])
+def test_gates_learn_with_their_own_weights_alone(rates: tuple[float, float], toggles: bool) -> None:
+    module = make(Generating, rates, toggles)
+    fit(module, [FollowNetwork("net"), PruneByGates(penalty=0.0)], max_epochs=1, limit_val_batches=0)
+    moved = any(bool((gate.score != 1).any()) for gate in list_gates(module.net))
+    assert moved == (rates[1] > 0)
+
+
+class Unwrapped(Plain):
+    """Step by hand what `configure_optimizers` has returned, without Lightning's wrapper."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+class Skipping(Plain):
+    """Drop the gradients of each other step, as Lightning's documentation shows."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Any = None) -> None:
+        if batch_idx % 2:
+            super().optimizer_step(epoch, batch_idx, optimizer, closure)
+        else:
+            closure()
+
+
+def test_gates_learn_however_the_optimizer_is_stepped() -> None:
+    module, expected = make(Unwrapped), make(Plain)
+    for each in (module, expected):
+        fit(each, [PruneByGates(penalty=1e-2, begin=0.0)], max_epochs=1)
+    assert_equal(module.net, expected.net)
+
+
+def test_gradients_of_a_step_that_is_skipped_are_dropped() -> None:
+    """The oracle: a run that is given the other batches alone."""
+    images = make_data()
+    kept = [i for i in range(len(images)) if (i // BATCH) % 2]
+    module, expected = make(Skipping), make(Plain)
+    fit(module, [PruneByGates(penalty=1e-2, begin=0.0)], max_epochs=1, limit_val_batches=0)
+    norms = [layer for layer in module.net if isinstance(layer, nn.BatchNorm2d)]
+    loader = DataLoader(torch.utils.data.Subset(images, kept), BATCH)
+    fit(expected, [PruneByGates(penalty=1e-2, begin=0.0)], loader=loader, max_epochs=1, limit_val_batches=0)
+    for norm, other in zip(norms, (n for n in expected.net if isinstance(n, nn.BatchNorm2d)), strict=True):
+        other.load_state_dict({**other.state_dict(), **dict(norm.named_buffers())})  # all batches are seen
+    assert_equal(module.net, expected.net)
+
+
+class Sharpness(torch.optim.SGD):
+    """Hold another optimizer that keeps the state."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, lr=0.1)
+        self.base = torch.optim.SGD(self.param_groups, lr=0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize("make_optimizer", [Sharpness, torch.optim.LBFGS])
+@pytest.mark.parametrize("method", ["growth", "gates"])
+def test_an_optimizer_that_cannot_be_followed_is_refused_before_training(
+    make_optimizer: Any, method: str
+) -> None:
+    module = make(Program)
+    module.configure_optimizers = lambda: make_optimizer(module.parameters())  # type: ignore[method-assign]
+    grow = GrowOnSaturation(Periodic(1), Growth(factor=1.5, ceiling=2))
+    with pytest.raises(TrainingError, match=f"{make_optimizer.__name__} .*another"):
+        fit(module, [grow if method == "growth" else PruneByGates()])
+    assert module.trainer.global_step == 0
+
+
+# --- how the network is held and called --------------------------------------------------------------------
+
+
+class Steady(Plain):
+    """Keep the norms of the network as they are."""
+
+    def on_train_epoch_start(self) -> None:
+        self.net.eval()
+
+
+def test_a_loss_is_added_whatever_mode_the_network_is_in() -> None:
+    """The oracle: a program that adds it itself."""
+    torch.manual_seed(SEED + 1)
+    teacher = make_network().eval()
+
+    class ByHand(Steady):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            with torch.no_grad():
+                taught_BK = teacher(batch[0]).softmax(1)
+            logits_BK = self(batch[0])
+            divergence = F.kl_div(logits_BK.log_softmax(1), taught_BK, reduction="batchmean")
+            return F.cross_entropy(logits_BK, batch[1]) + divergence
+
+    module, expected = make(Steady), make(ByHand)
+    fit(module, [Distil(teacher, temperature=1.0)], max_epochs=2)
+    fit(expected, [], max_epochs=2)
+    for value, other in zip(module.net.parameters(), expected.net.parameters(), strict=True):
+        torch.testing.assert_close(value, other)
+
+
+def test_modules_that_are_trained_alone_learn_to_be_sparing() -> None:
+    engaged = []
+    for gain in (0.0, 20.0):
+        prune = PruneDynamically(gain, begin=0.0, end=0.1, rate=20.0, modules_only=True)
+        fit(make(Program), [prune], max_epochs=4)
+        engaged.append(float(prune.costs[0].fraction("kernels")))
+    assert engaged[1] < engaged[0] - 0.1
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = make_network()
+
+    def forward(self, x_BCHW: Tensor, scale_B1: Tensor | None = None) -> Tensor:
+        logits_BK: Tensor = self.body(x_BCHW)
+        return logits_BK if scale_B1 is None else logits_BK * scale_B1
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("method", ["joint", "distil"])
+def test_levels_and_teachers_are_given_all_inputs(method: str, by_name: bool) -> None:
+    """Scaled by 0, levels, teacher and network agree; not so where one of them is not scaled."""
+    terms = []
+
+    class Zero(Plain):
+        def forward(self, x_BCHW: Tensor) -> Tensor:
+            scale_B1 = torch.zeros(len(x_BCHW), 1)
+            logits_BK: Tensor
+            logits_BK = self.net(x_BCHW, scale_B1=scale_B1) if by_name else self.net(x_BCHW, scale_B1)
+            return logits_BK
+
+    callback = TrainJointly([0.5]) if method == "joint" else Distil(Scaled())
+    compute = callback.compute_loss
+
+    def note(*args: Any, **named: Any) -> Tensor:
+        terms.append(compute(*args, **named))
+        return terms[-1]
+
+    callback.compute_loss = note  # type: ignore[method-assign]
+    fit(make(Zero, Scaled()), [callback], max_epochs=1, limit_train_batches=2, limit_val_batches=0)
+    expected = math.log(4) if method == "joint" else 0.0  # the cross entropy, and the divergence
+    torch.testing.assert_close(torch.stack(terms).detach(), torch.full((2,), expected), rtol=0, atol=1e-6)
+
+
+class Answering(Program):
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.tested = self(batch[0])
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return self(batch[0])
+
+
+def test_predictions_are_those_of_the_network_with_its_modules() -> None:
+    module = make(Answering)
+    trainer = fit(module, [PruneDynamically(5.0, begin=0.0, end=0.1, activation="scale")], max_epochs=2)
+    loader = DataLoader(torch.utils.data.Subset(make_data(1), range(BATCH)), BATCH)
+    trainer.test(module, loader, verbose=False)
+    (predicted,) = trainer.predict(module, loader)  # type: ignore[misc]
+    torch.testing.assert_close(predicted, module.tested, rtol=0, atol=0)
+    structure = find_structure(module)
+    assert structure is not None
+    assert not torch.equal(module.net(next(iter(loader))[0]), module.tested), "the plain network's differ"
