@@ -20,7 +20,8 @@ def refuse_live_graph(tensors: Iterable[Tensor]) -> None:
         gc.collect()  # it may hang on a reference cycle only
         if any(map(_has_live_graph, parameters)):
             raise StructureError(
-                "an autograd graph of this model is alive: drop its outputs and losses first"
+                "an autograd graph of this model is alive: drop its outputs and losses first, or keep them "
+                "detached"
             )
 
 

@@ -55,8 +55,18 @@ def find_network(module: L.LightningModule, network: str | None = None) -> nn.Mo
     """Return the one child of a module that has layers, or the one that is named.
 
     Raises:
-        TrainingError: there is none, or more than one to choose from.
+        TrainingError: there is none, more than one to choose from, or one that does not run by itself.
     """
+    net = _pick_network(module, network)
+    if isinstance(net, nn.ModuleDict | nn.ModuleList):
+        raise TrainingError(
+            f"{type(module).__name__} runs the parts of '{find_path(module, net)}' itself, which has no "
+            "forward: name a network that has one, or with FollowNetwork('') the module"
+        )
+    return net
+
+
+def _pick_network(module: L.LightningModule, network: str | None) -> nn.Module:
     if network is not None:
         try:
             return module.get_submodule(network)

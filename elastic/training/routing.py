@@ -40,6 +40,9 @@ class _AddLoss(torch.autograd.Function):
 def add_loss(output: Any, loss: Tensor, scale: float) -> Any:
     """Return a network's output such that the gradient of `loss` comes with the output's own.
 
+    It comes with each backward pass through this output, whole: a program that takes several through one call
+    of its network counts it as often.
+
     Args:
         output: a tensor, or a structure of tensors; the first that needs a gradient carries the loss.
         scale: what the run multiplies its own loss with (a gradient scaler, 1 / accumulated batches).

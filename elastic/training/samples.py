@@ -65,7 +65,10 @@ def sample_batch(trainer: L.Trainer, count: int, seed: int) -> tuple[Tensor, Ten
         batch = next(batches)
         size = len(batch[0]) if isinstance(batch, list | tuple) and len(batch) == 2 else 0
         if not size:
-            raise TrainingError("samples are taken from pairs (inputs, targets), which the batches are not")
+            raise TrainingError(
+                "samples are taken from pairs (inputs, targets), which the batches are not: give such batches, "
+                "or choose a start of fresh channels, or an importance, that needs no gradients"
+            )
         taken = [batch, *islice(batches, max(0, count // size - 1))]
         taken = [trainer.strategy.batch_to_device(each, device) for each in taken]  # with the module's hooks
     x_BCHW, y_B = (torch.cat([each[i] for each in taken])[:count] for i in (0, 1))

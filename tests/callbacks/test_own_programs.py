@@ -125,13 +125,15 @@ def test_a_network_is_looked_at_before_it_is_trained(look: str) -> None:
 
 
 class Late(Program):
-    """Makes its data, or its network, when it is set up."""
+    """Makes its data, or its network, when it is set up, or composes the network when it runs."""
 
     def __init__(self, late: str) -> None:
         super().__init__()
         self.late = late
         if late == "network":
             del self.net
+        elif late == "forward":
+            self.net = nn.ModuleDict({"body": self.net[:6], "head": self.net[6:]})
 
     def setup(self, stage: str) -> None:
         self.images = make_data()
@@ -149,6 +151,7 @@ class Late(Program):
     [
         ("data", r"no data before Late is set up \(.*images.*\): give it an example_input_array"),
         ("network", "no child with parameters yet: make its network in __init__"),
+        ("forward", r"Late runs the parts of 'net' itself, .*FollowNetwork\(''\) the module"),
     ],
 )
 def test_what_comes_too_late_is_told_with_its_remedy(late: str, remedy: str) -> None:
