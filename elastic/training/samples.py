@@ -66,7 +66,7 @@ def sample_batch(trainer: L.Trainer, count: int, seed: int) -> tuple[Tensor, Ten
         size = len(batch[0]) if isinstance(batch, list | tuple) and len(batch) == 2 else 0
         if not size:
             raise TrainingError(
-                "samples are taken from pairs (inputs, targets), which the batches are not: give such batches, "
+                "samples are taken from pairs (inputs, targets), which the batches are not: give those, "
                 "or choose a start of fresh channels, or an importance, that needs no gradients"
             )
         taken = [batch, *islice(batches, max(0, count // size - 1))]
