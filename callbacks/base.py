@@ -123,11 +123,11 @@ class ElasticCallback(L.Callback):
         if any(callback.changes_structure for callback in list_elastic(trainer)):
             for optimizer in trainer.optimizers:
                 check_followed(optimizer)
+        self.structure.step_own = partial(self._step_own, trainer)
         self.structure.take_own_parameters()
         if self._own_states:  # none where the network had nothing of the kind when it was saved
             self.structure.own.load_state_dict(self._own_states)
         self._own_states = None
-        self.structure.own.follow(trainer.strategy._lightning_optimizers, partial(self._step_own, trainer))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._route(trainer)

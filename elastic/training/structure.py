@@ -65,6 +65,7 @@ class Structure(nn.Module):
         compute_loss: what channels are judged by, where gradients decide: outputs, targets -> loss.
         schedule_fraction: the part of the run that an optimizer and its schedule last.
         resize: what the network's first input becomes in a training step, where it is not the input itself.
+        step_own: steps what elastic methods have added, after one of the user's optimizers.
 
     Raises:
         StructureError: nothing of the network can change.
@@ -91,6 +92,7 @@ class Structure(nn.Module):
         self.outputs: Outputs = "classes"
         self.compute_loss: Callable[[Any, Tensor], Tensor] = compute_class_loss
         self.own: OwnOptimizers = OwnOptimizers((), ())
+        self.step_own: Callable[[torch.optim.Optimizer], None] | None = None
         self.trainer: L.Trainer | None = None
         self._inner_call: Callable[..., Any] | None = None
         self._hides_gates = False
@@ -111,6 +113,7 @@ class Structure(nn.Module):
             "copies": [],
             "trainer": None,
             "own": OwnOptimizers((), ()),
+            "step_own": None,
             "_inner_call": None,
             "resize": None,
             "_hides_gates": False,
@@ -300,10 +303,14 @@ class Structure(nn.Module):
         return [*scores, *norms, *modules]
 
     def take_own_parameters(self) -> None:
-        """Take what elastic methods have added out of the user's optimizers, which must exist by now."""
+        """Take what elastic methods have added out of the user's optimizers, which must exist by now.
+
+        From here on `step_own` is called after each of their steps.
+        """
         assert self.trainer is not None
         self.own.release()
         self.own = OwnOptimizers(self.trainer.optimizers, self.list_own_parameters())
+        self.own.follow(self.trainer.strategy._lightning_optimizers, self.step_own or self.own.step)
 
     def route(self, terms: Sequence[LossTerm]) -> None:
         """Let calls of the network run the active level and its modules, and add terms to the loss."""

@@ -475,7 +475,7 @@ def test_a_budget_is_not_checked_again_where_a_run_goes_on(tmp_path: Path) -> No
         ready(on_train_epoch_start=end).fit()
     held = load_history(tmp_path)["timeline"]
     assert held and all(event["why"].startswith("grow: ") for event in held)
-    run = ready(on_fit_start=ask).fit(ckpt_path=tmp_path / "last.ckpt")
+    run = ready(on_train_start=ask).fit(ckpt_path=tmp_path / "last.ckpt")
     assert len(refused) == 1 and run.trainer.current_epoch == run.trainer.max_epochs
     assert run.module.structure.timeline[: len(held)] == held
     assert run.callbacks["gates"].report()["budget/target"] == 45

@@ -17,6 +17,7 @@ from elastic.callbacks import (
     GrowOnSaturation,
     PruneByGates,
     PruneDynamically,
+    Reconstruct,
     TrainJointly,
 )
 from elastic.errors import StructureError, TrainingError
@@ -217,6 +218,25 @@ def test_gradients_of_a_step_that_is_skipped_are_dropped() -> None:
     for norm, other in zip(norms, (n for n in expected.net if isinstance(n, nn.BatchNorm2d)), strict=True):
         other.load_state_dict({**other.state_dict(), **dict(norm.named_buffers())})  # all batches are seen
     assert_equal(module.net, expected.net)
+
+
+def test_what_levels_add_learns_after_each_change_of_optimizers() -> None:
+    """Reconstruction makes an optimizer a phase; the norms of the level that grows are stepped in each."""
+    stepped: list[int] = []
+
+    def note(trainer: Any, module: Any, *_: Any) -> None:
+        structure = find_structure(module)
+        assert structure is not None
+        (own,) = structure.own.optimizers
+        if own.state and trainer.current_epoch not in stepped:
+            stepped.append(trainer.current_epoch)
+
+    callbacks = [Reconstruct([0.5], dense=0.34, prune=0.33), Spy(on_train_batch_end=note)]
+    module = make(Program)
+    fit(module, callbacks, max_epochs=6)
+    structure = find_structure(module)
+    assert structure is not None and len({event["epoch"] for event in structure.timeline}) == 2
+    assert stepped == [2, 3]
 
 
 class Sharpness(torch.optim.SGD):
