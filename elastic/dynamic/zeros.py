@@ -1,5 +1,6 @@
 """Tell which operations keep zeros: maps that are off stay off on their way to what reads them."""
 
+import torch
 from torch import fx, nn
 
 from elastic.widths.tracing import get_layer, get_operation_name
@@ -10,16 +11,30 @@ PRODUCTS = ("mul", "imul", "multiply")  # zero where either factor is
 KEEPS_ZEROS: dict[str, type[nn.Module] | None] = {
     **{"relu": nn.ReLU, "relu6": nn.ReLU6, "leaky_relu": nn.LeakyReLU, "elu": nn.ELU, "selu": nn.SELU},
     **{"celu": nn.CELU, "gelu": nn.GELU, "silu": nn.SiLU, "mish": nn.Mish, "tanh": nn.Tanh},
-    **{"hardswish": nn.Hardswish, "dropout": nn.Dropout, "dropout2d": nn.Dropout2d},
+    **{"hardswish": nn.Hardswish, "dropout": nn.Dropout, "dropout2d": nn.Dropout2d, "prelu": nn.PReLU},
+    **{"rrelu": nn.RReLU, "softsign": nn.Softsign, "tanhshrink": nn.Tanhshrink, "hardshrink": nn.Hardshrink},
+    **{"softshrink": nn.Softshrink, "lp_pool2d": nn.LPPool2d, "interpolate": None, "upsample": nn.Upsample},
+    **{"upsample_nearest": nn.UpsamplingNearest2d, "upsample_bilinear": nn.UpsamplingBilinear2d},
+    **{"reflection_pad2d": nn.ReflectionPad2d, "replication_pad2d": nn.ReplicationPad2d},
+    **{"circular_pad2d": nn.CircularPad2d},
+    **dict.fromkeys(("abs", "neg", "square", "sign", "sin", "tan", "asin", "atan", "sinh", "asinh")),
+    **dict.fromkeys(
+        ("erf", "expm1", "log1p", "clone", "detach", "float", "double", "half", "bfloat16", "to")
+    ),
     **{"max_pool2d": nn.MaxPool2d, "avg_pool2d": nn.AvgPool2d, "boolean_dispatch": None, "mean": None},
     **{"adaptive_avg_pool2d": nn.AdaptiveAvgPool2d, "adaptive_max_pool2d": nn.AdaptiveMaxPool2d},
     **{"flatten": nn.Flatten, "view": None, "reshape": None, "contiguous": None},
     **{"identity": nn.Identity, "zero_pad2d": nn.ZeroPad2d},
     **dict.fromkeys(PRODUCTS),
 }
+# These keep them by some of their arguments; what such a node makes of zeros is computed.
+BY_ARGUMENTS: dict[str, type[nn.Module] | None] = {
+    **{"hardtanh": nn.Hardtanh, "threshold": nn.Threshold, "constant_pad2d": nn.ConstantPad2d},
+    **dict.fromkeys(("clamp", "clip", "pad", "div", "truediv", "true_divide", "divide")),
+}
 RESHAPES = {"flatten", "view", "reshape"}  # of those, the ones behind which channels lie elsewhere
 READS_SHAPE = {"size", "getattr", "dim"}
-NAMES = {layer: name for name, layer in KEEPS_ZEROS.items() if layer is not None}
+NAMES = {layer: name for name, layer in (KEEPS_ZEROS | BY_ARGUMENTS).items() if layer is not None}
 
 
 def name_operation(traced: nn.Module, node: fx.Node) -> str:
@@ -32,4 +47,23 @@ def name_operation(traced: nn.Module, node: fx.Node) -> str:
 
 def keeps_zeros(traced: nn.Module, node: fx.Node) -> bool:
     """Tell whether maps of zeros are maps of zeros behind a node."""
-    return name_operation(traced, node) in KEEPS_ZEROS
+    name = name_operation(traced, node)
+    return name in KEEPS_ZEROS or (name in BY_ARGUMENTS and _makes_zeros_of_zeros(traced, node))
+
+
+def _makes_zeros_of_zeros(traced: nn.Module, node: fx.Node) -> bool:
+    """Compute what a node makes of zeros; it has to take nothing else that is computed."""
+    rest = node.args[1:]
+    computed = [isinstance(value, fx.Node) for value in (*node.args[:1], *rest, *node.kwargs.values())]
+    if not node.args or computed != [True] + [False] * (len(computed) - 1):
+        return False
+    zeros = torch.zeros(1, 1, 64, 64)
+    layer = get_layer(traced, node)
+    if layer is not None:
+        made = layer(zeros)
+    elif node.op == "call_method":
+        made = getattr(zeros, str(node.target))(*rest, **node.kwargs)
+    else:
+        assert callable(node.target)
+        made = node.target(zeros, *rest, **node.kwargs)
+    return not made.any()

@@ -1,6 +1,7 @@
 """Kernel activation modules: where they go, what they shut, how they learn, what they cost."""
 
 import copy
+from collections.abc import Callable
 from typing import Any, get_args
 
 import pytest
@@ -292,6 +293,57 @@ def test_maps_that_are_multiplied_are_off_where_a_factor_is(name: str) -> None:
         hook.remove()
         for way in (make_skipping(net), make_skipping(net, [X]), make_masked(net)):
             torch.testing.assert_close(way(X), expected, rtol=1e-4, atol=1e-5)
+
+
+LAYERS = [
+    *(nn.PReLU(), nn.PReLU(6), nn.RReLU(), nn.Softsign(), nn.Tanhshrink(), nn.Hardshrink(), nn.Softshrink()),
+    *(nn.Hardtanh(-0.5, 0.5), nn.Threshold(0.1, 0.0), nn.LPPool2d(2, 2), nn.Upsample(scale_factor=2)),
+    *(nn.UpsamplingNearest2d(scale_factor=2), nn.UpsamplingBilinear2d(scale_factor=2), nn.CircularPad2d(1)),
+    *(nn.ReflectionPad2d(1), nn.ReplicationPad2d(1), nn.ConstantPad2d(1, 0.0)),
+]
+FUNCTIONS: list[Callable[[Tensor], Tensor]] = [
+    *(lambda x: x.clamp(min=0.0), lambda x: torch.clip(x, -1.0, 1.0), lambda x: F.hardtanh(x)),
+    *(lambda x: F.pad(x, (1, 1, 1, 1)), lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"), lambda x: x / 2),
+    *(lambda x: torch.abs(x), lambda x: -x, lambda x: x.square(), lambda x: torch.sin(x), lambda x: x.erf()),
+    *(lambda x: F.interpolate(x, scale_factor=2.0), lambda x: x.float(), lambda x: x.clone()),
+]
+OTHERS: list[Callable[[Tensor], Tensor]] = [
+    *(nn.Sigmoid(), nn.Softplus(), nn.Hardsigmoid(), nn.Hardtanh(0.1, 1.0), nn.Threshold(0.1, 1.0)),
+    *(nn.ConstantPad2d(1, 1.0), lambda x: x.clamp(min=0.1), lambda x: F.pad(x, (1, 1, 1, 1), value=1.0)),
+    *(lambda x: torch.cos(x), lambda x: x.exp(), lambda x: 1 / (1 + x.square()), lambda x: x + 1),
+]
+
+
+def between(make: Callable[[Tensor], Tensor]) -> Net:
+    """A network that does something between the convolution that may be switched and its reader."""
+    layers: dict[str, Any] = {"expand": conv(3, 6), "project": conv(6, 4), "head": head(4)}
+    if isinstance(make, nn.Module):
+        layers["make"] = copy.deepcopy(make)
+        return randomised(Net(lambda m, x: m.head(m.project(m.make(m.expand(x)))), **layers)).eval()
+    return randomised(Net(lambda m, x: m.head(m.project(make(m.expand(x)))), **layers)).eval()
+
+
+@pytest.mark.parametrize("make", [*LAYERS, *FUNCTIONS])
+def test_maps_that_are_off_are_so_behind_what_keeps_zeros(make: Callable[[Tensor], Tensor]) -> None:
+    net = gated(between(make), X, names=["expand"])
+    (found,) = iterate_modules(net)
+    seen: list[Tensor] = []
+    hook = net.get_submodule("project").register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        expected = net(X)
+        off_BK = found.active_BK == 0
+        assert off_BK.any() and (seen[0][off_BK] == 0).all() and (seen[0][~off_BK] != 0).any()
+        hook.remove()
+        for way in (make_skipping(net), make_masked(net)):
+            torch.testing.assert_close(way(X), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", OTHERS)
+def test_what_makes_something_of_zeros_is_no_way_for_maps_that_are_off(
+    make: Callable[[Tensor], Tensor],
+) -> None:
+    with pytest.raises(StructureError, match="the kernels of 'expand' cannot be switched off"):
+        gated(between(make), X, names=["expand"])
 
 
 def test_maps_that_are_multiplied_and_added_are_not_off() -> None:
