@@ -1,6 +1,6 @@
 """Find the network of any LightningModule, and give the module a `Structure` of it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
@@ -58,7 +58,7 @@ def find_network(module: L.LightningModule, network: str | None = None) -> nn.Mo
         TrainingError: there is none, more than one to choose from, or one that does not run by itself.
     """
     net = _pick_network(module, network)
-    if isinstance(net, nn.ModuleDict | nn.ModuleList):
+    if type(net).forward is nn.Module.forward:
         raise TrainingError(
             f"{type(module).__name__} runs the parts of '{find_path(module, net)}' itself, which has no "
             "forward: name a network that has one, or with FollowNetwork('') the module"
@@ -96,20 +96,49 @@ def find_example(trainer: L.Trainer, module: L.LightningModule, net: nn.Module) 
         TrainingError: there is no such input, or it does not reach the network.
     """
     example = module.example_input_array
-    inputs = example if example is not None else _take_batch(trainer, module)
+    batch = None if example is not None else _take_batch(trainer, module)
+    inputs = example if example is not None else batch
     tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
     if not tensors:
         raise TrainingError(f"an input cannot be told: give {type(module).__name__} an example_input_array")
     first = tensors[0]
-    is_single = len(list(module.children())) == 1
+    is_single = [net] == list(module.children())
     if find_path(module, net) == "" or (is_single and _runs(net, first)):
         return first
     try:
-        return _capture(module, net, first)
+        return _capture_any(module, net, first, batch)
     except TrainingError:
         if is_single:
             return first  # what is wrong with it is told where it is traced
         raise
+
+
+def _capture_any(module: L.LightningModule, net: nn.Module, first: Tensor, batch: Any) -> Tensor:
+    """Return what reaches the network from the module's forward, or from a training step on a batch.
+
+    Raises:
+        TrainingError: neither reaches it; without a forward, the first tensor is taken for its input.
+    """
+    ways: list[Callable[[], Any]] = [lambda: module.forward(first)]
+    if batch is not None:
+        ways.append(lambda: module.training_step(batch, 0))
+    reason, has_forward = "the module's forward does not reach it", True
+    for run in ways:
+        try:
+            captured = _capture(module, net, run)
+        except NotImplementedError:  # Lightning's, of modules without a forward
+            has_forward = False
+        except Exception as error:  # it is the user's own
+            reason = cite(error)
+        else:
+            if captured is not None and _runs(net, captured):
+                return captured
+    if not has_forward:
+        return first
+    raise TrainingError(
+        f"the input of {type(module).__name__}'s '{find_path(module, net)}' cannot be told ({reason}): give "
+        "the module an example_input_array, or FollowNetwork('…', example=…) an input of the network"
+    )
 
 
 def _runs(net: nn.Module, x: Tensor) -> bool:
@@ -122,29 +151,30 @@ def _runs(net: nn.Module, x: Tensor) -> bool:
     return True
 
 
-def _capture(module: L.LightningModule, net: nn.Module, inputs: Tensor) -> Tensor:
-    """Return what reaches the network when the module's forward is given inputs; these where it has none."""
-    captured: list[Tensor] = []
-    hook = net.register_forward_pre_hook(lambda _, args: captured.extend(args[:1]))
+class _Reached(BaseException):
+    """End a program's own code, whatever it catches, where it calls the network."""
+
+    def __init__(self, inputs: Any) -> None:
+        self.inputs = inputs
+
+
+def _capture(module: L.LightningModule, net: nn.Module, run: Callable[[], Any]) -> Tensor | None:
+    """Return the first tensor that a module calls the network with, None where it does not call it."""
+
+    def stop(_: nn.Module, args: Any, kwargs: Any) -> None:
+        raise _Reached((args, kwargs))
+
+    hook = net.register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        with torch.no_grad(), preserve_modes(module):
-            module.eval().forward(inputs)
-    except NotImplementedError:  # Lightning's, of modules without a forward
-        return inputs
-    except Exception as error:  # it is the user's own
-        reason = cite(error)
-        raise TrainingError(
-            f"the network's input cannot be told ({reason}): give "
-            f"{type(module).__name__} an example_input_array"
-        ) from error
+        with torch.no_grad(), preserve_modes(module), isolate_rng():
+            module.eval()
+            run()
+    except _Reached as reached:
+        tensors = [leaf for leaf in tree_leaves(reached.inputs) if isinstance(leaf, Tensor)]
+        return tensors[0].detach() if tensors else None
     finally:
         hook.remove()
-    if not captured:
-        raise TrainingError(
-            f"{type(module).__name__}'s forward does not reach its network: give an input of that, with "
-            "FollowNetwork('…', example=…)"
-        )
-    return captured[0].detach()
+    return None
 
 
 def _take_batch(trainer: L.Trainer, module: L.LightningModule) -> Any:

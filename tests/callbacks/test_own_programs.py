@@ -91,6 +91,57 @@ def test_an_input_is_what_the_modules_forward_makes_of_it() -> None:
     assert get_sizes(module)["0"] == 9
 
 
+class Arm(nn.Module):
+    """Is called by its own name for it in training, by a method elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.head = make_network()[:7], nn.Linear(32, 4)
+
+    def encode(self, x_BCHW: Tensor) -> Tensor:
+        return self.encoder(x_BCHW).flatten(1)  # type: ignore[no-any-return]
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.head(self.encode(x_BCHW))  # type: ignore[no-any-return]
+
+
+class Encoding(Program):
+    """Learns from lists of images, and gives features, as programs that learn without labels do."""
+
+    def __init__(self) -> None:
+        super().__init__(Arm())
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.net.encode(x_BCHW)  # type: ignore[no-any-return, operator]
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        pass
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x_BCHW, y_B = torch.stack(batch[0]), batch[1]
+        assert x_BCHW.dim() == 4
+        try:
+            logits_BK = self.net(x_BCHW=x_BCHW)
+        except Exception as error:  # which must not catch what looks at the input
+            raise AssertionError from error
+        return F.cross_entropy(logits_BK, y_B)
+
+
+def test_an_input_is_what_a_training_step_makes_of_a_batch() -> None:
+    def collate(samples: Any) -> Any:
+        return [x for x, _ in samples], torch.stack([y for _, y in samples])
+
+    loader = DataLoader(make_data(), BATCH, collate_fn=collate)
+    module, state = Encoding(), torch.get_rng_state()
+    prune = PruneByGates(penalty=1e-2)
+    trainer = L.Trainer(max_epochs=1, callbacks=[FollowNetwork("net"), prune], **QUIET)  # type: ignore[arg-type]
+    trainer.fit(module, loader, loader)
+    assert set(get_sizes(module)) == {"encoder.0", "encoder.3"}
+    structure = find_structure(module)
+    assert structure is not None and structure.example.shape == (BATCH, 1, 8, 8)
+    assert torch.equal(torch.get_rng_state(), state), "nothing here draws a number"
+
+
 class Moved(Program):
     """Scales batches in a hook of the module, which a data module beside it has not."""
 
