@@ -193,6 +193,8 @@ class FollowNetwork(ElasticCallback):
         example: an input of it, where the module's own forward does not lead to it.
         loss: what its channels are judged by where gradients decide (GradMax, importance "taylor"): takes
             the network's outputs and the targets of a batch; the cross entropy of classes by default.
+        copies: the paths of networks that the program keeps in step with it (momentum encoders, target
+            networks); they follow each change of it.
 
     Example::
 
@@ -204,12 +206,14 @@ class FollowNetwork(ElasticCallback):
         network: str,
         example: Tensor | None = None,
         loss: Callable[[Any, Tensor], Tensor] | None = None,
+        copies: Sequence[str] = (),
     ) -> None:
-        self.network, self.example, self.loss = network, example, loss
+        self.network, self.example, self.loss, self.copies = network, example, loss, copies
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         structure = join_structure(trainer, pl_module, self.network, self.example)
         structure.compute_loss = self.loss or structure.compute_loss
+        structure.follow_copies(pl_module, self.copies)
         super().setup(trainer, pl_module, stage)
 
 

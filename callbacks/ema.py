@@ -135,12 +135,12 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
         self._release()
         with self.structure.showing_gates():
             EMAWeightAveraging.setup(self, trainer, pl_module, "fit")
-        self.structure.copies.append(self._get_network())
+        self.structure.copies += self._list_networks()
 
     def _release(self) -> None:
         if self._average_model is not None:
-            net = self._get_network()
-            self.structure.copies[:] = [copy for copy in self.structure.copies if copy is not net]
+            own = self._list_networks()
+            self.structure.copies[:] = [net for net in self.structure.copies if net not in own]
             self._average_model, self._places = None, []
 
     def _get_copy(self) -> nn.Module:
@@ -148,10 +148,11 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
         copy: nn.Module = self._average_model.module
         return copy
 
-    def _get_network(self) -> nn.Module:
+    def _list_networks(self) -> list[nn.Module]:
+        """List the averaged network, and those that follow it in the program."""
         structure = find_structure(self._get_copy())
         assert structure is not None
-        return structure.net
+        return [structure.net, *(self._get_copy().get_submodule(path) for path in structure.copy_paths)]
 
 
 def list_places(copy: nn.Module, module: nn.Module) -> list[Place]:

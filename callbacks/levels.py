@@ -96,6 +96,12 @@ class TrainLevels(ElasticCallback):
         full = structure.widths.sizes()
         index = {name: rank_channels(scores[name], full[name]) for name in find_nestable(structure.widths)}
         with structure.changing():
-            reindex(structure.net, structure.widths, index, optimizers=trainer.optimizers)
+            reindex(
+                structure.net,
+                structure.widths,
+                index,
+                optimizers=trainer.optimizers,
+                copies=structure.copies,
+            )
             levels.permute(index)
             levels.copy_norms(k - 1)

@@ -14,7 +14,7 @@ from elastic.training.structure import Structure
 def attach_once(structure: Structure, grain: Grain, grace: int = 0) -> None:
     """Gate the network, unless an earlier fit has done so, or a checkpoint."""
     if not any(iterate_gates(structure.net)):
-        attach_gates(structure.net, structure.widths, grain)
+        attach_gates(structure.net, structure.widths, grain, copies=structure.copies)
     for _, _, gate in iterate_gates(structure.net):
         gate.set_grace(grace)
 

@@ -7,7 +7,7 @@ re-open where the loss asks for it. GNAP (arXiv 2603.19759) does not publish its
 straight-through idea is Bengio et al., arXiv 1308.3432.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, get_args
 
 import torch
@@ -119,8 +119,10 @@ class Gate(ChannelParametrization):
         return _Step.apply(weight, score, self.block, self.channel)
 
 
-def attach_gates(model: nn.Module, widths: Widths, grain: Grain, grace: int = 0) -> None:
-    """Gate the convolutions and linear layers that the model's widths reach, in place.
+def attach_gates(
+    model: nn.Module, widths: Widths, grain: Grain, grace: int = 0, copies: Iterable[nn.Module] = ()
+) -> None:
+    """Gate the convolutions and linear layers that the model's widths reach, in place, and those of copies.
 
     At channel grain the gain and shift of the norm that follows a layer are gated with it, so that a closed
     channel is exactly zero; channels that cannot be removed (the logits) are not gated.
@@ -132,19 +134,21 @@ def attach_gates(model: nn.Module, widths: Widths, grain: Grain, grace: int = 0)
         slot.module: slot for width in widths.values() for role in roles for slot in width.slots_with(role)
     }
     norms = find_following_norms(model, *widths.example) if grain == "channel" else {}
+    roots = (model, *copies)
     for path, slot in layers.items():
-        layer = model.get_submodule(path)
-        if not get_weight(layer).requires_grad:  # a user has frozen it
+        if not get_weight(model.get_submodule(path)).requires_grad:  # a user has frozen it
             continue
         channel = slot.dim if slot.role == "out" else 1 - slot.dim
-        gate = Gate(get_weight(layer), grain, grace, channel)
-        parametrize.register_parametrization(layer, "weight", gate)
-        companions = [(layer, "bias")] if grain == "channel" else []
+        companions = [(path, "bias")] if grain == "channel" else []
         if path in norms:
-            companions += [(model.get_submodule(norms[path]), name) for name in ("weight", "bias")]
-        for module, tensor in companions:
-            if getattr(module, tensor) is not None:
-                parametrize.register_parametrization(module, tensor, gate)
+            companions += [(norms[path], name) for name in ("weight", "bias")]
+        for root in roots:
+            weight = get_weight(root.get_submodule(path))
+            gate = Gate(weight, grain, grace, channel)
+            gate.score.requires_grad_(weight.requires_grad)
+            for place, tensor in ((path, "weight"), *companions):
+                if getattr(root.get_submodule(place), tensor) is not None:
+                    parametrize.register_parametrization(root.get_submodule(place), tensor, gate)
 
 
 def iterate_gates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Gate]]:

@@ -83,6 +83,7 @@ def _join(module: nn.Module, history: dict[str, Any]) -> Structure:
     structure = Structure(
         module.get_submodule(path), torch.zeros(history["example"]), history["seed"], path=path
     )
+    structure.follow_copies(module, history.get("copies", ()))
     return add_structure(module, structure)
 
 

@@ -5,6 +5,7 @@ what elastic methods add (norms of levels, kernel activation modules) is trained
 what has happened is in the module's `state_dict`: any way of loading one rebuilds the network first.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from elastic.dynamic.attaching import MODULES, attach_modules
 from elastic.dynamic.modules import describe_modules, select_set
-from elastic.errors import TrainingError
+from elastic.errors import StructureError, TrainingError
 from elastic.levels.nested import Levels
 from elastic.pruning.gates import attach_gates, find_grain, iterate_gates
 from elastic.pruning.hiding import HiddenGates, hide_gates
@@ -57,7 +58,8 @@ class Structure(nn.Module):
         start_sizes, start_depth: channels of each width and blocks of each stage that it began with; a block
             that has been added counts as its template.
         timeline: one row a structural event: epoch, step, why, width or stage, before, after.
-        copies: networks of the same structure (averaged weights), which follow each change.
+        copies: networks of the same structure (averaged weights), which follow each change; `copy_paths` are
+            the paths of those in the module.
         levels: nested sub-networks, where there are any; `level` is the one that is trained and evaluated,
             `extra_levels` are validated beside it.
         dynamic_nets: the network, or each of its levels, with kernel activation modules.
@@ -83,6 +85,7 @@ class Structure(nn.Module):
         self.start_sizes, self.start_depth = self.widths.sizes(), count_blocks(net)
         self.timeline: list[dict[str, Any]] = []
         self.copies: list[nn.Module] = []
+        self.copy_paths: tuple[str, ...] = ()
         self.levels: Levels | None = None
         self.level, self.extra_levels = 0, range(0)
         self.dynamic_nets: list[fx.GraphModule] = []
@@ -150,6 +153,21 @@ class Structure(nn.Module):
             for stage in stages:
                 count = self._deepen(stage)
                 self.record(why, stage=stage, before=count, after=count + 1)
+
+    def follow_copies(self, module: nn.Module, paths: Sequence[str]) -> None:
+        """Let networks that a program keeps in step with this one follow each change of it.
+
+        Raises:
+            StructureError: one is no copy.
+        """
+        own = {name: tensor.shape for name, tensor in self.net.named_parameters()}
+        for path in paths:
+            net = module.get_submodule(path)
+            if {name: tensor.shape for name, tensor in net.named_parameters()} != own:
+                raise StructureError(f"'{path}' is no copy of '{self.path}': its parameters are others")
+            if all(net is not copy for copy in self.copies):
+                self.copies.append(net)
+        self.copy_paths = tuple(paths)
 
     def record(self, why: str, **event: Any) -> None:
         """Note a structural event in the timeline."""
@@ -221,7 +239,8 @@ class Structure(nn.Module):
     def hide_gates(self) -> None:
         """Leave weights under their own names, as a program's setup and its optimizers look for them."""
         self._hides_gates = True
-        self._hidden_gates += hide_gates(self.net)
+        for net in (self.net, *self.copies):
+            self._hidden_gates += hide_gates(net)
 
     def show_gates(self) -> None:
         """Put gates back where they were hidden."""
@@ -362,6 +381,7 @@ class Structure(nn.Module):
             "levels": None if self.levels is None else self.levels.sizes[:-1],
             "example": list(self.example.shape),
             "network": self.path,
+            "copies": list(self.copy_paths),
             "grain": find_grain(self.net),
             "modules": self._describe_modules(),
         }
@@ -382,15 +402,16 @@ class Structure(nn.Module):
             TrainingError: the state is of a network that began otherwise.
             StructureError: the state is of another architecture.
         """
-        own, net_prefix = find_path(module, self), prefix + make_prefix(self.path)
-        state = {name: value for name, value in state_dict.items() if name.startswith(net_prefix)}
-        history = state_dict.get(f"{prefix}{own}._extra_state")
+        history = state_dict.get(f"{prefix}{find_path(module, self)}._extra_state")
+        copies = [module.get_submodule(path) for path in self.copy_paths]
         self._restore_gates()
         if history is not None:
             self._take_history(history)
             if history["grain"] is not None and not any(iterate_gates(self.net)):
-                attach_gates(self.net, self.widths, history["grain"])
-        rebuild(self.net, self.widths, state, net_prefix)
+                attach_gates(self.net, self.widths, history["grain"], copies=copies)
+        for path, replica in zip(self.copy_paths, copies, strict=True):
+            rebuild(replica, copy.deepcopy(self.widths), *_select(state_dict, prefix + make_prefix(path)))
+        rebuild(self.net, self.widths, *_select(state_dict, prefix + make_prefix(self.path)))
         if history is not None and history["levels"] is not None and self.levels is None:
             self.nest(Levels(self.net, self.widths, history["levels"]))
         self.lay_out()
@@ -430,6 +451,11 @@ def change_first(
         return (change(args[0]), *args[1:]), kwargs
     name = next(iter(kwargs))
     return args, {**kwargs, name: change(kwargs[name])}
+
+
+def _select(state: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any], str]:
+    """Return what a state holds of a network, and the prefix of its names."""
+    return {name: value for name, value in state.items() if name.startswith(prefix)}, prefix
 
 
 def find_path(module: nn.Module, child: nn.Module) -> str:

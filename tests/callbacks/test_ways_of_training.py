@@ -1,9 +1,11 @@
 """However a program groups its weights, steps its optimizers or holds its network, methods act alike."""
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from elastic import Growth, Periodic
 from elastic.callbacks import (
+    AverageWeights,
     Distil,
     FollowNetwork,
     GrowOnSaturation,
@@ -21,8 +24,9 @@ from elastic.callbacks import (
     TrainJointly,
 )
 from elastic.errors import StructureError, TrainingError
-from elastic.pruning.gates import Gate, iterate_gates
+from elastic.pruning.gates import Gate, Grain, iterate_gates
 from elastic.training.joining import find_structure
+from elastic.training.loading import load_module
 from tests.programs import BATCH, Killed, Program, Spy, fit, kill_at, make_data, make_network
 
 SEED = 3
@@ -353,3 +357,71 @@ def test_predictions_are_those_of_the_network_with_its_modules() -> None:
     structure = find_structure(module)
     assert structure is not None
     assert not torch.equal(module.net(next(iter(loader))[0]), module.tested), "the plain network's differ"
+
+
+class Momentum(Plain):
+    """Keep a network that follows the trained one, and learn from it, as programs without labels do."""
+
+    def __init__(self, momentum: float = 0.0) -> None:
+        super().__init__()
+        self.target = copy.deepcopy(self.net).requires_grad_(False)
+        self.momentum = momentum
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        with torch.no_grad():
+            taught_BK = self.target(batch[0])
+        return super().training_step(batch, batch_idx) + (self.net(batch[0]) - taught_BK).square().mean()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        for own, other in zip(self.net.parameters(), self.target.parameters(), strict=True):
+            other.data.lerp_(own.data, 1 - self.momentum)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.net.parameters(), lr=0.05, momentum=0.9)
+
+
+def grow_and_prune(grain: Grain = "weight") -> list[L.Callback]:
+    grow = GrowOnSaturation(Periodic(1), Growth(factor=1.5, ceiling=2))
+    return [FollowNetwork("net", copies=["target"]), grow, PruneByGates(grain, penalty=5e-2, begin=0.0)]
+
+
+@pytest.mark.parametrize("grain", ["weight", "channel"])
+def test_a_network_that_a_program_keeps_in_step_follows_each_change(grain: Grain, tmp_path: Path) -> None:
+    """Without momentum it is the trained one after each step, gates, growth, removed channels and all."""
+    module = make(Momentum)
+    fit(module, [*grow_and_prune(grain), AverageWeights(decay=0.5)], tmp_path)
+    structure = find_structure(module)
+    assert structure is not None and {row["why"].split(":")[0] for row in structure.timeline} >= {"grow"}
+    loaded = load_module(Momentum, tmp_path / "last.ckpt")
+    for each in (module, loaded):
+        for own, other in zip(each.net.parameters(), each.target.parameters(), strict=True):
+            assert own.shape == other.shape
+    x_NCHW, _ = make_data().tensors
+    module.eval()
+    assert torch.equal(loaded.target(x_NCHW), module.target(x_NCHW))
+    again = make(Momentum)
+    fit(again, grow_and_prune(grain))
+    for own, other in zip(again.net.parameters(), again.target.parameters(), strict=True):
+        assert torch.equal(own, other)
+
+
+def test_a_run_that_keeps_a_network_in_step_goes_on_as_if_it_had_not_been_killed(tmp_path: Path) -> None:
+    def train(folder: Path, *more: L.Callback, checkpoint: Path | None = None) -> Momentum:
+        module = make(Momentum, 0.9)
+        path = None if checkpoint is None else str(checkpoint)
+        fit(module, [seed_epochs(), *grow_and_prune(), *more], folder, path)
+        return module
+
+    whole, parts = train(tmp_path / "whole"), tmp_path / "parts"
+    with pytest.raises(Killed):
+        train(parts, kill_at(14))
+    again = train(parts, checkpoint=parts / "last.ckpt")
+    assert_equal(again.net, whole.net)
+    assert_equal(again.target, whole.target)
+
+
+def test_a_network_that_is_no_copy_is_refused() -> None:
+    module = make(Momentum)
+    module.target = make_network(5)
+    with pytest.raises(StructureError, match="'target' is no copy of 'net'"):
+        fit(module, grow_and_prune())
