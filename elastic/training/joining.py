@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from elastic.errors import TrainingError, cite
-from elastic.training.structure import Structure, find_path
+from elastic.training.structure import WRAPPED, Structure, find_path
 from elastic.widths.tracing import drop_data, make_meta_copy, preserve_modes
 
 ATTRIBUTE = "elastic_structure"  # the name of the child that a foreign module is given
@@ -58,6 +58,7 @@ def find_network(module: L.LightningModule, network: str | None = None) -> nn.Mo
         TrainingError: there is none, more than one to choose from, or one that does not run by itself.
     """
     net = _pick_network(module, network)
+    net = getattr(net, WRAPPED, net)
     if type(net).forward is nn.Module.forward:
         raise TrainingError(
             f"{type(module).__name__} runs the parts of '{find_path(module, net)}' itself, which has no "

@@ -14,7 +14,7 @@ from elastic.levels.nested import Levels
 from elastic.surgery.rebuilding import rebuild
 from elastic.training.checkpoints import read_checkpoint
 from elastic.training.joining import add_structure, find_structure
-from elastic.training.structure import Structure, make_prefix
+from elastic.training.structure import WRAPPED, Structure, make_prefix
 
 M = TypeVar("M", bound=L.LightningModule)
 HEAD = re.compile(r"\bkernel_modules\..*\.heads\.(\d+)\.")
@@ -46,6 +46,8 @@ def load_module(module_class: type[M], checkpoint: Path | str, **arguments: Any)
             f"{checkpoint} has no elastic network: load it with {module_class.__name__}.load_from_checkpoint"
         )
     module = module_class(**{**_select_arguments(module_class, saved), **arguments})
+    if not any(WRAPPED in name for name in module.state_dict()):  # it is compiled later, if at all
+        state = {name.replace(f"{WRAPPED}.", ""): value for name, value in state.items()}
     try:
         structure = find_structure(module) or _join(module, state[key])
         _restore(structure, state, state[key])

@@ -40,6 +40,7 @@ from elastic.widths.tracing import sync_traced
 from elastic.widths.width import fix_widths
 
 T = TypeVar("T")
+WRAPPED = "_orig_mod"  # the child that `torch.compile` gives what it makes of a network
 
 
 class Structure(nn.Module):
@@ -185,7 +186,7 @@ class Structure(nn.Module):
         with unwrapped(self.trainer) if self.trainer else nullcontext():
             yield
             self.lay_out()
-        if self.net._compiled_call_impl is not None:
+        if self._get_called()._compiled_call_impl is not None or self._get_called() is not self.net:
             torch.compiler.reset()  # or it would fall back to eager, silently, after eight shapes
         if self.trainer and (ranks := find_differing_processes(self.trainer, self.net, self.own.optimizers)):
             raise TrainingError(
@@ -332,19 +333,35 @@ class Structure(nn.Module):
         self.own.follow(self.trainer.strategy._lightning_optimizers, self.step_own or self.own.step)
 
     def route(self, terms: Sequence[LossTerm]) -> None:
-        """Let calls of the network run the active level and its modules, and add terms to the loss."""
+        """Let calls of the network run the active level and its modules, and add terms to the loss.
+
+        Raises:
+            TrainingError: what calls the network is compiled, which leaves no call of it.
+        """
         self.unroute()
         if terms or self.levels is not None or self.dynamic_nets or self.resize is not None:
-            self._inner_call = self.net._compiled_call_impl or self.net._call_impl
-            self.net._compiled_call_impl = Router(self, terms)
+            called = self._get_called()
+            if self.trainer is not None and _is_called_compiled(self.trainer.lightning_module, called):
+                raise TrainingError(
+                    f"what calls '{self.path}' is compiled, so that its calls cannot be told: compile that "
+                    "network alone, by its own compile()"
+                )
+            self._inner_call = called._compiled_call_impl or called._call_impl
+            called._compiled_call_impl = Router(self, terms)
 
     def unroute(self) -> None:
         """Let calls of the network run the network again."""
-        router = self.net._compiled_call_impl
+        called = self._get_called()
+        router = called._compiled_call_impl
         if isinstance(router, Router) and router.runner is self:
-            plain = self._inner_call == self.net._call_impl
-            self.net._compiled_call_impl = None if plain else self._inner_call
+            plain = self._inner_call == called._call_impl
+            called._compiled_call_impl = None if plain else self._inner_call
         self._inner_call = None
+
+    def _get_called(self) -> nn.Module:
+        """Get what the program calls for the network: itself, or what `torch.compile` has wrapped it in."""
+        modules = () if self.trainer is None else self.trainer.lightning_module.modules()
+        return next((each for each in modules if getattr(each, WRAPPED, None) is self.net), self.net)
 
     def is_trained_now(self) -> bool:
         """Tell whether a call of the network belongs to a training step, whatever mode the network is in."""
@@ -411,7 +428,10 @@ class Structure(nn.Module):
                 attach_gates(self.net, self.widths, history["grain"], copies=copies)
         for path, replica in zip(self.copy_paths, copies, strict=True):
             rebuild(replica, copy.deepcopy(self.widths), *_select(state_dict, prefix + make_prefix(path)))
-        rebuild(self.net, self.widths, *_select(state_dict, prefix + make_prefix(self.path)))
+        # Where it is by now: `torch.compile` may have wrapped it since.
+        rebuild(
+            self.net, self.widths, *_select(state_dict, prefix + make_prefix(find_path(module, self.net)))
+        )
         if history is not None and history["levels"] is not None and self.levels is None:
             self.nest(Levels(self.net, self.widths, history["levels"]))
         self.lay_out()
@@ -451,6 +471,14 @@ def change_first(
         return (change(args[0]), *args[1:]), kwargs
     name = next(iter(kwargs))
     return args, {**kwargs, name: change(kwargs[name])}
+
+
+def _is_called_compiled(module: L.LightningModule, net: nn.Module) -> bool:
+    """Tell whether something that calls a network is compiled, the network itself not counted."""
+    parents = find_path(module, net).split(".")[:-1]
+    callers = [module.get_submodule(".".join(parents[: i + 1])) for i in range(len(parents))]
+    compiled = (caller._compiled_call_impl is not None or hasattr(caller, WRAPPED) for caller in callers)
+    return module._compiler_ctx is not None or any(compiled)
 
 
 def _select(state: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any], str]:

@@ -425,3 +425,52 @@ def test_a_network_that_is_no_copy_is_refused() -> None:
     module.target = make_network(5)
     with pytest.raises(StructureError, match="'target' is no copy of 'net'"):
         fit(module, grow_and_prune())
+
+
+class Compiling(Plain):
+    """Compile the network when the run is set up, as templates of whole projects do."""
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.net = torch.compile(self.net, backend="eager")
+
+
+class CompilingAtOnce(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.compile(self.net, backend="eager")
+
+
+@pytest.mark.parametrize("kind", [Compiling, CompilingAtOnce])
+def test_a_network_in_torch_compiles_wrapper_is_followed(kind: type[Plain], tmp_path: Path) -> None:
+    def train(kind: type[Plain], folder: Path) -> Plain:
+        grow = GrowOnSaturation(Periodic(1), Growth(factor=1.5, ceiling=2))
+        module = make(kind)
+        fit(module, [seed_epochs(), grow, PruneByGates(penalty=1e-2)], folder, max_epochs=2)
+        again = make(kind)
+        grow = GrowOnSaturation(Periodic(1), Growth(factor=1.5, ceiling=2))
+        callbacks = [seed_epochs(), grow, PruneByGates(penalty=1e-2)]
+        fit(again, callbacks, folder, str(folder / "last.ckpt"), max_epochs=3)
+        return again
+
+    module, expected = train(kind, tmp_path / "this"), train(Plain, tmp_path / "plain")
+    assert_equal(module.net._orig_mod, expected.net)
+    loaded = load_module(kind, tmp_path / "this" / "last.ckpt")
+    x_NCHW, _ = make_data().tensors
+    assert torch.equal(loaded(x_NCHW), expected.eval()(x_NCHW))
+
+
+@pytest.mark.parametrize("kind", [Compiling, CompilingAtOnce])
+def test_levels_learn_in_torch_compiles_wrapper(kind: type[Plain]) -> None:
+    module, expected = make(kind), make(Plain)
+    for each in (module, expected):
+        fit(each, [TrainJointly([0.5])], max_epochs=1)
+    assert_equal(module.net._orig_mod, expected.net)
+
+
+def test_a_network_that_is_compiled_with_its_caller_cannot_run_in_levels() -> None:
+    module = make(Program, nn.Sequential(make_network(), nn.Identity()))
+    module.net.compile(backend="eager")
+    with pytest.raises(TrainingError, match=r"what calls 'net.0' is compiled, .* by its own compile\(\)"):
+        fit(module, [FollowNetwork("net.0"), TrainJointly([0.5])])
+    assert module.trainer.global_step == 0

@@ -212,6 +212,7 @@ def trainer_on_cpu(precision: str) -> Any:
     """Make what a structure asks of a run in one process."""
     strategy = SimpleNamespace(root_device=torch.device("cpu"), model=None)
     place = {"current_epoch": 0, "global_step": 0, "world_size": 1, "optimizers": []}
+    place["lightning_module"] = nn.Identity()
     return SimpleNamespace(strategy=strategy, precision=precision, **place)
 
 
