@@ -2,6 +2,7 @@
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 
 from elastic.widths.tracing import get_layer, get_operation_name
 
@@ -48,22 +49,26 @@ def name_operation(traced: nn.Module, node: fx.Node) -> str:
 def keeps_zeros(traced: nn.Module, node: fx.Node) -> bool:
     """Tell whether maps of zeros are maps of zeros behind a node."""
     name = name_operation(traced, node)
-    return name in KEEPS_ZEROS or (name in BY_ARGUMENTS and _makes_zeros_of_zeros(traced, node))
+    return name in KEEPS_ZEROS or (
+        name in BY_ARGUMENTS and _makes_zeros_of_zeros(traced, node, name == "pad")
+    )
 
 
-def _makes_zeros_of_zeros(traced: nn.Module, node: fx.Node) -> bool:
-    """Compute what a node makes of zeros; it has to take nothing else that is computed."""
-    rest = node.args[1:]
-    computed = [isinstance(value, fx.Node) for value in (*node.args[:1], *rest, *node.kwargs.values())]
-    if not node.args or computed != [True] + [False] * (len(computed) - 1):
+def _makes_zeros_of_zeros(traced: nn.Module, node: fx.Node, is_padding: bool) -> bool:
+    """Compute what a node makes of zeros; it may take nothing else that is computed, but how far to pad."""
+    if not node.args or not isinstance(node.args[0], fx.Node):
         return False
-    zeros = torch.zeros(1, 1, 64, 64)
-    layer = get_layer(traced, node)
+    rest, named = list(node.args[1:]), dict(node.kwargs)
+    if is_padding:
+        rest[:1], named = [(1, 1, 1, 1)], {name: value for name, value in named.items() if name != "pad"}
+    if any(isinstance(value, fx.Node) for value in tree_leaves((rest, named))):
+        return False
+    zeros, layer = torch.zeros(1, 1, 64, 64), get_layer(traced, node)
     if layer is not None:
         made = layer(zeros)
     elif node.op == "call_method":
-        made = getattr(zeros, str(node.target))(*rest, **node.kwargs)
+        made = getattr(zeros, str(node.target))(*rest, **named)
     else:
         assert callable(node.target)
-        made = node.target(zeros, *rest, **node.kwargs)
+        made = node.target(zeros, *rest, **named)
     return not made.any()

@@ -1,6 +1,7 @@
 """Follow tensors that are made in a forward: of one value everywhere, or a copy of channels."""
 
 import operator
+from fractions import Fraction
 
 import numpy as np
 from torch import fx
@@ -18,6 +19,8 @@ from elastic.widths.operations.interface import (
     list_arguments,
 )
 from elastic.widths.union import Axis
+
+COMPARISONS = (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge)
 
 
 def fill(tracker: Tracker, node: fx.Node) -> Axes:
@@ -119,9 +122,26 @@ def decide(tracker: Tracker, node: fx.Node) -> None:
     question = get_argument(node, 0, "condition")
     assert isinstance(question, fx.Node)
     answer = get_argument(node, 1, "message") is not False  # an assertion, which has a message, wants it true
-    if not _stays_equal(tracker, question, answer):
+    if not _stays_equal(tracker, question, answer) and not _is_decided(question):
         axes = [axis for count in list_counts(question) for axis in count.axes]
         tracker.fix(axes, question, "decides by the number of channels")
+
+
+def _is_decided(question: fx.Node) -> bool:
+    """Tell whether a comparison has one answer for any channels, of which there is at least one: `C != 0`."""
+    if question.target not in COMPARISONS:
+        return False
+    ours, theirs = map(get_count, question.args)
+    difference = ours + theirs.scale(Fraction(-1))
+    factors = [factor for factor, _ in difference.terms]
+    nearest = difference.constant + sum(factors)
+    if not difference.is_linear or not factors:
+        return False
+    if min(factors) > 0:
+        return nearest > 0 or (nearest == 0 and question.target in (operator.ge, operator.lt))
+    return max(factors) < 0 and (
+        nearest < 0 or (nearest == 0 and question.target in (operator.le, operator.gt))
+    )
 
 
 def _stays_equal(tracker: Tracker, question: fx.Node, answer: bool) -> bool:

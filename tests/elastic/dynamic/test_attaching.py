@@ -305,6 +305,10 @@ FUNCTIONS: list[Callable[[Tensor], Tensor]] = [
     *(lambda x: x.clamp(min=0.0), lambda x: torch.clip(x, -1.0, 1.0), lambda x: F.hardtanh(x)),
     *(lambda x: F.pad(x, (1, 1, 1, 1)), lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"), lambda x: x / 2),
     *(lambda x: torch.abs(x), lambda x: -x, lambda x: x.square(), lambda x: torch.sin(x), lambda x: x.erf()),
+    *(
+        lambda x: F.pad(x, (x.shape[-1] % 3, 1)),
+        lambda x: F.pad(x, pad=(0, x.shape[-1] % 3), mode="constant"),
+    ),
     *(lambda x: F.interpolate(x, scale_factor=2.0), lambda x: x.float(), lambda x: x.clone()),
 ]
 OTHERS: list[Callable[[Tensor], Tensor]] = [

@@ -69,6 +69,11 @@ FOLLOWED: dict[str, Callable[[], nn.Module]] = {
         lambda m, x: x * x.dim() * x.ndim * len(x.shape) * x.element_size() * len(x) * len(x.mean(1))
     ),
     "types that no channel changes": lambda: between(lambda m, x: torch.relu(x).to(x.dtype).to(x.device)),
+    "there are channels": lambda: between(lambda m, x: x * 2 if x.shape[1] != 0 and x.size(1) > 0 else x),
+    "there is none": lambda: between(lambda m, x: x if x.shape[1] == 0 or x.size(1) < 1 else x * 2),
+    "there is one at least": lambda: between(
+        lambda m, x: x * 2 if x.shape[1] >= 1 and 2 * x.size(1) > 1 else x
+    ),
     "computed from space": lambda: between(lambda m, x: x * x.shape[3] ** -0.5),
 }
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
@@ -87,6 +92,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "steps in memory": (lambda: between(lambda m, x: x / x.stride()[0]), "computes with the number"),
     "length": (lambda: between(lambda m, x: x / len(x[0])), "decides by the number"),
     "length of a weight": (lambda: between(lambda m, x: x / len(m.stem.weight)), "decides by the number"),
+    "more than one": (lambda: between(lambda m, x: x * 2 if x.shape[1] > 1 else x), "decides by the number"),
+    "below nine": (lambda: between(lambda m, x: x * 2 if x.shape[1] - 9 < 0 else x), "decides by the number"),
     "filled with channels": (
         lambda: between(lambda m, x: x * torch.full((1,), x.shape[1])),
         "computes with the number",
