@@ -117,11 +117,21 @@ class _AskedAttribute(_Asked, fx.proxy.Attribute):
     pass
 
 
+# What NumPy and torch look for to tell what something is, beside `__array__`.
+LOOKED_FOR = ("__array", "__cuda_array", "_is_param", "_is_buffer")
+
+
 class _AskedProxy(_Asked, fx.Proxy):
     def __getattr__(self, k: str) -> fx.proxy.Attribute:
-        if k.startswith(("__array", "__cuda_array")):  # NumPy and torch look for more than `__array__`
+        if k.startswith(LOOKED_FOR):
             raise AttributeError(k)
         return _AskedAttribute(self, k)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # type: ignore[override]
+        """Be a tensor to a forward that asks, where it stands for one: `isinstance(x, Tensor)`."""
+        tracer: Any = self.tracer
+        return Tensor if tracer.stands_for_tensor(self.node) else _AskedProxy
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
@@ -263,6 +273,13 @@ class ConcreteTracer(fx.Tracer):
         """Compute a number from the example's shape, or each of a shape's; see `ask`."""
         is_shape = isinstance(self._answer(proxy.node), tuple | list)
         return [self.ask(part) for part in self.iter(proxy)] if is_shape else self.ask(proxy)
+
+    def stands_for_tensor(self, node: fx.Node) -> bool:
+        """Tell whether a node gives a tensor, as far as that can be computed."""
+        try:
+            return isinstance(self._answer(node), Tensor)
+        except Exception:  # it is the model's own, and told where the model is run
+            return False
 
     def _answer(self, node: fx.Node) -> Any:
         """Tell what a node gives, or what it gave when the same forward was traced before."""

@@ -74,6 +74,11 @@ FOLLOWED: dict[str, Callable[[], nn.Module]] = {
     "there is one at least": lambda: between(
         lambda m, x: x * 2 if x.shape[1] >= 1 and 2 * x.size(1) > 1 else x
     ),
+    "tensors are told": lambda: between(lambda m, x: x * 2 if isinstance(x, Tensor) else 1 / len(x[0])),
+    "so are they by torch": lambda: between(
+        lambda m, x: x * 2 if torch.is_tensor(x) and torch.jit.isinstance(x, Tensor) else 1 / len(x[0])
+    ),
+    "a shape is none": lambda: between(lambda m, x: 1 / len(x[0]) if isinstance(x.shape, Tensor) else x),
     "computed from space": lambda: between(lambda m, x: x * x.shape[3] ** -0.5),
 }
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
