@@ -80,6 +80,7 @@ class Gate(ChannelParametrization):
     that surgery leaves all as it is; fresh outputs are given blocks of their own by `form_blocks`.
     `grace` counts the epochs for which an entry is spared the penalty: fresh channels get no gradient at
     first and would lose against it. `price` is the cost of one weight, see `add_penalty_gradient`.
+    `is_frozen` keeps gradients from the score, whatever the program says of its parameters.
     """
 
     score: nn.Parameter
@@ -94,6 +95,7 @@ class Gate(ChannelParametrization):
         self.fresh = {"score": START}
         self.set_grace(grace)
         self.price = 1.0
+        self.is_frozen = False
         self.score = nn.Parameter(weight.new_full(shape, START))
         self.register_buffer("grace", torch.zeros_like(self.score))
         block = None
@@ -112,7 +114,8 @@ class Gate(ChannelParametrization):
 
     def forward(self, weight: Tensor) -> Tensor:
         # What the program leaves out of a step, by Lightning's toggle_optimizer, its gates are left out of.
-        score = self.score if weight.requires_grad else self.score.detach()
+        is_trained = weight.requires_grad and not self.is_frozen
+        score = self.score if is_trained else self.score.detach()
         score = score.view(-1) if weight.dim() == 1 else score
         if weight.dim() == 1 and len(weight) > len(score):  # a transposed convolution's groups share scores
             score = score.repeat(len(weight) // len(score))
@@ -201,10 +204,21 @@ def form_blocks(model: nn.Module) -> None:
 
 
 def freeze_gates(model: nn.Module) -> None:
-    """Leave gates as they are from here on; the weights behind them go on learning."""
+    """Leave gates as they are from here on; the weights behind them go on learning.
+
+    They stay as they are where a program calls `requires_grad_` of the whole network, too.
+    """
     for _, _, gate in iterate_gates(model):
+        gate.is_frozen = True
         gate.score.requires_grad_(False)
         gate.score.grad = None
+
+
+def thaw_gates(model: nn.Module) -> None:
+    """Let gates learn that an earlier fit has frozen."""
+    for _, _, gate in iterate_gates(model):
+        gate.is_frozen = False
+        gate.score.requires_grad_(True)
 
 
 def average_score(gate: Gate) -> Tensor:

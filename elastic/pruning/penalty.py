@@ -20,7 +20,7 @@ def add_penalty_gradient(gates: Iterable[tuple[str, nn.Module, Gate]], penalty: 
         gates: as `iterate_gates` yields them.
         penalty: λ, times whatever the gradients are scaled by.
     """
-    layers = [(layer, gate) for _, layer, gate in gates if gate.score.requires_grad]
+    layers = [(layer, gate) for _, layer, gate in gates if gate.score.requires_grad and not gate.is_frozen]
     if not layers:
         return
     scores: list[Tensor] = [gate.score for _, gate in layers]
