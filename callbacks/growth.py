@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -18,7 +18,7 @@ from elastic.surgery.freezing import find_frozen_widths, is_frozen
 from elastic.surgery.fresh import PAIRS, STRATEGIES, Fresh, zero_out
 from elastic.surgery.reindexing import Index, grow_index, split_index
 from elastic.training.entry_rates import EntryRates
-from elastic.training.progress import measure_epoch_progress
+from elastic.training.progress import may_be_validated_later, measure_epoch_progress
 from elastic.training.samples import check_loss, sample_batch
 from elastic.training.timeline import find_growth_at, read_timeline, select_growth
 
@@ -28,7 +28,9 @@ BATCH = 256  # training images that GradMax looks at
 
 @checked
 class GrowOnSaturation(ElasticCallback):
-    """Watch a metric at the end of each epoch's validation; grow at the start of the next training epoch.
+    """Watch a metric once an epoch; grow at the start of the next training epoch.
+
+    A metric that is there when validation ends is read then, one of training alone when the epoch ends.
 
     Args:
         trigger: decides from the metric, e.g. `elastic.Plateau`.
@@ -70,6 +72,8 @@ class GrowOnSaturation(ElasticCallback):
         self.rates: EntryRates | None = None
         self.script = None if timeline is None else select_growth(read_timeline(Path(timeline)))
         self.is_due = False
+        self._source: Literal["validation", "training"] | None = None  # of the metric, once it has come
+        self._observed = -1  # the latest epoch whose metric the trigger has seen
 
     def find_last_growth(self, trainer: L.Trainer) -> float:
         """Return the part of the run after which the network does not grow."""
@@ -79,6 +83,7 @@ class GrowOnSaturation(ElasticCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        self._source, self._observed = None, -1
         if stage == "fit" and self.script is None:
             self._check_validation(trainer)
 
@@ -89,6 +94,11 @@ class GrowOnSaturation(ElasticCallback):
             raise TrainingError(
                 f"growth watches '{self.monitor}', but trainer.limit_val_batches=0 leaves it out: let "
                 "it run, or watch a metric of training with callbacks.growth.monitor"
+            )
+        if not trainer.enable_validation:
+            raise TrainingError(
+                f"growth watches '{self.monitor}', but nothing is validated: give the fit validation data "
+                "and the module a validation_step, or watch a metric of training with monitor"
             )
         if trainer.val_check_interval != 1.0:
             raise TrainingError(
@@ -114,26 +124,42 @@ class GrowOnSaturation(ElasticCallback):
                 )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         if self.fresh == "gradmax":
             check_loss(trainer, self.structure)  # which is needed when much has been trained
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Look for validation's metric before anything is trained; others come later."""
-        if self.script is None and self.monitor.startswith("val/"):
-            self._read_metric(trainer)
+        """Look for validation's metric before anything is trained; a check may log nothing on purpose."""
+        checked = any(name.startswith("val/") for name in trainer.callback_metrics)
+        if self.script is None and self.monitor.startswith("val/") and checked:
+            self._check_logged(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.sanity_checking or trainer.state.fn != "fit" or self.script is not None:
+        if not trainer.sanity_checking and trainer.state.fn == "fit" and self._source != "training":
+            self._decide(trainer, "validation")
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Metrics of training are lost where a run goes on as its epoch ends.
+        if self._source == "validation" or self.script is not None or trainer.fit_loop.restarting:
             return
-        saturated = self.trigger.observe(self._read_metric(trainer))
-        in_time = measure_epoch_progress(trainer, trainer.current_epoch + 1) < self.until
+        if not may_be_validated_later(trainer):
+            self._check_logged(trainer)
+        self._decide(trainer, "training")
+
+    def _decide(self, trainer: L.Trainer, source: Literal["validation", "training"]) -> None:
+        """Let the trigger see the metric, once an epoch, and decide whether the network grows."""
+        epoch, metrics = trainer.current_epoch, trainer.callback_metrics
+        if self.script is not None or self.monitor not in metrics or self._observed == epoch:
+            return
+        self._source, self._observed = source, epoch
+        saturated = self.trigger.observe(float(metrics[self.monitor]))
+        in_time = measure_epoch_progress(trainer, epoch + 1) < self.until
         self.is_due = self.structure.agree(saturated and in_time)
 
-    def _read_metric(self, trainer: L.Trainer) -> float:
+    def _check_logged(self, trainer: L.Trainer) -> None:
         if self.monitor not in trainer.callback_metrics:
-            logged = ", ".join(sorted(trainer.callback_metrics))
+            logged = ", ".join(sorted(trainer.callback_metrics)) or "none"
             raise TrainingError(f"growth watches '{self.monitor}', which is not logged; there are: {logged}")
-        return float(trainer.callback_metrics[self.monitor])
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         structure = self.structure

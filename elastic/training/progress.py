@@ -54,6 +54,17 @@ def ends_within_epoch(trainer: L.Trainer, part: float) -> bool:
     return not math.isfinite(trainer.num_training_batches) and measure_step_progress(trainer) >= part
 
 
+def may_be_validated_later(trainer: L.Trainer) -> bool:
+    """Tell whether the present epoch has no validation, but later ones may have."""
+    every = trainer.check_val_every_n_epoch
+    return trainer.enable_validation and (every is None or (trainer.current_epoch + 1) % every > 0)
+
+
+def continues(trainer: L.Trainer) -> bool:
+    """Tell whether a fit goes on with what has been trained: from a checkpoint, or by the same trainer."""
+    return trainer.ckpt_path is not None or trainer.global_step > 0
+
+
 def _has_epochs(trainer: L.Trainer) -> bool:
     return trainer.max_epochs is not None and trainer.max_epochs > 0
 
@@ -67,7 +78,8 @@ def _list_bounds(trainer: L.Trainer, epochs: float) -> list[float]:
         parts.append(trainer.global_step / trainer.max_steps)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Timer) and callback._duration is not None:
-            parts.append(callback.time_elapsed() / callback._duration)
+            # Each process has its own clock, and all have to decide alike.
+            parts.append(trainer.strategy.broadcast(callback.time_elapsed() / callback._duration))
     if not parts:
         raise TrainingError(
             "the run has no end, so that no part of it can be told: set max_epochs or max_steps"

@@ -31,7 +31,7 @@ from elastic.pruning.gates import iterate_gates
 from elastic.training.joining import find_structure
 from elastic.training.loading import load_module
 from elastic.training.module import ElasticClassifier
-from elastic.training.progress import is_last_epoch
+from elastic.training.progress import is_last_epoch, measure_epoch_progress
 from elastic.training.samples import sample_batch
 from elastic.training.structure import Structure
 from tests.programs import BATCH, Adversary, Killed, Program, Spy, fit, kill_at, make_data, make_network
@@ -186,6 +186,22 @@ def test_a_run_that_is_bounded_by_steps_grows_and_meets_its_budget() -> None:
     assert trainer.global_step == 34
     assert {event["epoch"] for event in get_structure(module).timeline if "grow" in event["why"]} == {2, 4}
     assert 0.9 * BUDGET <= measure_compacted(module) <= BUDGET
+
+
+def test_processes_whose_clocks_differ_are_equally_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would change their networks in different epochs, and wait for each other for ever."""
+    elapsed, sent = iter((3.0, 5.0)), list[float]()
+    monkeypatch.setattr(Timer, "time_elapsed", lambda *_: next(elapsed))
+    trainer = fit(Program(), [], max_epochs=1, limit_train_batches=1, limit_val_batches=0)
+    trainer.callbacks.append(Timer({"seconds": 10}))  # type: ignore[attr-defined]
+    trainer.fit_loop.max_epochs = -1
+
+    def broadcast(value: float) -> float:
+        sent.append(value)
+        return sent[0]
+
+    monkeypatch.setattr(trainer.strategy, "broadcast", broadcast)
+    assert measure_epoch_progress(trainer) == measure_epoch_progress(trainer) == 0.3
 
 
 def test_a_run_that_is_bounded_by_time_grows_and_meets_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
