@@ -1,6 +1,7 @@
 """Connect a callback to the structure of the network that it is about, and ask callbacks what they answer."""
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from elastic.errors import TrainingError
 from elastic.training.joining import find_structure, join_structure
 from elastic.training.own_parameters import check_followed
+from elastic.training.progress import continues
+from elastic.training.restarts import end_epoch_once, reopen_last_batch
 from elastic.training.structure import Structure, get_scaler
 
 # Lightning's own callbacks that hold on to parameters, or copies of them, as they were.
@@ -55,6 +58,7 @@ class ElasticCallback(L.Callback):
     averages_weights: ClassVar[bool] = False
     structure: Structure
     _own_states: Sequence[dict[str, Any]] | None = None
+    _first_state: dict[str, Any] | None = None
 
     # Questions.
 
@@ -87,6 +91,8 @@ class ElasticCallback(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.structure = join_structure(trainer, pl_module)
+        if stage == "fit":
+            self._start_anew(trainer)
         if stage == "fit" and self._leads(trainer):
             self.structure.hide_gates()
             for callback in list_elastic(trainer):
@@ -106,6 +112,13 @@ class ElasticCallback(L.Callback):
                 f"{type(static[0]).__name__} and {type(self).__name__} would each replace the network's "
                 "weights by others: leave one of them out"
             )
+
+    def _start_anew(self, trainer: L.Trainer) -> None:
+        """Forget an earlier fit, unless this one goes on with it."""
+        if self._first_state is None:
+            self._first_state = deepcopy(self.state_dict())
+        elif not continues(trainer):
+            self.load_state_dict(deepcopy(self._first_state))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._leads(trainer):
@@ -128,6 +141,10 @@ class ElasticCallback(L.Callback):
         if self._own_states:  # none where the network had nothing of the kind when it was saved
             self.structure.own.load_state_dict(self._own_states)
         self._own_states = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._leads(trainer):
+            end_epoch_once(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._route(trainer)
@@ -159,6 +176,7 @@ class ElasticCallback(L.Callback):
     ) -> None:
         if self._leads(trainer) and trainer.state.fn == "fit":
             self._own_states = checkpoint.get("elastic", {}).get("own_optimizers")
+            reopen_last_batch(checkpoint)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self._leads(trainer):

@@ -91,6 +91,7 @@ class Distil(ElasticCallback):
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         self.teacher.to(pl_module.device, next(self.structure.net.parameters()).dtype)
         lay_out_weights(self.teacher, self.structure.memory_format)
         if self.views:

@@ -113,11 +113,15 @@ class PruneDynamically(ElasticCallback):
         return [StepNetwork(net, 1 / len(self.structure.nets)) for net in self.structure.nets]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        state = self.state_dict()
         super().setup(trainer, pl_module, stage)
         refuse_changes_beside(trainer, "kernel activation modules")
         structure = self.structure
         own = self.costs[0].net if self.costs else None
-        if stage != "fit" or (structure.dynamic_nets and structure.dynamic_nets[0] is own):
+        if stage != "fit":
+            return
+        if structure.dynamic_nets and structure.dynamic_nets[0] is own:
+            self.load_state_dict(state)  # modules of an earlier fit go on from where they are
             return
         if structure.dynamic_nets:
             raise TrainingError(
@@ -138,11 +142,13 @@ class PruneDynamically(ElasticCallback):
         self.costs = [ActivationCost(net, structure.example) for net in structure.dynamic_nets]
         self.multiplier_LS = torch.zeros(len(nets), sets)
         self.threshold_LS = torch.zeros(len(nets), sets)
+        self.is_frozen = False
         if self.modules_only:
             for net in nets:
                 net.requires_grad_(False)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         has_target = any(loss.form == "target" for loss in self.losses)
         if has_target and not math.isfinite(trainer.num_training_batches):
             raise TrainingError(

@@ -99,6 +99,7 @@ class PruneByGates(ElasticCallback):
             check_budget(trainer, self.structure, self.budget.target, self.end, self.by)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         self._set_prices()  # a run that goes on may fit its gates before its first batch
         if self.is_frozen:
             with self.structure.changing():

@@ -78,6 +78,7 @@ class TrainLevels(ElasticCallback):
             score_channels(net, widths, self.importance)  # what it refuses, it refuses now
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         if self.importance == "taylor":
             check_loss(trainer, self.structure)  # which is needed when much has been trained
 

@@ -26,6 +26,7 @@ class LogPanels(ElasticCallback):
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         for logger in self._list_loggers(trainer):
             if trainer.current_epoch == 0:
                 x_BCHW, y_B = sample_batch(trainer, SAMPLES, self.structure.seed)

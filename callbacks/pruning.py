@@ -6,7 +6,7 @@ from elastic.callbacks.base import list_elastic
 from elastic.errors import TrainingError
 from elastic.pruning.dead import find_removable_channels
 from elastic.pruning.fitting import check_budget_reachable
-from elastic.pruning.gates import Grain, attach_gates, iterate_gates
+from elastic.pruning.gates import Grain, attach_gates, iterate_gates, thaw_gates
 from elastic.surgery.freezing import find_frozen_widths
 from elastic.training.structure import Structure
 
@@ -15,6 +15,7 @@ def attach_once(structure: Structure, grain: Grain, grace: int = 0) -> None:
     """Gate the network, unless an earlier fit has done so, or a checkpoint."""
     if not any(iterate_gates(structure.net)):
         attach_gates(structure.net, structure.widths, grain, copies=structure.copies)
+    thaw_gates(structure.net)
     for _, _, gate in iterate_gates(structure.net):
         gate.set_grace(grace)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 IMAGES, CLASSES, BATCH = 128, 4, 32
 
@@ -31,6 +31,9 @@ def make_data(seed: int = 0) -> TensorDataset:
     for x_CHW, y in zip(x_NCHW, y_N.tolist(), strict=True):
         x_CHW[:, 4 * (y // 2) : 4 * (y // 2) + 4, 4 * (y % 2) : 4 * (y % 2) + 4] += 1.5
     return TensorDataset(x_NCHW, y_N)
+
+
+VALIDATION = make_data(1)
 
 
 class Program(L.LightningModule):
@@ -107,6 +110,7 @@ def fit(
     every: int | None = None,
     at_epoch_end: bool = False,
     loader: DataLoader[Any] | None = None,
+    validation: Dataset[Any] | None = VALIDATION,
     **options: Any,
 ) -> L.Trainer:
     """Fit a module to the images for a few epochs.
@@ -116,6 +120,7 @@ def fit(
         checkpoint: the one to go on from.
         at_epoch_end: keep it when all callbacks have noted the epoch, not right after validation.
         loader: of training batches, where it is not that of the images.
+        validation: other images, or none.
     """
     when = {"every_n_train_steps": every, "save_on_train_epoch_end": at_epoch_end or None}
     keep = [ModelCheckpoint(folder, "last", enable_version_counter=False, **when)] if folder else []
@@ -134,5 +139,6 @@ def fit(
         enable_model_summary=False,
     )
     loader = DataLoader(make_data(), BATCH) if loader is None else loader
-    trainer.fit(module, loader, DataLoader(make_data(1), BATCH), ckpt_path=checkpoint)
+    held_out = None if validation is None else DataLoader(validation, BATCH)
+    trainer.fit(module, loader, held_out, ckpt_path=checkpoint)
     return trainer

@@ -47,6 +47,7 @@ from tests.programs import (
 
 Callbacks = Callable[[Path], Sequence[L.Callback]]
 SEED = 3
+STEPS = {"max_epochs": -1, "max_steps": 24}
 
 
 def grow() -> GrowOnSaturation:
@@ -71,6 +72,7 @@ SCHEDULES: dict[str, Callbacks] = {
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
     pytest.mark.filterwarnings("ignore:.*resuming from a checkpoint that ended before the epoch"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
 ]
 
 
@@ -88,13 +90,37 @@ def make_program(kind: type[Program] = Program, net: nn.Module | None = None) ->
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_run_killed_and_continued_is_the_whole_run(name: str, tmp_path: Path) -> None:
     """Bit for bit, by a fresh module and fresh callbacks, killed within an epoch."""
+    assert_continued_is_whole(name, tmp_path, batch=18)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("growth+gates", {"every": 4}),
+        pytest.param("reconstruct", {"every": 4}, marks=pytest.mark.slow),
+        ("magnitude", {"every": 4, "limit_val_batches": 0}),
+        pytest.param("growth+gates", {"every": 4, **STEPS}, marks=pytest.mark.slow),
+        ("growth+gates", {"at_epoch_end": True, "batch": 13, **STEPS}),  # grace is not over
+    ],
+    ids=["growth", "levels", "not validated", "steps", "ended"],
+)
+def test_a_run_continued_after_the_last_batch_of_an_epoch_is_the_whole_run(
+    name: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Checkpoints are written before the epoch is validated and ended, or when it has ended."""
+    assert_continued_is_whole(name, tmp_path, **{"batch": 17, **options})
+
+
+def assert_continued_is_whole(name: str, tmp_path: Path, batch: int, **options: Any) -> None:
+    states: list[Any] = []
 
     def run(folder: Path, *more: L.Callback, checkpoint: str | None = None) -> Program:
         module = make_program()
         torch.manual_seed(SEED + (checkpoint is not None))
         callbacks = SCHEDULES[name](folder)  # a teacher, too, is the same in each
         seeds = Spy(on_train_epoch_start=lambda t, m: torch.manual_seed(t.current_epoch))
-        fit(module, [seeds, *callbacks, *more], folder, checkpoint)
+        fit(module, [seeds, *callbacks, *more], folder, checkpoint, **options)
+        states.append([callback.state_dict() for callback in callbacks if not isinstance(callback, Census)])
         return module
 
     if name == "distil":
@@ -102,7 +128,7 @@ def test_a_run_killed_and_continued_is_the_whole_run(name: str, tmp_path: Path) 
         SCHEDULES[name] = lambda _: [Distil(teacher)]
     whole = run(tmp_path / "whole")
     with pytest.raises(Killed):
-        run(tmp_path / "parts", kill_at(18))
+        run(tmp_path / "parts", kill_at(batch))
     again = run(tmp_path / "parts", checkpoint=str(tmp_path / "parts" / "last.ckpt"))
     expected, result = whole.state_dict(), again.state_dict()
     assert list(expected) == list(result)
@@ -110,6 +136,7 @@ def test_a_run_killed_and_continued_is_the_whole_run(name: str, tmp_path: Path) 
         same = torch.equal(value, result[key]) if isinstance(value, torch.Tensor) else value == result[key]
         assert same, key
     assert structure_of(whole).timeline == structure_of(again).timeline
+    torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -304,12 +331,101 @@ def test_frozen_layers_are_neither_pruned_nor_grown() -> None:
     [
         ({"limit_val_batches": 0}, "limit_val_batches=0 leaves it out"),
         ({"val_check_interval": 0.25}, "leave trainer.val_check_interval at 1.0"),
+        ({"validation": None}, "nothing is validated: give the fit validation data"),
     ],
 )
 def test_growth_without_its_validation_is_refused_before_training(options: dict[str, Any], said: str) -> None:
     with pytest.raises(TrainingError, match=said) as refusal:
         fit(make_program(), [grow()], **options)
     assert "\n" not in str(refusal.value)
+
+
+class Logging(Program):
+    """Log the epoch, as a metric of training; validation logs nothing while it is tried."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.log("epoch", float(self.current_epoch), on_step=False, on_epoch=True)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if not self.trainer.sanity_checking:
+            self.log("val/epoch", float(self.current_epoch))
+
+
+class Witness(Periodic):
+    """Keep what is observed."""
+
+    def observe(self, value: float) -> bool:
+        self.values = [*getattr(self, "values", []), value]
+        return super().observe(value)
+
+
+@pytest.mark.parametrize(
+    ("monitor", "options", "expected"),
+    [
+        ("epoch", {}, [0, 1, 2, 3]),
+        ("epoch", {"validation": None}, [0, 1, 2, 3]),
+        ("val/epoch", {"num_sanity_val_steps": 1}, [0, 1, 2, 3]),
+        ("val/epoch", {"check_val_every_n_epoch": 2}, [1, 3]),
+    ],
+)
+def test_a_metric_is_observed_once_in_each_epoch_that_logs_it(
+    monitor: str, options: dict[str, Any], expected: list[int]
+) -> None:
+    growth = GrowOnSaturation(Witness(1), Growth(factor=1.5, ceiling=2), monitor, until=1.0)
+    module = make_program(Logging)
+    fit(module, [growth], max_epochs=4, **options)
+    assert growth.trigger.values == expected
+    assert structure_of(module).timeline
+
+
+def test_callbacks_start_anew_in_another_fit() -> None:
+    """As for the next fold: growth and budget are those of the first fit, for a module like the first."""
+    callbacks = [grow(), PruneByGates(budget=250, penalty=1e-2)]
+    ends = []
+    for _ in range(2):
+        module = make_program()
+        fit(module, callbacks)
+        ends.append((module.state_dict(), structure_of(module).timeline, callbacks[1].report()))
+    assert ends[0][2]["budget/actual"] <= 250 and ends[0][1]
+    assert ends[0][1:] == ends[1][1:]
+    assert all(torch.equal(ends[0][0][name], ends[1][0][name]) for name in dict(module.named_parameters()))
+
+
+def test_gates_of_an_earlier_fit_learn_in_the_next() -> None:
+    module = make_program()
+    fit(module, [PruneByGates(end=0.5)], max_epochs=2)
+    scores = [gate.score.detach().clone() for _, _, gate in iterate_gates(module.net)]
+    fit(module, [PruneByGates(penalty=1.0, begin=0.0)], max_epochs=1)
+    learnt = [gate.score for _, _, gate in iterate_gates(module.net)]
+    assert all(not torch.equal(*pair) for pair in zip(scores, learnt, strict=True))
+
+
+class Thawing(Program):
+    """Train all parameters again in each epoch, as programs do that train two networks in turn."""
+
+    def on_train_epoch_start(self) -> None:
+        self.net.requires_grad_(True)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=5e-2)
+
+
+@pytest.mark.parametrize(
+    "prune", [PruneByGates(budget=250, end=0.5), PruneByMagnitude(budget=250, begin=0.1, end=0.5)]
+)
+def test_a_program_that_unfreezes_its_network_keeps_the_budget(prune: L.Callback) -> None:
+    scores: list[list[torch.Tensor]] = []
+
+    def keep(trainer: L.Trainer, module: L.LightningModule) -> None:
+        gates = iterate_gates(structure_of(module).net)
+        if trainer.current_epoch >= 3:
+            scores.append([gate.score.detach().clone() for _, _, gate in gates])
+
+    fit(make_program(Thawing), [prune, Spy(on_train_epoch_end=keep)])
+    for later in scores[1:]:
+        for score, before in zip(later, scores[0], strict=True):
+            assert torch.equal(score, before)
 
 
 def test_what_cannot_follow_growth_is_refused_before_training() -> None:
