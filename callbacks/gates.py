@@ -187,7 +187,7 @@ class PruneByGates(ElasticCallback):
             self.uses = count_macs_per_weight(self.structure.net, self.structure.example)
             average = sum(self.uses.values()) / len(self.uses)
             for path, _, gate in gates.iterate_gates(self.structure.net):
-                gate.price = self.uses[path] / average
+                gate.price = self.uses.get(path, 0.0) / average  # an embedding multiplies nothing
 
     def state_dict(self) -> dict[str, Any]:
         budget = None if self.budget is None else dict(vars(self.budget))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic.surgery.fresh import Patch, zero_out
+from elastic.surgery.layers import list_tensors
 from elastic.surgery.reindexing import grow_index, reindex
 from elastic.widths.copying import copy_module
 from elastic.widths.discovery import Slot, Width, Widths
@@ -57,10 +58,18 @@ def gradmax(
     """
     rows: dict[str, Tensor] = {}
     for name, count in added.items():
-        if all(_is_alone(slot) for slot in widths[name].slots_with("out")):
+        writers = widths[name].slots_with("out")
+        if any(_is_drawn(model, slot) for slot in writers) and all(map(_is_alone, writers)):
             probe = _Probe(model, widths, widths[name], loss)
             rows |= probe.split_by_layer(HE * _find_directions(probe, count, candidates, generator))
     return Rows(rows)
+
+
+def _is_drawn(model: nn.Module, slot: Slot) -> bool:
+    """Tell whether a strategy fills the fresh rows of what writes a width, as of an embedding none does."""
+    return any(
+        item.has_fresh_strategy for item in list_tensors(model.get_submodule(slot.module), slot.tensor)
+    )
 
 
 def _is_alone(slot: Slot) -> bool:
@@ -104,7 +113,7 @@ class _Probe:
 
     def __init__(self, model: nn.Module, widths: Widths, width: Width, loss: Loss) -> None:
         self.model, self.widths, self.width, self.loss = model, widths, width, loss
-        writers = {slot.module: slot for slot in width.slots_with("out")}
+        writers = {slot.module: slot for slot in width.slots_with("out") if _is_drawn(model, slot)}
         self.shapes = {
             path: _orient(get_weight(model.get_submodule(path)), slot).shape[1:]
             for path, slot in writers.items()

@@ -125,7 +125,7 @@ class Gate(ChannelParametrization):
 def attach_gates(
     model: nn.Module, widths: Widths, grain: Grain, grace: int = 0, copies: Iterable[nn.Module] = ()
 ) -> None:
-    """Gate the convolutions and linear layers that the model's widths reach, in place, and those of copies.
+    """Gate the convolutions, linear layers and embeddings that widths reach, in place, in the model and copies.
 
     At channel grain the gain and shift of the norm that follows a layer are gated with it, so that a closed
     channel is exactly zero; channels that cannot be removed (the logits) are not gated.
@@ -150,7 +150,7 @@ def attach_gates(
             gate = Gate(weight, grain, grace, channel)
             gate.score.requires_grad_(weight.requires_grad)
             for place, tensor in ((path, "weight"), *companions):
-                if getattr(root.get_submodule(place), tensor) is not None:
+                if getattr(root.get_submodule(place), tensor, None) is not None:
                     parametrize.register_parametrization(root.get_submodule(place), tensor, gate)
 
 

@@ -50,6 +50,8 @@ def _describe(module: nn.Module, tensor: str, value: Tensor) -> LayerTensor:
     dims = frozenset(range(value.dim()))
     if tensor == "weight" and isinstance(module, NORMS):
         return LayerTensor(value, dims, 1.0)
+    if isinstance(module, nn.Embedding):
+        return LayerTensor(value, dims, None)  # of gains, shifts or features alike
     if tensor == "weight" and value.dim() > 1:
         return LayerTensor(value, dims, 0.0, has_fresh_strategy=True)
     return LayerTensor(value, dims, NEUTRAL.get(tensor))
@@ -96,6 +98,11 @@ def _(module: _ConvNd, tensor: str, dim: int, size: int, depthwise: bool) -> Non
 def _(module: nn.Linear, tensor: str, dim: int, size: int, depthwise: bool) -> None:
     if tensor == "weight":
         setattr(module, "in_features" if dim == 1 else "out_features", size)
+
+
+@resize_layer.register
+def _(module: nn.Embedding, tensor: str, dim: int, size: int, depthwise: bool) -> None:
+    setattr(module, "embedding_dim" if dim == 1 else "num_embeddings", size)
 
 
 @resize_layer.register

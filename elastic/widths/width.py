@@ -28,10 +28,11 @@ class Segment:
 class Slot:
     """Name one tensor dimension on which channels lie.
 
-    `role` is "out" where a layer writes its channels (weight dim 0, or 1 of a transposed convolution), "in"
-    where it reads them (the other one), "per_channel" for what is merely carried a channel (bias, norms), and
-    "depthwise" where the layer also keeps as many groups as channels (depthwise convolution, group norm of
-    one channel a group). A `tensor` of "" stands for a layer without tensors whose attributes count channels.
+    `role` is "out" where a layer writes its channels (weight dim 0, or 1 of a transposed convolution or an
+    embedding), "in" where it reads them (the other one), "per_channel" for what is merely carried a channel
+    (bias, norms), and "depthwise" where the layer also keeps as many groups as channels (depthwise
+    convolution, group norm of one channel a group). A `tensor` of "" stands for a layer without tensors whose
+    attributes count channels.
     """
 
     module: str

@@ -29,6 +29,7 @@ from elastic.widths.operations.joining import broadcast, concatenate, convert, h
 from elastic.widths.operations.layers import (
     convolve,
     convolve_transposed,
+    embed,
     normalize_channels,
     normalize_groups,
     normalize_layer,
@@ -99,6 +100,7 @@ LAYERS: dict[Rule, Iterable[type[nn.Module]]] = {
     convolve: (nn.Conv1d, nn.Conv2d, nn.Conv3d),
     convolve_transposed: (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
     project: (nn.Linear,),
+    embed: (nn.Embedding,),
     normalize_channels: (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm),
     normalize_groups: (nn.GroupNorm,),
     normalize_layer: (nn.LayerNorm, nn.RMSNorm),

@@ -4,7 +4,14 @@ from typing import cast
 
 from torch import fx, nn
 
-from elastic.widths.operations.interface import LAYER, Axes, Place, Tracker, get_axes, get_input
+from elastic.widths.operations.interface import (
+    LAYER,
+    Axes,
+    Place,
+    Tracker,
+    get_axes,
+    get_input,
+)
 from elastic.widths.operations.weights import SPACE, read_and_write, read_and_write_transposed
 
 
@@ -37,6 +44,18 @@ def project(tracker: Tracker, node: fx.Node) -> Axes:
     path, x = str(node.target), get_axes(get_input(node))
     written = read_and_write(tracker, node, x[-1], Place(path, "weight"), Place(path, "bias"))
     return (*x[:-1], written)
+
+
+def embed(tracker: Tracker, node: fx.Node) -> Axes:
+    """Write the channels of an embedding, which reads no channels but numbers of its rows."""
+    layer, x = tracker.get_layer(node, nn.Embedding), get_axes(get_input(node))
+    tracker.fix(x, node, "takes channels for numbers of its rows")
+    written = tracker.begin(str(node.target), "weight", "out", 1)
+    if layer.max_norm is not None:
+        tracker.fix([written], node, "scales rows by all of their channels (max_norm)")
+    if layer.sparse:
+        tracker.fix([written], node, "has sparse gradients, whose channels cannot change")
+    return (*x, written)
 
 
 def normalize_channels(tracker: Tracker, node: fx.Node) -> Axes:
