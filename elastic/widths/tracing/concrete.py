@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from elastic.errors import StructureError
 from elastic.widths.copying import ATOMS
 from elastic.widths.tracing.meta import drop_data, make_meta_copy
+from elastic.widths.tracing.shapes import infer_call, infer_layer
 from elastic.widths.tracing.sizes import note_computed_sizes
 
 Instruction = tuple[CodeType, int]  # the place in the code where a frame is
@@ -322,11 +323,14 @@ class ConcreteTracer(fx.Tracer):
             value = getattr(owner, name) if hasattr(owner, name) else getattr(self.root, name)
             return drop_data(value)
         if node.op == "call_module":
-            return self._replica.get_submodule(target)(*args, **kwargs)
+            layer = self._replica.get_submodule(target)
+            value = infer_layer(layer, args, kwargs)
+            return layer(*args, **kwargs) if value is None else value
+        if (value := infer_call(target, args, kwargs)) is not None:
+            return value
         if node.op == "call_method":
             return getattr(args[0], target)(*args[1:], **kwargs)
-        value = target(*args, **kwargs)
-        return drop_data(value)
+        return drop_data(target(*args, **kwargs))
 
 
 @contextmanager
