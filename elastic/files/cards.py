@@ -72,7 +72,7 @@ def _write_facts(about: Mapping[str, Any]) -> str:
         "Learned from": made.get("teacher"),
         "Epochs": made.get("epochs"),
         "Seed": made.get("seed"),
-        "Input": " × ".join(map(str, about["input"])) if "input" in about else None,
+        "Input": _write_input(about["input"]) if "input" in about else None,
         "Mean, sd": f"{_list(about['mean'])}; {_list(about['std'])}"
         if {"mean", "std"} <= about.keys()
         else None,
@@ -83,6 +83,13 @@ def _write_facts(about: Mapping[str, Any]) -> str:
     }
     rows = [f"| {key} | {_escape(str(value))} |" for key, value in facts.items() if value is not None]
     return "\n".join(["| | |", "|---|---|", *rows]) if rows else ""
+
+
+def _write_input(sizes: Sequence[Any]) -> str:
+    """Write the sizes of an input, or the type and the sizes of each where there are several."""
+    if any(isinstance(size, list) for size in sizes):
+        return "; ".join(map(_write_input, sizes))
+    return " × ".join(map(str, sizes))
 
 
 def _write_call(model: Mapping[str, Any]) -> str:
@@ -129,7 +136,7 @@ def _write_use(call: str, measured: Mapping[str, Any]) -> str:
     if measured.get("levels"):
         lines.append("net = network.plain(0)  # the smallest level, a plain nn.Module")
     elif measured.get("sets"):
-        lines.append("net = elastic.make_skipping(network.dynamic(), images)  # skips what is off")
+        lines.append("net = elastic.make_skipping(network.dynamic(), [images])  # skips what is off")
     else:
         lines.append("net = network.plain()  # a plain nn.Module")
     return "## Use\n\n```python\n" + "\n".join(lines) + "\n```"

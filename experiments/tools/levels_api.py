@@ -33,7 +33,7 @@ def read_levels(source: str, level: int | None) -> tuple[list[nn.Module], Mappin
     network.reject_modules(Path(source))
     if missing := [name for name in NEEDED if name not in network.about]:
         raise FileError(f"{source} does not say its {missing[0]}: save it with that in `about`")
-    if network.about["input"][0] not in MODES:
+    if network.about["input"][0] not in [*MODES]:
         raise FileError(f"{source} takes images of {network.about['input'][0]} channels: name one of 1 or 3")
     return list(network.nets) if level is None else [network.plain(level)], network.about
 
