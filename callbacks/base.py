@@ -22,6 +22,7 @@ from elastic.training.own_parameters import check_followed
 from elastic.training.progress import continues
 from elastic.training.restarts import end_epoch_once, reopen_last_batch
 from elastic.training.structure import Structure, get_scaler
+from elastic.widths.inputs import Example
 
 # Lightning's own callbacks that hold on to parameters, or copies of them, as they were.
 STATIC = (StochasticWeightAveraging, WeightAveraging, BaseFinetuning, ModelPruning)
@@ -208,7 +209,7 @@ class FollowNetwork(ElasticCallback):
 
     Args:
         network: its path in the module, say "backbone" or "model.encoder".
-        example: an input of it, where the module's own forward does not lead to it.
+        example: an input of it, batch first, or several, where the module's own forward does not lead to it.
         loss: what its channels are judged by where gradients decide (GradMax, importance "taylor"): takes
             the network's outputs and the targets of a batch; the cross entropy of classes by default.
         copies: the paths of networks that the program keeps in step with it (momentum encoders, target
@@ -222,7 +223,7 @@ class FollowNetwork(ElasticCallback):
     def __init__(
         self,
         network: str,
-        example: Tensor | None = None,
+        example: Example | None = None,
         loss: Callable[[Any, Tensor], Tensor] | None = None,
         copies: Sequence[str] = (),
     ) -> None:

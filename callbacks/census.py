@@ -12,6 +12,8 @@ from elastic.callbacks.base import ElasticCallback, StepNetwork, list_elastic
 from elastic.files.atomic import write_lines
 from elastic.measure.counts import count_macs, count_params, count_params_dense
 from elastic.training.samples import count_samples
+from elastic.training.structure import change_images
+from elastic.widths.inputs import list_inputs
 
 PASSES = 3  # of a training step, in forward passes: a backward pass has two products for the forward's one
 
@@ -64,7 +66,7 @@ class Census(ElasticCallback):
             return
         net, sizes = self.structure.net, self.structure.widths.sizes()
         counts = {"params": count_params(net), "params_dense": count_params_dense(net)}
-        counts["macs"] = self._count_macs(net, self.structure.example)
+        counts["macs"] = self._count_macs(net, list_inputs(self.structure.example))
         pl_module.log_dict({f"size/{name}": float(value) for name, value in counts.items()})
         pl_module.log_dict({f"widths/{name}": float(size) for name, size in sizes.items()})
         if self.history and self.history[-1]["epoch"] == trainer.current_epoch:
@@ -90,16 +92,18 @@ class Census(ElasticCallback):
         networks = [step for callback in list_elastic(trainer) for step in callback.list_step_networks()]
         if not any(step.trained for step in networks):
             networks.append(StepNetwork(self.structure.net))
-        full = self.structure.example
-        trained = full if self.structure.resize is None else self.structure.resize(full)
+        full = list_inputs(self.structure.example)
+        trained = full
+        if self.structure.resize is not None:
+            trained, _ = change_images(self.structure.resize, full, {})
         return count_step_macs(
             networks, lambda step: self._count_macs(step.net, trained if step.trained else full)
         )
 
-    def _count_macs(self, net: nn.Module, example: Tensor) -> int:
-        key = (id(net), example.shape, *(parameter.shape for parameter in net.parameters()))
+    def _count_macs(self, net: nn.Module, inputs: Sequence[Tensor]) -> int:
+        key = (id(net), *(tensor.shape for tensor in (*inputs, *net.parameters())))
         if key not in self._macs:
-            self._macs[key] = count_macs(net, example)
+            self._macs[key] = count_macs(net, *inputs)
         return self._macs[key]
 
     def _write_timeline(self, trainer: L.Trainer) -> None:

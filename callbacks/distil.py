@@ -15,6 +15,7 @@ from elastic.surgery.layout import lay_out_weights
 from elastic.training.answers import Answers, ask
 from elastic.training.imitation import Outputs, check_outputs, compare_outputs, find_output_shapes
 from elastic.training.samples import count_samples
+from elastic.widths.inputs import select_samples
 
 
 @checked
@@ -75,15 +76,15 @@ class Distil(ElasticCallback):
                 )
 
     def _check(self) -> None:
-        example = self.structure.example
-        x = torch.zeros(1, *example.shape[1:], dtype=example.dtype)
+        inputs = [torch.zeros_like(x) for x in select_samples(self.structure.example, slice(1))]
         try:
-            taught = find_output_shapes(self.teacher, x)
+            taught = find_output_shapes(self.teacher, inputs)
         except (RuntimeError, ValueError, AssertionError) as error:  # as networks say it themselves
+            shapes = " and ".join(str(tuple(x.shape[1:])) for x in inputs)
             raise TrainingError(
-                f"the teacher cannot look at images of {tuple(x.shape[1:])}: name the run of one that can"
+                f"the teacher cannot look at images of {shapes}: name the run of one that can"
             ) from error
-        learnt = find_output_shapes(self.structure.net, x)
+        learnt = find_output_shapes(self.structure.net, inputs)
         if taught != learnt:
             shown = (", ".join(map(str, shapes)) for shapes in (taught, learnt))
             raise TrainingError(

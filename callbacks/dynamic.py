@@ -18,6 +18,7 @@ from elastic.errors import OptionError, TrainingError
 from elastic.ranges import Fraction, NotNegative, Part, Positive, checked
 from elastic.training.progress import measure_epoch_progress, measure_step_progress
 from elastic.training.samples import count_samples, sample_batch
+from elastic.widths.inputs import split_batch
 
 Start = Literal["order", "saliency"]
 SAMPLES, BATCH = 4096, 256  # training images that modules are fitted to
@@ -167,9 +168,9 @@ class PruneDynamically(ElasticCallback):
             Saliency(net, self.contrast, self.difficulty) for net in self.structure.dynamic_nets
         ]
         if self.start == "saliency" and not self.has_started:
-            x_BCHW, _ = sample_batch(trainer, SAMPLES, self.structure.make_seed(0))
+            x, _ = sample_batch(trainer, SAMPLES, self.structure.make_seed(0))
             for level, saliency in enumerate(self._saliencies):
-                self.threshold_LS[level] = saliency.fit(x_BCHW.split(BATCH))
+                self.threshold_LS[level] = saliency.fit(split_batch(x, BATCH))
         self.has_started = True
         for module in iterate_modules(self.structure.kernel_modules):
             module.is_steady = self.saliency > 0

@@ -21,6 +21,7 @@ from elastic.training.entry_rates import EntryRates
 from elastic.training.progress import may_be_validated_later, measure_epoch_progress
 from elastic.training.samples import check_loss, sample_batch
 from elastic.training.timeline import find_growth_at, read_timeline, select_growth
+from elastic.widths.inputs import list_inputs
 
 STARTS = (*STRATEGIES, *PAIRS, "gradmax")
 BATCH = 256  # training images that GradMax looks at
@@ -216,12 +217,12 @@ class GrowOnSaturation(ElasticCallback):
         if self.fresh != "gradmax" or not added:
             return STRATEGIES.get(self.fresh, zero_out)
         structure = self.structure
-        x_BCHW, y_B = sample_batch(trainer, BATCH, structure.seed)
+        x, y_B = sample_batch(trainer, BATCH, structure.seed)
         return gradmax(
             structure.net,
             structure.widths,
             added,
-            lambda net: structure.compute_loss(net(x_BCHW), y_B),
+            lambda net: structure.compute_loss(net(*list_inputs(x)), y_B),
             structure.make_generator(),
         )
 

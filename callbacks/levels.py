@@ -17,6 +17,7 @@ from elastic.ranges import Count, Positive, checked
 from elastic.surgery.reindexing import reindex
 from elastic.training.samples import check_loss, sample_batch
 from elastic.widths.discovery import discover
+from elastic.widths.inputs import list_inputs
 
 SAMPLES = 256  # training images that importance by gradients looks at
 
@@ -92,7 +93,7 @@ class TrainLevels(ElasticCallback):
         """Put the channels that matter most to level k first; level k - 1 starts from it."""
         structure, levels = self.structure, self.levels
         batches = [sample_batch(trainer, SAMPLES, structure.seed)] if self.importance == "taylor" else None
-        widths = discover(levels[k], structure.example)
+        widths = discover(levels[k], *list_inputs(structure.example))
         scores = score_channels(levels[k], widths, self.importance, batches, structure.compute_loss)
         full = structure.widths.sizes()
         index = {name: rank_channels(scores[name], full[name]) for name in find_nestable(structure.widths)}

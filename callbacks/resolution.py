@@ -8,13 +8,15 @@ from elastic.errors import TrainingError
 from elastic.growth.resolution import Resolution, resize
 from elastic.training.imitation import find_output_shapes
 from elastic.training.progress import measure_epoch_progress
+from elastic.training.structure import change_images
+from elastic.widths.inputs import list_inputs, select_samples
 
 
 class GrowResolution(ElasticCallback):
     """Train on small images first, which become larger from epoch to epoch: early epochs cost less.
 
-    The network's first input is resized as it is called in a training step. Validation and tests see full
-    images, and so does a teacher.
+    The network's first input, and all others that are images of its size, are resized as it is called in a
+    training step. Validation and tests see full images, and so does a teacher.
 
     Args:
         resolution: how large images are when.
@@ -43,17 +45,19 @@ class GrowResolution(ElasticCallback):
 
     def _check(self) -> None:
         net, example = self.structure.net, self.structure.example
-        if example.ndim != 4:
+        images = select_samples(example, slice(1))
+        x_1CHW = images[0]
+        if x_1CHW.ndim != 4:
             raise TrainingError(
-                f"inputs of shape {tuple(example.shape[1:])} are no images: leave out GrowResolution"
+                f"inputs of shape {tuple(x_1CHW.shape[1:])} are no images: leave out GrowResolution"
             )
-        x_1CHW = example[:1]
-        small = resize(x_1CHW, self.resolution.compute_sides(x_1CHW.shape[2:], 0.0))
+        sides = self.resolution.compute_sides(x_1CHW.shape[2:], 0.0)
+        small, _ = change_images(lambda x_BCHW: resize(x_BCHW, sides), images, {})
         try:
-            outputs = [find_output_shapes(net, x) for x in (x_1CHW, small)]
+            outputs = [find_output_shapes(net, x) for x in (images, small)]
         except (RuntimeError, ValueError, AssertionError) as error:  # as networks say it themselves
             raise TrainingError(
-                f"the network takes no images of {small.shape[2]} by {small.shape[3]} pixels, at which "
+                f"the network takes no images of {sides[0]} by {sides[1]} pixels, at which "
                 "they are to start: raise callbacks.resolution.resolution.start"
             ) from error
         if outputs[0] != outputs[1]:
@@ -64,7 +68,7 @@ class GrowResolution(ElasticCallback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            sides = self._compute_sides(self.structure.example)
+            sides = self._compute_sides(list_inputs(self.structure.example)[0])
             pl_module.log("resolution/height", float(sides[0]))
 
     def _resize(self, x_BCHW: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from elastic.dynamic.sites import iterate_layers
 from elastic.errors import OptionError
 from elastic.measure.counts import count_macs_by_layer
 from elastic.ranges import Fraction, NotNegative, checked
+from elastic.widths.inputs import Example, list_inputs
 
 Form = Literal["linear", "square", "target", "threshold"]
 HAVE_TARGET = ("target", "threshold")
@@ -29,16 +30,16 @@ class ActivationCost:
 
     Args:
         net: from `attach_modules`; its structure does not change any more.
-        example: an input; its shape matters.
+        example: an input, or several; their shapes matter.
 
     Attributes:
         dense_macs: MACs of the network without modules.
         module_macs: MACs of the modules.
     """
 
-    def __init__(self, net: fx.GraphModule, example: Tensor) -> None:
+    def __init__(self, net: fx.GraphModule, example: Example) -> None:
         self.net = net
-        by_layer = count_macs_by_layer(net, example)
+        by_layer = count_macs_by_layer(net, *list_inputs(example))
         self._layer_macs = {
             path: macs for path, macs in by_layer.items() if not path.startswith(f"{MODULES}.")
         }

@@ -18,6 +18,7 @@ from elastic.dynamic.attaching import MODULES, measure_reading_weights
 from elastic.dynamic.modules import KernelActivation, iterate_modules
 from elastic.dynamic.sites import find_calls
 from elastic.dynamic.zeros import name_operation
+from elastic.widths.inputs import Example, list_inputs
 from elastic.widths.tracing import preserve_modes
 
 STEEPNESS = 4.0  # of scores: so many for one mean saliency
@@ -114,7 +115,7 @@ class Saliency:
             hook.remove()
 
     @torch.no_grad()
-    def fit(self, batches: Iterable[Tensor]) -> Tensor:
+    def fit(self, batches: Iterable[Example]) -> Tensor:
         """Fit every head to saliency in closed form, least squares, with the network as it is without gates.
 
         Heads of modules that see nothing get the mean.
@@ -130,8 +131,8 @@ class Saliency:
         ]
         with preserve_modes(self.net):
             self.net.eval()
-            for x_BCHW in batches:
-                weight_B1 = self.weigh_inputs(self.net(x_BCHW))
+            for batch in batches:
+                weight_B1 = self.weigh_inputs(self.net(*list_inputs(batch)))
                 for fit in fits:
                     fit.add(weight_B1)
         for hook in (*opened, *inputs):

@@ -19,6 +19,7 @@ from elastic.files.formats.interface import Inputs, Outputs
 from elastic.files.network import Network
 from elastic.files.packing import check_about
 from elastic.levels.cutting import extract_level
+from elastic.widths.inputs import Example, list_inputs
 
 # Absolute, and relative to the largest value of an output; in 8 bits, what only a fault would exceed.
 TOLERANCE, TOLERANCE_INT8 = 1e-5, 0.5
@@ -26,10 +27,10 @@ TOLERANCE, TOLERANCE_INT8 = 1e-5, 0.5
 
 def export(
     net: nn.Module | Network,
-    example: Tensor | Sequence[Tensor],
+    example: Example,
     path: str | Path,
     about: Mapping[str, Any] | None = None,
-    calibration: Sequence[Tensor | Sequence[Tensor]] = (),
+    calibration: Sequence[Example] = (),
 ) -> float:
     """Write a network for other programs, in the format that the file's ending names; see `docs/export.md`.
 
@@ -139,13 +140,13 @@ def _list_endings(int8: bool = False) -> str:
     return f"{', '.join(first)} or {last}"
 
 
-def _list_inputs(inputs: Tensor | Sequence[Tensor]) -> Inputs:
+def _list_inputs(inputs: Example) -> Inputs:
     """List one input or several.
 
     Raises:
         StructureError: one is empty.
     """
-    tensors = tuple(x.detach().cpu() for x in ([inputs] if isinstance(inputs, Tensor) else inputs))
+    tensors = tuple(x.detach().cpu() for x in list_inputs(inputs))
     if not all(len(x) for x in tensors):
         raise StructureError("an example has no sample: give inputs, batch first")
     return tensors

@@ -25,6 +25,7 @@ from elastic.models.builders import build_model
 from elastic.surgery.checking import discover_checked
 from elastic.surgery.rebuilding import add_blocks, rebuild
 from elastic.widths.discovery import Widths, discover
+from elastic.widths.inputs import Example, list_inputs, make_zeros
 
 # What levels own, and kernel activation modules, are stored under these: no layer's name begins with a dot.
 LEVEL_NORMS, LEVEL_MODULES = ".levels.", ".kams."
@@ -91,15 +92,18 @@ class Network:
         select_set(net, set)
         return net
 
-    def run(self, x_BCHW: Tensor, level: int | None = None, set: int | None = None) -> Any:
+    def run(self, x: Example, level: int | None = None, set: int | None = None) -> Any:
         """Run a level, with its kernel activation modules if it has any, the first set by default.
+
+        Args:
+            x: an input, batch first, or several.
 
         Raises:
             OptionError: there is no such level or set.
         """
         if set is None and not self.dynamic_nets:
-            return self.plain(level)(x_BCHW)
-        return self.dynamic(level, set or 0)(x_BCHW)
+            return self.plain(level)(*list_inputs(x))
+        return self.dynamic(level, set or 0)(*list_inputs(x))
 
     def _index(self, level: int | None) -> int:
         last = len(self) - 1
@@ -144,13 +148,13 @@ class Network:
         write_tensors(tensors, about, path, packed)
 
     @classmethod
-    def load(cls, path: Path, net: nn.Module | None = None, example: Tensor | None = None) -> "Network":
+    def load(cls, path: Path, net: nn.Module | None = None, example: Example | None = None) -> "Network":
         """Read a network from its file, which is read once, ready for inference.
 
         Args:
             net: the network as it was first built, before anything had changed, to be filled in place; by
                 default it is built as the file says.
-            example: an input, batch first; by default zeros of the size that the file says.
+            example: an input, batch first, or several; by default zeros of the size that the file says.
 
         Raises:
             FileError: the file is missing or damaged, or does not say what is not given.
@@ -217,12 +221,12 @@ class Network:
         """
         return str(_import_hub().write_repository(self, repo_id, options))
 
-    def _attach(self, tensors: Mapping[str, Tensor], modules: Any, example: Tensor, path: Path) -> None:
+    def _attach(self, tensors: Mapping[str, Tensor], modules: Any, example: Example, path: Path) -> None:
         """Give every level the kernel activation modules of a file."""
         for k, net in enumerate(self.nets):
             dynamic = attach_modules(
                 net,
-                discover_checked(net, example),
+                discover_checked(net, *list_inputs(example)),
                 sets=modules["sets"],
                 activation=modules["choice"],
                 kind=modules["kind"],
@@ -260,12 +264,12 @@ def save(
     (network if isinstance(network, Network) else Network(network)).save(Path(path), about, packed)
 
 
-def load(source: str | Path, net: nn.Module | None = None, example: Tensor | None = None) -> Network:
+def load(source: str | Path, net: nn.Module | None = None, example: Example | None = None) -> Network:
     """Read a network by the name it has in the zoo, from its file, or from a folder that holds one.
 
     Args:
         net: the network as it was first built, where the file does not say how; it is filled in place.
-        example: an input, batch first, where the file does not say its size.
+        example: an input, batch first, or several, where the file does not say their sizes.
 
     Raises:
         FileError: there is no such file, it is damaged, or does not say what is not given.
@@ -281,12 +285,17 @@ def _import_hub() -> ModuleType:
         raise FileError(f"{error.name} is not installed: install the extra `hub`") from error
 
 
-def _make_example(about: Mapping[str, Any], path: Path) -> Tensor:
+def _make_example(about: Mapping[str, Any], path: Path) -> Example:
     if "input" not in about:
         raise FileError(f"{path} does not say the size of its input: give an example, batch first")
     try:
-        return torch.zeros(1, *about["input"])
-    except (TypeError, RuntimeError) as error:  # of what are no sizes, or too large ones
+        return make_zeros(about["input"], 1)
+    except (
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+    ) as error:  # of what are no sizes, or too large ones
         raise FileError(
             f"{path} says that its input is {about['input']}: give an example, batch first"
         ) from error
@@ -315,12 +324,12 @@ def _load_state(module: nn.Module, state: Mapping[str, Tensor], fault: str) -> N
         raise FileError(f"{fault}, or has others: train again or restore it") from error
 
 
-def _fill(model: nn.Module, state: Mapping[str, Tensor], example: Tensor) -> Widths:
+def _fill(model: nn.Module, state: Mapping[str, Tensor], example: Example) -> Widths:
     """Give a network as first built the shapes and the values of a state, and return its widths."""
-    widths = discover(model, example)
+    widths = discover(model, *list_inputs(example))
     add_blocks(model, widths, state)
     if _add_biases(model, state):
-        widths = discover(model, example)  # which has the biases, too
+        widths = discover(model, *list_inputs(example))  # which has the biases, too
     rebuild(model, widths, state)
     model.load_state_dict(state)
     return widths

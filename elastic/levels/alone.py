@@ -10,9 +10,10 @@ from elastic.dynamic.skipping import make_skipping
 from elastic.dynamic.skipping.replay import MAX_SAMPLES
 from elastic.levels.cutting import extract_level
 from elastic.levels.progress import look
+from elastic.widths.inputs import Example, count_batch, select_samples, split_batch
 
 
-def make_alone(level: nn.Module, *samples: Tensor) -> nn.Module:
+def make_alone(level: nn.Module, *samples: Example) -> nn.Module:
     """Make a level a network of its own, in evaluation mode, executed in the fastest way there is here.
 
     On a CPU, in fp32, that is the compiled kernel or stock torch with norms folded, layer by layer, as
@@ -20,13 +21,13 @@ def make_alone(level: nn.Module, *samples: Tensor) -> nn.Module:
     of the largest. What `Runtime` sees to be late it can stop after any eight inputs of a batch.
 
     Args:
-        samples: inputs as they will come.
+        samples: inputs as they will come; of a network of several inputs, each a sequence of them.
     """
     alone = extract_level(level).eval()
     tensors = [tensor for tensor in (*alone.parameters(), *alone.buffers()) if tensor.is_floating_point()]
     if any(tensor.device.type != "cpu" or tensor.dtype != torch.float32 for tensor in tensors):
         return alone
-    return InParts(make_skipping(alone, [sample[:MAX_SAMPLES] for sample in samples]))
+    return InParts(make_skipping(alone, [select_samples(sample, slice(MAX_SAMPLES)) for sample in samples]))
 
 
 class InParts(nn.Module):
@@ -36,13 +37,13 @@ class InParts(nn.Module):
         super().__init__()
         self.net = net
 
-    def forward(self, x_BCHW: Tensor) -> Any:
-        parts = x_BCHW.split(MAX_SAMPLES)
-        if len(parts) == 1:
-            return self.net(x_BCHW)
+    def forward(self, *inputs: Tensor) -> Any:
+        parts, batch = split_batch(inputs, MAX_SAMPLES), count_batch(inputs)
+        if len(parts) <= 1:
+            return self.net(*inputs)
         outputs, done = [], 0
         for part in parts:
-            outputs.append(self.net(part))
-            done += len(part)
-            look(done / len(x_BCHW))
+            outputs.append(self.net(*part))
+            done += count_batch(part)
+            look(done / batch)
         return tree_map(lambda *tensors: torch.cat(tensors), *outputs)

@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 
 from elastic.errors import OptionError
+from elastic.widths.inputs import Example, list_inputs, select_samples
 
-Answer = Callable[[Tensor], Tensor]  # inputs -> logits_BK
+Answer = Callable[..., Tensor]  # inputs -> logits_BK
 
 
-def run_cascade(nets: Sequence[Answer], x_BCHW: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+def run_cascade(nets: Sequence[Answer], x: Example, threshold: float) -> tuple[Tensor, Tensor]:
     """Answer each input by the first network that is sure of its class, and by the last if none is.
 
     Args:
         nets: the cheapest first, ready for inference: levels, or any others for the same classes.
+        x: an input, batch first, or several.
         threshold: the probability of the likeliest class from which an answer is final, 0 … 1.
 
     Returns:
@@ -32,14 +34,14 @@ def run_cascade(nets: Sequence[Answer], x_BCHW: Tensor, threshold: float) -> tup
         raise OptionError(
             f"{len(nets)} networks, sure from a probability of {threshold:g}: give one or more, and 0 to 1"
         )
-    logits_BK = nets[0](x_BCHW).clone()
+    logits_BK = nets[0](*list_inputs(x)).clone()
     index_B = torch.zeros(len(logits_BK), dtype=torch.long, device=logits_BK.device)
     open_N = torch.arange(len(logits_BK), device=logits_BK.device)
     for k, net in enumerate(nets[1:], 1):
         open_N = open_N[measure_confidence(logits_BK[open_N]) < threshold]
         if not len(open_N):
             break
-        logits_BK[open_N] = net(x_BCHW[open_N])
+        logits_BK[open_N] = net(*select_samples(x, open_N))
         index_B[open_N] = k
     return logits_BK, index_B
 

@@ -17,10 +17,11 @@ from elastic.levels.cutting import iterate_norms
 from elastic.pruning.gates import Gate
 from elastic.widths.copying import copy_module
 from elastic.widths.discovery import Slot, Width, Widths
+from elastic.widths.inputs import Example, list_inputs
 from elastic.widths.parameters import get_original, get_weight
 
 Importance = Literal["l2", "l1", "taylor", "norm", "gate"]
-Batches = Iterable[tuple[Tensor, Tensor]]  # inputs, targets
+Batches = Iterable[tuple[Example, Tensor]]  # inputs, targets
 Loss = Callable[[Any, Tensor], Tensor]
 
 # From all entries of a channel that one layer has, (channels, entries), to a score, (channels,).
@@ -124,8 +125,8 @@ def _get_product(products: dict[str, Tensor], path: str) -> Tensor:
 def _measure_gradients(model: nn.Module, batches: Batches | None, loss: Loss) -> dict[str, Tensor]:
     """Measure weight times gradient of the mean loss, of each layer with a weight."""
     replica = copy_module(model).eval().requires_grad_()  # a level's tensors are views that need no gradient
-    for x_BCHW, y_B in batches or ():
-        torch.autograd.backward(loss(replica(x_BCHW), y_B))
+    for x, y_B in batches or ():
+        torch.autograd.backward(loss(replica(*list_inputs(x)), y_B))
     weights = {path: get_original(layer, "weight") for path, layer in replica.named_modules()}
     products = {
         path: weight.detach() * weight.grad

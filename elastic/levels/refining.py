@@ -11,6 +11,7 @@ from torch import Tensor
 
 from elastic.levels.cascade import measure_confidence
 from elastic.levels.runtime import HEADROOM, Runtime
+from elastic.widths.inputs import Example, count_batch, list_inputs, select_samples
 
 # A level that is so sure of a class is as often right as a larger one.
 SURE = 0.99
@@ -39,10 +40,11 @@ class RefiningRuntime(Runtime):
     _input_s = 0.0  # of the largest level for one input: the slowest part, which fades
 
     @torch.inference_mode()
-    def answer(self, x_BCHW: Tensor, left_ms: float | None = None) -> tuple[Tensor, int]:
+    def answer(self, x: Example, left_ms: float | None = None) -> tuple[Tensor, int]:
         """Answer inputs, and say which level was the largest that did.
 
         Args:
+            x: an input, batch first, or several.
             left_ms: of the deadline, for a request that has waited, and that nobody wants too late.
 
         Raises:
@@ -51,12 +53,12 @@ class RefiningRuntime(Runtime):
         begin = time.perf_counter()
         self._give_up(left_ms)
         left_ms = self.deadline_ms if left_ms is None else left_ms
-        logits_BK: Tensor = self.levels[0](x_BCHW).clone()
-        self.observe(0, 1e3 * (time.perf_counter() - begin) * self.batch / len(x_BCHW))
+        logits_BK: Tensor = self.levels[0](*list_inputs(x)).clone()
+        self.observe(0, 1e3 * (time.perf_counter() - begin) * self.batch / count_batch(x))
         end = None if left_ms is None else begin + HEADROOM * left_ms / 1e3
-        return logits_BK, self._refine(x_BCHW, logits_BK, end)
+        return logits_BK, self._refine(x, logits_BK, end)
 
-    def _refine(self, x_BCHW: Tensor, logits_BK: Tensor, end: float | None) -> int:
+    def _refine(self, x: Example, logits_BK: Tensor, end: float | None) -> int:
         """Let the largest level answer what is least sure, until a time of the clock."""
         level, expected_s = 0, 1e-3 * self.costs[self.allowed].latency_ms * self.slowdown / self.batch
         self._input_s *= FADING
@@ -65,7 +67,7 @@ class RefiningRuntime(Runtime):
             is_late = end is not None and start + max(expected_s, self._input_s) * count > end
             if not count or self.allowed == 0 or is_late:
                 break
-            logits_BK[part_N] = self.levels[self.allowed](x_BCHW[part_N])
+            logits_BK[part_N] = self.levels[self.allowed](*select_samples(x, part_N))
             level = self.allowed
             self._input_s = max(self._input_s, (time.perf_counter() - start) / count)
         return level

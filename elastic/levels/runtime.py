@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from elastic.errors import OptionError
 from elastic.levels.progress import Late, stop_when_late
 from elastic.measure.machine import measure_cost
+from elastic.widths.inputs import Example, count_batch, list_inputs
 
 # The weight of the latest request in the running mean of the slow-down. One that was late and slower than the
 # mean is the mean: a missed deadline costs more than some answers of a small level.
@@ -34,7 +35,7 @@ class Runtime:
     Args:
         levels: modules for the same input, smallest first: `Levels`, or `make_alone` of each, where there is
             memory for all.
-        example: an input like those to come; its batch size matters.
+        example: an input like those to come, or several; their batch size matters.
         joules: reads a counter of energy, see `read_rapl_joules`; needed for budgets of energy only.
 
     Attributes:
@@ -50,12 +51,12 @@ class Runtime:
     """
 
     def __init__(
-        self, levels: Sequence[nn.Module], example: Tensor, *, joules: Callable[[], float] | None = None
+        self, levels: Sequence[nn.Module], example: Example, *, joules: Callable[[], float] | None = None
     ) -> None:
         self.levels = list(levels)
         for level in self.levels:
             level.eval()
-        self.batch = len(example)
+        self.batch = count_batch(example)
         self.costs = [measure_cost(level, example, joules) for level in self.levels]
         self.allowed = self.level = len(self.levels) - 1
         self.deadline_ms: float | None = None
@@ -89,33 +90,35 @@ class Runtime:
             raise OptionError(f"no level is within {name}={budget:g}: the smallest takes {costs[0]:.3g}")
         return max(within)
 
-    def __call__(self, x_BCHW: Tensor) -> Tensor:
-        return self.answer(x_BCHW)[0]
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        return self.answer(inputs)[0]
 
     @torch.inference_mode()
-    def answer(self, x_BCHW: Tensor, left_ms: float | None = None) -> tuple[Tensor, int]:
+    def answer(self, x: Example, left_ms: float | None = None) -> tuple[Tensor, int]:
         """Run a level, and return its output and which it was.
 
         Args:
+            x: an input, batch first, or several.
             left_ms: of the deadline, for a request that has waited, and that nobody wants too late.
 
         Raises:
             Late: with `left_ms`, not even the smallest level is expected to be in time.
         """
+        inputs = list_inputs(x)
         wanted_ms, left_ms = left_ms, self.deadline_ms if left_ms is None else left_ms
         self._give_up(wanted_ms)
         k = self.level if left_ms is None else min(self.level, self._expect_largest(left_ms))
         begin = start = time.perf_counter()
         try:
             with stop_when_late(left_ms if k > 0 else None):
-                out: Tensor = self.levels[k](x_BCHW)
+                out: Tensor = self.levels[k](*inputs)
         except Late as late:
             self.observe(k, late.expected_ms)
             start = time.perf_counter()
             gone_ms = 1e3 * (start - begin)
             self._give_up(None if wanted_ms is None else wanted_ms - gone_ms)
             k = min(k - 1, self._expect_largest((left_ms or 0.0) - gone_ms))
-            out = self.levels[k](x_BCHW)
+            out = self.levels[k](*inputs)
         self.observe(k, 1e3 * (time.perf_counter() - start))
         return out, k
 

@@ -18,6 +18,7 @@ from elastic.levels.importance import Importance, rank_channels, score_channels
 from elastic.measure.counts import count_macs
 from elastic.surgery.reindexing import reindex_copy
 from elastic.widths.discovery import Widths
+from elastic.widths.inputs import Example, list_inputs
 
 PARTS = (0.875, 0.75, 0.5, 0.25)  # of a width's channels
 
@@ -57,7 +58,7 @@ Evaluate = Callable[[nn.Module], Evaluation]
 def measure_sensitivity(
     net: nn.Module,
     widths: Widths,
-    example: Tensor,
+    example: Example,
     evaluate: Evaluate,
     parts: Sequence[float] = PARTS,
     importance: Importance = "l2",
@@ -80,7 +81,7 @@ def measure_sensitivity(
 
     def measure(network: nn.Module) -> tuple[Evaluation, float, float]:
         time = latency_ms(network) if latency_ms is not None else 0.0
-        return evaluate(network), float(count_macs(network, example)), time
+        return evaluate(network), float(count_macs(network, *list_inputs(example))), time
 
     whole, macs, time = measure(net)
     scores = score_channels(net, widths, importance)

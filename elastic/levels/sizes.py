@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Literal, get_args
 
-from torch import Tensor, nn
+from torch import nn
 
 from elastic.errors import OptionError, StructureError
 from elastic.levels.cutting import explain_no_room, find_nestable
@@ -13,6 +13,7 @@ from elastic.levels.sensitivity import Curves, check_curves, fit_to_budget
 from elastic.measure import counts
 from elastic.surgery.reindexing import reindex_copy, resize_index
 from elastic.widths.discovery import Widths
+from elastic.widths.inputs import Example, list_inputs
 
 By = Literal["fraction", "macs", "latency_ms"]
 Measure = Callable[[tuple[int, ...]], float]
@@ -22,7 +23,7 @@ STEPS = 12  # of bisection: fractions to within 1/4096
 def level_sizes(
     net: nn.Module,
     widths: Widths,
-    example: Tensor,
+    example: Example,
     levels: Sequence[float],
     by: By = "fraction",
     multiple: int = 1,
@@ -59,7 +60,7 @@ def level_sizes(
         resized = make_resized(net, widths, dict(zip(names, sizes, strict=True)))
         if by == "latency_ms" and latency_ms is not None:
             return latency_ms(resized)
-        return float(counts.count_macs(resized, example))
+        return float(counts.count_macs(resized, *list_inputs(example)))
 
     if curves is None:
         return [_fit_budget(widths, names, budget, multiple, measure, by) for budget in levels]

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 from elastic.widths.discovery import Widths
+from elastic.widths.inputs import Example, count_batch, list_inputs, select_samples
 from elastic.widths.parameters import ChannelParametrization, get_weight
 from elastic.widths.tracing import WithoutData, drop_data, make_meta_copy
 
@@ -86,11 +87,10 @@ def count_macs_by_layer(model: nn.Module, *example: Tensor) -> dict[str, int]:
 
     A network that takes no single input (of clips, say, whose frames lie in the batch) is given all.
     """
-    replica, batch = make_meta_copy(model).eval(), len(example[0])
+    replica, batch = make_meta_copy(model).eval(), count_batch(example)
     try:
-        return _count_macs(
-            replica, [x.new_empty((1, *x.shape[1:])[: x.dim()], device="meta") for x in example]
-        )
+        single = select_samples(example, slice(1))
+        return _count_macs(replica, [x.new_empty(x.shape, device="meta") for x in single])
     except Exception:  # the model's own forward runs here: anything may come
         if batch == 1:
             raise
@@ -109,9 +109,9 @@ def _count_macs(replica: nn.Module, inputs: Sequence[Tensor]) -> dict[str, int]:
     return macs
 
 
-def count_macs_per_weight(model: nn.Module, example: Tensor) -> dict[str, float]:
+def count_macs_per_weight(model: nn.Module, example: Example) -> dict[str, float]:
     """Count how often one input uses each weight of each convolution and linear layer."""
-    by_layer = count_macs_by_layer(model, example)
+    by_layer = count_macs_by_layer(model, *list_inputs(example))
     return {
         path: macs / get_weight(model.get_submodule(path)).numel() for path, macs in by_layer.items() if path
     }

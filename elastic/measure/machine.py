@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from elastic.errors import FileError
 from elastic.measure.timing import WARM_UP, measure_medians_ms
+from elastic.widths.inputs import Example, list_inputs
 from elastic.widths.tracing import preserve_modes
 
 RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
@@ -25,7 +26,7 @@ class RunCost:
     energy_mj: float | None = None  # None where the machine does not tell
 
 
-def measure_cost(net: nn.Module, example: Tensor, joules: Callable[[], float] | None = None) -> RunCost:
+def measure_cost(net: nn.Module, example: Example, joules: Callable[[], float] | None = None) -> RunCost:
     """Measure a network here, on as many threads as torch now uses."""
     energy_before = joules() if joules else 0.0
     latency_ms = measure_latency_ms(net, example, REPEATS)
@@ -33,14 +34,14 @@ def measure_cost(net: nn.Module, example: Tensor, joules: Callable[[], float] | 
     return RunCost(latency_ms, measure_memory_mb(net, example), energy_mj)
 
 
-def measure_latency_ms(net: nn.Module, example: Tensor, repeats: int = REPEATS) -> float:
+def measure_latency_ms(net: nn.Module, example: Example, repeats: int = REPEATS) -> float:
     """Measure the median time of a forward pass in evaluation mode."""
     with preserve_modes(net):
         (median,) = measure_medians_ms([net.eval()], [example] * repeats)
     return median
 
 
-def measure_memory_mb(net: nn.Module, example: Tensor) -> float:
+def measure_memory_mb(net: nn.Module, example: Example) -> float:
     """Measure all weights and buffers, and the largest layer's input and output, in units of 10⁶ bytes."""
     activations: list[int] = []
 
@@ -51,7 +52,7 @@ def measure_memory_mb(net: nn.Module, example: Tensor) -> float:
     hooks = [layer.register_forward_hook(record) for layer in leaves]
     try:
         with torch.inference_mode():
-            net(example)
+            net(*list_inputs(example))
     finally:
         for hook in hooks:
             hook.remove()

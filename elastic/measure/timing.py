@@ -6,16 +6,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
-Network = Callable[[Tensor], Any]
+from elastic.widths.inputs import Example, list_inputs
+
+Network = Callable[..., Any]
 N = TypeVar("N", bound=Network)
 WARM_UP = 3
 
 
 def measure_times_ms(
     networks: Sequence[Network],
-    inputs: Sequence[Sequence[Tensor]],
+    inputs: Sequence[Sequence[Example]],
     clock: Callable[[], float] | None = None,
     settle_s: float = 0.0,
 ) -> list[list[float]]:
@@ -28,23 +29,24 @@ def measure_times_ms(
     """
     clock = clock or time.perf_counter
     times_ms: list[list[float]] = [[] for _ in networks]
+    calls = [[list_inputs(example) for example in examples] for examples in inputs]
     with torch.inference_mode():
-        for network, (x_BCHW, *_) in list(zip(networks, inputs, strict=True)) * WARM_UP:
-            network(x_BCHW)
-        for batches in zip(*inputs, strict=True):
-            for network, x_BCHW, times in zip(networks, batches, times_ms, strict=True):
+        for network, (x, *_) in list(zip(networks, calls, strict=True)) * WARM_UP:
+            network(*x)
+        for batches in zip(*calls, strict=True):
+            for network, x, times in zip(networks, batches, times_ms, strict=True):
                 begin = time.perf_counter()
                 while time.perf_counter() - begin < settle_s:
-                    network(x_BCHW)
+                    network(*x)
                 start = clock()
-                network(x_BCHW)
+                network(*x)
                 times.append(1e3 * (clock() - start))
     return times_ms
 
 
 def measure_medians_ms(
     networks: Sequence[Network],
-    inputs: Sequence[Tensor],
+    inputs: Sequence[Example],
     clock: Callable[[], float] | None = None,
     settle_s: float = 0.0,
 ) -> list[float]:
@@ -53,7 +55,7 @@ def measure_medians_ms(
     return [statistics.median(times) for times in times_ms]
 
 
-def choose_fastest(networks: Sequence[N], inputs: Sequence[Tensor], repeats: int = 5) -> N:
+def choose_fastest(networks: Sequence[N], inputs: Sequence[Example], repeats: int = 5) -> N:
     """Choose the network that takes least time for the inputs."""
     medians = measure_medians_ms(networks, [*inputs] * repeats)
     return networks[medians.index(min(medians))]

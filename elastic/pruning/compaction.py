@@ -25,6 +25,7 @@ from elastic.pruning.dead import find_unread, find_unwritten, list_kept
 from elastic.pruning.folding import fold_gates
 from elastic.surgery.reindexing import reindex
 from elastic.widths.discovery import Width, Widths, find_widths
+from elastic.widths.inputs import Example, list_inputs
 from elastic.widths.tracing import find_following_norms
 
 TINY = torch.finfo(torch.float32).tiny  # smaller numbers are denormal, and many times slower on CPUs
@@ -32,18 +33,18 @@ BELOW_TINY = TINY * (1 - torch.finfo(torch.float32).eps)
 
 
 @torch.no_grad()
-def compact(model: nn.Module, example: Tensor) -> nn.Module:
+def compact(model: nn.Module, example: Example) -> nn.Module:
     """Make a plain copy of a (gated) model without its dead channels, in evaluation mode.
 
     Args:
-        example: an input, batch first; its shape and type matter.
+        example: an input, batch first, or several; their shapes and types matter.
     """
     plain = fold_gates(model).eval()
     is_final = False
     while not is_final:
         flush_denormals(plain)
         depthwise = list_depthwise(plain)
-        widths = find_widths(plain, example)
+        widths = find_widths(plain, *list_inputs(example))
         reindex(plain, widths, Emptying(plain, widths, example).empty_dead_channels())
         # Nothing more is dead by these widths. But a grouped convolution with one channel left in each group
         # is a depthwise one, whose channels can go one by one, and a depthwise one with one left is not.
@@ -74,7 +75,7 @@ class Emptying:
 
     model: nn.Module
     widths: Widths
-    example: Tensor
+    example: Example
     dead: dict[str, Tensor] = field(default_factory=dict)  # by width: (channels,)
 
     def empty_dead_channels(self) -> dict[str, Tensor]:
@@ -173,7 +174,7 @@ class Emptying:
 
     @cached_property
     def _norms(self) -> dict[str, str]:
-        return find_following_norms(self.model, self.example)
+        return find_following_norms(self.model, *list_inputs(self.example))
 
     @cached_property
     def _neighbours(self) -> dict[str, dict[str, None]]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic.widths.discovery import Slot, Width, Widths
+from elastic.widths.inputs import Example, draw_inputs
 from elastic.widths.parameters import get_weight
 
 # Layers whose input is what their weight multiplies are known by their forward: that of a subclass may do
@@ -44,20 +45,26 @@ class Move(NamedTuple):
 
 
 @torch.no_grad()
-def observe_constants(model: nn.Module, layers: Iterable[str], example: Tensor) -> dict[str, Tensor]:
+def observe_constants(model: nn.Module, layers: Iterable[str], example: Example) -> dict[str, Tensor]:
     """Find, for each layer, the constant that each of its input channels holds, or NaN where it varies.
 
     The model runs, in the mode it is in, on noise of the example's shape. Layers whose forward is not that of
     a stock convolution or linear layer are left out.
     """
-    noise = torch.randn((len(SCALES), *example.shape[1:]), generator=torch.Generator().manual_seed(0))
+    noise = draw_inputs(model, example, torch.Generator().manual_seed(0), samples=len(SCALES))
+    for x in noise:
+        if x.is_floating_point() and x.dim() > 1 and len(x) == len(SCALES):
+            _scale_thirds(x)
+    device = next(model.parameters()).device
+    with _watch(model, layers) as constants:
+        model(*(x.to(device) for x in noise))
+    return {path: values.cpu() for path, values in constants.items()}
+
+
+def _scale_thirds(noise: Tensor) -> None:
     for sample, scales in zip(noise, SCALES, strict=True):
         for third, scale in zip(sample.chunk(3, -1), scales, strict=False):  # an input may have one entry
             third *= scale
-    device = next(model.parameters()).device
-    with _watch(model, layers) as constants:
-        model(noise.to(device, example.dtype))
-    return {path: values.cpu() for path, values in constants.items()}
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from elastic.pruning.constants import observe_constants, read_constants
 from elastic.pruning.folding import compute_mask
 from elastic.widths.copying import copy_module
 from elastic.widths.discovery import Slot, Width, Widths
+from elastic.widths.inputs import Example
 from elastic.widths.tracing import preserve_modes
 
 Entries = Callable[
@@ -18,7 +19,7 @@ Entries = Callable[
 
 
 @torch.no_grad()
-def find_removable_channels(model: nn.Module, widths: Widths, example: Tensor) -> dict[str, Tensor]:
+def find_removable_channels(model: nn.Module, widths: Widths, example: Example) -> dict[str, Tensor]:
     """Find the channels to keep of each width that has some that gates have shut off.
 
     Shut off: all gates of what reads them are closed; or all of what writes them, and they are exactly zero
@@ -54,7 +55,7 @@ def list_kept(dead: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _observe_both_modes(
-    model: nn.Module, readers: Iterable[str], example: Tensor
+    model: nn.Module, readers: Iterable[str], example: Example
 ) -> Iterator[dict[str, Tensor]]:
     """Yield the constants in evaluation mode, then those by the statistics of a batch."""
     with preserve_modes(model):

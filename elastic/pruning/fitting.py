@@ -20,6 +20,7 @@ from elastic.pruning.gates import (
 )
 from elastic.pruning.ranking import keep_best_gates
 from elastic.widths.copying import copy_module
+from elastic.widths.inputs import Example
 from elastic.widths.parameters import get_weight
 
 TOLERANCE = 0.02  # of a budget
@@ -88,7 +89,7 @@ def search_count(
 
 
 def measure_compacted(
-    model: nn.Module, example: Tensor, by: str = "params", count_zeros: bool = False
+    model: nn.Module, example: Example, by: str = "params", count_zeros: bool = False
 ) -> int:
     """Measure the network as compaction would leave it: params, or MACs of weights that are not zero.
 
@@ -110,7 +111,7 @@ def measure_compacted(
     return round(sum(uses[path] * weights[path] for path in uses))
 
 
-def check_budget_reachable(model: nn.Module, example: Tensor, target: int, by: str = "params") -> None:
+def check_budget_reachable(model: nn.Module, example: Example, target: int, by: str = "params") -> None:
     """Refuse a budget of less than gates leave: they never close the last weight of a layer, nor a norm.
 
     Raises:
@@ -126,7 +127,7 @@ def check_budget_reachable(model: nn.Module, example: Tensor, target: int, by: s
         )
 
 
-def report_budget(model: nn.Module, example: Tensor, target: int, by: str = "params") -> dict[str, Any]:
+def report_budget(model: nn.Module, example: Example, target: int, by: str = "params") -> dict[str, Any]:
     """Report the budget, the actual size and, where that is off by more than 2 %, the reason."""
     actual = measure_compacted(model, example, by)
     report = {"budget/by": by, "budget/target": target, "budget/actual": actual}

@@ -20,6 +20,7 @@ from elastic.surgery.outputs import list_output_tensors
 from elastic.surgery.reindexing import reindex
 from elastic.widths.copying import copy_module
 from elastic.widths.discovery import discover, refuse_none
+from elastic.widths.inputs import draw_inputs
 from elastic.widths.width import Widths, fix_widths
 
 TOLERANCE = 1e-6  # of the largest output, in double precision
@@ -82,7 +83,8 @@ class _Probe:
         self.tolerance = TOLERANCE if dtype else SINGLE_TOLERANCE
         self.generator = torch.Generator().manual_seed(0)
         device = next(model.parameters()).device
-        self.inputs = [self._draw_input(x, dtype).to(device) for x in widths.example]
+        inputs = draw_inputs(model, widths.example, self.generator, SAMPLES)
+        self.inputs = [x.to(device, dtype if dtype and x.is_floating_point() else x.dtype) for x in inputs]
         for value in _list_values(self.model, widths):
             self._draw_again(value)
 
@@ -139,12 +141,6 @@ class _Probe:
         finite = expected[expected.isfinite()].abs()
         scale = finite.max().item() if finite.numel() else 0.0
         return torch.allclose(output, expected, rtol=0, atol=self.tolerance * scale, equal_nan=True)
-
-    def _draw_input(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
-        shape = x[:SAMPLES].shape if x.dim() else x.shape
-        if not x.is_floating_point():
-            return torch.zeros(shape, dtype=x.dtype)
-        return torch.randn(shape, generator=self.generator).to(dtype or x.dtype)
 
     def _draw_again(self, value: Tensor) -> None:
         """Draw anew what is a scalar a channel (away from neutral values), and what is constant."""

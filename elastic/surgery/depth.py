@@ -20,6 +20,7 @@ from elastic.surgery.outputs import list_output_tensors
 from elastic.surgery.reindexing import reindex_copy, resize_index
 from elastic.surgery.residual import find_last_norm
 from elastic.widths.discovery import Widths, find_widths
+from elastic.widths.inputs import draw_inputs
 from elastic.widths.parameters import get_original
 from elastic.widths.tracing import BATCH_NORM, preserve_modes
 from elastic.widths.width import fix_widths
@@ -132,7 +133,7 @@ def _compute_outputs(model: nn.Module, widths: Widths) -> list[Tensor]:
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     with preserve_modes(model):
-        noise = (torch.randn(x.shape, generator=generator).to(device, x.dtype) for x in widths.example)
+        noise = (x.to(device) for x in draw_inputs(model, widths.example, generator))
         return list_output_tensors(model.eval().forward(*noise))
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from elastic.errors import OptionError
+from elastic.widths.inputs import Example, list_inputs
 from elastic.widths.tracing import preserve_modes
 
 Outputs = Literal["classes", "labels", "values"]
@@ -76,8 +77,10 @@ def _widen(output: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def find_output_shapes(net: nn.Module, x: Tensor) -> list[tuple[int, ...]]:
+def find_output_shapes(net: nn.Module, example: Example) -> list[tuple[int, ...]]:
     """Find the shapes of a network's outputs in evaluation mode, without the batch."""
     with preserve_modes(net):
-        outputs = net.eval().forward(x.to(next(net.parameters(), x).device))
+        inputs = list_inputs(example)
+        device = next(net.parameters(), inputs[0]).device
+        outputs = net.eval().forward(*(x.to(device) for x in inputs))
     return [tuple(leaf.shape[1:]) for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]

@@ -1,6 +1,8 @@
 """Find the network of any LightningModule, and give the module a `Structure` of it."""
 
+import inspect
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Any
 
 import lightning as L
@@ -11,8 +13,10 @@ from torch.utils._pytree import tree_leaves
 
 from elastic.errors import TrainingError, cite
 from elastic.training.structure import WRAPPED, Structure, find_path
+from elastic.widths.inputs import Example, list_inputs
 from elastic.widths.tracing import drop_data, make_meta_copy, preserve_modes
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments, by position and by name
 ATTRIBUTE = "elastic_structure"  # the name of the child that a foreign module is given
 
 
@@ -22,13 +26,13 @@ def find_structure(module: nn.Module) -> Structure | None:
 
 
 def join_structure(
-    trainer: L.Trainer, module: L.LightningModule, network: str | None = None, example: Tensor | None = None
+    trainer: L.Trainer, module: L.LightningModule, network: str | None = None, example: Example | None = None
 ) -> Structure:
     """Return the structure of a module; the first to ask makes it.
 
     Args:
         network: the path of the network in the module; where it is left out, the module's one child.
-        example: an input of the network; where it is left out, it is found.
+        example: an input of the network, or several; where they are left out, they are found.
 
     Raises:
         TrainingError: it cannot be told which child is the network, or what its input is.
@@ -90,39 +94,59 @@ def _pick_network(module: L.LightningModule, network: str | None) -> nn.Module:
     return next(iter(candidates.values()))
 
 
-def find_example(trainer: L.Trainer, module: L.LightningModule, net: nn.Module) -> Tensor:
-    """Return an input of the network: from the module's `example_input_array`, or a batch of the data.
+def find_example(trainer: L.Trainer, module: L.LightningModule, net: nn.Module) -> Example:
+    """Return the inputs of the network: from the module's `example_input_array`, or a batch of the data.
+
+    A network of one input is given the first tensor, where it takes that.
 
     Raises:
-        TrainingError: there is no such input, or it does not reach the network.
+        TrainingError: there are no such inputs, or they do not reach the network.
     """
-    example = module.example_input_array
-    batch = None if example is not None else _take_batch(trainer, module)
-    inputs = example if example is not None else batch
-    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    given = module.example_input_array
+    batch = None if given is not None else _take_batch(trainer, module)
+    tensors = [leaf for leaf in tree_leaves(batch if given is None else given) if isinstance(leaf, Tensor)]
     if not tensors:
         raise TrainingError(f"an input cannot be told: give {type(module).__name__} an example_input_array")
-    first = tensors[0]
-    is_single = [net] == list(module.children())
-    if find_path(module, net) == "" or (is_single and _runs(net, first)):
+    first, call = tensors[0], _make_call(tensors[0] if given is None else given)
+    is_whole, is_single = find_path(module, net) == "", [net] == list(module.children())
+    if (is_whole or is_single) and _takes_one(net) and (is_whole or _runs(net, first)):
         return first
+    if is_whole and given is not None:
+        return _list_positional(net, call) or first
     try:
-        return _capture_any(module, net, first, batch)
+        return _capture_any(module, net, call, batch)
     except TrainingError:
-        if is_single:
+        if is_whole or is_single:
             return first  # what is wrong with it is told where it is traced
         raise
 
 
-def _capture_any(module: L.LightningModule, net: nn.Module, first: Tensor, batch: Any) -> Tensor:
+def _takes_one(net: nn.Module) -> bool:
+    """Tell whether a network's forward has one parameter."""
+    try:
+        parameters = list(inspect.signature(net.forward).parameters.values())
+    except ValueError:  # of a TorchScript module, which is refused where it is traced
+        return True
+    return len(parameters) == 1 and parameters[0].kind is parameters[0].POSITIONAL_OR_KEYWORD
+
+
+def _make_call(given: Any) -> Call:
+    """Make what a module's forward is called with of its example, as Lightning does."""
+    if isinstance(given, dict):
+        return (), given
+    return (tuple(given) if isinstance(given, tuple) else (given,)), {}
+
+
+def _capture_any(module: L.LightningModule, net: nn.Module, call: Call, batch: Any) -> Example:
     """Return what reaches the network from the module's forward, or from a training step on a batch.
 
     Raises:
         TrainingError: neither reaches it; without a forward, the first tensor is taken for its input.
     """
-    ways: list[Callable[[], Any]] = [lambda: module.forward(first)]
-    if batch is not None:
-        ways.append(lambda: module.training_step(batch, 0))
+    args, kwargs = call
+    ways: list[Callable[[], Any]] = [lambda: module.training_step(batch, 0)] if batch is not None else []
+    if module is not net:  # of a batch it is told the first tensor, which may leave out what a step gives
+        ways.insert(0 if _takes_one(net) else len(ways), lambda: module.forward(*args, **kwargs))
     reason, has_forward = "the module's forward does not reach it", True
     for run in ways:
         try:
@@ -132,21 +156,21 @@ def _capture_any(module: L.LightningModule, net: nn.Module, first: Tensor, batch
         except Exception as error:  # it is the user's own
             reason = cite(error)
         else:
-            if captured is not None and _runs(net, captured):
+            if captured is not None and _runs(net, *list_inputs(captured)):
                 return captured
     if not has_forward:
-        return first
+        return next(leaf for leaf in tree_leaves(call) if isinstance(leaf, Tensor))
     raise TrainingError(
         f"the input of {type(module).__name__}'s '{find_path(module, net)}' cannot be told ({reason}): give "
         "the module an example_input_array, or FollowNetwork('…', example=…) an input of the network"
     )
 
 
-def _runs(net: nn.Module, x: Tensor) -> bool:
-    """Tell whether a network takes an input, by its shape and type alone."""
+def _runs(net: nn.Module, *inputs: Tensor) -> bool:
+    """Tell whether a network takes inputs, by their shapes and types alone."""
     try:
         with torch.no_grad():
-            make_meta_copy(net).eval()(drop_data(x))
+            make_meta_copy(net).eval()(*map(drop_data, inputs))
     except Exception:  # it is the user's own
         return False
     return True
@@ -155,12 +179,12 @@ def _runs(net: nn.Module, x: Tensor) -> bool:
 class _Reached(BaseException):
     """End a program's own code, whatever it catches, where it calls the network."""
 
-    def __init__(self, inputs: Any) -> None:
-        self.inputs = inputs
+    def __init__(self, call: Call) -> None:
+        self.call = call
 
 
-def _capture(module: L.LightningModule, net: nn.Module, run: Callable[[], Any]) -> Tensor | None:
-    """Return the first tensor that a module calls the network with, None where it does not call it."""
+def _capture(module: L.LightningModule, net: nn.Module, run: Callable[[], Any]) -> Example | None:
+    """Return the tensors that a module calls the network with, None where it does not call it."""
 
     def stop(_: nn.Module, args: Any, kwargs: Any) -> None:
         raise _Reached((args, kwargs))
@@ -171,11 +195,21 @@ def _capture(module: L.LightningModule, net: nn.Module, run: Callable[[], Any]) 
             module.eval()
             run()
     except _Reached as reached:
-        tensors = [leaf for leaf in tree_leaves(reached.inputs) if isinstance(leaf, Tensor)]
-        return tensors[0].detach() if tensors else None
+        return _list_positional(net, reached.call)
     finally:
         hook.remove()
     return None
+
+
+def _list_positional(net: nn.Module, call: Call) -> Example | None:
+    """List what a call gives by position, by name too, up to what is no tensor; one tensor as it is."""
+    args, kwargs = call
+    try:
+        values = inspect.signature(net.forward).bind(*args, **kwargs).args
+    except (TypeError, ValueError):  # which the call itself would raise
+        return None
+    inputs = tuple(x.detach() for x in takewhile(lambda value: isinstance(value, Tensor), values))
+    return inputs[0] if len(inputs) == 1 else inputs or None
 
 
 def _take_batch(trainer: L.Trainer, module: L.LightningModule) -> Any:

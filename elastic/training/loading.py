@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning as L
-import torch
 from torch import nn
 
 from elastic.errors import ElasticError, FileError, cite
@@ -15,6 +14,7 @@ from elastic.surgery.rebuilding import rebuild
 from elastic.training.checkpoints import read_checkpoint
 from elastic.training.joining import add_structure, find_structure
 from elastic.training.structure import WRAPPED, Structure, make_prefix
+from elastic.widths.inputs import make_zeros
 
 M = TypeVar("M", bound=L.LightningModule)
 HEAD = re.compile(r"\bkernel_modules\..*\.heads\.(\d+)\.")
@@ -83,7 +83,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _join(module: nn.Module, history: dict[str, Any]) -> Structure:
     path = history["network"]
     structure = Structure(
-        module.get_submodule(path), torch.zeros(history["example"]), history["seed"], path=path
+        module.get_submodule(path), make_zeros(history["example"]), history["seed"], path=path
     )
     structure.follow_copies(module, history.get("copies", ()))
     return add_structure(module, structure)

@@ -1,5 +1,6 @@
 """Take a few training samples for a decision, on the device of the network."""
 
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any, Protocol, cast
 
@@ -11,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from elastic.errors import TrainingError, cite
 from elastic.training.structure import Structure
+from elastic.widths.inputs import Example, list_inputs
 from elastic.widths.tracing import preserve_modes
 
 
@@ -33,11 +35,11 @@ def check_loss(trainer: L.Trainer, structure: Structure) -> None:
     Raises:
         TrainingError: it does not take what the network says and the batches hold.
     """
-    x_BCHW, y_B = sample_batch(trainer, 2, structure.seed)
+    x, y_B = sample_batch(trainer, 2, structure.seed)
     net = structure.net
     try:
         with torch.no_grad(), preserve_modes(net):
-            structure.compute_loss(net.eval()(x_BCHW), y_B)
+            structure.compute_loss(net.eval()(*list_inputs(x)), y_B)
     except Exception as error:  # it may be the user's own
         raise TrainingError(
             f"the loss that channels are judged by does not take the network's outputs: {cite(error)}. In a "
@@ -45,13 +47,13 @@ def check_loss(trainer: L.Trainer, structure: Structure) -> None:
         ) from error
 
 
-def sample_batch(trainer: L.Trainer, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Return x_BCHW and y_B of about `count` training samples.
+def sample_batch(trainer: L.Trainer, count: int, seed: int) -> tuple[Example, Tensor]:
+    """Return the inputs (one, or several where a batch has such) and y_B of about `count` training samples.
 
     A data module with a `sample` method is asked; from any other data the first batches are taken.
 
     Raises:
-        TrainingError: batches are no pairs of tensors.
+        TrainingError: batches are no pairs of inputs and targets.
     """
     device = trainer.strategy.root_device
     data = trainer.datamodule  # type: ignore[attr-defined]
@@ -63,7 +65,8 @@ def sample_batch(trainer: L.Trainer, count: int, seed: int) -> tuple[Tensor, Ten
         loader = trainer.fit_loop._data_source.dataloader()
         batches = iter(loader)
         batch = next(batches)
-        size = len(batch[0]) if isinstance(batch, list | tuple) and len(batch) == 2 else 0
+        is_pair = isinstance(batch, list | tuple) and len(batch) == 2 and _is_example(batch[0])
+        size = count_samples(batch[0]) if is_pair else 0
         if not size:
             raise TrainingError(
                 "samples are taken from pairs (inputs, targets), which the batches are not: give those, "
@@ -71,5 +74,19 @@ def sample_batch(trainer: L.Trainer, count: int, seed: int) -> tuple[Tensor, Ten
             )
         taken = [batch, *islice(batches, max(0, count // size - 1))]
         taken = [trainer.strategy.batch_to_device(each, device) for each in taken]  # with the module's hooks
-    x_BCHW, y_B = (torch.cat([each[i] for each in taken])[:count] for i in (0, 1))
-    return trainer.precision_plugin.convert_input(x_BCHW), y_B
+    inputs, targets = zip(*taken, strict=True)
+    x, y_B = _join(inputs, count), torch.cat(targets)[:count]
+    converted: Example = trainer.precision_plugin.convert_input(x)
+    return converted, y_B
+
+
+def _is_example(inputs: Any) -> bool:
+    parts = inputs if isinstance(inputs, list | tuple) else [inputs]
+    return all(isinstance(x, Tensor) for x in parts)
+
+
+def _join(batches: Sequence[Example], count: int) -> Example:
+    """Join the first samples of batches."""
+    parts = zip(*map(list_inputs, batches), strict=True)
+    joined = tuple(torch.cat(part)[:count] for part in parts)
+    return joined[0] if isinstance(batches[0], Tensor) else joined

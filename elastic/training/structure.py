@@ -35,6 +35,7 @@ from elastic.training.processes import find_differing_processes, unwrapped
 from elastic.training.routing import LossTerm, Router
 from elastic.training.tasks import compute_class_loss
 from elastic.widths.discovery import discover
+from elastic.widths.inputs import Example, describe_inputs, list_inputs
 from elastic.widths.parameters import get_weight
 from elastic.widths.tracing import sync_traced
 from elastic.widths.width import fix_widths
@@ -48,7 +49,7 @@ class Structure(nn.Module):
 
     Args:
         net: a child of the user's module, at any depth.
-        example: an input of it, batch first; only its shape and type matter.
+        example: an input of it, batch first, or several; only their shapes and types matter.
         seed: of all randomness in changes of structure.
         channels_last: keep the network in that memory format, as far as its kernels can be trusted with it;
             else tensors keep the format that they have.
@@ -67,7 +68,7 @@ class Structure(nn.Module):
         outputs: what the network says, for levels and others that learn from it.
         compute_loss: what channels are judged by, where gradients decide: outputs, targets -> loss.
         schedule_fraction: the part of the run that an optimizer and its schedule last.
-        resize: what the network's first input becomes in a training step, where it is not the input itself.
+        resize: what images that the network is given become in a training step, where they do not stay.
         step_own: steps what elastic methods have added, after one of the user's optimizers.
 
     Raises:
@@ -75,14 +76,14 @@ class Structure(nn.Module):
     """
 
     def __init__(
-        self, net: nn.Module, example: Tensor, seed: int = 0, channels_last: bool = False, path: str = "net"
+        self, net: nn.Module, example: Example, seed: int = 0, channels_last: bool = False, path: str = "net"
     ) -> None:
         super().__init__()
         self._net = (net,)  # not a child: the user's module has it
         self.example = example
         self.seed, self.channels_last, self.path = seed, channels_last, path
         self.memory_format = torch.contiguous_format
-        self.widths = discover_checked(net, example)
+        self.widths = discover_checked(net, *list_inputs(example))
         self.start_sizes, self.start_depth = self.widths.sizes(), count_blocks(net)
         self.timeline: list[dict[str, Any]] = []
         self.copies: list[nn.Module] = []
@@ -275,7 +276,7 @@ class Structure(nn.Module):
             rate: of their learning, times the network's.
             options: of `elastic.dynamic.attach_modules`: sets, activation, kind, branches.
         """
-        widths = [discover(net, self.example) for net in self.nets]
+        widths = [discover(net, *list_inputs(self.example)) for net in self.nets]
         for own in widths:
             fix_widths(own, {n: reason for n, reason in self.widths.fixed.items() if n in own})
         pairs = zip(self.nets, widths, strict=True)
@@ -292,7 +293,7 @@ class Structure(nn.Module):
     def run(self, level: int, *args: Any, **kwargs: Any) -> Any:
         """Execute a level, the network itself where there are none; with its modules, if it has any."""
         if self.resize is not None and self.is_trained_now():
-            args, kwargs = change_first(self.resize, args, kwargs)
+            args, kwargs = change_images(self.resize, args, kwargs)
         dynamic = self.dynamic_nets[level] if self.dynamic_nets else None
         if dynamic is not None:
             sync_traced(dynamic, self.nets[level], self.net.training)
@@ -396,7 +397,7 @@ class Structure(nn.Module):
             "sizes": self.widths.sizes(),
             "timeline": list(self.timeline),
             "levels": None if self.levels is None else self.levels.sizes[:-1],
-            "example": list(self.example.shape),
+            "example": describe_inputs(self.example),
             "network": self.path,
             "copies": list(self.copy_paths),
             "grain": find_grain(self.net),
@@ -455,7 +456,8 @@ class Structure(nn.Module):
         """Look again where tensors are moved or converted, which the network shares or holds buffers of."""
         super()._apply(fn, recurse)
         # A network in 64 or 16 bits takes no other input; where it is does not matter.
-        self.example = self.example.to(fn(self.example.new_empty(0)).dtype)
+        inputs = tuple(x.to(fn(x.new_empty(0)).dtype) for x in list_inputs(self.example))
+        self.example = inputs[0] if isinstance(self.example, Tensor) else inputs
         if self.levels is not None:
             self.levels.refresh()
         for net, level in zip(self.dynamic_nets, self.nets, strict=False):
@@ -463,14 +465,18 @@ class Structure(nn.Module):
         return self
 
 
-def change_first(
+def change_images(
     change: Callable[[Tensor], Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of a call, the first of them changed."""
-    if args:
-        return (change(args[0]), *args[1:]), kwargs
-    name = next(iter(kwargs))
-    return args, {**kwargs, name: change(kwargs[name])}
+    """Return the arguments of a call, the first of them changed, and others that are images of its size."""
+    values = [*args, *kwargs.values()]
+    first = values[0]
+
+    def is_image(x: Any) -> bool:
+        return isinstance(x, Tensor) and x.is_floating_point() and x.shape[2:] == first.shape[2:]
+
+    changed = [change(x) if x is first or is_image(x) else x for x in values]
+    return tuple(changed[: len(args)]), dict(zip(kwargs, changed[len(args) :], strict=True))
 
 
 def _is_called_compiled(module: L.LightningModule, net: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from elastic.errors import OptionError, StructureError
 from elastic.widths.collecting import collect_widths
 from elastic.widths.computed import fix_computed_sizes
+from elastic.widths.inputs import count_batch, list_inputs
 from elastic.widths.operations.interface import is_stored
 from elastic.widths.sizing import find_spans, list_layouts
 from elastic.widths.tracing import make_meta_copy, trace_modes
@@ -87,7 +88,7 @@ def find_widths(model: nn.Module, *example: Tensor) -> Widths:
     elements = ChannelUnion()
     records: Records = {}
     replica = make_meta_copy(model)
-    inputs = _make_inputs(example)
+    inputs = _make_inputs(list_inputs(example))
     graphs = trace_modes(replica, *inputs)
     for graph in graphs:
         with torch.no_grad():
@@ -106,12 +107,7 @@ def _make_inputs(example: Sequence[Tensor]) -> list[Tensor]:
     Of a batch of one, two samples: batch norm in training mode has something to average then. Inputs beside a
     larger batch keep their length, say that of a number for all samples.
     """
-    for x in example:
-        if not isinstance(x, Tensor):
-            raise OptionError(
-                f"an example input is a {type(x).__name__}: give the network's inputs as tensors, one by one"
-            )
-    batch = len(example[0]) if example and example[0].dim() else 2
+    batch = count_batch(example)
     shapes = [(2, *x.shape[1:]) if x.dim() and len(x) == batch < 2 else x.shape for x in example]
     return [x.new_empty(shape, device="meta") for x, shape in zip(example, shapes, strict=True)]
 

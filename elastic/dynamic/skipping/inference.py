@@ -1,5 +1,7 @@
 """Prepare networks for inference: traced, their norms folded into convolutions."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -7,7 +9,13 @@ from elastic.dynamic.norms import SetNorm
 from elastic.dynamic.sites import find_calls
 from elastic.widths.copying import copy_module
 from elastic.widths.hooks import has_hooks
+from elastic.widths.inputs import Example, list_inputs
 from elastic.widths.tracing import BATCH_NORM, get_layer, trace
+
+
+def take_first(samples: Sequence[Example]) -> tuple[Tensor, ...]:
+    """Take the inputs of the first sample, if there is one."""
+    return list_inputs(samples[0]) if samples else ()
 
 
 def prepare_for_inference(net: nn.Module, *example: Tensor) -> fx.GraphModule:

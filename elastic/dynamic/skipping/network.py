@@ -14,26 +14,27 @@ from elastic.dynamic.norms import SetNorm
 from elastic.dynamic.skipping import compiling
 from elastic.dynamic.skipping.active import ActiveLayer
 from elastic.dynamic.skipping.convolution import ActiveConv2d, Method
-from elastic.dynamic.skipping.inference import prepare_for_inference
+from elastic.dynamic.skipping.inference import prepare_for_inference, take_first
 from elastic.dynamic.skipping.replay import fuse
 from elastic.dynamic.skipping.rewrite import rewrite
 from elastic.measure.timing import choose_fastest
 from elastic.surgery.layout import lay_out_images, lay_out_weights
+from elastic.widths.inputs import Example, list_inputs
 from elastic.widths.tracing import get_layer
 
 METHODS: tuple[Method, ...] = get_args(Method)
 REPEATS = 5  # of a measurement
 
 
-def make_skipping(net: nn.Module, samples: Sequence[Tensor] = (), method: Method | None = None) -> nn.Module:
+def make_skipping(net: nn.Module, samples: Sequence[Example] = (), method: Method | None = None) -> nn.Module:
     """Make a network that computes what a network with kernel activation modules engages, and nothing else.
 
     Args:
         net: from `attach_modules`, or one without modules, which is executed in full.
-        samples: inputs as they will come, to measure each convolution's fastest method, and whether to skip
-            at all: where it does not pay, the result is `make_masked(net)`. Without them all convolutions
-            are carried out by the kernel, or by stock torch where that cannot be compiled. A network whose
-            forward asks for sizes needs one.
+        samples: inputs as they will come (each a sequence, for a network of several), to measure each
+            convolution's fastest method, and whether to skip at all: where it does not pay, the result is
+            `make_masked(net)`. Without them all convolutions are carried out by the kernel, or by stock torch
+            where that cannot be compiled. A network whose forward asks for sizes needs one.
         method: "kernel", "stock" or "dense" for all convolutions, whatever is faster.
 
     It has copies of all weights, for each set of modules if norms keep statistics for each, in evaluation
@@ -66,8 +67,8 @@ class BySet(nn.Module):
         self._first = (next(iterate_modules(self.nets[0])),)
         select_set(self, active_set)
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        y_BK: Tensor = self.nets[self._first[0].active_set](x_BCHW)
+    def forward(self, *inputs: Tensor) -> Tensor:
+        y_BK: Tensor = self.nets[self._first[0].active_set](*inputs)
         return y_BK
 
 
@@ -76,7 +77,7 @@ def _make_by_set(net: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.M
     return BySet(net, make, *sets) if sets else make(net)
 
 
-def _make_skipping(net: nn.Module, samples: Sequence[Tensor], method: Method | None) -> nn.Module:
+def _make_skipping(net: nn.Module, samples: Sequence[Example], method: Method | None) -> nn.Module:
     active = _fuse(rewrite(net, method, samples))
     if not samples or method is not None:
         return active
@@ -97,9 +98,9 @@ def _is_compiled(active: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _make_masked(
-    net: nn.Module, memory_format: torch.memory_format, samples: Sequence[Tensor] = ()
+    net: nn.Module, memory_format: torch.memory_format, samples: Sequence[Example] = ()
 ) -> fx.GraphModule:
-    traced = prepare_for_inference(net, *samples[:1])
+    traced = prepare_for_inference(net, *take_first(samples))
     lay_out_weights(traced, memory_format)
     for node in list(traced.graph.nodes):
         if node.op == "call_method" and node.target == "view":  # is refused for other memory formats
@@ -112,7 +113,7 @@ def _make_masked(
     return traced
 
 
-def tune(active: fx.GraphModule, samples: Iterable[Tensor], repeats: int = REPEATS) -> None:
+def tune(active: fx.GraphModule, samples: Iterable[Example], repeats: int = REPEATS) -> None:
     """Give each convolution the method that is fastest on the samples, on this machine as it is now."""
     methods = [method for method in METHODS if method != "kernel" or compiling.load_kernel() is not None]
     times: dict[ActiveConv2d, dict[Method, list[float]]] = defaultdict(lambda: {m: [] for m in methods})
@@ -130,8 +131,8 @@ def tune(active: fx.GraphModule, samples: Iterable[Tensor], repeats: int = REPEA
     hooks = [layer.register_forward_hook(measure) for layer in layers]
     try:
         with torch.inference_mode():
-            for x_BCHW in samples:
-                active(x_BCHW)
+            for sample in samples:
+                active(*list_inputs(sample))
     finally:
         for hook in hooks:
             hook.remove()

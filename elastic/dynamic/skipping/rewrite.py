@@ -14,13 +14,14 @@ from elastic.dynamic.skipping import compiling
 from elastic.dynamic.skipping.active import Active, ActiveLayer
 from elastic.dynamic.skipping.convolution import ActiveConv2d, Method
 from elastic.dynamic.skipping.head import ActiveHead
-from elastic.dynamic.skipping.inference import prepare_for_inference
+from elastic.dynamic.skipping.inference import prepare_for_inference, take_first
 from elastic.dynamic.skipping.layers import ActiveMaxPool2d, ActiveModule
 from elastic.dynamic.skipping.patterns import find_head, find_next, find_pool_size
 from elastic.dynamic.sums import find_addend
 from elastic.dynamic.zeros import PRODUCTS, RESHAPES, keeps_zeros, name_operation
 from elastic.errors import StructureError
 from elastic.widths.hooks import has_hooks
+from elastic.widths.inputs import Example
 from elastic.widths.tracing import get_layer
 
 Chain = list[fx.Node]  # of which each alone reads the one before
@@ -31,7 +32,7 @@ def scale(x_BCHW: Tensor, active: Active) -> Tensor:
     return active.scale(x_BCHW)
 
 
-def rewrite(net: nn.Module, method: Method | None = None, samples: Sequence[Tensor] = ()) -> fx.GraphModule:
+def rewrite(net: nn.Module, method: Method | None = None, samples: Sequence[Example] = ()) -> fx.GraphModule:
     """Rewrite a network, whose layers are told which channels are active.
 
     Args:
@@ -43,7 +44,7 @@ def rewrite(net: nn.Module, method: Method | None = None, samples: Sequence[Tens
     """
     _check(net)
     default: Method = "stock" if compiling.load_kernel() is None else "kernel"
-    return _Rewriter(prepare_for_inference(net, *samples[:1]), method or default).run()
+    return _Rewriter(prepare_for_inference(net, *take_first(samples)), method or default).run()
 
 
 def _check(net: nn.Module) -> None:
