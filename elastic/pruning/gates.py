@@ -125,7 +125,7 @@ class Gate(ChannelParametrization):
 def attach_gates(
     model: nn.Module, widths: Widths, grain: Grain, grace: int = 0, copies: Iterable[nn.Module] = ()
 ) -> None:
-    """Gate the convolutions, linear layers and embeddings that widths reach, in place, in the model and copies.
+    """Gate the convolutions, linear layers and embeddings that widths reach, of a model and its copies.
 
     At channel grain the gain and shift of the norm that follows a layer are gated with it, so that a closed
     channel is exactly zero; channels that cannot be removed (the logits) are not gated.
