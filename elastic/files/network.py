@@ -148,6 +148,7 @@ class Network:
         write_tensors(tensors, about, path, packed)
 
     @classmethod
+    @torch.inference_mode(False)  # else it could not be trained, nor changed, outside
     def load(cls, path: Path, net: nn.Module | None = None, example: Example | None = None) -> "Network":
         """Read a network from its file, which is read once, ready for inference.
 
@@ -158,11 +159,13 @@ class Network:
 
         Raises:
             FileError: the file is missing or damaged, or does not say what is not given.
-            StructureError: it is of another architecture.
+            StructureError: it is of another architecture, or the given network cannot be filled.
         """
         tensors, about = read_tensors(path)
         if net is None:
             net = _build(about, path)
+        if any(tensor.is_inference() for tensor in net.parameters()):
+            raise StructureError(f"{path} cannot fill what torch.inference_mode has made: build it outside")
         if example is None:
             example = _make_example(about, path)
         widths = _fill(net, {name: t for name, t in tensors.items() if not name.startswith(".")}, example)

@@ -15,7 +15,8 @@ def refuse_live_graph(tensors: Iterable[Tensor]) -> None:
 
     Its next backward would be wrong, in silence.
     """
-    parameters = [tensor for tensor in tensors if tensor.requires_grad]
+    # Tensors that inference mode has made are in no graph, and have no accumulator.
+    parameters = [tensor for tensor in tensors if tensor.requires_grad and not tensor.is_inference()]
     if any(map(_has_live_graph, parameters)):
         gc.collect()  # it may hang on a reference cycle only
         if any(map(_has_live_graph, parameters)):
@@ -25,6 +26,7 @@ def refuse_live_graph(tensors: Iterable[Tensor]) -> None:
             )
 
 
+@torch.inference_mode(False)
 def _has_live_graph(parameter: Tensor) -> bool:
     """Tell whether a parameter's gradient accumulator is older than this call.
 

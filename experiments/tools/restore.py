@@ -62,6 +62,7 @@ class FinishedRun:
         return self
 
 
+@torch.inference_mode(False)  # else the network could not be filled
 def restore(folder: Path, trust: Sequence[str] = ()) -> FinishedRun:
     """Restore a finished run from its folder.
 

@@ -384,6 +384,23 @@ def test_a_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert opened == [tmp_path / "net"]
 
 
+def test_what_is_read_in_inference_mode_is_read_as_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With levels and modules; and it can be trained."""
+    net, x, widths = built("convnet")
+    network = dynamic(evaluated(nested(net, widths, halves(widths, 0.5))), x)
+    network.save(tmp_path / "net", {"model": {}, "input": list(x.shape[1:])})
+    monkeypatch.setattr("elastic.files.network.build_model", lambda options: fresh("convnet"))
+    with torch.inference_mode():
+        again = Network.load(tmp_path / "net")
+        with pytest.raises(StructureError, match="build it outside"):
+            Network.load(tmp_path / "net", fresh("convnet"), x)
+    for level in range(len(network)):
+        assert torch.equal(again.run(x, level), network.run(x, level))
+    again.plain()(x).sum().backward()
+
+
 def test_the_package_saves_and_loads(tmp_path: Path) -> None:
     net, x, widths = built("convnet")
     elastic.save(net.eval(), tmp_path / "net")

@@ -447,6 +447,20 @@ def test_a_graph_that_is_garbage_is_no_live_graph() -> None:
     reindex(model, widths, {"0": [0, 1]})
 
 
+def test_in_inference_mode_a_network_changes_and_a_live_graph_is_refused_as_elsewhere() -> None:
+    model = two_layers().eval()
+    widths = discover(model, X)
+    y = model(X)
+    with torch.inference_mode():
+        with pytest.raises(StructureError, match="autograd graph"):
+            reindex(model, widths, {"0": [1, 0]})
+        del y
+        expected = model(X)
+        for network in (model, copy.deepcopy(model)):  # the copy is made of inference tensors
+            reindex(network, copy.deepcopy(widths), {"0": [3, 2, 1, 0, FRESH]})
+            close(network(X), expected)
+
+
 def test_gradients_are_dropped() -> None:
     model = two_layers()
     trained(model)
