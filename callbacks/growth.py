@@ -20,7 +20,7 @@ from elastic.surgery.reindexing import Index, grow_index, split_index
 from elastic.training.entry_rates import EntryRates
 from elastic.training.progress import may_be_validated_later, measure_epoch_progress
 from elastic.training.samples import check_loss, sample_batch
-from elastic.training.timeline import find_growth_at, read_timeline, select_growth
+from elastic.training.timeline import find_growth_at, find_starts, read_timeline, select_growth
 from elastic.widths.inputs import list_inputs
 
 STARTS = (*STRATEGIES, *PAIRS, "gradmax")
@@ -71,7 +71,9 @@ class GrowOnSaturation(ElasticCallback):
         self.trigger, self.amount, self.monitor = trigger, amount, monitor
         self.fresh, self.until, self.catch_up = fresh, until, catch_up
         self.rates: EntryRates | None = None
-        self.script = None if timeline is None else select_growth(read_timeline(Path(timeline)))
+        rows = [] if timeline is None else read_timeline(Path(timeline))
+        self.script = None if timeline is None else select_growth(rows)
+        self.starts = {kind: find_starts(rows, kind) for kind in ("width", "stage")}
         self.is_due = False
         self._source: Literal["validation", "training"] | None = None  # of the metric, once it has come
         self._observed = -1  # the latest epoch whose metric the trigger has seen
@@ -122,6 +124,17 @@ class GrowOnSaturation(ElasticCallback):
                 raise TrainingError(
                     f"the timeline tells of '{name}', which this network has not: replay it on the network, "
                     "and with the start, of its own run"
+                )
+        if not self.structure.timeline:  # a run that goes on has other blocks by now, and was checked
+            self._check_starts("width", self.structure.start_sizes)
+            self._check_starts("stage", stages)
+
+    def _check_starts(self, kind: str, sizes: Mapping[str, int]) -> None:
+        for name, start in self.starts[kind].items():
+            if sizes.get(name, start) != start:
+                raise TrainingError(
+                    f"the timeline begins with {start} in the {kind} '{name}', this network with {sizes[name]}: "
+                    "replay it on the network, and with the start, of its own run"
                 )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

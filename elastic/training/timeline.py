@@ -39,6 +39,15 @@ def select_growth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if row["after"] > row["before"]]
 
 
+def find_starts(rows: Sequence[dict[str, Any]], kind: str) -> dict[str, int]:
+    """Find what each width, or each stage, had before its first event.
+
+    Args:
+        kind: `width` or `stage`.
+    """
+    return {row[kind]: row["before"] for row in reversed(rows) if kind in row}
+
+
 def find_growth_at(rows: Sequence[dict[str, Any]], epoch: int) -> tuple[dict[str, int], list[str]]:
     """Find what grew as an epoch began: the channels that widths then had, the stages deepened."""
     grown = [row for row in select_growth(rows) if row["epoch"] == epoch]

@@ -318,10 +318,20 @@ def test_a_timeline_is_replayed_on_all_of_the_training_data(tmp_path: Path) -> N
 
 
 def test_what_a_run_has_beyond_the_timeline_is_left_alone(tmp_path: Path) -> None:
-    rows = [{"epoch": 1, "why": "grow", "width": w, "before": 1, "after": a} for w, a in (("0", 3), ("3", 9))]
+    """It need not have pruned what the other run had."""
+    events = (("0", START["0"], 2), ("0", 2, 3), ("3", START["3"], 9))
+    rows = [{"epoch": 1, "why": "", "width": w, "before": b, "after": a} for w, b, a in events]
     (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     run = fit(tmp_path / "run", *GROWING, f"timeline={tmp_path / 't.jsonl'}")
     assert run.module.structure.widths.sizes() == START | {"3": 9}
+
+
+@pytest.mark.slow
+def test_a_timeline_of_fewer_blocks_is_refused(tmp_path: Path) -> None:
+    row = {"epoch": 1, "why": "", "stage": "stage1", "before": 1, "after": 2}
+    (tmp_path / "t.jsonl").write_text(json.dumps(row))
+    with pytest.raises(TrainingError, match="with 1 in the stage 'stage1', this network with 2"):
+        fit(tmp_path, *GROWING, *RESIDUAL, f"timeline={tmp_path / 't.jsonl'}")
 
 
 @pytest.mark.parametrize(
@@ -332,6 +342,10 @@ def test_what_a_run_has_beyond_the_timeline_is_left_alone(tmp_path: Path) -> Non
         ("[1]", "is no timeline of a run"),
         ('{"epoch": 1, "why": "", "before": 1, "after": 2, "width": "stage1.0.conv1"}', "tells of 'stage1.0"),
         ('{"epoch": 1, "why": "", "before": 1, "after": 2, "stage": "stage1"}', "tells of 'stage1'"),
+        (
+            '{"epoch": 1, "why": "", "before": 3, "after": 9, "width": "0"}',
+            "with 3 in the width '0', this network with 4",
+        ),
     ],
 )
 def test_a_timeline_that_does_not_fit_is_refused_before_anything_is_trained(
