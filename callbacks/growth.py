@@ -131,9 +131,10 @@ class GrowOnSaturation(ElasticCallback):
 
     def _check_starts(self, kind: str, sizes: Mapping[str, int]) -> None:
         for name, start in self.starts[kind].items():
-            if sizes.get(name, start) != start:
+            own = sizes.get(name, start)
+            if own != start:
                 raise TrainingError(
-                    f"the timeline begins with {start} in the {kind} '{name}', this network with {sizes[name]}: "
+                    f"the timeline begins with {start} in the {kind} '{name}', this network with {own}: "
                     "replay it on the network, and with the start, of its own run"
                 )
 

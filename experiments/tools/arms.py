@@ -70,12 +70,16 @@ def read_arms(pattern: str, summaries: Mapping[Path, Summary]) -> list[Arm]:
         pattern: of the runs' folders.
     """
     names = name_arms(pattern)
-    groups: dict[str, list[Summary]] = defaultdict(list)
+    # What was seen on other data, or is judged by another metric, is no seed of the same arm.
+    groups: dict[tuple[str, str, str], list[Summary]] = defaultdict(list)
+    histories: dict[tuple[str, str, str], list[History]] = defaultdict(list)
     for folder, summary in summaries.items():
         for suffix, part in _split_summary(summary):
-            groups[names[folder] + suffix].append(part)
-    histories = read_histories(names)
-    arms = [Arm(name, name, runs, histories.get(name, ())) for name, runs in groups.items()]
+            key = (names[folder] + suffix, str(part.get("data") or ""), find_metric(part))
+            groups[key].append(part)
+            if not suffix:
+                histories[key] += read_history(folder)
+    arms = [Arm(key[0], key[0], runs, histories[key]) for key, runs in groups.items()]
     return sorted(_label(arms), key=lambda arm: arm.compute_mean("params") or ())
 
 
@@ -126,12 +130,22 @@ def shorten_names(names: Sequence[str]) -> dict[str, str]:
 def name_arms(pattern: str) -> dict[Path, str]:
     """Name the arm of each folder that matches: its name without the seed.
 
-    Where they lie in several folders, with that folder's: the same name may be of different questions.
+    Where they lie in several folders, with as much of those as tells them apart: the same name may be of
+    different questions.
     """
-    folders = sorted(Path(match) for match in glob.glob(pattern))
-    several = len({folder.parent for folder in folders}) > 1
-    names = {folder: re.sub(r"-seed\d+$", "", folder.name) for folder in folders}
-    return {folder: f"{folder.parent.name}/{arm}" if several else arm for folder, arm in names.items()}
+    return {folder: re.sub(r"-seed\d+$", "", name) for folder, name in name_folders(pattern).items()}
+
+
+def name_folders(pattern: str) -> dict[Path, str]:
+    """Name each folder that matches, with as much of what it lies in as tells those apart."""
+    text = str(Path(pattern).expanduser())
+    matches = [text] if Path(text).is_dir() else sorted(glob.glob(text))  # signs of a glob may be in a name
+    folders = [Path(match) for match in matches if Path(match).is_dir()]
+    parents = {folder.parent.parts for folder in folders}
+    depth = 0
+    while len({parts[len(parts) - depth :] for parts in parents}) < len(parents):
+        depth += 1
+    return {folder: "/".join(folder.parts[len(folder.parts) - 1 - depth :]) for folder in folders}
 
 
 def read_summaries(pattern: str) -> dict[Path, Summary]:
@@ -162,8 +176,8 @@ def _read_summary(path: Path) -> Summary:
 
 def read_failures(pattern: str) -> dict[str, str]:
     """Read why runs of a sweep failed, by folder."""
-    notes = (folder / FAILED for folder in name_arms(pattern))
-    return {note.parent.name: _read_reason(note) for note in notes if note.exists()}
+    notes = {name: folder / FAILED for folder, name in name_folders(pattern).items()}
+    return {name: _read_reason(note) for name, note in notes.items() if note.exists()}
 
 
 def _read_reason(note: Path) -> str:
@@ -173,23 +187,18 @@ def _read_reason(note: Path) -> str:
         return f"{note.name} is damaged"
 
 
-def read_histories(names: Mapping[Path, str]) -> dict[str, list[History]]:
-    """Read what the census found in each epoch of each run that kept it, by arm.
+def read_history(folder: Path) -> list[History]:
+    """Read what the census found in each epoch of a run, if it kept that.
 
     Raises:
-        FileError: one is damaged.
+        FileError: it is damaged.
     """
-    histories: dict[str, list[History]] = defaultdict(list)
-    for folder, arm in names.items():
-        if (folder / "history.jsonl").exists():
-            histories[arm].append(_read_history(folder / "history.jsonl"))
-    return histories
-
-
-def _read_history(path: Path) -> History:
+    path = folder / "history.jsonl"
+    if not path.exists():
+        return []
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
         sum(row[key] for row in rows for key in ("epoch", "params", "params_dense"))
     except (ValueError, TypeError, KeyError) as error:
         raise FileError(f"{path} is damaged: finish its run again, or leave it out of runs") from error
-    return rows
+    return [rows]

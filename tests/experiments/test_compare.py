@@ -21,7 +21,7 @@ from elastic.experiments.tools.tables import format_markdown
 
 
 def write(folder: Path, accuracy: float, params: int, **more: Any) -> None:
-    folder.mkdir()
+    folder.mkdir(parents=True)
     summary = {"test/acc": accuracy, "params": params, "params_dense": 9, "macs": 7, "wall_s": 1.5, **more}
     (folder / "summary.json").write_text(json.dumps(summary))
 
@@ -182,6 +182,45 @@ def test_each_data_set_has_a_table_with_a_best_of_its_own(
     compare_runs(pattern)
     out = capsys.readouterr().out
     assert out.index("cifar10") < out.index("91.00") < out.index("mnist") < out.index("98.00")
+
+
+def test_arms_of_one_name_are_as_many_as_questions_data_sets_and_metrics(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """However deep the folder lies that tells them apart."""
+    write(tmp_path / "a" / "runs" / "fixed-seed0", 0.5, 10)
+    write(tmp_path / "b" / "runs" / "fixed-seed0", 0.9, 10)
+    (tmp_path / "b" / "runs" / "lost-seed0").mkdir()
+    (tmp_path / "b" / "runs" / "lost-seed0" / "failed.json").write_text('{"error": "why"}')
+    pattern = f"{tmp_path}/*/runs/*"
+    arms = read_arms(pattern, read_summaries(pattern))
+    assert {arm.name: arm.list_values("test/acc") for arm in arms} == {
+        "a/runs/fixed": [0.5],
+        "b/runs/fixed": [0.9],
+    }
+    assert read_failures(pattern) == {"b/runs/lost-seed0": "why"}
+    for seed, data in enumerate(("mnist", "digits")):
+        write(tmp_path / "c" / f"fixed-seed{seed}", 0.5, 10, data=data)
+        (tmp_path / "c" / f"fixed-seed{seed}" / "history.jsonl").write_text(
+            f'{{"epoch": {seed}, "params": 1, "params_dense": 1}}'
+        )
+    (tmp_path / "c" / "fixed-seed2").mkdir()
+    (tmp_path / "c" / "fixed-seed2" / "summary.json").write_text(
+        json.dumps({"data": "digits", "test/iou": 0.3, "params": 10})
+    )
+    tables = make_tables(read_arms(f"{tmp_path}/c/*", read_summaries(f"{tmp_path}/c/*")))
+    assert [table.title for table in tables] == ["digits, test accuracy", "digits, test iou", "mnist"]
+    histories = [[row["epoch"] for rows in table.arms[0].histories for row in rows] for table in tables]
+    assert histories == [[1], [], [0]]
+
+
+def test_runs_are_found_under_home_and_by_names_with_signs_of_a_glob(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "a[1]", 0.5, 10)
+    (tmp_path / "a file").touch()
+    assert [*read_summaries("~/*")] == [*read_summaries("~/a[1]")] == [tmp_path / "a[1]"]
 
 
 @pytest.mark.parametrize(
