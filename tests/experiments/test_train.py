@@ -185,6 +185,14 @@ def test_a_finished_run_named_again_is_measured_again(
     assert second["wall_s"] >= first["wall_s"], "the time of the run, not of the last start"
 
 
+@pytest.mark.usefixtures("no_picture")
+def test_a_run_that_steps_have_ended_has_as_many_epochs_whenever_it_is_measured(tmp_path: Path) -> None:
+    """Two, the second one in part."""
+    short = ("+trainer.limit_train_batches=2", "+trainer.max_steps=3", "trainer.max_epochs=null")
+    cfg = configure(tmp_path, *SMOKE, *short, "schedule=static", "+trainer.limit_test_batches=1")
+    assert [train(cfg, tmp_path)["epochs"] for _ in range(2)] == [2, 2]
+
+
 def test_a_run_killed_in_its_first_epoch_is_begun_anew_by_its_folder_alone(
     finished: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
