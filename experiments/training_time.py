@@ -3,9 +3,11 @@
 Runs may be from a machine where other things count: on a GPU, a small network's step takes as long as a
 wide one's. So each is carried out again on one thread with a few batches of every epoch, and grows when it
 grew. Its training takes the median time from one batch to the next, times the batches of an epoch, over all
-epochs. It is processor time, which others on the machine disturb least. Validation does not count.
+epochs that it has trained, whatever has ended it. It is processor time, which others on the machine disturb
+least. Validation does not count.
 """
 
+import math
 import statistics
 import tempfile
 import time
@@ -20,13 +22,14 @@ from omegaconf import DictConfig, open_dict
 
 from elastic.callbacks import Census
 from elastic.callbacks.base import ElasticCallback
-from elastic.errors import OptionError
+from elastic.errors import OptionError, TrainingError
 from elastic.experiments.tools.arms import name_arms
 from elastic.experiments.tools.environment import silence
 from elastic.experiments.tools.errors import run
-from elastic.experiments.tools.folders import check_finished, load_config
+from elastic.experiments.tools.folders import check_finished, is_pruned, load_config
 from elastic.experiments.tools.options import call
 from elastic.experiments.tools.parts import make_callbacks
+from elastic.experiments.tools.restore import read_summary
 from elastic.experiments.tools.summary import find_cpu
 from elastic.experiments.tools.tables import (
     check_targets,
@@ -45,8 +48,8 @@ Clock = Callable[[], float]
 class StepClock(L.Callback):
     """Time the steps of each epoch, from the end of one to that of the next, with the loading of a batch."""
 
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
+    def __init__(self, clock: Clock, epochs: int) -> None:
+        self.clock, self.epochs = clock, epochs
         self.steps_s: list[float] = []  # of each epoch, the median
         self.batches = 0  # of an epoch, as a whole
         self._ends: list[float] = []
@@ -58,22 +61,26 @@ class StepClock(L.Callback):
         self._ends.append(self.clock())
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if len(self._ends) < 2:
+            raise TrainingError("an epoch of one batch cannot be timed: name runs of smaller batches")
         pairs = zip(self._ends, self._ends[1:], strict=False)
         self.steps_s.append(statistics.median(end - start for start, end in pairs))
         assert trainer.train_dataloader is not None
         self.batches = len(trainer.train_dataloader)
+        trainer.should_stop = len(self.steps_s) == self.epochs
 
 
 @dataclass(frozen=True)
 class TrainingTime:
-    """Hold the seconds of a step in each epoch, and how many steps an epoch has."""
+    """Hold the seconds of a step in each epoch, how many steps an epoch has, and the last one."""
 
     steps_s: Sequence[float]
     batches: int
+    last: int
 
     @property
     def total_s(self) -> float:
-        return sum(self.steps_s) * self.batches
+        return sum(self.steps_s[:-1]) * self.batches + self.steps_s[-1] * self.last
 
 
 def time_training(folder: Path, batches: int, clock: Clock = time.process_time) -> TrainingTime:
@@ -81,11 +88,17 @@ def time_training(folder: Path, batches: int, clock: Clock = time.process_time) 
 
     Raises:
         FileError: the folder holds no finished run.
+        OptionError: it has trained no epoch.
+        TrainingError: an epoch has one batch.
     """
     cfg = load_config(check_finished(folder))
-    shorten(cfg, folder, batches)
+    epochs = read_summary(folder).get("epochs")
+    if not epochs or is_pruned(folder):
+        raise OptionError(f"{folder} holds a network that has not been trained there: leave it out of runs")
+    planned = cfg.trainer.copy()
+    shorten(cfg, folder, batches, epochs)
     torch.set_num_threads(1)
-    step_clock = StepClock(clock)
+    step_clock = StepClock(clock, epochs)
     with tempfile.TemporaryDirectory() as name:
         module, data = build(cfg)
         own = [
@@ -95,15 +108,44 @@ def time_training(folder: Path, batches: int, clock: Clock = time.process_time) 
         ]
         trainer = make_trainer(cfg, [*own, step_clock], Path(name))
         trainer.fit(module, data)
-    return TrainingTime(step_clock.steps_s, step_clock.batches)
+    return TrainingTime(step_clock.steps_s, *count_batches(planned, step_clock.batches, epochs))
 
 
-def shorten(cfg: DictConfig, folder: Path, batches: int) -> None:
-    """Leave out of a run's configuration all that does not belong to a step."""
+def count_batches(planned: DictConfig, batches: int, epochs: int) -> tuple[int, int]:
+    """Count the batches that an epoch of a run had, and those of its last one, which steps may have ended.
+
+    Args:
+        planned: the options of its trainer.
+        batches: that its data has.
+        epochs: that it has trained, the last one included.
+    """
+    limit = planned.get("overfit_batches") or planned.get("limit_train_batches")
+    if limit is not None:
+        batches = min(limit, batches) if isinstance(limit, int) else int(limit * batches)
+    steps = planned.get("max_steps") or -1
+    if steps < 1:
+        return batches, batches
+    each = planned.get("accumulate_grad_batches") or 1
+    remaining = steps - (epochs - 1) * math.ceil(batches / each)
+    return batches, min(batches, remaining * each)
+
+
+def shorten(cfg: DictConfig, folder: Path, batches: int, epochs: int) -> None:
+    """Leave out of a run's configuration all that does not belong to a step.
+
+    Args:
+        batches: of each epoch.
+        epochs: that the run has trained, which it planned where steps, or time alone, have ended it.
+    """
+    is_planned = (cfg.trainer.get("max_steps") or -1) < 1 and cfg.trainer.get("max_epochs") not in (None, -1)
     with open_dict(cfg):
         cfg.trainer.update(
             accelerator="cpu",
             devices=1,
+            max_epochs=cfg.trainer.max_epochs if is_planned else epochs,
+            max_steps=-1,
+            max_time=None,
+            overfit_batches=0,
             limit_train_batches=batches,
             limit_val_batches=0,
             num_sanity_val_steps=0,

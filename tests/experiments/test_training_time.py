@@ -2,15 +2,23 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from elastic.errors import FileError, OptionError
 from elastic.experiments import training_time
 from elastic.experiments.train import train
-from elastic.experiments.training_time import StepClock, TrainingTime, show_training_time, time_training
+from elastic.experiments.training_time import (
+    StepClock,
+    TrainingTime,
+    count_batches,
+    show_training_time,
+    time_training,
+)
 from tests.fitted import EXACT
 from tests.runs import configure
 
@@ -48,12 +56,45 @@ def test_a_run_is_timed_as_it_grew(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == files
 
 
+def test_an_epoch_that_was_not_trained_is_not_timed(folder: Path, tmp_path: Path) -> None:
+    """Growth comes where it came in the plan of four epochs."""
+    ended = Path(shutil.copytree(folder, tmp_path / "ended-seed0"))
+    (ended / "SHA256SUMS").unlink()
+    summary = json.loads((ended / "summary.json").read_text())
+    (ended / "summary.json").write_text(json.dumps(summary | {"epochs": 3}))
+    assert len(time_training(ended, 2).steps_s) == 3
+    (ended / "summary.json").write_text(json.dumps(summary | {"epochs": 0}))
+    with pytest.raises(OptionError, match="has not been trained there"):
+        time_training(ended, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "epochs", "counts"),
+    [
+        ({}, 3, (20, 20)),
+        ({"limit_train_batches": 2, "max_steps": -1}, 3, (2, 2)),
+        ({"limit_train_batches": 30}, 3, (20, 20)),
+        ({"limit_train_batches": 0.5}, 3, (10, 10)),
+        ({"overfit_batches": 3, "limit_train_batches": 0.5}, 3, (3, 3)),
+        ({"max_steps": 45}, 3, (20, 5)),
+        ({"max_steps": 100}, 3, (20, 20)),
+        ({"max_steps": 5}, 1, (20, 5)),
+        ({"max_steps": 15, "accumulate_grad_batches": 3}, 3, (20, 3)),  # seven steps an epoch
+    ],
+)
+def test_batches_are_those_that_were_trained(
+    options: dict[str, Any], epochs: int, counts: tuple[int, int]
+) -> None:
+    assert count_batches(OmegaConf.create(options), 20, epochs) == counts
+    assert TrainingTime([0.5] * epochs, *counts).total_s == 0.5 * ((epochs - 1) * counts[0] + counts[1])
+
+
 def test_arms_are_put_beside_their_baseline(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for arm in ("fixed", "grown"):
         (tmp_path / f"{arm}-seed0").mkdir()
-    times = {"fixed": TrainingTime([0.2, 0.2], 100), "grown": TrainingTime([0.1, 0.2], 100)}
+    times = {"fixed": TrainingTime([0.2, 0.2], 100, 100), "grown": TrainingTime([0.1, 0.2], 100, 100)}
     monkeypatch.setattr(
         training_time, "time_training", lambda path, _: times[path.name.removesuffix("-seed0")]
     )
