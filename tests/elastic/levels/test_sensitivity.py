@@ -158,6 +158,8 @@ def test_a_run_sizes_its_levels_by_a_file(tmp_path: Path, capsys: pytest.Capture
         pruned = restore(tmp_path / by)
         assert 0.3 * macs < pruned.summary["macs"] <= 0.6 * macs
         assert pruned.network.run(pruned.example).shape == (1, 10)
+        assert "val/acc" not in pruned.summary, "nobody has validated what is left"
+    assert restore(first).summary["val/acc"] > 0
     with pytest.raises(FileError, match="already"):
         prune_run(first, tmp_path / "l1")
 
