@@ -17,17 +17,18 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
-from elastic.errors import OptionError, TrainingError
+from elastic.errors import OptionError, TrainingError, cite
 from elastic.experiments.tools.errors import run
 from elastic.experiments.tools.folders import CHECKPOINT, SUMMARY
 from elastic.experiments.tools.metrics import find_metric
 from elastic.experiments.tools.options import call
 from elastic.ranges import Count
 
+T = TypeVar("T")
 POLL_S = 0.5
 TRAIN = (sys.executable, "-W", "ignore", "-m", "elastic.experiments.train")
 
@@ -88,26 +89,75 @@ def read_plan(file: Path, runs: Path) -> list[PlannedRun]:
     """Read a plan's runs, arm by arm.
 
     Raises:
-        OptionError: the file is no plan.
+        OptionError: the file is no plan, or a run starts from one that is not there.
     """
+    filled = {
+        f"{name}-seed{seed}": (
+            f"seed={seed}",
+            *(_fill(word, seed, runs, f"{file}: {name}") for word in words),
+        )
+        for name, (seeds, words) in _read_arms(file).items()
+        for seed in seeds
+    }
+    folders = {runs / name: name for name in filled}
+    needs = {}
+    for name, words in filled.items():
+        paths = {word: Path(word.partition("=")[2]) for word in words}
+        needs[name] = frozenset(folders[path] for path in paths.values() if path in folders)
+        for word, path in paths.items():
+            if word.startswith(f"init={runs}/") and path not in folders and not path.exists():
+                raise OptionError(
+                    f"{file}: {name} has {word}, which is no run of the plan: name one of its runs"
+                )
+    return [PlannedRun(name, runs / name, words, needs[name]) for name, words in filled.items()]
+
+
+def _read_arms(file: Path) -> dict[str, tuple[list[int], list[str]]]:
+    """Read the seeds of each arm and its options, the common ones first."""
     try:
         content: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
-        common = [str(word) for word in content.get("common", ())]
-        arms = {
-            name: (list(arm["seeds"]), [*common, *arm["options"]]) for name, arm in content["arms"].items()
-        }
-        pairs = {f"{name}-seed{k}": (k, words) for name, (seeds, words) in arms.items() for k in seeds}
-        filled = {
-            name: (f"seed={seed}", *(word.format(seed=seed, runs=runs) for word in words))
-            for name, (seed, words) in pairs.items()
-        }
-    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
-        raise OptionError(f"{file} is no plan ({error!r:.80}): see elastic plan --help") from error
-    needs = {
-        name: frozenset(other for other in filled if any(w.endswith(f"={runs / other}") for w in words))
-        for name, words in filled.items()
-    }
-    return [PlannedRun(name, runs / name, words, needs[name]) for name, words in filled.items()]
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        raise OptionError(f"{file} is no plan ({cite(error)}): see elastic plan --help") from error
+    plan = _check_mapping(content, ("common", "arms"), f"{file}")
+    common = _check_list(plan.get("common", []), str, f"{file}: common", "[trainer.max_epochs=9]")
+    arms = {}
+    for name, node in _check_mapping(plan.get("arms"), (), f"{file}: arms").items():
+        arm = _check_mapping(node, ("seeds", "options"), f"{file}: {name}")
+        seeds = _check_list(arm.get("seeds"), int, f"{file}: seeds of {name}", "[0, 1]")
+        own = _check_list(arm.get("options"), str, f"{file}: options of {name}", "[schedule=gates]")
+        arms[name] = (seeds, [*common, *own])
+    return arms
+
+
+def _check_mapping(node: Any, keys: Collection[str], place: str) -> dict[str, Any]:
+    """Return what has to be a mapping of names, of these if there are any."""
+    if not isinstance(node, dict) or not all(isinstance(key, str) for key in node):
+        names = " and ".join(keys) or "names, in quotes where they are numbers"
+        raise OptionError(f"{place} is no plan, it is {_shorten(node)}: write a mapping of {names}")
+    if unknown := [key for key in node if keys and key not in keys]:
+        raise OptionError(f"{place} is no plan, it has '{unknown[0]}': write {' and '.join(keys)} alone")
+    return node
+
+
+def _check_list(node: Any, kind: type[T], place: str, example: str) -> list[T]:
+    if not isinstance(node, list) or not all(type(value) is kind for value in node):
+        raise OptionError(f"{place} cannot be {_shorten(node)}: write a list such as {example}")
+    return node
+
+
+def _fill(word: str, seed: int, runs: Path, place: str) -> str:
+    """Put seed and folder into an option."""
+    try:
+        return word.format(seed=seed, runs=runs)
+    except (LookupError, ValueError, AttributeError, TypeError) as error:
+        raise OptionError(
+            f"{place} has {word}, where {{seed}} and {{runs}} alone stand for something: double other braces"
+        ) from error
+
+
+def _shorten(node: Any) -> str:
+    text = "nothing" if node is None else repr(node)
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def run_side_by_side(plan: Sequence[PlannedRun], workers: int) -> list[str]:

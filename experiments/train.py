@@ -167,7 +167,8 @@ def finish(
     census = next((callback for callback in list_elastic(trainer) if isinstance(callback, Census)), None)
     costs = (None, None) if census is None else (census.seconds, census.macs_training)
     history = [] if census is None else census.history
-    epochs = trainer.fit_loop.epoch_progress.current.processed  # `current_epoch` is one less in a checkpoint
+    # `current_epoch` may be one less where a run goes on that had ended.
+    epochs = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
     summary = summarise(cfg, epochs, measure_network(network, data, module.task), *costs)
     metric = f"val/{module.task.metric}"
     summary[metric] = history[-1].get(metric) if history else None

@@ -101,16 +101,35 @@ def test_what_is_wrong_with_a_run_is_one_line_of_its_log(
 @pytest.mark.parametrize(
     ("text", "only", "reason"),
     [
-        ("arms: {a: {seeds: 3, options: []}}", "*", "no plan"),
-        ("[1, 2]", "*", "no plan"),
-        ("arms: {a: {seeds: [0], options: ['init={nowhere}']}}", "*", "no plan"),
+        ("", "*", "is no plan, it is nothing: write a mapping of common and arms"),
+        ("[1, 2]", "*", r"is no plan, it is \[1, 2\]: write a mapping"),
+        ("a: [", "*", r"is no plan \(.*\): see elastic plan --help"),
+        ("{}", "*", "arms is no plan, it is nothing"),
+        ("{arms: [a, b]}", "*", r"arms is no plan, it is \['a', 'b'\]: write a mapping of names"),
+        ("arms: {1: {seeds: [0], options: []}}", "*", "names, in quotes where they are numbers"),
+        ("arms: {a: [b=1]}", "*", "a is no plan, .* a mapping of seeds and options"),
+        ("arms: {a: {seed: [0], options: []}}", "*", "it has 'seed': write seeds and options alone"),
+        ("arms: {a: {seeds: 3, options: []}}", "*", r"seeds of a cannot be 3: write a list such as \[0, 1\]"),
+        ("arms: {a: {seeds: [x], options: []}}", "*", "seeds of a cannot be"),
+        ("arms: {a: {seeds: [0]}}", "*", "options of a cannot be nothing: write a list"),
+        ("arms: {a: {seeds: [0], options: b=1}}", "*", "options of a cannot be 'b=1': write a list"),
+        ("arms: {a: {seeds: [0], options: [b: 1]}}", "*", r"options of a cannot be \[{'b': 1}\]"),
+        ("{common: b=1, arms: {}}", "*", "common cannot be 'b=1'"),
+        (
+            "arms: {a: {seeds: [0], options: ['init={nowhere}']}}",
+            "*",
+            "a has init={nowhere}, where {seed} and {runs}",
+        ),
+        ("arms: {a: {seeds: [0], options: ['b={4}', 'c={']}}", "*", r"a has b=\{4\}, where {seed}"),
+        ("arms: {a: {seeds: [0], options: ['init={runs}/b-seed0']}}", "*", "which is no run of the plan"),
         (PLAN, "elsewhere/*", "has no arm"),
     ],
 )
 def test_what_is_no_plan_is_refused(file: Path, tmp_path: Path, text: str, only: str, reason: str) -> None:
     file.write_text(text)
-    with pytest.raises(OptionError, match=reason):
+    with pytest.raises(OptionError, match=reason) as error:
         plan.carry_out(file, tmp_path / "runs", only=only)
+    assert "\n" not in str(error.value)
 
 
 def test_runs_that_wait_for_each_other_are_named(tmp_path: Path) -> None:
