@@ -5,6 +5,7 @@ choice, those options mean nothing any more; and where nobody reads an option of
 has to know.
 """
 
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from elastic.errors import OptionError
 
 CONF = Path(__file__).parents[2] / "conf"
 NO_NAME = re.compile(r"null|true|false|[-+]?[\d.]+(e[-+]?\d+)?", re.IGNORECASE)  # as Hydra reads a value
+# What Hydra says of several values where there is one run.
+SEVERAL = re.compile(r"(?:Ambiguous value for argument|Sweep parameters) '(.+?)'(?: requires|\n|$)")
 LISTS = ("logger", "schedule")  # groups of which a run has several
 # Groups whose choices have options of their own: another choice starts without an experiment's.
 OWN_OPTIONS = ("model", "optimizer", "lr_scheduler")
@@ -54,7 +57,7 @@ def check_words(words: Sequence[str]) -> None:
     """Refuse words of a command line that Hydra does not understand, which it would show over many lines.
 
     Raises:
-        OptionError: a flag is unknown, or stands between options; a choice is no name.
+        OptionError: a flag is unknown, or stands between options; a choice is no name; a folder is a file.
     """
     _, unknown = get_args_parser().parse_known_args(words)
     if flags := [word for word in unknown if word.startswith("-")]:
@@ -65,10 +68,18 @@ def check_words(words: Sequence[str]) -> None:
         key, equals, value = word.partition("=")
         if word in ("run=", "hydra.run.dir="):  # it would be the folder that one is in
             raise OptionError(f"{word} names no folder: name one, or leave it out")
+        if key in ("run", "hydra.run.dir") and (file := _find_file(value)):
+            raise OptionError(f"{word} cannot be, {file} is a file: name a folder")
         if equals and not key:
             raise OptionError(f"{word} names no option: write <option>{word}")
         if equals and (CONF / key).is_dir() and NO_NAME.fullmatch(value):
             raise OptionError(f"there is no {word}: choose {', '.join(list_choices(key))}")
+
+
+def _find_file(path: str) -> Path | None:
+    """Find what stands in the way of a folder: a file there, or in place of a folder above it."""
+    folder = Path(path.strip("'\""))
+    return next((place for place in (folder, *folder.parents) if place.is_file()), None)
 
 
 def settle(cfg: DictConfig, overrides: Sequence[str], choices: Mapping[str, str | None]) -> DictConfig:
@@ -158,6 +169,8 @@ def explain(error: Exception) -> str | None:
         return _explain_choice(error)
     if merged := re.match(r"Error merging override (.+)", str(error)):
         return f"{merged[1]} cannot be, it has options with names: set them one by one, or all to null"
+    if several := SEVERAL.match(str(error)):
+        return f"{several[1]} is several values: add -m for a run of each, or write a list as <option>=[…,…]"
     cause = error.__cause__
     if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException):
         return _explain_option(error, cause)
@@ -182,6 +195,7 @@ def _explain_option(error: ConfigCompositionException, cause: OmegaConfBaseExcep
         return explain_unread(line, callback)
     path = parent._get_full_key(None)
     names = sorted(str(name) for name in parent if not str(name).startswith("_") and name != "hydra")
-    return (
-        f"there is no option {key}: {path or 'a run'} has {', '.join(names)}; a new one is added by +{line}"
-    )
+    close = difflib.get_close_matches(key.rpartition(".")[2], names, 1)
+    near = f"{path}.{close[0]}" if close and path else "".join(close)
+    remedy = f"did you mean {near}?" if near else f"{path or 'a run'} has {', '.join(names)};"
+    return f"there is no option {key}: {remedy} a new one is added by +{line}"

@@ -127,7 +127,7 @@ def describe(function: Callable[..., Any], command: str) -> str:
     usage = " ".join([command, *(f"{o.name}=…" if o.required else f"[{o.name}=…]" for o in options)])
     summary = " ".join(doc.partition("\n\n")[0].split())
     lines = [f"  {o.name + '=':<10} {_describe_value(o):<24} {o.help}".rstrip() for o in options]
-    if "run" in list_options(function):
+    if list_options(function).keys() & {"run", "runs"}:
         lines.append(f"  {TRUST:<10} {'[modules]':<24} {TRUST_HELP}")
     return "\n".join([f"usage: {usage}", "", summary, "", *lines]).rstrip()
 

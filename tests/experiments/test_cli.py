@@ -44,6 +44,7 @@ def test_every_command_has_help(monkeypatch: Patch, capsys: Capture, name: str) 
     code, out, err = call(monkeypatch, capsys, name, "--help")
     assert (code, err) == (0, "") and out.startswith(f"usage: elastic {name}")
     assert all(len(line) <= 132 for line in out.splitlines())
+    assert "trust=" in out or not any(f"\n  {option}= " in out for option in ("run", "runs"))
 
 
 @pytest.mark.parametrize("words", [(), ("--help",), ("-h",)])

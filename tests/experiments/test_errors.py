@@ -58,6 +58,10 @@ def process(*arguments: str, module: str = "experiments.train", **options: Any) 
 WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "an unknown key": (("nonsense=1",), "there is no option nonsense: a run has callbacks, "),
     "an unknown key of a group": (("data.nonsense=1",), "a new one is added by +data.nonsense=1"),
+    "an option that is nearly one": (("trainer.max_epoch=1",), "did you mean trainer.max_epochs?"),
+    "a group that is nearly one": (("optimiser=sgd",), "did you mean optimizer?"),
+    "several values without -m": (("seed=0,1",), "seed=0,1 is several values: add -m"),
+    "a range without -m": (("seed=range(2)",), "seed=range(2) is several values: add -m"),
     "an unknown experiment": (("experiment=nonsense",), "choose cifar10, "),
     "an unknown model": (("model=resnet99",), "choose alexnet, convnet, narrow, resnet20"),
     "an unknown schedule": (("schedule=[growth,nonsense]",), "choose distil, dynamic, ema, gates"),
@@ -108,6 +112,15 @@ def test_a_setting_that_is_wrong_is_named(
     left = {p.name for p in (tmp_path / "run").rglob("*")} if (tmp_path / "run").exists() else set()
     assert not left & {"summary.json", "model.safetensors", "last.ckpt"}
     assert not any(name.endswith(".part") for name in left)
+
+
+@pytest.mark.parametrize("name", ["a file", "a file/run"])
+def test_a_run_has_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / "a file").touch()
+    code, _, err = command(elastic.experiments.train.main, monkeypatch, capsys, f"run={tmp_path / name}")
+    assert told(err, code).endswith(f"{tmp_path / 'a file'} is a file: name a folder")
 
 
 @pytest.mark.slow
