@@ -9,14 +9,15 @@ import copy
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from hashlib import sha256
-from math import nan, prod
+from math import nan
 from pathlib import Path
 from typing import Any, ClassVar
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
@@ -31,8 +32,9 @@ from elastic.experiments.tools.signals import AGAIN, advise
 from elastic.files.atomic import write_atomically
 
 FAILED = "failed.json"  # in a run's folder: why it failed
-PLAN = "sweep.json"  # in a sweep's folder: how many runs, when it set out, and what had ended by then
+PLAN = "sweep.json"  # in a sweep's folder: its runs, when it set out, and what had ended by then
 REPEATS = "again"  # of a trial: the number of the one that it repeats
+SUBDIR = "${run_name:"  # of a configuration that names its runs here
 LONGEST = 150  # characters of a name
 Summary = dict[str, Any]
 
@@ -126,7 +128,7 @@ def complete_sweep() -> Iterator[None]:
         ) from error
     if Sweep.folder is not None:
         plan = json.loads((Sweep.folder / PLAN).read_text())
-        if failed := count_states(Sweep.folder, plan["stale"])[2]:
+        if failed := count_states(Sweep.folder, plan["stale"], plan["names"])[2]:
             raise SweepError(
                 f"{failed} of {plan['runs']} runs have failed: {Sweep.folder}/<run>/{FAILED} says why"
             )
@@ -144,12 +146,20 @@ class Sweep(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         sweeper, folder = config.hydra.sweeper, settle_folder(config)
         folder.mkdir(parents=True, exist_ok=True)
-        runs = sweeper.get("n_trials") or count_grid(sweeper.get("params") or {}, config.hydra.overrides.task)
+        names = (
+            []
+            if "n_trials" in sweeper
+            else name_grid(sweeper.get("params") or {}, config.hydra.overrides.task)
+        )
         since, stale = time.time(), {path.parent.name: path.stat().st_mtime_ns for path in list_notes(folder)}
-        done = count_states(folder, stale)[0]
+        runs = sweeper.get("n_trials") or len(set(names))
+        raw: Any = OmegaConf.to_container(config.hydra.sweep, resolve=False)
+        if not raw["subdir"].startswith(SUBDIR):  # names of the user's own
+            names = []
+        done = count_states(folder, stale, names)[0]
         Sweep.folder = folder
         advise(lambda: f"{AGAIN}, the sweep in {folder} goes on")
-        plan = {"runs": runs, "since": since, "behind": done, "stale": stale}
+        plan = {"runs": runs, "names": names, "since": since, "behind": done, "stale": stale}
         write_atomically(folder / PLAN, lambda part: part.write_text(json.dumps(plan) + "\n"))
         if sweeper.get("storage") is not None:
             sweeper.n_trials = count_remaining(sweeper)
@@ -169,12 +179,11 @@ def settle_folder(config: DictConfig) -> Path:
     return folder
 
 
-def count_grid(params: Mapping[str, Any], overrides: Sequence[str]) -> int:
-    """Count the runs of a grid; what the command line says of a key rules."""
+def name_grid(params: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Name the folders of a grid's runs; what the command line says of a key rules."""
     texts = [*(f"{key}={value}" for key, value in params.items()), *overrides]
-    by_key = {o.get_key_element(): o for o in OverridesParser.create().parse_overrides(texts)}
-    axes = (override for override in by_key.values() if override.is_sweep_override())
-    return prod(sum(1 for _ in axis.sweep_string_iterator()) for axis in axes)
+    (jobs,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(texts), None)
+    return [name_run(",".join(sorted(job))) for job in jobs]
 
 
 def count_remaining(sweeper: DictConfig) -> int:
@@ -203,20 +212,22 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def list_notes(folder: Path) -> list[Path]:
-    """List the notes of why runs of a sweep failed."""
+    """List the notes of why runs failed."""
     return [run / FAILED for run in folder.iterdir() if (run / FAILED).exists()]
 
 
-def count_states(folder: Path, stale: Mapping[str, int]) -> tuple[int, int, int]:
+def count_states(folder: Path, stale: Mapping[str, int], names: Collection[str]) -> tuple[int, int, int]:
     """Count the runs that are done, running, and failed; what failed in an earlier start is tried again.
 
     Args:
         stale: when the notes of an earlier start were written; to be compared with nothing else, since
             clocks may jump.
+        names: of the sweep's runs, if they are known: others in its folder are of another sweep.
     """
-    runs = [run for run in folder.iterdir() if (run / CONFIG).exists() or (run / FAILED).exists()]
+    present = [run for run in folder.iterdir() if (run / CONFIG).exists() or (run / FAILED).exists()]
+    runs = [run for run in present if not names or run.name in names]
     done = sum((run / SUMMARY).exists() for run in runs)
-    notes = list_notes(folder)
+    notes = [note for note in list_notes(folder) if note.parent in runs]
     failed = sum(note.stat().st_mtime_ns != stale.get(note.parent.name) for note in notes)
     return done, len(runs) - done - len(notes), failed
 
@@ -224,7 +235,7 @@ def count_states(folder: Path, stale: Mapping[str, int]) -> tuple[int, int, int]
 def describe_progress(folder: Path) -> str:
     """Describe how far a sweep is, and how long it takes yet if it goes on as it has since it was started."""
     plan = json.loads((folder / PLAN).read_text())
-    done, running, failed = count_states(folder, plan["stale"])
+    done, running, failed = count_states(folder, plan["stale"], plan["names"])
     ended = done + failed - plan["behind"]
     remaining = plan["runs"] - done - failed
     minutes = max(0.0, time.time() - plan["since"]) / max(ended, 1) * remaining / 60

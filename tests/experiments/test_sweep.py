@@ -20,9 +20,9 @@ from elastic.errors import SweepError, TrainingError
 from elastic.experiments.tools import sweep
 from elastic.experiments.tools.folders import lock_folder, make_portable
 from elastic.experiments.tools.sweep import (
-    count_grid,
     count_remaining,
     describe_progress,
+    name_grid,
     name_run,
     read_objectives,
     run_in_sweep,
@@ -166,11 +166,14 @@ def test_progress_counts_the_folders(tmp_path: Path) -> None:
     (tmp_path / "multirun.yaml").write_text("")
     os.utime(tmp_path / "e" / "failed.json", (0, 0))
     os.utime(tmp_path / "d" / "failed.json", (5, 5))  # the clock has jumped back meanwhile
-    plan = {"runs": 7, "since": time.time() - 600, "behind": 1, "stale": {"e": 0}}
+    plan = {"runs": 7, "since": time.time() - 600, "behind": 1, "stale": {"e": 0}, "names": []}
     (tmp_path / "sweep.json").write_text(json.dumps(plan))
     assert describe_progress(tmp_path) == f"{tmp_path}: 1 of 7 done, 1 running, 2 failed; about 20 min left"
     (tmp_path / "sweep.json").write_text(json.dumps({**plan, "runs": 3}))
     assert describe_progress(tmp_path) == f"{tmp_path}: 1 of 3 done, 1 running, 2 failed"
+    of_this = {"runs": 3, "behind": 0, "names": ["b", "c", "new"]}  # another sweep has left the rest
+    (tmp_path / "sweep.json").write_text(json.dumps(plan | of_this))
+    assert describe_progress(tmp_path) == f"{tmp_path}: 0 of 3 done, 1 running, 1 failed; about 20 min left"
 
 
 @given(
@@ -182,7 +185,36 @@ def test_a_sweep_knows_how_many_runs_it_has(of_file: dict[str, Any], of_command:
     line = [f"{key}={value}" for key, value in given_.items()]
     whole = OverridesParser.create().parse_overrides([*(f"{k}={v}" for k, v in params.items()), *line])
     (jobs,) = BasicSweeper.split_arguments(whole, None)
-    assert count_grid(params, line) == len(jobs)
+    assert len(set(name_grid(params, line))) == len(jobs)
+
+
+def test_a_sweep_knows_what_hydra_calls_its_runs() -> None:
+    rest = ("+callbacks.checkpoint.verbose=true", "~trigger")
+    names = name_grid({"optimizer.lr": "1e-3,0.01"}, ["schedule=static,[growth,gates]", "seed=1,2", *rest])
+    composed = compose_sweep("optimizer.lr=0.01", "schedule=[growth,gates]", "seed=2", *rest)
+    HydraConfig.instance().set_config(composed)
+    assert composed.hydra.sweep.subdir in names and len(set(names)) == 8
+
+
+@pytest.mark.parametrize(
+    ("params", "options", "text"),
+    [
+        ({"schedule": "gates,joint"}, (), "0 of 2 done"),
+        ({"schedule": "static,joint", "seed": "0,0"}, (), "1 of 2 done"),  # two folders for four jobs
+        ({"schedule": "gates,joint"}, ("hydra.sweep.subdir=x${seed}",), "1 of 2 done"),  # nobody knows whose
+    ],
+)
+def test_runs_of_an_earlier_sweep_in_the_folder_are_not_counted(
+    tmp_path: Path, params: dict[str, str], options: tuple[str, ...], text: str
+) -> None:
+    (tmp_path / "static-seed0").mkdir()
+    for name in ("config.yaml", "summary.json"):
+        (tmp_path / "static-seed0" / name).write_text("{}")
+    config = compose_sweep(f"hydra.sweep.dir={tmp_path}", *options)
+    with open_dict(config):
+        config.hydra.sweeper.params = params
+    sweep.Sweep().on_multirun_start(config)
+    assert describe_progress(tmp_path).startswith(f"{tmp_path}: {text}")
 
 
 def test_a_search_that_was_killed_goes_on_with_what_it_was_doing(tmp_path: Path) -> None:
