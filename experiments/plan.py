@@ -25,7 +25,7 @@ from elastic.errors import OptionError, TrainingError, cite
 from elastic.experiments.tools.errors import run
 from elastic.experiments.tools.folders import CHECKPOINT, SUMMARY
 from elastic.experiments.tools.metrics import find_metric
-from elastic.experiments.tools.options import call
+from elastic.experiments.tools.options import TRUST, call
 from elastic.ranges import Count
 
 T = TypeVar("T")
@@ -59,7 +59,8 @@ class PlannedRun:
     def list_words(self) -> list[str]:
         """List the words of the command line that starts it, or lets it go on."""
         begun = (self.folder / CHECKPOINT).exists()
-        return [*(() if begun else self.options), f"run={self.folder}"]
+        kept = [word for word in self.options if word.startswith(TRUST) or not begun]
+        return [*kept, f"run={self.folder}"]
 
 
 def carry_out(file: Path, runs: Path = Path("outputs/plan"), workers: Count = 1, only: str = "*") -> None:

@@ -72,18 +72,24 @@ def make_schedule(
     known = inspect.signature(make_scheduler).parameters
     keywords: Mapping[str, Any] = getattr(make_scheduler, "keywords", {})
     asked = [name for name in LENGTH if name in known and name not in keywords]
-    if not math.isfinite(steps if asked else 0) or not math.isfinite(0 if asked else batches):
+    if asked and not math.isfinite(steps):
         raise TrainingError(
-            "a schedule lasts as long as the run, whose end is not known: set trainer.max_epochs and, "
-            "where the data has no length, trainer.limit_train_batches; or lr_scheduler=constant"
+            "this schedule lasts as long as the run, whose end is not known: set trainer.max_epochs or "
+            "trainer.max_steps, where the data has no length trainer.limit_train_batches, or "
+            "lr_scheduler=constant"
+        )
+    if not asked and not math.isfinite(batches):
+        raise TrainingError(
+            "this schedule takes a step an epoch, whose length is not known: set "
+            "trainer.limit_train_batches, or lr_scheduler=cosine, which takes one a batch"
         )
     length = {name: round(steps) for name in asked}
     try:
         scheduler = make_scheduler(optimizer, **length)
     except ZeroDivisionError as error:  # OneCycleLR, where its warm-up is of one step
         raise TrainingError(
-            f"the scheduler cannot be spread over {steps} steps: raise trainer.max_epochs, lower "
-            "data.batch_size or set lr_scheduler=constant"
+            f"the scheduler cannot be spread over {steps:.0f} steps: raise trainer.max_epochs or "
+            "trainer.max_steps, lower data.batch_size, or set lr_scheduler=constant"
         ) from error
     by_batch = bool(length) or isinstance(scheduler, BY_BATCH)
     # By the batches of an epoch: by epochs Lightning does it after the checkpoint, which would lose one.

@@ -72,8 +72,16 @@ def format_error(error: BaseException) -> str:
         cause = cause.__cause__
     if isinstance(cause, HydraException) and (text := explain(cause)):
         return text
+    if isinstance(cause, OSError) and cause.filename is not None:
+        return _explain_path(cause)
     lines = [line.strip() for line in str(cause).strip().splitlines()]
     shown = " ".join(lines[:2]) if lines and isinstance(cause, HydraException) else cite(cause)
     if cause is not error and not isinstance(cause, ElasticError):
         shown += f" ({str(error).splitlines()[-1]})"
     return shown
+
+
+def _explain_path(error: OSError) -> str:
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return f"{error.filename} is no folder, or lies in what is none: name another one"
+    return f"{error.filename} cannot be used ({error.strerror}): name another one, or make it so"

@@ -179,8 +179,10 @@ def check_finished(folder: Path) -> Path:
     """Return the folder, if it holds a finished run.
 
     Raises:
-        FileError: a file is missing.
+        FileError: a file is missing, or it is one itself.
     """
+    if folder.is_file():
+        raise FileError(f"{folder} is a file: name the folder of a finished run")
     for name in FINISHED:
         if not (folder / name).exists():
             raise FileError(f"{folder / name} is missing: finish the run with run={folder}, or name another")

@@ -1,5 +1,6 @@
 """Read a command's options, `key=value`, by the signature and the docstring of the function that does it."""
 
+import difflib
 import inspect
 import re
 import sys
@@ -20,6 +21,8 @@ TRUST_HELP = "your own modules, which the run's configuration may name"
 
 
 def read_path(text: str) -> Path:
+    if not text:
+        raise ValueError  # it would be the folder that one is in
     return Path(text).expanduser()
 
 
@@ -110,8 +113,10 @@ def read_options(function: Callable[..., Any], words: Sequence[str]) -> dict[str
     for word in words:
         name, equals, text = word.partition("=")
         if not equals or name not in options:
+            close = difflib.get_close_matches(name, options, 1, cutoff=0.7)  # options are short
             names = ", ".join(f"{name}=…" for name in options) or "none"
-            raise OptionError(f"there is no option {word}; there are: {names}")
+            remedy = f": did you mean {close[0]}=…?" if close else f"; there are: {names}"
+            raise OptionError(f"there is no option {word}{remedy}")
         values[name] = options[name].read(text)
     missing = [
         f"{option.name}=…" for option in options.values() if option.required and option.name not in values
@@ -121,13 +126,19 @@ def read_options(function: Callable[..., Any], words: Sequence[str]) -> dict[str
     return values
 
 
+def reads_runs(function: Callable[..., Any]) -> bool:
+    """Tell whether a function reads the configuration of a run, or of those that a glob names."""
+    options = list_options(function)
+    return "run" in options or ("runs" in options and options["runs"].kind is str)
+
+
 def describe(function: Callable[..., Any], command: str) -> str:
     """Describe a command: what it does, its options, their types and defaults."""
     options, doc = list_options(function).values(), inspect.getdoc(function) or ""
     usage = " ".join([command, *(f"{o.name}=…" if o.required else f"[{o.name}=…]" for o in options)])
     summary = " ".join(doc.partition("\n\n")[0].split())
     lines = [f"  {o.name + '=':<10} {_describe_value(o):<24} {o.help}".rstrip() for o in options]
-    if list_options(function).keys() & {"run", "runs"}:
+    if reads_runs(function):
         lines.append(f"  {TRUST:<10} {'[modules]':<24} {TRUST_HELP}")
     return "\n".join([f"usage: {usage}", "", summary, "", *lines]).rstrip()
 
@@ -144,7 +155,7 @@ def call(function: Callable[..., T]) -> T:
     if any(word in HELP for word in words):
         print(describe(function, f"elastic {Path(sys.argv[0]).stem}"))
         raise SystemExit(0)
-    trusted = [word for word in words if word.startswith(TRUST)]
+    trusted = [word for word in words if word.startswith(TRUST) and reads_runs(function)]
     for word in trusted:
         from elastic.experiments.tools.trust import trust_modules  # which imports much
 

@@ -44,7 +44,10 @@ def test_every_command_has_help(monkeypatch: Patch, capsys: Capture, name: str) 
     code, out, err = call(monkeypatch, capsys, name, "--help")
     assert (code, err) == (0, "") and out.startswith(f"usage: elastic {name}")
     assert all(len(line) <= 132 for line in out.splitlines())
-    assert "trust=" in out or not any(f"\n  {option}= " in out for option in ("run", "runs"))
+    reads_runs = (
+        any(f"\n  {option}= " in out for option in ("run", "runs")) and name != "plan"
+    )  # it makes them
+    assert ("trust=" in out) == reads_runs
 
 
 @pytest.mark.parametrize("words", [(), ("--help",), ("-h",)])
@@ -89,6 +92,10 @@ def test_help_of_training_names_every_choice() -> None:
         (("evaluate",), "name run=…: see --help"),
         (("evaluate", "run=x", "colour=1"), "there is no option colour=1; there are: run=…, level=…, set=…"),
         (("evaluate", "x"), "there is no option x; "),
+        (("evaluate", "run=x", "levels=1"), "there is no option levels=1: did you mean level=…?"),
+        (("evaluate", "run="), "run= is no path: set run to one"),
+        (("evaluate", f"run={__file__}"), f"{__file__} is a file: name the folder of a finished run"),
+        (("plan", "file=x", "trust=[y]"), "there is no option trust=[y]; there are: file=…, runs=…, "),
         (("evaluate", "run=/nonexistent"), "/nonexistent/config.yaml is missing"),
         (("evaluate", "run=x", "level=last"), "level=last is no whole number: set level to one"),
         (("switching", "run=x"), "there is no option run=x; there are: none"),

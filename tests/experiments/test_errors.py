@@ -1,5 +1,6 @@
 """Errors that a user can mend: one line that names the thing, exit code 1, nothing half-finished left."""
 
+import errno
 import json
 import os
 import resource
@@ -21,7 +22,7 @@ import elastic.experiments.train
 from elastic.errors import TrainingError
 from elastic.experiments.tools.composition import rewrite
 from elastic.experiments.tools.environment import explain_faults
-from elastic.experiments.tools.errors import run
+from elastic.experiments.tools.errors import format_error, run
 from elastic.experiments.tools.folders import extend
 from tests.fitted import EXACT, Spy, command, fit
 from tests.resuming import assert_same_run
@@ -121,6 +122,18 @@ def test_a_run_has_a_folder(
     (tmp_path / "a file").touch()
     code, _, err = command(elastic.experiments.train.main, monkeypatch, capsys, f"run={tmp_path / name}")
     assert told(err, code).endswith(f"{tmp_path / 'a file'} is a file: name a folder")
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (errno.EEXIST, "x is no folder, or lies in what is none: name another one"),
+        (errno.ENOTDIR, "x is no folder, or lies in what is none: name another one"),
+        (errno.EACCES, "x cannot be used (Permission denied): name another one, or make it so"),
+    ],
+)
+def test_what_the_system_refuses_is_told_by_its_path(kind: int, said: str) -> None:
+    assert format_error(OSError(kind, os.strerror(kind), "x")) == said
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ common: [a=1]
 arms:
   question/child: {seeds: [0, 1], options: ["init={runs}/question/parent-seed{seed}"]}
   question/parent: {seeds: [0, 1], options: [b=2]}
-  other/alone: {seeds: [0], options: [c=3]}
+  other/alone: {seeds: [0], options: [c=3, "trust=[mine]"]}
 """
 # Notes when it begins and ends; fails where its options say so.
 TRAINER = """
@@ -72,7 +72,7 @@ def test_the_same_plan_again_carries_out_the_rest(file: Path, tmp_path: Path) ->
     (started / "last.ckpt").touch()
     plan.carry_out(file, runs)
     assert read(runs / "question/parent-seed0", "begun") == begun
-    assert json.loads((started / "words").read_text()) == [f"run={started}"]
+    assert json.loads((started / "words").read_text()) == ["trust=[mine]", f"run={started}"]
 
 
 def test_what_starts_from_a_failure_is_left_out_and_the_rest_is_trained(

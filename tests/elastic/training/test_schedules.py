@@ -1,6 +1,7 @@
 """How long a schedule lasts, and when it is stepped."""
 
 from functools import partial
+from math import inf
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from elastic.errors import OptionError, TrainingError
 from elastic.training.schedules import StableDecay, make_schedule, read_plan, replan
 
 
-def make(scheduler: Any, steps: int = 40, batches: int = 8) -> Any:
+def make(scheduler: Any, steps: float = 40, batches: float = 8) -> Any:
     """Make a schedule of a run of so many steps, in epochs of so many batches."""
     return make_schedule(scheduler, SGD([nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9), steps, batches)
 
@@ -61,6 +62,20 @@ def test_one_that_asks_for_no_length_is_stepped_by_epoch_unless_it_is_cyclical(
 def test_too_few_steps_to_rise_and_fall_are_refused() -> None:
     with pytest.raises(TrainingError, match=r"cannot be spread over 3 steps: raise trainer\.max_epochs"):
         make(partial(lr_scheduler.OneCycleLR, max_lr=0.1, pct_start=1 / 3), steps=3)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "steps", "batches", "remedy"),
+    [
+        (partial(lr_scheduler.OneCycleLR, max_lr=0.1), inf, 8, r"end is not known: .* or trainer\.max_steps"),
+        (partial(lr_scheduler.StepLR, step_size=7), 40, inf, r"length is not known: .*limit_train_batches"),
+    ],
+)
+def test_what_a_schedule_has_to_know_is_named(
+    scheduler: Any, steps: float, batches: float, remedy: str
+) -> None:
+    with pytest.raises(TrainingError, match=remedy):
+        make(scheduler, steps, batches)
 
 
 def list_rates(scheduler: Any, steps: int) -> list[float]:
