@@ -9,12 +9,14 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 
 from elastic.callbacks.base import ElasticCallback
+from elastic.pruning.gates import Gate
 from elastic.ranges import Range, checked
 from elastic.training.joining import find_structure
 from elastic.training.structure import find_path
 
 Tensors = Mapping[str, Tensor]
-Place = tuple[Tensors, Tensors, str]  # where an average is, where what it is of is, and its name there
+# Where an average is, where what it is of is, its name there, and the module that has it.
+Place = tuple[Tensors, Tensors, str, nn.Module]
 
 
 @checked
@@ -108,7 +110,7 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
         if not self._has_begun or self._device is not None:
             average.update_parameters(pl_module)
         else:
-            pairs = [(mean, now) for mean, now in self._pair() if self._is_averaged(now)]
+            pairs = self._pair(averaged=True)
             torch._foreach_lerp_([mean for mean, _ in pairs], [now for _, now in pairs], 1 - self.decay)
             average.n_averaged += 1
         self._has_begun = True
@@ -116,17 +118,22 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
     @torch.no_grad()
     def _copy_untrained(self) -> None:
         """Copy from the model what has no average, or none yet."""
-        pairs = [(mean, now) for mean, now in self._pair() if not self._is_averaged(now)]
+        pairs = self._pair(averaged=False)
         if pairs:
             torch._foreach_copy_([mean for mean, _ in pairs], [now for _, now in pairs])
 
-    def _pair(self) -> list[tuple[Tensor, Tensor]]:
-        """Pair averages with what they are of."""
-        return [(averages[name], tensors[name]) for averages, tensors, name in self._places]
+    def _pair(self, averaged: bool) -> list[tuple[Tensor, Tensor]]:
+        """Pair tensors of the copy with the model's, those that have an average by now or the others."""
+        return [
+            (averages[name], tensors[name])
+            for averages, tensors, name, owner in self._places
+            if self._is_averaged(tensors[name], owner) == averaged
+        ]
 
-    def _is_averaged(self, now: Tensor) -> bool:
+    def _is_averaged(self, now: Tensor, owner: nn.Module) -> bool:
         """Tell whether a tensor of the model has an average by now."""
-        trained = now.requires_grad
+        # A program may say of all parameters that they are trained.
+        trained = now.requires_grad and not (isinstance(owner, Gate) and owner.is_frozen)
         if not isinstance(now, nn.Parameter):
             trained = self._use_buffers and now.is_floating_point()
         return trained and self._has_begun
@@ -163,5 +170,5 @@ def list_places(copy: nn.Module, module: nn.Module) -> list[Place]:
             for name, tensor in tensors.items():
                 if tensor is not None and id(tensor) not in seen:
                     seen.add(id(tensor))
-                    places.append((cast(Tensors, averages), cast(Tensors, tensors), name))
+                    places.append((cast(Tensors, averages), cast(Tensors, tensors), name, own))
     return places

@@ -174,7 +174,10 @@ class GrowOnSaturation(ElasticCallback):
     def _check_logged(self, trainer: L.Trainer) -> None:
         if self.monitor not in trainer.callback_metrics:
             logged = ", ".join(sorted(trainer.callback_metrics)) or "none"
-            raise TrainingError(f"growth watches '{self.monitor}', which is not logged; there are: {logged}")
+            raise TrainingError(
+                f"growth watches '{self.monitor}', which is not logged; there are: {logged}: name one of "
+                "them, or log it in training_step with on_epoch=True, or in validation_step"
+            )
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         structure = self.structure

@@ -215,10 +215,10 @@ def freeze_gates(model: nn.Module) -> None:
 
 
 def thaw_gates(model: nn.Module) -> None:
-    """Let gates learn that an earlier fit has frozen."""
-    for _, _, gate in iterate_gates(model):
+    """Let gates learn that an earlier fit has frozen, but for those of layers that are frozen themselves."""
+    for _, layer, gate in iterate_gates(model):
         gate.is_frozen = False
-        gate.score.requires_grad_(True)
+        gate.score.requires_grad_(get_weight(layer).requires_grad)
 
 
 def average_score(gate: Gate) -> Tensor:

@@ -401,6 +401,16 @@ def test_gates_of_an_earlier_fit_learn_in_the_next() -> None:
     assert all(not torch.equal(*pair) for pair in zip(scores, learnt, strict=True))
 
 
+def test_gates_of_a_layer_that_is_frozen_between_two_fits_stay_as_they_are() -> None:
+    module = make_program()
+    fit(module, [PruneByGates(end=0.5)], max_epochs=2)
+    _, layer, gate = next(iterate_gates(module.net))
+    layer.requires_grad_(False)
+    before = gate.score.clone()
+    fit(module, [PruneByGates(penalty=1.0, begin=0.0)], max_epochs=1)
+    assert torch.equal(gate.score, before)
+
+
 class Thawing(Program):
     """Train all parameters again in each epoch, as programs do that train two networks in turn."""
 
@@ -422,7 +432,9 @@ def test_a_program_that_unfreezes_its_network_keeps_the_budget(prune: L.Callback
         if trainer.current_epoch >= 3:
             scores.append([gate.score.detach().clone() for _, _, gate in gates])
 
-    fit(make_program(Thawing), [prune, Spy(on_train_epoch_end=keep)])
+    # What is averaged is what a run keeps.
+    fit(make_program(Thawing), [prune, AverageWeights(decay=0.999), Spy(on_train_epoch_end=keep)])
+    assert prune.report()["budget/actual"] == 250  # type: ignore[attr-defined]
     for later in scores[1:]:
         for score, before in zip(later, scores[0], strict=True):
             assert torch.equal(score, before)
