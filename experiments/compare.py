@@ -32,7 +32,13 @@ from elastic.experiments.tools.figure import draw_arms
 from elastic.experiments.tools.html import list_failures, make_figure, make_page, make_section
 from elastic.experiments.tools.options import call
 from elastic.experiments.tools.results import ResultTable, list_csv, list_facts, make_tables, skips
-from elastic.experiments.tools.tables import escape_markdown, format_markdown, write_between_marks, write_csv
+from elastic.experiments.tools.tables import (
+    check_places,
+    escape_markdown,
+    format_markdown,
+    write_between_marks,
+    write_csv,
+)
 from elastic.experiments.tools.timing import time_runs
 from elastic.files.atomic import write_atomically
 
@@ -59,6 +65,7 @@ def compare_runs(
         latency: measure all networks, and their levels, on this machine.
         baseline: the arm that the others are compared with, seed by seed.
     """
+    check_places(csv, figure, html)
     summaries, notes = read_summaries(runs), []
     if latency:
         notes.append(time_runs(summaries))

@@ -19,7 +19,7 @@ from elastic.experiments.tools.errors import run
 from elastic.experiments.tools.figure import save_figure
 from elastic.experiments.tools.options import call
 from elastic.experiments.tools.restore import restore
-from elastic.experiments.tools.tables import print_table, write_csv
+from elastic.experiments.tools.tables import check_places, print_table, write_csv
 from elastic.files.atomic import write_atomically
 from elastic.levels.sensitivity import Cut, Evaluation, measure_sensitivity
 from elastic.measure.machine import measure_latency_ms
@@ -49,8 +49,10 @@ def show_sensitivity(
         figure: a picture to draw.
 
     Raises:
-        FileError: the folder holds no finished run, or one with kernel activation modules.
+        FileError: the folder holds no finished run, or one with kernel activation modules; or nothing can be
+            written where it is asked for.
     """
+    check_places(json, csv, figure)
     finished = restore(run).reject_modules()
     net = finished.network.plain()
     evaluate = Evaluator(finished.data, finished.task, images)

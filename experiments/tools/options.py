@@ -70,6 +70,8 @@ class Option:
         """
         if self.optional and text.lower() in NONE:
             return None
+        if not text and self.required:
+            raise OptionError(f"{self.name}= says nothing: set {self.name}, see --help")
         read, kind = TYPES[self.kind]
         try:
             value = read(text)

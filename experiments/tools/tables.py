@@ -85,10 +85,20 @@ def check_targets(command: str, csv: Path | None, markdown: Path | None) -> None
     Raises:
         FileError: there is no such folder, or no text with marks that name the command.
     """
-    if csv is not None:
-        check_place(csv)
+    check_places(csv)
     if markdown is not None:
         check_marks(markdown, command)
+
+
+def check_places(*paths: Path | None) -> None:
+    """Refuse places where no file can be, before what takes long; those that are not asked for are None.
+
+    Raises:
+        FileError: there is no such folder, or the place is one.
+    """
+    for path in paths:
+        if path is not None:
+            check_place(path)
 
 
 def _replace_between_marks(path: Path, command: str, table: str, of: str = "") -> str:
