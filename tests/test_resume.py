@@ -32,7 +32,7 @@ def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
         ("trainer.precision=32-true", "optimizer=adamw"),
         pytest.param(("trainer.precision=bf16-mixed", "optimizer=adamw"), marks=pytest.mark.slow),
         pytest.param(("trainer.precision=32-true", "optimizer=sgd"), marks=pytest.mark.slow),
-        ("trainer.precision=bf16-mixed", "optimizer=sgd"),
+        pytest.param(("trainer.precision=bf16-mixed", "optimizer=sgd"), marks=pytest.mark.slow),
         pytest.param(("trainer.precision=32-true", *IN_DEPTH), marks=pytest.mark.slow),
     ],
     ids=["adamw", "adamw-bf16", "sgd", "sgd-bf16", "in depth"],
