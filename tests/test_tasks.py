@@ -111,6 +111,7 @@ def test_its_levels_learn_what_the_network_says(path: Path) -> None:
     assert count_params(structure.nets[0]) < count_params(structure.nets[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", TASKS, ids=lambda path: path.stem)
 def test_its_kernels_are_switched_off_per_input(path: Path) -> None:
     structure = train(path, PruneDynamically(gain=300.0, begin=0.0, end=0.5, rate=20), epochs=8)

@@ -393,6 +393,7 @@ def test_each_level_has_modules_of_its_own(joint: Path, tmp_path: Path, only: bo
     assert summary["macs_training"] == pytest.approx(3 * executed * images, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_what_others_start_from_or_learn_from_has_its_modules(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

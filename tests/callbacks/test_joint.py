@@ -285,6 +285,7 @@ def test_levels_end_in_the_networks_storage_each_with_norms_of_its_own(seen: tup
     assert run.module.structure.timeline == [] and run.module.structure.level == len(levels) - 1
 
 
+@pytest.mark.slow
 def test_all_levels_learn(tmp_path: Path) -> None:
     options = (*TRAINING, "data.batch_size=100", "trainer.max_epochs=6", "model.channels=[12,12,16,16]")
     found = train(configure(tmp_path, *options), tmp_path)

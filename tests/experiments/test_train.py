@@ -273,6 +273,7 @@ def test_a_multirun_over_schedules(tmp_path: Path) -> None:
 # --- other networks, other data -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_picture")
 def test_a_residual_network_grows_and_prunes(tmp_path: Path) -> None:
     options = ("model=resnet20", "model.width=4", "callbacks.gates.grain=kernel", "trainer.max_epochs=3")

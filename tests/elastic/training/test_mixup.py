@@ -60,6 +60,7 @@ def test_a_teacher_sees_the_mixed_images(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(seen["teacher"], seen["net"], strict=True))
 
 
+@pytest.mark.slow
 def test_levels_and_modules_learn_from_mixed_images(tmp_path: Path) -> None:
     for schedule in ("joint", "dynamic"):
         summary = train(
