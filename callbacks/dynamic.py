@@ -114,15 +114,10 @@ class PruneDynamically(ElasticCallback):
         return [StepNetwork(net, 1 / len(self.structure.nets)) for net in self.structure.nets]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        state = self.state_dict()
         super().setup(trainer, pl_module, stage)
         refuse_changes_beside(trainer, "kernel activation modules")
         structure = self.structure
-        own = self.costs[0].net if self.costs else None
-        if stage != "fit":
-            return
-        if structure.dynamic_nets and structure.dynamic_nets[0] is own:
-            self.load_state_dict(state)  # modules of an earlier fit go on from where they are
+        if stage != "fit" or self._has_attached():
             return
         if structure.dynamic_nets:
             raise TrainingError(
@@ -132,6 +127,15 @@ class PruneDynamically(ElasticCallback):
             raise TrainingError("several sets, or levels, are trained in one process: set trainer.devices=1")
         with structure.showing_gates():
             self._attach_modules()
+
+    def _start_anew(self, trainer: L.Trainer) -> None:
+        if not self._has_attached():  # modules of an earlier fit go on from where they are
+            super()._start_anew(trainer)
+
+    def _has_attached(self) -> bool:
+        """Tell whether the network's modules are those that this callback has made."""
+        nets = self.structure.dynamic_nets
+        return bool(nets and self.costs) and nets[0] is self.costs[0].net
 
     def _attach_modules(self) -> None:
         structure, sets = self.structure, len(self.losses)

@@ -12,6 +12,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 IMAGES, CLASSES, BATCH = 128, 4, 32
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 
 
 def make_network(width: int = 6) -> nn.Sequential:

@@ -27,15 +27,7 @@ from elastic.growth import Resolution
 from elastic.training.joining import find_structure
 from elastic.training.loading import load_module
 from elastic.training.samples import count_samples
-from tests.programs import BATCH, Program, fit, make_data, make_network
-
-QUIET = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
+from tests.programs import BATCH, QUIET, Program, fit, make_data, make_network
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 

@@ -31,19 +31,11 @@ from elastic.training.loading import load_module
 from elastic.training.samples import sample_batch
 from elastic.training.structure import Structure, change_images
 from elastic.widths.inputs import list_inputs
-from tests.programs import Spy
+from tests.programs import QUIET, Spy
 from tests.several import CLASSES, Conditional, make_inputs, make_net
 
 IMAGES = 32
-QUIET = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-    "log_every_n_steps": 1,
-}
+OPTIONS = QUIET | {"num_sanity_val_steps": 0, "log_every_n_steps": 1}
 
 
 class Pairs(L.LightningModule):
@@ -80,7 +72,7 @@ def load_pairs(name: str) -> DataLoader[Any]:
 def train(name: str, callbacks: Sequence[L.Callback], folder: Path | None = None, epochs: int = 3) -> Pairs:
     torch.manual_seed(0)
     module = Pairs(name)
-    trainer = L.Trainer(max_epochs=epochs, callbacks=[*callbacks], **QUIET)  # type: ignore[arg-type]
+    trainer = L.Trainer(max_epochs=epochs, callbacks=[*callbacks], **OPTIONS)  # type: ignore[arg-type]
     trainer.fit(module, load_pairs(name), load_pairs(name))
     if folder is not None:
         trainer.save_checkpoint(folder / "last.ckpt")

@@ -277,6 +277,21 @@ MULTIPLIED: dict[str, tuple[Any, dict[str, Any], Site]] = {
 }
 
 
+def check_off(
+    net: fx.GraphModule, module: KernelActivation, *ways: Callable[[fx.GraphModule], nn.Module]
+) -> None:
+    """What reads maps that are off is given zeros, and each way of leaving them out says the same."""
+    seen: list[Tensor] = []
+    hook = net.get_submodule("project").register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        expected = net(X)
+        off_BK = module.active_BK == 0
+        assert off_BK.any() and (seen[0][off_BK] == 0).all() and (seen[0][~off_BK] != 0).any()
+        hook.remove()
+        for make in ways:
+            torch.testing.assert_close(make(net)(X), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", MULTIPLIED)
 def test_maps_that_are_multiplied_are_off_where_a_factor_is(name: str) -> None:
     forward, layers, site = MULTIPLIED[name]
@@ -284,15 +299,7 @@ def test_maps_that_are_multiplied_are_off_where_a_factor_is(name: str) -> None:
     net = gated(randomised(net).eval(), X)
     found = {module.site.writer: module for module in iterate_modules(net)}["expand"]
     assert (*sorted(found.site.readers), found.site.depthwise) == (*site.readers, site.depthwise)
-    seen: list[Tensor] = []
-    hook = net.get_submodule("project").register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    with torch.no_grad():
-        expected = net(X)
-        off_BK = found.active_BK == 0
-        assert off_BK.any() and (seen[0][off_BK] == 0).all() and (seen[0][~off_BK] != 0).any()
-        hook.remove()
-        for way in (make_skipping(net), make_skipping(net, [X]), make_masked(net)):
-            torch.testing.assert_close(way(X), expected, rtol=1e-4, atol=1e-5)
+    check_off(net, found, make_skipping, lambda each: make_skipping(each, [X]), make_masked)
 
 
 LAYERS = [
@@ -331,15 +338,7 @@ def between(make: Callable[[Tensor], Tensor]) -> Net:
 def test_maps_that_are_off_are_so_behind_what_keeps_zeros(make: Callable[[Tensor], Tensor]) -> None:
     net = gated(between(make), X, names=["expand"])
     (found,) = iterate_modules(net)
-    seen: list[Tensor] = []
-    hook = net.get_submodule("project").register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    with torch.no_grad():
-        expected = net(X)
-        off_BK = found.active_BK == 0
-        assert off_BK.any() and (seen[0][off_BK] == 0).all() and (seen[0][~off_BK] != 0).any()
-        hook.remove()
-        for way in (make_skipping(net), make_masked(net)):
-            torch.testing.assert_close(way(X), expected, rtol=1e-4, atol=1e-5)
+    check_off(net, found, make_skipping, make_masked)
 
 
 @pytest.mark.parametrize("make", OTHERS)
