@@ -21,7 +21,8 @@ from elastic.training.joining import find_structure, join_structure
 from elastic.training.own_parameters import check_followed
 from elastic.training.progress import continues
 from elastic.training.restarts import end_epoch_once, reopen_last_batch
-from elastic.training.structure import Structure, get_scaler
+from elastic.training.steps import get_scaler
+from elastic.training.structure import Structure
 from elastic.widths.inputs import Example
 
 # Lightning's own callbacks that hold on to parameters, or copies of them, as they were.

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from elastic.callbacks.base import ElasticCallback, StepNetwork, list_elastic
 from elastic.files.atomic import write_lines
+from elastic.growth.resolution import change_images
 from elastic.measure.counts import count_macs, count_params, count_params_dense
 from elastic.training.samples import count_samples
-from elastic.training.structure import change_images
 from elastic.widths.inputs import list_inputs
 
 PASSES = 3  # of a training step, in forward passes: a backward pass has two products for the forward's one

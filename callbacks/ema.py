@@ -12,7 +12,7 @@ from elastic.callbacks.base import ElasticCallback
 from elastic.pruning.gates import Gate
 from elastic.ranges import Range, checked
 from elastic.training.joining import find_structure
-from elastic.training.structure import find_path
+from elastic.training.locating import find_path
 
 Tensors = Mapping[str, Tensor]
 # Where an average is, where what it is of is, its name there, and the module that has it.

@@ -5,10 +5,9 @@ from torch import Tensor
 
 from elastic.callbacks.base import ElasticCallback
 from elastic.errors import TrainingError
-from elastic.growth.resolution import Resolution, resize
+from elastic.growth.resolution import Resolution, change_images, resize
 from elastic.training.imitation import find_output_shapes
 from elastic.training.progress import measure_epoch_progress
-from elastic.training.structure import change_images
 from elastic.widths.inputs import list_inputs, select_samples
 
 

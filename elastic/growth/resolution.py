@@ -1,13 +1,13 @@
-"""Decide how large training images are as a run goes on; no model is in sight.
+"""Decide how large training images are as a run goes on, and bring them to that size; no model is in sight.
 
 Images that begin small make early steps cheap: progressive resizing, Howard, fast.ai (2018); Tan & Le,
 arXiv 2104.00298, 4.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -43,3 +43,17 @@ def resize(x_BCHW: Tensor, sides: Sequence[int]) -> Tensor:
         return x_BCHW
     wide = torch.promote_types(x_BCHW.dtype, torch.float32)  # which CPUs have no 16-bit kernels for
     return F.interpolate(x_BCHW.to(wide), list(sides), mode="bilinear", antialias=True).to(x_BCHW.dtype)
+
+
+def change_images(
+    change: Callable[[Tensor], Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call, the first of them changed, and others that are images of its size."""
+    values = [*args, *kwargs.values()]
+    first = values[0]
+
+    def is_image(x: Any) -> bool:
+        return isinstance(x, Tensor) and x.is_floating_point() and x.shape[2:] == first.shape[2:]
+
+    changed = [change(x) if x is first or is_image(x) else x for x in values]
+    return tuple(changed[: len(args)]), dict(zip(kwargs, changed[len(args) :], strict=True))

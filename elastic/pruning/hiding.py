@@ -1,4 +1,4 @@
-"""Take the gates off a model for a while, so that a program finds its weights where it made them."""
+"""Take the gates off networks for a while, so that a program finds its weights where it made them."""
 
 from dataclasses import dataclass
 from typing import cast
@@ -11,8 +11,36 @@ from elastic.pruning.folding import make_plain
 from elastic.pruning.gates import Gate
 
 
-@dataclass(frozen=True)
 class HiddenGates:
+    """Hold the gates of networks that compute without them until they are shown again.
+
+    Attributes:
+        hides: gates are to be hidden now, though loading may have put them back for a moment.
+    """
+
+    def __init__(self) -> None:
+        self.hides = False
+        self._layers: list[_HiddenLayer] = []
+
+    def hide(self, *models: nn.Module) -> None:
+        """Take the gates off models, weights and all as they are."""
+        self.hides = True
+        layers = [each for model in models for each in model.modules() if parametrize.is_parametrized(each)]
+        self._layers += [_hide(layer) for layer in layers if _has_gates_alone(layer)]
+
+    def show(self) -> None:
+        """Put the gates back, for good."""
+        self.hides = False
+        self.restore()
+
+    def restore(self) -> None:
+        """Put the gates back until they are to be hidden again."""
+        while self._layers:
+            self._layers.pop().restore()
+
+
+@dataclass(frozen=True)
+class _HiddenLayer:
     """Hold the gates of a layer that has its weights under their own names.
 
     Attributes:
@@ -32,19 +60,13 @@ class HiddenGates:
         self.layer._modules["parametrizations"] = self.chains
 
 
-def hide_gates(model: nn.Module) -> list[HiddenGates]:
-    """Take the gates off a model, weights and all as they are; it computes without them until restored."""
-    layers = [module for module in model.modules() if parametrize.is_parametrized(module)]
-    return [_hide(layer) for layer in layers if _has_gates_alone(layer)]
-
-
 def _has_gates_alone(layer: nn.Module) -> bool:
     return all(isinstance(each, Gate) for chain in list_chains(layer).values() for each in chain.children())
 
 
-def _hide(layer: nn.Module) -> HiddenGates:
+def _hide(layer: nn.Module) -> _HiddenLayer:
     chains = layer._modules["parametrizations"]
     assert isinstance(chains, nn.ModuleDict)
-    hidden = HiddenGates(layer, type(layer), chains)
+    hidden = _HiddenLayer(layer, type(layer), chains)
     make_plain(layer, {name: cast(nn.Parameter, chain.original) for name, chain in chains.items()})
     return hidden

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from elastic.errors import TrainingError, cite
-from elastic.training.structure import WRAPPED, Structure, find_path
+from elastic.training.locating import WRAPPED, find_path
+from elastic.training.structure import Structure
 from elastic.widths.inputs import Example, list_inputs
 from elastic.widths.tracing import drop_data, make_meta_copy, preserve_modes
 

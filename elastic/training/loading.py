@@ -13,7 +13,8 @@ from elastic.levels.nested import Levels
 from elastic.surgery.rebuilding import rebuild
 from elastic.training.checkpoints import read_checkpoint
 from elastic.training.joining import add_structure, find_structure
-from elastic.training.structure import WRAPPED, Structure, make_prefix
+from elastic.training.locating import WRAPPED, make_prefix
+from elastic.training.structure import Structure
 from elastic.widths.inputs import make_zeros
 
 M = TypeVar("M", bound=L.LightningModule)

@@ -18,9 +18,10 @@ from torch import Tensor, fx, nn
 from elastic.dynamic.attaching import MODULES, attach_modules
 from elastic.dynamic.modules import describe_modules, select_set
 from elastic.errors import StructureError, TrainingError
+from elastic.growth.resolution import change_images
 from elastic.levels.nested import Levels
 from elastic.pruning.gates import attach_gates, find_grain, iterate_gates
-from elastic.pruning.hiding import HiddenGates, hide_gates
+from elastic.pruning.hiding import HiddenGates
 from elastic.surgery.checking import discover_checked
 from elastic.surgery.depth import count_blocks, deepen, get_template_name
 from elastic.surgery.fresh import Fresh, zero_out
@@ -30,9 +31,11 @@ from elastic.surgery.reindexing import Index, reindex
 from elastic.training.groups import adopt_parameters
 from elastic.training.imitation import Outputs
 from elastic.training.layout import choose_memory_format
+from elastic.training.locating import find_called, find_path, is_called_compiled, make_prefix
 from elastic.training.own_parameters import OwnOptimizers, OwnParameter, scale_module_rate
 from elastic.training.processes import find_differing_processes, unwrapped
 from elastic.training.routing import LossTerm, Router
+from elastic.training.steps import compute_loss_scale, is_trained_now
 from elastic.training.tasks import compute_class_loss
 from elastic.widths.discovery import discover
 from elastic.widths.inputs import Example, describe_inputs, list_inputs
@@ -41,7 +44,6 @@ from elastic.widths.tracing import sync_traced
 from elastic.widths.width import fix_widths
 
 T = TypeVar("T")
-WRAPPED = "_orig_mod"  # the child that `torch.compile` gives what it makes of a network
 
 
 class Structure(nn.Module):
@@ -100,8 +102,7 @@ class Structure(nn.Module):
         self.step_own: Callable[[torch.optim.Optimizer], None] | None = None
         self.trainer: L.Trainer | None = None
         self._inner_call: Callable[..., Any] | None = None
-        self._hides_gates = False
-        self._hidden_gates: list[HiddenGates] = []
+        self._hidden = HiddenGates()
 
     @property
     def net(self) -> nn.Module:
@@ -121,8 +122,7 @@ class Structure(nn.Module):
             "step_own": None,
             "_inner_call": None,
             "resize": None,
-            "_hides_gates": False,
-            "_hidden_gates": [],
+            "_hidden": HiddenGates(),
         }
         return {**super().__getstate__(), **own}  # type: ignore[misc]
 
@@ -240,27 +240,20 @@ class Structure(nn.Module):
 
     def hide_gates(self) -> None:
         """Leave weights under their own names, as a program's setup and its optimizers look for them."""
-        self._hides_gates = True
-        for net in (self.net, *self.copies):
-            self._hidden_gates += hide_gates(net)
+        self._hidden.hide(self.net, *self.copies)
 
     def show_gates(self) -> None:
         """Put gates back where they were hidden."""
-        self._hides_gates = False
-        self._restore_gates()
+        self._hidden.show()
 
     @contextmanager
     def showing_gates(self) -> Iterator[None]:
         """Surround what has to see the gates while they are hidden from the program."""
-        hides = self._hides_gates
+        hides = self._hidden.hides
         self.show_gates()
         yield
         if hides:
             self.hide_gates()
-
-    def _restore_gates(self) -> None:
-        while self._hidden_gates:
-            self._hidden_gates.pop().restore()
 
     # Levels and kernel activation modules.
 
@@ -292,7 +285,7 @@ class Structure(nn.Module):
 
     def run(self, level: int, *args: Any, **kwargs: Any) -> Any:
         """Execute a level, the network itself where there are none; with its modules, if it has any."""
-        if self.resize is not None and self.is_trained_now():
+        if self.resize is not None and is_trained_now(self.trainer):
             args, kwargs = change_images(self.resize, args, kwargs)
         dynamic = self.dynamic_nets[level] if self.dynamic_nets else None
         if dynamic is not None:
@@ -342,7 +335,7 @@ class Structure(nn.Module):
         self.unroute()
         if terms or self.levels is not None or self.dynamic_nets or self.resize is not None:
             called = self._get_called()
-            if self.trainer is not None and _is_called_compiled(self.trainer.lightning_module, called):
+            if self.trainer is not None and is_called_compiled(self.trainer.lightning_module, called):
                 raise TrainingError(
                     f"what calls '{self.path}' is compiled, so that its calls cannot be told: compile that "
                     "network alone, by its own compile()"
@@ -360,27 +353,11 @@ class Structure(nn.Module):
         self._inner_call = None
 
     def _get_called(self) -> nn.Module:
-        """Get what the program calls for the network: itself, or what `torch.compile` has wrapped it in."""
-        modules = () if self.trainer is None else self.trainer.lightning_module.modules()
-        return next((each for each in modules if getattr(each, WRAPPED, None) is self.net), self.net)
-
-    def is_trained_now(self) -> bool:
-        """Tell whether a call of the network belongs to a training step, whatever mode the network is in."""
-        trainer = self.trainer
-        if trainer is None or not trainer.training:
-            return False
-        batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-        return bool(batches.started > batches.processed)
+        return self.net if self.trainer is None else find_called(self.trainer.lightning_module, self.net)
 
     def compute_loss_scale(self) -> float | None:
         """Return what the run multiplies its loss with, or None where nothing is trained now."""
-        trainer = self.trainer
-        if trainer is None or not self.is_trained_now():
-            return None
-        automatic = trainer.lightning_module.automatic_optimization
-        scaler = get_scaler(trainer)
-        batches = trainer.accumulate_grad_batches if automatic else 1
-        return (scaler.get_scale() if scaler is not None else 1.0) / batches
+        return compute_loss_scale(self.trainer)
 
     # Checkpoints.
 
@@ -418,39 +395,50 @@ class Structure(nn.Module):
 
         Raises:
             TrainingError: the state is of a network that began otherwise.
-            StructureError: the state is of another architecture.
+            StructureError: the state is of another architecture; the network is as it was.
         """
         history = state_dict.get(f"{prefix}{find_path(module, self)}._extra_state")
         copies = [module.get_submodule(path) for path in self.copy_paths]
-        self._restore_gates()
+        if history is not None:
+            self._check_start(history["start_sizes"])
+        self._hidden.restore()
+        is_gated = any(iterate_gates(self.net))
+        if history is not None and history["grain"] is not None and not is_gated:
+            attach_gates(self.net, self.widths, history["grain"], copies=copies)
+        widths = copy.deepcopy(self.widths)
+        # Where it is by now: `torch.compile` may have wrapped it since.
+        paths = [find_path(module, self.net), *self.copy_paths]
+        try:
+            for path, net in zip(paths, (self.net, *copies), strict=True):
+                own = self.widths if net is self.net else copy.deepcopy(widths)
+                rebuild(net, own, *_select(state_dict, prefix + make_prefix(path)))
+        except StructureError:
+            if is_gated:
+                self.finish_load()
+            else:
+                HiddenGates().hide(self.net, *copies)  # and forget them
+            raise
         if history is not None:
             self._take_history(history)
-            if history["grain"] is not None and not any(iterate_gates(self.net)):
-                attach_gates(self.net, self.widths, history["grain"], copies=copies)
-        for path, replica in zip(self.copy_paths, copies, strict=True):
-            rebuild(replica, copy.deepcopy(self.widths), *_select(state_dict, prefix + make_prefix(path)))
-        # Where it is by now: `torch.compile` may have wrapped it since.
-        rebuild(
-            self.net, self.widths, *_select(state_dict, prefix + make_prefix(find_path(module, self.net)))
-        )
-        if history is not None and history["levels"] is not None and self.levels is None:
-            self.nest(Levels(self.net, self.widths, history["levels"]))
         self.lay_out()
 
     def finish_load(self, *_: object) -> None:
         """Hide gates again from a program that has not made its optimizers."""
-        if self._hides_gates:
+        if self._hidden.hides:
             self.hide_gates()
 
     def _take_history(self, history: dict[str, Any]) -> None:
-        start = history["start_sizes"]
+        self.start_sizes, self.timeline = dict(history["start_sizes"]), list(history["timeline"])
+        self.seed = history["seed"]
+        if history["levels"] is not None and self.levels is None:
+            self.nest(Levels(self.net, self.widths, history["levels"]))
+
+    def _check_start(self, start: Mapping[str, int]) -> None:
         if not self.start_sizes.items() <= start.items():  # blocks may have been added
             raise TrainingError(
                 f"the checkpoint started as {start}, this model starts as {self.start_sizes}: "
                 "continue with the configuration the run was started with"
             )
-        self.start_sizes, self.timeline = dict(start), list(history["timeline"])
-        self.seed = history["seed"]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Structure":
         """Look again where tensors are moved or converted, which the network shares or holds buffers of."""
@@ -465,43 +453,6 @@ class Structure(nn.Module):
         return self
 
 
-def change_images(
-    change: Callable[[Tensor], Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of a call, the first of them changed, and others that are images of its size."""
-    values = [*args, *kwargs.values()]
-    first = values[0]
-
-    def is_image(x: Any) -> bool:
-        return isinstance(x, Tensor) and x.is_floating_point() and x.shape[2:] == first.shape[2:]
-
-    changed = [change(x) if x is first or is_image(x) else x for x in values]
-    return tuple(changed[: len(args)]), dict(zip(kwargs, changed[len(args) :], strict=True))
-
-
-def _is_called_compiled(module: L.LightningModule, net: nn.Module) -> bool:
-    """Tell whether something that calls a network is compiled, the network itself not counted."""
-    parents = find_path(module, net).split(".")[:-1]
-    callers = [module.get_submodule(".".join(parents[: i + 1])) for i in range(len(parents))]
-    compiled = (caller._compiled_call_impl is not None or hasattr(caller, WRAPPED) for caller in callers)
-    return module._compiler_ctx is not None or any(compiled)
-
-
 def _select(state: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any], str]:
     """Return what a state holds of a network, and the prefix of its names."""
     return {name: value for name, value in state.items() if name.startswith(prefix)}, prefix
-
-
-def find_path(module: nn.Module, child: nn.Module) -> str:
-    """Return the dotted path of a module in another."""
-    return next(path for path, candidate in module.named_modules() if candidate is child)
-
-
-def make_prefix(path: str) -> str:
-    """Return what the names of a network's tensors begin with in its module, which may be the network."""
-    return f"{path}." if path else ""
-
-
-def get_scaler(trainer: L.Trainer) -> torch.amp.GradScaler | None:
-    """Return the gradient scaler of a run in fp16, None in any other precision."""
-    return getattr(trainer.precision_plugin, "scaler", None)

@@ -23,13 +23,14 @@ from elastic.callbacks import (
     TrainJointly,
 )
 from elastic.growth import Resolution
+from elastic.growth.resolution import change_images
 from elastic.measure.counts import count_macs
 from elastic.pruning import compact
 from elastic.training import joining
 from elastic.training.joining import find_example, find_structure
 from elastic.training.loading import load_module
 from elastic.training.samples import sample_batch
-from elastic.training.structure import Structure, change_images
+from elastic.training.structure import Structure
 from elastic.widths.inputs import list_inputs
 from tests.programs import QUIET, Spy
 from tests.several import CLASSES, Conditional, make_inputs, make_net

@@ -309,6 +309,19 @@ def test_parameters_stay_the_same_objects_when_a_state_is_loaded() -> None:
     assert [id(p) for p in two.parameters()] == before
 
 
+def test_a_module_that_refuses_a_state_is_as_it_was() -> None:
+    one, two = module(), module()
+    gates.attach_gates(one.net, one.structure.widths, "kernel")
+    one.structure.restructure({"0": grow_index(4, 3)}, "test")
+    before = copy.deepcopy(two.state_dict())
+    state = one.state_dict()
+    del state["net.10.parametrizations.weight.original"]
+    with pytest.raises(StructureError, match="another architecture: it lacks"):
+        two.load_state_dict(state)
+    assert_same(two.state_dict(), before)
+    two.load_state_dict(before)
+
+
 def test_a_checkpoint_of_another_start_is_refused(tmp_path: Path) -> None:
     fit(tmp_path, *STATIC, "trainer.max_epochs=1")
     run = prepare(tmp_path / "other", *STATIC, "trainer.max_epochs=2", "model.channels=[5,6,6,8]")

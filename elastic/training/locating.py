@@ -1,0 +1,28 @@
+"""Say where a network is in the module of a program, and what the program calls for it."""
+
+from torch import nn
+
+WRAPPED = "_orig_mod"  # the child that `torch.compile` gives what it makes of a network
+
+
+def find_path(module: nn.Module, child: nn.Module) -> str:
+    """Return the dotted path of a module in another."""
+    return next(path for path, candidate in module.named_modules() if candidate is child)
+
+
+def make_prefix(path: str) -> str:
+    """Return what the names of a network's tensors begin with in its module, which may be the network."""
+    return f"{path}." if path else ""
+
+
+def find_called(module: nn.Module, net: nn.Module) -> nn.Module:
+    """Find what a module calls for its network: itself, or what `torch.compile` has wrapped it in."""
+    return next((each for each in module.modules() if getattr(each, WRAPPED, None) is net), net)
+
+
+def is_called_compiled(module: nn.Module, net: nn.Module) -> bool:
+    """Tell whether something in a module that calls a network is compiled, the network itself not counted."""
+    parents = find_path(module, net).split(".")[:-1]
+    callers = [module.get_submodule(".".join(parents[: i + 1])) for i in range(len(parents))]
+    compiled = (caller._compiled_call_impl is not None or hasattr(caller, WRAPPED) for caller in callers)
+    return getattr(module, "_compiler_ctx", None) is not None or any(compiled)
