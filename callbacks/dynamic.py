@@ -17,7 +17,7 @@ from elastic.dynamic.saliency import Saliency
 from elastic.errors import OptionError, TrainingError
 from elastic.ranges import Fraction, NotNegative, Part, Positive, checked
 from elastic.training.progress import measure_epoch_progress, measure_step_progress
-from elastic.training.samples import count_samples, sample_batch
+from elastic.training.samples import count_samples, take_samples
 from elastic.widths.inputs import split_batch
 
 Start = Literal["order", "saliency"]
@@ -172,7 +172,7 @@ class PruneDynamically(ElasticCallback):
             Saliency(net, self.contrast, self.difficulty) for net in self.structure.dynamic_nets
         ]
         if self.start == "saliency" and not self.has_started:
-            x, _ = sample_batch(trainer, SAMPLES, self.structure.make_seed(0))
+            x, _ = take_samples(trainer, SAMPLES, self.structure.make_seed(0))
             for level, saliency in enumerate(self._saliencies):
                 self.threshold_LS[level] = saliency.fit(split_batch(x, BATCH))
         self.has_started = True

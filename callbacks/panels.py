@@ -9,7 +9,7 @@ from torch import Tensor
 from elastic.callbacks.base import ElasticCallback
 from elastic.dynamic.modules import iterate_modules
 from elastic.pruning.gates import iterate_gates
-from elastic.training.samples import sample_batch
+from elastic.training.samples import take_samples
 from elastic.training.structure import Structure
 from elastic.widths.inputs import list_inputs
 
@@ -30,10 +30,10 @@ class LogPanels(ElasticCallback):
         super().on_train_start(trainer, pl_module)
         for logger in self._list_loggers(trainer):
             if trainer.current_epoch == 0:
-                x, y_B = sample_batch(trainer, SAMPLES, self.structure.seed)
-                log_samples(
-                    logger, make_visible(list_inputs(x)[0]), [describe_target(target) for target in y_B]
-                )
+                x, y_B = take_samples(trainer, SAMPLES, self.structure.seed)
+                images = make_visible(list_inputs(x)[0])
+                captions = [""] * len(images) if y_B is None else [describe_target(target) for target in y_B]
+                log_samples(logger, images, captions)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         loggers = [] if trainer.sanity_checking else self._list_loggers(trainer)

@@ -127,7 +127,7 @@ class Network:
                 "run that has none, such as the one that it started from"
             )
 
-    def save(self, path: Path, about: Mapping[str, Any] | None = None, packed: bool = False) -> None:
+    def save(self, path: str | Path, about: Mapping[str, Any] | None = None, packed: bool = False) -> None:
         """Write the network atomically.
 
         Args:
@@ -145,11 +145,13 @@ class Network:
             norms = self.levels.norms.state_dict()
             tensors |= {LEVEL_NORMS + name: tensor for name, tensor in norms.items()}
             about["levels"] = self.levels.sizes[:-1]
-        write_tensors(tensors, about, path, packed)
+        write_tensors(tensors, about, Path(path), packed)
 
     @classmethod
     @torch.inference_mode(False)  # else it could not be trained, nor changed, outside
-    def load(cls, path: Path, net: nn.Module | None = None, example: Example | None = None) -> "Network":
+    def load(
+        cls, path: str | Path, net: nn.Module | None = None, example: Example | None = None
+    ) -> "Network":
         """Read a network from its file, which is read once, ready for inference.
 
         Args:
@@ -161,6 +163,7 @@ class Network:
             FileError: the file is missing or damaged, or does not say what is not given.
             StructureError: it is of another architecture, or the given network cannot be filled.
         """
+        path = Path(path)
         tensors, about = read_tensors(path)
         if net is None:
             net = _build(about, path)
@@ -264,7 +267,7 @@ def save(
     packed: bool = False,
 ) -> None:
     """Write a network into a safetensors file; see `Network.save`."""
-    (network if isinstance(network, Network) else Network(network)).save(Path(path), about, packed)
+    (network if isinstance(network, Network) else Network(network)).save(path, about, packed)
 
 
 def load(source: str | Path, net: nn.Module | None = None, example: Example | None = None) -> Network:

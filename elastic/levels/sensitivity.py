@@ -105,14 +105,14 @@ def keep_best(
     return reindex_copy(net, widths, {name: kept.sort().values for name, kept in best.items()})[0]
 
 
-def read_curves(path: Path) -> dict[str, list[Cut]]:
+def read_curves(path: str | Path) -> dict[str, list[Cut]]:
     """Read what `elastic sensitivity` has written.
 
     Raises:
         FileError: it is missing, damaged or something else.
     """
     try:
-        rows = json.loads(path.expanduser().read_text())
+        rows = json.loads(Path(path).expanduser().read_text())
         curves = {str(name): [Cut(**cut) for cut in curve] for name, curve in rows.items()}
         if not all(curve and all(cut.channels >= 1 for cut in curve) for curve in curves.values()):
             raise ValueError("a width without channels")

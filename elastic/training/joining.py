@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable, Sequence
-from itertools import takewhile
 from typing import Any
 
 import lightning as L
@@ -12,12 +11,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from elastic.errors import TrainingError, cite
+from elastic.training.capturing import Call, capture_inputs, list_positional
 from elastic.training.locating import WRAPPED, find_path
 from elastic.training.structure import Structure
 from elastic.widths.inputs import Example, list_inputs
-from elastic.widths.tracing import drop_data, make_meta_copy, preserve_modes
+from elastic.widths.tracing import drop_data, make_meta_copy
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments, by position and by name
 ATTRIBUTE = "elastic_structure"  # the name of the child that a foreign module is given
 
 
@@ -113,7 +112,7 @@ def find_example(trainer: L.Trainer, module: L.LightningModule, net: nn.Module) 
     if (is_whole or is_single) and _takes_one(net) and (is_whole or _runs(net, first)):
         return first
     if is_whole and given is not None:
-        return _list_positional(net, call) or first
+        return list_positional(net, call) or first
     try:
         return _capture_any(module, net, call, batch)
     except TrainingError:
@@ -151,7 +150,7 @@ def _capture_any(module: L.LightningModule, net: nn.Module, call: Call, batch: A
     reason, has_forward = "the module's forward does not reach it", True
     for run in ways:
         try:
-            captured = _capture(module, net, run)
+            captured = capture_inputs(module, net, run)
         except NotImplementedError:  # Lightning's, of modules without a forward
             has_forward = False
         except Exception as error:  # it is the user's own
@@ -175,42 +174,6 @@ def _runs(net: nn.Module, *inputs: Tensor) -> bool:
     except Exception:  # it is the user's own
         return False
     return True
-
-
-class _Reached(BaseException):
-    """End a program's own code, whatever it catches, where it calls the network."""
-
-    def __init__(self, call: Call) -> None:
-        self.call = call
-
-
-def _capture(module: L.LightningModule, net: nn.Module, run: Callable[[], Any]) -> Example | None:
-    """Return the tensors that a module calls the network with, None where it does not call it."""
-
-    def stop(_: nn.Module, args: Any, kwargs: Any) -> None:
-        raise _Reached((args, kwargs))
-
-    hook = net.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        with torch.no_grad(), preserve_modes(module), isolate_rng():
-            module.eval()
-            run()
-    except _Reached as reached:
-        return _list_positional(net, reached.call)
-    finally:
-        hook.remove()
-    return None
-
-
-def _list_positional(net: nn.Module, call: Call) -> Example | None:
-    """List what a call gives by position, by name too, up to what is no tensor; one tensor as it is."""
-    args, kwargs = call
-    try:
-        values = inspect.signature(net.forward).bind(*args, **kwargs).args
-    except (TypeError, ValueError):  # which the call itself would raise
-        return None
-    inputs = tuple(x.detach() for x in takewhile(lambda value: isinstance(value, Tensor), values))
-    return inputs[0] if len(inputs) == 1 else inputs or None
 
 
 def _take_batch(trainer: L.Trainer, module: L.LightningModule) -> Any:

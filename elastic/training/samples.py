@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from elastic.errors import TrainingError, cite
+from elastic.training.capturing import capture_inputs
+from elastic.training.joining import find_structure
 from elastic.training.structure import Structure
 from elastic.widths.inputs import Example, list_inputs
 from elastic.widths.tracing import preserve_modes
@@ -48,12 +50,30 @@ def check_loss(trainer: L.Trainer, structure: Structure) -> None:
 
 
 def sample_batch(trainer: L.Trainer, count: int, seed: int) -> tuple[Example, Tensor]:
-    """Return the inputs (one, or several where a batch has such) and y_B of about `count` training samples.
-
-    A data module with a `sample` method is asked; from any other data the first batches are taken.
+    """Return the inputs and the targets of about `count` training samples; see `take_samples`.
 
     Raises:
-        TrainingError: batches are no pairs of inputs and targets.
+        TrainingError: they cannot be told in the batches.
+    """
+    x, y_B = take_samples(trainer, count, seed)
+    if y_B is None:
+        raise TrainingError(
+            "the targets of samples cannot be told: batches are no pairs (inputs, targets), nor have they "
+            "one tensor beside what the network is called with: give such, or choose a start of fresh "
+            "channels, or an importance, that needs no gradients"
+        )
+    return x, y_B
+
+
+def take_samples(trainer: L.Trainer, count: int, seed: int) -> tuple[Example, Tensor | None]:
+    """Return the inputs (one, or several) and the targets y_B of about `count` training samples.
+
+    A data module with a `sample` method is asked; from any other data the first batches are taken. Where
+    those are no pairs of inputs and targets, inputs are what a training step calls the network with, and
+    targets are the one tensor of a batch beside them, None where there are several.
+
+    Raises:
+        TrainingError: the inputs cannot be told in the batches.
     """
     device = trainer.strategy.root_device
     data = trainer.datamodule  # type: ignore[attr-defined]
@@ -62,27 +82,58 @@ def sample_batch(trainer: L.Trainer, count: int, seed: int) -> tuple[Example, Te
         x_BCHW, y_B = sampler.sample(min(count, len(sampler.train_set)), seed)
         return x_BCHW.to(device), y_B.to(device)
     with isolate_rng():
-        loader = trainer.fit_loop._data_source.dataloader()
-        batches = iter(loader)
+        batches = iter(trainer.fit_loop._data_source.dataloader())
         batch = next(batches)
-        is_pair = isinstance(batch, list | tuple) and len(batch) == 2 and _is_example(batch[0])
-        size = count_samples(batch[0]) if is_pair else 0
-        if not size:
-            raise TrainingError(
-                "samples are taken from pairs (inputs, targets), which the batches are not: give those, "
-                "or choose a start of fresh channels, or an importance, that needs no gradients"
-            )
+        size = max(1, count_samples(batch))
         taken = [batch, *islice(batches, max(0, count // size - 1))]
         taken = [trainer.strategy.batch_to_device(each, device) for each in taken]  # with the module's hooks
-    inputs, targets = zip(*taken, strict=True)
-    x, y_B = _join(inputs, count), torch.cat(targets)[:count]
-    converted: Example = trainer.precision_plugin.convert_input(x)
-    return converted, y_B
+    inputs, targets = zip(*(_split(trainer.lightning_module, each) for each in taken), strict=True)
+    x: Example = trainer.precision_plugin.convert_input(_join(inputs, count))
+    return x, None if any(y is None for y in targets) else torch.cat(targets)[:count]
 
 
-def _is_example(inputs: Any) -> bool:
-    parts = inputs if isinstance(inputs, list | tuple) else [inputs]
-    return all(isinstance(x, Tensor) for x in parts)
+def _split(module: L.LightningModule, batch: Any) -> tuple[Example, Tensor | None]:
+    """Split a batch into the inputs of the network and the targets, None where those cannot be told."""
+    if _is_pair(batch, module):
+        return batch[0], batch[1]
+    reason = "a training step does not call the network with them"
+    try:
+        inputs = _capture(module, batch)
+    except Exception as error:  # it is the user's own
+        inputs, reason = None, cite(error)
+    if inputs is None:
+        raise TrainingError(
+            f"samples cannot be taken from the batches ({reason}): give pairs (inputs, targets), or choose a "
+            "start of fresh channels, or an importance, that needs no samples"
+        )
+    return inputs, _find_targets(batch, list_inputs(inputs))
+
+
+def _is_pair(batch: Any, module: L.LightningModule) -> bool:
+    """Tell whether a batch has as many inputs as the network of a module, and then its targets."""
+    if not isinstance(batch, list | tuple) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+        return False
+    given = batch[0] if isinstance(batch[0], list | tuple) else [batch[0]]
+    structure = find_structure(module)
+    count = len(given) if structure is None else len(list_inputs(structure.example))
+    return len(given) == count and all(isinstance(x, Tensor) for x in given)
+
+
+def _capture(module: L.LightningModule, batch: Any) -> Example | None:
+    structure = find_structure(module)
+    if structure is None:
+        return None
+    return capture_inputs(module, structure.net, lambda: module.training_step(batch, 0))
+
+
+def _find_targets(batch: Any, inputs: Sequence[Tensor]) -> Tensor | None:
+    """Find the one tensor of a batch that a network is not called with, or what that was made of."""
+    leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()]
+    given = [leaf for leaf in leaves if any(leaf.data_ptr() == x.data_ptr() for x in inputs)]
+    if not given:  # normalized on the way, say
+        given = [leaf for leaf in leaves if any(leaf.shape == x.shape for x in inputs)]
+    others = [leaf for leaf in leaves if all(leaf is not each for each in given)]
+    return others[0] if len(others) == 1 else None
 
 
 def _join(batches: Sequence[Example], count: int) -> Example:

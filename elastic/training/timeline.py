@@ -14,12 +14,13 @@ from elastic.files.sums import check_sum
 MOST = 2**20  # channels of a width, or epochs: beyond it a file asks for what no machine has
 
 
-def read_timeline(path: Path) -> list[dict[str, Any]]:
+def read_timeline(path: str | Path) -> list[dict[str, Any]]:
     """Read the rows of a `timeline.jsonl`.
 
     Raises:
         StructureError: there is no such file, or it is none of a run.
     """
+    path = Path(path)
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
     except (OSError, ValueError, RecursionError) as error:

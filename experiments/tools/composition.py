@@ -7,7 +7,7 @@ has to know.
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from hydra import compose
@@ -183,6 +183,22 @@ def _explain_choice(error: MissingConfigException) -> str | None:
     return f"there is no {group}={choice}: choose {', '.join(choices)}" if choices else None
 
 
+def _list_names(cfg: DictConfig) -> list[str]:
+    return sorted(str(name) for name in cfg if not str(name).startswith("_") and name != "hydra")
+
+
+def _find_paths(cfg: DictConfig, name: str, depth: int = 2) -> Iterator[str]:
+    """Find the options of a name in groups, and in groups of those."""
+    for key in _list_names(cfg):
+        group = cfg._get_node(key)
+        if not isinstance(group, DictConfig) or not group:
+            continue
+        if name in group:
+            yield f"{key}.{name}"
+        elif depth > 1:
+            yield from (f"{key}.{path}" for path in _find_paths(group, name, depth - 1))
+
+
 def _explain_option(error: ConfigCompositionException, cause: OmegaConfBaseException) -> str | None:
     match = re.match(r"Could not override '(.+)'\.\nTo append to your config use \+(.+)", str(error))
     parent = cause.parent_node
@@ -194,8 +210,11 @@ def _explain_option(error: ConfigCompositionException, cause: OmegaConfBaseExcep
     if top == "callbacks" and "." in rest and parent._get_full_key(None) == "callbacks":
         return explain_unread(line, callback)
     path = parent._get_full_key(None)
-    names = sorted(str(name) for name in parent if not str(name).startswith("_") and name != "hydra")
+    names = _list_names(parent)
     close = difflib.get_close_matches(key.rpartition(".")[2], names, 1)
-    near = f"{path}.{close[0]}" if close and path else "".join(close)
-    remedy = f"did you mean {near}?" if near else f"{path or 'a run'} has {', '.join(names)};"
+    if close:
+        near = [f"{path}.{close[0]}" if path else close[0]]
+    else:
+        near = list(_find_paths(parent, key)) if "." not in key else []
+    remedy = f"did you mean {' or '.join(near)}?" if near else f"{path or 'a run'} has {', '.join(names)};"
     return f"there is no option {key}: {remedy} a new one is added by +{line}"

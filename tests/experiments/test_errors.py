@@ -60,6 +60,8 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "an unknown key": (("nonsense=1",), "there is no option nonsense: a run has callbacks, "),
     "an unknown key of a group": (("data.nonsense=1",), "a new one is added by +data.nonsense=1"),
     "an option that is nearly one": (("trainer.max_epoch=1",), "did you mean trainer.max_epochs?"),
+    "an option without its group": (("lr=1",), "did you mean optimizer.lr?"),
+    "an option of a callback without its group": (("budget=1",), "did you mean callbacks.gates.budget?"),
     "a group that is nearly one": (("optimiser=sgd",), "did you mean optimizer?"),
     "several values without -m": (("seed=0,1",), "seed=0,1 is several values: add -m"),
     "a range without -m": (("seed=range(2)",), "seed=range(2) is several values: add -m"),

@@ -84,7 +84,8 @@ def test_without_its_levels_it_is_the_whole_network(tmp_path: Path, name: str) -
 def test_the_file_says_sizes_and_whatever_it_is_told(tmp_path: Path) -> None:
     net, _, widths = built("convnet")
     sizes = halves(widths, 0.3, 0.7)
-    Network(Levels(net, widths, sizes)).save(tmp_path / "levels", {"seed": 3})
+    Network(Levels(net, widths, sizes)).save(str(tmp_path / "levels"), {"seed": 3})
+    assert Network.load(str(tmp_path / "levels"), built("convnet")[0]).about == {"seed": 3}
     with safe_open(tmp_path / "levels", framework="pt") as file:
         about = json.loads(file.metadata()["elastic"])["about"]
     assert about == {"seed": 3, "levels": sizes}

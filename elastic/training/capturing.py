@@ -1,0 +1,59 @@
+"""Catch what a program calls its network with."""
+
+import inspect
+from collections.abc import Callable
+from itertools import takewhile
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from elastic.training.locating import find_called
+from elastic.widths.inputs import Example
+from elastic.widths.tracing import preserve_modes
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments, by position and by name
+
+
+class _Reached(BaseException):
+    """End a program's own code, whatever it catches, where it calls the network."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+
+
+def capture_inputs(module: L.LightningModule, net: nn.Module, run: Callable[[], Any]) -> Example | None:
+    """Return the tensors that a module calls its network with, None where it does not call it.
+
+    Args:
+        run: of the module, say its training step; it is left as it calls the network.
+    """
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise _Reached((args, kwargs))
+
+    called = find_called(module, net)
+    call = called._compiled_call_impl  # a router's, or a compiled one
+    called._compiled_call_impl = stop
+    try:
+        with torch.no_grad(), preserve_modes(module), isolate_rng():
+            module.eval()
+            run()
+    except _Reached as reached:
+        return list_positional(net, reached.call)
+    finally:
+        called._compiled_call_impl = call
+    return None
+
+
+def list_positional(net: nn.Module, call: Call) -> Example | None:
+    """List what a call gives by position, by name too, up to what is no tensor; one tensor as it is."""
+    args, kwargs = call
+    try:
+        values = inspect.signature(net.forward).bind(*args, **kwargs).args
+    except (TypeError, ValueError):  # which the call itself would raise
+        return None
+    inputs = tuple(x.detach() for x in takewhile(lambda value: isinstance(value, Tensor), values))
+    return inputs[0] if len(inputs) == 1 else inputs or None
