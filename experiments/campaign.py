@@ -27,8 +27,8 @@ import elastic.experiments.train as training
 from elastic.errors import OptionError, TrainingError
 from elastic.experiments.tools.environment import silence
 from elastic.experiments.tools.errors import run
+from elastic.experiments.tools.hardware import find_device
 from elastic.experiments.tools.options import call
-from elastic.experiments.tools.summary import find_device
 from elastic.experiments.tools.trials import (
     Part,
     faults,

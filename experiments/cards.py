@@ -14,8 +14,8 @@ from elastic.experiments.results import ROOT, read_summaries
 from elastic.experiments.tools.about import describe_run
 from elastic.experiments.tools.environment import silence
 from elastic.experiments.tools.errors import run
+from elastic.experiments.tools.hardware import find_cpu
 from elastic.experiments.tools.restore import FinishedRun, restore
-from elastic.experiments.tools.summary import find_cpu
 from elastic.experiments.tools.tables import format_spread
 from elastic.experiments.tools.timing import time_runs
 from elastic.files.cards import PROTOCOL, write_card

@@ -26,7 +26,7 @@ from elastic.experiments.results import ROOT
 from elastic.experiments.tools.composition import CONF
 from elastic.experiments.tools.environment import silence
 from elastic.experiments.tools.errors import run
-from elastic.experiments.tools.summary import find_cpu
+from elastic.experiments.tools.hardware import find_cpu
 from elastic.experiments.tools.tables import replace_table
 from elastic.experiments.tools.timing import TUNED_ON, make_stock
 from elastic.files.exporting import export, open_exported

@@ -28,7 +28,6 @@ from elastic.experiments.tools.composition import CONF, check_words, list_callba
 from elastic.experiments.tools.environment import (
     EndOnSignals,
     check_processes,
-    choose_precision,
     explain_faults,
     is_multirun,
     silence,
@@ -45,6 +44,7 @@ from elastic.experiments.tools.folders import (
     make_portable,
     write_config,
 )
+from elastic.experiments.tools.hardware import choose_precision
 from elastic.experiments.tools.memory import check_memory
 from elastic.experiments.tools.options import HELP
 from elastic.experiments.tools.parts import make_callbacks, make_loggers, make_recipe, make_task

@@ -27,10 +27,10 @@ from elastic.experiments.tools.arms import name_arms
 from elastic.experiments.tools.environment import silence
 from elastic.experiments.tools.errors import run
 from elastic.experiments.tools.folders import check_finished, is_pruned, load_config
+from elastic.experiments.tools.hardware import find_cpu
 from elastic.experiments.tools.options import call
 from elastic.experiments.tools.parts import make_callbacks
 from elastic.experiments.tools.restore import read_summary
-from elastic.experiments.tools.summary import find_cpu
 from elastic.experiments.tools.tables import (
     check_targets,
     format_markdown,

@@ -125,17 +125,6 @@ def _is_of_callbacks(error: Exception) -> bool:
     return isinstance(error, MisconfigurationException) or "conditioned on metric" in str(error)
 
 
-def choose_precision(precision: str) -> str:
-    """Choose for `auto` bf16 autocast where the GPU or CPU computes in it, and fp32 elsewhere."""
-    if precision != "auto":
-        return precision
-    if torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
-    # On CPUs without such instructions bf16 is emulated, and slower than fp32.
-    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    return "bf16-mixed" if native else "32-true"
-
-
 def check_processes(trainer: L.Trainer) -> None:
     """Refuse several processes but by Lightning's `ddp`, or by SLURM, for one run at a time.
 

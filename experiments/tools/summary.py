@@ -23,6 +23,7 @@ from elastic.data import ImageData
 from elastic.dynamic.loss import ActivationCost
 from elastic.dynamic.modules import iterate_modules
 from elastic.experiments.tools.composition import list_callbacks
+from elastic.experiments.tools.hardware import find_device
 from elastic.experiments.tools.metrics import TEST, list_shown
 from elastic.experiments.tools.per_image import run_per_image
 from elastic.files.atomic import write_atomically
@@ -161,21 +162,6 @@ def find_revision() -> str | None:
     command = ["git", "describe", "--always", "--dirty"]
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
     return done.stdout.strip() or None
-
-
-def find_device() -> str:
-    """Find what this machine computes with."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return find_cpu()
-
-
-def find_cpu() -> str:
-    """Find the name of this processor, and how many threads torch uses of it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
-    return f"{names[0]}, {torch.get_num_threads()} threads" if names else "CPU"
 
 
 # --- the tables at the end of a run ---------------------------------------------------------------
