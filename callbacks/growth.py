@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from elastic.callbacks.base import ElasticCallback
 from elastic.errors import OptionError, TrainingError
@@ -31,7 +32,8 @@ BATCH = 256  # training images that GradMax looks at
 class GrowOnSaturation(ElasticCallback):
     """Watch a metric once an epoch; grow at the start of the next training epoch.
 
-    A metric that is there when validation ends is read then, one of training alone when the epoch ends.
+    A metric that is there when validation ends is read then, one of training alone when the epoch ends, or
+    before the next begins, where the module logs it in its own `on_train_epoch_end`.
 
     Args:
         trigger: decides from the metric, e.g. `elastic.Plateau`.
@@ -77,6 +79,8 @@ class GrowOnSaturation(ElasticCallback):
         self.is_due = False
         self._source: Literal["validation", "training"] | None = None  # of the metric, once it has come
         self._observed = -1  # the latest epoch whose metric the trigger has seen
+        self._awaited: int | None = None  # the epoch whose metric the module logs after its callbacks
+        self._is_late = False  # it does so
 
     def find_last_growth(self, trainer: L.Trainer) -> float:
         """Return the part of the run after which the network does not grow."""
@@ -86,7 +90,7 @@ class GrowOnSaturation(ElasticCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self._source, self._observed = None, -1
+        self._source, self._observed, self._awaited = None, -1, None
         if stage == "fit" and self.script is None:
             self._check_validation(trainer)
 
@@ -151,19 +155,31 @@ class GrowOnSaturation(ElasticCallback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking and trainer.state.fn == "fit" and self._source != "training":
-            self._decide(trainer, "validation")
+            self._decide(trainer, "validation", trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Metrics of training are lost where a run goes on as its epoch ends.
         if self._source == "validation" or self.script is not None or trainer.fit_loop.restarting:
             return
-        if not may_be_validated_later(trainer):
-            self._check_logged(trainer)
-        self._decide(trainer, "training")
+        is_missing = self.monitor not in trainer.callback_metrics
+        if is_missing and is_overridden("on_train_epoch_end", pl_module):
+            self._is_late = True  # from now on: what is there by then is of the epoch before
+        self._awaited = trainer.current_epoch
+        if not self._is_late:
+            self._decide_awaited(trainer)
 
-    def _decide(self, trainer: L.Trainer, source: Literal["validation", "training"]) -> None:
+    def _decide_awaited(self, trainer: L.Trainer) -> None:
+        """Decide by a metric of training, once it must be there."""
+        if self._awaited is None:
+            return
+        if not may_be_validated_later(trainer, self._awaited):
+            self._check_logged(trainer)
+        self._decide(trainer, "training", self._awaited)
+        self._awaited = None
+
+    def _decide(self, trainer: L.Trainer, source: Literal["validation", "training"], epoch: int) -> None:
         """Let the trigger see the metric, once an epoch, and decide whether the network grows."""
-        epoch, metrics = trainer.current_epoch, trainer.callback_metrics
+        metrics = trainer.callback_metrics
         if self.script is not None or self.monitor not in metrics or self._observed == epoch:
             return
         self._source, self._observed = source, epoch
@@ -180,6 +196,7 @@ class GrowOnSaturation(ElasticCallback):
             )
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._decide_awaited(trainer)
         structure = self.structure
         if self.script is not None:
             self._grow(trainer, *find_growth_at(self.script, trainer.current_epoch), "grow: timeline")
@@ -244,6 +261,8 @@ class GrowOnSaturation(ElasticCallback):
         )
 
     def state_dict(self) -> dict[str, Any]:
+        if self._awaited is not None and self.structure.trainer is not None:
+            self._decide_awaited(self.structure.trainer)  # or a run that goes on would not know
         return {"trigger": dict(vars(self.trigger)), "is_due": self.is_due}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

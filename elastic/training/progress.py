@@ -54,10 +54,10 @@ def ends_within_epoch(trainer: L.Trainer, part: float) -> bool:
     return not math.isfinite(trainer.num_training_batches) and measure_step_progress(trainer) >= part
 
 
-def may_be_validated_later(trainer: L.Trainer) -> bool:
-    """Tell whether the present epoch has no validation, but later ones may have."""
+def may_be_validated_later(trainer: L.Trainer, epoch: int) -> bool:
+    """Tell whether an epoch has no validation, but later ones may have."""
     every = trainer.check_val_every_n_epoch
-    return trainer.enable_validation and (every is None or (trainer.current_epoch + 1) % every > 0)
+    return trainer.enable_validation and (every is None or (epoch + 1) % every > 0)
 
 
 def continues(trainer: L.Trainer) -> bool:

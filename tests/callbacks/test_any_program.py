@@ -379,6 +379,26 @@ def test_a_metric_is_observed_once_in_each_epoch_that_logs_it(
     assert structure_of(module).timeline
 
 
+class LoggingLate(Logging):
+    """Log what training has come to in a hook that is called after those of callbacks."""
+
+    def on_train_epoch_end(self) -> None:
+        self.log("late", float(self.current_epoch))
+
+
+@pytest.mark.parametrize("options", [{}, {"check_val_every_n_epoch": 3}, {"validation": None}])
+def test_a_metric_that_the_module_logs_as_the_epoch_ends_is_observed_before_the_next(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    growth = GrowOnSaturation(Witness(1), Growth(factor=1.5, ceiling=2), "late", until=1.0)
+    module = make_program(LoggingLate)
+    fit(module, [growth], tmp_path, at_epoch_end=True, max_epochs=4, **options)
+    assert growth.trigger.values == [0, 1, 2, 3]
+    assert [row["epoch"] for row in structure_of(module).timeline][:1] == [1]
+    kept = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]["GrowOnSaturation"]
+    assert kept["trigger"]["values"] == [0, 1, 2, 3]
+
+
 def test_callbacks_start_anew_in_another_fit() -> None:
     """As for the next fold: growth and budget are those of the first fit, for a module like the first."""
     callbacks = [grow(), PruneByGates(budget=250, penalty=1e-2)]
