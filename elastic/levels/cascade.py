@@ -6,11 +6,12 @@ Cascades: Wang et al., arXiv 2012.01988; as exits of one network, Teerapittayano
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from elastic.errors import OptionError
+from elastic.errors import OptionError, StructureError
 from elastic.widths.inputs import Example, list_inputs, select_samples
 
 Answer = Callable[..., Tensor]  # inputs -> logits_BK
@@ -29,21 +30,38 @@ def run_cascade(nets: Sequence[Answer], x: Example, threshold: float) -> tuple[T
 
     Raises:
         OptionError: there is no network, or a threshold that is no probability.
+        StructureError: a network answers with anything but scores of classes.
     """
     if not nets or not 0 <= threshold <= 1:
         raise OptionError(
             f"{len(nets)} networks, sure from a probability of {threshold:g}: give one or more, and 0 to 1"
         )
-    logits_BK = nets[0](*list_inputs(x)).clone()
+    logits_BK = check_scores(nets[0](*list_inputs(x))).clone()
     index_B = torch.zeros(len(logits_BK), dtype=torch.long, device=logits_BK.device)
     open_N = torch.arange(len(logits_BK), device=logits_BK.device)
     for k, net in enumerate(nets[1:], 1):
         open_N = open_N[measure_confidence(logits_BK[open_N]) < threshold]
         if not len(open_N):
             break
-        logits_BK[open_N] = net(*select_samples(x, open_N))
+        logits_BK[open_N] = check_scores(net(*select_samples(x, open_N)))
         index_B[open_N] = k
     return logits_BK, index_B
+
+
+def check_scores(outputs: Any) -> Tensor:
+    """Return what a network answers, where it is one score a class for each input.
+
+    Raises:
+        StructureError: it is something else, of which nobody can tell how sure it is.
+    """
+    if isinstance(outputs, Tensor) and outputs.dim() == 2:
+        return outputs
+    is_tensor = isinstance(outputs, Tensor)
+    kind = f"a tensor of {tuple(outputs.shape)}" if is_tensor else f"a {type(outputs).__name__}"
+    raise StructureError(
+        f"a network answers with {kind}, of which some inputs cannot be answered again: take networks that "
+        "return scores of classes, (inputs, classes)"
+    )
 
 
 def measure_confidence(logits_BK: Tensor) -> Tensor:
@@ -64,9 +82,11 @@ def fit_threshold(logits_LNK: Sequence[Tensor], macs: Sequence[float], budget: f
         macs: of each network, for one input.
 
     Raises:
-        OptionError: the budget is less than the cheapest network takes.
+        OptionError: the budget is less than the cheapest network takes, or not each network has its MACs.
     """
-    if budget < macs[0]:
+    if not 0 < len(macs) == len(logits_LNK):
+        raise OptionError(f"{len(logits_LNK)} networks, MACs of {len(macs)}: give those of each")
+    if not budget >= macs[0]:  # nor is NaN
         raise OptionError(f"a budget of {budget:,.0f} MACs: the smallest level alone takes {macs[0]:,.0f}")
     inputs_N = torch.arange(len(logits_LNK[0]))
     nets = [logits_NK.__getitem__ for logits_NK in logits_LNK]

@@ -9,7 +9,7 @@ import time
 import torch
 from torch import Tensor
 
-from elastic.levels.cascade import measure_confidence
+from elastic.levels.cascade import check_scores, measure_confidence
 from elastic.levels.runtime import HEADROOM, Runtime
 from elastic.widths.inputs import Example, count_batch, list_inputs, select_samples
 
@@ -49,12 +49,13 @@ class RefiningRuntime(Runtime):
 
         Raises:
             Late: with `left_ms`, not even the smallest level is expected to be in time.
+            StructureError: the smallest level answers with anything but scores of classes.
         """
         begin = time.perf_counter()
         self._give_up(left_ms)
         left_ms = self.deadline_ms if left_ms is None else left_ms
-        logits_BK: Tensor = self.levels[0](*list_inputs(x)).clone()
-        self.observe(0, 1e3 * (time.perf_counter() - begin) * self.batch / count_batch(x))
+        logits_BK = check_scores(self.levels[0](*list_inputs(x))).clone()
+        self.observe(0, 1e3 * (time.perf_counter() - begin) * self.batch / max(1, count_batch(x)))
         end = None if left_ms is None else begin + HEADROOM * left_ms / 1e3
         return logits_BK, self._refine(x, logits_BK, end)
 

@@ -43,6 +43,9 @@ class Runtime:
         level: what the next request runs on.
         slowdown: time that requests take now, relative to calibration.
 
+    Raises:
+        OptionError: there is no level.
+
     Example::
 
         serve = Runtime(levels, example)
@@ -54,6 +57,8 @@ class Runtime:
         self, levels: Sequence[nn.Module], example: Example, *, joules: Callable[[], float] | None = None
     ) -> None:
         self.levels = list(levels)
+        if not self.levels:
+            raise OptionError("there is no level to run: give one or more, smallest first")
         for level in self.levels:
             level.eval()
         self.batch = count_batch(example)

@@ -7,7 +7,8 @@ least added loss for what it saves, until the network is within. Losses of sever
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -114,13 +115,17 @@ def read_curves(path: str | Path) -> dict[str, list[Cut]]:
     try:
         rows = json.loads(Path(path).expanduser().read_text())
         curves = {str(name): [Cut(**cut) for cut in curve] for name, curve in rows.items()}
-        if not all(curve and all(cut.channels >= 1 for cut in curve) for curve in curves.values()):
-            raise ValueError("a width without channels")
+        if not all(curve and all(map(_is_cut, curve)) for curve in curves.values()):
+            raise ValueError("a width without channels, or what is no number")
         return curves
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise FileError(
             f"{path} holds no sensitivity: make it with elastic sensitivity json={path}"
         ) from error
+
+
+def _is_cut(cut: Cut) -> bool:
+    return cut.channels >= 1 and all(map(isfinite, astuple(cut)))
 
 
 def check_curves(curves: Curves, widths: Widths) -> None:

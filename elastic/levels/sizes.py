@@ -1,6 +1,7 @@
 """Size levels: as a fraction of the network's channels, or as many of them as a budget allows."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Literal, get_args
@@ -85,9 +86,10 @@ def check_levels(levels: Sequence[float], by: str, multiple: int, curves: Curves
         raise OptionError(f"levels are not given by '{by}': choose {', '.join(get_args(By))}")
     if curves is not None and by == "fraction":
         raise OptionError("sensitivity sizes levels for budgets: set by to macs or latency_ms")
-    if multiple < 1:
-        raise OptionError(f"channels cannot be multiples of {multiple}: set multiple to 1 or more")
-    if not levels or any(small >= large for small, large in pairwise(levels)):
+    if not multiple >= 1 or multiple % 1:
+        raise OptionError(f"channels cannot be multiples of {multiple}: set multiple to 1, 2, 3 or more")
+    # From below all on, so that what is no number is no level either.
+    if not levels or not all(small < large for small, large in pairwise([-math.inf, *levels])):
         raise OptionError(f"levels {list(levels)} do not ascend: give them from small to large")
     outside = [fraction for fraction in levels if not 0 < fraction < 1] if by == "fraction" else []
     if outside:

@@ -1,6 +1,7 @@
 """A cascade against one that asks every network about every input."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from elastic.errors import OptionError
+from elastic.errors import OptionError, StructureError
 from elastic.levels.cascade import count_cascade_macs, fit_threshold, measure_confidence, run_cascade
 
 MACS = (10, 25, 70)
@@ -87,8 +88,29 @@ def test_the_threshold_is_the_highest_within_the_budget(seed: int, budget: float
 
 
 def test_a_budget_below_the_smallest_is_refused() -> None:
-    with pytest.raises(OptionError, match="9 MACs: the smallest level alone takes 10"):
-        fit_threshold(make_logits(0), MACS, 9)
+    for budget in (9, float("nan")):
+        with pytest.raises(OptionError, match=f"{budget} MACs: the smallest level alone takes 10"):
+            fit_threshold(make_logits(0), MACS, budget)
+
+
+@pytest.mark.parametrize(("nets", "macs"), [(3, MACS[:2]), (2, MACS), (0, ())])
+def test_each_network_has_its_macs(nets: int, macs: tuple[int, ...]) -> None:
+    with pytest.raises(OptionError, match=f"{nets} networks, MACs of {len(macs)}: give those of each"):
+        fit_threshold(make_logits(0, nets=nets), macs, 50)
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        (torch.zeros(40, 5, 2, 2), r"a tensor of \(40, 5, 2, 2\)"),
+        (torch.zeros(40), r"a tensor of \(40,\)"),
+        ({"logits": torch.zeros(40, 5)}, "a dict"),
+    ],
+)
+def test_answers_that_are_no_scores_of_classes_are_refused(answer: Any, kind: str) -> None:
+    for nets in ([lambda _: answer], [*look_up(make_logits(0, nets=1)), lambda _: answer]):
+        with pytest.raises(StructureError, match=f"answers with {kind}.*: take networks that return scores"):
+            run_cascade(nets, torch.arange(40), 1.0)
 
 
 @pytest.mark.parametrize(("count", "threshold"), [(0, 0.5), (2, -0.1), (2, 1.5)])

@@ -1,6 +1,7 @@
 """Levels against networks cut out by re-indexing, against arithmetic by hand, and against their storage."""
 
 import copy
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -339,6 +340,36 @@ def test_levels_of_networks_that_are_not_like_others_run_alone(name: str) -> Non
     widths = discover(net, x)
     for level in evaluated(nested(net, widths, halves(widths))):
         close(make_alone(level, x[:8])(x[:8]), level(x[:8]))
+
+
+class Odd(nn.Module):
+    """Answer with what is no row for each input."""
+
+    def __init__(self, answer: Callable[[Tensor, nn.Conv2d], Any]) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = conv(3, 6, 3), nn.BatchNorm2d(6), conv(6, 4, 3)
+        self.answer = answer
+
+    def forward(self, x: Tensor) -> Any:
+        return self.answer(self.last(self.norm(self.first(x))).mean((2, 3)), self.last)
+
+
+MIXING: dict[str, Callable[[], nn.Module]] = {
+    "statistics of the batch": lambda: nn.Sequential(
+        *(conv(3, 6, 3), nn.BatchNorm2d(6, track_running_stats=False), nn.ReLU(), conv(6, 4, 3))
+    ),
+    "the mean of the batch": lambda: Odd(lambda y, _: y - y.mean(0)),
+    "a weight and a number": lambda: Odd(lambda y, last: (y, last.bias, 3)),
+    "one number for all": lambda: Odd(lambda y, _: [y, y.sum()]),
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_alone_a_batch_is_split_only_where_each_input_is_answered_by_itself(name: str) -> None:
+    torch.manual_seed(0)
+    net, x = randomised(MIXING[name]()).eval(), torch.randn(19, 3, 6, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(make_alone(net, x[:2])(x), net(x), atol=1e-4, rtol=1e-4)
 
 
 @some_nets

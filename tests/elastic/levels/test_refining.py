@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from elastic.errors import StructureError
 from elastic.levels import Late, refining, runtime
 from elastic.levels.cascade import run_cascade
 from elastic.levels.refining import PART, SURE, RefiningRuntime, list_unsure
@@ -127,6 +128,24 @@ def test_a_part_that_was_slow_is_remembered_for_some_requests() -> None:
     assert counts[:4] == [1, 1, 1, 1]
     assert counts[4] == 0, "the next one is careful"
     assert counts[-1] == 1, "but not for ever"
+
+
+def test_an_empty_request_is_answered() -> None:
+    serve, clock, _ = make_runtime()
+    use(clock)
+    serve.within(latency_ms=100)
+    logits_BK, level = serve.answer(X[:0])
+    assert logits_BK.shape == (0, 5) and level == 0
+
+
+def test_what_does_not_tell_classes_is_refused() -> None:
+    serve, clock, levels = make_runtime()
+    use(clock)
+    serve.levels[0] = nn.Sequential(levels[0], nn.Unflatten(1, (5, 1, 1)))
+    with pytest.raises(
+        StructureError, match=r"a tensor of \(32, 5, 1, 1\).*: take networks that return scores"
+    ):
+        serve.answer(X)
 
 
 def test_a_request_that_cannot_be_in_time_is_given_up() -> None:

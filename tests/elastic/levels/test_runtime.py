@@ -67,6 +67,11 @@ def test_budgets_that_no_level_meets_are_refused() -> None:
     assert serve.level == 3, "as it was"
 
 
+def test_without_a_level_there_is_nothing_to_run() -> None:
+    with pytest.raises(OptionError, match="there is no level to run: give one or more"):
+        Runtime([], X)
+
+
 def drive(serve: Runtime, slowdown: float, requests: int) -> list[int]:
     """The levels of requests on a machine that is so much slower than it was at calibration."""
     used = []

@@ -164,7 +164,12 @@ def test_a_run_sizes_its_levels_by_a_file(tmp_path: Path, capsys: pytest.Capture
         prune_run(first, tmp_path / "l1")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}[", '{"0": []}', '{"0": [{"channels": 1}]}', '{"0": 3}'])
+WITHOUT_NUMBERS = '{"0": [{"channels": 4, "loss": NaN, "metric": 0, "macs": 0}]}'
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}[", WITHOUT_NUMBERS, '{"0": []}', '{"0": [{"channels": 1}]}', '{"0": 3}']
+)
 def test_a_file_of_something_else_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "curves.json").write_text(text)
     with pytest.raises(FileError, match="holds no sensitivity"):

@@ -236,7 +236,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "less than none": ({"levels": [-0.5, 0.5]}, "-0.5 is no fraction"),
     "the whole": ({"levels": [0.5, 1]}, "1 is no fraction"),
     "more than the whole": ({"levels": [1.5]}, "1.5 is no fraction"),
-    "no number": ({"levels": [float("nan")]}, "nan is no fraction"),
+    "no number": ({"levels": [float("nan")]}, "levels [nan] do not ascend"),
     "no channel left": (
         {"levels": [0.05]},
         "a fraction of 0.05 leaves width '0' of 5 without a channel",
@@ -253,6 +253,9 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "budgets that descend": ({"levels": [2 * LEAST, LEAST], "by": "macs"}, "do not ascend"),
     "a multiple of none": ({"levels": [0.5], "multiple": 0}, "multiple"),
     "a multiple of less": ({"levels": [2 * LEAST], "by": "macs", "multiple": -2}, "multiple"),
+    "a multiple of a part": ({"levels": [0.5], "multiple": 1.5}, "multiples of 1.5"),
+    "a budget that is no number": ({"levels": [float("nan")], "by": "macs"}, "do not ascend"),
+    "a last budget that is no number": ({"levels": [2 * LEAST, float("nan")], "by": "macs"}, "do not ascend"),
     "latency without a measure": ({"levels": [1.0], "by": "latency_ms"}, "latency_ms"),
 }
 OF_THE_NETWORK = {"no channel left", "too small a budget", "too small with a multiple", "the whole network"}
