@@ -18,14 +18,14 @@ from torch import Tensor, fx, nn
 from elastic.dynamic.attaching import MODULES, attach_modules
 from elastic.dynamic.modules import describe_modules, iterate_modules, select_set
 from elastic.errors import FileError, OptionError, StructureError
+from elastic.files.filling import fill_network, load_state, match_type, refuse_unfillable, take_types
 from elastic.files.packing import read_tensors, write_tensors
 from elastic.files.zoo import find_file
 from elastic.levels.nested import Levels
 from elastic.models.builders import build_model
 from elastic.surgery.checking import discover_checked
-from elastic.surgery.rebuilding import add_blocks, rebuild
-from elastic.widths.discovery import Widths, discover
 from elastic.widths.inputs import Example, list_inputs, make_zeros
+from elastic.widths.tracing.meta import refuse_compiled
 
 # What levels own, and kernel activation modules, are stored under these: no layer's name begins with a dot.
 LEVEL_NORMS, LEVEL_MODULES = ".levels.", ".kams."
@@ -133,8 +133,20 @@ class Network:
         Args:
             about: what else is to be said of it, in plain containers.
             packed: leave out the zeros of sparse tensors: smaller, but only this package reads it.
+
+        Raises:
+            StructureError: it is a compiled one, or has a state beside its tensors.
+            OptionError: what is to be said is not in plain containers.
+            FileError: the file cannot be written.
         """
+        refuse_compiled(self.plain())
         tensors, about = dict(self.plain().state_dict()), {**self.about, **(about or {})}
+        if taken := [name for name in STRUCTURE if name in about]:
+            raise OptionError(f"about says '{taken[0]}', which a file says of its own: give it another name")
+        for name, value in tensors.items():
+            if not isinstance(value, Tensor):
+                kind = f"a {type(value).__name__}, which no file of tensors holds"
+                raise StructureError(f"'{name}' is {kind}: keep it in a buffer, or leave it out of the state")
         for k, net in enumerate(self.dynamic_nets):
             modules = net.get_submodule(MODULES).state_dict()
             tensors |= {f"{LEVEL_MODULES}{k}.{name}": tensor for name, tensor in modules.items()}
@@ -145,7 +157,7 @@ class Network:
             norms = self.levels.norms.state_dict()
             tensors |= {LEVEL_NORMS + name: tensor for name, tensor in norms.items()}
             about["levels"] = self.levels.sizes[:-1]
-        write_tensors(tensors, about, Path(path), packed)
+        write_tensors(tensors, about, Path(path).expanduser(), packed)
 
     @classmethod
     @torch.inference_mode(False)  # else it could not be trained, nor changed, outside
@@ -163,19 +175,21 @@ class Network:
             FileError: the file is missing or damaged, or does not say what is not given.
             StructureError: it is of another architecture, or the given network cannot be filled.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
         tensors, about = read_tensors(path)
         if net is None:
             net = _build(about, path)
-        if any(tensor.is_inference() for tensor in net.parameters()):
-            raise StructureError(f"{path} cannot fill what torch.inference_mode has made: build it outside")
+        refuse_unfillable(net, path)
         if example is None:
             example = _make_example(about, path)
-        widths = _fill(net, {name: t for name, t in tensors.items() if not name.startswith(".")}, example)
+        state = {name: tensor for name, tensor in tensors.items() if not name.startswith(".")}
+        take_types(net, state)
+        example = match_type(example, net)
+        widths = fill_network(net, state, example)
         said = {name: value for name, value in about.items() if name not in STRUCTURE}
         if "levels" in about:
             levels = Levels(net, widths, _check_levels(about["levels"], path))
-            _load_state(levels.norms, _select(tensors, LEVEL_NORMS), f"{path} lacks norms of its levels")
+            load_state(levels.norms, _select(tensors, LEVEL_NORMS), f"{path} lacks norms of its levels")
             network = cls(levels, about=said)
         else:
             network = cls(net, about=said)
@@ -239,7 +253,7 @@ class Network:
                 branches=modules.get("branches") is True,  # none in files of before
             )
             state = _select(tensors, f"{LEVEL_MODULES}{k}.")
-            _load_state(dynamic.get_submodule(MODULES), state, f"{path} lacks modules of level {k}")
+            load_state(dynamic.get_submodule(MODULES), state, f"{path} lacks modules of level {k}")
             self.dynamic_nets.append(dynamic.eval())
 
 
@@ -321,33 +335,3 @@ def _build(about: Mapping[str, Any], path: Path) -> nn.Module:
 def _select(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Take the tensors under a prefix, without it."""
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-
-
-def _load_state(module: nn.Module, state: Mapping[str, Tensor], fault: str) -> None:
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:  # names that are missing or too many, or other shapes
-        raise FileError(f"{fault}, or has others: train again or restore it") from error
-
-
-def _fill(model: nn.Module, state: Mapping[str, Tensor], example: Example) -> Widths:
-    """Give a network as first built the shapes and the values of a state, and return its widths."""
-    widths = discover(model, *list_inputs(example))
-    add_blocks(model, widths, state)
-    if _add_biases(model, state):
-        widths = discover(model, *list_inputs(example))  # which has the biases, too
-    rebuild(model, widths, state)
-    model.load_state_dict(state)
-    return widths
-
-
-def _add_biases(model: nn.Module, state: Mapping[str, Tensor]) -> bool:
-    """Give layers the biases that compaction has given them, and return whether there are any."""
-    layers = dict(model.named_modules())
-    added = False
-    for name in state.keys() - model.state_dict().keys():
-        path, _, tensor_name = name.rpartition(".")
-        if tensor_name == "bias" and getattr(layers.get(path), "bias", 0) is None:
-            layers[path].bias = nn.Parameter(torch.zeros_like(state[name]))
-            added = True
-    return added

@@ -22,7 +22,7 @@ from elastic.files.atomic import write_atomically
 # What a file's bytes make of the library and of json: a header cut short, other types, other keys.
 DAMAGE = (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError, RuntimeError)
 SPARSE = 0.75  # a tensor of fewer non-zeros than this is stored as a bitmap and its non-zeros
-BITS, VALUES = ":bits", ":values"  # of a sparse tensor, behind its name: no tensor of a module has a colon
+BITS, VALUES = ":bits", ":values"  # of a sparse tensor, behind its name
 DIGEST, BLANK = "sha256", "0" * 64  # of the file, with this in its own place
 KEY = "elastic"  # of the metadata: one key for all, since their order in the file would be random
 
@@ -64,12 +64,13 @@ def check_about(about: Mapping[str, Any]) -> Mapping[str, Any]:
         OptionError: it has others than plain containers, texts and numbers.
     """
     for name, value in about.items():
+        if not isinstance(name, str):
+            raise OptionError(f"about says something by the name {name!r}: give it a name that is a text")
         try:
             json.dumps(value)
-        except (TypeError, ValueError) as error:
-            raise OptionError(
-                f"about has {name}={value!r} ({error}): give plain lists and numbers"
-            ) from error
+        except (TypeError, ValueError, RecursionError) as error:
+            cause = f"a {type(value).__name__} as '{name}' ({cite(error)})"
+            raise OptionError(f"about has {cause}: give plain lists and numbers") from error
     return about
 
 
@@ -83,7 +84,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         content = path.read_bytes()
         meta = _read_meta(content)
         stored = load(content)
-        tensors = {name: tensor for name, tensor in stored.items() if ":" not in name}
+        parts = {name + part for name in meta["sparse"] for part in (BITS, VALUES)}
+        tensors = {name: tensor for name, tensor in stored.items() if name not in parts}
         for name, shape in meta["sparse"].items():
             tensors[name] = _unpack(stored[name + BITS], stored[name + VALUES], shape)
         return tensors, dict(meta["about"])

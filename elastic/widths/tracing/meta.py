@@ -55,7 +55,7 @@ def make_meta_copy(model: nn.Module) -> nn.Module:
 
     Shapes are all that is asked of the copy: some of torch's own layers, slow on that device, only keep them.
     """
-    _refuse_compiled(model)
+    refuse_compiled(model)
     memo: dict[int, Any] = {}
     for module in model.modules():
         _replace_tensors(module, memo)
@@ -83,7 +83,7 @@ class WithoutData(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _refuse_compiled(model: nn.Module) -> None:
+def refuse_compiled(model: nn.Module) -> None:
     """Raise StructureError where a module is a compiled one, whose forward is not Python's any more."""
     for path, module in model.named_modules():
         name = path or type(model).__name__

@@ -154,7 +154,7 @@ def test_files_of_others_are_named_as_such(tmp_path: Path) -> None:
         elastic.load(tmp_path)
     with pytest.raises(FileError, match="make the folder"):
         elastic.save(convnet(), tmp_path / "none/net")
-    with pytest.raises(OptionError, match="about has mean=tensor"):
+    with pytest.raises(OptionError, match="about has a Tensor as 'mean'"):
         elastic.save(convnet(), path, {"mean": torch.ones(1)})
     assert len(elastic.load(Path("digits-gnap-2k"))) == 1
 

@@ -1,6 +1,8 @@
 """Networks in one file: all bits come back, into levels that share storage again."""
 
+import copy
 import json
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 import elastic
 from elastic.dynamic.attaching import attach_modules
 from elastic.dynamic.modules import iterate_modules, select_set
-from elastic.errors import FileError, OptionError, StructureError
+from elastic.errors import ElasticError, FileError, OptionError, StructureError
 from elastic.files.network import Network
 from elastic.files.packing import read_tensors
 from elastic.levels.nested import Levels
@@ -82,10 +84,10 @@ def test_without_its_levels_it_is_the_whole_network(tmp_path: Path, name: str) -
 
 
 def test_the_file_says_sizes_and_whatever_it_is_told(tmp_path: Path) -> None:
-    net, _, widths = built("convnet")
+    net, x, widths = built("convnet")
     sizes = halves(widths, 0.3, 0.7)
     Network(Levels(net, widths, sizes)).save(str(tmp_path / "levels"), {"seed": 3})
-    assert Network.load(str(tmp_path / "levels"), built("convnet")[0]).about == {"seed": 3}
+    assert Network.load(str(tmp_path / "levels"), built("convnet")[0], x).about == {"seed": 3}
     with safe_open(tmp_path / "levels", framework="pt") as file:
         about = json.loads(file.metadata()["elastic"])["about"]
     assert about == {"seed": 3, "levels": sizes}
@@ -411,3 +413,99 @@ def test_the_package_saves_and_loads(tmp_path: Path) -> None:
     assert elastic.Network is Network
     with pytest.raises(AttributeError, match="has no attribute 'lode'"):
         elastic.lode  # noqa: B018
+
+
+# --- what else a network may have --------------------------------------------------------------------------
+
+
+def tied() -> nn.Module:
+    net: Any = nn.Sequential(conv(3, 6), conv(6, 6), nn.ReLU(), conv(6, 6), head(6))
+    net[3].weight = net[1].weight
+    return net  # type: ignore[no-any-return]
+
+
+def test_layers_that_share_a_weight_no_more_are_read_apart(tmp_path: Path) -> None:
+    """Compacted, each has kernels of its own; or values alone, which loading would overwrite."""
+    torch.manual_seed(0)
+    net, x = randomised(tied()).eval(), torch.randn(2, 3, 6, 6)
+    gated = copy.deepcopy(net)
+    gates.attach_gates(gated, discover(gated, x), "channel")
+    for *_, gate in gates.iterate_gates(gated):
+        gate.score.data.copy_(torch.linspace(-1, 2, gate.score.numel()).view_as(gate.score))
+    apart: Any = copy.deepcopy(net)
+    apart[3].weight = nn.Parameter(2 * apart[1].weight.detach())
+    for case in (compact(gated, x), apart):
+        Network(case).save(tmp_path / "net")
+        again = Network.load(tmp_path / "net", tied(), x).plain()
+        same(case.state_dict(), again.state_dict())
+        assert torch.equal(again(x), case(x))
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_types_of_floats_come_back(tmp_path: Path, kind: torch.dtype) -> None:
+    """Of levels, and of modules; norms may have others."""
+    net, x, widths = built("convnet")
+    network = dynamic(evaluated(nested(net.to(kind), widths, halves(widths, 0.5))), x.to(kind))
+    network.save(tmp_path / "net")
+    again = Network.load(tmp_path / "net", fresh("convnet"), x)
+    for level in range(2):
+        same(network.dynamic(level).state_dict(), again.dynamic(level).state_dict())
+        assert torch.equal(network.run(x.to(kind), level), again.run(x.to(kind), level))
+    for module in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
+        module.float()
+    Network(net).save(tmp_path / "mixed")
+    same(net.state_dict(), Network.load(tmp_path / "mixed", fresh("convnet"), x).plain().state_dict())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_layers_name_may_have_a_colon(tmp_path: Path, packed: bool) -> None:
+    x, first = torch.randn(2, 3, 6, 6), conv(3, 4)
+    first.weight.data[:3] = 0
+    net = nn.Sequential(OrderedDict({"a:b": first, "c": conv(4, 4), "d": head(4)}))
+    Network(net.eval()).save(tmp_path / "net", packed=packed)
+    assert torch.equal(Network.load(tmp_path / "net", copy.deepcopy(net), x).run(x), net(x))
+
+
+def test_a_file_may_lie_under_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    net, x, _ = built("convnet")
+    Network(net.eval()).save("~/net")
+    assert torch.equal(Network.load("~/net", fresh("convnet"), x).run(x), net(x))
+
+
+class Noted(nn.Conv2d):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"seen": 3}
+
+
+UNSTORABLE: dict[str, tuple[Any, dict[Any, Any], str]] = {
+    "a state beside tensors": (
+        lambda: nn.Sequential(Noted(3, 4, 1)),
+        {},
+        "'0._extra_state' is a dict, which no file of tensors holds: keep it in a buffer",
+    ),
+    "a compiled network": (  # as torch.compile wraps it
+        lambda: nn.Sequential(OrderedDict({"_orig_mod": conv(3, 4)})),
+        {},
+        "what torch.compile made of a module",
+    ),
+    "a tensor": (lambda: conv(3, 4), {"mean": torch.ones(40, 40)}, "a Tensor as 'mean' .*: give plain lists"),
+    "a name that is a number": (lambda: conv(3, 4), {3: 1}, "by the name 3: give it a name that is a text"),
+    "a name of the file's own": (lambda: conv(3, 4), {"levels": [{}]}, "says 'levels', .*: give it another"),
+}
+
+
+@pytest.mark.parametrize("what", UNSTORABLE)
+def test_what_no_file_can_hold_is_refused_in_a_line(tmp_path: Path, what: str) -> None:
+    make, about, text = UNSTORABLE[what]
+    with pytest.raises(ElasticError, match=text) as caught:
+        elastic.save(make(), tmp_path / "net", about)
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_a_lazy_layer_is_not_filled(tmp_path: Path) -> None:
+    net, x = nn.Sequential(nn.LazyConv2d(4, 1), head(4)), torch.randn(2, 3, 6, 6)
+    net(x)
+    Network(net.eval()).save(tmp_path / "net")
+    with pytest.raises(StructureError, match="cannot fill a lazy layer: run the network once, then load"):
+        Network.load(tmp_path / "net", nn.Sequential(nn.LazyConv2d(4, 1), head(4)), x)
