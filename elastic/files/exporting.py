@@ -19,14 +19,15 @@ from elastic.files.formats.interface import Inputs, Outputs
 from elastic.files.network import Network
 from elastic.files.packing import check_about
 from elastic.levels.cutting import extract_level
-from elastic.widths.inputs import Example, list_inputs
+from elastic.levels.nested import Levels
+from elastic.widths.inputs import Example, count_batch, list_inputs, select_samples
 
 # Absolute, and relative to the largest value of an output; in 8 bits, what only a fault would exceed.
 TOLERANCE, TOLERANCE_INT8 = 1e-5, 0.5
 
 
 def export(
-    net: nn.Module | Network,
+    net: Network | Levels | nn.Module,
     example: Example,
     path: str | Path,
     about: Mapping[str, Any] | None = None,
@@ -41,7 +42,8 @@ def export(
     Args:
         net: plain, e.g. compacted or a level; or with kernel activation modules, which then mask kernels; or
             what `elastic.load` returns, of which it is the largest level, with its modules.
-        example: an input, batch first, or several.
+        example: an input, batch first, or several. One that has not as many samples as the first is the same
+            for all samples.
         about: what the file says of the network, in plain containers, where its format has a place for it.
         calibration: batches of inputs; with some the network is brought to 8 bits by the format's own tool.
 
@@ -54,19 +56,25 @@ def export(
         FileError: outputs that differ by more than 1e-5, in 8 bits by half of the largest; a missing package
             or folder.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     form = find_format(path)
+    if isinstance(calibration, Tensor):
+        raise OptionError("calibration is one tensor: give a list of batches of inputs")
     if calibration and not form.has_int8:
         raise OptionError(f"{path.suffix} has no 8 bits: name a file that ends in {_list_endings(int8=True)}")
     form.require()
     check_place(path)
+    if isinstance(net, Levels):
+        net = net[-1]
     if isinstance(net, Network):
         about = net.about if about is None else about
         net = net.dynamic() if net.sets else net.plain()
-    sample = tuple(x[:1] for x in _list_inputs(example))
+    inputs = _list_inputs(example)
+    sample, batch = select_samples(inputs, slice(1)), count_batch(inputs)
     source = Source(
         _prepare(net, sample),
         sample,
+        [x.dim() > 0 and len(x) == batch for x in inputs],
         check_about(about or {}),
         [_list_inputs(batch) for batch in calibration],
     )
@@ -113,15 +121,26 @@ def open_exported(path: str | Path, threads: int | None = None) -> Run:
         OptionError: a kind of file that is not known.
         FileError: the runtime is missing, or the file.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     form = find_format(path)
     form.require()
     if not path.is_file():
         raise FileError(f"there is no file {path}: export a network into it first")
     try:
-        return form.open(path, threads)
+        run = form.open(path, threads)
     except Exception as error:  # of whatever kind a runtime's are
         raise FileError(f"{path} cannot be opened ({cite(error)}): export it again") from error
+
+    def run_or_explain(*inputs: Tensor) -> Outputs:
+        tensors = [x.detach().cpu() for x in list_inputs(inputs)]
+        try:
+            return run(*tensors)
+        except Exception as error:
+            kinds = ", ".join(f"{tuple(x.shape)} of {x.dtype}" for x in tensors)
+            cause = f"{path} does not run on {kinds} ({cite(error)})"
+            raise StructureError(f"{cause}: give inputs as those that it was exported with") from error
+
+    return run_or_explain
 
 
 def find_format(path: Path) -> Format:
@@ -144,10 +163,10 @@ def _list_inputs(inputs: Example) -> Inputs:
     """List one input or several.
 
     Raises:
-        StructureError: one is empty.
+        StructureError: there is none, or an empty one, or none has a dimension.
     """
     tensors = tuple(x.detach().cpu() for x in list_inputs(inputs))
-    if not all(len(x) for x in tensors):
+    if not all(x.numel() for x in tensors) or not any(x.dim() for x in tensors):
         raise StructureError("an example has no sample: give inputs, batch first")
     return tensors
 
@@ -224,5 +243,16 @@ def _compare(actual: Outputs, expected: Outputs) -> float:
     """Measure the largest difference of outputs, relative to the largest value where that is above 1."""
     if not expected or len(actual) != len(expected):
         raise StructureError(f"{len(actual)} of {len(expected)} outputs can be written: return tensors alone")
-    pairs = [(a.double(), b.double()) for a, b in zip(actual, expected, strict=True)]
-    return max(float((a - b).abs().max()) / max(1.0, float(b.abs().max())) for a, b in pairs)
+    for a, b in zip(actual, expected, strict=True):
+        if a.shape != b.shape:
+            shapes = f"{tuple(a.shape)} in place of {tuple(b.shape)}"
+            raise StructureError(f"an output would be {shapes}: return another, or name another format")
+    return float(torch.stack([*map(_measure_distance, actual, expected)]).max())  # NaN if any is
+
+
+def _measure_distance(actual: Tensor, expected: Tensor) -> Tensor:
+    """Measure the largest difference of two tensors; what is infinite in both is the same."""
+    a, b = actual.to(torch.complex128), expected.to(torch.complex128)
+    differences, sizes = (a - b).abs()[a != b], b.abs()[b.isfinite()]
+    none, one = sizes.new_zeros(1), sizes.new_ones(1)
+    return torch.cat([none, differences]).max() / torch.cat([one, sizes]).max()

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from elastic.files.formats.interface import Format, Outputs, Run, Source, trace
+from elastic.widths.inputs import split_batch
 
 BATCH = 64  # memory is planned for as many inputs at once
 
@@ -37,7 +38,7 @@ def quantize(program: ExportedProgram, source: Source, axis: Dim) -> ExportedPro
     module = prepare_pt2e(program.module(), quantizer)
     for inputs in source.calibration:
         module(*inputs)
-    return trace(convert_pt2e(module), source.repeat_example(BATCH), axis)
+    return trace(convert_pt2e(module), source.repeat_example(BATCH), source.name_axes(axis))
 
 
 def open_file(path: Path, threads: int | None = None) -> Run:
@@ -54,8 +55,8 @@ def open_file(path: Path, threads: int | None = None) -> Run:
 
     def run(*inputs: Tensor) -> Outputs:
         assert contents and program  # which the method refers to, without keeping them
-        batches = zip(*(x.contiguous().split(BATCH) for x in inputs), strict=True)
-        parts = [[y.clone() for y in method.execute(list(batch))] for batch in batches]
+        batches = [[x.contiguous() for x in batch] for batch in split_batch(inputs, BATCH)]
+        parts = [[y.clone() for y in method.execute(batch)] for batch in batches]
         return [torch.cat(outputs) for outputs in zip(*parts, strict=True)]
 
     return run

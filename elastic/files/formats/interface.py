@@ -17,6 +17,7 @@ from elastic.errors import FileError
 
 Inputs = tuple[Tensor, ...]
 Outputs = list[Tensor]
+Axes = tuple[dict[int, Any], ...]  # of each input, names of dimensions
 Run = Callable[..., Outputs]  # of inputs
 
 
@@ -26,13 +27,15 @@ class Source:
 
     Attributes:
         net: in evaluation mode, its tensors contiguous.
-        example: one sample of each input, batch first.
+        example: one sample of each input, batch first; what is one for all samples is whole.
+        has_batch: which inputs have a sample each, and so a batch axis.
         about: what the file says of the network, in plain containers.
         calibration: batches of all inputs that say which values occur, for 8 bits; without any it stays fp32.
     """
 
     net: nn.Module
     example: Inputs
+    has_batch: Sequence[bool]
     about: Mapping[str, Any] = field(default_factory=dict)
     calibration: Sequence[Inputs] = ()
 
@@ -43,11 +46,16 @@ class Source:
 
     def repeat_example(self, batch: int) -> Inputs:
         """Repeat the example along the batch."""
-        return tuple(x.repeat(batch, *[1] * (x.dim() - 1)) for x in self.example)
+        pairs = zip(self.example, self.has_batch, strict=True)
+        return tuple(x.repeat(batch, *[1] * (x.dim() - 1)) if has_batch else x for x, has_batch in pairs)
+
+    def name_axes(self, batch_axis: Any) -> Axes:
+        """Name the batch axis of each input that has one."""
+        return tuple({0: batch_axis} if has_batch else {} for has_batch in self.has_batch)
 
     def make_program(self, batch_axis: Any, batch: int = 2) -> ExportedProgram:
         """Trace the network for any batch size; one of 1 would be taken for granted."""
-        return trace(self.net, self.repeat_example(batch), batch_axis)
+        return trace(self.net, self.repeat_example(batch), self.name_axes(batch_axis))
 
 
 @dataclass(frozen=True)
@@ -81,12 +89,12 @@ class Format:
                 raise FileError(f"{error.name} is not installed: install the extra `{self.extra}`") from error
 
 
-def trace(net: nn.Module, inputs: Inputs, batch_axis: Any) -> ExportedProgram:
+def trace(net: nn.Module, inputs: Inputs, axes: Axes) -> ExportedProgram:
     """Trace a network by torch.export."""
     with warnings.catch_warnings():
         # Of what kernel activation modules note of their last input.
         warnings.filterwarnings("ignore", ".*were assigned during export", UserWarning)
-        return torch.export.export(net, inputs, dynamic_shapes=tuple({0: batch_axis} for _ in inputs))
+        return torch.export.export(net, inputs, dynamic_shapes=axes)
 
 
 def list_tensors(outputs: Any) -> Outputs:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from elastic.files.formats.interface import Format, Outputs, Run, Source
+from elastic.widths.inputs import split_batch
 
 
 def write(source: Source, path: Path) -> None:
@@ -27,9 +28,9 @@ def quantize(path: Path, source: Source) -> None:
     for end in (qtyping.TFLOperationName.INPUT, qtyping.TFLOperationName.OUTPUT):
         tool.update_quantization_recipe(".*", end, algorithm_key=keep)
     samples = [
-        {f"args_{k}": x[None].numpy() for k, x in enumerate(sample)}
+        {f"args_{k}": x.numpy() for k, x in enumerate(sample)}
         for batch in source.calibration
-        for sample in zip(*batch, strict=True)
+        for sample in split_batch(batch, 1)
     ]
     path.write_bytes(tool.quantize(tool.calibrate({"serving_default": samples})).quantized_model)
 
@@ -50,8 +51,8 @@ def open_file(path: Path, threads: int | None = None) -> Run:
         return [torch.from_numpy(interpreter.get_tensor(output["index"])) for output in outputs]
 
     def run(*inputs: Tensor) -> Outputs:
-        samples = (x.split(1) for x in inputs)
-        return [torch.cat(parts) for parts in zip(*map(run_one, *samples), strict=True)]
+        answers = [run_one(*sample) for sample in split_batch(inputs, 1)]
+        return [torch.cat(parts) for parts in zip(*answers, strict=True)]
 
     return run
 

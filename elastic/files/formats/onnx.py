@@ -18,7 +18,8 @@ def write(source: Source, path: Path) -> None:
 
     program = source.make_program(Dim("batch"))
     # The program knows the batch axis as a symbol of torch's own making; named here, so it is in the file.
-    axes = ({0: "batch"}, *({} for _ in source.example[1:]))  # which have the same axis
+    first = source.has_batch.index(True)  # others have the same axis
+    axes = tuple({0: "batch"} if k == first else {} for k in range(len(source.example)))
     made = torch.onnx.export(program, dynamo=True, verbose=False, dynamic_shapes=axes)
     assert made is not None
     made.save(path)

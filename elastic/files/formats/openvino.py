@@ -19,7 +19,9 @@ def write(source: Source, path: Path) -> None:
     import openvino
 
     model = openvino.convert_model(source.make_program(Dim("batch")))
-    model.reshape({model.input(k): [-1, *x.shape[1:]] for k, x in enumerate(source.example)})
+    sizes = zip(source.example, source.has_batch, strict=True)
+    shapes = [[-1, *x.shape[1:]] if has_batch else [*x.shape] for x, has_batch in sizes]
+    model.reshape({model.input(k): shape for k, shape in enumerate(shapes)})
     if source.calibration:
         model = quantize(model, source)
     for name, text in source.texts.items():

@@ -16,7 +16,7 @@ from torch import nn
 import elastic
 from elastic.dynamic.attaching import attach_modules
 from elastic.dynamic.modules import iterate_modules
-from elastic.errors import ElasticError, FileError, OptionError
+from elastic.errors import ElasticError, FileError, OptionError, StructureError
 from elastic.files.exporting import TOLERANCE, export, open_exported
 from elastic.files.formats import FORMATS, Run, list_tensors
 from elastic.levels.nested import Levels
@@ -227,7 +227,7 @@ class Choice(nn.Module):
         (convnet(in_channels=3), torch.ones(1, 1, 8, 8), "net.pt2", {}, "does not run on (1, 1, 8, 8)"),
         (convnet(in_channels=3), X[:0], "net.pt2", {}, "an example has no sample"),
         (convnet(in_channels=3), X, "none/net.pt2", {}, "make the folder"),
-        (convnet(in_channels=3), X, "net.pt2", {"mean": numpy.float32(1)}, "about has mean=np.float32(1.0)"),
+        (convnet(in_channels=3), X, "net.pt2", {"mean": numpy.float32(1)}, "about has a float32 as 'mean'"),
         (Choice(), X, "net.pt2", {}, "change forward there, or name another format"),
     ],
 )
@@ -243,12 +243,95 @@ def test_what_cannot_be_exported_is_said_in_one_line(
 
 def test_one_wrong_output_of_several_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net = TwoHeads().eval()
-    export(net, X, tmp_path / "net.pt2")
+    form = FORMATS[".pt2"]
+
+    def open_wrong(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Run]:
+        def open_file(path: Path, threads: int | None) -> Run:
+            run = form.open(path, threads)
+
+            def run_wrong(*inputs: torch.Tensor) -> list[torch.Tensor]:
+                *right, last = run(*inputs)
+                return [*right, change(last)]
+
+            return run_wrong
+
+        return open_file
+
+    wrong: list[tuple[Callable[[torch.Tensor], torch.Tensor], str]] = [
+        (lambda y: y + 9, "would differ from the network by"),
+        (lambda y: y * float("nan"), "would differ from the network by nan"),
+        (lambda y: y + float("inf"), "would differ from the network by inf"),
+        (lambda y: y + 1j, "would differ from the network by"),
+        (lambda y: y[:1], "an output would be .* in place of .*: return another"),
+    ]
+    for change, text in wrong:
+        monkeypatch.setitem(FORMATS, ".pt2", replace(form, open=open_wrong(change)))
+        with pytest.raises(ElasticError, match=text):
+            export(net, X, tmp_path / "net.pt2")
+        assert not list(tmp_path.iterdir())
+
+
+class ForAll(nn.Module):
+    """Take what is the same for all samples: a number, and a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 1)
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        return self.conv(x).mean((2, 3)) @ table * scale
+
+
+@pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_inputs_that_are_the_same_for_all_samples_are_given_whole(
+    suffix: str, samples: int, tmp_path: Path
+) -> None:
+    net, table = ForAll(), torch.randn(5, 2)
+    export(net, (X.repeat(samples, 1, 1, 1), torch.tensor(2.0), table), tmp_path / f"net{suffix}")
+    x, scale = torch.randn(7, 3, 8, 8), torch.tensor(-3.0)
     with torch.no_grad():
-        right = open_exported(tmp_path / "net.pt2")(torch.zeros(3, 3, 8, 8))
-    answer(monkeypatch, [*right[:2], torch.full((3, 4), 9.0)])
-    with pytest.raises(FileError, match="would differ from the network by"):
-        export(net, X, tmp_path / "net.pt2")
+        expected = net(x, scale, table)
+    (actual,) = open_exported(tmp_path / f"net{suffix}", 1)(x, scale, table)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+class Unusual(nn.Module):
+    """Return what is infinite, what is empty, and complex numbers."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        masked = x.masked_fill(torch.arange(8) > 4, float("-inf"))
+        return masked, x[:, :0], torch.complex(x, 2 * x)
+
+
+def test_outputs_may_be_infinite_empty_or_complex(tmp_path: Path) -> None:
+    assert export(Unusual(), X, tmp_path / "net.pt2") == 0
+    actual = open_exported(tmp_path / "net.pt2")(X)
+    torch.testing.assert_close(actual, list(Unusual()(X)), atol=0, rtol=0)
+
+
+def test_levels_are_exported_as_the_largest_of_them(tmp_path: Path) -> None:
+    net = convnet((4, 6), in_channels=3)
+    widths = discover(net, X)
+    export(Levels(net, widths, level_sizes(net, widths, X, [0.5])), X, tmp_path / "net.pt2")
+    with torch.no_grad():
+        torch.testing.assert_close(run(tmp_path / "net.pt2", X), net.eval()(X), atol=1e-5, rtol=1e-5)
+
+
+def test_what_a_file_does_not_take_is_said_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    export(convnet((4, 6), in_channels=3), X, "~/net.pt2")
+    run = open_exported("~/net.pt2")
+    for inputs in [(X, X), (), (X[:, :1],), (X.double(),)]:
+        with pytest.raises(
+            StructureError, match=r"net.pt2 does not run on .*: give inputs as those"
+        ) as caught:
+            run(*inputs)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(OptionError, match="calibration is one tensor: give a list of batches"):
+        export(convnet(in_channels=3), X, tmp_path / "net.onnx", calibration=X)
 
 
 # --- every format whose extra is installed ------------------------------------------------------------------
