@@ -7,8 +7,10 @@ or the caller brings the network as it was first built. No code is read from a f
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
+from threading import RLock
 from types import ModuleType
 from typing import Any
 
@@ -30,6 +32,8 @@ from elastic.widths.tracing.meta import refuse_compiled
 # What levels own, and kernel activation modules, are stored under these: no layer's name begins with a dot.
 LEVEL_NORMS, LEVEL_MODULES = ".levels.", ".kams."
 HEAD = re.compile(r"\.kams\.0\..*\.heads\.(\d+)\.")  # the set of a module of the smallest level
+# Held while one of several sets runs: it is selected for all threads. No network has it: they are copied.
+SELECTED = RLock()
 STRUCTURE = ("levels", "switched")  # of the metadata: what the network itself knows
 
 
@@ -82,6 +86,8 @@ class Network:
     def dynamic(self, level: int | None = None, set: int = 0) -> fx.GraphModule:
         """Return a level, the largest by default, with a set of its kernel activation modules selected.
 
+        It is the same module for all sets: where threads want several, `run` takes one after the other.
+
         Raises:
             OptionError: there is no such level or set.
         """
@@ -103,7 +109,8 @@ class Network:
         """
         if set is None and not self.dynamic_nets:
             return self.plain(level)(*list_inputs(x))
-        return self.dynamic(level, set or 0)(*list_inputs(x))
+        with SELECTED if self.sets > 1 else nullcontext():
+            return self.dynamic(level, set or 0)(*list_inputs(x))
 
     def _index(self, level: int | None) -> int:
         last = len(self) - 1

@@ -138,9 +138,9 @@ class Runtime:
 
     def observe(self, k: int, latency_ms: float) -> None:
         """Observe how long level k has taken, and choose the level of the next request."""
-        if self.deadline_ms is None:
-            return
         with self._lock:
+            if self.deadline_ms is None:
+                return
             slowdown = latency_ms / self.costs[k].latency_ms
             late = latency_ms > self.deadline_ms and slowdown > self.slowdown
             self.slowdown += (1.0 if late else SMOOTHING) * (slowdown - self.slowdown)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import threading
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -323,6 +324,27 @@ def test_what_runs_is_the_level_and_the_set_that_are_named() -> None:
     select_set(switched.dynamic_nets[0], 1)
     expected = switched.dynamic_nets[0](x)
     assert torch.equal(switched.run(x, set=1), expected)
+
+
+def test_threads_get_the_answers_of_their_own_sets() -> None:
+    """Another one asks for another set while the first is answered."""
+    net, x, _ = built("convnet")
+    network = dynamic(net.eval(), x, sets=2)
+    expected = [network.run(x, set=k) for k in range(2)]
+    assert not torch.equal(*expected)
+    answers: list[Tensor] = []
+    other = threading.Thread(target=lambda: answers.append(network.run(x, set=1)))
+
+    def interrupt(*_: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            other.start()
+            other.join(0.1)
+
+    first = next(module for module in net.modules() if isinstance(module, nn.Conv2d))
+    first.register_forward_hook(interrupt)
+    answers.insert(0, network.run(x, set=0))
+    other.join()
+    assert all(map(torch.equal, answers, expected))
 
 
 @pytest.mark.parametrize(

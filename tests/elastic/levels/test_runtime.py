@@ -157,6 +157,24 @@ def test_switching_computes_copies_and_asks_for_nothing() -> None:
     assert [p.data_ptr() for level in levels for p in level.parameters()] == storages
 
 
+def test_a_deadline_may_go_while_a_request_is_answered() -> None:
+    serve = served()
+    serve.within(latency_ms=5)
+
+    class Lock:
+        """Another thread was there first."""
+
+        def __enter__(self) -> None:
+            serve.deadline_ms = None
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    serve._lock = Lock()  # type: ignore[assignment]
+    serve.observe(serve.level, 100.0)
+    assert serve.slowdown == 1.0
+
+
 def test_threads_get_the_answer_of_one_level_each() -> None:
     """Requests overlap with switches: every answer is one that some level gives, to the last bit."""
     levels = nested()
