@@ -26,16 +26,33 @@ def read_levels(source: str, level: int | None) -> tuple[list[nn.Module], Mappin
     """Read the levels of a network, or one of them, and what is said of it.
 
     Raises:
-        FileError: it has kernel activation modules, or does not say what is needed.
+        FileError: it has kernel activation modules, does not say what is needed, or says what it does not do.
         OptionError: there is no such level.
     """
     network = elastic.load(source)
     network.reject_modules(Path(source))
     if missing := [name for name in NEEDED if name not in network.about]:
         raise FileError(f"{source} does not say its {missing[0]}: save it with that in `about`")
-    if network.about["input"][0] not in [*MODES]:
-        raise FileError(f"{source} takes images of {network.about['input'][0]} channels: name one of 1 or 3")
+    check_images(source, network.about, network.plain(level))
     return list(network.nets) if level is None else [network.plain(level)], network.about
+
+
+@torch.no_grad()
+def check_images(source: str, about: Mapping[str, Any], net: nn.Module) -> None:
+    """Refuse a network that does not tell the classes of images as what is said of it has them.
+
+    Raises:
+        FileError: it is one.
+    """
+    sizes, classes = about["input"], len(about["classes"])
+    if len(sizes) != 3 or sizes[0] not in [*MODES]:
+        raise FileError(f"{source} takes inputs of {sizes}: name a network of images of 1 or 3 channels")
+    if any(len(about[name]) not in (1, sizes[0]) for name in ("mean", "std")):
+        raise FileError(f"{source} has no mean and sd for each of {sizes[0]} channels: save it with such")
+    shape = getattr(net(torch.zeros(1, *sizes)), "shape", None)
+    if shape != (1, classes):
+        answer = "no tensor" if shape is None else f"a tensor of {tuple(shape)}"
+        raise FileError(f"{source} says {classes} classes, and answers with {answer}: name a classifier")
 
 
 class LevelsAPI(litserve.LitAPI):  # type: ignore[misc]

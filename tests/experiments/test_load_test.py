@@ -109,6 +109,36 @@ def test_requests_are_read_as_training_images_are_and_what_is_none_is_said() -> 
         assert caught.value.status_code == 422 and text in caught.value.detail
 
 
+IMAGES = {**ABOUT, "mean": [0.5], "std": [0.5], "classes": [*"0123456789"]}
+ELSE: dict[str, tuple[dict[str, Any], str]] = {
+    "signals": ({"input": [1, 64]}, "takes inputs of [1, 64]: name a network of images of 1 or 3 channels"),
+    "several inputs": (
+        {"input": [["float32", 1, 8, 8], ["int64"]]},
+        "name a network of images of 1 or 3 channels",
+    ),
+    "another sd": ({"std": [0.5, 0.5, 0.5]}, "no mean and sd for each of 1 channels"),
+    "fewer classes": ({"classes": ["a", "b"]}, "says 2 classes, and answers with a tensor of (1, 10)"),
+}
+
+
+@pytest.mark.parametrize("what", ELSE)
+def test_what_does_not_tell_classes_of_images_is_refused_before_it_is_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    pytest.importorskip("litserve", reason="the extra `serve` is not installed")
+    from elastic.experiments.tools.levels_api import read_levels
+
+    about, text = ELSE[what]
+    net, path = convnet([4, 6]), tmp_path / "net"
+    elastic.save(net, path, IMAGES)
+    assert len(read_levels(str(path), None)[0]) == 1
+    network = elastic.Network(net, about={**IMAGES, **about})
+    monkeypatch.setattr(elastic, "load", lambda source: network)  # which would not build a network of signals
+    with pytest.raises(FileError) as caught:
+        read_levels(str(path), None)
+    assert text in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_what_the_smallest_level_is_unsure_of_is_refined_where_that_is_asked_for() -> None:
     pytest.importorskip("litserve", reason="the extra `serve` is not installed")
     from elastic.experiments.tools.levels_api import LevelsAPI
