@@ -28,7 +28,7 @@ from elastic.experiments.tools.charts import (
 )
 from elastic.experiments.tools.environment import silence
 from elastic.experiments.tools.errors import run
-from elastic.experiments.tools.figure import draw_arms
+from elastic.experiments.tools.figure import check_picture, draw_arms
 from elastic.experiments.tools.html import list_failures, make_figure, make_page, make_section
 from elastic.experiments.tools.options import call
 from elastic.experiments.tools.results import ResultTable, list_csv, list_facts, make_tables, skips
@@ -65,7 +65,8 @@ def compare_runs(
         latency: measure all networks, and their levels, on this machine.
         baseline: the arm that the others are compared with, seed by seed.
     """
-    check_places(csv, figure, html)
+    check_places(csv, html)
+    check_picture(figure)
     summaries, notes = read_summaries(runs), []
     if latency:
         notes.append(time_runs(summaries))

@@ -27,7 +27,7 @@ from elastic.experiments.tools.options import call
 from elastic.experiments.tools.per_image import sample_images
 from elastic.experiments.tools.restore import restore
 from elastic.experiments.tools.rivals import PYTORCH, RUNTIMES, make_rivals
-from elastic.experiments.tools.tables import write_csv
+from elastic.experiments.tools.tables import check_places, write_csv
 from elastic.experiments.tools.timing import TUNED_ON
 from elastic.measure.timing import Network as Execution
 from elastic.measure.timing import measure_medians_ms
@@ -52,6 +52,7 @@ def show_latency(
         images: of the test split, how many.
         csv: a table to write.
     """
+    check_places(csv)
     if images < 1:
         raise OptionError(f"latency cannot be measured with {images} images: set images to 1 or more")
     finished = restore(run)

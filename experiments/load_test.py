@@ -36,7 +36,7 @@ from elastic.experiments.serve import start_rival
 from elastic.experiments.tools.environment import silence
 from elastic.experiments.tools.errors import run
 from elastic.experiments.tools.options import call
-from elastic.experiments.tools.tables import print_table, write_csv
+from elastic.experiments.tools.tables import check_places, print_table, write_csv
 from elastic.files.zoo import find_file
 from elastic.ranges import Count, Positive
 
@@ -81,6 +81,7 @@ def send_load(
     Raises:
         FileError: there is no such network, the extra `serve` is missing, or a server does not start.
     """
+    check_places(csv)
     network = elastic.load(source)
     name = network.about.get("made", {}).get("data")
     if name is None:

@@ -16,7 +16,7 @@ from torch import nn
 from elastic.data import ImageData
 from elastic.experiments.tools.environment import silence
 from elastic.experiments.tools.errors import run
-from elastic.experiments.tools.figure import save_figure
+from elastic.experiments.tools.figure import check_picture, save_figure
 from elastic.experiments.tools.options import call
 from elastic.experiments.tools.restore import restore
 from elastic.experiments.tools.tables import check_places, print_table, write_csv
@@ -52,7 +52,8 @@ def show_sensitivity(
         FileError: the folder holds no finished run, or one with kernel activation modules; or nothing can be
             written where it is asked for.
     """
-    check_places(json, csv, figure)
+    check_places(json, csv)
+    check_picture(figure)
     finished = restore(run).reject_modules()
     net = finished.network.plain()
     evaluate = Evaluator(finished.data, finished.task, images)

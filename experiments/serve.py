@@ -27,6 +27,7 @@ from elastic.data import ImageData
 from elastic.errors import FileError
 from elastic.experiments.tools.environment import silence
 from elastic.experiments.tools.errors import run
+from elastic.experiments.tools.figure import check_picture
 from elastic.experiments.tools.options import call
 from elastic.experiments.tools.per_image import read_test_batches
 from elastic.experiments.tools.restore import restore
@@ -100,6 +101,7 @@ def serve_stream(
         FileError: there is no such run, it has no levels, or the table cannot be written.
     """
     check_targets(name := f"serve deadline={deadline:g}", csv, markdown)
+    check_picture(figure)
     torch.set_num_threads(1)
     finished = restore(run).reject_modules().require_classes()
     if len(finished.network) == 1:

@@ -15,12 +15,13 @@ from rich.table import Table
 
 from elastic.experiments.tools.environment import silence
 from elastic.experiments.tools.errors import run
+from elastic.experiments.tools.figure import check_picture
 from elastic.experiments.tools.metrics import list_shown
 from elastic.experiments.tools.options import call
 from elastic.experiments.tools.per_image import PerImage, run_per_image
 from elastic.experiments.tools.restore import restore
 from elastic.experiments.tools.runtime_figures import draw_kernel_usage
-from elastic.experiments.tools.tables import write_csv
+from elastic.experiments.tools.tables import check_places, write_csv
 
 
 def show_kernel_usage(
@@ -41,8 +42,10 @@ def show_kernel_usage(
         csv: a table of every kernel to write.
         classes: a table of every class to write: how many images are right, and what they take.
     """
+    check_places(csv, classes)
+    check_picture(figure)
     finished = restore(run)
-    if classes is not None:
+    if classes is not None or figure is not None:
         finished.require_classes()
     images = run_per_image(finished.network.dynamic(level, set), finished.data, finished.task)
     Console().print(_make_table(images))
@@ -53,7 +56,6 @@ def show_kernel_usage(
     if classes is not None:
         write_csv(classes, ["class", "images", "right (%)", "MACs, mean"], _list_classes(images))
     if figure is not None:
-        finished.require_classes()
         raw_NCHW = torch.cat([x_BCHW for x_BCHW, _ in finished.data.test_dataloader()])
         draw_kernel_usage(images, raw_NCHW.permute(0, 2, 3, 1).numpy(), figure)
 

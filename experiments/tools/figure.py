@@ -17,7 +17,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 from elastic.errors import OptionError
 from elastic.experiments.tools.arms import Arm, History
 from elastic.experiments.tools.metrics import SHARES, TEST, describe_metric
-from elastic.files.atomic import write_atomically
+from elastic.files.atomic import check_place, write_atomically
 
 LEAST = 0.01  # %, where a logarithmic axis has no place for zero
 # Of a run's picture, in parts of it: to find them by what is drawn takes as long as to draw it.
@@ -26,15 +26,33 @@ LONGEST = 40  # letters of an arm's name beside panels
 LEGEND = 12  # widths that a legend has room for
 
 
+def check_picture(path: Path | None) -> None:
+    """Refuse a place where no picture can be, before what takes long; None where none is asked for.
+
+    Raises:
+        FileError: there is no such folder, or the place is one.
+        OptionError: the file's name ends in no kind of picture.
+    """
+    if path is not None:
+        check_place(path)
+        _find_kind(path)
+
+
+def _find_kind(path: Path) -> str:
+    """Find what kind of picture a file's name ends in."""
+    kind = path.suffix.removeprefix(".") or "png"
+    if kind not in (kinds := FigureCanvasAgg.get_supported_filetypes()):
+        raise OptionError(f"{path} cannot be a picture: end its name in one of {', '.join(sorted(kinds))}")
+    return kind
+
+
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as a picture, atomically, and forget it.
 
     Raises:
         OptionError: the file's name ends in no kind of picture.
     """
-    kind = path.suffix.removeprefix(".") or "png"
-    if kind not in (kinds := figure.canvas.get_supported_filetypes()):
-        raise OptionError(f"{path} cannot be a picture: end its name in one of {', '.join(sorted(kinds))}")
+    kind = _find_kind(path)
     write_atomically(path, lambda part: figure.savefig(part, dpi=120, format=kind))
     plt.close(figure)
 

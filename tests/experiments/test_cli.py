@@ -101,6 +101,20 @@ def test_help_of_training_names_every_choice() -> None:
             "/nonexistent/x.html cannot be written: make the",
         ),
         (("sensitivity", "run=x", "figure=/nonexistent/x.png"), "/nonexistent/x.png cannot be written: make"),
+        *(
+            ((command, "run=x", "csv=/nonexistent/x.csv"), "/nonexistent/x.csv cannot be written: make")
+            for command in ("latency", "usage", "sensitivity", "serve")
+        ),
+        (("load_test", "source=x", "csv=/nonexistent/x.csv"), "/nonexistent/x.csv cannot be written: make"),
+        *(
+            ((*words, "figure=x.doc"), "x.doc cannot be a picture: end its name in one of")
+            for words in (
+                ("compare", "runs=x"),
+                ("sensitivity", "run=x"),
+                ("serve", "run=x"),
+                ("usage", "run=x"),
+            )
+        ),
         (("evaluate", f"run={__file__}"), f"{__file__} is a file: name the folder of a finished run"),
         (("plan", "file=x", "trust=[y]"), "there is no option trust=[y]; there are: file=…, runs=…, "),
         (("evaluate", "run=/nonexistent"), "/nonexistent/config.yaml is missing"),
