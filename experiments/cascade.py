@@ -64,12 +64,11 @@ def compute_outputs(folder: Path, small: int = 0) -> Outputs:
         OptionError: it tells no classes, or has no such level below the network.
     """
     finished = restore(folder).reject_modules().require_classes()
-    network = finished.network
-    if small >= len(network) - 1:
-        raise OptionError(
-            f"{folder} has {len(network) - 1} levels below the network: name one of a run that has some"
-        )
-    nets = [network.plain(k) for k in (small, len(network) - 1)]
+    network, below = finished.network, len(finished.network) - 1
+    if small >= below:
+        remedy = f"set small to one of 0 … {below - 1}" if below else "name a run that has some"
+        raise OptionError(f"{folder} has {below} levels below the network, and no level {small}: {remedy}")
+    nets = [network.plain(k) for k in (small, below)]
     batches = read_test_batches(finished.data)
     logits_LNK = [torch.cat([net(x_BCHW) for x_BCHW, _ in batches]) for net in nets]
     label_N = torch.cat([y_B for _, y_B in batches])

@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from elastic.errors import OptionError, cite
+
 ROW = ("test/acc", "params", "params_dense", "macs", "macs_dynamic", "latency_ms")
 HEADS = {
     "test/acc": "test accuracy (%)",
@@ -28,7 +30,18 @@ def write_card(name: str, about: Mapping[str, Any], load: str = "elastic.load") 
         name: what it is called, and loaded by.
         about: what is said of it, see `docs/files.md`; what is missing there is missing in the card.
         load: what loads it by that name.
+
+    Raises:
+        OptionError: what is said of it cannot be.
     """
+    try:
+        return _write_parts(name, about, load)
+    except (TypeError, ValueError, LookupError, AttributeError, yaml.YAMLError) as error:
+        cause = f"{name} has no card, since `about` says what cannot be ({cite(error)})"
+        raise OptionError(f"{cause}: say it as docs/files.md has it") from error
+
+
+def _write_parts(name: str, about: Mapping[str, Any], load: str) -> str:
     made, measured = about.get("made", {}), about.get("measured", {})
     parts = [
         _write_head(name, about),
@@ -76,7 +89,7 @@ def _write_facts(about: Mapping[str, Any]) -> str:
         "Mean, sd": f"{_list(about['mean'])}; {_list(about['std'])}"
         if {"mean", "std"} <= about.keys()
         else None,
-        "Classes": ", ".join(about["classes"]) if "classes" in about else None,
+        "Classes": ", ".join(map(str, about["classes"])) if "classes" in about else None,
         "Trained on": made.get("device"),
         "Code": versions or None,
         "Licence": about.get("licence"),

@@ -58,8 +58,10 @@ class Network:
         self.about = dict(about or {})
         if isinstance(levels, nn.Module):
             self.levels, self.nets = None, [levels]
-        else:
+        elif isinstance(levels, Levels):
             self.levels, self.nets = levels, list(levels)
+        else:
+            raise StructureError(f"a {type(levels).__name__} is no network: give `Levels`, or one module")
         self.dynamic_nets = list(dynamic_nets)
         if self.dynamic_nets and len(self.dynamic_nets) != len(self.nets):
             raise StructureError(

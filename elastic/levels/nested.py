@@ -59,6 +59,11 @@ class Levels(Sequence[nn.Module]):
         self._levels = [*(make_level(net, widths, level, cut) for level, cut in below), net]
         self.norms = nn.ModuleList(map(_collect_norms, self._levels[:-1]))
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of a copy, whose levels are to be parts of its own network."""
+        vars(self).update(state)
+        self.refresh()
+
     @overload
     def __getitem__(self, k: int) -> nn.Module: ...
     @overload

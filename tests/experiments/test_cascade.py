@@ -85,6 +85,13 @@ def test_a_run_without_levels_is_refused(tmp_path: Path) -> None:
         show_cascade(str(tmp_path / "nothing"))
 
 
+def test_a_level_that_is_not_below_the_network_is_named(folder: Path) -> None:
+    with pytest.raises(
+        OptionError, match="2 levels below the network, and no level 2: set small to one of 0 … 1"
+    ):
+        show_cascade(str(folder), small=2)
+
+
 def test_a_text_without_marks_is_refused_before_any_run_is_read(tmp_path: Path) -> None:
     text = tmp_path / "text.md"
     text.write_text("# A text")

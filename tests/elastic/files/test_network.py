@@ -377,6 +377,12 @@ def test_who_cannot_run_modules_refuses_them(tmp_path: Path) -> None:
         dynamic(net, x).reject_modules(tmp_path)
 
 
+def test_networks_side_by_side_are_no_levels(tmp_path: Path) -> None:
+    for networks in ([conv(3, 4), conv(3, 8)], {"a": conv(3, 4)}):
+        with pytest.raises(StructureError, match="is no network: give `Levels`, or one module"):
+            elastic.save(networks, tmp_path / "net")  # type: ignore[arg-type]
+
+
 def test_every_level_needs_modules_of_its_own() -> None:
     net, x, widths = built("convnet")
     levels = nested(net, widths, halves(widths, 0.5))

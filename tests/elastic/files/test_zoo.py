@@ -1,6 +1,7 @@
 """The networks that come with the package: each is there, and does what its card says."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -8,6 +9,7 @@ from hydra.utils import instantiate
 
 import elastic
 from elastic.data import Digits, ImageData
+from elastic.errors import OptionError
 from elastic.experiments.tools.summary import measure_network
 from elastic.files.cards import write_card
 from elastic.files.packing import read_about
@@ -53,3 +55,13 @@ def test_each_has_its_card_and_a_wheel_has_room_for_all() -> None:
         assert head["license"] == "apache-2.0" and head["datasets"] == [about["made"]["data"]]
         assert {"command", "seed", "git"} <= about["made"].keys() and "latency" in about
     assert sum(path.stat().st_size for path in ZOO.iterdir()) < 8e6
+
+
+@pytest.mark.parametrize("about", [{"licence": 3}, {"made": None}, {"mean": 0.5, "std": 0.5}, {"summary": 3}])
+def test_what_a_card_cannot_say_is_one_line(about: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match=r"no card, since `about` says what cannot be \(.*\): say"):
+        write_card("net", about)
+
+
+def test_names_of_classes_may_be_numbers() -> None:
+    assert "| Classes | 3, 7 |" in write_card("net", {"classes": [3, 7]})

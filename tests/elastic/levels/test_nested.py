@@ -447,6 +447,24 @@ def test_share_finds_the_storage_again(name: str, move: str) -> None:
         close(level(x), extracted(levels, k)(x))
 
 
+@some_nets
+def test_levels_of_a_copy_are_parts_of_its_own_network(name: str) -> None:
+    net, x, widths = built(name)
+    levels = evaluated(nested(net, widths, halves(widths, 0.4, 0.8)))
+    before = [level(x) for level in levels]
+    again = copy.deepcopy(levels)
+    inside(again)
+    assert not {t.data_ptr() for _, t in shared(again.net)} & {t.data_ptr() for _, t in shared(net)}
+    for level, expected in zip(again, before, strict=True):
+        close(level(x), expected)
+    with torch.no_grad():
+        for _, tensor in shared(again.net):
+            tensor.mul_(1.5)
+    for k, level in enumerate(again):
+        close(level(x), extracted(again, k)(x))
+        close(levels[k](x), before[k])
+
+
 # --- order -----------------------------------------------------------------------------------------------
 
 
