@@ -122,7 +122,7 @@ def extract_level(level: nn.Module) -> nn.Module:
 def iterate_shared(net: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
     """Iterate over the tensors that levels share, all but those of norms: (layer, name, tensor)."""
     for path, layer in net.named_modules():
-        if not isinstance(layer, NORMS):
+        if not _is_norm(layer):
             for name, tensor in (*layer._parameters.items(), *layer._buffers.items()):
                 if tensor is not None:
                     yield path, name, tensor
@@ -130,7 +130,16 @@ def iterate_shared(net: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
 
 def iterate_norms(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Iterate over the norms of a network: (path, norm)."""
-    return ((path, module) for path, module in net.named_modules() if isinstance(module, NORMS))
+    return ((path, module) for path, module in net.named_modules() if _is_norm(module))
+
+
+def _is_norm(layer: nn.Module) -> bool:
+    """Tell whether a layer is a norm, by its class or by its tensors: numbers a channel, and statistics."""
+    buffers = [tensor for tensor in layer._buffers.values() if tensor is not None]
+    tensors = [tensor for tensor in layer._parameters.values() if tensor is not None] + buffers
+    has_statistics = any(tensor.dim() == 1 and tensor.is_floating_point() for tensor in buffers)
+    is_like_one = has_statistics and not layer._modules and all(tensor.dim() < 2 for tensor in tensors)
+    return isinstance(layer, NORMS) or is_like_one
 
 
 def _list_slots(widths: Widths) -> list[Slot]:

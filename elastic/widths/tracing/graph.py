@@ -74,7 +74,8 @@ def trace_graph(
     """
     tracer = _Tracer(example, known_answers)
     try:
-        with tag_sizes(model, sizes) as read, trace_factories(tracer), note_computed_sizes() as computed:
+        sized, noted = tag_sizes(model, sizes), note_computed_sizes()
+        with sized as read, trace_factories(tracer), noted as computed, _take_back_assigned(model):
             graph = tracer.trace(model)
         graph.owning_module = model  # type: ignore[assignment]
         graph.computed_sizes, graph.read_sizes = computed, read  # type: ignore[attr-defined]
@@ -85,6 +86,17 @@ def trace_graph(
             f"{type(model).__name__} cannot be traced by torch.fx ({shorten(error)}); let torch.where choose "
             "by data, and hide a function that chooses by shapes behind torch.fx.wrap"
         ) from error
+
+
+@contextmanager
+def _take_back_assigned(model: nn.Module) -> Iterator[None]:
+    """Put back what a forward assigns to, such as statistics: what it computes while traced is no value."""
+    before = [(own, dict(own)) for module in model.modules() for own in (vars(module), module._buffers)]
+    try:
+        yield
+    finally:
+        for own, values in before:
+            own.update({k: value for k, value in values.items() if issubclass(type(own.get(k)), fx.Proxy)})
 
 
 def get_layer(traced: nn.Module, node: fx.Node) -> nn.Module | None:

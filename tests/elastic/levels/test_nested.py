@@ -250,6 +250,44 @@ def test_training_updates_only_the_levels_own_statistics(name: str) -> None:
                 close(after[k][at].float(), value.float())
 
 
+class OwnNorm(nn.Module):
+    """Normalise by statistics that are written in place, or assigned."""
+
+    def __init__(self, channels: int, assigns: bool) -> None:
+        super().__init__()
+        self.assigns, self.gain = assigns, nn.Parameter(torch.rand(channels) + 0.5)
+        self.register_buffer("mean", torch.zeros(channels))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        if self.training:
+            mean = x_BCHW.detach().mean((0, 2, 3))
+            if self.assigns:
+                self.mean = 0.9 * self.mean + 0.1 * mean
+            else:
+                self.mean.mul_(0.9).add_(mean, alpha=0.1)
+        return (x_BCHW - self.mean[:, None, None]) * self.gain[:, None, None]
+
+
+@pytest.mark.parametrize("assigns", [False, True])
+def test_norms_of_ones_own_have_statistics_for_each_level(assigns: bool) -> None:
+    torch.manual_seed(0)
+    net, x = (
+        nn.Sequential(conv(3, 6, 3), OwnNorm(6, assigns), nn.ReLU(), conv(6, 4, 3)),
+        torch.randn(4, 3, 6, 6),
+    )
+    widths = discover(net, x)
+    assert widths.sizes() == {"0": 6}
+    levels = nested(net.train(), widths, [{"0": 4}])
+    alone = extract_level(levels[0]).train()
+    before = net[1].mean.clone()
+    for _ in range(3):
+        levels.run(0, x)
+        alone(x)
+    assert torch.equal(net[1].mean, before)
+    close(levels[0].get_submodule("1").mean, alone.get_submodule("1").mean)
+    assert [*levels.norms[0]] == ["1"]
+
+
 def test_a_level_follows_the_networks_mode() -> None:
     net, x, widths = built("alexnet")
     levels = Levels(net, widths, halves(widths))

@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from elastic.errors import StructureError
+from elastic.surgery.reindexing import reindex
 from elastic.widths.discovery import discover
-from elastic.widths.tracing import make_meta_copy, trace_modes
+from elastic.widths.tracing import make_meta_copy, trace_both_modes, trace_modes
 from elastic.widths.tracing.shapes import infer_call, infer_layer
 from tests.elastic.widths.odd import Forward, between
 
@@ -214,3 +217,32 @@ def test_a_view_of_what_torch_lays_out_anew_is_followed(
     net(x)
     widths = discover(net, x)
     assert widths["stem"].size == channels
+
+
+class Assigning(nn.Module):
+    """Assign statistics, and keep what it has seen, which its next forward begins with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.seen = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1), torch.zeros(6)
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        y_BCHW = self.first(x_BCHW)
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * y_BCHW.mean((0, 2, 3)).detach()
+            self.seen = self.mean + self.seen
+        output: Tensor = self.last(y_BCHW - self.mean[:, None, None])
+        return output
+
+
+def test_what_a_forward_assigns_to_is_put_back() -> None:
+    net, x = Assigning(), torch.randn(2, 3, 4, 4)
+    mean, seen = net.mean, net.seen
+    widths = discover(net, x)
+    assert widths.sizes() == {"first": 6}
+    with suppress(StructureError):  # it is another network in training
+        trace_both_modes(net, x.to("meta"))
+    assert net.mean is mean and net.seen is seen
+    reindex(net, widths, {"first": [0, 2, 5]})
+    assert net.eval()(x).shape == (2, 4, 4, 4)
