@@ -144,7 +144,7 @@ FUNCTIONS: dict[Rule, str] = {
         add sub mul truediv div iadd isub imul itruediv rsub neg pow sqrt rsqrt exp log abs square
         maximum minimum relu relu6 leaky_relu elu selu celu gelu silu mish sigmoid tanh hardtanh hardswish
         hardsigmoid softplus clamp clip dropout dropout1d dropout2d dropout3d feature_dropout contiguous
-        clone detach float half bfloat16 double type expand_as stochastic_depth where lerp
+        clone copy detach float half bfloat16 double type expand_as stochastic_depth where lerp
         addcmul addcdiv bernoulli masked_fill erf sin cos tan sign reciprocal floor ceil round log1p expm1
         log2 exp2 sigmoid nan_to_num hardshrink softshrink softsign tanhshrink threshold logsigmoid rrelu
         clamp_min clamp_max alpha_dropout feature_alpha_dropout cpu cuda long int bool

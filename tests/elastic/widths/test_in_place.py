@@ -42,6 +42,13 @@ def change_result(m: nn.Module, x: Tensor) -> Tensor:
     return x * y
 
 
+def copy_part(m: nn.Module, x: Tensor) -> Tensor:
+    """Write rows of maps into rows of others."""
+    y = torch.zeros_like(x)
+    y[:, :, :1].copy_(x[:, :, 1:])
+    return x + y
+
+
 def ask_shape(m: nn.Module, x: Tensor) -> Tensor:
     y = x.flatten(2)[..., :6]
     if y.shape[2] == 6:
@@ -58,6 +65,8 @@ FOLLOWED: dict[str, Callable[[], nn.Module]] = {
     "unsqueeze_": lambda: gate(("unsqueeze_", (-1,)), ("unsqueeze_", (-1,))),
     "squeeze_": lambda: gate(*[("unsqueeze_", (-1,))] * 3, ("squeeze_", (-1,))),
     "t_": lambda: gate(("t_", ()), ("t_", ()), *[("unsqueeze_", (-1,))] * 2),
+    "copy_": lambda: between(lambda m, x: torch.zeros_like(x).copy_(x.mean((2, 3), keepdim=True)) + x),
+    "copy_ into a part": lambda: between(copy_part),
     "result of a method": lambda: between(change_result),
     "shape asked": lambda: between(ask_shape),
 }
