@@ -6,12 +6,13 @@ are; where it cannot be compiled, stock torch is used. All of it is for inferenc
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from elastic.dynamic.skipping import compiling
+from elastic.dynamic.skipping.native import make_floats
 from elastic.errors import StructureError
 
 
@@ -55,13 +56,24 @@ class ActiveLayer(nn.Module):
         """Tell whether the layer is a call of the kernel, and nothing else."""
         return compiling.load_kernel() is not None
 
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        """Refuse values from outside, as weights are copies that no state has.
+
+        Raises:
+            StructureError: always.
+        """
+        raise StructureError(
+            "a network that skips has copies of weights: load weights into the network that it is made of, "
+            "and make it anew"
+        )
+
 
 @functools.lru_cache(maxsize=64)
 def list_all_channels(batch: int, channels: int) -> Active:
     """List all channels of all samples."""
-    channel_BK = torch.arange(channels, dtype=torch.int32).repeat(batch, 1)
-    count_B = torch.full((batch,), channels, dtype=torch.int32)
-    return Active(channel_BK, count_B, torch.ones(batch, channels))
+    channel_BK = torch.arange(channels, dtype=torch.int32, device="cpu").repeat(batch, 1)
+    count_B = torch.full((batch,), channels, dtype=torch.int32, device="cpu")
+    return Active(channel_BK, count_B, make_floats(batch, channels).fill_(1.0))
 
 
 def check_maps(x_BCHW: Tensor, channels: int) -> Tensor:

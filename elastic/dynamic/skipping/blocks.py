@@ -6,6 +6,7 @@ such sets of outputs; scattered zeros leave each output inputs of its own, and s
 
 import ctypes
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import accumulate, chain
 
 import torch
@@ -35,7 +36,7 @@ class Blocks:
     def __init__(self, outputs: dict[tuple[int, ...], list[int]], channels: int, kernels: int) -> None:
         work = sum(len(reads) * (len(writes) + LOADS) for reads, writes in outputs.items())
         self.work, self.count = work / (channels * kernels), len(outputs)
-        number = torch.arange(channels, dtype=torch.int32)
+        number = torch.arange(channels, dtype=torch.int32, device="cpu")
         self.lists = (*_join(outputs), *_join(outputs.values()), number)
 
     @property
@@ -46,7 +47,7 @@ class Blocks:
     def pack(self, weight_KC: Tensor) -> Tensor:
         """Move the kernels of each output that are read to the front, so that they are read in order."""
         reads, begins, writes, ends, _ = self.lists
-        packed = torch.zeros(weight_KC.numel() + SLACK)[: weight_KC.numel()].view(weight_KC.shape)
+        packed = weight_KC.new_zeros(weight_KC.numel() + SLACK)[: weight_KC.numel()].view(weight_KC.shape)
         for block in range(self.count):
             inputs = reads[begins[block] : begins[block + 1]]
             outputs = writes[ends[block] : ends[block + 1]]
@@ -58,7 +59,8 @@ def _join(lists: Iterable[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Join lists of channels into one, and tell where each begins."""
     lists = list(lists)
     begins = accumulate(map(len, lists), initial=0)
-    return torch.tensor([*chain(*lists)], dtype=torch.int32), torch.tensor([*begins], dtype=torch.int32)
+    numbers = partial(torch.tensor, dtype=torch.int32, device="cpu")
+    return numbers([*chain(*lists)]), numbers([*begins])
 
 
 def find_blocks(weight_KC: Tensor) -> Blocks | None:

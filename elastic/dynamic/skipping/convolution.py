@@ -49,10 +49,10 @@ class ActiveConv2d(ActiveLayer):
         self.stride, self.padding = conv.stride[0], int(conv.padding[0])
         self.relu, self.zeros, self.method = relu, zeros, method
         weight = conv.weight.detach()
-        padded = torch.zeros(weight.numel() + SLACK)
+        padded = weight.new_zeros(weight.numel() + SLACK)
         padded[: weight.numel()] = weight.flatten()
         self.weight = padded[: weight.numel()].view(weight.shape)
-        self.bias = torch.zeros(len(weight)) if conv.bias is None else conv.bias.detach().clone()
+        self.bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.detach().clone()
         self.blocks = find_blocks(weight)
         self._plans: dict[tuple[int, int, bool], _Plan] = {}
 

@@ -7,6 +7,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from elastic.dynamic.norms import SetNorm
 from elastic.dynamic.sites import find_calls
+from elastic.errors import StructureError
 from elastic.widths.copying import copy_module
 from elastic.widths.hooks import has_hooks
 from elastic.widths.inputs import Example, list_inputs
@@ -26,11 +27,22 @@ def prepare_for_inference(net: nn.Module, *example: Tensor) -> fx.GraphModule:
     """
     copied = copy_module(net).eval()
     inputs = [x.to("meta") for x in example]
-    traced = copied if isinstance(copied, fx.GraphModule) else trace(copied, *inputs)
+    traced = copied if isinstance(copied, fx.GraphModule) else _trace(copied, *inputs)
     _fold_norms(traced)
     _leave_out_identities(traced)
     traced.recompile()
     return traced
+
+
+def _trace(net: nn.Module, *inputs: Tensor) -> fx.GraphModule:
+    try:
+        return trace(net, *inputs)
+    except StructureError as error:
+        if inputs:
+            raise
+        raise StructureError(
+            f"{error}; or give a sample, by which a forward that asks for sizes is traced"
+        ) from error
 
 
 def _fold_norms(traced: fx.GraphModule) -> None:
@@ -55,5 +67,5 @@ def _leave_out_identities(traced: fx.GraphModule) -> None:
     for node in list(traced.graph.nodes):
         layer = get_layer(traced, node)
         if isinstance(layer, nn.Identity | nn.Dropout | nn.Dropout2d) and not has_hooks(layer):
-            node.replace_all_uses_with(node.args[0])
+            node.replace_all_uses_with(node.all_input_nodes[0])
             traced.graph.erase_node(node)

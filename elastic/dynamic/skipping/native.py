@@ -10,6 +10,7 @@ import math
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from elastic.dynamic.skipping.compiling import MAX_ARGUMENTS, Step, Steps
 
 NAMES = ("convolution", "engage", "max_pool", "classify", "convolve_blocks")  # as in the kernel
 FUNCTIONS = {name: i for i, name in enumerate(NAMES)}
+
+# Whatever a program has made torch's defaults: the kernel reads addresses.
+make_floats = partial(torch.empty, dtype=torch.float32, device="cpu")
 
 Argument = Tensor | ctypes.Structure | int | None
 
@@ -63,7 +67,7 @@ class Tape:
         """Take memory that is free, or new one. It is free again when nothing has the tensor any more."""
         size = math.prod(shape)
         fits = [memory for memory in self._free.values() if size <= len(memory) <= 2 * size]
-        memory = min(fits, key=len) if fits else torch.empty(size)
+        memory = min(fits, key=len) if fits else make_floats(size)
         address = memory.data_ptr()
         self._free.pop(address, None)
         self.memory[address] = memory
@@ -84,7 +88,7 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.tape: Tape | None = None
-        self.workspace = torch.empty(0)
+        self.workspace = make_floats(0)
 
 
 _thread = _Thread()
@@ -103,7 +107,7 @@ def allocate(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Make a tensor, of entries of four bytes, for the kernel to fill."""
     if _thread.tape is not None:
         return _thread.tape.allocate(shape, dtype)
-    return torch.empty(shape, dtype=dtype)
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def interrupt() -> None:
@@ -115,7 +119,7 @@ def interrupt() -> None:
 def get_workspace(floats: int) -> Tensor:
     """Get memory of this thread's own, to be used in the next call."""
     if _thread.workspace.numel() < floats:
-        _thread.workspace = torch.empty(floats)
+        _thread.workspace = make_floats(floats)
     return _thread.workspace
 
 

@@ -17,6 +17,7 @@ from elastic.dynamic.skipping.convolution import ActiveConv2d, Method
 from elastic.dynamic.skipping.inference import prepare_for_inference, take_first
 from elastic.dynamic.skipping.replay import fuse
 from elastic.dynamic.skipping.rewrite import rewrite
+from elastic.errors import StructureError
 from elastic.measure.timing import choose_fastest
 from elastic.surgery.layout import lay_out_images, lay_out_weights
 from elastic.widths.inputs import Example, list_inputs
@@ -26,15 +27,17 @@ METHODS: tuple[Method, ...] = get_args(Method)
 REPEATS = 5  # of a measurement
 
 
-def make_skipping(net: nn.Module, samples: Sequence[Example] = (), method: Method | None = None) -> nn.Module:
+def make_skipping(
+    net: nn.Module, samples: Tensor | Iterable[Example] = (), method: Method | None = None
+) -> nn.Module:
     """Make a network that computes what a network with kernel activation modules engages, and nothing else.
 
     Args:
         net: from `attach_modules`, or one without modules, which is executed in full.
-        samples: inputs as they will come (each a sequence, for a network of several), to measure each
-            convolution's fastest method, and whether to skip at all: where it does not pay, the result is
-            `make_masked(net)`. Without them all convolutions are carried out by the kernel, or by stock torch
-            where that cannot be compiled. A network whose forward asks for sizes needs one.
+        samples: inputs as they will come (each a sequence, for a network of several), or one tensor, to
+            measure each convolution's fastest method, and whether to skip at all: where it does not pay, the
+            result is `make_masked(net)`. Without them all convolutions are carried out by the kernel, or by
+            stock torch where that cannot be compiled. A network whose forward asks for sizes needs one.
         method: "kernel", "stock" or "dense" for all convolutions, whatever is faster.
 
     It has copies of all weights, for each set of modules if norms keep statistics for each, in evaluation
@@ -43,12 +46,35 @@ def make_skipping(net: nn.Module, samples: Sequence[Example] = (), method: Metho
     Raises:
         StructureError: the network is not in fp32 on the CPU, or only contains one with modules.
     """
-    return _make_by_set(net, lambda net: _make_skipping(net, samples, method))
+    samples = [samples] if isinstance(samples, Tensor) else list(samples)
+    with torch.autocast("cpu", enabled=False):
+        return _make_by_set(net, lambda net: _make_skipping(net, samples, method))
 
 
 def make_masked(net: nn.Module, memory_format: torch.memory_format = torch.channels_last) -> nn.Module:
     """Make the network in stock torch, its norms folded and nothing left out."""
     return _make_by_set(net, lambda net: _make_masked(net, memory_format))
+
+
+class InFullPrecision(nn.Module):
+    """Run a network as it is, in fp32: also within `torch.autocast`, and where it is compiled by torch."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            raise StructureError("a network that skips cannot be exported: export the one that it is made of")
+        if torch.compiler.is_dynamo_compiling():  # which would look into calls of the kernel
+            return torch.compiler.disable(self._run)(*inputs, **named)  # type: ignore[no-untyped-call]
+        return self._run(*inputs, **named)
+
+    def _run(self, *inputs: Any, **named: Any) -> Any:
+        if not torch.is_autocast_enabled("cpu"):
+            return self.net(*inputs, **named)
+        with torch.autocast("cpu", enabled=False):
+            return self.net(*inputs, **named)
 
 
 class BySet(nn.Module):
@@ -67,9 +93,8 @@ class BySet(nn.Module):
         self._first = (next(iterate_modules(self.nets[0])),)
         select_set(self, active_set)
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        y_BK: Tensor = self.nets[self._first[0].active_set](*inputs)
-        return y_BK
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        return self.nets[self._first[0].active_set](*inputs, **named)
 
 
 def _make_by_set(net: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
@@ -78,13 +103,14 @@ def _make_by_set(net: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.M
 
 
 def _make_skipping(net: nn.Module, samples: Sequence[Example], method: Method | None) -> nn.Module:
-    active = _fuse(rewrite(net, method, samples))
+    active = InFullPrecision(_fuse(rewrite(net, method, samples)))
     if not samples or method is not None:
         return active
     tuned = rewrite(net, samples=samples)
     tune(tuned, samples)
     # A convolution that is not the kernel's parts what would be one call, which tells only in the whole.
-    return choose_fastest([active, _fuse(tuned), _make_masked(net, torch.channels_last, samples)], samples)
+    masked = _make_masked(net, torch.channels_last, samples)
+    return choose_fastest([active, InFullPrecision(_fuse(tuned)), masked], samples)
 
 
 def _fuse(active: fx.GraphModule) -> fx.GraphModule:

@@ -52,9 +52,8 @@ def find_head(traced: nn.Module, linear: fx.Node) -> tuple[list[fx.Node], bool]:
     if len(nodes) != 1 or not _flattens_maps(traced, nodes[0]):
         return [], False
     chain = [*nodes, linear]
-    before = nodes[0].args[0]
-    pools = isinstance(before, fx.Node) and _averages_maps(traced, before)
-    if pools and isinstance(before, fx.Node):
+    before = nodes[0].all_input_nodes[0]
+    if pools := _averages_maps(traced, before):
         chain = [before, *chain]
     is_chain = all(find_next(traced, chain[:i]) is node for i, node in enumerate(chain) if i)
     return (chain, pools) if is_chain else ([], False)

@@ -33,7 +33,7 @@ class Replayed(nn.Module):
 
     def forward(self, *inputs: Value) -> tuple[Value, ...]:
         tensors, is_list = _flatten(inputs)
-        if len(tensors[0]) > MAX_SAMPLES and len({len(x) for x in tensors}) == 1:
+        if len(tensors[0]) > MAX_SAMPLES and _have_samples(inputs):
             count = math.ceil(len(tensors[0]) / MAX_SAMPLES)
             parts = zip(*(x.tensor_split(count) for x in tensors), strict=True)
             results, lists = zip(*(self._play(list(part), is_list) for part in parts), strict=True)
@@ -82,6 +82,12 @@ def _flatten(values: Sequence[Value]) -> tuple[list[Tensor], list[bool]]:
     """Give the tensors of values, and of each value whether it is a list of active channels."""
     is_list = [isinstance(value, Active) for value in values]
     return [x for value in values for x in (value if isinstance(value, Active) else (value,))], is_list
+
+
+def _have_samples(values: Sequence[Value]) -> bool:
+    """Tell whether all values have an entry for each of the same samples; a map for all of them has none."""
+    batches = {len(value.count_B if isinstance(value, Active) else value) for value in values}
+    return len(batches) == 1 and all(isinstance(value, Active) or value.dim() == 4 for value in values)
 
 
 def _unflatten(tensors: list[Tensor], is_list: list[bool]) -> tuple[Value, ...]:

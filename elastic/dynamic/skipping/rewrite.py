@@ -133,7 +133,7 @@ class _Rewriter:
     def _(self, layer: nn.Linear, node: fx.Node) -> None:
         chain, pools = find_head(self.traced, node)
         if chain and ActiveHead.takes(layer) and not any(map(self._has_hooks, chain)):
-            self._replace(chain, ActiveHead(layer, pools), (chain[0].args[0],))
+            self._replace(chain, ActiveHead(layer, pools), (chain[0].all_input_nodes[0],))
 
     def _has_hooks(self, node: fx.Node) -> bool:
         """Tell whether a node calls a layer of the network with hooks, which only it can run."""

@@ -5,7 +5,6 @@
 
 import math
 
-import torch
 from torch import Tensor
 
 PIXELS, TILES, STRIPS = range(3)  # as in the kernel
@@ -41,6 +40,6 @@ def transform_weight(weight_KC33: Tensor, way: int) -> Tensor:
     """Compute G g Gᵀ of each kernel, 4×4; of strips one row after another."""
     if way == PIXELS:
         return weight_KC33
-    g_43 = torch.tensor([[2.0, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]]) / 2
+    g_43 = weight_KC33.new_tensor([[2.0, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]]) / 2
     weight_KC44 = g_43 @ weight_KC33 @ g_43.T
     return (weight_KC44.movedim(2, 0) if way == STRIPS else weight_KC44).contiguous()

@@ -17,6 +17,7 @@ from elastic.dynamic.activations import Activation
 from elastic.dynamic.attaching import attach_modules
 from elastic.dynamic.modules import iterate_modules, select_set
 from elastic.dynamic.skipping import METHODS, make_masked, make_skipping, rewrite, tune
+from elastic.dynamic.skipping.active import list_all_channels
 from elastic.dynamic.skipping.compiling import load_kernel
 from elastic.dynamic.skipping.convolution import ActiveConv2d, Method
 from elastic.errors import StructureError
@@ -181,6 +182,15 @@ AWKWARD: dict[str, Callable[[], nn.Module]] = {
     "things are named": lambda: three(
         lambda n, x: n.h(torch.mul(n.b(n.a(x).relu()), other=n.t(input=x))), t=conv(3, 6)
     ),
+    "layers without effect are told by name": lambda: three(
+        lambda n, x: n.h(n.drop(input=n.b(n.same(input=n.a(x).relu())))),
+        same=nn.Identity(),
+        drop=nn.Dropout(),
+    ),
+    "maps are averaged by name": lambda: three(lambda n, x: n.h[2](n.h[1](n.h[0](input=n.b(n.a(x).relu()))))),
+    "maps are flattened by name": lambda: three(
+        lambda n, x: n.h[2](input=n.h[1](input=n.h[0](input=n.b(n.a(x).relu()))))
+    ),
     "nobody reads what works in place": lambda: three(changed_and_not_returned, change=nn.ReLU(inplace=True)),
     "layers have hooks": lambda: hooked(
         three(lambda n, x: n.h(n.relu(n.norm(n.b(n.relu(n.c2(n.a(x))))))), c2=conv(8, 8), **norm_and_relu())
@@ -260,6 +270,78 @@ def test_inputs_that_are_no_images_are_refused(x: Tensor, message: str, seen: bo
             fast(X[:1])
         with pytest.raises(StructureError, match=message):
             fast(x)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_computes_in_fp32_whatever_a_program_has_set(
+    method: Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel reads addresses: tensors of another type or place would be anything to it."""
+    net = gated(randomised(resnet20()).eval(), X, activation="scale")
+    blocks = randomised(resnet20()).eval()
+    for layer in blocks.modules():
+        if isinstance(layer, nn.Conv2d) and layer.in_channels > 3:
+            layer.weight.data[: layer.out_channels // 2, layer.in_channels // 2 :] = 0
+    list_all_channels.cache_clear()
+    with torch.no_grad():
+        for each in (net, blocks):
+            expected = each(X)
+            with torch.autocast("cpu", torch.bfloat16):
+                fast = make_skipping(each, method=method)
+                torch.testing.assert_close(fast(X), expected, rtol=1e-4, atol=1e-5)
+            for set_default, other in (
+                (torch.set_default_dtype, torch.float64),
+                (torch.set_default_device, "meta"),
+            ):
+                list_all_channels.cache_clear()
+                set_default(other)
+                try:
+                    found = make_skipping(each, method=method)(X)
+                finally:
+                    torch.set_default_dtype(torch.float32)
+                    torch.set_default_device(None)
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_torch_compiles_nothing_of_it_and_exports_nothing(method: Method) -> None:
+    net = gated(randomised(convnet(in_channels=3)).eval(), X)
+    fast = make_skipping(net, method=method)
+    compiled = torch.compile(fast, backend="eager")
+    with torch.no_grad():
+        for x in (X, X[:1]):
+            torch.testing.assert_close(compiled(x), net(x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(
+        StructureError, match="that skips cannot be exported: export the one that it is made of"
+    ):
+        torch.export.export(fast, (X,))
+
+
+def test_weights_are_loaded_before_it_is_made() -> None:
+    """Else the copies that it has would stay, in silence."""
+    net = gated(randomised(convnet(in_channels=3)).eval(), X)
+    fast, other = make_skipping(net), make_skipping(net)
+    with pytest.raises(
+        StructureError, match="copies of weights: load weights into the network that it is made of"
+    ):
+        other.load_state_dict(fast.state_dict())
+
+
+def test_samples_are_a_tensor_or_whatever_gives_some() -> None:
+    net = gated(randomised(convnet(in_channels=3)).eval(), X)
+    for samples in (X, (x for x in (X, X[:1]))):
+        with torch.no_grad():
+            torch.testing.assert_close(make_skipping(net, samples)(X), net(X), rtol=1e-4, atol=1e-5)
+
+
+def test_a_forward_that_asks_for_sizes_is_traced_by_a_sample() -> None:
+    net = three(lambda n, x: n.h(n.b(n.a(x).relu() if x.shape[2] > 8 else n.a(x)))).eval()
+    with pytest.raises(
+        StructureError, match="or give a sample, by which a forward that asks for sizes is traced"
+    ):
+        make_skipping(net)
+    with torch.no_grad():
+        torch.testing.assert_close(make_skipping(net, [X])(X), net(X), rtol=1e-4, atol=1e-5)
 
 
 def test_a_network_that_is_refused_keeps_its_set() -> None:

@@ -99,6 +99,30 @@ def test_a_copy_has_weights_of_its_own(network: fx.GraphModule) -> None:
         assert not torch.equal(fast(images()), before)
 
 
+class Placed(nn.Module):
+    """Adds one map a channel to those of all samples."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, channels, 3, padding=1)
+        self.three, self.head = nn.Conv2d(channels, 6, 3), nn.Linear(6, 4)
+        self.place = nn.Parameter(torch.randn(channels, 16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = (self.two(self.one(x).relu()) + self.place).relu()
+        return self.head(self.three(y).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("batch", [MAX_SAMPLES + 1, 2 * MAX_SAMPLES])
+def test_what_is_added_to_all_samples_is_none_of_them(batch: int) -> None:
+    """Though it has as many entries as there are samples."""
+    net = gated(Placed(batch).eval(), images(2))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            make_skipping(net)(images(batch)), net(images(batch)), rtol=1e-4, atol=1e-5
+        )
+
+
 def test_other_inputs_are_refused_in_one_line(network: fx.GraphModule) -> None:
     with torch.no_grad(), pytest.raises(StructureError, match=r"fp32 inputs on the CPU, not torch\.float64"):
         make_skipping(network)(images().double())
