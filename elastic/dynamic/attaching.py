@@ -9,8 +9,8 @@ from torch import Tensor, fx, nn
 from elastic.dynamic.activations import Activation
 from elastic.dynamic.modules import KINDS, KernelActivation
 from elastic.dynamic.norms import SetNorm
-from elastic.dynamic.sites import Site, find_branch_sites, find_calls, find_norm, find_sites
-from elastic.errors import OptionError
+from elastic.dynamic.sites import Site, find_calls, find_norm, find_sites
+from elastic.errors import OptionError, StructureError
 from elastic.widths.discovery import Widths
 from elastic.widths.tracing import BATCH_NORM, get_layer, trace_both_modes
 
@@ -36,13 +36,18 @@ def attach_modules(
         branches: whether kernels that end a branch are switched, too: their maps are left out of the sum.
 
     Raises:
-        StructureError: the kernels of a width that is named cannot be switched off, or of none can.
+        StructureError: the kernels of a width that is named cannot be switched off, or of none can, or the
+            network has modules.
         OptionError: a kind, an activation or a number of sets that cannot be.
     """
     if kind not in KINDS:
         raise OptionError(f"modules cannot look at '{kind}': set kind to {', '.join(KINDS)}")
+    if hasattr(net, MODULES):
+        raise StructureError(
+            f"{type(net).__name__} has '{MODULES}' already: attach modules to the network that it is made of"
+        )
     traced = trace_both_modes(net, *widths.example)
-    sites = find_sites(traced, widths, names) + (find_branch_sites(traced) if branches else [])
+    sites = find_sites(traced, widths, names, branches)
     modules = nn.ModuleDict()
     traced.add_submodule(MODULES, modules)
     for site in sites:

@@ -35,10 +35,15 @@ class ActivationCost:
     Attributes:
         dense_macs: MACs of the network without modules.
         module_macs: MACs of the modules.
+
+    Raises:
+        OptionError: the network has no modules.
     """
 
     def __init__(self, net: fx.GraphModule, example: Example) -> None:
         self.net = net
+        if not any(iterate_modules(net)):
+            raise OptionError(f"{type(net).__name__} has no kernel activation modules: give it some first")
         by_layer = count_macs_by_layer(net, *list_inputs(example))
         self._layer_macs = {
             path: macs for path, macs in by_layer.items() if not path.startswith(f"{MODULES}.")

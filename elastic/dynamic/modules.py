@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from elastic.dynamic.activations import Activation, add_noise, compute_gates, find_active, lean_on_scores
 from elastic.dynamic.sites import Site
 from elastic.errors import OptionError
+from elastic.ranges import Count, Natural, explain, fits
 
 WITHIN = 4.0  # standard deviations
 # The lowest score at the start, and by how much the highest exceeds it: all are open, or training would
@@ -126,8 +127,8 @@ class KernelActivation(SetMember):
                 f"kernels cannot be activated by '{activation}': set activation to "
                 f"{', '.join(get_args(Activation))}"
             )
-        if sets < 1:
-            raise OptionError(f"{sets} sets of modules: there must be 1 or more")
+        if not fits(sets, Count):
+            raise OptionError(explain("sets", sets, Count))
         self.site, self.activation, self.temperature = site, activation, 1.0
         self.start, self.spread = START_OF_SCALE if activation == "scale" else START
         middle = self.start + self.spread / 2
@@ -219,8 +220,8 @@ def select_set(net: nn.Module, k: int) -> None:
     """
     members = [module for module in net.modules() if isinstance(module, SetMember)]
     sets = min((member.sets for member in members), default=0)
-    if not 0 <= k < sets:
+    if not fits(k, Natural) or k >= sets:
         available = f"0 … {sets - 1}" if sets else "none"
-        raise OptionError(f"there is no set {k} of kernel activation modules: the network has {available}")
+        raise OptionError(f"there is no set {k!r} of kernel activation modules: the network has {available}")
     for member in members:
         member.active_set = k

@@ -18,6 +18,7 @@ from elastic.dynamic.attaching import MODULES, measure_reading_weights
 from elastic.dynamic.modules import KernelActivation, iterate_modules
 from elastic.dynamic.sites import find_calls
 from elastic.dynamic.zeros import name_operation
+from elastic.errors import OptionError
 from elastic.widths.inputs import Example, list_inputs
 from elastic.widths.tracing import preserve_modes
 
@@ -122,6 +123,9 @@ class Saliency:
 
         Returns:
             The threshold: how much lower scores are than what saliency says. All are as high as scores start.
+
+        Raises:
+            OptionError: there are fewer than two inputs.
         """
         fits = [_Fit(module, self) for module in self.modules]
         opened = [module.register_forward_hook(_open) for module in self.modules]
@@ -137,6 +141,10 @@ class Saliency:
                     fit.add(weight_B1)
         for hook in (*opened, *inputs):
             hook.remove()
+        if sum(len(mean_BC) for mean_BC in fits[0].means) < 2:  # which have no spread
+            raise OptionError(
+                "modules are fitted to what inputs differ by: give two or more, or set start to order"
+            )
         lowest = torch.stack([fit.solve() for fit in fits]).min()
         threshold = lowest - self.modules[0].start
         for module in self.modules:

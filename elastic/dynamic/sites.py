@@ -24,23 +24,33 @@ class Site:
     depthwise: tuple[str, ...]  # convolutions of each map by itself
 
 
-def find_sites(traced: fx.GraphModule, widths: Widths, names: Iterable[str] | None = None) -> list[Site]:
+def find_sites(
+    traced: fx.GraphModule, widths: Widths, names: Iterable[str] | None = None, branches: bool = False
+) -> list[Site]:
     """Find the sites of the widths that are named, or of all that have one.
 
+    Args:
+        branches: whether to find those that end a branch, too.
+
     Raises:
-        StructureError: a width that is named has none, or where none is named no width has one.
+        StructureError: a width that is named has none, or there is no site.
     """
+    ends = find_branch_sites(traced) if branches else []
     if names is not None:
-        return [find_site(traced, widths[name]) for name in names]
+        names = [names] if isinstance(names, str) else dict.fromkeys(names)
+        named = [find_site(traced, widths[name]) for name in names]
+        if not named and not ends:
+            raise StructureError("no width is named whose kernels could be switched off: name one")
+        return named + ends
     sites, refusals = [], []
     for width in widths.values():
         try:
             sites.append(find_site(traced, width))
         except StructureError as refusal:
             refusals.append(refusal)
-    if refusals and not sites:
+    if refusals and not sites and not ends:
         raise refusals[0]
-    return sites
+    return sites + ends
 
 
 def find_site(traced: fx.GraphModule, width: Width) -> Site:
@@ -108,11 +118,12 @@ def find_norm(traced: fx.GraphModule, node: fx.Node) -> fx.Node:
 
 def _find_call(traced: fx.GraphModule, width: Width, writer: str) -> fx.Node:
     """Find the one call of an ordinary convolution that writes a width, and nothing but the width."""
-    layer, calls = traced.get_submodule(writer), find_calls(traced, writer)
-    if type(layer) is not nn.Conv2d or layer.groups > 1:
-        raise StructureError(f"{writer} ({type(layer).__name__}) is no ordinary convolution")
+    calls = find_calls(traced, writer)
     if len(calls) != 1:
         raise StructureError(f"{writer} is used {len(calls)} times")
+    layer = get_layer(traced, calls[0])
+    if type(layer) is not nn.Conv2d or layer.groups > 1:
+        raise StructureError(f"{writer} ({type(layer).__name__}) is no ordinary convolution")
     if not calls[0].args:
         raise StructureError(f"{writer} is given what it reads by name")
     if width.size != layer.out_channels:

@@ -1,6 +1,7 @@
 """Kernel activation modules: where they go, what they shut, how they learn, what they cost."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -395,6 +396,33 @@ def test_a_depthwise_convolution_that_is_used_twice_is_no_follower() -> None:
         attach_modules(net, discover(net, X), ["first"])
 
 
+def test_a_width_that_is_named_twice_is_switched_once() -> None:
+    net = convnet(in_channels=3).eval()
+    widths = discover(net, X)
+    once, twice, alone = (
+        attach_modules(net, widths, names, activation="scale") for names in (["3"], ["3", "3"], "3")
+    )
+    with torch.no_grad():
+        assert torch.equal(twice.eval()(X), once.eval()(X)) and torch.equal(alone.eval()(X), once(X))
+
+
+def test_there_is_something_to_switch() -> None:
+    net = convnet(in_channels=3)
+    widths = discover(net, X)
+    with pytest.raises(
+        StructureError, match="no width is named whose kernels could be switched off: name one"
+    ):
+        attach_modules(net, widths, [])
+    with pytest.raises(StructureError, match="'conv' cannot be switched off: conv is used 0 times"):
+        attach_modules(net, discover(nn.Sequential(OrderedDict(conv=conv(3, 8), head=head(8))), X))
+    with pytest.raises(
+        StructureError, match="has 'kams' already: attach modules to the network that it is made of"
+    ):
+        attach_modules(attach_modules(net, widths), widths)
+    with pytest.raises(OptionError, match="Sequential has no kernel activation modules"):
+        ActivationCost(net, X)  # type: ignore[arg-type]
+
+
 def test_modules_are_of_the_networks_type() -> None:
     net = resnet20().double()
     found = attach_modules(net, discover(net, X.double()))
@@ -515,11 +543,11 @@ def test_one_of_several_sets_rules() -> None:
     assert not torch.equal(said[1], said[2])
 
 
-@pytest.mark.parametrize("chosen", [-1, 2, 7])
-def test_a_set_that_does_not_exist_is_refused(chosen: int) -> None:
+@pytest.mark.parametrize("chosen", [-1, 2, 7, 1.0, "1", True, None])
+def test_a_set_that_does_not_exist_is_refused(chosen: Any) -> None:
     net = gated(convnet(in_channels=3), X, sets=2)
     with pytest.raises(
-        OptionError, match=rf"there is no set {chosen} of kernel activation modules: .* has 0 … 1"
+        OptionError, match=rf"there is no set {chosen!r} of kernel activation modules: .* has 0 … 1"
     ):
         select_set(net, chosen)
     with pytest.raises(OptionError, match="the network has none"):
@@ -553,7 +581,7 @@ def test_each_set_has_the_statistics_of_what_it_leaves_on(momentum: float | None
 
 
 def test_sets_and_activations_that_cannot_be_are_refused() -> None:
-    with pytest.raises(OptionError, match="0 sets of modules: there must be 1 or more"):
+    with pytest.raises(OptionError, match="sets=0 cannot be: set it to a whole number, 1 or more"):
         module(sets=0)
     with pytest.raises(
         OptionError, match="kernels cannot be activated by 'hope': set activation to scale, ramp, straight"

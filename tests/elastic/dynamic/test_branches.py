@@ -12,6 +12,7 @@ from elastic.dynamic.loss import ActivationCost
 from elastic.dynamic.modules import iterate_modules
 from elastic.dynamic.saliency import Saliency
 from elastic.dynamic.skipping import make_skipping
+from elastic.errors import StructureError
 from elastic.experiments.evaluate import evaluate
 from elastic.experiments.tools.restore import restore
 from elastic.experiments.train import train
@@ -19,7 +20,7 @@ from elastic.measure.counts import count_macs_by_layer
 from elastic.models import resnet20
 from elastic.widths.discovery import discover
 from tests.elastic.dynamic.gated import gated
-from tests.elastic.zoo import randomised
+from tests.elastic.zoo import Net, conv, head, randomised
 from tests.fitted import EXACT
 from tests.runs import configure
 
@@ -36,6 +37,17 @@ def test_every_block_has_a_kernel_module_more_and_projections_have_none() -> Non
     few, more = (attach_modules(net, discover(net, X), branches=branches) for branches in (False, True))
     added = {m.site.writer for m in iterate_modules(more)} - {m.site.writer for m in iterate_modules(few)}
     assert added == {f"stage{i}.{j}.conv2" for i in (1, 2, 3) for j in (0, 1, 2)}
+
+
+def test_they_may_be_all_that_can_be_switched() -> None:
+    layers = {"stem": conv(3, 8, 3), "end": conv(8, 8, 3), "head": head(8)}
+    net = Net(lambda n, x: n.head((y := n.stem(x)) + n.end(torch.sigmoid(y))), **layers)
+    widths = discover(net, X)
+    with pytest.raises(StructureError, match="cannot be switched off"):
+        attach_modules(net, widths)
+    for names in (None, []):
+        (module,) = iterate_modules(attach_modules(net, widths, names, branches=True))
+        assert module.site.writer == "end"
 
 
 class Grouped(nn.Module):

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from elastic.dynamic.attaching import attach_modules
 from elastic.dynamic.modules import WITHIN, iterate_modules
 from elastic.dynamic.saliency import RIDGE, STEEPNESS, SURE, Saliency, solve_ridge
+from elastic.errors import OptionError
 from elastic.widths.discovery import discover
 from tests.elastic.zoo import randomised
 
@@ -84,6 +85,14 @@ def test_modules_are_fitted_to_saliency_with_every_kernel_on() -> None:
         assert float(module.score_BK.min()) == pytest.approx(module.start, abs=1e-3)
         torch.testing.assert_close(outputs, net(X))
     assert (module.score_BK.std(0) > 0).all()
+
+
+@pytest.mark.parametrize("batches", [[], [X[:1]]])
+def test_what_has_no_spread_is_nothing_to_fit_to(batches: list[Tensor]) -> None:
+    _, dynamic = attached()
+    with pytest.raises(OptionError, match="what inputs differ by: give two or more, or set start to order"):
+        Saliency(dynamic).fit(batches)
+    assert all(torch.isfinite(tensor).all() for tensor in dynamic.state_dict().values())
 
 
 def test_contrast_shrinks_what_inputs_differ_by_and_leaves_the_mean() -> None:
