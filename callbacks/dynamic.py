@@ -1,7 +1,7 @@
 """Switch kernels off per input: kernel activation modules, and the loss that makes them sparing."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import lightning as L
@@ -81,7 +81,7 @@ class PruneDynamically(ElasticCallback):
         difficulty: NotNegative = 0.0,
         freeze: Part = 1.0,
     ) -> None:
-        gains = [gain] if isinstance(gain, int | float) else list(gain)
+        gains = list(gain) if isinstance(gain, Iterable) else [gain]
         if not gains or not begin <= end < 1:
             raise OptionError(
                 f"{len(gains)} gains, from {begin} to {end} of the run: give one or more, 0 ≤ begin ≤ end < 1"
@@ -108,6 +108,7 @@ class PruneDynamically(ElasticCallback):
         self.multiplier_LS = torch.zeros(0, len(self.losses))  # of each level's and set's fraction
         self.threshold_LS = self.multiplier_LS.clone()  # what saliency has to exceed, subtracted from biases
         self._saliencies: list[Saliency] = []
+        self._fraction: Tensor | None = None  # of what the last call in a training step has engaged
 
     def list_step_networks(self) -> Sequence[StepNetwork]:
         """List the levels, of which each step trains one."""
@@ -223,9 +224,12 @@ class PruneDynamically(ElasticCallback):
         """Return the loss of what this call has engaged."""
         level, loss = self.structure.level, self.losses[self.active_set]
         terms = []
-        if self.is_active and loss.form != "threshold":
-            multiplier = self.multiplier_LS[level, self.active_set]
-            terms.append(loss.loss(self.costs[level].fraction(loss.by), self.ramp_up, multiplier))
+        if self.is_active:
+            fraction = self.costs[level].fraction(loss.by)
+            self._fraction = fraction.detach()
+            if loss.form != "threshold":
+                multiplier = self.multiplier_LS[level, self.active_set]
+                terms.append(loss.loss(fraction, self.ramp_up, multiplier))
         if self._saliencies and not self.is_frozen:
             threshold = self.threshold_LS[level, self.active_set]
             distance = self._saliencies[level].compute_loss(threshold, output)
@@ -235,14 +239,14 @@ class PruneDynamically(ElasticCallback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.is_active and self.losses[self.active_set].form in HAVE_TARGET:
-            self._follow_target(trainer, self.structure.level)
+        fraction, self._fraction = self._fraction, None
+        if fraction is not None and self.losses[self.active_set].form in HAVE_TARGET:
+            self._follow_target(trainer, self.structure.level, fraction)
 
     @torch.no_grad()
-    def _follow_target(self, trainer: L.Trainer, level: int) -> None:
+    def _follow_target(self, trainer: L.Trainer, level: int, fraction: Tensor) -> None:
         loss = self.losses[self.active_set]
-        fraction = trainer.strategy.reduce(self.costs[level].fraction(loss.by), reduce_op="mean")
-        assert isinstance(fraction, Tensor)
+        fraction = trainer.strategy.reduce(fraction, reduce_op="mean")  # type: ignore[assignment]
         if loss.form == "threshold":
             ramp_up = self._compute_ramp(measure_step_progress(trainer))
             self._raise_threshold(level, loss.compute_rise(fraction, ramp_up))

@@ -1,5 +1,6 @@
 """Runs with kernel activation modules: what is trained, what is measured, what a killed run goes on with."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from elastic.callbacks import PruneDynamically
-from elastic.dynamic.loss import ActivationCost
+from elastic.dynamic.loss import ActivationCost, Form
 from elastic.dynamic.modules import iterate_modules
 from elastic.dynamic.norms import SetNorm
 from elastic.dynamic.skipping import make_skipping
@@ -490,12 +491,14 @@ def program(*callbacks: L.Callback, **options: Any) -> L.Trainer:
     )
 
 
-def its_module() -> tuple[ElasticClassifier, Tensor, torch.utils.data.DataLoader[Any]]:
+def its_module(
+    kind: type[ElasticClassifier] = ElasticClassifier,
+) -> tuple[ElasticClassifier, Tensor, torch.utils.data.DataLoader[Any]]:
     """And images, and a loader of them whose last batch has one only."""
     torch.manual_seed(0)
     x_NCHW = torch.randn(65, 1, 6, 6)
     data = torch.utils.data.TensorDataset(x_NCHW, (x_NCHW.mean((1, 2, 3)) > 0).long())
-    module = ElasticClassifier(Centred(), (1, 6, 6), 2, partial(AdamW, lr=1e-2))
+    module = kind(Centred(), (1, 6, 6), 2, partial(AdamW, lr=1e-2))
     return module, x_NCHW, torch.utils.data.DataLoader(data, batch_size=32)
 
 
@@ -564,6 +567,28 @@ def test_in_any_lightning_program() -> None:
             make_skipping(module.structure.dynamic_nets[0])(x_NCHW), expected, rtol=1e-4, atol=1e-5
         )
         assert not F.softmax(expected, 1).isnan().any()
+
+
+class Pausing(ElasticClassifier):
+    """It calls its network in the second step of an epoch alone."""
+
+    def training_step(self, batch: Any, index: int) -> Any:
+        if index == 1:
+            return super().training_step(batch, index)
+        return sum(parameter.sum() for parameter in self.net.parameters()) * 0.0
+
+
+@pytest.mark.parametrize("form", ["target", "threshold"])
+def test_a_step_without_the_network_follows_no_target(form: Form) -> None:
+    module, _, loader = its_module(Pausing)
+    own, states = PruneDynamically(form=form, target=0.5, begin=0.0), []
+    spy = Spy(on_train_batch_end=lambda *_: states.append(torch.stack([own.multiplier_LS, own.threshold_LS])))
+    program(own, spy).fit(module, loader, loader)
+    moves = [not torch.equal(one, other) for one, other in itertools.pairwise(states)]
+    assert moves == [True, False, False, True, False]
+    assert all(
+        tensor.isfinite().all() for tensor in module.state_dict().values() if isinstance(tensor, Tensor)
+    )
 
 
 LOOKING = (
