@@ -54,6 +54,7 @@ class ActiveConv2d(ActiveLayer):
         self.weight = padded[: weight.numel()].view(weight.shape)
         self.bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.detach().clone()
         self.blocks = find_blocks(weight)
+        self._weights: dict[int, tuple[Tensor, Tensor | None]] = {}  # that plans of one way share
         self._plans: dict[tuple[int, int, bool], _Plan] = {}
 
     @staticmethod
@@ -168,10 +169,17 @@ class ActiveConv2d(ActiveLayer):
         kernels, rows, columns = out
         takes_tiles = taps == [3, 3] and self.stride == 1
         way = tiles.choose_way(channels, kernels, rows, columns, once) if takes_tiles else tiles.PIXELS
-        weight = tiles.transform_weight(self.weight, way)
         sizes = (channels, height, width, kernels, *taps, self.stride, self.padding, rows, columns, way)
         shape = ConvolutionShape(*sizes)
-        packed = None if self.blocks is None else tiles.transform_weight(self.blocks.pack(self.weight), way)
-        plan = _Plan(shape, weight, packed, out, kernel.count_work(shape))
+        if way not in self._weights:
+            self._weights[way] = self._transform_weights(way)
+        plan = _Plan(shape, *self._weights[way], out, kernel.count_work(shape))
         self._plans[height, width, once] = plan
         return plan
+
+    def _transform_weights(self, way: int) -> tuple[Tensor, Tensor | None]:
+        packed = None if self.blocks is None else self.blocks.pack(self.weight)
+        return (
+            tiles.transform_weight(self.weight, way),
+            None if packed is None else tiles.transform_weight(packed, way),
+        )

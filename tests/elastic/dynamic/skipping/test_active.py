@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -145,6 +146,16 @@ def test_tiles_are_chosen_where_transforms_are_shared_by_many_channels() -> None
     assert choose_way(64, 64, 8, 8) == TILES and choose_way(3, 64, 8, 8) == PIXELS
     ways = [choose_way(channels, channels, 16, 16) for channels in range(1, 200)]
     assert ways == sorted(ways) and (ways[0], ways[-1]) == (PIXELS, STRIPS)
+
+
+@needs_compiler
+def test_images_of_many_sizes_take_no_more_memory() -> None:
+    """Weights are transformed once for each of the three ways, whatever the size."""
+    layer = ActiveConv2d(nn.Conv2d(16, 16, 3, padding=1), relu=False)
+    with patch.object(tiles, "transform_weight", side_effect=tiles.transform_weight) as transform:
+        for side in range(3, 40):
+            layer(torch.randn(1, 16, side, side))
+    assert transform.call_count <= 3
 
 
 @needs_compiler
