@@ -208,8 +208,12 @@ def iterate_modules(net: nn.Module) -> Iterator[KernelActivation]:
 def describe_modules(net: nn.Module) -> dict[str, Any]:
     """Say what `attach_modules` has to be told to make a network's modules again."""
     modules = list(iterate_modules(net))
-    first, branches = modules[0], any(not module.site.readers for module in modules)
-    return {"sets": first.sets, "activation": first.activation, "kind": first.kind, "branches": branches}
+    first, widths = modules[0], [module.site.width for module in modules]
+    return {
+        "names": [name for name in dict.fromkeys(widths) if name is not None],
+        **{"sets": first.sets, "activation": first.activation, "kind": first.kind},
+        "branches": None in widths,
+    }
 
 
 def select_set(net: nn.Module, k: int) -> None:

@@ -22,6 +22,7 @@ class Site:
     writer: str
     readers: tuple[str, ...]
     depthwise: tuple[str, ...]  # convolutions of each map by itself
+    width: str | None = None  # by its name; None for maps that end a branch
 
 
 def find_sites(
@@ -83,7 +84,7 @@ def _find_site(traced: fx.GraphModule, width: Width, writer: str, is_alone: bool
         raise StructureError(f"{others[0]} does not read them as its channels")
     for reader in () if is_alone else readers:  # in another call it may read another layer's maps
         _require_one_call(traced, reader)
-    return Site(writer, readers, depthwise)
+    return Site(writer, readers, depthwise, width.name)
 
 
 def find_branch_sites(traced: fx.GraphModule) -> list[Site]:

@@ -256,10 +256,11 @@ class Network:
             dynamic = attach_modules(
                 net,
                 discover_checked(net, *list_inputs(example)),
+                modules.get("names"),
                 sets=modules["sets"],
                 activation=modules["choice"],
                 kind=modules["kind"],
-                branches=modules.get("branches") is True,  # none in files of before
+                branches=modules.get("branches") is True,  # neither these nor names in files of before
             )
             state = _select(tensors, f"{LEVEL_MODULES}{k}.")
             load_state(dynamic.get_submodule(MODULES), state, f"{path} lacks modules of level {k}")
@@ -278,7 +279,9 @@ def _check_modules(modules: Any, tensors: Mapping[str, Tensor], path: Path) -> d
     """Return what a file says of its modules, if it has the tensors of as many sets."""
     heads = {match[1] for name in tensors if (match := HEAD.match(name))}
     fits = isinstance(modules, dict) and type(modules.get("sets")) is int and len(heads) == modules["sets"]
-    if not fits or not all(isinstance(modules.get(key), str) for key in ("kind", "choice")):
+    names = modules.get("names") or [] if fits else []
+    are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not fits or not are_names or not all(isinstance(modules.get(key), str) for key in ("kind", "choice")):
         raise FileError(f"{path} says of its modules what its tensors do not: train again or restore it")
     return dict(modules)
 

@@ -232,6 +232,7 @@ SAYS: dict[str, Any] = {
     "sets without end": lambda about: about["switched"].update(sets=10**7),
     "sets of half a kind": lambda about: about["switched"].update(sets=1.0),
     "modules of no kind": lambda about: about["switched"].update(kind=["input"]),
+    "modules of no width": lambda about: about["switched"].update(names=[3]),
     "no modules": lambda about: about.update(switched=[3]),
 }
 
@@ -361,6 +362,18 @@ def test_a_level_or_set_that_is_not_there_is_an_error(level: int, index: int, te
     network = dynamic(net, x, sets=2)
     with pytest.raises(OptionError, match=text):
         network.run(x, level, index)
+
+
+@pytest.mark.parametrize("names", [["stage1.0.conv1"], []])
+def test_modules_come_back_where_they_were(tmp_path: Path, names: list[str]) -> None:
+    net, x, _ = built("resnet20")
+    switched = attach_modules(net, discover(net, x), names, branches=True).eval()
+    for module in iterate_modules(switched):
+        nn.init.normal_(module.get_head().linear.bias)
+    Network(net, [switched]).save(tmp_path / "net")
+    found = Network.load(tmp_path / "net", fresh("resnet20"), x)
+    with torch.no_grad():
+        assert torch.equal(found.run(x), switched(x))
 
 
 def test_a_network_without_modules_has_no_set() -> None:
