@@ -16,14 +16,15 @@ from elastic.widths.inputs import list_inputs
 PanelLogger = WandbLogger | TensorBoardLogger
 SAMPLES = 16
 PIXELS = 64  # smaller images are enlarged, so that they can be seen
+CHANNELS = (1, 3, 4)  # of a picture
 
 
 class LogPanels(ElasticCallback):
     """Log images and histograms to W&B or TensorBoard; with another logger do nothing.
 
-    Once: training images as the network sees them before augmentation. In every epoch: histograms of the
-    gates' scores (a gate is open where its score is positive), and of the part of the last validation batch
-    for which each kernel was on.
+    Once: training images as the network sees them before augmentation, where its first input is images. In
+    every epoch: histograms of the gates' scores (a gate is open where its score is positive), and of the part
+    of the last validation batch for which each kernel was on.
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -33,7 +34,8 @@ class LogPanels(ElasticCallback):
                 x, y_B = take_samples(trainer, SAMPLES, self.structure.seed)
                 images = make_visible(list_inputs(x)[0])
                 captions = [""] * len(images) if y_B is None else [describe_target(target) for target in y_B]
-                log_samples(logger, images, captions)
+                if images:
+                    log_samples(logger, images, captions)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         loggers = [] if trainer.sanity_checking else self._list_loggers(trainer)
@@ -76,7 +78,14 @@ def describe_target(target: Tensor) -> str:
 
 
 def make_visible(x_BCHW: Tensor) -> list[Tensor]:
-    """Return images scaled to [0, 1], small ones enlarged pixel by pixel."""
+    """Return images scaled to [0, 1], small ones enlarged pixel by pixel; none of what is no image.
+
+    Of channels that make no picture the first three are shown, or the first.
+    """
+    if x_BCHW.dim() != 4:
+        return []
+    channels = x_BCHW.shape[1]
+    x_BCHW = x_BCHW if channels in CHANNELS else x_BCHW[:, : 3 if channels > 3 else 1]
     low, high = x_BCHW.amin((2, 3), keepdim=True), x_BCHW.amax((2, 3), keepdim=True)
     shown = (x_BCHW - low) / (high - low).clamp(min=1e-6)
     factor = max(1, PIXELS // max(shown.shape[2:]))
