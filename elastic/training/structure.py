@@ -44,6 +44,7 @@ from elastic.widths.tracing import sync_traced
 from elastic.widths.width import fix_widths
 
 T = TypeVar("T")
+PLACES = ("names", "sets", "branches")  # of modules: which tensors there are
 
 
 class Structure(nn.Module):
@@ -394,13 +395,14 @@ class Structure(nn.Module):
         """Rebuild the network as a state dict has it, before its values are loaded.
 
         Raises:
-            TrainingError: the state is of a network that began otherwise.
+            TrainingError: the state is of a network that began otherwise, or has other modules.
             StructureError: the state is of another architecture; the network is as it was.
         """
         history = state_dict.get(f"{prefix}{find_path(module, self)}._extra_state")
         copies = [module.get_submodule(path) for path in self.copy_paths]
         if history is not None:
             self._check_start(history["start_sizes"])
+            self._check_modules(history["modules"])
         self._hidden.restore()
         is_gated = any(iterate_gates(self.net))
         if history is not None and history["grain"] is not None and not is_gated:
@@ -432,6 +434,24 @@ class Structure(nn.Module):
         self.seed = history["seed"]
         if history["levels"] is not None and self.levels is None:
             self.nest(Levels(self.net, self.widths, history["levels"]))
+        if history["modules"] is not None and not self.dynamic_nets:
+            self.attach_dynamic(**history["modules"])
+            self.select_first()
+
+    def _check_modules(self, modules: dict[str, Any] | None) -> None:
+        own = self._describe_modules()
+        is_trained = self.trainer is not None and self.trainer.state.fn == "fit"
+        if own is None and modules is not None and is_trained:
+            raise TrainingError(
+                "the checkpoint has kernel activation modules: continue with the PruneDynamically "
+                "that made them"
+            )
+        for name, value in (own or {}).items():
+            if name in PLACES and modules is not None and modules.get(name, value) != value:
+                raise TrainingError(
+                    f"the checkpoint's kernel activation modules have {name}={modules[name]}, this run's "
+                    f"{name}={value}: continue with the options that the run was started with"
+                )
 
     def _check_start(self, start: Mapping[str, int]) -> None:
         if not self.start_sizes.items() <= start.items():  # blocks may have been added

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from elastic.callbacks import PruneDynamically
+from elastic.callbacks import LogPanels, PruneDynamically
 from elastic.dynamic.loss import ActivationCost, Form
 from elastic.dynamic.modules import iterate_modules
 from elastic.dynamic.norms import SetNorm
@@ -567,6 +567,36 @@ def test_in_any_lightning_program() -> None:
             make_skipping(module.structure.dynamic_nets[0])(x_NCHW), expected, rtol=1e-4, atol=1e-5
         )
         assert not F.softmax(expected, 1).isnan().any()
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # Lightning's, of LogPanels
+def test_a_checkpoint_with_modules_is_evaluated_by_another_process(tmp_path: Path) -> None:
+    """Its module has none yet; what cannot be continued with is refused in a line."""
+    module, x_NCHW, loader = its_module()
+    trainer = program(PruneDynamically([0.1, 3.0], begin=0.0, activation="scale", rate=20.0))
+    trainer.fit(module, loader, loader)
+    path = tmp_path / "last.ckpt"
+    trainer.save_checkpoint(path)
+    (expected,) = trainer.validate(module, loader, verbose=False)
+    for callback in (PruneDynamically([0.1, 3.0]), LogPanels()):
+        again, _, _ = its_module()
+        (metrics,) = program(callback).validate(again, loader, path, verbose=False)
+        assert metrics.items() <= expected.items() and "val/loss" in metrics
+        with torch.no_grad():
+            found = again.eval().structure.run_active(x_NCHW)
+            assert torch.equal(found, module.eval().structure.run_active(x_NCHW))
+    for other, message in (
+        (
+            PruneDynamically(0.1),
+            "activation modules have sets=2, this run's sets=1: continue with the options",
+        ),
+        (
+            LogPanels(),
+            "has kernel activation modules: continue with the PruneDynamically that made",
+        ),
+    ):
+        with pytest.raises(TrainingError, match=message):
+            program(other).fit(its_module()[0], loader, loader, ckpt_path=path)
 
 
 class Pausing(ElasticClassifier):
