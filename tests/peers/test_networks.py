@@ -37,11 +37,11 @@ FEWER = {"timm/eca_resnext26ts", "timm/edgenext_xx_small", "timm/efficientvit_b0
 # Torch-Pruning takes minutes to list their groups.
 LONG = """
     torchvision/maxvit_t torchvision/swin_t torchvision/swin_v2_t timm/coatnet_nano_rw_224
-    timm/gcresnext26ts timm/botnet26t_256
-    timm/halonet26t timm/efficientvim_m1 timm/lambda_resnet26t timm/eca_nfnet_l0 timm/eca_vovnet39b timm/ecaresnet26t
-    timm/efficientformerv2_s0 timm/efficientvit_m0 timm/focalnet_tiny_srf timm/mobilenetv4_hybrid_medium
-    timm/inception_resnet_v2 timm/mobilevitv2_050 timm/resnest14d timm/rexnet_100
-    timm/visformer_tiny""".split()
+    timm/gcresnext26ts timm/botnet26t_256 timm/halonet26t timm/efficientvim_m1
+    timm/lambda_resnet26t timm/eca_nfnet_l0 timm/eca_vovnet39b timm/ecaresnet26t
+    timm/efficientformerv2_s0 timm/efficientvit_m0 timm/focalnet_tiny_srf
+    timm/mobilenetv4_hybrid_medium timm/inception_resnet_v2 timm/mobilevitv2_050 timm/resnest14d
+    timm/rexnet_100 timm/visformer_tiny""".split()
 # Small ones of different families, of which everything is tried.
 FAMILIES = """
     torchvision/densenet121 torchvision/efficientnet_b0 torchvision/mobilenet_v2
