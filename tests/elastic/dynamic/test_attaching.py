@@ -239,7 +239,7 @@ def test_a_depthwise_convolution_follows_its_maps() -> None:
     )
     net = gated(randomised(net).eval(), X)
     (module, _) = iterate_modules(net)
-    assert module.site == Site("expand", ("project",), ("depth",))
+    assert module.site == Site("expand", ("project",), ("depth",), "expand")
     seen: list[Tensor] = []
     net.get_submodule("project").register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad():
@@ -526,7 +526,7 @@ def test_a_network_starts_as_it_was_with_its_weakest_kernels_next_to_the_thresho
     with torch.no_grad():
         assert torch.equal(found(X), net(X))
     (first, *_) = iterate_modules(found)
-    assert first.site == Site("0", ("3",), ())
+    assert first.site == Site("0", ("3",), (), "0")
     for h in first.iterate_heads():
         bias_K = h.linear.bias
         assert bias_K.argmin() == 2 and len(bias_K.unique()) == len(bias_K) and bias_K.min() >= 1
