@@ -25,7 +25,8 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 # In the default suite one page stands for each kind of block. These cost more, or are of a kind with others.
-SLOW = ("ema_distil", "dynamic", "growth", "levels", "sweeps", "export", "run", "schedule")
+SLOW = """
+    callback data dynamic ema_distil export gates growth levels run schedule sweeps""".split()
 DOWNLOADED = ("mnist", "fashion_mnist", "cifar10", "cifar100", "imagenette")
 LIBRARY = ("growth", "resolution", "gates", "magnitude", "ema", "joint", "reconstruct", "dynamic", "distil")
 Summary = dict[str, Any]

@@ -256,10 +256,13 @@ def joint(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ),
             marks=SLOW,
         ),
-        (
-            "callbacks.dynamic.activation=soft",
-            "callbacks.dynamic.form=target",
-            "callbacks.dynamic.target=0.5",
+        pytest.param(
+            (
+                "callbacks.dynamic.activation=soft",
+                "callbacks.dynamic.form=target",
+                "callbacks.dynamic.target=0.5",
+            ),
+            marks=SLOW,
         ),
         pytest.param(("init={joint}", "callbacks.dynamic.gain=[0.1,1.0]"), marks=SLOW),
         (

@@ -29,7 +29,7 @@ def carry_out(name: str, trials: int, folder: Path, seed: int = 0) -> Part:
 TRIALS = {"options": 16, "structure": 8, "files": 60}
 
 
-@pytest.mark.parametrize("name", TRIALS)
+@pytest.mark.parametrize("name", ["options", "structure", pytest.param("files", marks=pytest.mark.slow)])
 def test_nothing_is_lost(tmp_path: Path, name: str) -> None:
     part = carry_out(name, TRIALS[name], tmp_path / name)
     assert not part.faults and TRIALS[name] - 5 <= part.trials <= TRIALS[name]

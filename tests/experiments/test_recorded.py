@@ -55,6 +55,7 @@ def test_every_recorded_network_and_its_data_can_be_made() -> None:
             assert isinstance(nets[key], nn.Module)
 
 
+@pytest.mark.slow
 def test_every_recorded_callback_optimizer_and_scheduler_can_be_made() -> None:
     """Each of a kind once: what differs are numbers."""
     made: set[tuple[str, ...]] = set()
