@@ -79,8 +79,8 @@ class GrowOnSaturation(ElasticCallback):
         self.is_due = False
         self._source: Literal["validation", "training"] | None = None  # of the metric, once it has come
         self._observed = -1  # the latest epoch whose metric the trigger has seen
-        self._awaited: int | None = None  # the epoch whose metric the module logs after its callbacks
-        self._is_late = False  # it does so
+        self._awaited: int | None = None  # the epoch that has ended, and whose metric has not been observed
+        self._is_late = False  # the module logs the metric in a hook that is called after those of callbacks
 
     def find_last_growth(self, trainer: L.Trainer) -> float:
         """Return the part of the run after which the network does not grow."""

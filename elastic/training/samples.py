@@ -94,13 +94,15 @@ def take_samples(trainer: L.Trainer, count: int, seed: int) -> tuple[Example, Te
 
 def _split(module: L.LightningModule, batch: Any) -> tuple[Example, Tensor | None]:
     """Split a batch into the inputs of the network and the targets, None where those cannot be told."""
-    if _is_pair(batch, module):
+    structure = find_structure(module)
+    if _is_pair(batch, structure):
         return batch[0], batch[1]
-    reason = "a training step does not call the network with them"
+    inputs, reason = None, "a training step does not call the network with them"
     try:
-        inputs = _capture(module, batch)
+        if structure is not None:
+            inputs = capture_inputs(module, structure.net, lambda: module.training_step(batch, 0))
     except Exception as error:  # it is the user's own
-        inputs, reason = None, cite(error)
+        reason = cite(error)
     if inputs is None:
         raise TrainingError(
             f"samples cannot be taken from the batches ({reason}): give pairs (inputs, targets), or choose a "
@@ -109,21 +111,13 @@ def _split(module: L.LightningModule, batch: Any) -> tuple[Example, Tensor | Non
     return inputs, _find_targets(batch, list_inputs(inputs))
 
 
-def _is_pair(batch: Any, module: L.LightningModule) -> bool:
-    """Tell whether a batch has as many inputs as the network of a module, and then its targets."""
+def _is_pair(batch: Any, structure: Structure | None) -> bool:
+    """Tell whether a batch has as many inputs as a network, where it is known, and then its targets."""
     if not isinstance(batch, list | tuple) or len(batch) != 2 or not isinstance(batch[1], Tensor):
         return False
     given = batch[0] if isinstance(batch[0], list | tuple) else [batch[0]]
-    structure = find_structure(module)
     count = len(given) if structure is None else len(list_inputs(structure.example))
     return len(given) == count and all(isinstance(x, Tensor) for x in given)
-
-
-def _capture(module: L.LightningModule, batch: Any) -> Example | None:
-    structure = find_structure(module)
-    if structure is None:
-        return None
-    return capture_inputs(module, structure.net, lambda: module.training_step(batch, 0))
 
 
 def _find_targets(batch: Any, inputs: Sequence[Tensor]) -> Tensor | None:
