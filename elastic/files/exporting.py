@@ -69,21 +69,28 @@ def export(
     if isinstance(net, Network):
         about = net.about if about is None else about
         net = net.dynamic() if net.sets else net.plain()
-    inputs = _list_inputs(example)
-    sample, batch = select_samples(inputs, slice(1)), count_batch(inputs)
-    source = Source(
-        _prepare(net, sample),
-        sample,
-        [x.dim() > 0 and len(x) == batch for x in inputs],
-        check_about(about or {}),
-        [_list_inputs(batch) for batch in calibration],
-    )
+    source = _make_source(net, example, about or {}, calibration)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         part = Path(folder) / path.name
         difference = _write_checked(form, source, part, path)
         for file in sorted(part.parent.iterdir(), key=lambda file: file == part):  # the named one last
             os.replace(file, path.with_name(file.name))
     return difference
+
+
+def _make_source(
+    net: nn.Module, example: Example, about: Mapping[str, Any], calibration: Sequence[Example]
+) -> Source:
+    """Bring a network, one sample and batches of inputs into the form that all formats are written from."""
+    inputs = _list_inputs(example)
+    sample, batch = select_samples(inputs, slice(1)), count_batch(inputs)
+    return Source(
+        _prepare(net, sample),
+        sample,
+        [x.dim() > 0 and len(x) == batch for x in inputs],
+        check_about(about),
+        [_list_inputs(batch) for batch in calibration],
+    )
 
 
 def _write_checked(form: Format, source: Source, part: Path, path: Path) -> float:
