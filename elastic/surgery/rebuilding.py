@@ -16,6 +16,7 @@ from elastic.widths.discovery import Slot, Widths
 from elastic.widths.sizing import solve_sizes
 
 REFUSAL = "the checkpoint is of another architecture"
+GATES = "; give both or neither their gates or other parametrizations, or save what `compact` returns"
 
 
 def rebuild(model: nn.Module, widths: Widths, state: Mapping[str, Tensor], prefix: str = "") -> None:
@@ -65,7 +66,8 @@ def _check(model: nn.Module, state: Mapping[str, Tensor], prefix: str) -> None:
     shapes = {prefix + name: tensor.shape for name, tensor in tensors.items()}
     names = {name for name, value in state.items() if name.startswith(prefix) and isinstance(value, Tensor)}
     for name in sorted(shapes.keys() ^ names):
-        raise StructureError(f"{REFUSAL}: it {'lacks' if name in shapes else 'also holds'} '{name}'")
+        remedy = GATES if ".parametrizations." in name else ""
+        raise StructureError(f"{REFUSAL}: it {'lacks' if name in shapes else 'also holds'} '{name}'{remedy}")
     for name, shape in shapes.items():
         if state[name].shape != shape:
             raise StructureError(

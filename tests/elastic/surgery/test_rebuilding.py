@@ -290,6 +290,14 @@ def test_a_file_of_another_architecture_is_refused(tmp_path: Path, other: str) -
     assert "architecture" in refused(path, nets[other]())
 
 
+@pytest.mark.parametrize("gated", ["the file", "the network"])
+def test_gates_on_one_side_alone_are_refused_with_a_remedy(tmp_path: Path, gated: str) -> None:
+    net, file = (changed()[0], built()) if gated == "the network" else (built(), changed()[0])
+    Network(file).save(tmp_path / "m", {})
+    with pytest.raises(StructureError, match="parametrizations.*or save what `compact` returns"):
+        Network.load(tmp_path / "m", net, EXAMPLE)
+
+
 def test_a_file_that_cannot_be_written_leaves_the_last_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
