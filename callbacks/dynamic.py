@@ -225,9 +225,11 @@ class PruneDynamically(ElasticCallback):
         level, loss = self.structure.level, self.losses[self.active_set]
         terms = []
         if self.is_active:
-            fraction = self.costs[level].fraction(loss.by)
+            is_charged = loss.form != "threshold"
+            with torch.set_grad_enabled(is_charged):
+                fraction = self.costs[level].fraction(loss.by)
             self._fraction = fraction.detach()
-            if loss.form != "threshold":
+            if is_charged:
                 multiplier = self.multiplier_LS[level, self.active_set]
                 terms.append(loss.loss(fraction, self.ramp_up, multiplier))
         if self._saliencies and not self.is_frozen:

@@ -100,7 +100,8 @@ def find_branch_sites(traced: fx.GraphModule) -> list[Site]:
         end, source = find_norm(traced, call), call.args[0]
         added = len(end.users) == 1 and find_addend(next(iter(end.users)), end) is not None
         alone = isinstance(source, fx.Node) and len(source.users) == 1
-        if added and alone and len(find_calls(traced, str(call.target))) == 1:
+        called_once = all(len(find_calls(traced, str(node.target))) == 1 for node in (call, end))
+        if added and alone and called_once:
             sites.append(Site(str(call.target), (), ()))
     return sites
 

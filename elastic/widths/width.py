@@ -77,6 +77,8 @@ class Widths(Mapping[str, Width]):
     example: tuple[Tensor, ...] = field(default=(), compare=False)
 
     def __getitem__(self, name: str) -> Width:
+        if not isinstance(name, str):
+            raise StructureError(f"a width is named by a text, not by a {type(name).__name__}")
         if name in self.widths:
             return self.widths[name]
         reason = self.fixed.get(name, f"there is none; the model has {', '.join(self.widths)}")

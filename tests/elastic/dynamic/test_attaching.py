@@ -373,6 +373,7 @@ def test_a_layer_that_reads_others_maps_too_is_no_reader_of_one() -> None:
         ),
         (["fc"], "width 'fc' cannot change: it is the model's output"),
         (["nothing"], "width 'nothing' cannot change: there is none"),
+        ([torch.zeros(3, 3)], "a width is named by a text, not by a Tensor"),
     ],
 )
 def test_kernels_that_cannot_be_switched_are_refused(names: list[str], message: str) -> None:

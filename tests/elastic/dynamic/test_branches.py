@@ -50,6 +50,30 @@ def test_they_may_be_all_that_can_be_switched() -> None:
         assert module.site.writer == "end"
 
 
+class Branched(nn.Module):
+    """Two branches that end with a norm each, or with one norm for both."""
+
+    def __init__(self, norms: int) -> None:
+        super().__init__()
+        self.stem, self.inner, self.last = conv(3, 8, 3), conv(8, 6), conv(6, 2)
+        self.one, self.two = conv(8, 8, 3), conv(8, 8, 3)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(norms))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.stem(x))
+        h = h + self.norms[0](self.one(torch.tanh(h)))
+        h = h + self.norms[-1](self.two(torch.tanh(h)))
+        return self.last(torch.relu(self.inner(h))).mean((2, 3))
+
+
+@pytest.mark.parametrize(("norms", "ends"), [(2, {"one", "two"}), (1, set())])
+def test_branches_that_share_a_norm_are_not_switched(norms: int, ends: set[str]) -> None:
+    """What their maps weigh is told by the norm, which tells that of its last call alone."""
+    net = Branched(norms)
+    dynamic = attach_modules(net, discover(net, X), branches=True)
+    assert {module.site.writer for module in iterate_modules(dynamic)} & {"one", "two"} == ends
+
+
 class Grouped(nn.Module):
     """A branch that ends with a convolution in groups."""
 

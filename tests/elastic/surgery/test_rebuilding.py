@@ -294,7 +294,7 @@ def test_a_file_of_another_architecture_is_refused(tmp_path: Path, other: str) -
 def test_gates_on_one_side_alone_are_refused_with_a_remedy(tmp_path: Path, gated: str) -> None:
     net, file = (changed()[0], built()) if gated == "the network" else (built(), changed()[0])
     Network(file).save(tmp_path / "m", {})
-    with pytest.raises(StructureError, match="parametrizations.*or save what `compact` returns"):
+    with pytest.raises(StructureError, match=r"parametrizations.*or save what `compact` returns"):
         Network.load(tmp_path / "m", net, EXAMPLE)
 
 
