@@ -1,4 +1,4 @@
-"""Find out whether an autograd graph still hangs on a parameter."""
+"""Find out whether an autograd graph still hangs on a parameter, and let go of those that are done with."""
 
 import gc
 from collections.abc import Iterable
@@ -15,8 +15,7 @@ def refuse_live_graph(tensors: Iterable[Tensor]) -> None:
 
     Its next backward would be wrong, in silence.
     """
-    # Tensors that inference mode has made are in no graph, and have no accumulator.
-    parameters = [tensor for tensor in tensors if tensor.requires_grad and not tensor.is_inference()]
+    parameters = _select_parameters(tensors)
     if any(map(_has_live_graph, parameters)):
         gc.collect()  # it may hang on a reference cycle only
         if any(map(_has_live_graph, parameters)):
@@ -24,6 +23,24 @@ def refuse_live_graph(tensors: Iterable[Tensor]) -> None:
                 "an autograd graph of this model is alive: drop its outputs and losses first, or keep them "
                 "detached"
             )
+
+
+def release_graphs(tensors: Iterable[Tensor]) -> None:
+    """Let parameters go from the graphs that hang on them, from which no gradient is asked any more.
+
+    A metric's last value holds such a graph, or features that a network keeps. A parameter whose type has
+    been another one forgets its gradient accumulator.
+    """
+    for parameter in _select_parameters(tensors):
+        value = parameter.data
+        other = torch.float64 if value.dtype != torch.float64 else torch.float32
+        parameter.data = value.new_empty(0, dtype=other)
+        parameter.data = value
+
+
+def _select_parameters(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Select what gradients are computed of: tensors that inference mode has made are in no graph."""
+    return [tensor for tensor in tensors if tensor.requires_grad and not tensor.is_inference()]
 
 
 @torch.inference_mode(False)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from elastic.errors import StructureError
 from elastic.surgery.depth import count_blocks, deepen, get_blocks
+from elastic.surgery.graphs import release_graphs
 from elastic.surgery.reindexing import reindex, resize_index
 from elastic.widths.discovery import Slot, Widths
 from elastic.widths.sizing import solve_sizes
@@ -27,6 +28,7 @@ def rebuild(model: nn.Module, widths: Widths, state: Mapping[str, Tensor], prefi
     """
     values = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers())]
     before, blocks = copy.deepcopy(widths), count_blocks(model)
+    release_graphs(model.parameters())  # which have nothing to say of the values to come
     try:
         add_blocks(model, widths, state, prefix)
         _resize(model, widths, _read_sizes(state, widths, prefix))

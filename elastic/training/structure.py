@@ -25,6 +25,7 @@ from elastic.pruning.hiding import HiddenGates
 from elastic.surgery.checking import discover_checked
 from elastic.surgery.depth import count_blocks, deepen, get_template_name
 from elastic.surgery.fresh import Fresh, zero_out
+from elastic.surgery.graphs import release_graphs
 from elastic.surgery.layout import lay_out_weights
 from elastic.surgery.rebuilding import rebuild
 from elastic.surgery.reindexing import Index, reindex
@@ -186,6 +187,7 @@ class Structure(nn.Module):
             TrainingError: the processes of the run no longer agree.
         """
         with unwrapped(self.trainer) if self.trainer else nullcontext():
+            release_graphs(self.net.parameters())  # of an epoch that is over, which a metric may hold
             yield
             self.lay_out()
         if self._get_called()._compiled_call_impl is not None or self._get_called() is not self.net:

@@ -20,6 +20,7 @@ from elastic.callbacks import (
     GrowResolution,
     PruneByGates,
     PruneDynamically,
+    Reconstruct,
     TrainJointly,
 )
 from elastic.errors import TrainingError
@@ -65,6 +66,29 @@ def test_a_module_may_itself_be_the_network(tmp_path: Path) -> None:
     loaded = load_module(Layers, tmp_path / "last.ckpt")
     x_NCHW, _ = make_data().tensors
     assert torch.equal(loaded(x_NCHW), again.eval()(x_NCHW))
+
+
+class Keeping(Program):
+    """Keeps what it has said, with its graph, as a metric does that is updated by outputs not detached."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said = self.net(torch.zeros(2, 1, 8, 8))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x_BCHW, y_B = batch
+        self.said = self(x_BCHW)
+        return F.cross_entropy(self.said, y_B)
+
+
+@pytest.mark.parametrize("make", [grow, lambda: Reconstruct([0.5], dense=0)])
+def test_a_graph_of_an_epoch_that_is_over_hinders_no_change(
+    tmp_path: Path, make: Callable[[], L.Callback]
+) -> None:
+    fit(whole := Keeping(), [make()], tmp_path, max_epochs=4)
+    fit(again := Keeping(), [make()], tmp_path, str(tmp_path / "last.ckpt"), max_epochs=4)
+    x_NCHW, _ = make_data().tensors
+    assert torch.equal(whole.eval()(x_NCHW), again.eval()(x_NCHW))
 
 
 class Bytes(Program):

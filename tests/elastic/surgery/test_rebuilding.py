@@ -127,6 +127,18 @@ def test_another_architecture_is_refused_by_name_and_nothing_changes(other: str,
     assert widths.sizes() == sizes and not zoo.differences(before, zoo.states(model))
 
 
+def test_a_graph_that_is_alive_hinders_no_rebuilding() -> None:
+    source, _ = changed("channel")
+    model = built()
+    widths = discover(model, EXAMPLE)
+    gates.attach_gates(model, widths, "channel")
+    said = model(probe())
+    rebuild(model, widths, source.state_dict())
+    model.load_state_dict(source.state_dict())
+    assert said.requires_grad and torch.equal(model.eval()(probe()), source(probe()))
+    model(probe()).sum().backward()
+
+
 # --- compact files ------------------------------------------------------------------------------------------
 
 
