@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from elastic.errors import TrainingError
 from elastic.training.joining import find_structure, join_structure
+from elastic.training.kinds import is_kind
 from elastic.training.own_parameters import check_followed
 from elastic.training.progress import continues
 from elastic.training.restarts import end_epoch_once, reopen_last_batch
@@ -102,7 +103,7 @@ class ElasticCallback(L.Callback):
         static = [
             callback
             for callback in trainer.callbacks  # type: ignore[attr-defined]
-            if isinstance(callback, STATIC) and not isinstance(callback, ElasticCallback)
+            if any(is_kind(callback, kind) for kind in STATIC) and not isinstance(callback, ElasticCallback)
         ]
         if static and self.changes_structure:
             raise TrainingError(

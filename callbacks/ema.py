@@ -7,6 +7,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from elastic.callbacks.base import ElasticCallback
 from elastic.pruning.gates import Gate
@@ -141,7 +142,9 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._release()
         with self.structure.showing_gates():
-            EMAWeightAveraging.setup(self, trainer, pl_module, "fit")
+            self._average_model = AveragedModel(
+                pl_module, self._device or pl_module.device, use_buffers=self._use_buffers, **self._kwargs
+            )
         self.structure.copies += self._list_networks()
 
     def _release(self) -> None:

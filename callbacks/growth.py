@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from elastic.callbacks.base import ElasticCallback
 from elastic.errors import OptionError, TrainingError
@@ -19,6 +18,7 @@ from elastic.surgery.freezing import find_frozen_widths, is_frozen
 from elastic.surgery.fresh import PAIRS, STRATEGIES, Fresh, zero_out
 from elastic.surgery.reindexing import Index, grow_index, split_index
 from elastic.training.entry_rates import EntryRates
+from elastic.training.kinds import overrides
 from elastic.training.progress import may_be_validated_later, measure_epoch_progress
 from elastic.training.samples import check_loss, sample_batch
 from elastic.training.timeline import find_growth_at, find_starts, read_timeline, select_growth
@@ -162,7 +162,7 @@ class GrowOnSaturation(ElasticCallback):
         if self._source == "validation" or self.script is not None or trainer.fit_loop.restarting:
             return
         is_missing = self.monitor not in trainer.callback_metrics
-        if is_missing and is_overridden("on_train_epoch_end", pl_module):
+        if is_missing and overrides(pl_module, "on_train_epoch_end"):
             self._is_late = True  # from now on: what is there by then is of the epoch before
         self._awaited = trainer.current_epoch
         if not self._is_late:

@@ -9,6 +9,7 @@ from torch import Tensor
 from elastic.callbacks.base import ElasticCallback
 from elastic.dynamic.modules import iterate_modules
 from elastic.pruning.gates import iterate_gates
+from elastic.training.kinds import is_kind
 from elastic.training.samples import take_samples
 from elastic.training.structure import Structure
 from elastic.widths.inputs import list_inputs
@@ -44,14 +45,13 @@ class LogPanels(ElasticCallback):
             log_histograms(logger, spread, trainer.current_epoch, trainer.global_step)
 
     def _list_loggers(self, trainer: L.Trainer) -> list[PanelLogger]:
-        return [
-            logger for logger in trainer.loggers if isinstance(logger, PanelLogger) and trainer.is_global_zero
-        ]
+        loggers = trainer.loggers if trainer.is_global_zero else []
+        return [each for each in loggers if is_kind(each, WandbLogger) or is_kind(each, TensorBoardLogger)]
 
 
 def log_samples(logger: PanelLogger, images: list[Tensor], captions: list[str]) -> None:
     """Log images with what is told of them."""
-    if isinstance(logger, WandbLogger):
+    if is_kind(logger, WandbLogger):
         logger.log_image("samples", images, caption=captions)
     else:
         logger.experiment.add_images("samples", torch.stack(images))
@@ -61,7 +61,7 @@ def log_samples(logger: PanelLogger, images: list[Tensor], captions: list[str]) 
 def log_histograms(logger: PanelLogger, spread: dict[str, Tensor], epoch: int, step: int) -> None:
     """Log how values are spread, as far as there are any."""
     held = {name: values for name, values in spread.items() if len(values)}
-    if isinstance(logger, TensorBoardLogger):
+    if is_kind(logger, TensorBoardLogger):
         for name, values in held.items():
             logger.experiment.add_histogram(name, values, step)
     elif held:

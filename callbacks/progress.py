@@ -5,6 +5,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
 
+from elastic.errors import TrainingError
 from elastic.training.joining import find_structure
 
 MOST_WIDTHS = 8  # that are shown one by one
@@ -12,6 +13,19 @@ MOST_WIDTHS = 8  # that are shown one by one
 
 class ElasticProgress(RichProgressBar):
     """Extend Lightning's rich bar by the parameters left of those allocated, the widths and λ."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse a trainer of `pytorch_lightning`, which has none of `lightning.pytorch`'s bars.
+
+        Raises:
+            TrainingError: it is one.
+        """
+        if not isinstance(trainer, L.Trainer):
+            raise TrainingError(
+                "ElasticProgress is a bar of lightning.pytorch, this run one of pytorch_lightning: leave it "
+                "out, or say `import lightning.pytorch as pl`"
+            )
+        super().setup(trainer, pl_module, stage)
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         hidden = ("v_num",)

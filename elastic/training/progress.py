@@ -6,6 +6,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Timer
 
 from elastic.errors import TrainingError
+from elastic.training.kinds import is_kind
 
 
 def measure_epoch_progress(trainer: L.Trainer, epoch: int | None = None) -> float:
@@ -77,7 +78,7 @@ def _list_bounds(trainer: L.Trainer, epochs: float) -> list[float]:
     if trainer.max_steps > 0:
         parts.append(trainer.global_step / trainer.max_steps)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, Timer) and callback._duration is not None:
+        if is_kind(callback, Timer) and callback._duration is not None:
             # Each process has its own clock, and all have to decide alike.
             parts.append(trainer.strategy.broadcast(callback.time_elapsed() / callback._duration))
     if not parts:

@@ -11,6 +11,8 @@ import lightning as L
 from lightning.pytorch.loops.fetchers import _PrefetchDataFetcher
 from lightning.pytorch.loops.loop import _Loop
 
+from elastic.training.kinds import find_base, is_kind
+
 
 def reopen_last_batch(checkpoint: dict[str, Any]) -> None:
     """Let a checkpoint of an epoch's last batch, in place, go on with the epoch's validation."""
@@ -33,12 +35,12 @@ def end_epoch_once(trainer: L.Trainer) -> None:
     batches, fetcher = loop.epoch_loop, loop._data_fetcher
     if loop.restarted_on_epoch_end:
         loop.epoch_progress.increment_completed()
-        _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined]  # its own setter says True again
+        find_base(loop, _Loop).restarting.fset(loop, False)  # its own setter says True again
         loop.reset_restart_stage()
     elif (
         loop.restarted_mid_epoch
         and batches.batch_progress.is_last_batch
-        and isinstance(fetcher, _PrefetchDataFetcher)
+        and is_kind(fetcher, _PrefetchDataFetcher)
         and not batches._should_check_val_fx(fetcher)
     ):  # nothing is left to validate, and no batch to train
         fetcher.batches, fetcher.done = [], True
