@@ -10,7 +10,7 @@ from torch import Tensor
 
 from elastic.callbacks.base import ElasticCallback, StepNetwork, refuse_changes_beside
 from elastic.dynamic.activations import Activation
-from elastic.dynamic.loss import HAVE_TARGET, ActivationCost, ActivationLoss, By, Form, compute_shape_distance
+from elastic.dynamic.loss import HAVE_TARGET, ActivationCost, ActivationLoss, By, Form
 from elastic.dynamic.modules import iterate_modules, select_set
 from elastic.dynamic.norms import SetNorm
 from elastic.dynamic.saliency import Saliency
@@ -49,7 +49,6 @@ class PruneDynamically(ElasticCallback):
             less, the more kernels have one choice for all inputs, to which weights can adapt.
         difficulty: above 0, inputs whose class the network is sure of are taught to engage less than others:
             saliency is multiplied by this power of the entropy of what the network says of an input.
-        shape: weight of a loss that drives a batch's scores apart, see `compute_shape_distance`.
         freeze: part of the run from which modules learn no more, and weights adapt to a choice that stays.
 
     Where there are levels, each of them gets modules of its own, and each step trains one, drawn at random.
@@ -80,7 +79,6 @@ class PruneDynamically(ElasticCallback):
         saliency: NotNegative = 0.0,
         contrast: Part = 1.0,
         difficulty: NotNegative = 0.0,
-        shape: NotNegative = 0.0,
         freeze: Part = 1.0,
     ) -> None:
         gains = list(gain) if isinstance(gain, Iterable) else [gain]
@@ -102,7 +100,7 @@ class PruneDynamically(ElasticCallback):
         self.activation, self.kind, self.begin, self.end = activation, kind, begin, end
         self.branches, self.rate, self.modules_only = branches, rate, modules_only
         self.start, self.saliency, self.contrast, self.freeze = start, saliency, contrast, freeze
-        self.difficulty, self.shape = difficulty, shape
+        self.difficulty = difficulty
         self.costs: list[ActivationCost] = []
         self.has_started = self.is_frozen = False
         self.active_set, self.ramp_up = 0, 0.0
@@ -238,11 +236,6 @@ class PruneDynamically(ElasticCallback):
             threshold = self.threshold_LS[level, self.active_set]
             distance = self._saliencies[level].compute_loss(threshold, output)
             terms.append(self.saliency * distance)
-        if self.shape and self.is_active and not self.is_frozen:
-            share = loss._compute_target(self.ramp_up)
-            modules = iterate_modules(self.structure.dynamic_nets[level])
-            distances = [compute_shape_distance(module.score_BK, share) for module in modules]
-            terms.append(self.shape * torch.stack(distances).mean())
         return torch.stack(terms).sum() if terms else None
 
     def on_train_batch_end(

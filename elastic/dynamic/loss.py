@@ -3,7 +3,6 @@
 The MACs of an input are those of its active kernels over active maps, and of the modules that chose them.
 """
 
-import math
 from dataclasses import dataclass
 from functools import reduce
 from operator import mul
@@ -76,20 +75,6 @@ class ActivationCost:
     def fraction(self, by: By) -> Tensor:
         """Average the part of the kernels, or of the dense network's MACs; of those it may exceed 1."""
         return self.kernels_B().mean() if by == "kernels" else self.macs_B().mean() / self.dense_macs
-
-
-def compute_shape_distance(score_BK: Tensor, share: float) -> Tensor:
-    """Compute how far scores of a batch are from on for a share of its inputs, and clearly on or off.
-
-    Batch-shaping (Bejnordi et al., arXiv 1907.06627, section 3.2): the squared distance between the batch's
-    distribution of the sigmoids, kernel by kernel, and a prior with most of its mass at 0 and 1. The prior is
-    Kumaraswamy's with b = 1/2, whose distribution has a closed form, and a such that `share` is above 1/2.
-    """
-    soft_BK = torch.sigmoid(score_BK.float()).sort(0).values.clamp(1e-3, 1 - 1e-3)
-    rank_B1 = torch.arange(1, len(soft_BK) + 1, device=soft_BK.device)[:, None] / (len(soft_BK) + 1)
-    a = -math.log2(1 - min(share, 0.99) ** 2)
-    prior_BK = 1 - (1 - soft_BK**a).sqrt()
-    return (rank_B1 - prior_BK).square().mean()
 
 
 @checked
