@@ -58,8 +58,8 @@ def gradmax(
     """
     rows: dict[str, Tensor] = {}
     for name, count in added.items():
-        writers = widths[name].slots_with("out")
-        if any(_is_drawn(model, slot) for slot in writers) and all(map(_is_alone, writers)):
+        writers, readers = (widths[name].slots_with(role) for role in ("out", "in"))
+        if readers and any(_is_drawn(model, slot) for slot in writers) and all(map(_is_alone, writers)):
             probe = _Probe(model, widths, widths[name], loss)
             rows |= probe.split_by_layer(HE * _find_directions(probe, count, candidates, generator))
     return Rows(rows)
@@ -86,7 +86,10 @@ def _find_directions(probe: "_Probe", count: int, candidates: int, generator: to
     """Find `count` unit directions in the joint fan-in of all layers that write the width, best first."""
     tried = _draw_orthonormal(min(candidates, probe.fan_in), probe.fan_in, generator)
     # Of a linear network the gradient is linear in the direction, and these singular vectors are the best.
-    directions = torch.linalg.svd(probe.compute_gradients(tried), full_matrices=False).U.T @ tried
+    vectors = torch.linalg.svd(probe.compute_gradients(tried), full_matrices=False).U
+    if len(vectors) > vectors.shape[1]:  # few weights read the width: all directions beyond are as good
+        vectors = torch.linalg.qr(vectors, mode="complete").Q
+    directions = vectors.T @ tried
     # The network is not linear, so what counts is measured: each direction or its opposite, and whether
     # together they do better than the best candidates as they are.
     norms = probe.compute_gradients(torch.cat([directions, -directions, tried])).norm(dim=1)
@@ -131,9 +134,11 @@ class _Probe:
         gradients = []
         for slot in self.width.slots_with("in"):
             weight = get_weight(replica.get_submodule(slot.module))
-            assert weight.grad is not None
+            gradient = (
+                torch.zeros_like(weight) if weight.grad is None else weight.grad
+            )  # the loss may not see it
             positions = widths.positions(slot, name)[size:]
-            gradient = _orient(weight.grad, slot)[:, positions.flatten()].unflatten(1, positions.shape)
+            gradient = _orient(gradient, slot)[:, positions.flatten()].unflatten(1, positions.shape)
             gradients.append(gradient.transpose(0, 1).flatten(1))
         return torch.cat(gradients, 1).cpu().float()
 

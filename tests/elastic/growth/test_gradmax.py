@@ -197,6 +197,41 @@ def test_more_channels_than_the_fan_in_has_entries() -> None:
     assert rows.rows["0"].abs().flatten().tolist() == pytest.approx([HE] * 5, rel=1e-5)
 
 
+def test_more_channels_than_weights_that_read_one() -> None:
+    """Two weights tell two directions; the others are orthogonal to them, and to each other."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    x_BCHW, y_B = images(channels=3, classes=2)
+    widths = discover(model, x_BCHW)
+    rows = gradmax(model, widths, {"0": 3}, loss_on(x_BCHW, y_B), seeded(0)).rows["0"].flatten(1)
+    assert torch.allclose(rows @ rows.T, HE**2 * torch.eye(3), atol=1e-5)
+
+
+class Auxiliary(nn.Module):
+    """A branch that no loss sees, and one of which only a mean over channels is left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.unseen = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1)
+        self.averaged, self.head = nn.Conv2d(4, 6, 1), nn.Linear(4, 10)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = self.stem(x)
+        return self.head(x.mean((2, 3))), self.unseen(x), self.averaged(x).mean(1)
+
+
+def test_what_the_loss_does_not_see_pulls_nowhere() -> None:
+    torch.manual_seed(0)
+    model = Auxiliary()
+    x_BCHW, y_B = images()
+    widths = discover(model, x_BCHW)
+    both = {"stem": 3, "averaged": 2}
+    rows = gradmax(model, widths, both, lambda net: F.cross_entropy(net(x_BCHW)[0], y_B), seeded(0)).rows
+    alone = nn.Sequential(model.stem, nn.AdaptiveAvgPool2d(1), nn.Flatten(), model.head)
+    expected = gradmax(alone, discover(alone, x_BCHW), {"0": 3}, loss_on(x_BCHW, y_B), seeded(0)).rows
+    assert rows.keys() == {"stem"} and torch.allclose(rows["stem"], expected["0"], atol=1e-5)
+
+
 def test_it_repeats_and_leaves_everything_else_alone() -> None:
     torch.manual_seed(0)
     model = convnet(in_channels=3)
