@@ -190,12 +190,21 @@ def _slice(tracker: Tracker, node: fx.Node, axis: Axis | None, item: slice) -> A
     if step in (None, 1) and any(isinstance(bound, SizeAttribute) for bound in bounds):
         if not all(tracker.follow_size(bound, axis[: get_value(bound)]) for bound in bounds):
             tracker.fix([axis], node, "fixes the number of channels")
+    elif isinstance(item.step, int) and _is_interleaved(axis, item):
+        tracker.elements.tie_parts([axis[place::step] for place in range(step)])
     elif step not in (None, 1) or min(start or 0, stop or 0) < 0:
         tracker.fix([axis], node, "fixes the number of channels")
     else:
         places = [(place, get_count(place)) for place in (item.start, item.stop) if place is not None]
         _cut(tracker, node, axis, [(get_value(place), count) for place, count in places])
     return axis[start:stop:step]
+
+
+def _is_interleaved(axis: Axis, item: slice) -> bool:
+    """Tell whether a slice takes one of each n channels, of which there is a multiple."""
+    start = 0 if item.start is None else item.start
+    is_whole = item.stop is None and item.step > 1 and len(axis) % item.step == 0
+    return is_whole and isinstance(start, int) and 0 <= start < item.step
 
 
 def _cut(tracker: Tracker, node: fx.Node, axis: Axis | None, places: Sequence[tuple[int, Count]]) -> None:

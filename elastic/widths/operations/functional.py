@@ -17,6 +17,7 @@ from elastic.widths.operations.interface import (
     get_input,
     get_shape,
     get_value,
+    list_axes,
 )
 from elastic.widths.operations.weights import (
     SPACE,
@@ -33,8 +34,10 @@ def convolve_with(tracker: Tracker, node: fx.Node) -> Axes:
     groups, kernel = get_argument(node, 6, "groups", default=1), get_argument(node, 1, "weight")
     shape = get_shape(kernel)
     is_depthwise = get_value(groups) > 1 == shape[1]
-    if is_depthwise and shape[0] == get_value(groups) and _is_spread(kernel):
+    if is_depthwise and shape[0] == get_value(groups) and _is_spread(tracker, kernel):
         return _filter(tracker, node, groups)
+    if _is_single(tracker, node):
+        return _filter_single(tracker, node)
     x, weight, bias = _read_weights(tracker, node, is_depthwise)
     channel = len(x) - len(shape) + 1  # 0 where there is no batch
     _follow_groups(tracker, node, groups, x[channel], is_depthwise)
@@ -43,10 +46,26 @@ def convolve_with(tracker: Tracker, node: fx.Node) -> Axes:
     return (*x[:channel], written, *(None for _ in shape[2:]))
 
 
-def _is_spread(weight: fx.Node) -> bool:
+def _is_spread(tracker: Tracker, weight: fx.Node) -> bool:
     """Tell whether a weight is one kernel that is spread over as many channels as there are."""
-    has_channels = get_axes(weight)[0] is not None
-    return has_channels and all(axis is None for n in list_stored(weight) for axis in get_axes(n)[:1])
+    channels = get_axes(weight)[0]
+    own = [axis for source in list_stored(tracker, weight) for axis in list_axes(get_axes(source))]
+    return channels is not None and not tracker.elements.includes(own, [channels])
+
+
+def _is_single(tracker: Tracker, node: fx.Node) -> bool:
+    """Tell whether a weight is one kernel, for images of one channel, that is no layer's."""
+    weight, has_bias = get_argument(node, 1, "weight"), get_argument(node, 2, "bias") is not None
+    is_layers = any(tracker.locate(source).tensor == "weight" for source in list_stored(tracker, weight))
+    return get_shape(weight)[:2].numel() == 1 and not has_bias and not is_layers
+
+
+def _filter_single(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow a filter of images of one channel; those of several may lie in the batch."""
+    x = get_axes(get_input(node))
+    channel = len(x) - len(get_shape(get_argument(node, 1, "weight"))) + 1
+    tracker.fix(x[channel:], node, "filters a single channel")
+    return (*x[:channel], *(None for _ in x[channel:]))
 
 
 def _filter(tracker: Tracker, node: fx.Node, groups: object) -> Axes:

@@ -18,6 +18,7 @@ from elastic.widths.operations.interface import (
     get_shape,
     list_arguments,
 )
+from elastic.widths.tracing.sizes import SizeAttribute
 from elastic.widths.union import Axis
 
 COMPARISONS = (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge)
@@ -28,12 +29,15 @@ def fill(tracker: Tracker, node: fx.Node) -> Axes:
     is_like = node.op == "call_method"
     if is_like:
         tracker.drop(get_axes(get_input(node)))
-    counts = _list_counts(_list_fill_sizes(tracker, node, int(is_like)))
+    sizes = _list_fill_sizes(tracker, node, int(is_like))
+    counts = _list_counts(sizes)
     shape = get_shape(node)
     if len(counts) != len(shape):
         tracker.fix([a for count in counts for a in count.axes], node, "computes with the number of channels")
         return (None,) * len(shape)
-    return tuple(_follow_count(tracker, node, count) for count in counts)
+    if len(sizes) != len(counts):  # of a shape
+        return tuple(_follow_count(tracker, node, count) for count in counts)
+    return tuple(_follow_size(tracker, node, size, count) for size, count in zip(sizes, counts, strict=True))
 
 
 def _list_fill_sizes(tracker: Tracker, node: fx.Node, position: int) -> list[object]:
@@ -85,7 +89,7 @@ def expand(tracker: Tracker, node: fx.Node) -> Axes:
             y.append(own)
         else:
             tracker.fix([own], node, "broadcasts one channel over many")
-            y.append(_follow_count(tracker, node, count))
+            y.append(_follow_size(tracker, node, size, count))
     return tuple(y)
 
 
@@ -101,16 +105,17 @@ def repeat_entries(tracker: Tracker, node: fx.Node) -> Axes:
 def repeat(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow a tensor set side by side with itself: each channel comes again, in turns."""
     source = get_input(node)
-    x, after = get_axes(source), get_shape(node)
+    x, before, after = get_axes(source), get_shape(source), get_shape(node)
     times = list_arguments(node, 1, "repeats", "dims")
     if len(times) > len(after) or not all(isinstance(n, int | fx.Node) for n in times):
         raise NotFollowed("is given numbers in a way of its own")
     times = [*[1] * (len(after) - len(times)), *times]  # tile may be given fewer
-    axes = [*[None] * (len(after) - len(x)), *x]
+    offset = len(after) - len(x)
+    axes, single = [*[None] * offset, *x], [*[True] * offset, *(size == 1 for size in before)]
     y: list[Axis | None] = []
-    for axis, count in zip(axes, _list_counts(times), strict=True):
-        if axis is None and count.terms:
-            y.append(_follow_count(tracker, node, count))
+    for axis, is_single, number, count in zip(axes, single, times, _list_counts(times), strict=True):
+        if axis is None and is_single:
+            y.append(_follow_size(tracker, node, number, count))
         else:
             tracker.fix(count.axes, node, "computes with the number of channels")
             y.append(None if axis is None else np.tile(axis, int(count.value)))
@@ -161,6 +166,14 @@ def _list_counts(sizes: list[object]) -> list[Count]:
         found = size if isinstance(size, Count) else get_counts(size)
         counts += [found] if isinstance(found, Count) else found
     return counts
+
+
+def _follow_size(tracker: Tracker, node: fx.Node, size: object, count: Count) -> Axis | None:
+    """Give the channels that a size counts, which may be an attribute."""
+    if not isinstance(size, SizeAttribute):
+        return _follow_count(tracker, node, count)
+    axis = tracker.elements.new(size)
+    return axis if tracker.follow_size(size, axis) else None
 
 
 def _follow_count(tracker: Tracker, node: fx.Node, count: Count) -> Axis | None:

@@ -22,7 +22,7 @@ def locate_source(tracker: Tracker, weight: fx.Node) -> Place:
         return tracker.locate(weight)
     except NotFollowed:
         axes, shape = get_axes(weight), get_shape(weight)
-        for source in list_stored(weight):
+        for source in list_stored(tracker, weight):
             own = get_axes(source)
             if get_shape(source) == shape and all(map(_is_same, own[:2], axes[:2])):
                 tracker.mix(own[1:2], weight, "computes a weight from its channels")
@@ -31,15 +31,23 @@ def locate_source(tracker: Tracker, weight: fx.Node) -> Place:
         raise
 
 
-def list_stored(weight: fx.Node) -> list[fx.Node]:
-    """List the stored tensors that a computed one depends on."""
-    pending, sources = [weight], dict[fx.Node, None]()
+def list_stored(tracker: Tracker, weight: fx.Node) -> list[fx.Node]:
+    """List the stored tensors that a computed one depends on, those with parametrizations among them."""
+    pending, sources = [weight], dict[fx.Node, bool]()
     while pending:
         node = pending.pop()
         if node not in sources:
-            sources[node] = None
-            pending += node.all_input_nodes
-    return [node for node in sources if node.op == "get_attr"]
+            sources[node] = _is_stored(tracker, node)
+            pending += [] if sources[node] else node.all_input_nodes
+    return [node for node, is_stored in sources.items() if is_stored]
+
+
+def _is_stored(tracker: Tracker, node: fx.Node) -> bool:
+    try:
+        tracker.locate(node)
+    except NotFollowed:
+        return False
+    return True
 
 
 def _is_same(first: Axis | None, second: Axis | None) -> bool:

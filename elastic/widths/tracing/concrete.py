@@ -248,9 +248,11 @@ class ConcreteTracer(fx.Tracer):
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         value = self._answer(obj.node) if self._inputs else None
+        parts: Any = obj
+        if isinstance(value, Tensor) and value.dim():
+            return iter([parts[i] for i in range(len(parts))])
         if not isinstance(value, tuple | list):
             return super().iter(obj)
-        parts: Any = obj
         return iter([parts[i] for i in range(len(value))])
 
     def ask(self, proxy: fx.Proxy, caller: Instruction | None = None) -> Any:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from elastic.pruning.compaction import compact
+from elastic.pruning.gates import attach_gates, iterate_gates, set_score
 from elastic.surgery.checking import fix_wrong_widths
 from elastic.surgery.rebuilding import rebuild
 from elastic.surgery.reindexing import grow_index, reindex
@@ -344,6 +346,23 @@ FOLLOWED: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
         ),
         {"stem"},
     ),
+    "a kernel that is spread over all channels": (
+        just(
+            lambda m, x: F.conv2d(
+                x, m.kernel.view(1, 1, 3, 3).repeat(x.shape[1], 1, 1, 1), groups=x.shape[1]
+            ),
+            kernel=nn.Buffer(torch.rand(3, 3)),
+        ),
+        {"stem"},
+    ),
+    "a kernel for images of one channel": (
+        just(
+            lambda m, x: F.conv2d(x.reshape(-1, 1, 8, 8), m.kernel).view(x.shape[0], x.shape[1], 6, 6),
+            kernel=nn.Buffer(torch.rand(1, 1, 3, 3)),
+        ),
+        {"stem"},
+    ),
+    "every other channel": (just(lambda m, x: x[:, ::2], 4), {"stem"}),
     "a slice of a sequence": (
         just(lambda m, x: m.rows[1:](x), rows=nn.Sequential(nn.ReLU(), conv(8, 8), nn.ReLU())),
         {"stem", "rows.1"},
@@ -442,7 +461,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         just(lambda m, x: x if m.stem.in_channels == m.stem.out_channels else 2 * x),
         "the forward computes with stem.out_channels",
     ),
-    "every other channel": (just(lambda m, x: x[:, ::2], 4), "fixes the number of channels"),
+    "every third channel": (just(lambda m, x: x[:, ::3], 3), "fixes the number of channels"),
+    "every other channel from the third on": (
+        just(lambda m, x: x[:, 2::2], 3),
+        "fixes the number of channels",
+    ),
     "taken apart": (just(lambda m, x: torch.stack(x.unbind(1)[::-1], 1)), "picks single channels"),
 }
 
@@ -452,6 +475,14 @@ def test_a_block_is_refused_by_name(build: Callable[[], nn.Module], reason: str)
     torch.manual_seed(0)
     widths = find_widths(build(), X)
     assert set(widths) == {"last"} and reason in widths.fixed["stem"]
+
+
+@pytest.mark.parametrize("kind", [StandardisedByMoments, StandardisedInSteps, StandardisedByNorm])
+def test_what_standardises_its_weight_is_followed_with_gates(kind: type[nn.Conv2d]) -> None:
+    model = block(lambda: kind(8, 8, 3, padding=1))()
+    widths = find_widths(model, X)
+    attach_gates(model, widths, "weight")
+    assert find_widths(model, X) == widths
 
 
 def test_an_attribute_that_is_used_as_it_is_fixes_what_it_counts() -> None:
@@ -507,9 +538,6 @@ def test_a_trace_that_fails_leaves_everything_as_it_was() -> None:
 
 @torch.no_grad()
 def test_a_network_that_asks_for_shapes_is_gated_and_compacted() -> None:
-    from elastic.pruning.compaction import compact
-    from elastic.pruning.gates import attach_gates, iterate_gates, set_score
-
     torch.manual_seed(0)
     model = between(lambda m, x: m.norm(m.one(x)), one=PaddedAlike(8, 8, 3), norm=nn.BatchNorm2d(8)).eval()
     attach_gates(model, find_widths(model, X), "channel")

@@ -128,6 +128,30 @@ def add_rows(m: Any, x: Tensor) -> Tensor:
     return m.one(torch.cat([x, rows, torch.ones(1, 1, 1, 8).repeat(x.size(0), 1, x.size(2), 1)], 1))
 
 
+def turn_pairs(m: Any, x: Tensor) -> Tensor:
+    """Turn pairs of channels that lie side by side (RoFormer, arXiv 2104.09864)."""
+    a, b, angle = x[:, ::2], x[:, 1::2], x.mean((2, 3), keepdim=True)[:, 0::2]
+    return torch.stack([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], 2).flatten(
+        1, 2
+    )
+
+
+def weigh_operations(m: Any, x: Tensor) -> Tensor:
+    """Sum candidates, each by its share (DARTS, arXiv 1806.09055)."""
+    candidates = (m.one, F.relu, m.two)
+    return sum(share * run(x) for share, run in zip(m.shares.softmax(0), candidates, strict=True))
+
+
+def remember(m: Any, x: Tensor) -> Tensor:
+    """Keep a state from step to step (convolutional LSTM, arXiv 1506.04214), which begins with zeros."""
+    state = cell = torch.zeros(x.shape[0], m.hidden, *x.shape[2:])
+    for _ in range(2):
+        i, f, o, g = torch.split(m.gates(torch.cat([x, state], 1)), m.hidden, 1)
+        cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+        state = o.sigmoid() * cell.tanh()
+    return state
+
+
 def normalise_by_shape(m: Any, x: Tensor) -> Tensor:
     return x / torch.tensor(x.shape[2:]).prod() + x.new_tensor([1.0, 2, 3, 4, 5, 6, 7, 8])
 
@@ -168,6 +192,33 @@ FOLLOWED: dict[str, tuple[Build, dict[str, int]]] = {
         just(lambda m, x: x / np.sqrt(x.shape[3]) * float(np.array(x.shape[2:]).sum())),
         {"stem": 8},
     ),
+    "turned pairs": (just(turn_pairs), {"stem": 4}),
+    "weighed candidates": (
+        just(
+            weigh_operations,
+            one=lambda: conv(8, 8),
+            two=lambda: conv(8, 8, 3),
+            shares=lambda: nn.Parameter(torch.rand(3)),
+        ),
+        {"stem": 8},
+    ),
+    "a state of zeros": (
+        just(remember, 5, gates=lambda: conv(13, 20, 3), hidden=lambda: 5),
+        {"stem": 8, "gates": 5},
+    ),
+    "as many entries as an attribute says": (
+        just(
+            lambda m, x: (
+                m.one(x) * x.mean(1, True).expand(-1, m.width, -1, -1)
+                + x.amax(1, True).repeat(1, m.width, 1, 1)
+            ),
+            6,
+            one=lambda: conv(8, 6),
+            width=lambda: 6,
+        ),
+        {"stem": 8, "one": 6},
+    ),
+    "samples one by one": (just(lambda m, x: torch.stack([F.relu(sample) for sample in x])), {"stem": 8}),
     "moved images": (just(transform_image, locate=lambda: nn.Linear(8, 6)), {"stem": 8}),
     "blur": (just(blur), {"stem": 8}),
     "regions": (just(drop_blocks), {"stem": 8}),
@@ -273,6 +324,12 @@ REFUSED: dict[str, tuple[Build, str]] = {
     "the place of the largest channel": (
         just(lambda m, x: x * x.max(1, True)[1]),
         "says which channel is the largest",
+    ),
+    "numbers repeated as often as there are channels": (
+        just(
+            lambda m, x: torch.cat([x, torch.ones(1, 2, 1, 1).repeat(2, x.shape[1], 8, 8)], 1).sum(1, True), 1
+        ),
+        "computes with the number of channels",
     ),
     "from a written number on": (
         just(lambda m, x: x + m.one(x)[:, 4:], one=lambda: conv(8, 12)),
