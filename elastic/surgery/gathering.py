@@ -1,7 +1,7 @@
 """Gather the entries of a tensor anew along the dimensions that a width's channels lie on."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,17 +33,25 @@ def gather_with_fresh(
     layer: str, item: LayerTensor, moves: Sequence[Move], fresh: Fresh, generator: torch.Generator
 ) -> Tensor:
     """Re-index a layer's tensor; a strategy fills the fresh entries of a weight."""
+    if _holds_gains(item, moves):
+        item = replace(item, fill=None, has_fresh_strategy=False)
     value = gather(item, moves)
     if not item.has_fresh_strategy:
         return value
-    index = [torch.arange(n, device=value.device) for n in value.shape[:2]]
+    index = [torch.arange(n, device=value.device) for n in value.shape]
     for move in moves:
         index[move.slot.dim] = move.index.to(value.device)
     is_transposed = any(move.slot.is_transposed for move in moves)
-    rows, columns = reversed(index) if is_transposed else index
+    rows, columns = reversed(index[:2]) if is_transposed else index[:2]
     weight = value.transpose(0, 1) if is_transposed else value
     weight = fresh(Patch(layer, weight, rows < 0, columns < 0, columns), generator)
     return keep_memory_format(weight.transpose(0, 1) if is_transposed else weight, item.value)
+
+
+def _holds_gains(item: LayerTensor, moves: Sequence[Move]) -> bool:
+    """Tell whether what is called a weight is one scalar a channel, as a norm's of shape (1, C, 1, 1) is."""
+    sizes = [item.value.shape[move.slot.dim] for move in moves if move.slot.role == "per_channel"]
+    return len(sizes) == len(moves) == 1 and sizes[0] == item.value.numel()
 
 
 def gather(item: LayerTensor, moves: Sequence[Move]) -> Tensor:

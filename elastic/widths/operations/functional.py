@@ -38,11 +38,12 @@ def convolve_with(tracker: Tracker, node: fx.Node) -> Axes:
         return _filter(tracker, node, groups)
     if _is_single(tracker, node):
         return _filter_single(tracker, node)
-    x, weight, bias = _read_weights(tracker, node, is_depthwise)
+    x, weight = _read_weight(tracker, node, is_depthwise)
     channel = len(x) - len(shape) + 1  # 0 where there is no batch
     _follow_groups(tracker, node, groups, x[channel], is_depthwise)
     tracker.fix(x[channel + 1 :], node, SPACE)
-    written = read_and_write(tracker, node, x[channel], weight, bias, get_value(groups), is_depthwise)
+    written = read_and_write(tracker, node, x[channel], weight, None, get_value(groups), is_depthwise)
+    _add_bias(tracker, node, written)
     return (*x[:channel], written, *(None for _ in shape[2:]))
 
 
@@ -84,12 +85,13 @@ def convolve_transposed_with(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow a transposed convolution with a weight that the model holds."""
     groups, shape = get_argument(node, 6, "groups", default=1), get_shape(get_argument(node, 1, "weight"))
     is_depthwise = 1 < get_value(groups) == shape[0]
-    x, weight, bias = _read_weights(tracker, node, is_depthwise)
+    x, weight = _read_weight(tracker, node, is_depthwise)
     channel = len(x) - len(shape) + 1  # 0 where there is no batch
     _follow_groups(tracker, node, groups, x[channel], is_depthwise)
     tracker.fix(x[channel + 1 :], node, SPACE)
     copies = shape[1] if is_depthwise else 0
-    written = read_and_write_transposed(tracker, node, x[channel], weight, bias, get_value(groups), copies)
+    written = read_and_write_transposed(tracker, node, x[channel], weight, None, get_value(groups), copies)
+    _add_bias(tracker, node, written)
     return (*x[:channel], written, *(None for _ in shape[2:]))
 
 
@@ -105,8 +107,10 @@ def _follow_groups(
 
 def project_with(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow a linear map with a weight that the model holds."""
-    x, weight, bias = _read_weights(tracker, node)
-    return (*x[:-1], read_and_write(tracker, node, x[-1], weight, bias))
+    x, weight = _read_weight(tracker, node)
+    written = read_and_write(tracker, node, x[-1], weight, None)
+    _add_bias(tracker, node, written)
+    return (*x[:-1], written)
 
 
 def normalize_channels_with(tracker: Tracker, node: fx.Node) -> Axes:
@@ -156,17 +160,25 @@ def rectify_with(tracker: Tracker, node: fx.Node) -> Axes:
     return x
 
 
-def _read_weights(
-    tracker: Tracker, node: fx.Node, is_depthwise: bool = False
-) -> tuple[Axes, Place, Place | None]:
-    """Read the axes of the input, and where weight and bias are stored."""
-    weight, bias = get_argument(node, 1, "weight"), get_argument(node, 2, "bias")
-    place = locate_source(tracker, weight)
+def _read_weight(tracker: Tracker, node: fx.Node, is_depthwise: bool = False) -> tuple[Axes, Place]:
+    """Read the axes of the input, and where the weight is stored."""
+    place = locate_source(tracker, get_argument(node, 1, "weight"))
     if (
         place.tensor != "weight" and not is_depthwise
     ):  # surgery knows by this name what is no scalar a channel
         raise NotFollowed(f"is given '{place.tensor}', which is not called 'weight'")
-    return get_axes(get_input(node)), place, None if bias is None else tracker.locate(bias)
+    return get_axes(get_input(node)), place
+
+
+def _add_bias(tracker: Tracker, node: fx.Node, written: Axis) -> None:
+    """Let a bias have an entry for each channel that is written, be it stored or computed."""
+    bias = get_argument(node, 2, "bias")
+    if bias is None:
+        return
+    try:
+        tracker.record(*tracker.locate(bias), 0, "per_channel", written)
+    except NotFollowed:
+        tracker.unite(get_axes(bias)[0], written, node)
 
 
 def _record(tracker: Tracker, node: fx.Node, tensor: fx.Node | None, dim: int, axis: Axis | None) -> None:

@@ -3,9 +3,18 @@
 import numpy as np
 from torch import fx
 
-from elastic.widths.operations.interface import NotFollowed, Place, Tracker, get_axes, get_shape
+from elastic.widths.operations.interface import (
+    NotFollowed,
+    Place,
+    Tracker,
+    get_axes,
+    get_operation_name,
+    get_shape,
+)
 from elastic.widths.union import Axis
 
+PRODUCTS = ("mul", "multiply")
+KEEPS_ZEROS = (*PRODUCTS, "truediv", "div", "divide", "neg", "sign", "abs", "sum", "mean", "getitem")
 SPACE = "works on channels as if they were space"
 
 
@@ -13,7 +22,7 @@ def locate_source(tracker: Tracker, weight: fx.Node) -> Place:
     """Find where a weight is stored, or what it is computed of, channel by channel.
 
     A weight that is standardised (arXiv 1903.10520), say, reads and writes the channels of the one that is
-    stored; what it computes mixes those that it reads.
+    stored. Unless zeros there stay zeros, each channel is felt by the others.
 
     Raises:
         NotFollowed: no tensor is known whose channels are the weight's.
@@ -24,8 +33,9 @@ def locate_source(tracker: Tracker, weight: fx.Node) -> Place:
         axes, shape = get_axes(weight), get_shape(weight)
         for source in list_stored(tracker, weight):
             own = get_axes(source)
-            if get_shape(source) == shape and all(map(_is_same, own[:2], axes[:2])):
-                tracker.mix(own[1:2], weight, "computes a weight from its channels")
+            if get_shape(source)[:2] == shape[:2] and all(map(_is_same, own[:2], axes[:2])):
+                if not _keeps_zeros(weight, source):
+                    tracker.mix(own[1:2], weight, "computes a weight from its channels")
                 tracker.drop(axes)
                 return tracker.locate(source)
         raise
@@ -48,6 +58,15 @@ def _is_stored(tracker: Tracker, node: fx.Node) -> bool:
     except NotFollowed:
         return False
     return True
+
+
+def _keeps_zeros(node: fx.Node, source: fx.Node) -> bool:
+    """Tell whether what is computed of a stored tensor is surely zero where that is, or by its neighbours."""
+    if node is source:
+        return True
+    name = get_operation_name(node).strip("_")
+    factors = node.args[: 2 if name in PRODUCTS else 1] if name in KEEPS_ZEROS else ()
+    return any(isinstance(factor, fx.Node) and _keeps_zeros(factor, source) for factor in factors)
 
 
 def _is_same(first: Axis | None, second: Axis | None) -> bool:

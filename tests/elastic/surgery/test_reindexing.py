@@ -666,6 +666,48 @@ def test_attributes_are_those_of_a_layer_built_so(case: Case, data: st.DataObjec
             assert len(module.weight) == len(module.running_mean) == module.num_features
 
 
+class OwnNorm(nn.Module):
+    """A norm of one's own, whose gain, of shape (1, C, 1, 1), is called a weight."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(1, channels, 1, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / x.square().mean((0, 2, 3), keepdim=True).sqrt() * self.weight
+
+
+@pytest.mark.parametrize("fresh", [zero_out, split, random])
+def test_fresh_channels_have_a_gain_that_lets_them_learn(fresh: Callable[..., Tensor]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(3, 4), OwnNorm(4), nn.ReLU(), head(4))
+    widths, gain = discover(model, X), model[1].weight.detach().clone()
+    reindex(model, widths, {"0": grow_index(4, 2)}, fresh=fresh)
+    assert torch.equal(model[1].weight, torch.cat([gain, gain.mean(1, keepdim=True).expand(-1, 2, 1, 1)], 1))
+    model(X).square().sum().backward()
+    assert fresh is random or model[3][2].weight.grad[:, 4:].abs().min() > 0
+
+
+class LocallyConnected(nn.Module):
+    """A weight for each place; its channels lie on no dimension that a convolution's do."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(1, 5, channels, 4, 4, 9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        windows = x.unfold(2, 3, 1).unfold(3, 3, 1).flatten(-2)
+        return (windows.unsqueeze(1) * self.weight).sum((2, -1))
+
+
+def test_channels_may_lie_on_any_dimension_of_a_weight() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(3, 4), LocallyConnected(4), head(5))
+    widths, expected = discover(model, X), model(X).detach()
+    reindex(model, widths, {"0": [2, 0, 3, 1]}, fresh=random)
+    close(model(X), expected)
+
+
 def test_memory_format_is_kept_in_weights_and_optimizer() -> None:
     model = two_layers().to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters())

@@ -72,6 +72,30 @@ class StandardisedByNorm(nn.Conv2d):
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
+class Computed(nn.Module):
+    """A convolution whose weight and bias are computed."""
+
+    def __init__(self, compute: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.rand(8, 8, 3, 3)), nn.Parameter(torch.rand(8))
+        self.compute = compute
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.compute(self.weight), self.bias * 0.1, padding=1)
+
+
+class CentralDifference(nn.Module):
+    """Central difference convolution, arXiv 2003.04092: the sum of each kernel is a kernel, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv(8, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = self.conv.weight.sum(2).sum(2)[:, :, None, None]
+        return self.conv(x) - 0.7 * F.conv2d(x, kernel)
+
+
 class PaddedAlike(nn.Conv2d):
     """Pads as much as the input's size asks for."""
 
@@ -483,6 +507,35 @@ def test_what_standardises_its_weight_is_followed_with_gates(kind: type[nn.Conv2
     widths = find_widths(model, X)
     attach_gates(model, widths, "weight")
     assert find_widths(model, X) == widths
+
+
+# Weights that a forward computes, and whether a channel that is read by zeros is not felt.
+COMPUTED: dict[str, tuple[Callable[[], nn.Module], bool]] = {
+    "scaled (Progressive GAN, arXiv 1710.10196)": (lambda: Computed(lambda w: 0.3 * w), True),
+    "masked (PixelCNN, arXiv 1601.06759)": (
+        lambda: Computed(lambda w: (w / 2) * torch.ones(3, 3).triu()),
+        True,
+    ),
+    "central difference": (CentralDifference, True),
+    "positive": (lambda: Computed(F.softplus), False),
+    "less a mean": (lambda: Computed(lambda w: w - w.mean(1, keepdim=True)), False),
+    "divided by a mean": (lambda: Computed(lambda w: w / w.abs().mean(1, keepdim=True)), False),
+}
+
+
+@pytest.mark.parametrize(("make", "is_separate"), COMPUTED.values(), ids=COMPUTED)
+def test_channels_that_a_computed_weight_reads_are_separate_where_zeros_stay(
+    make: Callable[[], nn.Module], is_separate: bool
+) -> None:
+    torch.manual_seed(0)
+    model = block(make)().eval()
+    widths = find_widths(model, X)
+    assert len(widths) == 3 and (widths["stem"].mixed is None) == is_separate
+    fix_wrong_widths(model, widths)
+    assert len(widths) == 3
+    expected = model(X).detach()
+    reindex(model, widths, {"stem": grow_index(8, 2)})
+    assert torch.allclose(model(X), expected, rtol=1e-4, atol=1e-4) == is_separate
 
 
 def test_an_attribute_that_is_used_as_it_is_fixes_what_it_counts() -> None:
