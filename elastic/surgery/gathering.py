@@ -33,7 +33,7 @@ def gather_with_fresh(
     layer: str, item: LayerTensor, moves: Sequence[Move], fresh: Fresh, generator: torch.Generator
 ) -> Tensor:
     """Re-index a layer's tensor; a strategy fills the fresh entries of a weight."""
-    if _holds_gains(item, moves):
+    if item.has_fresh_strategy and _holds_gains(item, moves):
         item = replace(item, fill=None, has_fresh_strategy=False)
     value = gather(item, moves)
     if not item.has_fresh_strategy:
