@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from elastic.measure.counts import count_nonzero, locate_parameters
 from elastic.pruning.folding import compute_mask
 from elastic.widths.discovery import Width, Widths
-from elastic.widths.parameters import get_original, list_parametrizations
+from elastic.widths.parameters import get_original, get_weight, list_parametrizations
 
 Key = tuple[str, str]  # (layer, tensor)
 
@@ -44,12 +44,20 @@ def count_live_params(model: nn.Module, widths: Widths) -> int:
 def count_live_macs(model: nn.Module, widths: Widths, uses: Mapping[str, float]) -> float:
     """Count the MACs of the weights alive, by the `uses` of `count_macs_per_weight`.
 
-    At channel grain they are the compacted network's; at finer grains dense kernels do more.
+    At channel grain they are the compacted network's; at finer grains dense kernels do more. Layers of fixed
+    channels alone stay as they are.
     """
     entries, _ = read_entries(model, widths)
     alive = find_live_entries(entries, widths)
-    weights = {path: (path, "weight") for path in uses}
-    return sum(uses[path] * int(entries[key].open[alive[key]].sum()) for path, key in weights.items())
+    sizes = {
+        path: int(entry.open[alive[path, name]].sum())
+        for (path, name), entry in entries.items()
+        if name == "weight"
+    }
+    return sum(
+        use * (sizes[path] if path in sizes else get_weight(model.get_submodule(path)).numel())
+        for path, use in uses.items()
+    )
 
 
 def find_live_entries(entries: Mapping[Key, Entries], widths: Widths) -> dict[Key, NDArray[np.bool_]]:

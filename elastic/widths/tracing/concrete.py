@@ -3,6 +3,7 @@
 The graph then holds a node that expects the same answer: for another shape it raises an error.
 """
 
+import builtins
 import inspect
 import math
 import operator
@@ -127,12 +128,6 @@ class _AskedProxy(_Asked, fx.Proxy):
         if k.startswith(LOOKED_FOR):
             raise AttributeError(k)
         return _AskedAttribute(self, k)
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:  # type: ignore[override]
-        """Be a tensor to a forward that asks, where it stands for one: `isinstance(x, Tensor)`."""
-        tracer: Any = self.tracer
-        return Tensor if tracer.stands_for_tensor(self.node) else _AskedProxy
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
@@ -347,6 +342,27 @@ def _untraced() -> Iterator[None]:
     finally:
         for name, method in zip(PATCHED, before, strict=True):
             setattr(nn.Module, name, method)
+
+
+@contextmanager
+def pass_for_tensors() -> Iterator[None]:
+    """Let a forward that asks `isinstance(x, Tensor)` find a tensor where a traced value stands for one.
+
+    Such a value has no `__class__` that says so: torch's own code in C would take it for a tensor's memory.
+    """
+    ask, tensor = builtins.isinstance, torch.empty(0, device="meta")
+
+    def is_instance(value: Any, kinds: Any) -> bool:
+        if type(value) is not _AskedProxy or ask(value, kinds) or not ask(tensor, kinds):
+            return ask(value, kinds)
+        tracer: Any = value.tracer
+        return bool(tracer.stands_for_tensor(value.node))
+
+    try:
+        builtins.isinstance = is_instance  # type: ignore[assignment]
+        yield
+    finally:
+        builtins.isinstance = ask
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from elastic.errors import StructureError
 from elastic.widths.operations.interface import get_operation_name
 from elastic.widths.operations.registry import is_whole
 from elastic.widths.parameters import get_kind
-from elastic.widths.tracing.concrete import PLACE, ConcreteTracer, trace_factories
+from elastic.widths.tracing.concrete import PLACE, ConcreteTracer, pass_for_tensors, trace_factories
 from elastic.widths.tracing.sizes import AttributePlace, note_computed_sizes, tag_sizes
 
 
@@ -75,7 +75,13 @@ def trace_graph(
     tracer = _Tracer(example, known_answers)
     try:
         sized, noted = tag_sizes(model, sizes), note_computed_sizes()
-        with sized as read, trace_factories(tracer), noted as computed, _take_back_assigned(model):
+        with (
+            sized as read,
+            trace_factories(tracer),
+            noted as computed,
+            _take_back_assigned(model),
+            pass_for_tensors(),
+        ):
             graph = tracer.trace(model)
         graph.owning_module = model  # type: ignore[assignment]
         graph.computed_sizes, graph.read_sizes = computed, read  # type: ignore[attr-defined]

@@ -99,6 +99,14 @@ def test_live_sizes_are_those_of_the_compacted_network() -> None:
     assert count_live_macs(net, widths, uses) == count_macs(small, x)
 
 
+def test_layers_of_fixed_channels_count_as_they_are() -> None:
+    layers = [nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 6, 1), nn.Conv2d(6, 5, 1)]
+    net, x = nn.Sequential(*layers), torch.zeros(1, 3, 8, 8)
+    widths = discover(net, x, only=["2"])
+    gates.attach_gates(net, widths, "channel")
+    assert count_live_macs(net, widths, count_macs_per_weight(net, x)) == count_macs(net, x)
+
+
 @every_grain
 def test_the_device_is_read_once(grain: Grain) -> None:
     net, x = resnet20(8), torch.zeros(1, 3, 32, 32)

@@ -64,6 +64,11 @@ ONE_BY_ONE: dict[str, Callable[[Tensor], Tensor]] = {
     "logical_and": lambda x: x * torch.logical_and(x > 0, x < 1),
     "isfinite": lambda x: x * torch.isfinite(x),
     "long names": lambda x: torch.multiply(torch.subtract(x, torch.divide(x, 3)), torch.absolute(x)),
+    # Functions that take a number for either argument look into what they take for a tensor of one entry.
+    "pow": lambda x: torch.pow(x, 2),
+    "float_power": lambda x: torch.float_power(x.abs(), 1.5).float(),
+    "where, or a number": lambda x: torch.where(x > 0, x, 0.5) + torch.where(x > 1, 0.5, x),
+    "bitwise_or with a number": lambda x: x * torch.bitwise_or(x > 0, False),
     "data": lambda x: x + x.data,
     "requires_grad_": lambda x: x.clone().requires_grad_(),
 }
