@@ -185,6 +185,10 @@ class PruneByGates(ElasticCallback):
         if shapes != self._priced:
             self._priced = shapes
             self.uses = count_macs_per_weight(self.structure.net, self.structure.example)
+            if not self.uses:
+                raise OptionError(
+                    "no layer of the network has a weight whose MACs gates could save: set by=params"
+                )
             average = sum(self.uses.values()) / len(self.uses)
             for path, _, gate in gates.iterate_gates(self.structure.net):
                 gate.price = self.uses.get(path, 0.0) / average  # an embedding multiplies nothing

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from elastic.widths.discovery import Widths
 from elastic.widths.inputs import Example, count_batch, list_inputs, select_samples
-from elastic.widths.parameters import ChannelParametrization, get_weight
+from elastic.widths.parameters import ChannelParametrization, get_original, get_weight
 from elastic.widths.tracing import WithoutData, drop_data, make_meta_copy
 
 COUNTED = (nn.modules.conv._ConvNd, nn.Linear)
@@ -101,7 +101,7 @@ def count_macs_by_layer(model: nn.Module, *example: Tensor) -> dict[str, int]:
 def _count_macs(replica: nn.Module, inputs: Sequence[Tensor]) -> dict[str, int]:
     with torch.no_grad(), WithoutData(), FlopCounterMode(display=False) as counter:
         replica(*inputs)
-    leaves = {path for path, module in replica.named_modules() if isinstance(module, COUNTED)}
+    leaves = {path for path, module in replica.named_modules() if _is_layer(module)}
     flops = {path.partition(".")[2]: sum(by_op.values()) for path, by_op in counter.get_flop_counts().items()}
     macs = {path: flops[path] // 2 for path in flops if path in leaves}
     if outside := counter.get_total_flops() // 2 - sum(macs.values()):
@@ -109,8 +109,16 @@ def _count_macs(replica: nn.Module, inputs: Sequence[Tensor]) -> dict[str, int]:
     return macs
 
 
+def _is_layer(module: nn.Module) -> bool:
+    """Tell whether a module is one of torch's layers, or one of a program's own with a weight to multiply."""
+    weight = get_original(module, "weight")
+    has_parts = any(name != "parametrizations" for name, _ in module.named_children())
+    is_own = not has_parts and isinstance(weight, Tensor) and weight.dim() > 1
+    return is_own or isinstance(module, COUNTED)
+
+
 def count_macs_per_weight(model: nn.Module, example: Example) -> dict[str, float]:
-    """Count how often one input uses each weight of each convolution and linear layer."""
+    """Count how often one input uses each weight of each layer that has any."""
     by_layer = count_macs_by_layer(model, *list_inputs(example))
     return {
         path: macs / get_weight(model.get_submodule(path)).numel() for path, macs in by_layer.items() if path

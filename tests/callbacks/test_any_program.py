@@ -25,7 +25,7 @@ from elastic.callbacks import (
     Reconstruct,
     TrainJointly,
 )
-from elastic.errors import TrainingError
+from elastic.errors import OptionError, TrainingError
 from elastic.growth import Resolution
 from elastic.models import resnet20
 from elastic.pruning import compact
@@ -458,6 +458,22 @@ def test_a_program_that_unfreezes_its_network_keeps_the_budget(prune: L.Callback
     for later in scores[1:]:
         for score, before in zip(later, scores[0], strict=True):
             assert torch.equal(score, before)
+
+
+class Bare(nn.Module):
+    """A network whose weights are in no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.weight = nn.ParameterDict({"weight": torch.rand(6, 1)}), nn.Parameter(torch.rand(4, 6))
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.relu(F.linear(x_BCHW.mean((2, 3)), self.one["weight"])), self.weight)
+
+
+def test_weights_in_no_layer_are_not_pruned_by_macs() -> None:
+    with pytest.raises(OptionError, match=r"no layer .* set by=params"):
+        fit(make_program(net=Bare()), [PruneByGates(by="macs")])
 
 
 def test_what_cannot_follow_growth_is_refused_before_training() -> None:

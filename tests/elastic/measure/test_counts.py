@@ -44,6 +44,25 @@ def test_macs_of_resnet20_by_hand() -> None:
     )
 
 
+class Scaled(nn.Module):
+    """A convolution of a program's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(6, 4, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, 0.1 * self.weight)
+
+
+def test_a_layer_of_ones_own_has_its_macs_with_gates_and_without() -> None:
+    net, x = nn.Sequential(conv(3, 4), Scaled(), nn.BatchNorm2d(6), conv(6, 5)), torch.zeros(2, 3, 8, 8)
+    expected = {"0": 64 * 3 * 4, "1": 36 * 4 * 9 * 6, "3": 36 * 6 * 5}
+    assert count_macs_by_layer(net, x) == expected
+    gates.attach_gates(net, discover(net, x), "weight")
+    assert count_macs_by_layer(net, x) == expected
+
+
 def test_macs_of_convnet_by_hand() -> None:
     found = count_macs_by_layer(convnet((4, 6, 6, 8)), torch.zeros(5, 1, 12, 12))
     sizes = (144 * 9 * 4, 144 * 4 * 9 * 6, 36 * 6 * 9 * 6, 36 * 6 * 9 * 8, 8 * 10)
