@@ -154,10 +154,11 @@ FUNCTIONS: dict[Rule, str] = {
         atanh erfc log10 logit sinc trunc fix frac sgn mod fmod remainder floordiv floor_divide float_power
         multiply subtract divide true_divide negative absolute greater greater_equal less less_equal not_equal
         real imag angle conj complex polar
-        arcsinh arccosh arctanh atan2 arctan2 hypot copysign heaviside logaddexp fmin fmax requires_grad""",
+        arcsinh arccosh arctanh atan2 arctan2 hypot copysign heaviside logaddexp fmin fmax requires_grad
+        xlogy isclose""",
     convert: "to type_as",
     fill: "ones zeros empty full rand randn new_ones new_zeros new_empty new_full",
-    fill_like: "ones_like zeros_like empty_like full_like rand_like randn_like",
+    fill_like: "ones_like zeros_like empty_like full_like rand_like randn_like fill zero",
     hold_values: "new_tensor",
     make_grid: "affine_grid",
     expand: "expand broadcast_to",
@@ -211,7 +212,7 @@ FUNCTIONS: dict[Rule, str] = {
     normalize_groups_with: "group_norm",
     normalize_layer_with: "layer_norm rms_norm",
     rectify_with: "prelu",
-    flatten: "flatten",
+    flatten: "flatten ravel",
     unflatten: "unflatten",
     reshape: "view reshape",
     reduce: "mean sum amax amin var std prod logsumexp nansum nanmean any all count_nonzero",

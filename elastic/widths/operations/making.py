@@ -65,7 +65,7 @@ def make_grid(tracker: Tracker, node: fx.Node) -> Axes:
 
 
 def fill_like(tracker: Tracker, node: fx.Node) -> Axes:
-    """Follow `torch.zeros_like` and its like."""
+    """Follow `torch.zeros_like` and its like, and what is filled in place."""
     return get_axes(get_input(node))
 
 

@@ -106,6 +106,13 @@ class _Asked:
         """Give a number for good."""
         return float(self.tracer.ask(self))  # type: ignore[attr-defined]
 
+    def __round__(self, digits: int | None = None) -> float:
+        return round(float(self), digits)
+
+    def __divmod__(self, other: Any) -> tuple[Any, Any]:
+        number: Any = self
+        return number // other, number % other
+
     def __len__(self) -> int:
         tracer = self.tracer  # type: ignore[attr-defined]
         return int(tracer.ask(tracer.create_proxy("call_function", len, (self,), {})))

@@ -69,6 +69,10 @@ ONE_BY_ONE: dict[str, Callable[[Tensor], Tensor]] = {
     "float_power": lambda x: torch.float_power(x.abs(), 1.5).float(),
     "where, or a number": lambda x: torch.where(x > 0, x, 0.5) + torch.where(x > 1, 0.5, x),
     "bitwise_or with a number": lambda x: x * torch.bitwise_or(x > 0, False),
+    "xlogy": lambda x: torch.xlogy(2.0, x.abs() + 1) * torch.isclose(x, x.relu()),
+    "filled": lambda x: x * torch.empty_like(x).fill_(2.0) + x.clone().zero_(),
+    "flat and back": lambda x: x.ravel().reshape(x.shape),
+    "numbers rounded": lambda x: x * round(x.shape[3] / 3) + divmod(x.shape[2], 3)[1],
     "data": lambda x: x + x.data,
     "requires_grad_": lambda x: x.clone().requires_grad_(),
 }
