@@ -134,9 +134,8 @@ class _Probe:
         gradients = []
         for slot in self.width.slots_with("in"):
             weight = get_weight(replica.get_submodule(slot.module))
-            gradient = (
-                torch.zeros_like(weight) if weight.grad is None else weight.grad
-            )  # the loss may not see it
+            # There is none of what the loss does not see.
+            gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
             positions = widths.positions(slot, name)[size:]
             gradient = _orient(gradient, slot)[:, positions.flatten()].unflatten(1, positions.shape)
             gradients.append(gradient.transpose(0, 1).flatten(1))
