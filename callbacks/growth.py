@@ -25,6 +25,7 @@ from elastic.training.timeline import find_growth_at, find_starts, read_timeline
 from elastic.widths.inputs import list_inputs
 
 STARTS = (*STRATEGIES, *PAIRS, "gradmax")
+VALIDATED = ("val/", "val_")  # as metrics of validation begin
 BATCH = 256  # training images that GradMax looks at
 
 
@@ -149,8 +150,8 @@ class GrowOnSaturation(ElasticCallback):
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look for validation's metric before anything is trained; a check may log nothing on purpose."""
-        checked = any(name.startswith("val/") for name in trainer.callback_metrics)
-        if self.script is None and self.monitor.startswith("val/") and checked:
+        checked = any(name.startswith(VALIDATED) for name in trainer.callback_metrics)
+        if self.script is None and self.monitor.startswith(VALIDATED) and checked:
             self._check_logged(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

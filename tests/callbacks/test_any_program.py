@@ -352,6 +352,21 @@ class Logging(Program):
             self.log("val/epoch", float(self.current_epoch))
 
 
+class Underscored(Program):
+    """Names metrics as many programs do."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+
+def test_a_metric_that_validation_does_not_log_is_refused_before_training() -> None:
+    steps: list[int] = []
+    spy = Spy(on_train_batch_start=lambda *_: steps.append(1))
+    with pytest.raises(TrainingError, match=r"'val/acc', which is not logged; there are: val_loss: name one"):
+        fit(make_program(Underscored), [grow(), spy], num_sanity_val_steps=1)
+    assert not steps
+
+
 class Witness(Periodic):
     """Keep what is observed."""
 
