@@ -27,6 +27,7 @@ from elastic.experiments.tools.checking import check_options
 from elastic.experiments.tools.composition import CONF, check_words, list_callbacks, rewrite, settle
 from elastic.experiments.tools.environment import (
     EndOnSignals,
+    StayStopped,
     check_processes,
     explain_faults,
     is_multirun,
@@ -107,6 +108,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
                 *make_callbacks(cfg).values(),
                 RunMark(cfg),
                 EndOnSignals(),
+                StayStopped(),
                 setting_up,
             ]  # may build networks
             module, data = build(cfg)

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -58,6 +59,27 @@ class EndOnSignals(L.Callback):
         launcher = trainer.strategy.launcher
         if isinstance(exception, Interrupted) and launcher is not None:
             launcher.kill(signal.SIGTERM)
+
+
+class StayStopped(L.Callback):
+    """Keep a run ended that has been stopped early: named again, Lightning would train one more epoch."""
+
+    stopped: int | None = None  # the epochs that were planned when it was
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.should_stop:
+            checkpoint["stopped"] = trainer.max_epochs
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.stopped = checkpoint.get("stopped")
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.stopped is not None and self.stopped == trainer.max_epochs:  # no more have been asked for
+            trainer.should_stop = True
 
 
 class SettingUp(L.Callback):

@@ -193,6 +193,21 @@ def test_a_run_that_steps_have_ended_has_as_many_epochs_whenever_it_is_measured(
     assert [train(cfg, tmp_path)["epochs"] for _ in range(2)] == [2, 2]
 
 
+@pytest.mark.usefixtures("no_picture")
+def test_a_run_that_was_stopped_early_stays_so_unless_more_epochs_are_asked_for(tmp_path: Path) -> None:
+    """Patience is over in the second epoch, and in each later one."""
+    stop = (
+        "_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/loss, min_delta: 99, patience: 1"
+    )
+    few = ("+trainer.limit_train_batches=1", "+trainer.limit_val_batches=1", "+trainer.limit_test_batches=1")
+    options = (*SMOKE, *few, f"+callbacks.stop={{{stop}}}", "schedule=static", "lr_scheduler=constant")
+    cfg = configure(tmp_path, *options)
+    assert [train(cfg, tmp_path)["epochs"] for _ in range(2)] == [2, 2]
+    assert load(tmp_path / "last.ckpt")["epoch"] == 1
+    cfg.trainer.max_epochs = 5
+    assert [train(cfg, tmp_path)["epochs"] for _ in range(2)] == [3, 3]
+
+
 def test_a_run_killed_in_its_first_epoch_is_begun_anew_by_its_folder_alone(
     finished: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
