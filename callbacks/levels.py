@@ -6,6 +6,7 @@ from pathlib import Path
 import lightning as L
 
 from elastic.callbacks.base import ElasticCallback, refuse_changes_beside
+from elastic.callbacks.dynamic import PruneDynamically
 from elastic.errors import OptionError, TrainingError
 from elastic.levels.cutting import find_nestable
 from elastic.levels.importance import Importance, rank_channels, score_channels
@@ -36,7 +37,7 @@ class TrainLevels(ElasticCallback):
 
     Raises:
         OptionError: levels that cannot be.
-        TrainingError: several processes, or a network that changes in the same run.
+        TrainingError: several processes, or a network that changes, or gets modules, in the same run.
     """
 
     def __init__(
@@ -60,6 +61,12 @@ class TrainLevels(ElasticCallback):
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         if sum(isinstance(callback, TrainLevels) for callback in callbacks) > 1:
             raise OptionError("levels are trained jointly or by reconstruction: choose one of the schedules")
+        if any(isinstance(callback, PruneDynamically) for callback in callbacks):
+            own = type(self).__name__
+            raise TrainingError(  # either would train the level that it draws, in place of the other's
+                f"{own} and PruneDynamically cannot be in one run: run {own} first, and start from what it "
+                "saved with init=<its folder>"
+            )
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)

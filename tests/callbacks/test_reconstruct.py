@@ -23,6 +23,7 @@ from elastic.callbacks import (
     GrowOnSaturation,
     PruneByGates,
     PruneByMagnitude,
+    PruneDynamically,
     Reconstruct,
     TrainJointly,
 )
@@ -576,6 +577,7 @@ OTHERS: dict[str, Callable[[], ElasticCallback]] = {
     "gates": PruneByGates,
     "magnitude": lambda: PruneByMagnitude(500),
     "ema": AverageWeights,
+    "dynamic": PruneDynamically,
 }
 
 
