@@ -94,6 +94,9 @@ class ElasticModule(L.LightningModule):
     def on_test_epoch_start(self) -> None:
         self._level_metrics = self._make_level_metrics()
 
+    def on_train_epoch_end(self) -> None:
+        self._log_training()  # of an epoch without validation
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch, "val")
 
@@ -145,7 +148,7 @@ class ElasticModule(L.LightningModule):
         L.seed_everything(self.structure.make_seed(self.current_epoch, 0, *rank), verbose=False)
 
     def _log_training(self) -> None:
-        """Log the training epoch's figures with the validation's: callbacks then find both."""
+        """Log the training epoch's figures, with the validation's if any: callbacks then find both."""
         if (
             self.trainer.sanity_checking
             or self.trainer.state.fn != "fit"

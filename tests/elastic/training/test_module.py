@@ -401,5 +401,19 @@ def test_a_gradient_of_nan_in_the_last_batch_is_not_saved(tmp_path: Path) -> Non
     assert all(value.isfinite().all() for value in tensors(held))
 
 
+def test_an_epoch_without_validation_is_looked_at_before_it_is_saved(tmp_path: Path) -> None:
+    assert "epoch 0" in broken(tmp_path, 0, "+trainer.check_val_every_n_epoch=2")
+    assert not (tmp_path / "last.ckpt").exists()
+
+
+def test_what_is_logged_of_an_epochs_training_is_of_that_epoch_alone(tmp_path: Path) -> None:
+    """However often there is validation, which training does not depend on."""
+    options = (*STATIC, "trainer.max_epochs=2")
+    runs = [fit(tmp_path, *options, f"+trainer.check_val_every_n_epoch={every}") for every in (1, 2)]
+    metrics = [run.trainer.callback_metrics for run in runs]
+    for name in ("train/loss", "train/acc", "val/loss"):
+        assert torch.equal(*(each[name] for each in metrics)), name
+
+
 def test_the_module_takes_any_torch_optimizer() -> None:
     assert isinstance(attached(optimizer=partial(SGD, lr=0.1)).configure_optimizers(), SGD)
