@@ -33,6 +33,7 @@ from elastic.experiments.tools.html import list_failures, make_figure, make_page
 from elastic.experiments.tools.options import call
 from elastic.experiments.tools.results import ResultTable, list_csv, list_facts, make_tables, skips
 from elastic.experiments.tools.tables import (
+    check_marks,
     check_places,
     escape_markdown,
     format_markdown,
@@ -67,6 +68,8 @@ def compare_runs(
     """
     check_places(csv, html)
     check_picture(figure)
+    if markdown is not None:
+        check_marks(markdown, "compare", f"runs={runs}")
     summaries, notes = read_summaries(runs), []
     if latency:
         notes.append(time_runs(summaries))

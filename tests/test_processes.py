@@ -258,8 +258,8 @@ def test_other_ways_to_start_processes_are_refused(
     arguments: tuple[str, ...],
     said: str,
 ) -> None:
-    folders = (f"run={tmp_path / 'run'}", f"hydra.sweep.dir={tmp_path / 'sweep'}")
-    code, _, err = command(main, monkeypatch, capsys, *arguments, *CHANGING, *folders)
+    key = "hydra.sweep.dir" if "-m" in arguments else "run"
+    code, _, err = command(main, monkeypatch, capsys, *arguments, *CHANGING, f"{key}={tmp_path / 'run'}")
     assert code == 1 and err.strip().splitlines()[-1].startswith("error: ") and said in err
     assert "Traceback" not in err and not (tmp_path / "run" / "last.ckpt").exists()
 

@@ -14,7 +14,7 @@ from hydra import compose
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import ConfigCompositionException, MissingConfigException
+from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -27,8 +27,11 @@ SEVERAL = re.compile(r"(?:Ambiguous value for argument|Sweep parameters) '(.+?)'
 LISTS = ("logger", "schedule")  # groups of which a run has several
 # Groups whose choices have options of their own: another choice starts without an experiment's.
 OWN_OPTIONS = ("model", "optimizer", "lr_scheduler")
-PATHS = ("run", "init", "timeline", "data.root")  # options that name a file or a folder
-UNQUOTED = re.compile(r"[=()#']|[^\x00-\x7f]")  # signs that Hydra takes in quotes alone
+PATHS = (  # options that name a file or a folder
+    *("run", "init", "timeline", "data.root", "callbacks.distil.teacher.run"),
+    *("callbacks.joint.sensitivity", "callbacks.reconstruct.sensitivity", "hydra.sweep.dir"),
+)
+PLAIN = re.compile(r"[\w/\\+.$%*@?|: -]*", re.ASCII)  # what Hydra takes without quotes
 # What stands beside the callbacks, but only one of them reads.
 READ_BY = {"trigger": "growth", "timeline": "growth"}
 
@@ -46,8 +49,8 @@ def rewrite(word: str) -> str:
 
 def _quote(path: str) -> str:
     """Put a path in quotes where Hydra needs them; lists of a sweep and references stay as they are."""
-    is_list, is_quoted = "," in path or "${" in path, path.startswith(("'", '"'))
-    if is_list or is_quoted or not UNQUOTED.search(path):
+    is_list = "," in path or "${" in path or path.startswith("[")
+    if is_list or path.startswith(("'", '"')) or PLAIN.fullmatch(path):
         return path
     escaped = path.replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"
@@ -57,9 +60,10 @@ def check_words(words: Sequence[str]) -> None:
     """Refuse words of a command line that Hydra does not understand, which it would show over many lines.
 
     Raises:
-        OptionError: a flag is unknown, or stands between options; a choice is no name; a folder is a file.
+        OptionError: a flag is unknown, or stands between options; a choice is no name; a folder is a
+            file, or that of one run where there are several.
     """
-    _, unknown = get_args_parser().parse_known_args(words)
+    known, unknown = get_args_parser().parse_known_args(words)
     if flags := [word for word in unknown if word.startswith("-")]:
         raise OptionError(f"there is no {flags[0]}: see --help")
     if unknown:
@@ -70,6 +74,8 @@ def check_words(words: Sequence[str]) -> None:
             raise OptionError(f"{word} names no folder: name one, or leave it out")
         if key in ("run", "hydra.run.dir") and (file := _find_file(value)):
             raise OptionError(f"{word} cannot be, {file} is a file: name a folder")
+        if key == "run" and known.multirun:
+            raise OptionError(f"{word} is the folder of one run: with -m name all runs' by hydra.sweep.dir=…")
         if equals and not key:
             raise OptionError(f"{word} names no option: write <option>{word}")
         if equals and (CONF / key).is_dir() and NO_NAME.fullmatch(value):
@@ -165,6 +171,9 @@ def list_callbacks(cfg: DictConfig) -> dict[str, DictConfig]:
 
 def explain(error: Exception) -> str | None:
     """Word what Hydra cannot compose as a user would want to read it; None where it says so itself."""
+    if isinstance(error, OverrideParseException):
+        key = error.override.partition("=")[0]
+        return f"{error.override} cannot be read: a text with such signs goes in quotes, \"{key}='…'\""
     if isinstance(error, MissingConfigException):
         return _explain_choice(error)
     if merged := re.match(r"Error merging override (.+)", str(error)):

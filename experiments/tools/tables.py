@@ -70,13 +70,13 @@ def write_between_marks(path: Path, command: str, table: str, of: str = "") -> N
     write_atomically(path, lambda part: part.write_text(text))
 
 
-def check_marks(path: Path, command: str) -> None:
+def check_marks(path: Path, command: str, of: str = "") -> None:
     """Refuse a text into which `write_between_marks` could put nothing, before what takes long.
 
     Raises:
         FileError: there is no such file, or it has no such marks.
     """
-    _replace_between_marks(path, command, "")
+    _replace_between_marks(path, command, "", of)
 
 
 def check_targets(command: str, csv: Path | None, markdown: Path | None) -> None:
