@@ -85,7 +85,8 @@ class ImageFolderData(ImageData):
         self.shape = (3, size, size)
         # Listed here already, since a model asks for the number of classes before there is data.
         self._train = list_folder(Path(self.root, "train"), size)
-        self.classes = len(self._train.class_names)
+        self.known_names = self._train.class_names
+        self.classes = len(self.known_names)
 
     def load(self, download: bool) -> tuple[ImageSet, ImageSet]:
         """List the images of both parts."""

@@ -45,7 +45,7 @@ class HuggingFaceImages(ImageData):
             raise DataError(
                 f"'{train}' and '{test}' name their classes differently: cast both to one ClassLabel"
             )
-        self.classes = len(names)
+        self.known_names, self.classes = names, len(names)
 
     def load(self, download: bool) -> tuple[ImageSet, ImageSet]:
         """Return both splits."""

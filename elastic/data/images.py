@@ -23,6 +23,7 @@ from elastic.data.split import find_strata, is_class_number, split_stratified
 from elastic.errors import DataError
 from elastic.ranges import Count, Positive, Range, Seed, checked
 
+MOST_NAMES = 10  # of classes, that are told
 ROOM = 0.1  # of a GPU's free memory, that a set of images may take
 Change = Callable[[Tensor], Tensor]
 Part = TypeVar("Part", bound=Dataset[Batch])
@@ -51,11 +52,13 @@ class ImageData(L.LightningDataModule, ABC):
     Attributes:
         shape: (C, H, W).
         classes: their number; that of labels or values where targets are such.
+        known_names: of the classes, where they are known before the data is read.
         train_set, val_set, test_set: after `setup`.
     """
 
     shape: tuple[int, int, int]
     classes: int
+    known_names: Sequence[str] = ()
 
     def __init__(
         self,
@@ -141,8 +144,31 @@ class ImageData(L.LightningDataModule, ABC):
     @property
     def class_names(self) -> list[str]:
         """Name the classes, by their numbers where the set has no names or has not been read."""
-        names = self.test_set.class_names if self.test_set is not None else ()
+        names = self.known_names if self.test_set is None else self.test_set.class_names
         return list(names) or [str(k) for k in range(self.classes)]
+
+    def check_names(self, names: Sequence[str]) -> None:
+        """Refuse other classes than those that a network has been trained on, or another order of them.
+
+        Raises:
+            DataError: both are known by more than their numbers, and differ.
+        """
+        own = self.class_names
+        if list(names) == own or any(_are_numbers(each) for each in (own, names)):
+            return
+        here, there = ", ".join(own[:MOST_NAMES]), ", ".join(names[:MOST_NAMES])
+        raise DataError(
+            f"the data in {self.root} has other classes ({here}) than the network was trained on ({there}): "
+            "set data.root (or ELASTIC_DATA) to the right folder, or name the classes as they were"
+        )
+
+    # A run goes on with the classes that it was started with.
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"classes": [str(name) for name in self.class_names]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.check_names(state_dict["classes"])
 
     def _check_labels(self, y_N: Tensor, least: int = 2) -> None:
         """Refuse labels that are none of the classes, or of fewer than `least` of them.
@@ -263,6 +289,10 @@ class LateLoader(DataLoader[Batch]):
 
     def __iter__(self) -> Any:
         yield from super().__iter__()
+
+
+def _are_numbers(names: Sequence[str]) -> bool:
+    return list(names) == [str(k) for k in range(len(names))]
 
 
 def has_room(device: torch.device, size: int) -> bool:

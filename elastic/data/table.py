@@ -30,8 +30,8 @@ class ImageTableData(ImageData):
     def __init__(self, size: int, train: str = "train.csv", test: str = "test.csv", **common: Any) -> None:
         super().__init__(**common)
         self.shape, self.tables = (3, size, size), (Path(self.root, train), Path(self.root, test))
-        self._names = _sort_labels({label for _, label in read_table(self.tables[0])})
-        self.classes = len(self._names)
+        self.known_names = _sort_labels({label for _, label in read_table(self.tables[0])})
+        self.classes = len(self.known_names)
 
     def load(self, download: bool) -> tuple[ImageSet, ImageSet]:
         """Read both tables."""
@@ -40,7 +40,7 @@ class ImageTableData(ImageData):
 
     def _list(self, path: Path) -> ImageFiles:
         rows = read_table(path)
-        unknown = _sort_labels({label for _, label in rows} - set(self._names))
+        unknown = _sort_labels({label for _, label in rows} - set(self.known_names))
         if unknown:
             raise DataError(
                 f"{path} has the label '{unknown[0]}', which {self.tables[0]} has not: add images of it"
@@ -54,8 +54,8 @@ class ImageTableData(ImageData):
             raise DataError(
                 f"{path} lists {len(missing)} files that are not there, the first is {missing[0]}"
             )
-        indices = [self._names.index(label) for label in labels.values()]
-        return ImageFiles([str(file) for file in files], indices, self._names, self.shape[1])
+        indices = [self.known_names.index(label) for label in labels.values()]
+        return ImageFiles([str(file) for file in files], indices, self.known_names, self.shape[1])
 
 
 def _sort_labels(labels: Collection[str]) -> list[str]:

@@ -19,6 +19,7 @@ from elastic.experiments.tools.folders import CONFIG, SUMMARY, check_finished, l
 from elastic.experiments.tools.parts import make_task
 from elastic.experiments.tools.trust import trust_modules
 from elastic.files.network import Network
+from elastic.files.packing import read_about
 from elastic.files.sums import check_sum, find_digest
 from elastic.files.zoo import WEIGHTS
 from elastic.training.tasks import Classification, Task
@@ -72,6 +73,7 @@ def restore(folder: Path, trust: Sequence[str] = ()) -> FinishedRun:
     Raises:
         FileError: the folder holds no finished run, or a damaged one, or names what is not trusted.
         StructureError: the weights are of another architecture.
+        DataError: the data has other classes now.
     """
     trust_modules(trust)
     cfg = load_config(check_finished(folder))
@@ -93,6 +95,7 @@ def restore(folder: Path, trust: Sequence[str] = ()) -> FinishedRun:
             raise
         cause = cite(error)
         raise FileError(f"{folder / CONFIG} is of a network that cannot be built: {cause}") from error
+    data.check_names(read_about(folder / WEIGHTS).get("classes", data.class_names))
     network = Network.load(folder / WEIGHTS, net, torch.zeros(1, *data.shape))
     return FinishedRun(network, data, make_task(cfg, data.classes), summary, cfg, folder)
 

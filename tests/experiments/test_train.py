@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 
 import elastic.experiments.train
 from elastic.callbacks import GrowOnSaturation
+from elastic.errors import DataError
+from elastic.experiments.evaluate import evaluate
 from elastic.experiments.tools.parts import make_callbacks
 from elastic.experiments.train import build, train
 from tests.fitted import command
@@ -339,8 +341,18 @@ def test_a_folder_of_images_is_trained_on(tmp_path: Path) -> None:
     given = (f"data.root={tmp_path / 'data'}", "data.size=16", "data.batch_size=8", "data.workers=0")
     flips = ("~data.augment", "data.val_fraction=0.2")
     folder = tmp_path / "run"
-    summary = train(configure(folder, *SMOKE, "data=folder", *given, *flips, "trainer.max_epochs=3"), folder)
+    cfg = configure(folder, *SMOKE, "data=folder", *given, *flips, "trainer.max_epochs=3")
+    summary = train(cfg, folder)
     assert summary["data"] == "folder" and 0 <= summary["test/acc"] <= 1
+    for part in ("train", "test"):  # the second class becomes the first one
+        (tmp_path / "data" / part / "red").rename(tmp_path / "data" / part / "crimson")
+    said = (
+        r"has other classes \(crimson, green\) than the network was trained on \(green, red\): set data\.root"
+    )
+    for use in (lambda: evaluate(folder), lambda: train(cfg, folder)):
+        with pytest.raises(DataError, match=said):
+            use()
+    assert json.loads((folder / "summary.json").read_text()) == summary
 
 
 def test_what_callbacks_are_given_is_plain(tmp_path: Path) -> None:
