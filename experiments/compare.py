@@ -8,7 +8,7 @@ opens anywhere. `markdown=<file>` puts it into a text, between <!-- begin of `el
 interval, and p of a paired t test. Each data set, and each metric, has a table of its own.
 
 A run is a folder with a `summary.json`; folders named <arm>-seed<k> beside each other are one arm. Runs that
-failed are listed.
+failed, or are not finished, are listed.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Column, Table
 
-from elastic.experiments.tools.arms import read_arms, read_failures, read_summaries
+from elastic.experiments.tools.arms import list_unfinished, read_arms, read_failures, read_summaries
 from elastic.experiments.tools.charts import (
     compute_height,
     make_series,
@@ -77,7 +77,9 @@ def compare_runs(
     tables = make_tables(arms, baseline)
     for table in tables:
         show_table(table, table.title if len(tables) > 1 else None)
-    for line in (*notes, *(f"failed: {name}: {reason}" for name, reason in failures.items())):
+    missing = [f"failed: {name}: {reason}" for name, reason in failures.items()]
+    missing += [f"not finished: {name}" for name in list_unfinished(runs)]
+    for line in (*notes, *missing):
         print(line)
     if csv is not None:
         write_csv(csv, *list_csv(arms, baseline))

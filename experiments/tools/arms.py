@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from elastic.errors import FileError
+from elastic.experiments.tools.folders import CONFIG, SUMMARY
 from elastic.experiments.tools.metrics import find_metric
 from elastic.experiments.tools.sweep import FAILED
+from elastic.experiments.tools.tables import compute_sd
 from elastic.files.sums import check_sum
 
 # Of a summary, beside its metric.
@@ -60,7 +62,7 @@ class Arm:
         values = self.list_values(key)
         if not values:
             return None
-        return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+        return statistics.mean(values), compute_sd(values) if len(values) > 1 else 0.0
 
 
 def read_arms(pattern: str, summaries: Mapping[Path, Summary]) -> list[Arm]:
@@ -178,6 +180,15 @@ def read_failures(pattern: str) -> dict[str, str]:
     """Read why runs of a sweep failed, by folder."""
     notes = {name: folder / FAILED for folder, name in name_folders(pattern).items()}
     return {name: _read_reason(note) for name, note in notes.items() if note.exists()}
+
+
+def list_unfinished(pattern: str) -> list[str]:
+    """List the runs that have begun, and neither finished nor failed, by folder."""
+    return [
+        name
+        for folder, name in name_folders(pattern).items()
+        if (folder / CONFIG).exists() and not any((folder / end).exists() for end in (SUMMARY, FAILED))
+    ]
 
 
 def _read_reason(note: Path) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from scipy.stats import t as student
 
 from elastic.experiments.tools.arms import Arm
+from elastic.experiments.tools.tables import compute_sd
 
 CONFIDENCE = 0.95
 
@@ -46,7 +47,7 @@ def compute_difference(arm: Arm, other: Arm) -> Difference | None:
     n, mean = len(differences), statistics.mean(differences)
     if n == 1:
         return Difference(n, mean)
-    error = statistics.stdev(differences) / n**0.5
+    error = compute_sd(differences) / n**0.5
     margin = float(student.ppf(0.5 + CONFIDENCE / 2, n - 1)) * error
     p = 2 * float(student.sf(abs(mean) / error, n - 1)) if error else float(mean == 0)
     return Difference(n, mean, margin, p)

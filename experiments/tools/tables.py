@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import re
 import statistics
 from collections.abc import Iterable, Sequence
@@ -17,8 +18,13 @@ from elastic.files.atomic import check_place, write_atomically
 
 def format_spread(values: Sequence[float], digits: int = 2) -> str:
     """Write mean ± sample standard deviation, or the only value."""
-    figures = [statistics.fmean(values), *([statistics.stdev(values)] if len(values) > 1 else [])]
+    figures = [statistics.fmean(values), *([compute_sd(values)] if len(values) > 1 else [])]
     return " ± ".join(f"{figure:,.{digits}f}" for figure in figures)
+
+
+def compute_sd(values: Sequence[float]) -> float:
+    """Compute the sample standard deviation; NaN where one of the values is no number, or infinite."""
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def print_table(head: Sequence[str], rows: Iterable[Sequence[str]], width: int | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -315,6 +316,34 @@ def test_a_level_is_compared_with_the_same_seed_of_a_network(tmp_path: Path) -> 
         "joint level 0": "-2.50",
         "joint": "+7.50",
     }
+
+
+def test_a_metric_that_is_no_number_is_shown_as_such_and_best_of_nothing(tmp_path: Path) -> None:
+    """As the score of a class that the test split lacks."""
+    for seed, ours, theirs in ((0, 0.9, math.nan), (1, 0.8, 0.7)):
+        write(tmp_path / f"ours-seed{seed}", ours, 100, seed=seed)
+        write(tmp_path / f"theirs-seed{seed}", theirs, 100, seed=seed)
+    compare_runs(f"{tmp_path}/*", baseline="ours", html=tmp_path / "page.html", figure=tmp_path / "f.png")
+    runs = f"{tmp_path}/*-seed*"
+    (table,) = make_tables(read_arms(runs, read_summaries(runs)), "ours")
+    rows = {row[0]: row for row in table.rows}
+    assert rows["ours"][2] == "85.00 ± 7.07" and rows["theirs"][2] == "nan ± nan"
+    assert rows["theirs"][-2:] == ["+nan ± nan", "nan"]
+    assert {i for i, j in table.best if j == 2} == {list(rows).index("ours")}
+
+
+def test_a_run_that_is_not_finished_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Its arm's mean is of fewer seeds than one might think."""
+    write(tmp_path / "arm-seed0", 0.9, 100)
+    for name in ("arm-seed1", "failed-seed0"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").touch()
+    (tmp_path / "failed-seed0" / "failed.json").write_text('{"error": "why"}')
+    compare_runs(f"{tmp_path}/*")
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "failed: failed-seed0: why",
+        "not finished: arm-seed1",
+    ]
 
 
 def test_latex_can_be_typeset(tmp_path: Path) -> None:
