@@ -301,7 +301,16 @@ def has_room(device: torch.device, size: int) -> bool:
 
 
 def scale_bytes(x_BCHW: Tensor) -> Tensor:
-    """Scale bytes to floats in [0, 1]."""
+    """Scale bytes to floats in [0, 1].
+
+    Raises:
+        DataError: they are none, and may have any range.
+    """
+    if x_BCHW.dtype != torch.uint8:
+        raise DataError(
+            f"images are {x_BCHW.dtype}, not bytes: let the data give torch.uint8 from 0 to 255, or use "
+            "ArrayData and say their range"
+        )
     return x_BCHW.float() / 255
 
 

@@ -466,6 +466,22 @@ def test_mean_and_std_are_one_number_a_channel():
     assert "set data.std to 1, one a channel" in refused(lambda: ready(Digits(std=(1.0, 1.0, 1.0))))
 
 
+def test_images_of_ones_own_are_bytes():
+    """Floats from 0 to 1 would all be nearly black."""
+
+    class Floats(Digits):
+        def load(self, download):
+            parts = super().load(download)
+            for part in parts:
+                part.images = part.images / 255
+            return parts
+
+    with pytest.raises(
+        DataError, match=r"images are torch\.float32, not bytes: let the data give torch\.uint8"
+    ):
+        Floats().sample(2, seed=0)
+
+
 def test_labels_are_of_the_classes():
     class Mislabelled(Digits):
         def load(self, download):
