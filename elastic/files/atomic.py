@@ -20,6 +20,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(part)
         os.replace(part, path)
+    except OSError as error:
+        if error.filename is None:  # a disk that is full does not say where
+            error.filename = str(path)
+        raise
     finally:
         part.unlink(missing_ok=True)
 

@@ -396,7 +396,7 @@ def test_a_full_disk_by_process(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
     code, err = process(*SMOKE, f"run={tmp_path / 'run'}", preexec_fn=limit)
-    assert "File too large" in told(err, code)
+    assert "last.ckpt cannot be used (File too large)" in told(err, code)
     assert not {"summary.json", "last.ckpt"} & {p.name for p in (tmp_path / "run").iterdir()}
 
 
