@@ -56,6 +56,7 @@ BY_EPOCH: dict[str, Make] = {
     "SequentialLR": make_sequential,
     "ChainedScheduler": make_chained,
 }
+NESTED = ("SequentialLR", "ChainedScheduler")
 
 
 def read_groups(optimizer: Any) -> list[tuple[float, float]]:
@@ -124,7 +125,9 @@ def run_killed_and_resumed(folder: Path, make: Make, *around: L.Callback) -> Rat
     return rates
 
 
-@pytest.mark.parametrize("name", [*BY_BATCH, *BY_EPOCH])
+@pytest.mark.parametrize(
+    "name", [*BY_BATCH, *(n if n in NESTED else pytest.param(n, marks=pytest.mark.slow) for n in BY_EPOCH)]
+)
 def test_growth_and_a_restart_leave_the_rates_as_they_are(tmp_path: Path, name: str) -> None:
     def follow(scheduler: Any, step: int) -> None:
         by_batch, is_last = name in BY_BATCH, step + 1 == STEPS

@@ -22,6 +22,9 @@ from elastic.training.joining import find_structure
 
 PROGRAMS = sorted(path for path in Path(__file__).parents[1].joinpath("docs", "tasks").glob("*.py"))
 TASKS = [path for path in PROGRAMS if path.stem != "loop"]
+SOME = [
+    p if p.stem in ("classification", "detection") else pytest.param(p, marks=pytest.mark.slow) for p in TASKS
+]
 BUDGET = 700
 
 
@@ -62,7 +65,7 @@ def monitor(path: Path) -> str:
     return "val/acc" if path.stem == "classification" else "val/loss"
 
 
-@pytest.mark.parametrize("path", TASKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SOME, ids=lambda path: path.stem)
 def test_it_grows_and_prunes_to_a_budget_and_compacts(path: Path) -> None:
     budget = 5 * BUDGET if path.stem == "classification" else BUDGET
     growth = GrowOnSaturation(Periodic(2), Growth(factor=1.5, ceiling=2), monitor(path), until=0.5)
@@ -100,7 +103,7 @@ def test_its_result_is_saved_loaded_and_exported(path: Path, callback: L.Callbac
                 torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("path", TASKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SOME, ids=lambda path: path.stem)
 def test_its_levels_learn_what_the_network_says(path: Path) -> None:
     structure = train(path, TrainJointly([0.5], outputs="values"), epochs=3)
     x = torch.randn(4, *structure.example.shape[1:])

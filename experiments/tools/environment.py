@@ -20,6 +20,7 @@ from elastic.errors import FileError, SweepError, TrainingError, cite
 from elastic.experiments.tools.errors import FULL, THEIRS
 from elastic.experiments.tools.processes import forks_others, speak_for_others, starts_others
 from elastic.experiments.tools.signals import Interrupted, keep_raising
+from elastic.training.kinds import PACKAGES
 
 ADVICE = (
     ".*does not have many workers.*",  # the sets are held in memory
@@ -36,8 +37,9 @@ MOST = 8  # processes on a CPU, unless it has more cores
 
 def silence() -> None:
     """Silence advice that does not apply here, and make the CPU flush denormals."""
-    for name in ("utilities.rank_zero", "accelerators.cuda", "trainer.connectors.signal_connector"):
-        logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.WARNING)
+    for package in PACKAGES:  # the one that is imported last speaks for both
+        for name in ("utilities.rank_zero", "accelerators.cuda", "trainer.connectors.signal_connector"):
+            logging.getLogger(f"{package}.{name}").setLevel(logging.WARNING)
     for message in ADVICE:
         warnings.filterwarnings("ignore", message)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a compiler looks for CUDA

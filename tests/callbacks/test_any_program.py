@@ -68,6 +68,10 @@ SCHEDULES: dict[str, Callbacks] = {
 }
 
 
+MOST = [
+    pytest.param(name, marks=pytest.mark.slow) if name in ("growth", "gates") else name for name in SCHEDULES
+]
+
 # Lightning's advice to those who continue a run in its folder, or within an epoch.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
@@ -87,7 +91,7 @@ def make_program(kind: type[Program] = Program, net: nn.Module | None = None) ->
     return kind() if net is None else kind(net)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", MOST)
 def test_a_run_killed_and_continued_is_the_whole_run(name: str, tmp_path: Path) -> None:
     """Bit for bit, by a fresh module and fresh callbacks, killed within an epoch."""
     assert_continued_is_whole(name, tmp_path, batch=18)

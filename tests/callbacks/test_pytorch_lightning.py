@@ -25,6 +25,7 @@ from elastic.callbacks import (
 )
 from elastic.callbacks.panels import log_samples
 from elastic.errors import TrainingError
+from elastic.experiments.tools.environment import silence
 from elastic.training.kinds import is_kind
 from tests.programs import BATCH, QUIET, Killed, kill_at, make_data, make_network
 
@@ -125,6 +126,13 @@ def test_what_cannot_follow_is_refused_in_both() -> None:
         train(pytorch_lightning, [grow(), averaging], max_epochs=2)
     with pytest.raises(TrainingError, match="leave it out, or say `import lightning"):
         train(pytorch_lightning, [ElasticProgress()], max_epochs=2)
+
+
+def test_runs_from_the_command_line_are_silent_in_both(caplog: pytest.LogCaptureFixture) -> None:
+    """The package that is imported last logs for both."""
+    silence()
+    lightning.pytorch.Trainer(**QUIET)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("package", PACKAGES)

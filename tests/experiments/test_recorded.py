@@ -73,6 +73,7 @@ def keys(node: Any) -> dict[str, Any]:
     return {key: keys(node[key]) if OmegaConf.is_dict(node[key]) else None for key in node}
 
 
+@pytest.mark.slow
 def test_a_recorded_configuration_has_the_names_of_todays(tmp_path: Path) -> None:
     """And no other ones: a run with the same schedule would be described by the same keys today."""
     configurations: dict[tuple[str, ...], DictConfig] = {}

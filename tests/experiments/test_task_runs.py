@@ -39,7 +39,10 @@ def compute_by_hand(task: str, outputs: Tensor, targets: Tensor) -> float:
     return (1 - residual / spread).item()
 
 
-@pytest.fixture(scope="module", params=RUNS)
+@pytest.fixture(
+    scope="module",
+    params=[t if t == "segmentation" else pytest.param(t, marks=pytest.mark.slow) for t in RUNS],
+)
 def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     folder = tmp_path_factory.mktemp("tasks") / f"{request.param}-seed0"
     train(configure(folder, *QUICK, f"task={request.param}", *RUNS[request.param]), folder)

@@ -196,6 +196,7 @@ def test_a_run_that_steps_have_ended_has_as_many_epochs_whenever_it_is_measured(
 
 
 @pytest.mark.usefixtures("no_picture")
+@pytest.mark.slow
 def test_a_run_that_was_stopped_early_stays_so_unless_more_epochs_are_asked_for(tmp_path: Path) -> None:
     """Patience is over in the second epoch, and in each later one."""
     stop = (
