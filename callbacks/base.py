@@ -243,6 +243,14 @@ def list_elastic(trainer: L.Trainer) -> list[ElasticCallback]:
     return [callback for callback in trainer.callbacks if isinstance(callback, ElasticCallback)]  # type: ignore[attr-defined]
 
 
+def explain_order(first: str, then: str) -> TrainingError:
+    """Make the error for two methods of which the second starts from what the first has saved."""
+    return TrainingError(
+        f"{then} and {first} cannot be in one run: run {first} first, and start from what it saved with "
+        "init=<its folder>"
+    )
+
+
 def refuse_changes_beside(trainer: L.Trainer, what: str) -> None:
     """Refuse a run in which the structure changes, for the sake of what needs it to stay.
 
@@ -258,7 +266,4 @@ def refuse_changes_beside(trainer: L.Trainer, what: str) -> None:
             )
     changing = [type(c).__name__ for c in list_elastic(trainer) if c.changes_structure]
     if changing:
-        raise TrainingError(
-            f"{what} and {changing[0]} cannot be in one run: run {changing[0]} first, and start from "
-            "what it saved with init=<its folder>"
-        )
+        raise explain_order(changing[0], what)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import lightning as L
 
-from elastic.callbacks.base import ElasticCallback, refuse_changes_beside
+from elastic.callbacks.base import ElasticCallback, explain_order, refuse_changes_beside
 from elastic.callbacks.dynamic import PruneDynamically
 from elastic.errors import OptionError, TrainingError
 from elastic.levels.cutting import find_nestable
@@ -62,11 +62,8 @@ class TrainLevels(ElasticCallback):
         if sum(isinstance(callback, TrainLevels) for callback in callbacks) > 1:
             raise OptionError("levels are trained jointly or by reconstruction: choose one of the schedules")
         if any(isinstance(callback, PruneDynamically) for callback in callbacks):
-            own = type(self).__name__
-            raise TrainingError(  # either would train the level that it draws, in place of the other's
-                f"{own} and PruneDynamically cannot be in one run: run {own} first, and start from what it "
-                "saved with init=<its folder>"
-            )
+            # Either would train the level that it draws, in place of the other's.
+            raise explain_order(type(self).__name__, PruneDynamically.__name__)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
