@@ -7,6 +7,7 @@ The run's folder gets the resolved configuration, `last.ckpt`, `timeline.jsonl`,
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from multiprocessing import current_process
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,10 @@ from elastic.experiments.tools.folders import (
     write_config,
 )
 from elastic.experiments.tools.hardware import choose_precision
+from elastic.experiments.tools.loggers import LoggerMark, make_loggers, read_ids
 from elastic.experiments.tools.memory import check_memory
 from elastic.experiments.tools.options import HELP
-from elastic.experiments.tools.parts import make_callbacks, make_loggers, make_recipe, make_task
+from elastic.experiments.tools.parts import make_callbacks, make_recipe, make_task
 from elastic.experiments.tools.publish import publish
 from elastic.experiments.tools.restore import build_network
 from elastic.experiments.tools.signals import AGAIN, advise, follow_parent
@@ -107,19 +109,29 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             callbacks = [
                 *make_callbacks(cfg).values(),
                 RunMark(cfg),
+                LoggerMark(cfg),
                 EndOnSignals(),
                 StayStopped(),
                 setting_up,
             ]  # may build networks
             module, data = build(cfg)
-            trainer = make_trainer(cfg, callbacks, folder)
-            setting_up.checkpoint = find_checkpoint(folder, cfg)
-            fit(cfg, trainer, module, data, setting_up.checkpoint)
+            last = find_checkpoint(folder, cfg)
+            trainer = make_trainer(cfg, callbacks, folder, read_ids(last))
+            setting_up.checkpoint = last
+            fit(cfg, trainer, module, data, last)
             return finish(cfg, trainer, module, data, folder) if trainer.is_global_zero else {}
 
 
-def make_trainer(cfg: DictConfig, callbacks: list[L.Callback], folder: Path) -> L.Trainer:
+def make_trainer(
+    cfg: DictConfig,
+    callbacks: list[L.Callback],
+    folder: Path,
+    log_ids: Mapping[str, str] | None = None,
+) -> L.Trainer:
     """Make the trainer of a run, and refuse what it could not carry out.
+
+    Args:
+        log_ids: what servers call the run that goes on, see `make_loggers`.
 
     Raises:
         TrainingError: processes or callbacks that cannot be in one run.
@@ -130,7 +142,7 @@ def make_trainer(cfg: DictConfig, callbacks: list[L.Callback], folder: Path) -> 
         cfg.trainer,
         precision=choose_precision(cfg.trainer.precision),
         callbacks=callbacks,
-        logger=make_loggers(cfg),
+        logger=make_loggers(cfg, log_ids),
         enable_progress_bar="progress" in list_callbacks(cfg),
         default_root_dir=folder,
     )

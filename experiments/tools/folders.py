@@ -77,10 +77,10 @@ def continue_config(cfg: DictConfig, folder: Path) -> DictConfig:
     """
     cfg.run = str(folder)
     has_begun = (folder / CHECKPOINT).exists()
-    if not has_begun and is_pruned(folder):
+    if not has_begun and (folder / SUMMARY).exists():
         raise TrainingError(
-            f"{folder} holds a network that elastic prune has left, which training would replace: start from "
-            f"it with init={folder}, in another folder"
+            f"{folder} holds a finished network and no {CHECKPOINT} to go on from; training replaces it: "
+            f"start from it with init={folder} in another folder, or remove {SUMMARY} and train again"
         )
     words = [text for text in HydraConfig.get().overrides.task if not text.startswith(("run=", "trust="))]
     goes_on = [text for text in words if text.startswith(EPOCHS)]
@@ -101,7 +101,7 @@ def continue_config(cfg: DictConfig, folder: Path) -> DictConfig:
 def is_pruned(folder: Path) -> bool:
     """Tell whether a folder holds what `elastic prune` has left: a network without a training of its own."""
     try:
-        return "pruned" in json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        return "pruned" in json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
         return False
 

@@ -1,13 +1,10 @@
 """Make the parts of a run that its configuration names and that something has to be said of."""
 
-import os
 from collections.abc import Callable
 
 import lightning as L
 import torch
-from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig
 from torch import nn
 from torch.optim import Optimizer
@@ -72,38 +69,3 @@ def make_task(cfg: DictConfig, classes: int) -> Task:
             "elastic.training.tasks.Task"
         )
     return task
-
-
-def make_loggers(cfg: DictConfig) -> list[Logger]:
-    """Make all that a run is logged to.
-
-    Raises:
-        OptionError: a package is missing, or an account.
-    """
-    nodes = (cfg.get("logger") or {}).items()
-    return [make_logger(name, node) for name, node in nodes if node is not None]
-
-
-def make_logger(name: str, node: DictConfig) -> Logger:
-    """Make one of them; see `make_loggers`."""
-    try:
-        logger: Logger = instantiate(node)
-    except InstantiationException as error:
-        if not isinstance(error.__cause__, ImportError):
-            raise
-        raise OptionError(
-            f"logger={name} needs a package that is not installed: pip install 'elastic-cnn[{name}]'"
-        ) from error
-    if isinstance(logger, WandbLogger) and not logger._offline and is_without_account():
-        raise OptionError(
-            f"logger.{name} needs an account: log in with `wandb login`, or leave logger.{name}.offline=true"
-        )
-    return logger
-
-
-def is_without_account() -> bool:
-    """Tell whether W&B would have to ask who is there."""
-    import wandb
-
-    offline = os.environ.get("WANDB_MODE", "online") in ("offline", "disabled", "dryrun")
-    return not offline and not wandb.setup().settings.api_key and not wandb.api.api_key

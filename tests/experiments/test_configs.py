@@ -22,7 +22,8 @@ from elastic.data import ImageData
 from elastic.errors import OptionError
 from elastic.experiments.tools.composition import rewrite
 from elastic.experiments.tools.folders import load_config, write_config
-from elastic.experiments.tools.parts import make_loggers, make_recipe
+from elastic.experiments.tools.loggers import make_loggers
+from elastic.experiments.tools.parts import make_recipe
 from elastic.experiments.train import build, train
 from elastic.growth import Growth, Periodic, Plateau
 from tests.generated import generate

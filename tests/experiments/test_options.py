@@ -21,8 +21,8 @@ from torch import nn
 
 import elastic.experiments.train
 from elastic.errors import OptionError
-from elastic.experiments.tools import parts
 from elastic.experiments.tools.checking import NUMBERS, check_options
+from elastic.experiments.tools.loggers import make_loggers
 from elastic.experiments.tools.memory import measure_training
 from elastic.experiments.train import train
 from tests.fitted import command
@@ -317,9 +317,9 @@ def test_wandb_online_needs_an_account(tmp_path: Path, monkeypatch: pytest.Monke
     cfg = configure(tmp_path, "logger=[wandb]", "logger.wandb.offline=false")
     try:
         with pytest.raises(OptionError, match=r"logger\.wandb needs an account: log in with `wandb login`"):
-            parts.make_loggers(cfg)
+            make_loggers(cfg)
         monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-        assert parts.make_loggers(cfg)
+        assert make_loggers(cfg)
     finally:
         wandb.teardown()  # it reads the environment once a process
 
