@@ -96,7 +96,7 @@ class GrowOnSaturation(ElasticCallback):
             self._check_validation(trainer)
 
     def _check_validation(self, trainer: L.Trainer) -> None:
-        if not self.monitor.startswith("val/"):
+        if not self.monitor.startswith(VALIDATED):
             return
         if trainer.limit_val_batches == 0:
             raise TrainingError(

@@ -65,9 +65,9 @@ def make_loggers(cfg: DictConfig, ids: Mapping[str, str] | None = None) -> list[
 def make_logger(name: str, node: DictConfig, run: str | None) -> Logger:
     """Make one of them; see `make_loggers`."""
     key = IDS.get(node.get("_target_"))
-    goes_on = key is not None and run is not None and node.get(key) is None
+    own = {} if key is None or run is None or node.get(key) is not None else {key: run}
     try:
-        logger: Logger = instantiate(node, **({key: run} if goes_on else {}))
+        logger: Logger = instantiate(node, **own)
     except InstantiationException as error:
         if not isinstance(error.__cause__, ImportError):
             raise

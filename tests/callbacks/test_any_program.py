@@ -330,6 +330,7 @@ def test_frozen_layers_are_neither_pruned_nor_grown() -> None:
     assert not any(path == "0" for path, _, _ in iterate_gates(structure.net))
 
 
+@pytest.mark.parametrize("monitor", ["val/acc", "val_loss"])
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -338,9 +339,11 @@ def test_frozen_layers_are_neither_pruned_nor_grown() -> None:
         ({"validation": None}, "nothing is validated: give the fit validation data"),
     ],
 )
-def test_growth_without_its_validation_is_refused_before_training(options: dict[str, Any], said: str) -> None:
+def test_growth_without_its_validation_is_refused_before_training(
+    options: dict[str, Any], said: str, monitor: str
+) -> None:
     with pytest.raises(TrainingError, match=said) as refusal:
-        fit(make_program(), [grow()], **options)
+        fit(make_program(), [GrowOnSaturation(Periodic(2), Growth(), monitor)], **options)
     assert "\n" not in str(refusal.value)
 
 
