@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -17,6 +18,15 @@ def pytest_collection_finish() -> None:
     """Spare the garbage collector what has been imported: looking through it took a tenth of the time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_picture() -> Iterator[None]:
+    """Leave out the picture of a run's history: it takes as long as the run, and has tests of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        if train := sys.modules.get("elastic.experiments.train"):
+            patch.setattr(train, "draw_history", lambda *_: None)
+        yield
 
 
 @pytest.fixture(autouse=True)

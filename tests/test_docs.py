@@ -202,7 +202,6 @@ def call(
 ) -> Iterator[Callable[..., str]]:
     """Call commands in an empty folder whose modules can be imported; figures have tests of their own."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(elastic.experiments.train, "draw_history", lambda *_: None)
     monkeypatch.syspath_prepend(str(tmp_path))
     without_account(monkeypatch, tmp_path)
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-import elastic.experiments.train
 from elastic.experiments.train import train
 from tests.resuming import CHANGING, assert_same_run, kill
 from tests.runs import configure
@@ -18,12 +17,6 @@ IN_DEPTH = (
     "callbacks.growth.amount.blocks=1",
     "callbacks.gates.grain=channel",
 )
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes as long as the run, and has its own tests."""
-    monkeypatch.setattr(elastic.experiments.train, "draw_history", lambda *_: None)
 
 
 @pytest.mark.parametrize(

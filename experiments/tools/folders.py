@@ -33,6 +33,7 @@ REMEDY = "restore it, or train again in another folder"
 EPOCHS = "trainer.max_epochs="  # the one option that a run that goes on may change
 PLACES = ("root", "download", "workers")
 MARK = "\0"  # instead of "${"
+FAST_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # not in every build of PyYAML
 
 
 class RunMark(L.Callback):
@@ -157,7 +158,7 @@ def read_config(folder: Path) -> DictConfig:
 def _parse_config(file: Path) -> DictConfig:
     try:
         text = file.read_text(encoding="utf-8")
-        _check_events(yaml.parse(text, yaml.SafeLoader))
+        _check_events(yaml.parse(text, FAST_LOADER))
         cfg = OmegaConf.create(text)
     except DAMAGE as error:
         raise FileError(f"{file} cannot be read: {REMEDY}") from error

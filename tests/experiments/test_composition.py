@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-import elastic.experiments.train
 from elastic.experiments.tools.errors import THEIRS, format_error
 from elastic.experiments.train import train
 from tests.generated import generate
@@ -62,10 +61,7 @@ def test_every_pair_is_covered() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("data", "model", "schedule"), covering())
-def test_it_runs_or_is_refused_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: str, model: str, schedule: str
-) -> None:
-    monkeypatch.setattr(elastic.experiments.train, "draw_history", lambda *_: None)
+def test_it_runs_or_is_refused_in_one_line(tmp_path: Path, data: str, model: str, schedule: str) -> None:
     more = [option for choice in (data, model, schedule) for option in MORE.get(choice, [])]
     given = [
         *(f"data={data}", f"model={model}", f"schedule={schedule}", "trainer.max_epochs=1"),

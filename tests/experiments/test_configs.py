@@ -16,7 +16,6 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import nn
 
-import elastic.experiments.train
 from elastic.callbacks import Census, ElasticProgress, GrowOnSaturation, PruneByGates
 from elastic.data import ImageData
 from elastic.errors import OptionError
@@ -33,12 +32,6 @@ QUICK = (
     *("callbacks.progress=null", "trainer.accelerator=cpu", "trainer.log_every_n_steps=1"),
     *("trainer.max_epochs=1", "trainer.precision=32-true"),
 )
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the picture: it takes as long as the run, and has its own tests."""
-    monkeypatch.setattr(elastic.experiments.train, "draw_history", lambda *_: None)
 
 
 def files(group: str) -> list[str]:

@@ -32,12 +32,6 @@ ROOT = Path(__file__).parents[2]
 SMOKE = ("experiment=smoke", "trainer.accelerator=cpu", "trainer.log_every_n_steps=1", "data.batch_size=256")
 
 
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes as long as the run, and has its own tests."""
-    monkeypatch.setattr(elastic.experiments.train, "draw_history", lambda *_: None)
-
-
 def told(err: str, code: int) -> str:
     """The error line, which is all that there is."""
     lines = err.strip().splitlines()

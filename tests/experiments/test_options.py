@@ -238,8 +238,7 @@ def test_a_length_that_cannot_be_is_refused(
         check_options(cfg)
 
 
-def test_objectives_are_in_every_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(elastic.experiments.train, "draw_history", lambda *_: None)
+def test_objectives_are_in_every_summary(tmp_path: Path) -> None:
     summary = train(configure(tmp_path, *TINY, "callbacks.gates.budget=800"), tmp_path)
     assert all(isinstance(summary[name], int | float) for name in NUMBERS)
 

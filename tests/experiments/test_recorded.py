@@ -96,6 +96,7 @@ def test_no_recorded_configuration_names_a_place_of_some_machine() -> None:
     assert [name(folder) for folder in RUNS if places.search((folder / "config.yaml").read_text())] == []
 
 
+@pytest.mark.slow
 def test_every_recorded_summary_names_its_schedule() -> None:
     for folder in RUNS:
         summary = json.loads((folder / "summary.json").read_text())

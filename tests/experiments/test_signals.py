@@ -25,11 +25,6 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 AGAIN = "start the same command again"
 
 
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(elastic.experiments.train, "draw_history", lambda *_: None)
-
-
 def hit(number: signal.Signals) -> Callable[..., None]:
     return lambda *_, **__: os.kill(os.getpid(), number)
 
@@ -63,9 +58,7 @@ def handlers() -> Iterator[None]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that was never stopped."""
     folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(elastic.experiments.train, "draw_history", lambda *_: None)
-        train(configure(folder, *CHANGING), folder)
+    train(configure(folder, *CHANGING), folder)
     return folder
 
 

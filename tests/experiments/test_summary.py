@@ -29,6 +29,12 @@ from elastic.training.tasks import Classification
 from tests.fitted import EXACT
 from tests.runs import TINY, configure
 
+
+@pytest.fixture(autouse=True, scope="module")
+def no_picture() -> None:
+    """Draw it: here it is tested."""
+
+
 PRUNING = (
     *TINY,
     "experiment=smoke",

@@ -22,6 +22,7 @@ import elastic.experiments.train
 from elastic.callbacks import GrowOnSaturation
 from elastic.errors import DataError
 from elastic.experiments.evaluate import evaluate
+from elastic.experiments.tools.figure import draw_history
 from elastic.experiments.tools.parts import make_callbacks
 from elastic.experiments.train import build, train
 from tests.fitted import command
@@ -48,12 +49,6 @@ Capture = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
 
 
-@pytest.fixture
-def no_picture(monkeypatch: Patch) -> None:
-    """It takes as long as the run, and has its own tests."""
-    monkeypatch.setattr(elastic.experiments.train, "draw_history", lambda *_: None)
-
-
 def by_command(patch: Patch, capsys: Capture, *arguments: str) -> tuple[int, str, str]:
     return command(elastic.experiments.train.main, patch, capsys, *arguments)
 
@@ -70,6 +65,7 @@ def test_two_processes_do_not_train_in_one_folder(
 
 
 def test_a_run_leaves_its_files_and_nothing_else(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    monkeypatch.setattr(elastic.experiments.train, "draw_history", draw_history)
     code, out, err = by_command(monkeypatch, capsys, *CHANGING, f"run={tmp_path}")
     assert code == 0, err
     assert {p.name for p in tmp_path.iterdir()} == FILES
@@ -84,7 +80,6 @@ def test_a_run_leaves_its_files_and_nothing_else(tmp_path: Path, monkeypatch: Pa
     )
 
 
-@pytest.mark.usefixtures("no_picture")
 def test_the_configuration_that_is_kept_gives_the_same_run_again(tmp_path: Path) -> None:
     """By itself, in any folder: it is resolved but for what depends on the machine."""
     cfg = configure(tmp_path / "one", *CHANGING)
@@ -117,7 +112,6 @@ def test_the_network_and_the_data_follow_from_the_seed(tmp_path: Path) -> None:
     assert build(configure(tmp_path, "seed=3"))[1].seed == 3
 
 
-@pytest.mark.usefixtures("no_picture")
 def test_what_was_measured_is_the_last_epochs_network(tmp_path: Path) -> None:
     cfg = configure(tmp_path, *CHANGING)
     summary = train(cfg, tmp_path)
@@ -136,7 +130,6 @@ def test_what_was_measured_is_the_last_epochs_network(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.usefixtures("no_picture")
 def test_the_test_split_is_looked_at_once_at_the_end(tmp_path: Path, monkeypatch: Patch) -> None:
     asked: list[str] = []
     fits = L.Trainer.fit
@@ -158,9 +151,7 @@ def test_the_test_split_is_looked_at_once_at_the_end(tmp_path: Path, monkeypatch
 def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(elastic.experiments.train, "draw_history", lambda *_: None)
-        train(configure(folder, *CHANGING, "seed=7"), folder)
+    train(configure(folder, *CHANGING, "seed=7"), folder)
     return folder
 
 
@@ -170,7 +161,6 @@ def finished(once: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(once, tmp_path / "run"))
 
 
-@pytest.mark.usefixtures("no_picture")
 def test_a_finished_run_named_again_is_measured_again(
     finished: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
@@ -187,7 +177,6 @@ def test_a_finished_run_named_again_is_measured_again(
     assert second["wall_s"] >= first["wall_s"], "the time of the run, not of the last start"
 
 
-@pytest.mark.usefixtures("no_picture")
 def test_a_run_that_steps_have_ended_has_as_many_epochs_whenever_it_is_measured(tmp_path: Path) -> None:
     """Two, the second one in part."""
     short = ("+trainer.limit_train_batches=2", "+trainer.max_steps=3", "trainer.max_epochs=null")
@@ -195,7 +184,6 @@ def test_a_run_that_steps_have_ended_has_as_many_epochs_whenever_it_is_measured(
     assert [train(cfg, tmp_path)["epochs"] for _ in range(2)] == [2, 2]
 
 
-@pytest.mark.usefixtures("no_picture")
 @pytest.mark.slow
 def test_a_run_that_was_stopped_early_stays_so_unless_more_epochs_are_asked_for(tmp_path: Path) -> None:
     """Patience is over in the second epoch, and in each later one."""
@@ -292,7 +280,6 @@ def test_a_multirun_over_schedules(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_picture")
 def test_a_residual_network_grows_and_prunes(tmp_path: Path) -> None:
     options = ("model=resnet20", "model.width=4", "callbacks.gates.grain=kernel", "trainer.max_epochs=3")
     every = (
@@ -307,7 +294,6 @@ def test_a_residual_network_grows_and_prunes(tmp_path: Path) -> None:
     assert summary["params"] <= summary["params_dense"]
 
 
-@pytest.mark.usefixtures("no_picture")
 def test_any_stock_model_is_trained(tmp_path: Path) -> None:
     """Not one of ours, and with none of our arguments: torchvision's, through a lambda's worth of YAML."""
     cfg = configure(tmp_path, *SMOKE, "trainer.max_epochs=1", "data.batch_size=64")
@@ -331,7 +317,6 @@ def squeezenet(in_channels: int, classes: int) -> torch.nn.Module:
     )
 
 
-@pytest.mark.usefixtures("no_picture")
 def test_a_folder_of_images_is_trained_on(tmp_path: Path) -> None:
     for part, n in (("train", 12), ("test", 4)):
         for k, name in enumerate(("red", "green")):
@@ -364,7 +349,6 @@ def test_what_callbacks_are_given_is_plain(tmp_path: Path) -> None:
     assert type(growth.trigger.levels) is list  # type: ignore[attr-defined]
 
 
-@pytest.mark.usefixtures("no_picture")
 def test_running_leaves_the_configuration_given_alone(tmp_path: Path) -> None:
     cfg = configure(tmp_path, *SMOKE)
     before = copy.deepcopy(cfg)

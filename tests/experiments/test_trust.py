@@ -38,15 +38,12 @@ def build(in_channels, classes):
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trust, "_modules", set())
-    monkeypatch.setattr(elastic.experiments.train, "draw_history", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(elastic.experiments.train, "draw_history", lambda *_: None)
-        train(configure(folder, *TINY), folder)
+    train(configure(folder, *TINY), folder)
     return folder
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-import elastic.experiments.train
 from elastic.errors import OptionError
 from elastic.experiments import dashboard
 from elastic.experiments.train import train
@@ -27,7 +26,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         without_account(patch, folder)
-        patch.setattr(elastic.experiments.train, "draw_history", lambda *_: None)
         yield folder
 
 

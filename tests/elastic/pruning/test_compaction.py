@@ -259,7 +259,7 @@ def check_removal(net: nn.Module) -> None:
 
 
 @given(net=networks())
-@settings(slow_to_draw, max_examples=40)
+@settings(slow_to_draw, max_examples=20)
 def test_a_compacted_network_computes_the_same_and_is_never_larger(net: nn.Module) -> None:
     before, drawn = states(net), torch.get_rng_state()
     small = compact(net, X)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import Conv2d
 from torch.optim import SGD, AdamW, lr_scheduler
 
-import elastic.experiments.train
 from elastic.callbacks import ElasticCallback
 from elastic.errors import StructureError, TrainingError
 from elastic.experiments.train import train
@@ -45,12 +44,6 @@ CHANGING = (
     "callbacks.growth.until=0.9",
     "callbacks.gates.begin=0.0",
 )
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes as long as the run, and has its own tests."""
-    monkeypatch.setattr(elastic.experiments.train, "draw_history", lambda *_: None)
 
 
 def module(seed: int = 0, **options: Any) -> ElasticClassifier:
