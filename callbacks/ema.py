@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 from elastic.callbacks.base import ElasticCallback
 from elastic.pruning.gates import Gate
 from elastic.ranges import Range, checked
+from elastic.training.history import HISTORY
 from elastic.training.joining import find_structure
 from elastic.training.locating import find_path
 
@@ -68,7 +69,7 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
         ElasticCallback.on_save_checkpoint(self, trainer, pl_module, checkpoint)
         EMAWeightAveraging.on_save_checkpoint(self, trainer, pl_module, checkpoint)
         # The copy has followed the network's shapes, not its history.
-        history = f"{find_path(pl_module, self.structure)}._extra_state"
+        history = f"{find_path(pl_module, self.structure)}{HISTORY}"
         checkpoint["state_dict"][history] = self.structure.get_extra_state()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from elastic.errors import TrainingError, cite
 from elastic.training.capturing import Call, capture_inputs, list_positional
+from elastic.training.history import follow_loading
 from elastic.training.locating import WRAPPED, find_path
 from elastic.training.structure import Structure
 from elastic.widths.inputs import Example, list_inputs
@@ -51,7 +52,7 @@ def join_structure(
 def add_structure(module: nn.Module, structure: Structure) -> Structure:
     """Make a structure a child of its network's module; loading a state then rebuilds the network first."""
     module.add_module(ATTRIBUTE, structure)
-    structure.follow_loading(module)
+    follow_loading(module, structure)
     return structure
 
 

@@ -13,6 +13,7 @@ from torchmetrics import MeanMetric, Metric
 
 from elastic.errors import DataError, TrainingError
 from elastic.surgery.layout import lay_out_images
+from elastic.training.history import follow_loading
 from elastic.training.schedules import Scheduler, make_schedule, read_plan, replan
 from elastic.training.structure import Structure
 from elastic.training.tasks import Classification, Task
@@ -47,7 +48,7 @@ class ElasticModule(L.LightningModule):
         self.net, self.task, self.seed = net, task, seed
         self.structure = Structure(net, torch.zeros(1, *shape), seed, channels_last=True)
         self.structure.outputs, self.structure.compute_loss = task.outputs, task.compute_loss
-        self.structure.follow_loading(self)
+        follow_loading(self, self.structure)
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self.train_loss = MeanMetric(nan_strategy="disable")  # a NaN must show
         self.train_metric = task.make_metrics()[task.metric]

@@ -5,7 +5,6 @@ what elastic methods add (norms of levels, kernel activation modules) is trained
 what has happened is in the module's `state_dict`: any way of loading one rebuilds the network first.
 """
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -20,19 +19,18 @@ from elastic.dynamic.modules import describe_modules, select_set
 from elastic.errors import StructureError, TrainingError
 from elastic.growth.resolution import change_images
 from elastic.levels.nested import Levels
-from elastic.pruning.gates import attach_gates, find_grain, iterate_gates
+from elastic.pruning.gates import find_grain, iterate_gates
 from elastic.pruning.hiding import HiddenGates
 from elastic.surgery.checking import discover_checked
 from elastic.surgery.depth import count_blocks, deepen, get_template_name
 from elastic.surgery.fresh import Fresh, zero_out
 from elastic.surgery.graphs import release_graphs
 from elastic.surgery.layout import lay_out_weights
-from elastic.surgery.rebuilding import rebuild
 from elastic.surgery.reindexing import Index, reindex
 from elastic.training.groups import adopt_parameters
 from elastic.training.imitation import Outputs
 from elastic.training.layout import choose_memory_format
-from elastic.training.locating import find_called, find_path, is_called_compiled, make_prefix
+from elastic.training.locating import find_called, is_called_compiled
 from elastic.training.own_parameters import OwnOptimizers, OwnParameter, scale_module_rate
 from elastic.training.processes import find_differing_processes, unwrapped
 from elastic.training.routing import LossTerm, Router
@@ -45,7 +43,6 @@ from elastic.widths.tracing import sync_traced
 from elastic.widths.width import fix_widths
 
 T = TypeVar("T")
-PLACES = ("names", "sets", "branches")  # of modules: which tensors there are
 
 
 class Structure(nn.Module):
@@ -74,6 +71,7 @@ class Structure(nn.Module):
         schedule_fraction: the part of the run that an optimizer and its schedule last.
         resize: what images that the network is given become in a training step, where they do not stay.
         step_own: steps what elastic methods have added, after one of the user's optimizers.
+        hidden_gates: the gates that are hidden from the program now.
 
     Raises:
         StructureError: nothing of the network can change.
@@ -104,7 +102,7 @@ class Structure(nn.Module):
         self.step_own: Callable[[torch.optim.Optimizer], None] | None = None
         self.trainer: L.Trainer | None = None
         self._inner_call: Callable[..., Any] | None = None
-        self._hidden = HiddenGates()
+        self.hidden_gates = HiddenGates()
 
     @property
     def net(self) -> nn.Module:
@@ -124,7 +122,7 @@ class Structure(nn.Module):
             "step_own": None,
             "_inner_call": None,
             "resize": None,
-            "_hidden": HiddenGates(),
+            "hidden_gates": HiddenGates(),
         }
         return {**super().__getstate__(), **own}  # type: ignore[misc]
 
@@ -243,16 +241,16 @@ class Structure(nn.Module):
 
     def hide_gates(self) -> None:
         """Leave weights under their own names, as a program's setup and its optimizers look for them."""
-        self._hidden.hide(self.net, *self.copies)
+        self.hidden_gates.hide(self.net, *self.copies)
 
     def show_gates(self) -> None:
         """Put gates back where they were hidden."""
-        self._hidden.show()
+        self.hidden_gates.show()
 
     @contextmanager
     def showing_gates(self) -> Iterator[None]:
         """Surround what has to see the gates while they are hidden from the program."""
-        hides = self._hidden.hides
+        hides = self.hidden_gates.hides
         self.show_gates()
         yield
         if hides:
@@ -364,11 +362,6 @@ class Structure(nn.Module):
 
     # Checkpoints.
 
-    def follow_loading(self, module: nn.Module) -> None:
-        """Bring the network to the shapes of whatever state its module loads."""
-        module.register_load_state_dict_pre_hook(self.prepare_load)
-        module.register_load_state_dict_post_hook(self.finish_load)
-
     def get_extra_state(self) -> dict[str, Any]:
         """Return what has happened, for the module's `state_dict`: plain containers alone."""
         return {
@@ -381,86 +374,15 @@ class Structure(nn.Module):
             "network": self.path,
             "copies": list(self.copy_paths),
             "grain": find_grain(self.net),
-            "modules": self._describe_modules(),
+            "modules": self.describe_modules(),
         }
 
-    def _describe_modules(self) -> dict[str, Any] | None:
-        """Return what `attach_modules` has to be told to make the kernel activation modules again."""
-        if not self.dynamic_nets:
-            return None
-        return describe_modules(self.kernel_modules)
-
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take up what has happened; `prepare_load` has done so before the network was loaded."""
+        """Take up nothing more: `elastic.training.history` has done so before the network was loaded."""
 
-    def prepare_load(self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
-        """Rebuild the network as a state dict has it, before its values are loaded.
-
-        Raises:
-            TrainingError: the state is of a network that began otherwise, or has other modules.
-            StructureError: the state is of another architecture; the network is as it was.
-        """
-        history = state_dict.get(f"{prefix}{find_path(module, self)}._extra_state")
-        copies = [module.get_submodule(path) for path in self.copy_paths]
-        if history is not None:
-            self._check_start(history["start_sizes"])
-            self._check_modules(history["modules"])
-        self._hidden.restore()
-        is_gated = any(iterate_gates(self.net))
-        if history is not None and history["grain"] is not None and not is_gated:
-            attach_gates(self.net, self.widths, history["grain"], copies=copies)
-        widths = copy.deepcopy(self.widths)
-        # Where it is by now: `torch.compile` may have wrapped it since.
-        paths = [find_path(module, self.net), *self.copy_paths]
-        try:
-            for path, net in zip(paths, (self.net, *copies), strict=True):
-                own = self.widths if net is self.net else copy.deepcopy(widths)
-                rebuild(net, own, *_select(state_dict, prefix + make_prefix(path)))
-        except StructureError:
-            if is_gated:
-                self.finish_load()
-            else:
-                HiddenGates().hide(self.net, *copies)  # and forget them
-            raise
-        if history is not None:
-            self._take_history(history)
-        self.lay_out()
-
-    def finish_load(self, *_: object) -> None:
-        """Hide gates again from a program that has not made its optimizers."""
-        if self._hidden.hides:
-            self.hide_gates()
-
-    def _take_history(self, history: dict[str, Any]) -> None:
-        self.start_sizes, self.timeline = dict(history["start_sizes"]), list(history["timeline"])
-        self.seed = history["seed"]
-        if history["levels"] is not None and self.levels is None:
-            self.nest(Levels(self.net, self.widths, history["levels"]))
-        if history["modules"] is not None and not self.dynamic_nets:
-            self.attach_dynamic(**history["modules"])
-            self.select_first()
-
-    def _check_modules(self, modules: dict[str, Any] | None) -> None:
-        own = self._describe_modules()
-        is_trained = self.trainer is not None and self.trainer.state.fn == "fit"
-        if own is None and modules is not None and is_trained:
-            raise TrainingError(
-                "the checkpoint has kernel activation modules: continue with the PruneDynamically "
-                "that made them"
-            )
-        for name, value in (own or {}).items():
-            if name in PLACES and modules is not None and modules.get(name, value) != value:
-                raise TrainingError(
-                    f"the checkpoint's kernel activation modules have {name}={modules[name]}, this run's "
-                    f"{name}={value}: continue with the options that the run was started with"
-                )
-
-    def _check_start(self, start: Mapping[str, int]) -> None:
-        if not self.start_sizes.items() <= start.items():  # blocks may have been added
-            raise TrainingError(
-                f"the checkpoint started as {start}, this model starts as {self.start_sizes}: "
-                "continue with the configuration the run was started with"
-            )
+    def describe_modules(self) -> dict[str, Any] | None:
+        """Return what `attach_modules` has to be told to make the kernel activation modules again."""
+        return describe_modules(self.kernel_modules) if self.dynamic_nets else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Structure":
         """Look again where tensors are moved or converted, which the network shares or holds buffers of."""
@@ -473,8 +395,3 @@ class Structure(nn.Module):
         for net, level in zip(self.dynamic_nets, self.nets, strict=False):
             sync_traced(net, level, self.net.training)
         return self
-
-
-def _select(state: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any], str]:
-    """Return what a state holds of a network, and the prefix of its names."""
-    return {name: value for name, value in state.items() if name.startswith(prefix)}, prefix
