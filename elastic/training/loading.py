@@ -9,17 +9,15 @@ import lightning as L
 from torch import nn
 
 from elastic.errors import ElasticError, FileError, cite
-from elastic.levels.nested import Levels
-from elastic.surgery.rebuilding import rebuild
 from elastic.training.checkpoints import read_checkpoint
+from elastic.training.history import HISTORY
 from elastic.training.joining import add_structure, find_structure
-from elastic.training.locating import WRAPPED, make_prefix
+from elastic.training.locating import WRAPPED
 from elastic.training.structure import Structure
 from elastic.widths.inputs import make_zeros
 
 M = TypeVar("M", bound=L.LightningModule)
 HEAD = re.compile(r"\bkernel_modules\..*\.heads\.(\d+)\.")
-HISTORY = "._extra_state"
 
 
 def load_module(module_class: type[M], checkpoint: Path | str, **arguments: Any) -> M:
@@ -50,8 +48,8 @@ def load_module(module_class: type[M], checkpoint: Path | str, **arguments: Any)
     if not any(WRAPPED in name for name in module.state_dict()):  # it is compiled later, if at all
         state = {name.replace(f"{WRAPPED}.", ""): value for name, value in state.items()}
     try:
+        _check_sets(state, state[key])
         structure = find_structure(module) or _join(module, state[key])
-        _restore(structure, state, state[key])
         module.load_state_dict(state)
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         if isinstance(error, ElasticError):
@@ -90,19 +88,8 @@ def _join(module: nn.Module, history: dict[str, Any]) -> Structure:
     return add_structure(module, structure)
 
 
-def _restore(structure: Structure, state: dict[str, Any], history: dict[str, Any]) -> None:
-    """Give the network what callbacks had given it, beside gates: levels, kernel activation modules."""
-    net, prefix = structure.net, make_prefix(structure.path)
-    if history["levels"] is None and history["modules"] is None:
-        return
-    rebuild(net, structure.widths, {n: v for n, v in state.items() if n.startswith(prefix)}, prefix)
-    if history["levels"] is not None:
-        structure.nest(Levels(net, structure.widths, history["levels"]))
-    if history["modules"] is not None:
-        heads = {match[1] for name in state if (match := HEAD.search(name))}
-        if history["modules"]["sets"] != len(heads):
-            raise FileError(
-                f"the checkpoint says of its modules what its {len(heads)} sets do not: name another"
-            )
-        structure.attach_dynamic(**history["modules"])
-        structure.select_first()
+def _check_sets(state: dict[str, Any], history: dict[str, Any]) -> None:
+    """Refuse a history of other sets of kernel activation modules than there are tensors of."""
+    heads = {match[1] for name in state if (match := HEAD.search(name))}
+    if history["modules"] is not None and history["modules"]["sets"] != len(heads):
+        raise FileError(f"the checkpoint says of its modules what its {len(heads)} sets do not: name another")
