@@ -2,21 +2,27 @@
 
 from collections.abc import Iterable
 
+import lightning as L
 import torch
 from torch import nn
 
 ONEDNN_BLOCK = 16  # channels, with AVX-512; 8 with AVX2
 
 
-def choose_memory_format(nets: Iterable[nn.Module], fp32_on_cpu: bool) -> torch.memory_format:
+def choose_memory_format(nets: Iterable[nn.Module], trainer: L.Trainer | None) -> torch.memory_format:
     """Return channels last, which is faster, unless a kernel cannot be trusted with it.
 
     Args:
         nets: all networks that are trained.
-        fp32_on_cpu: whether they are trained there without autocast.
+        trainer: of their run, once there is one.
     """
-    overruns = fp32_on_cpu and any(map(_overruns, nets))
+    overruns = trainer is not None and _is_in_fp32_on_cpu(trainer) and any(map(_overruns, nets))
     return torch.contiguous_format if overruns else torch.channels_last
+
+
+def _is_in_fp32_on_cpu(trainer: L.Trainer) -> bool:
+    """Tell whether a run computes convolutions on a CPU in fp32, without autocast."""
+    return trainer.strategy.root_device.type == "cpu" and trainer.precision == "32-true"
 
 
 def _overruns(net: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 LossTerm = Callable[..., Tensor | None]
@@ -56,15 +56,30 @@ def add_loss(output: Any, loss: Tensor, scale: float) -> Any:
 
 
 class Router:
-    """Stand in for a network's call.
+    """Stand in for a network's call, and give the place back.
 
     Args:
+        called: the network, or what stands for it in its module.
         runner: executes the network as it is to be trained now.
         terms: what each call in training adds to the loss, from the output and the inputs.
+
+    Attributes:
+        inner_call: the call that it stands in for, a compiled one perhaps.
     """
 
-    def __init__(self, runner: Runner, terms: Iterable[LossTerm]) -> None:
-        self.runner, self.terms = runner, list(terms)
+    def __init__(self, called: nn.Module, runner: Runner, terms: Iterable[LossTerm]) -> None:
+        self.called, self.runner, self.terms = called, runner, list(terms)
+        self.inner_call: Callable[..., Any] = called._compiled_call_impl or called._call_impl
+
+    def install(self) -> None:
+        """Take the call's place."""
+        self.called._compiled_call_impl = self
+
+    def remove(self) -> None:
+        """Put the call back, unless something else has taken its place since."""
+        if self.called._compiled_call_impl is self:
+            is_plain = self.inner_call == self.called._call_impl
+            self.called._compiled_call_impl = None if is_plain else self.inner_call
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = self.runner.run_active(*args, **kwargs)

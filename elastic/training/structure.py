@@ -101,7 +101,7 @@ class Structure(nn.Module):
         self.own: OwnOptimizers = OwnOptimizers((), ())
         self.step_own: Callable[[torch.optim.Optimizer], None] | None = None
         self.trainer: L.Trainer | None = None
-        self._inner_call: Callable[..., Any] | None = None
+        self._router: Router | None = None
         self.hidden_gates = HiddenGates()
 
     @property
@@ -120,7 +120,7 @@ class Structure(nn.Module):
             "trainer": None,
             "own": OwnOptimizers((), ()),
             "step_own": None,
-            "_inner_call": None,
+            "_router": None,
             "resize": None,
             "hidden_gates": HiddenGates(),
         }
@@ -203,10 +203,7 @@ class Structure(nn.Module):
     def lay_out(self) -> None:
         """Bring all tensors into one memory format: a resumed run must not differ from one that went on."""
         if self.channels_last:
-            trainer = self.trainer
-            on_cpu = trainer is not None and trainer.strategy.root_device.type == "cpu"
-            fp32_on_cpu = on_cpu and trainer is not None and trainer.precision == "32-true"
-            self.memory_format = choose_memory_format(self.nets, fp32_on_cpu)
+            self.memory_format = choose_memory_format(self.nets, self.trainer)
             for net in (self.net, *self.copies):
                 lay_out_weights(net, self.memory_format)
         if self.levels is not None:
@@ -293,7 +290,8 @@ class Structure(nn.Module):
             sync_traced(dynamic, self.nets[level], self.net.training)
         if self.levels is not None and level < len(self.levels) - 1:
             return self.levels.run(level, *args, traced=dynamic, **kwargs)
-        return (dynamic or self._inner_call or self.net)(*args, **kwargs)
+        plain = self.net if self._router is None else self._router.inner_call
+        return (dynamic or plain)(*args, **kwargs)
 
     def run_active(self, *args: Any, **kwargs: Any) -> Any:
         """Execute the active level."""
@@ -341,17 +339,14 @@ class Structure(nn.Module):
                     f"what calls '{self.path}' is compiled, so that its calls cannot be told: compile that "
                     "network alone, by its own compile()"
                 )
-            self._inner_call = called._compiled_call_impl or called._call_impl
-            called._compiled_call_impl = Router(self, terms)
+            self._router = Router(called, self, terms)
+            self._router.install()
 
     def unroute(self) -> None:
         """Let calls of the network run the network again."""
-        called = self._get_called()
-        router = called._compiled_call_impl
-        if isinstance(router, Router) and router.runner is self:
-            plain = self._inner_call == called._call_impl
-            called._compiled_call_impl = None if plain else self._inner_call
-        self._inner_call = None
+        if self._router is not None:
+            self._router.remove()
+        self._router = None
 
     def _get_called(self) -> nn.Module:
         return self.net if self.trainer is None else find_called(self.trainer.lightning_module, self.net)

@@ -33,7 +33,7 @@ def test_the_gradient_is_that_of_the_sum_of_losses(scale: float) -> None:
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(5, 3)
     other = copy.deepcopy(net)
-    net._compiled_call_impl = Router(Plain(net, scale), [penalise])
+    Router(net, Plain(net, scale), [penalise]).install()
     (scale * net(x).sum()).backward()
     output = other(x)
     (scale * (output.sum() + penalise(output, x))).backward()
@@ -63,15 +63,29 @@ def test_outside_of_training_no_term_is_asked_for() -> None:
     def refuse(output: Tensor, x: Tensor) -> Tensor:
         raise AssertionError
 
-    net._compiled_call_impl = Router(Plain(net, None), [refuse])
+    Router(net, Plain(net, None), [refuse]).install()
     net(torch.ones(1, 2))
-    net._compiled_call_impl = Router(Plain(net, 1.0), [refuse])
+    Router(net, Plain(net, 1.0), [refuse]).install()
     with torch.no_grad():
         net(torch.ones(1, 2))
 
 
 def test_copies_and_traces_of_a_network_are_without_it() -> None:
     net = nn.Sequential(nn.Linear(2, 2))
-    net._compiled_call_impl = Router(Plain(net), [])
+    Router(net, Plain(net), []).install()
     assert copy.deepcopy(net)._compiled_call_impl is None
     assert "router" not in torch.fx.symbolic_trace(net).code.lower()
+
+
+def test_a_call_is_put_back_unless_something_else_has_taken_its_place() -> None:
+    net = nn.Linear(2, 2)
+    for before in (None, lambda x: x):
+        net._compiled_call_impl = before
+        router = Router(net, Plain(net), [])
+        router.install()
+        router.remove()
+        assert net._compiled_call_impl is before
+    router.install()
+    net._compiled_call_impl = later = torch.neg
+    router.remove()
+    assert net._compiled_call_impl is later
