@@ -94,6 +94,13 @@ def get_template_name(stage: str, count: int, name: str) -> str:
     return f"{_prefix(stage)}{count - 1}.{name.removeprefix(f'{_prefix(stage)}{count}.')}"
 
 
+def find_templates(model: nn.Module, stage: str) -> dict[nn.Parameter, nn.Parameter]:
+    """Find, for each parameter of a stage's last block, that of the block before which it was modelled on."""
+    count, parameters = len(get_blocks(model, stage)) - 1, dict(model.named_parameters())
+    names = [name for name in parameters if name.startswith(f"{_prefix(stage)}{count}.")]
+    return {parameters[name]: parameters[get_template_name(stage, count, name)] for name in names}
+
+
 def _prefix(stage: str) -> str:
     return f"{stage}." if stage else ""
 

@@ -8,7 +8,7 @@ from torch import nn
 
 def adopt_parameters(
     optimizers: Iterable[torch.optim.Optimizer],
-    siblings: Mapping[nn.Parameter, nn.Parameter],
+    templates: Mapping[nn.Parameter, nn.Parameter],
     order: list[nn.Parameter],
 ) -> None:
     """Put each new parameter into the group of the one that it is modelled on.
@@ -17,14 +17,14 @@ def adopt_parameters(
     network's parameters, as it is when it was made from them, it stays so; elsewhere new ones come last.
 
     Args:
-        siblings: by new parameter, the one that it learns like.
+        templates: by new parameter, the one that it is modelled on, and learns like.
         order: all parameters in the network's order.
     """
     rank = {id(parameter): i for i, parameter in enumerate(order)}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             members = {id(parameter) for parameter in group["params"]}
-            new = [parameter for parameter, sibling in siblings.items() if id(sibling) in members]
+            new = [parameter for parameter, template in templates.items() if id(template) in members]
             ranks = [rank.get(id(parameter), len(rank)) for parameter in group["params"]]
             group["params"] = [*group["params"], *new]
             if ranks == sorted(ranks):

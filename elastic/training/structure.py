@@ -22,7 +22,7 @@ from elastic.levels.nested import Levels
 from elastic.pruning.gates import find_grain, iterate_gates
 from elastic.pruning.hiding import HiddenGates
 from elastic.surgery.checking import discover_checked
-from elastic.surgery.depth import count_blocks, deepen, get_template_name
+from elastic.surgery.depth import count_blocks, deepen, find_templates, get_blocks, get_template_name
 from elastic.surgery.fresh import Fresh, zero_out
 from elastic.surgery.graphs import release_graphs
 from elastic.surgery.layout import lay_out_weights
@@ -220,15 +220,12 @@ class Structure(nn.Module):
 
     def _deepen(self, stage: str) -> int:
         """Append a block to a stage; return how many it had."""
+        count = len(get_blocks(self.net, stage))
         deepen(self.net, self.widths, stage, copies=self.copies, generator=self.make_generator())
-        count = len(self.net.get_submodule(stage)) - 1  # type: ignore[arg-type]
         for name in self.widths.keys() - self.start_sizes.keys():  # as far from its ceiling as its template
             self.start_sizes[name] = self.start_sizes[get_template_name(stage, count, name)]
-        head = f"{stage}.{count}." if stage else f"{count}."
-        named = dict(self.net.named_parameters())
-        new = [name for name in named if name.startswith(head)]
-        siblings = {named[name]: named[get_template_name(stage, count, name)] for name in new}
-        adopt_parameters(self._list_optimizers(), siblings, list(named.values()))
+        templates, order = find_templates(self.net, stage), list(self.net.parameters())
+        adopt_parameters(self._list_optimizers(), templates, order)
         return count
 
     def _list_optimizers(self) -> list[torch.optim.Optimizer]:
