@@ -28,7 +28,7 @@ from elastic.widths.stock import Records, list_own_axes, unite_attributes
 from elastic.widths.tracing import describe_node, drop_data
 from elastic.widths.tracing.concrete import changes_tensor
 from elastic.widths.tracing.graph import shorten
-from elastic.widths.tracing.shapes import infer_call, infer_layer
+from elastic.widths.tracing.meta import compute_without_data
 from elastic.widths.tracing.sizes import AttributePlace, SizeAttribute
 from elastic.widths.union import Axis, ChannelUnion
 
@@ -114,18 +114,9 @@ class AxisTracker:
         args, kwargs = map_arg((node.args, dict(node.kwargs)), _get_value)
         if node.op == "output":
             return args[0]
-        if node.op == "call_module":
-            layer = self._find_module(target)
-            value = infer_layer(layer, args, kwargs)
-            return layer(*args, **kwargs) if value is None else value
-        value = infer_call(target, args, kwargs)
-        if value is not None:
-            return value
         if changes_tensor(node) and isinstance(args[0], Tensor):
             get_input(node).meta["value"] = args[0].detach()  # of the shape before, which the rule asks for
-        if node.op == "call_method":
-            return getattr(args[0], target)(*args[1:], **kwargs)
-        return drop_data(target(*args, **kwargs))
+        return compute_without_data(node, self._find_layer(node), args, kwargs)
 
     def _find_axes(self, node: fx.Node, value: Any) -> Tracked:
         if node.op == "output":

@@ -3,38 +3,25 @@
 The graph then holds a node that expects the same answer: for another shape it raises an error.
 """
 
-import builtins
 import inspect
 import math
-import operator
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property, wraps
-from types import CodeType, FrameType
-from typing import Any, Literal
+from functools import cached_property
+from types import FrameType
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_leaves
 
 from elastic.errors import StructureError
 from elastic.widths.copying import ATOMS
-from elastic.widths.tracing.meta import drop_data, make_meta_copy
-from elastic.widths.tracing.shapes import infer_call, infer_layer
+from elastic.widths.tracing.meta import compute_without_data, drop_data, make_meta_copy
+from elastic.widths.tracing.proxies import AskedProxy, Instruction, TrainingFlag
 from elastic.widths.tracing.sizes import note_computed_sizes
 
-Instruction = tuple[CodeType, int]  # the place in the code where a frame is
-
-# Functions that make a tensor of given sizes: torch.fx does not see them where these are traced numbers.
-FACTORIES = tuple("ones zeros full empty arange rand randn linspace eye tensor as_tensor".split())
-# Methods that take sizes or types, which torch.fx does not see where the forward makes the tensor itself.
-SIZED = tuple(
-    "expand broadcast_to repeat tile view reshape narrow select type "
-    "new_zeros new_ones new_empty new_full".split()
-)
 NUMPY = {"axis", "out"}  # how NumPy's functions call a method of what is no array
 PLACE = "place"  # in a node's `meta`: the module in whose forward it is
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -71,73 +58,6 @@ def changes_tensor(node: fx.Node) -> bool:
     """Tell whether a node calls a method that changes its tensor, perhaps also its shape: `unsqueeze_`."""
     name = str(node.target)
     return node.op == "call_method" and name.endswith("_") and not name.endswith("__")
-
-
-class TrainingFlag:
-    """Stand for `self.training`, true while a forward is traced, and know what it has been used for.
-
-    Attributes:
-        use: it "decides" where the forward goes, or is "passed" on to an operation; None of anything else.
-    """
-
-    def __init__(self) -> None:
-        self.use: Literal["passed", "decides"] | None = None
-
-    def __bool__(self) -> bool:
-        self.use = "decides"
-        return True
-
-    def pass_on(self) -> bool:
-        """Be an argument of an operation."""
-        self.use = self.use or "passed"
-        return True
-
-
-class _Asked:
-    """Answer with a number where Python insists on one."""
-
-    def __index__(self) -> int:
-        caller = sys._getframe(1)
-        return int(self.tracer.ask(self, (caller.f_code, caller.f_lasti)))  # type: ignore[attr-defined]
-
-    __int__ = __index__
-
-    def __float__(self) -> float:
-        """Give a number for good."""
-        return float(self.tracer.ask(self))  # type: ignore[attr-defined]
-
-    def __round__(self, digits: int | None = None) -> float:
-        return round(float(self), digits)
-
-    def __divmod__(self, other: Any) -> tuple[Any, Any]:
-        number: Any = self
-        return number // other, number % other
-
-    def __len__(self) -> int:
-        tracer = self.tracer  # type: ignore[attr-defined]
-        return int(tracer.ask(tracer.create_proxy("call_function", len, (self,), {})))
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
-        """Give NumPy a number, or those of a shape, for good."""
-        return np.asarray(self.tracer.ask_numbers(self), dtype)  # type: ignore[attr-defined]
-
-
-class _AskedAttribute(_Asked, fx.proxy.Attribute):
-    pass
-
-
-# What NumPy and torch look for to tell what something is, beside `__array__`.
-LOOKED_FOR = ("__array", "__cuda_array", "_is_param", "_is_buffer")
-
-
-class _AskedProxy(_Asked, fx.Proxy):
-    def __getattr__(self, k: str) -> fx.proxy.Attribute:
-        if k.startswith(LOOKED_FOR):
-            raise AttributeError(k)
-        return _AskedAttribute(self, k)
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
 
 class ConcreteTracer(fx.Tracer):
@@ -243,7 +163,7 @@ class ConcreteTracer(fx.Tracer):
         return super().create_proxy(*args, **kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _AskedProxy(node, self) if self._inputs else fx.Proxy(node, self)
+        return AskedProxy(node, self) if self._inputs else fx.Proxy(node, self)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         return bool(self.ask(obj)) if self._inputs else super().to_bool(obj)
@@ -326,15 +246,8 @@ class ConcreteTracer(fx.Tracer):
             owner = self._replica.get_submodule(path)
             value = getattr(owner, name) if hasattr(owner, name) else getattr(self.root, name)
             return drop_data(value)
-        if node.op == "call_module":
-            layer = self._replica.get_submodule(target)
-            value = infer_layer(layer, args, kwargs)
-            return layer(*args, **kwargs) if value is None else value
-        if (value := infer_call(target, args, kwargs)) is not None:
-            return value
-        if node.op == "call_method":
-            return getattr(args[0], target)(*args[1:], **kwargs)
-        return drop_data(target(*args, **kwargs))
+        layer = self._replica.get_submodule(target) if node.op == "call_module" else None
+        return compute_without_data(node, layer, args, kwargs)
 
 
 @contextmanager
@@ -349,54 +262,3 @@ def _untraced() -> Iterator[None]:
     finally:
         for name, method in zip(PATCHED, before, strict=True):
             setattr(nn.Module, name, method)
-
-
-@contextmanager
-def pass_for_tensors() -> Iterator[None]:
-    """Let a forward that asks `isinstance(x, Tensor)` find a tensor where a traced value stands for one.
-
-    Such a value has no `__class__` that says so: torch's own code in C would take it for a tensor's memory.
-    """
-    ask, tensor = builtins.isinstance, torch.empty(0, device="meta")
-
-    def is_instance(value: Any, kinds: Any) -> bool:
-        if type(value) is not _AskedProxy or ask(value, kinds) or not ask(tensor, kinds):
-            return ask(value, kinds)
-        tracer: Any = value.tracer
-        return bool(tracer.stands_for_tensor(value.node))
-
-    try:
-        builtins.isinstance = is_instance  # type: ignore[assignment]
-        yield
-    finally:
-        builtins.isinstance = ask
-
-
-@contextmanager
-def trace_factories(tracer: fx.Tracer) -> Iterator[None]:
-    """Let functions that make tensors, and methods of tensors made so, be traced with traced numbers."""
-    before = {name: getattr(torch, name) for name in FACTORIES}
-    try:
-        for name, function in before.items():
-            setattr(torch, name, _make_traceable(tracer, function, "call_function", function))
-        for name in SIZED:
-            setattr(Tensor, name, _make_traceable(tracer, getattr(Tensor, name), "call_method", name))
-        yield
-    finally:
-        for name, function in before.items():
-            setattr(torch, name, function)
-        for name in SIZED:
-            if name in vars(Tensor):  # its base has torch's own
-                delattr(Tensor, name)
-
-
-def _make_traceable(
-    tracer: fx.Tracer, function: Callable[..., Any], kind: str, target: Any
-) -> Callable[..., Any]:
-    @wraps(function)
-    def make(*args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(value, fx.Proxy) for value in tree_leaves((args, kwargs))):
-            return tracer.create_proxy(kind, target, args, kwargs)
-        return function(*args, **kwargs)
-
-    return make

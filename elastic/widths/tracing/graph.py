@@ -10,7 +10,8 @@ from elastic.errors import StructureError
 from elastic.widths.operations.interface import get_operation_name
 from elastic.widths.operations.registry import is_whole
 from elastic.widths.parameters import get_kind
-from elastic.widths.tracing.concrete import PLACE, ConcreteTracer, pass_for_tensors, trace_factories
+from elastic.widths.tracing.concrete import PLACE, ConcreteTracer
+from elastic.widths.tracing.patching import pass_for_tensors, trace_factories
 from elastic.widths.tracing.sizes import AttributePlace, note_computed_sizes, tag_sizes
 
 

@@ -1,18 +1,18 @@
 """Copy a model without its data."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from elastic.errors import StructureError
 from elastic.widths.copying import copy_module
 from elastic.widths.parameters import get_kind
-from elastic.widths.tracing.shapes import infer_each, infer_norm
+from elastic.widths.tracing.shapes import infer_call, infer_each, infer_layer, infer_norm
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
@@ -69,6 +69,25 @@ def make_meta_copy(model: nn.Module) -> nn.Module:
 def drop_data(value: Any) -> Any:
     """Bring a tensor to the meta device; leave anything else as it is."""
     return value.to("meta") if isinstance(value, Tensor) and not value.is_meta else value
+
+
+def compute_without_data(
+    node: fx.Node, layer: nn.Module | None, args: Sequence[Any], kwargs: dict[str, Any]
+) -> Any:
+    """Compute what an operation gives of tensors on the meta device; nothing is called that is known.
+
+    Args:
+        layer: the one that the node calls, if it calls one.
+    """
+    target: Any = node.target
+    if layer is not None:
+        value = infer_layer(layer, args, kwargs)
+        return layer(*args, **kwargs) if value is None else value
+    if (value := infer_call(target, args, kwargs)) is not None:
+        return value
+    if node.op == "call_method":
+        return getattr(args[0], target)(*args[1:], **kwargs)
+    return drop_data(target(*args, **kwargs))
 
 
 class WithoutData(TorchFunctionMode):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from elastic.errors import StructureError
-from elastic.widths.tracing.concrete import TrainingFlag
 from elastic.widths.tracing.graph import describe_node, preserve_attributes, trace, trace_graph
+from elastic.widths.tracing.proxies import TrainingFlag
 from elastic.widths.tracing.sizes import AttributePlace
 
 MODE = "_mode"  # where a traced network holds its own
