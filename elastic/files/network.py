@@ -5,7 +5,6 @@ and modules own begins with a dot. The architecture is shapes and metadata: a kn
 or the caller brings the network as it was first built. No code is read from a file.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from importlib import import_module
@@ -21,17 +20,16 @@ from elastic.dynamic.attaching import MODULES, attach_modules
 from elastic.dynamic.modules import describe_modules, iterate_modules, select_set
 from elastic.errors import FileError, OptionError, StructureError
 from elastic.files.filling import fill_network, load_state, match_type, refuse_unfillable, take_types
+from elastic.files.metadata import build_network, make_example, read_levels, read_modules
 from elastic.files.packing import read_tensors, write_tensors
 from elastic.files.zoo import find_file
 from elastic.levels.nested import Levels
-from elastic.models.builders import build_model
 from elastic.surgery.checking import discover_checked
-from elastic.widths.inputs import Example, list_inputs, make_zeros
+from elastic.widths.inputs import Example, list_inputs
 from elastic.widths.tracing.meta import refuse_compiled
 
 # What levels own, and kernel activation modules, are stored under these: no layer's name begins with a dot.
 LEVEL_NORMS, LEVEL_MODULES = ".levels.", ".kams."
-HEAD = re.compile(r"\.kams\.0\..*\.heads\.(\d+)\.")  # the set of a module of the smallest level
 # Held while one of several sets runs: it is selected for all threads. No network has it: they are copied.
 SELECTED = RLock()
 STRUCTURE = ("levels", "switched")  # of the metadata: what the network itself knows
@@ -187,25 +185,25 @@ class Network:
         path = Path(path).expanduser()
         tensors, about = read_tensors(path)
         if net is None:
-            net = _build(about, path)
+            net = build_network(about, path)
         refuse_unfillable(net, path)
         if example is None:
-            example = _make_example(about, path)
+            example = make_example(about, path)
         state = {name: tensor for name, tensor in tensors.items() if not name.startswith(".")}
         take_types(net, state)
         example = match_type(example, net)
         widths = fill_network(net, state, example)
-        said = {name: value for name, value in about.items() if name not in STRUCTURE}
+        rest = {name: value for name, value in about.items() if name not in STRUCTURE}
         if "levels" in about:
-            levels = Levels(net, widths, _check_levels(about["levels"], path))
+            levels = Levels(net, widths, read_levels(about, path))
             load_state(levels.norms, _select(tensors, LEVEL_NORMS), f"{path} lacks norms of its levels")
-            network = cls(levels, about=said)
+            network = cls(levels, about=rest)
         else:
-            network = cls(net, about=said)
-        for each in network.nets:
-            each.eval()
+            network = cls(net, about=rest)
+        for level in network.nets:
+            level.eval()
         if "switched" in about:
-            network._attach(tensors, _check_modules(about["switched"], tensors, path), example, path)
+            network._attach(tensors, read_modules(about, tensors, path), example, path)
         return network
 
     @classmethod
@@ -250,7 +248,9 @@ class Network:
         """
         return str(_import_hub().write_repository(self, repo_id, options))
 
-    def _attach(self, tensors: Mapping[str, Tensor], modules: Any, example: Example, path: Path) -> None:
+    def _attach(
+        self, tensors: Mapping[str, Tensor], modules: Mapping[str, Any], example: Example, path: Path
+    ) -> None:
         """Give every level the kernel activation modules of a file."""
         for k, net in enumerate(self.nets):
             dynamic = attach_modules(
@@ -265,25 +265,6 @@ class Network:
             state = _select(tensors, f"{LEVEL_MODULES}{k}.")
             load_state(dynamic.get_submodule(MODULES), state, f"{path} lacks modules of level {k}")
             self.dynamic_nets.append(dynamic.eval())
-
-
-def _check_levels(levels: Any, path: Path) -> list[dict[str, int]]:
-    """Return what a file says of its levels, if it is of the right type; whether it can be is seen later."""
-    are_levels = isinstance(levels, list) and all(isinstance(level, dict) for level in levels)
-    if not are_levels or any(type(n) is not int or n < 1 for level in levels for n in level.values()):
-        raise FileError(f"{path} says of its levels what cannot be: train again or restore it")
-    return list(levels)
-
-
-def _check_modules(modules: Any, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
-    """Return what a file says of its modules, if it has the tensors of as many sets."""
-    heads = {match[1] for name in tensors if (match := HEAD.match(name))}
-    fits = isinstance(modules, dict) and type(modules.get("sets")) is int and len(heads) == modules["sets"]
-    names = modules.get("names") or [] if fits else []
-    are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    if not fits or not are_names or not all(isinstance(modules.get(key), str) for key in ("kind", "choice")):
-        raise FileError(f"{path} says of its modules what its tensors do not: train again or restore it")
-    return dict(modules)
 
 
 def save(
@@ -315,33 +296,6 @@ def _import_hub() -> ModuleType:
         return import_module("elastic.files.hub")
     except ImportError as error:
         raise FileError(f"{error.name} is not installed: install the extra `hub`") from error
-
-
-def _make_example(about: Mapping[str, Any], path: Path) -> Example:
-    if "input" not in about:
-        raise FileError(f"{path} does not say the size of its input: give an example, batch first")
-    try:
-        return make_zeros(about["input"], 1)
-    except (
-        TypeError,
-        ValueError,
-        AttributeError,
-        RuntimeError,
-    ) as error:  # of what are no sizes, or too large ones
-        raise FileError(
-            f"{path} says that its input is {about['input']}: give an example, batch first"
-        ) from error
-
-
-def _build(about: Mapping[str, Any], path: Path) -> nn.Module:
-    if not isinstance(about.get("model"), dict):
-        raise FileError(
-            f"{path} does not say how its network is built: give the network as it was first built"
-        )
-    try:
-        return build_model(about["model"])
-    except OptionError as error:
-        raise FileError(f"{path}: {error}") from error
 
 
 def _select(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -435,7 +435,7 @@ def test_what_is_read_in_inference_mode_is_read_as_elsewhere(
     net, x, widths = built("convnet")
     network = dynamic(evaluated(nested(net, widths, halves(widths, 0.5))), x)
     network.save(tmp_path / "net", {"model": {}, "input": list(x.shape[1:])})
-    monkeypatch.setattr("elastic.files.network.build_model", lambda options: fresh("convnet"))
+    monkeypatch.setattr("elastic.files.metadata.build_model", lambda options: fresh("convnet"))
     with torch.inference_mode():
         again = Network.load(tmp_path / "net")
         with pytest.raises(StructureError, match="build it outside"):
