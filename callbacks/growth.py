@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-import torch
 
 from elastic.callbacks.base import ElasticCallback
-from elastic.errors import OptionError, TrainingError
+from elastic.errors import OptionError
 from elastic.growth.amount import Growth
 from elastic.growth.gradmax import gradmax
 from elastic.growth.triggers import Trigger
@@ -16,16 +15,16 @@ from elastic.ranges import NotNegative, Part, checked
 from elastic.surgery.depth import count_blocks
 from elastic.surgery.freezing import find_frozen_widths, is_frozen
 from elastic.surgery.fresh import PAIRS, STRATEGIES, Fresh, zero_out
-from elastic.surgery.reindexing import Index, grow_index, split_index
+from elastic.surgery.indices import Index, grow_index, pair_index, split_index
 from elastic.training.entry_rates import EntryRates
 from elastic.training.kinds import overrides
+from elastic.training.monitoring import check_logged, check_validation, is_validated
 from elastic.training.progress import may_be_validated_later, measure_epoch_progress
 from elastic.training.samples import check_loss, sample_batch
-from elastic.training.timeline import find_growth_at, find_starts, read_timeline, select_growth
+from elastic.training.timeline import check_replay, find_growth_at, read_timeline, select_growth
 from elastic.widths.inputs import list_inputs
 
 STARTS = (*STRATEGIES, *PAIRS, "gradmax")
-VALIDATED = ("val/", "val_")  # as metrics of validation begin
 BATCH = 256  # training images that GradMax looks at
 
 
@@ -74,9 +73,8 @@ class GrowOnSaturation(ElasticCallback):
         self.trigger, self.amount, self.monitor = trigger, amount, monitor
         self.fresh, self.until, self.catch_up = fresh, until, catch_up
         self.rates: EntryRates | None = None
-        rows = [] if timeline is None else read_timeline(Path(timeline))
-        self.script = None if timeline is None else select_growth(rows)
-        self.starts = {kind: find_starts(rows, kind) for kind in ("width", "stage")}
+        self.rows = [] if timeline is None else read_timeline(Path(timeline))
+        self.script = None if timeline is None else select_growth(self.rows)
         self.is_due = False
         self._source: Literal["validation", "training"] | None = None  # of the metric, once it has come
         self._observed = -1  # the latest epoch whose metric the trigger has seen
@@ -93,55 +91,12 @@ class GrowOnSaturation(ElasticCallback):
         super().setup(trainer, pl_module, stage)
         self._source, self._observed, self._awaited = None, -1, None
         if stage == "fit" and self.script is None:
-            self._check_validation(trainer)
-
-    def _check_validation(self, trainer: L.Trainer) -> None:
-        if not self.monitor.startswith(VALIDATED):
-            return
-        if trainer.limit_val_batches == 0:
-            raise TrainingError(
-                f"growth watches '{self.monitor}', but trainer.limit_val_batches=0 leaves it out: let "
-                "it run, or watch a metric of training with callbacks.growth.monitor"
-            )
-        if not trainer.enable_validation:
-            raise TrainingError(
-                f"growth watches '{self.monitor}', but nothing is validated: give the fit validation data "
-                "and the module a validation_step, or watch a metric of training with monitor"
-            )
-        if trainer.val_check_interval != 1.0:
-            raise TrainingError(
-                f"growth looks at '{self.monitor}' once an epoch, validation comes every "
-                f"{trainer.val_check_interval}: leave trainer.val_check_interval at 1.0"
-            )
+            check_validation(trainer, self.monitor)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         self.rates = EntryRates(trainer.optimizers) if self.catch_up else None
-        self._check_script()
-
-    def _check_script(self) -> None:
-        """Refuse a timeline of another network before anything is trained."""
-        stages = self.structure.start_depth
-        for row in self.script or ():
-            name = str(row.get("width", row.get("stage")))
-            in_stage = any(name.startswith(f"{stage}." if stage else "") for stage in stages)
-            if name not in self.structure.widths and name not in stages and not in_stage:
-                raise TrainingError(
-                    f"the timeline tells of '{name}', which this network has not: replay it on the network, "
-                    "and with the start, of its own run"
-                )
-        if not self.structure.timeline:  # a run that goes on has other blocks by now, and was checked
-            self._check_starts("width", self.structure.start_sizes)
-            self._check_starts("stage", stages)
-
-    def _check_starts(self, kind: str, sizes: Mapping[str, int]) -> None:
-        for name, start in self.starts[kind].items():
-            own = sizes.get(name, start)
-            if own != start:
-                raise TrainingError(
-                    f"the timeline begins with {start} in the {kind} '{name}', this network with {own}: "
-                    "replay it on the network, and with the start, of its own run"
-                )
+        check_replay(self.rows, self.structure)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -150,9 +105,9 @@ class GrowOnSaturation(ElasticCallback):
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look for validation's metric before anything is trained; a check may log nothing on purpose."""
-        checked = any(name.startswith(VALIDATED) for name in trainer.callback_metrics)
-        if self.script is None and self.monitor.startswith(VALIDATED) and checked:
-            self._check_logged(trainer)
+        checked = any(map(is_validated, trainer.callback_metrics))
+        if self.script is None and is_validated(self.monitor) and checked:
+            check_logged(trainer, self.monitor)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking and trainer.state.fn == "fit" and self._source != "training":
@@ -174,7 +129,7 @@ class GrowOnSaturation(ElasticCallback):
         if self._awaited is None:
             return
         if not may_be_validated_later(trainer, self._awaited):
-            self._check_logged(trainer)
+            check_logged(trainer, self.monitor)
         self._decide(trainer, "training", self._awaited)
         self._awaited = None
 
@@ -188,32 +143,28 @@ class GrowOnSaturation(ElasticCallback):
         in_time = measure_epoch_progress(trainer, epoch + 1) < self.until
         self.is_due = self.structure.agree(saturated and in_time)
 
-    def _check_logged(self, trainer: L.Trainer) -> None:
-        if self.monitor not in trainer.callback_metrics:
-            logged = ", ".join(sorted(trainer.callback_metrics)) or "none"
-            raise TrainingError(
-                f"growth watches '{self.monitor}', which is not logged; there are: {logged}: name one of "
-                "them, or log it in training_step with on_epoch=True, or in validation_step"
-            )
-
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._decide_awaited(trainer)
-        structure = self.structure
         if self.script is not None:
             self._grow(trainer, *find_growth_at(self.script, trainer.current_epoch), "grow: timeline")
         elif self.is_due:
             self.is_due = False
-            frozen = find_frozen_widths(structure.net, structure.widths)
-            now = {name: size for name, size in structure.widths.sizes().items() if name not in frozen}
-            blocks = {
-                s: n
-                for s, n in count_blocks(structure.net).items()
-                if not is_frozen(structure.net.get_submodule(s))
-            }
-            sizes = self.amount.propose(now, structure.start_sizes)
-            stages = self.amount.deepen(blocks, structure.start_depth)
+            sizes, stages = self._propose()
             reason = getattr(self.trigger, "reason", f"{self.monitor} saturated")
             self._grow(trainer, sizes, stages, f"grow: {reason}")
+
+    def _propose(self) -> tuple[dict[str, int], list[str]]:
+        """Propose new sizes of widths, and stages that gain a block, of what is not frozen."""
+        structure = self.structure
+        frozen = find_frozen_widths(structure.net, structure.widths)
+        sizes = {name: size for name, size in structure.widths.sizes().items() if name not in frozen}
+        blocks = {
+            stage: count
+            for stage, count in count_blocks(structure.net).items()
+            if not is_frozen(structure.net.get_submodule(stage))
+        }
+        grown = self.amount.propose(sizes, structure.start_sizes)
+        return grown, self.amount.deepen(blocks, structure.start_depth)
 
     def _grow(self, trainer: L.Trainer, sizes: Mapping[str, int], stages: Iterable[str], reason: str) -> None:
         """Bring widths to their new sizes, where they are smaller, and add a block to each stage."""
@@ -236,15 +187,11 @@ class GrowOnSaturation(ElasticCallback):
             self.rates.set_fresh(remaining**-self.catch_up)
 
     def _grow_half(self, added: Mapping[str, int], reason: str) -> dict[str, Index]:
-        """Grow by half of the channels; return what lets each of them stand twice. An odd one stays alone."""
-        structure = self.structure
-        sizes = structure.widths.sizes()
+        """Grow by half of the channels; return what lets each of them stand twice."""
+        sizes = self.structure.widths.sizes()
         halves = {name: grow_index(sizes[name], count - count // 2) for name, count in added.items()}
-        structure.restructure(halves, reason, PAIRS[self.fresh][0])
-        return {
-            name: torch.cat([torch.arange(len(half)), sizes[name] + torch.arange(added[name] // 2)])
-            for name, half in halves.items()
-        }
+        self.structure.restructure(halves, reason, PAIRS[self.fresh][0])
+        return {name: pair_index(sizes[name], count) for name, count in added.items()}
 
     def _choose_start(self, trainer: L.Trainer, added: Mapping[str, int]) -> Fresh:
         if self.fresh in PAIRS:

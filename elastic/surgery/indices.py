@@ -22,6 +22,14 @@ def split_index(size: int, by: int, generator: torch.Generator) -> Tensor:
     return torch.cat([torch.arange(size), torch.cat(orders)[:by]])
 
 
+def pair_index(size: int, by: int) -> Tensor:
+    """Complete a growth by `by` channels of which the first half are there: let each of them stand twice.
+
+    Of an odd number one stays alone.
+    """
+    return torch.cat([torch.arange(size + by - by // 2), size + torch.arange(by // 2)])
+
+
 def resize_index(size: int, to: int) -> Tensor:
     """Keep the first `to` channels, with fresh ones past the last: gives shapes to be loaded into."""
     return torch.arange(to).where(torch.arange(to) < size, torch.tensor(FRESH))

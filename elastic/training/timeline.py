@@ -1,15 +1,16 @@
-"""Read the structural events of a run, one a line of JSON, and the growth among them.
+"""Read the structural events of a run, one a line of JSON, and the growth among them, which can be replayed.
 
 A row has epoch, step, why, before and after, and either `width` (channels) or `stage` (blocks).
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from elastic.errors import StructureError, cite
+from elastic.errors import StructureError, TrainingError, cite
 from elastic.files.sums import check_sum
+from elastic.training.structure import Structure
 
 MOST = 2**20  # channels of a width, or epochs: beyond it a file asks for what no machine has
 
@@ -40,17 +41,40 @@ def select_growth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if row["after"] > row["before"]]
 
 
-def find_starts(rows: Sequence[dict[str, Any]], kind: str) -> dict[str, int]:
-    """Find what each width, or each stage, had before its first event.
-
-    Args:
-        kind: `width` or `stage`.
-    """
-    return {row[kind]: row["before"] for row in reversed(rows) if kind in row}
-
-
 def find_growth_at(rows: Sequence[dict[str, Any]], epoch: int) -> tuple[dict[str, int], list[str]]:
     """Find what grew as an epoch began: the channels that widths then had, the stages deepened."""
     grown = [row for row in select_growth(rows) if row["epoch"] == epoch]
     sizes = {row["width"]: row["after"] for row in grown if "width" in row}
     return sizes, [row["stage"] for row in grown if "stage" in row]
+
+
+def check_replay(rows: Sequence[dict[str, Any]], structure: Structure) -> None:
+    """Refuse rows of another network, before anything is trained.
+
+    Raises:
+        TrainingError: the network has not what they tell of, or began otherwise.
+    """
+    stages = structure.start_depth
+    for row in select_growth(rows):
+        name = str(row.get("width", row.get("stage")))
+        in_stage = any(name.startswith(f"{stage}." if stage else "") for stage in stages)
+        if name not in structure.widths and name not in stages and not in_stage:
+            raise TrainingError(
+                f"the timeline tells of '{name}', which this network has not: replay it on the network, and "
+                "with the start, of its own run"
+            )
+    if not structure.timeline:  # a run that goes on has other blocks by now, and was checked
+        _check_starts(rows, "width", structure.start_sizes)
+        _check_starts(rows, "stage", stages)
+
+
+def _check_starts(rows: Sequence[dict[str, Any]], kind: str, sizes: Mapping[str, int]) -> None:
+    """Refuse rows before whose first event a width, or a stage, had another size than the network's."""
+    starts = {row[kind]: row["before"] for row in reversed(rows) if kind in row}
+    for name, start in starts.items():
+        size = sizes.get(name, start)
+        if size != start:
+            raise TrainingError(
+                f"the timeline begins with {start} in the {kind} '{name}', this network with {size}: "
+                "replay it on the network, and with the start, of its own run"
+            )
