@@ -100,6 +100,10 @@ class ElasticCallback(L.Callback):
             self.structure.hide_gates()
             for callback in list_elastic(trainer):
                 callback.check(trainer)
+        self._refuse_static(trainer)
+
+    def _refuse_static(self, trainer: L.Trainer) -> None:
+        """Refuse Lightning's own callbacks that hold on to the network, where that changes or is replaced."""
         static = [
             callback
             for callback in trainer.callbacks  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ from elastic.pruning import gates, live
 from elastic.pruning.budget import Budget
 from elastic.pruning.fitting import fit_gates_to_budget, measure_compacted, report_budget
 from elastic.pruning.gates import Grain
-from elastic.pruning.penalty import add_penalty_gradient
+from elastic.pruning.penalty import add_penalty_gradient, set_prices
 from elastic.pruning.ranking import keep_best_gates, reopen_gates
 from elastic.ranges import Count, Natural, NotNegative, Part, checked
 from elastic.training.progress import (
@@ -185,13 +185,7 @@ class PruneByGates(ElasticCallback):
         if shapes != self._priced:
             self._priced = shapes
             self.uses = count_macs_per_weight(self.structure.net, self.structure.example)
-            if not self.uses:
-                raise OptionError(
-                    "no layer of the network has a weight whose MACs gates could save: set by=params"
-                )
-            average = sum(self.uses.values()) / len(self.uses)
-            for path, _, gate in gates.iterate_gates(self.structure.net):
-                gate.price = self.uses.get(path, 0.0) / average  # an embedding multiplies nothing
+            set_prices(self.structure.net, self.uses)
 
     def state_dict(self) -> dict[str, Any]:
         budget = None if self.budget is None else dict(vars(self.budget))

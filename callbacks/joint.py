@@ -43,10 +43,13 @@ class TrainJointly(TrainLevels):
 
     def list_step_networks(self) -> Sequence[StepNetwork]:
         """List all levels; those between are executed in a part of the steps."""
-        smallest, *between, _ = self.levels if len(self.levels) > 1 else (None, self.levels[0])
-        often = min(1.0, self.between / max(1, len(between)))
-        small = [] if smallest is None else [StepNetwork(smallest)]
-        return [*small, *(StepNetwork(level, often) for level in between), StepNetwork(self.structure.net)]
+        smallest, *between, largest = self.levels
+        times = min(1.0, self.between / max(1, len(between)))
+        return [
+            StepNetwork(smallest),
+            *(StepNetwork(level, times) for level in between),
+            StepNetwork(largest),
+        ]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -62,6 +65,6 @@ class TrainJointly(TrainLevels):
         """Return what the levels drawn for this step lose against the network's own output."""
         drawn = [0, *(1 + torch.randperm(len(self.levels) - 2)[: self.between]).tolist()]
         outputs = self.outputs or self.structure.outputs
-        said = (self.structure.run(k, *inputs, **named) for k in drawn)
-        losses = [compare_outputs(each, output, outputs) for each in said]
+        answers = (self.structure.run(k, *inputs, **named) for k in drawn)
+        losses = [compare_outputs(answer, output, outputs) for answer in answers]
         return torch.stack(losses).sum()

@@ -1,11 +1,12 @@
-"""Add the penalty on open gates to their gradients, without autograd and in a few fused calls."""
+"""Price gates, and add the penalty on open ones to their gradients, without autograd and fused."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from elastic.pruning.gates import Gate, compute_worth
+from elastic.errors import OptionError
+from elastic.pruning.gates import Gate, compute_worth, iterate_gates
 
 
 @torch.no_grad()
@@ -35,6 +36,22 @@ def add_penalty_gradient(gates: Iterable[tuple[str, nn.Module, Gate]], penalty: 
     torch._foreach_mul_(gradients, counts)
     torch._foreach_mul_(gradients, [penalty * compute_worth(layer, gate) for layer, gate in layers])
     _accumulate(scores, gradients)
+
+
+def set_prices(model: nn.Module, uses: Mapping[str, float]) -> None:
+    """Set what a weight behind each gate costs: its MACs, relative to those of a weight of the average layer.
+
+    Args:
+        uses: MACs of a weight, by layer, from `count_macs_per_weight`.
+
+    Raises:
+        OptionError: there are none.
+    """
+    if not uses:
+        raise OptionError("no layer of the network has a weight whose MACs gates could save: set by=params")
+    average = sum(uses.values()) / len(uses)
+    for path, _, gate in iterate_gates(model):
+        gate.price = uses.get(path, 0.0) / average  # an embedding multiplies nothing
 
 
 def _accumulate(parameters: list[Tensor], gradients: list[Tensor]) -> None:
