@@ -10,8 +10,8 @@ from torch import Tensor
 
 from elastic.callbacks.base import ElasticCallback, StepNetwork, refuse_changes_beside
 from elastic.dynamic.activations import Activation
-from elastic.dynamic.loss import HAVE_TARGET, ActivationCost, ActivationLoss, By, Form
-from elastic.dynamic.modules import iterate_modules, select_set
+from elastic.dynamic.loss import HAVE_TARGET, ActivationCost, ActivationLoss, By, Form, compute_ramp
+from elastic.dynamic.modules import iterate_modules, lower_scores, select_set
 from elastic.dynamic.norms import SetNorm
 from elastic.dynamic.saliency import Saliency
 from elastic.errors import OptionError, TrainingError
@@ -82,25 +82,12 @@ class PruneDynamically(ElasticCallback):
         freeze: Part = 1.0,
     ) -> None:
         gains = list(gain) if isinstance(gain, Iterable) else [gain]
-        if not gains or not begin <= end < 1:
-            raise OptionError(
-                f"{len(gains)} gains, from {begin} to {end} of the run: give one or more, 0 ≤ begin ≤ end < 1"
-            )
-        if start not in get_args(Start):
-            raise OptionError(
-                f"modules cannot start by '{start}': set start to {' or '.join(get_args(Start))}"
-            )
-        if modules_only and freeze < 1:
-            raise OptionError("where modules alone are trained, they cannot freeze: leave one of both out")
-        if difficulty and not saliency and start != "saliency":
-            raise OptionError(
-                "nothing teaches modules what is difficult: set saliency above 0, or difficulty=0"
-            )
-        self.losses = [ActivationLoss(each, form, by, target) for each in gains]
         self.activation, self.kind, self.begin, self.end = activation, kind, begin, end
         self.branches, self.rate, self.modules_only = branches, rate, modules_only
         self.start, self.saliency, self.contrast, self.freeze = start, saliency, contrast, freeze
         self.difficulty = difficulty
+        self._check_options(len(gains))
+        self.losses = [ActivationLoss(each, form, by, target) for each in gains]
         self.costs: list[ActivationCost] = []
         self.has_started = self.is_frozen = False
         self.active_set, self.ramp_up = 0, 0.0
@@ -109,6 +96,23 @@ class PruneDynamically(ElasticCallback):
         self.threshold_LS = self.multiplier_LS.clone()  # what saliency has to exceed, subtracted from biases
         self._saliencies: list[Saliency] = []
         self._fraction: Tensor | None = None  # of what the last call in a training step has engaged
+
+    def _check_options(self, gains: int) -> None:
+        if not gains or not self.begin <= self.end < 1:
+            raise OptionError(
+                f"{gains} gains, from {self.begin} to {self.end} of the run: give one or more, "
+                "0 ≤ begin ≤ end < 1"
+            )
+        if self.start not in get_args(Start):
+            raise OptionError(
+                f"modules cannot start by '{self.start}': set start to {' or '.join(get_args(Start))}"
+            )
+        if self.modules_only and self.freeze < 1:
+            raise OptionError("where modules alone are trained, they cannot freeze: leave one of both out")
+        if self.difficulty and not self.saliency and self.start != "saliency":
+            raise OptionError(
+                "nothing teaches modules what is difficult: set saliency above 0, or difficulty=0"
+            )
 
     def list_step_networks(self) -> Sequence[StepNetwork]:
         """List the levels, of which each step trains one."""
@@ -202,15 +206,11 @@ class PruneDynamically(ElasticCallback):
         for module in iterate_modules(self.structure.kernel_modules):
             module.temperature = COLD**progress
         self.is_active = progress >= self.begin
-        self.ramp_up = self._compute_ramp(progress)
+        self.ramp_up = compute_ramp(progress, self.begin, self.end)
         if progress >= self.freeze and not self.is_frozen:
             self.is_frozen = True
             self.structure.kernel_modules.requires_grad_(False)
         self._draw()
-
-    def _compute_ramp(self, progress: float) -> float:
-        rises = self.begin <= progress < self.end
-        return (progress - self.begin) / (self.end - self.begin) if rises else 1.0
 
     def _draw(self) -> None:
         """Draw the level and the set of modules that this step trains."""
@@ -250,18 +250,15 @@ class PruneDynamically(ElasticCallback):
         loss = self.losses[self.active_set]
         fraction = trainer.strategy.reduce(fraction, reduce_op="mean")  # type: ignore[assignment]
         if loss.form == "threshold":
-            ramp_up = self._compute_ramp(measure_step_progress(trainer))
-            self._raise_threshold(level, loss.compute_rise(fraction, ramp_up))
+            ramp_up = compute_ramp(measure_step_progress(trainer), self.begin, self.end)
+            rise = loss.compute_rise(fraction, ramp_up)
+            self.threshold_LS[level, self.active_set] += rise
+            lower_scores(self.structure.dynamic_nets[level], rise)
             return
         multiplier = self.multiplier_LS[level, self.active_set]
         self.multiplier_LS[level, self.active_set] = loss.update_multiplier(
             multiplier, fraction, self.ramp_up, 1 / trainer.num_training_batches
         )
-
-    def _raise_threshold(self, level: int, rise: Tensor) -> None:
-        self.threshold_LS[level, self.active_set] += rise
-        heads = [module.get_head() for module in iterate_modules(self.structure.dynamic_nets[level])]
-        torch._foreach_add_([head.linear.bias.detach() for head in heads], -rise)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.structure.dynamic_nets:  # not so where a network is looked at before it is trained

@@ -141,3 +141,11 @@ class ActivationLoss:
     def _compute_target(self, ramp_up: float) -> float:
         assert self.target is not None
         return 1 - ramp_up * (1 - self.target)
+
+
+def compute_ramp(progress: float, begin: float, end: float) -> float:
+    """Compute how far a loss has risen when a part of the run has passed: from 0 at `begin` to 1 at `end`.
+
+    Before `begin` there is no such loss; what is told of it then is 1.
+    """
+    return (progress - begin) / (end - begin) if begin <= progress < end else 1.0

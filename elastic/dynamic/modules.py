@@ -205,6 +205,13 @@ def iterate_modules(net: nn.Module) -> Iterator[KernelActivation]:
     return (module for module in net.modules() if isinstance(module, KernelActivation))
 
 
+@torch.no_grad()
+def lower_scores(net: nn.Module, by: Tensor) -> None:
+    """Lower all scores of the active set, as if what they have to exceed had risen."""
+    heads = [module.get_head() for module in iterate_modules(net)]
+    torch._foreach_add_([head.linear.bias for head in heads], -by)
+
+
 def describe_modules(net: nn.Module) -> dict[str, Any]:
     """Say what `attach_modules` has to be told to make a network's modules again."""
     modules = list(iterate_modules(net))
