@@ -13,9 +13,8 @@ from elastic.widths.discovery import Slot, Width, Widths
 from elastic.widths.inputs import Example
 from elastic.widths.tracing import preserve_modes
 
-Entries = Callable[
-    [str, str], Tensor
-]  # (layer, tensor) -> values that are 0 where nothing is written or read
+# From a layer and the name of its tensor to values that are 0 where nothing is written or read.
+Lookup = Callable[[str, str], Tensor]
 
 
 @torch.no_grad()
@@ -34,14 +33,15 @@ def find_removable_channels(model: nn.Module, widths: Widths, example: Example) 
     # A norm that takes statistics over channels together feels the dead ones too.
     separate = {name: width for name, width in widths.items() if width.mixed is None}
     unread = {name: find_unread(widths, width, read_mask) for name, width in separate.items()}
-    silent = {name: find_unwritten(widths, width, read_mask) for name, width in separate.items()}
-    candidates = [separate[name] for name in separate if (silent[name] & ~unread[name]).any()]
+    unwritten = {name: find_unwritten(widths, width, read_mask) for name, width in separate.items()}
+    candidates = [separate[name] for name in separate if (unwritten[name] & ~unread[name]).any()]
     readers = {slot.module for width in candidates for slot in width.slots_with("in")}
+    # Of the unwritten ones those stay that hold a constant other than zero: a norm's shift, a bias.
     for constants in _observe_both_modes(model, readers, example) if readers else ():
         for width in candidates:
             for _, values in read_constants(widths, width, constants):
-                silent[width.name] &= (values == 0).all(1)
-    return list_kept({name: unread[name] | silent[name] for name in separate})
+                unwritten[width.name] &= (values == 0).all(1)
+    return list_kept({name: unread[name] | unwritten[name] for name in separate})
 
 
 def list_kept(dead: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -64,20 +64,21 @@ def _observe_both_modes(
         yield observe_constants(copy_module(model).train(), readers, example)
 
 
-def find_unread(widths: Widths, width: Width, entries: Entries) -> Tensor:
-    """Find the channels whose entries are zero in all that reads them: (channels,)."""
-    return _are_zero(widths, width, width.slots_with("in"), entries)
+def find_unread(widths: Widths, width: Width, look_up: Lookup) -> Tensor:
+    """Find the channels whose values are zero in all that reads them: (channels,)."""
+    return _are_zero(widths, width, width.slots_with("in"), look_up)
 
 
-def find_unwritten(widths: Widths, width: Width, entries: Entries) -> Tensor:
-    """Find the channels whose entries are zero in all that writes them: (channels,)."""
-    return _are_zero(widths, width, width.slots_with("out"), entries)
+def find_unwritten(widths: Widths, width: Width, look_up: Lookup) -> Tensor:
+    """Find the channels whose values are zero in all that writes them: (channels,)."""
+    return _are_zero(widths, width, width.slots_with("out"), look_up)
 
 
-def _are_zero(widths: Widths, width: Width, slots: Iterable[Slot], entries: Entries) -> Tensor:
+def _are_zero(widths: Widths, width: Width, slots: Iterable[Slot], look_up: Lookup) -> Tensor:
+    """Tell which channels of a width have zeros alone in all of these slots: (channels,)."""
     are_zero = torch.ones(width.size, dtype=torch.bool)
     for slot in slots:
-        values = entries(slot.module, slot.tensor)
+        values = look_up(slot.module, slot.tensor)
         positions = widths.positions(slot, width.name)  # (channels, copies)
         # Most lines show by their first entry that they are not zero; only the others are read.
         firsts = values[tuple(slice(None) if dim == slot.dim else 0 for dim in range(values.dim()))].cpu()

@@ -137,7 +137,6 @@ def attach_gates(
         slot.module: slot for width in widths.values() for role in roles for slot in width.slots_with(role)
     }
     norms = find_following_norms(model, *widths.example) if grain == "channel" else {}
-    roots = (model, *copies)
     for path, slot in layers.items():
         if not get_weight(model.get_submodule(path)).requires_grad:  # a user has frozen it
             continue
@@ -145,13 +144,19 @@ def attach_gates(
         companions = [(path, "bias")] if grain == "channel" else []
         if path in norms:
             companions += [(norms[path], name) for name in ("weight", "bias")]
-        for root in roots:
+        for root in (model, *copies):
             weight = get_weight(root.get_submodule(path))
             gate = Gate(weight, grain, grace, channel)
             gate.score.requires_grad_(weight.requires_grad)
-            for place, tensor in ((path, "weight"), *companions):
-                if getattr(root.get_submodule(place), tensor, None) is not None:
-                    parametrize.register_parametrization(root.get_submodule(place), tensor, gate)
+            _register(root, [(path, "weight"), *companions], gate)
+
+
+def _register(root: nn.Module, places: Iterable[tuple[str, str]], gate: Gate) -> None:
+    """Let one gate mask several tensors, (layer, name), as far as the layers have them."""
+    for path, tensor in places:
+        layer = root.get_submodule(path)
+        if getattr(layer, tensor, None) is not None:
+            parametrize.register_parametrization(layer, tensor, gate)
 
 
 def iterate_gates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Gate]]:

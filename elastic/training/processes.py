@@ -2,7 +2,7 @@
 
 import gc
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,19 +39,22 @@ def find_differing_processes(
     """
     if trainer.world_size == 1:
         return []
+    digests: list[str] = [""] * trainer.world_size
+    torch.distributed.all_gather_object(digests, _compute_digest(net, (*trainer.optimizers, *optimizers)))
+    return [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+
+
+def _compute_digest(net: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> str:
+    """Compute the digest of all tensors of a network and of what optimizers hold about its parameters."""
     digest = hashlib.sha256()
-    for name, tensor in net.state_dict().items():
-        _add(digest, name, tensor)
-    for optimizer in (*trainer.optimizers, *optimizers):
+    for name, value in (*net.state_dict().items(), *_iterate_states(optimizers)):
+        if isinstance(value, Tensor):
+            digest.update(f"{name} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _iterate_states(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[tuple[str, Any]]:
+    for optimizer in optimizers:
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-            for name, value in optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor):
-                    _add(digest, name, value)
-    found: list[str] = [""] * trainer.world_size
-    torch.distributed.all_gather_object(found, digest.hexdigest())
-    return [rank for rank, other in enumerate(found) if other != found[0]]
-
-
-def _add(digest: Any, name: str, tensor: Tensor) -> None:
-    digest.update(f"{name} {tuple(tensor.shape)}".encode())
-    digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            yield from optimizer.state.get(parameter, {}).items()
