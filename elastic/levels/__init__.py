@@ -3,9 +3,9 @@
 from elastic.levels.alone import make_alone
 from elastic.levels.cascade import fit_threshold, run_cascade
 from elastic.levels.cutting import extract_level
+from elastic.levels.deadline import Late
 from elastic.levels.importance import score_channels
 from elastic.levels.nested import Levels
-from elastic.levels.progress import Late
 from elastic.levels.refining import RefiningRuntime
 from elastic.levels.runtime import Runtime
 from elastic.levels.sensitivity import measure_sensitivity

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from elastic.dynamic.skipping import make_skipping
 from elastic.dynamic.skipping.replay import MAX_SAMPLES
 from elastic.levels.cutting import extract_level
-from elastic.levels.progress import look
+from elastic.levels.deadline import check_deadline
 from elastic.widths.inputs import Example, count_batch, draw_inputs, select_samples, split_batch
 
 CLOSE = 1e-3  # how far outputs of a batch may be from those of its inputs alone
@@ -52,7 +52,7 @@ def _is_joined(whole: Any, first: Any, second: Any) -> bool:
 
 
 class InParts(nn.Module):
-    """Compute a batch part by part, and look at the clock in between."""
+    """Compute a batch part by part, and see in between whether it will be in time."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -66,5 +66,5 @@ class InParts(nn.Module):
         for part in parts:
             outputs.append(self.net(*part))
             done += count_batch(part)
-            look(done / batch)
+            check_deadline(done / batch)
         return tree_map(lambda *tensors: torch.cat(tensors), *outputs)

@@ -53,10 +53,10 @@ class RefiningRuntime(Runtime):
         """
         begin = time.perf_counter()
         self._give_up(left_ms)
-        left_ms = self.deadline_ms if left_ms is None else left_ms
+        deadline_ms = self.deadline_ms if left_ms is None else left_ms
         logits_BK = check_scores(self.levels[0](*list_inputs(x))).clone()
         self.observe(0, 1e3 * (time.perf_counter() - begin) * self.batch / max(1, count_batch(x)))
-        end = None if left_ms is None else begin + HEADROOM * left_ms / 1e3
+        end = None if deadline_ms is None else begin + HEADROOM * deadline_ms / 1e3
         return logits_BK, self._refine(x, logits_BK, end)
 
     def _refine(self, x: Example, logits_BK: Tensor, end: float | None) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic.errors import OptionError
-from elastic.levels.progress import Late, stop_when_late
+from elastic.levels.deadline import Late, stop_when_late
 from elastic.measure.machine import measure_cost
 from elastic.widths.inputs import Example, count_batch, list_inputs
 
@@ -90,10 +90,10 @@ class Runtime:
         if not costs:
             reason = "there is no energy counter" if name == "energy_mj" else "there is no such budget"
             raise OptionError(f"{name} cannot be budgeted: {reason}; use latency_ms or memory_mb")
-        within = [k for k, cost in enumerate(costs) if cost <= budget]
-        if not within:
+        levels = [k for k, cost in enumerate(costs) if cost <= budget]
+        if not levels:
             raise OptionError(f"no level is within {name}={budget:g}: the smallest takes {costs[0]:.3g}")
-        return max(within)
+        return max(levels)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         return self.answer(inputs)[0]
@@ -110,19 +110,19 @@ class Runtime:
             Late: with `left_ms`, not even the smallest level is expected to be in time.
         """
         inputs = list_inputs(x)
-        wanted_ms, left_ms = left_ms, self.deadline_ms if left_ms is None else left_ms
-        self._give_up(wanted_ms)
-        k = self.level if left_ms is None else min(self.level, self._expect_largest(left_ms))
+        self._give_up(left_ms)
+        deadline_ms = self.deadline_ms if left_ms is None else left_ms
+        k = self.level if deadline_ms is None else min(self.level, self._expect_largest(deadline_ms))
         begin = start = time.perf_counter()
         try:
-            with stop_when_late(left_ms if k > 0 else None):
+            with stop_when_late(deadline_ms if k > 0 else None):
                 out: Tensor = self.levels[k](*inputs)
         except Late as late:
             self.observe(k, late.expected_ms)
             start = time.perf_counter()
-            gone_ms = 1e3 * (start - begin)
-            self._give_up(None if wanted_ms is None else wanted_ms - gone_ms)
-            k = min(k - 1, self._expect_largest((left_ms or 0.0) - gone_ms))
+            elapsed_ms = 1e3 * (start - begin)
+            self._give_up(None if left_ms is None else left_ms - elapsed_ms)
+            k = min(k - 1, self._expect_largest((deadline_ms or 0.0) - elapsed_ms))
             out = self.levels[k](*inputs)
         self.observe(k, 1e3 * (time.perf_counter() - start))
         return out, k
@@ -142,15 +142,15 @@ class Runtime:
             if self.deadline_ms is None:
                 return
             slowdown = latency_ms / self.costs[k].latency_ms
-            late = latency_ms > self.deadline_ms and slowdown > self.slowdown
-            self.slowdown += (1.0 if late else SMOOTHING) * (slowdown - self.slowdown)
+            is_late = latency_ms > self.deadline_ms and slowdown > self.slowdown
+            self.slowdown += (1.0 if is_late else SMOOTHING) * (slowdown - self.slowdown)
             largest = self._expect_largest(self.deadline_ms)
-            roomy = self._expect_largest(HEADROOM * self.deadline_ms)
-            self._calm = self._calm + 1 if roomy > self.level else 0
+            with_room = self._expect_largest(HEADROOM * self.deadline_ms)
+            self._calm = self._calm + 1 if with_room > self.level else 0
             if largest < self.level:
                 self.level = largest
             elif self._calm >= PATIENCE:
-                self.level, self._calm = roomy, 0
+                self.level, self._calm = with_room, 0
 
     def _expect_largest(self, deadline_ms: float) -> int:
         """Find the largest level expected to meet a deadline now; the smallest if none is."""

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from elastic.levels import progress, runtime
+from elastic.levels import deadline, runtime
 from elastic.levels.alone import InParts
-from elastic.levels.progress import Late, look, stop_when_late
+from elastic.levels.deadline import Late, check_deadline, stop_when_late
 from elastic.levels.runtime import Runtime
 from elastic.measure.machine import RunCost
 
@@ -36,14 +36,14 @@ class Working(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for step in range(1, 11):
             self.clock.now += self.machine.slower * MS[self.number] / 10 / 1e3
-            look(step / 10)
+            check_deadline(step / 10)
         return torch.tensor(float(self.number))
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    for module in (progress, runtime):
+    for module in (deadline, runtime):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=clock.perf_counter))
     return clock
 

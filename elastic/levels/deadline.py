@@ -17,34 +17,34 @@ class Late(Exception):
         self.expected_ms = expected_ms
 
 
-class _Thread(threading.local):
-    """Hold when the request of a thread has begun, and what it may take; None without a deadline."""
+class _Request(threading.local):
+    """Hold when the request of this thread has begun, and what it may take; None without a deadline."""
 
     start_s = 0.0
     left_ms: float | None = None
 
 
-_thread = _Thread()
+_request = _Request()
 
 
 @contextmanager
 def stop_when_late(left_ms: float | None) -> Iterator[None]:
-    """Let `look` raise `Late` meanwhile, in this thread, if networks are not as far as they need be."""
-    _thread.start_s, _thread.left_ms = time.perf_counter(), left_ms
+    """Let `check_deadline` raise `Late` meanwhile, in this thread, where networks would need longer."""
+    _request.start_s, _request.left_ms = time.perf_counter(), left_ms
     try:
         yield
     finally:
-        _thread.left_ms = None
+        _request.left_ms = None
 
 
-def look(part: float) -> None:
+def check_deadline(part: float) -> None:
     """Look at the clock when a part of the work, more than 0 and at most 1, is done.
 
     Raises:
         Late: at this speed the whole would take too long.
     """
-    if _thread.left_ms is None:
+    if _request.left_ms is None:
         return
-    expected_ms = 1e3 * (time.perf_counter() - _thread.start_s) / part
-    if expected_ms > _thread.left_ms:
+    expected_ms = 1e3 * (time.perf_counter() - _request.start_s) / part
+    if expected_ms > _request.left_ms:
         raise Late(expected_ms)
