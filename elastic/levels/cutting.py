@@ -13,7 +13,7 @@ from elastic.widths.discovery import Slot, Widths
 from elastic.widths.operations.interface import is_stored
 
 Sizes = Mapping[str, int]
-Cut = dict[tuple[str, str], tuple[slice, ...]]  # of each tensor of a layer, the part that a level has
+TensorParts = dict[tuple[str, str], tuple[slice, ...]]  # (layer, tensor) -> the part that a level has
 
 
 def find_nestable(widths: Widths) -> list[str]:
@@ -74,7 +74,7 @@ def explain_no_room(widths: Widths) -> str:
     return f"all widths ({', '.join(widths)}) lie between others' channels, which leaves no room for a level"
 
 
-def cut_tensors(widths: Widths, sizes: Sizes) -> Cut:
+def cut_tensors(widths: Widths, sizes: Sizes) -> TensorParts:
     """Find what a level has of each tensor: from the first channel to its last, along every dimension."""
     ends: dict[tuple[str, str], dict[int, slice]] = {}
     for slot in _list_slots(widths):
@@ -86,11 +86,11 @@ def cut_tensors(widths: Widths, sizes: Sizes) -> Cut:
     }
 
 
-def make_level(net: nn.Module, widths: Widths, sizes: Sizes, cut: Cut) -> nn.Module:
+def make_level(net: nn.Module, widths: Widths, sizes: Sizes, parts: TensorParts) -> nn.Module:
     """Make a level: the network's modules anew, around parts of its tensors; norms are copied."""
     level = copy_module(net, {id(tensor): tensor for _, _, tensor in iterate_shared(net)})
     norms = dict(iterate_norms(level))
-    for (path, name), part in cut.items():
+    for (path, name), part in parts.items():
         layer = level.get_submodule(path)
         tensor = getattr(layer, name)
         view = tensor.detach()[part]

@@ -6,7 +6,7 @@ least added loss for what it saves, until the network is within. Losses of sever
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from math import isfinite
 from pathlib import Path
@@ -91,9 +91,9 @@ def measure_sensitivity(
         curve = [Cut(width.size, 0.0, 0.0, 0.0)]
         for channels in dict.fromkeys(max(1, round(part * width.size)) for part in parts):
             if channels < curve[-1].channels:
-                result, fewer, less = measure(keep_best(net, widths, {name: channels}, scores))
+                result, cut_macs, cut_time = measure(keep_best(net, widths, {name: channels}, scores))
                 added, lost = result.loss - whole.loss, whole.metric - result.metric
-                curve.append(Cut(channels, added, lost, macs - fewer, time - less))
+                curve.append(Cut(channels, added, lost, macs - cut_macs, time - cut_time))
         curves[name] = curve
     return curves
 
@@ -163,16 +163,10 @@ def fit_to_budget(
     """
     sizes = dict(start)
     name, before = "", 0
-    while (taken := measure(sizes)) > budget:
-        cuts = [
-            (_rate(curves[name], size, cut, by), -_save(curves[name], size, cut, by), name, channels)
-            for name, size in sizes.items()
-            for cut in curves[name]
-            if 0 < (channels := _round(cut.channels, multiple)) < size
-            and _save(curves[name], size, cut, by) > 0
-        ]
+    while (cost := measure(sizes)) > budget:
+        cuts = list(_iterate_cuts(curves, sizes, by, multiple))
         if not cuts:
-            raise StructureError(f"no sizes are within {by}={budget:g}: {taken:g} is the least; ask for more")
+            raise StructureError(f"no sizes are within {by}={budget:g}: {cost:g} is the least; ask for more")
         _, _, name, channels = min(cuts)
         before, sizes[name] = sizes[name], channels
     if name:  # the last cut may have been deeper than it had to be
@@ -183,18 +177,17 @@ def fit_to_budget(
     return sizes
 
 
-def _round(channels: int, multiple: int) -> int:
-    return max(multiple, channels // multiple * multiple)
-
-
-def _rate(curve: Sequence[Cut], size: int, cut: Cut, by: str) -> float:
-    """Compute the loss that a further cut adds, for each unit that it saves."""
-    return (cut.loss - _interpolate(curve, size, "loss")) / _save(curve, size, cut, by)
-
-
-def _save(curve: Sequence[Cut], size: int, cut: Cut, by: str) -> float:
-    """Compute what a further cut saves."""
-    return float(getattr(cut, by)) - _interpolate(curve, size, by) or 0.0
+def _iterate_cuts(
+    curves: Curves, sizes: Mapping[str, int], by: str, multiple: int
+) -> Iterator[tuple[float, float, str, int]]:
+    """Iterate over further cuts that save something: added loss a unit, units saved × -1, width, channels."""
+    for name, size in sizes.items():
+        curve = curves[name]
+        for cut in curve:
+            channels = max(multiple, cut.channels // multiple * multiple)
+            saved = float(getattr(cut, by)) - _interpolate(curve, size, by)
+            if channels < size and saved > 0:
+                yield (cut.loss - _interpolate(curve, size, "loss")) / saved, -saved, name, channels
 
 
 def _interpolate(curve: Sequence[Cut], size: int, key: str) -> float:

@@ -143,10 +143,10 @@ def _fit_budget(
         raise StructureError(
             f"the whole network takes {by}={most:g}: a level below it needs a smaller budget"
         )
-    within, beyond = 0.0, 1.0
-    if measure(take(beyond)) <= budget:  # not the network, where the multiple does not divide a width
-        within = beyond
+    lower, upper = 0.0, 1.0
+    if measure(take(upper)) <= budget:  # not the network, where the multiple does not divide a width
+        lower = upper
     for _ in range(STEPS):
-        middle = (within + beyond) / 2
-        within, beyond = (middle, beyond) if measure(take(middle)) <= budget else (within, middle)
-    return dict(zip(names, take(within), strict=True))
+        middle = (lower + upper) / 2
+        lower, upper = (middle, upper) if measure(take(middle)) <= budget else (lower, middle)
+    return dict(zip(names, take(lower), strict=True))
