@@ -92,12 +92,11 @@ class Census(ElasticCallback):
         networks = [step for callback in list_elastic(trainer) for step in callback.list_step_networks()]
         if not any(step.trained for step in networks):
             networks.append(StepNetwork(self.structure.net))
-        full = list_inputs(self.structure.example)
-        trained = full
+        full = small = list_inputs(self.structure.example)
         if self.structure.resize is not None:
-            trained, _ = change_images(self.structure.resize, full, {})
+            small, _ = change_images(self.structure.resize, full, {})
         return count_step_macs(
-            networks, lambda step: self._count_macs(step.net, trained if step.trained else full)
+            networks, lambda step: self._count_macs(step.net, small if step.trained else full)
         )
 
     def _count_macs(self, net: nn.Module, inputs: Sequence[Tensor]) -> int:
@@ -127,5 +126,6 @@ def count_step_macs(networks: Sequence[StepNetwork], count: Callable[[StepNetwor
     Args:
         count: counts those of a network's forward pass.
     """
-    trained = sum(step.times * count(step) for step in networks if step.trained)
-    return PASSES * round(trained) + round(sum(s.times * count(s) for s in networks if not s.trained))
+    macs_trained = sum(step.times * count(step) for step in networks if step.trained)
+    macs = sum(step.times * count(step) for step in networks if not step.trained)
+    return PASSES * round(macs_trained) + round(macs)

@@ -12,7 +12,7 @@ from elastic.callbacks.base import ElasticCallback, StepNetwork
 from elastic.errors import TrainingError
 from elastic.ranges import Natural, Positive, checked
 from elastic.surgery.layout import lay_out_weights
-from elastic.training.answers import Answers, ask
+from elastic.training.answers import Answers, ask_teacher
 from elastic.training.imitation import Outputs, check_outputs, compare_outputs, find_output_shapes
 from elastic.training.samples import count_samples
 from elastic.widths.inputs import select_samples
@@ -78,17 +78,17 @@ class Distil(ElasticCallback):
     def _check(self) -> None:
         inputs = [torch.zeros_like(x) for x in select_samples(self.structure.example, slice(1))]
         try:
-            taught = find_output_shapes(self.teacher, inputs)
+            teacher_shapes = find_output_shapes(self.teacher, inputs)
         except (RuntimeError, ValueError, AssertionError) as error:  # as networks say it themselves
-            shapes = " and ".join(str(tuple(x.shape[1:])) for x in inputs)
+            images = " and ".join(str(tuple(x.shape[1:])) for x in inputs)
             raise TrainingError(
-                f"the teacher cannot look at images of {shapes}: name the run of one that can"
+                f"the teacher cannot look at images of {images}: name the run of one that can"
             ) from error
-        learnt = find_output_shapes(self.structure.net, inputs)
-        if taught != learnt:
-            shown = (", ".join(map(str, shapes)) for shapes in (taught, learnt))
+        shapes = find_output_shapes(self.structure.net, inputs)
+        if teacher_shapes != shapes:
             raise TrainingError(
-                "the teacher's outputs are of {}, the network's of {}: name the run of another".format(*shown)
+                f"the teacher's outputs are of {', '.join(map(str, teacher_shapes))}, the network's of "
+                f"{', '.join(map(str, shapes))}: name the run of another"
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -96,7 +96,7 @@ class Distil(ElasticCallback):
         self.teacher.to(pl_module.device, next(self.structure.net.parameters()).dtype)
         lay_out_weights(self.teacher, self.structure.memory_format)
         if self.views:
-            self.answers = ask(trainer, self.structure, self.teacher, self.views)
+            self.answers = ask_teacher(trainer, self.structure, self.teacher, self.views)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.answers is not None:
@@ -110,11 +110,11 @@ class Distil(ElasticCallback):
 
     def compute_loss(self, output: Any, *inputs: Any, **named: Any) -> Tensor:
         """Return the loss against the teacher's output for the same images, or its mean answer about them."""
-        views = self.answers
-        taught = self._ask(*inputs, **named) if views is None else views.find(count_samples(output))
+        answers = self.answers
+        target = self._ask(*inputs, **named) if answers is None else answers.find(count_samples(output))
         outputs = self.outputs or self.structure.outputs
         cross_entropy, entropy = (
-            compare_outputs(said, taught, outputs, self.temperature) for said in (output, taught)
+            compare_outputs(each, target, outputs, self.temperature) for each in (output, target)
         )
         return self.weight * (cross_entropy - entropy)
 

@@ -135,10 +135,10 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
     def _is_averaged(self, now: Tensor, owner: nn.Module) -> bool:
         """Tell whether a tensor of the model has an average by now."""
         # A program may say of all parameters that they are trained.
-        trained = now.requires_grad and not (isinstance(owner, Gate) and owner.is_frozen)
+        is_trained = now.requires_grad and not (isinstance(owner, Gate) and owner.is_frozen)
         if not isinstance(now, nn.Parameter):
-            trained = self._use_buffers and now.is_floating_point()
-        return trained and self._has_begun
+            is_trained = self._use_buffers and now.is_floating_point()
+        return is_trained and self._has_begun
 
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._release()
@@ -150,8 +150,8 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
 
     def _release(self) -> None:
         if self._average_model is not None:
-            own = self._list_networks()
-            self.structure.copies[:] = [net for net in self.structure.copies if net not in own]
+            averages = self._list_networks()
+            self.structure.copies[:] = [net for net in self.structure.copies if net not in averages]
             self._average_model, self._places = None, []
 
     def _get_copy(self) -> nn.Module:

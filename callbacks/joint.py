@@ -63,8 +63,8 @@ class TrainJointly(TrainLevels):
 
     def compute_loss(self, output: Any, *inputs: Any, **named: Any) -> Tensor:
         """Return what the levels drawn for this step lose against the network's own output."""
-        drawn = [0, *(1 + torch.randperm(len(self.levels) - 2)[: self.between]).tolist()]
+        levels = [0, *(1 + torch.randperm(len(self.levels) - 2)[: self.between]).tolist()]
         outputs = self.outputs or self.structure.outputs
-        answers = (self.structure.run(k, *inputs, **named) for k in drawn)
+        answers = (self.structure.run(k, *inputs, **named) for k in levels)
         losses = [compare_outputs(answer, output, outputs) for answer in answers]
         return torch.stack(losses).sum()

@@ -60,14 +60,14 @@ def log_samples(logger: PanelLogger, images: list[Tensor], captions: list[str]) 
 
 def log_histograms(logger: PanelLogger, spread: dict[str, Tensor], epoch: int, step: int) -> None:
     """Log how values are spread, as far as there are any."""
-    held = {name: values for name, values in spread.items() if len(values)}
+    nonempty = {name: values for name, values in spread.items() if len(values)}
     if is_kind(logger, TensorBoardLogger):
-        for name, values in held.items():
+        for name, values in nonempty.items():
             logger.experiment.add_histogram(name, values, step)
-    elif held:
+    elif nonempty:
         import wandb
 
-        histograms = {name: wandb.Histogram(values.tolist()) for name, values in held.items()}
+        histograms = {name: wandb.Histogram(values.tolist()) for name, values in nonempty.items()}
         logger.experiment.log({**histograms, "epoch": epoch, "trainer/global_step": step})
 
 
@@ -87,9 +87,9 @@ def make_visible(x_BCHW: Tensor) -> list[Tensor]:
     channels = x_BCHW.shape[1]
     x_BCHW = x_BCHW if channels in CHANNELS else x_BCHW[:, : 3 if channels > 3 else 1]
     low, high = x_BCHW.amin((2, 3), keepdim=True), x_BCHW.amax((2, 3), keepdim=True)
-    shown = (x_BCHW - low) / (high - low).clamp(min=1e-6)
-    factor = max(1, PIXELS // max(shown.shape[2:]))
-    return list(F.interpolate(shown, scale_factor=factor, mode="nearest").unbind())
+    scaled_BCHW = (x_BCHW - low) / (high - low).clamp(min=1e-6)
+    factor = max(1, PIXELS // max(scaled_BCHW.shape[2:]))
+    return list(F.interpolate(scaled_BCHW, scale_factor=factor, mode="nearest").unbind())
 
 
 @torch.no_grad()

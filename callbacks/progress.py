@@ -28,15 +28,15 @@ class ElasticProgress(RichProgressBar):
         super().setup(trainer, pl_module, stage)
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        hidden = ("v_num",)
-        shown = {n: v for n, v in super().get_metrics(trainer, pl_module).items() if n not in hidden}
+        entries: dict[str, Any] = super().get_metrics(trainer, pl_module)
+        entries.pop("v_num", None)
         metrics = trainer.callback_metrics
         if "size/params" in metrics:
             dense = float(metrics["size/params_dense"])
-            shown["params"] = f"{float(metrics['size/params']):,.0f}/{dense:,.0f}"
+            entries["params"] = f"{float(metrics['size/params']):,.0f}/{dense:,.0f}"
         if structure := find_structure(pl_module):
             sizes = list(structure.widths.sizes().values())
-            shown["widths"] = "-".join(map(str, sizes)) if len(sizes) <= MOST_WIDTHS else f"Σ{sum(sizes)}"
+            entries["widths"] = "-".join(map(str, sizes)) if len(sizes) <= MOST_WIDTHS else f"Σ{sum(sizes)}"
         if "gates/penalty" in metrics:
-            shown["λ"] = f"{float(metrics['gates/penalty']):.1e}"
-        return shown
+            entries["λ"] = f"{float(metrics['gates/penalty']):.1e}"
+        return entries

@@ -15,22 +15,22 @@ class HiddenGates:
     """Hold the gates of networks that compute without them until they are shown again.
 
     Attributes:
-        hides: gates are to be hidden now, though loading may have put them back for a moment.
+        is_hiding: gates are to be hidden now, though loading may have put them back for a moment.
     """
 
     def __init__(self) -> None:
-        self.hides = False
+        self.is_hiding = False
         self._layers: list[_HiddenLayer] = []
 
     def hide(self, *models: nn.Module) -> None:
         """Take the gates off models, weights and all as they are."""
-        self.hides = True
+        self.is_hiding = True
         layers = [each for model in models for each in model.modules() if parametrize.is_parametrized(each)]
         self._layers += [_hide(layer) for layer in layers if _has_gates_alone(layer)]
 
     def show(self) -> None:
         """Put the gates back, for good."""
-        self.hides = False
+        self.is_hiding = False
         self.restore()
 
     def restore(self) -> None:

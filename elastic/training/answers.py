@@ -61,7 +61,7 @@ class Answers:
         return self.answers_NK[index_B]
 
 
-def ask(trainer: L.Trainer, structure: Structure, teacher: nn.Module, views: int) -> Answers:
+def ask_teacher(trainer: L.Trainer, structure: Structure, teacher: nn.Module, views: int) -> Answers:
     """Ask a teacher about so many augmented views of each training image.
 
     A view is augmented as in the epoch of its number, from a seed of its own: a run that goes on asks alike.

@@ -43,9 +43,9 @@ class EntryRates:
 
     @torch.no_grad()
     def _scale(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        rated = list(_list_rates(optimizer))
-        if rated and len(rated) == len(self._before):
-            parameters, rates = zip(*rated, strict=True)
+        pairs = list(_list_rates(optimizer))
+        if pairs and len(pairs) == len(self._before):
+            parameters, rates = zip(*pairs, strict=True)
             torch._foreach_lerp_(self._before, parameters, rates)
             torch._foreach_copy_(parameters, self._before)
         self._before = []

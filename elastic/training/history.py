@@ -67,7 +67,7 @@ def _prepare_load(
 
 def _finish_load(structure: Structure, *_: object) -> None:
     """Hide gates again from a program that has not made its optimizers."""
-    if structure.hidden_gates.hides:
+    if structure.hidden_gates.is_hiding:
         structure.hide_gates()
 
 
@@ -82,13 +82,13 @@ def _take_history(structure: Structure, history: dict[str, Any]) -> None:
 
 
 def _check_modules(structure: Structure, modules: dict[str, Any] | None) -> None:
-    own = structure.describe_modules()
+    present = structure.describe_modules()
     is_trained = structure.trainer is not None and structure.trainer.state.fn == "fit"
-    if own is None and modules is not None and is_trained:
+    if present is None and modules is not None and is_trained:
         raise TrainingError(
             "the checkpoint has kernel activation modules: continue with the PruneDynamically that made them"
         )
-    for name, value in (own or {}).items():
+    for name, value in (present or {}).items():
         if name in PLACES and modules is not None and modules.get(name, value) != value:
             raise TrainingError(
                 f"the checkpoint's kernel activation modules have {name}={modules[name]}, this run's "

@@ -58,11 +58,11 @@ def compare_outputs(output: Any, target: Any, outputs: Outputs, temperature: flo
         temperature: T that scores are divided by; times T², the gradient does not depend on its size.
     """
     losses = []
-    for ours, theirs in zip(tree_leaves(output), tree_leaves(target), strict=True):
-        if _is_score(ours):
-            is_single = ours.dim() < 2 or ours.shape[1] < 2
+    for score, other in zip(tree_leaves(output), tree_leaves(target), strict=True):
+        if _is_score(score):
+            is_single = score.dim() < 2 or score.shape[1] < 2
             compare = COMPARISONS["values" if outputs == "classes" and is_single else outputs]
-            losses.append(compare(_widen(ours), _widen(theirs.detach()), temperature))
+            losses.append(compare(_widen(score), _widen(other.detach()), temperature))
     return temperature**2 * torch.stack(losses).sum()
 
 

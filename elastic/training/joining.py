@@ -103,16 +103,16 @@ def find_example(trainer: L.Trainer, module: L.LightningModule, net: nn.Module) 
     Raises:
         TrainingError: there are no such inputs, or they do not reach the network.
     """
-    given = module.example_input_array
-    batch = None if given is not None else _take_batch(trainer, module)
-    tensors = [leaf for leaf in tree_leaves(batch if given is None else given) if isinstance(leaf, Tensor)]
+    array = module.example_input_array
+    batch = None if array is not None else _take_batch(trainer, module)
+    tensors = [leaf for leaf in tree_leaves(batch if array is None else array) if isinstance(leaf, Tensor)]
     if not tensors:
         raise TrainingError(f"an input cannot be told: give {type(module).__name__} an example_input_array")
-    first, call = tensors[0], _make_call(tensors[0] if given is None else given)
+    first, call = tensors[0], _make_call(tensors[0] if array is None else array)
     is_whole, is_single = find_path(module, net) == "", [net] == list(module.children())
     if (is_whole or is_single) and _takes_one(net) and (is_whole or _runs(net, first)):
         return first
-    if is_whole and given is not None:
+    if is_whole and array is not None:
         return list_positional(net, call) or first
     try:
         return _capture_any(module, net, call, batch)
@@ -131,11 +131,11 @@ def _takes_one(net: nn.Module) -> bool:
     return len(parameters) == 1 and parameters[0].kind is parameters[0].POSITIONAL_OR_KEYWORD
 
 
-def _make_call(given: Any) -> Call:
+def _make_call(example: Any) -> Call:
     """Make what a module's forward is called with of its example, as Lightning does."""
-    if isinstance(given, dict):
-        return (), given
-    return (tuple(given) if isinstance(given, tuple) else (given,)), {}
+    if isinstance(example, dict):
+        return (), example
+    return (tuple(example) if isinstance(example, tuple) else (example,)), {}
 
 
 def _capture_any(module: L.LightningModule, net: nn.Module, call: Call, batch: Any) -> Example:
@@ -145,20 +145,20 @@ def _capture_any(module: L.LightningModule, net: nn.Module, call: Call, batch: A
         TrainingError: neither reaches it; without a forward, the first tensor is taken for its input.
     """
     args, kwargs = call
-    ways: list[Callable[[], Any]] = [lambda: module.training_step(batch, 0)] if batch is not None else []
+    calls: list[Callable[[], Any]] = [lambda: module.training_step(batch, 0)] if batch is not None else []
     if module is not net:  # of a batch it is told the first tensor, which may leave out what a step gives
-        ways.insert(0 if _takes_one(net) else len(ways), lambda: module.forward(*args, **kwargs))
+        calls.insert(0 if _takes_one(net) else len(calls), lambda: module.forward(*args, **kwargs))
     reason, has_forward = "the module's forward does not reach it", True
-    for run in ways:
+    for run in calls:
         try:
-            captured = capture_inputs(module, net, run)
+            inputs = capture_inputs(module, net, run)
         except NotImplementedError:  # Lightning's, of modules without a forward
             has_forward = False
         except Exception as error:  # it is the user's own
             reason = cite(error)
         else:
-            if captured is not None and _runs(net, *list_inputs(captured)):
-                return captured
+            if inputs is not None and _runs(net, *list_inputs(inputs)):
+                return inputs
     if not has_forward:
         return next(leaf for leaf in tree_leaves(call) if isinstance(leaf, Tensor))
     raise TrainingError(
@@ -192,12 +192,12 @@ def _make_loaders(trainer: L.Trainer, module: L.LightningModule) -> Sequence[Any
     loops: list[Any] = [trainer.fit_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop]
     for source in (loop._data_source for loop in loops):
         try:
-            made = source.dataloader() if source.is_defined() else None
+            loaders = source.dataloader() if source.is_defined() else None
         except Exception as error:  # the user's own may need what its setup makes, which comes later
             raise TrainingError(
                 f"there is no data before {type(module).__name__} is set up ({cite(error)}): give it an "
                 "example_input_array"
             ) from error
-        if loaders := [loader for loader in tree_leaves(made) if loader is not None]:
-            return loaders
+        if candidates := [loader for loader in tree_leaves(loaders) if loader is not None]:
+            return candidates
     return []

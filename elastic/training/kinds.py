@@ -30,7 +30,7 @@ def overrides(module: L.LightningModule, hook: str) -> bool:
 
 def _name(kind: type) -> str:
     """Name a class within its package."""
-    within = kind.__module__
+    module = kind.__module__
     for package in PACKAGES:
-        within = within.removeprefix(package)
-    return f"{within}.{kind.__qualname__}"
+        module = module.removeprefix(package)
+    return f"{module}.{kind.__qualname__}"

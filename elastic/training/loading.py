@@ -37,14 +37,14 @@ def load_module(module_class: type[M], checkpoint: Path | str, **arguments: Any)
         FileError: the file cannot be read, or is no checkpoint of such a run.
         StructureError: it is of another architecture.
     """
-    saved = _read(Path(checkpoint))
-    state: dict[str, Any] = saved["state_dict"]
+    contents = _read(Path(checkpoint))
+    state: dict[str, Any] = contents["state_dict"]
     key = next((name for name in state if name.endswith(HISTORY) and "start_sizes" in state[name]), None)
     if key is None:
         raise FileError(
             f"{checkpoint} has no elastic network: load it with {module_class.__name__}.load_from_checkpoint"
         )
-    module = module_class(**{**_select_arguments(module_class, saved), **arguments})
+    module = module_class(**{**_select_arguments(module_class, contents), **arguments})
     if not any(WRAPPED in name for name in module.state_dict()):  # it is compiled later, if at all
         state = {name.replace(f"{WRAPPED}.", ""): value for name, value in state.items()}
     try:
@@ -62,9 +62,9 @@ def load_module(module_class: type[M], checkpoint: Path | str, **arguments: Any)
     return module.eval()
 
 
-def _select_arguments(module_class: type[L.LightningModule], saved: dict[str, Any]) -> dict[str, Any]:
+def _select_arguments(module_class: type[L.LightningModule], contents: dict[str, Any]) -> dict[str, Any]:
     """Select those of the saved hyperparameters that a class takes: under one name, or each by its own."""
-    values, name = dict(saved.get("hyper_parameters", {})), saved.get("hparams_name")
+    values, name = dict(contents.get("hyper_parameters", {})), contents.get("hparams_name")
     parameters = inspect.signature(module_class).parameters
     if isinstance(name, str) and name in parameters and name not in values:
         return {name: values}
@@ -73,10 +73,10 @@ def _select_arguments(module_class: type[L.LightningModule], saved: dict[str, An
 
 
 def _read(path: Path) -> dict[str, Any]:
-    saved = read_checkpoint(path)
-    if not isinstance(saved.get("state_dict"), dict):
+    contents = read_checkpoint(path)
+    if not isinstance(contents.get("state_dict"), dict):
         raise FileError(f"{path} has no state_dict: name a checkpoint of Lightning's")
-    return saved
+    return contents
 
 
 def _join(module: nn.Module, history: dict[str, Any]) -> Structure:

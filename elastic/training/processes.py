@@ -20,12 +20,12 @@ def unwrapped(trainer: L.Trainer) -> Iterator[None]:
     the new one the first process's parameters and buffers go to all others.
     """
     strategy: Any = trainer.strategy
-    wrapped = isinstance(strategy.model, DistributedDataParallel)
-    if wrapped:
+    is_wrapped = isinstance(strategy.model, DistributedDataParallel)
+    if is_wrapped:
         strategy.model = strategy.lightning_module
         gc.collect()  # the old one holds on to an autograd graph
     yield
-    if wrapped:
+    if is_wrapped:
         strategy.configure_ddp()
 
 
@@ -50,7 +50,7 @@ def _compute_digest(net: nn.Module, optimizers: Iterable[torch.optim.Optimizer])
     for name, value in (*net.state_dict().items(), *_iterate_states(optimizers)):
         if isinstance(value, Tensor):
             digest.update(f"{name} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

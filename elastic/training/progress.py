@@ -41,9 +41,9 @@ def is_last_epoch(trainer: L.Trainer) -> bool:
     batches = trainer.num_training_batches
     if trainer.max_steps <= 0 or not math.isfinite(batches):
         return False
-    trained = trainer.fit_loop.total_batch_idx + 1
+    batches_trained = trainer.fit_loop.total_batch_idx + 1
     # Manual optimization may step several times a batch, accumulation does so less than once.
-    steps = trainer.global_step / trained if trained else 1 / trainer.accumulate_grad_batches
+    steps = trainer.global_step / batches_trained if batches_trained else 1 / trainer.accumulate_grad_batches
     return trainer.global_step + math.ceil(batches * steps) >= trainer.max_steps
 
 

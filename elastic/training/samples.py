@@ -82,12 +82,14 @@ def take_samples(trainer: L.Trainer, count: int, seed: int) -> tuple[Example, Te
         x_BCHW, y_B = sampler.sample(min(count, len(sampler.train_set)), seed)
         return x_BCHW.to(device), y_B.to(device)
     with isolate_rng():
-        batches = iter(trainer.fit_loop._data_source.dataloader())
-        batch = next(batches)
+        loader = iter(trainer.fit_loop._data_source.dataloader())
+        batch = next(loader)
         size = max(1, count_samples(batch))
-        taken = [batch, *islice(batches, max(0, count // size - 1))]
-        taken = [trainer.strategy.batch_to_device(each, device) for each in taken]  # with the module's hooks
-    inputs, targets = zip(*(_split(trainer.lightning_module, each) for each in taken), strict=True)
+        batches = [batch, *islice(loader, max(0, count // size - 1))]
+        batches = [
+            trainer.strategy.batch_to_device(each, device) for each in batches
+        ]  # by the module's hooks
+    inputs, targets = zip(*(_split(trainer.lightning_module, each) for each in batches), strict=True)
     x: Example = trainer.precision_plugin.convert_input(_join(inputs, count))
     return x, None if any(y is None for y in targets) else torch.cat(targets)[:count]
 
@@ -115,19 +117,19 @@ def _is_pair(batch: Any, structure: Structure | None) -> bool:
     """Tell whether a batch has as many inputs as a network, where it is known, and then its targets."""
     if not isinstance(batch, list | tuple) or len(batch) != 2 or not isinstance(batch[1], Tensor):
         return False
-    given = batch[0] if isinstance(batch[0], list | tuple) else [batch[0]]
-    count = len(given) if structure is None else len(list_inputs(structure.example))
-    return len(given) == count and all(isinstance(x, Tensor) for x in given)
+    inputs = batch[0] if isinstance(batch[0], list | tuple) else [batch[0]]
+    count = len(inputs) if structure is None else len(list_inputs(structure.example))
+    return len(inputs) == count and all(isinstance(x, Tensor) for x in inputs)
 
 
 def _find_targets(batch: Any, inputs: Sequence[Tensor]) -> Tensor | None:
     """Find the one tensor of a batch that a network is not called with, or what that was made of."""
     leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()]
-    given = [leaf for leaf in leaves if any(leaf.data_ptr() == x.data_ptr() for x in inputs)]
-    if not given:  # normalized on the way, say
-        given = [leaf for leaf in leaves if any(leaf.shape == x.shape for x in inputs)]
-    others = [leaf for leaf in leaves if all(leaf is not each for each in given)]
-    return others[0] if len(others) == 1 else None
+    sources = [leaf for leaf in leaves if any(leaf.data_ptr() == x.data_ptr() for x in inputs)]
+    if not sources:  # normalized on the way, say
+        sources = [leaf for leaf in leaves if any(leaf.shape == x.shape for x in inputs)]
+    candidates = [leaf for leaf in leaves if all(leaf is not source for source in sources)]
+    return candidates[0] if len(candidates) == 1 else None
 
 
 def _join(batches: Sequence[Example], count: int) -> Example:

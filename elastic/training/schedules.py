@@ -69,29 +69,29 @@ def make_schedule(
     Raises:
         TrainingError: the scheduler has to know one that is not known, or cannot be spread over so few steps.
     """
-    known = inspect.signature(make_scheduler).parameters
+    parameters = inspect.signature(make_scheduler).parameters
     keywords: Mapping[str, Any] = getattr(make_scheduler, "keywords", {})
-    asked = [name for name in LENGTH if name in known and name not in keywords]
-    if asked and not math.isfinite(steps):
+    lengths = [name for name in LENGTH if name in parameters and name not in keywords]
+    if lengths and not math.isfinite(steps):
         raise TrainingError(
             "this schedule lasts as long as the run, whose end is not known: set trainer.max_epochs or "
             "trainer.max_steps, where the data has no length trainer.limit_train_batches, or "
             "lr_scheduler=constant"
         )
-    if not asked and not math.isfinite(batches):
+    if not lengths and not math.isfinite(batches):
         raise TrainingError(
             "this schedule takes a step an epoch, whose length is not known: set "
             "trainer.limit_train_batches, or lr_scheduler=cosine, which takes one a batch"
         )
-    length = {name: round(steps) for name in asked}
+    plan = {name: round(steps) for name in lengths}
     try:
-        scheduler = make_scheduler(optimizer, **length)
+        scheduler = make_scheduler(optimizer, **plan)
     except ZeroDivisionError as error:  # OneCycleLR, where its warm-up is of one step
         raise TrainingError(
             f"the scheduler cannot be spread over {steps:.0f} steps: raise trainer.max_epochs or "
             "trainer.max_steps, lower data.batch_size, or set lr_scheduler=constant"
         ) from error
-    by_batch = bool(length) or isinstance(scheduler, BY_BATCH)
+    by_batch = bool(plan) or isinstance(scheduler, BY_BATCH)
     # By the batches of an epoch: by epochs Lightning does it after the checkpoint, which would lose one.
     frequency = 1 if by_batch else int(batches)
     return {"scheduler": scheduler, "interval": "step", "frequency": frequency, "monitor": "val/loss"}

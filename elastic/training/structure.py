@@ -115,7 +115,7 @@ class Structure(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to the run, not to the network, where a module is copied or sent."""
-        own: dict[str, Any] = {
+        initial: dict[str, Any] = {
             "copies": [],
             "trainer": None,
             "own": OwnOptimizers((), ()),
@@ -124,7 +124,7 @@ class Structure(nn.Module):
             "resize": None,
             "hidden_gates": HiddenGates(),
         }
-        return {**super().__getstate__(), **own}  # type: ignore[misc]
+        return {**super().__getstate__(), **initial}  # type: ignore[misc]
 
     # Change.
 
@@ -162,10 +162,10 @@ class Structure(nn.Module):
         Raises:
             StructureError: one is no copy.
         """
-        own = {name: tensor.shape for name, tensor in self.net.named_parameters()}
+        shapes = {name: tensor.shape for name, tensor in self.net.named_parameters()}
         for path in paths:
             net = module.get_submodule(path)
-            if {name: tensor.shape for name, tensor in net.named_parameters()} != own:
+            if {name: tensor.shape for name, tensor in net.named_parameters()} != shapes:
                 raise StructureError(f"'{path}' is no copy of '{self.path}': its parameters are others")
             if all(net is not copy for copy in self.copies):
                 self.copies.append(net)
@@ -244,10 +244,10 @@ class Structure(nn.Module):
     @contextmanager
     def showing_gates(self) -> Iterator[None]:
         """Surround what has to see the gates while they are hidden from the program."""
-        hides = self.hidden_gates.hides
+        is_hiding = self.hidden_gates.is_hiding
         self.show_gates()
         yield
-        if hides:
+        if is_hiding:
             self.hide_gates()
 
     # Levels and kernel activation modules.
@@ -264,12 +264,12 @@ class Structure(nn.Module):
             rate: of their learning, times the network's.
             options: of `elastic.dynamic.attach_modules`: sets, activation, kind, branches.
         """
-        widths = [discover(net, *list_inputs(self.example)) for net in self.nets]
-        for own in widths:
-            fix_widths(own, {n: reason for n, reason in self.widths.fixed.items() if n in own})
-        pairs = zip(self.nets, widths, strict=True)
-        self.dynamic_nets = [attach_modules(net, own, **options) for net, own in pairs]
-        self.module_rate = rate
+        dynamic_nets = []
+        for net in self.nets:
+            widths = discover(net, *list_inputs(self.example))
+            fix_widths(widths, {n: reason for n, reason in self.widths.fixed.items() if n in widths})
+            dynamic_nets.append(attach_modules(net, widths, **options))
+        self.dynamic_nets, self.module_rate = dynamic_nets, rate
         self.kernel_modules = nn.ModuleList(net.get_submodule(MODULES) for net in self.dynamic_nets)
 
     def select_first(self) -> None:

@@ -43,9 +43,9 @@ def select_growth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def find_growth_at(rows: Sequence[dict[str, Any]], epoch: int) -> tuple[dict[str, int], list[str]]:
     """Find what grew as an epoch began: the channels that widths then had, the stages deepened."""
-    grown = [row for row in select_growth(rows) if row["epoch"] == epoch]
-    sizes = {row["width"]: row["after"] for row in grown if "width" in row}
-    return sizes, [row["stage"] for row in grown if "stage" in row]
+    present = [row for row in select_growth(rows) if row["epoch"] == epoch]
+    sizes = {row["width"]: row["after"] for row in present if "width" in row}
+    return sizes, [row["stage"] for row in present if "stage" in row]
 
 
 def check_replay(rows: Sequence[dict[str, Any]], structure: Structure) -> None:
