@@ -17,7 +17,7 @@ from torch import Tensor
 
 Activation = Literal["scale", "ramp", "straight_through", "soft", "gumbel", "hard"]
 MIN_SCALE = 0.5  # of a scale's gates that are on
-SURE = 1e-6  # the least probability that noise is drawn for
+MIN_PROBABILITY = 1e-6  # that noise is drawn for
 
 
 def find_active(score_BK: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def draw_gates(score_BK: Tensor, temperature: float = 1.0) -> Tensor:
 
 def add_noise(score_BK: Tensor) -> Tensor:
     """Add logistic noise, so that a score is positive as often as its sigmoid says."""
-    return score_BK + torch.logit(torch.rand_like(score_BK).clamp(SURE, 1 - SURE))
+    return score_BK + torch.logit(torch.rand_like(score_BK).clamp(MIN_PROBABILITY, 1 - MIN_PROBABILITY))
 
 
 # Gates that are more than 0 or 1, in evaluation, too …

@@ -23,7 +23,7 @@ from elastic.widths.inputs import Example, list_inputs
 from elastic.widths.tracing import preserve_modes
 
 STEEPNESS = 4.0  # of scores: so many for one mean saliency
-SURE = 1e-3  # nats, below which an input is not easier
+MIN_ENTROPY = 1e-3  # nats, below which an input is not easier
 RIDGE = 1e-3  # of the fit, in parts of the features' variance
 
 
@@ -86,7 +86,7 @@ class Saliency:
         score_BK = tree_leaves(output)[0].float()
         entropy_B = torch.special.entr(score_BK.softmax(1)).sum(1)
         entropy_B1 = entropy_B.reshape(len(score_BK), -1).mean(1, keepdim=True)  # over pixels, if there are
-        weight_B1: Tensor = entropy_B1.clamp(min=SURE).pow(self.difficulty)
+        weight_B1: Tensor = entropy_B1.clamp(min=MIN_ENTROPY).pow(self.difficulty)
         return weight_B1 / weight_B1.mean()
 
     def compute_targets(self, saliency_BK: Tensor, weight_B1: Tensor | float) -> Tensor:
@@ -128,18 +128,16 @@ class Saliency:
             OptionError: there are fewer than two inputs.
         """
         fits = [_Fit(module, self) for module in self.modules]
-        opened = [module.register_forward_hook(_open) for module in self.modules]
-        inputs = [
-            module.register_forward_pre_hook(fit.note_input)
-            for module, fit in zip(self.modules, fits, strict=True)
-        ]
+        hooks = [module.register_forward_hook(_open) for module in self.modules]
+        for module, fit in zip(self.modules, fits, strict=True):
+            hooks.append(module.register_forward_pre_hook(fit.note_input))
         with preserve_modes(self.net):
             self.net.eval()
             for batch in batches:
                 weight_B1 = self.weigh_inputs(self.net(*list_inputs(batch)))
                 for fit in fits:
                     fit.add(weight_B1)
-        for hook in (*opened, *inputs):
+        for hook in hooks:
             hook.remove()
         if sum(len(mean_BC) for mean_BC in fits[0].means) < 2:  # which have no spread
             raise OptionError(

@@ -98,10 +98,10 @@ def find_branch_sites(traced: fx.GraphModule) -> list[Site]:
         if type(layer) is not nn.Conv2d or layer.groups > 1 or not call.args:
             continue
         end, source = find_norm(traced, call), call.args[0]
-        added = len(end.users) == 1 and find_addend(next(iter(end.users)), end) is not None
-        alone = isinstance(source, fx.Node) and len(source.users) == 1
-        called_once = all(len(find_calls(traced, str(node.target))) == 1 for node in (call, end))
-        if added and alone and called_once:
+        is_added = len(end.users) == 1 and find_addend(next(iter(end.users)), end) is not None
+        reads_alone = isinstance(source, fx.Node) and len(source.users) == 1
+        is_called_once = all(len(find_calls(traced, str(node.target))) == 1 for node in (call, end))
+        if is_added and reads_alone and is_called_once:
             sites.append(Site(str(call.target), (), ()))
     return sites
 
@@ -114,8 +114,8 @@ def find_calls(traced: fx.GraphModule, path: str) -> list[fx.Node]:
 def find_norm(traced: fx.GraphModule, node: fx.Node) -> fx.Node:
     """Find the batch norm that alone reads a layer; without one it is the layer."""
     users = list(node.users)
-    normed = len(users) == 1 and isinstance(get_layer(traced, users[0]), BATCH_NORM)
-    return users[0] if normed else node
+    is_normed = len(users) == 1 and isinstance(get_layer(traced, users[0]), BATCH_NORM)
+    return users[0] if is_normed else node
 
 
 def _find_call(traced: fx.GraphModule, width: Width, writer: str) -> fx.Node:

@@ -58,17 +58,17 @@ def _makes_zeros_of_zeros(traced: nn.Module, node: fx.Node, is_padding: bool) ->
     """Compute what a node makes of zeros; it may take nothing else that is computed, but how far to pad."""
     if not node.args or not isinstance(node.args[0], fx.Node):
         return False
-    rest, named = list(node.args[1:]), dict(node.kwargs)
+    arguments, named = list(node.args[1:]), dict(node.kwargs)
     if is_padding:
-        rest[:1], named = [(1, 1, 1, 1)], {name: value for name, value in named.items() if name != "pad"}
-    if any(isinstance(value, fx.Node) for value in tree_leaves((rest, named))):
+        arguments[:1], named = [(1, 1, 1, 1)], {name: value for name, value in named.items() if name != "pad"}
+    if any(isinstance(value, fx.Node) for value in tree_leaves((arguments, named))):
         return False
     zeros, layer = torch.zeros(1, 1, 64, 64), get_layer(traced, node)
     if layer is not None:
-        made = layer(zeros)
+        output = layer(zeros)
     elif node.op == "call_method":
-        made = getattr(zeros, str(node.target))(*rest, **named)
+        output = getattr(zeros, str(node.target))(*arguments, **named)
     else:
         assert callable(node.target)
-        made = node.target(zeros, *rest, **named)
-    return not made.any()
+        output = node.target(zeros, *arguments, **named)
+    return not output.any()

@@ -148,8 +148,10 @@ class Network:
         """
         refuse_compiled(self.plain())
         tensors, about = dict(self.plain().state_dict()), {**self.about, **(about or {})}
-        if taken := [name for name in STRUCTURE if name in about]:
-            raise OptionError(f"about says '{taken[0]}', which a file says of its own: give it another name")
+        if reserved := [name for name in STRUCTURE if name in about]:
+            raise OptionError(
+                f"about says '{reserved[0]}', which a file says of its own: give it another name"
+            )
         for name, value in tensors.items():
             if not isinstance(value, Tensor):
                 kind = f"a {type(value).__name__}, which no file of tensors holds"

@@ -119,10 +119,10 @@ def _read_meta(content: bytes) -> dict[str, Any]:
         head = json.loads(content[8:end])
     except ValueError as error:
         raise ValueError("it is no whole safetensors file") from error
-    said = head.get("__metadata__", {})
-    if KEY not in said:
+    metadata = head.get("__metadata__", {})
+    if KEY not in metadata:
         raise ValueError("its metadata says nothing of a network: `elastic.save` writes what can be loaded")
-    meta: dict[str, Any] = json.loads(said[KEY])
+    meta: dict[str, Any] = json.loads(metadata[KEY])
     if meta.keys() - {DIGEST} != {"about", "sparse"}:
         raise ValueError(f"its metadata holds {', '.join(sorted(meta))}")
     if DIGEST in meta:

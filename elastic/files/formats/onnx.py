@@ -20,9 +20,9 @@ def write(source: Source, path: Path) -> None:
     # The program knows the batch axis as a symbol of torch's own making; named here, so it is in the file.
     first = source.has_batch.index(True)  # others have the same axis
     axes = tuple({0: "batch"} if k == first else {} for k in range(len(source.example)))
-    made = torch.onnx.export(program, dynamo=True, verbose=False, dynamic_shapes=axes)
-    assert made is not None
-    made.save(path)
+    exported = torch.onnx.export(program, dynamo=True, verbose=False, dynamic_shapes=axes)
+    assert exported is not None
+    exported.save(path)
     if source.calibration:
         quantize(path, source)
     model = onnx.load(path)

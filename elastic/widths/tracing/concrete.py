@@ -95,8 +95,8 @@ class ConcreteTracer(fx.Tracer):
                 left -= 1
             elif type(default) in ATOMS:
                 defaults.append((self.create_proxy("placeholder", name, (default,), {}), default, name))
-        for given in defaults:
-            self.create_proxy("call_function", expect_default, given, {})
+        for expectation in defaults:
+            self.create_proxy("call_function", expect_default, expectation, {})
         return root_fn, args
 
     # In these, torch.fx's own search all tensors of the model for each one that is read, copy a stack of

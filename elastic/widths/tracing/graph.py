@@ -52,13 +52,13 @@ def trace(model: nn.Module, *example: Tensor) -> fx.GraphModule:
 @contextmanager
 def preserve_attributes(model: nn.Module) -> Iterator[None]:
     """Take back what a forward keeps in its modules while it is traced, and what torch.fx puts there."""
-    held = {module: dict(vars(module)) for module in model.modules()}
+    attributes = {module: dict(vars(module)) for module in model.modules()}
     try:
         yield
     finally:
-        for module, attributes in held.items():
+        for module, values in attributes.items():
             vars(module).clear()
-            vars(module).update(attributes)
+            vars(module).update(values)
 
 
 def trace_graph(
@@ -75,11 +75,10 @@ def trace_graph(
     """
     tracer = _Tracer(example, known_answers)
     try:
-        sized, noted = tag_sizes(model, sizes), note_computed_sizes()
         with (
-            sized as read,
+            tag_sizes(model, sizes) as read,
             trace_factories(tracer),
-            noted as computed,
+            note_computed_sizes() as computed,
             _take_back_assigned(model),
             pass_for_tensors(),
         ):

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from elastic.dynamic.attaching import attach_modules
 from elastic.dynamic.modules import WITHIN, iterate_modules
-from elastic.dynamic.saliency import RIDGE, STEEPNESS, SURE, Saliency, solve_ridge
+from elastic.dynamic.saliency import MIN_ENTROPY, RIDGE, STEEPNESS, Saliency, solve_ridge
 from elastic.errors import OptionError
 from elastic.widths.discovery import discover
 from tests.elastic.zoo import randomised
@@ -114,7 +114,7 @@ def test_inputs_are_weighed_by_the_entropy_of_what_is_said_of_them() -> None:
     _, dynamic = attached()
     score_BK = torch.randn(5, 7, generator=torch.Generator().manual_seed(2)) * 3
     score_BK[4] = 1e4 * torch.eye(7)[0]
-    entropy_B = np.maximum(entropy(score_BK.double().softmax(1).numpy(), axis=1), SURE)
+    entropy_B = np.maximum(entropy(score_BK.double().softmax(1).numpy(), axis=1), MIN_ENTROPY)
     for power in (0.5, 2.0):
         weight_B1 = Saliency(dynamic, difficulty=power).weigh_inputs(score_BK)
         assert isinstance(weight_B1, Tensor)
