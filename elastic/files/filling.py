@@ -47,11 +47,11 @@ def _separate_shared(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     for path, layer in model.named_modules():
         for key, parameter in layer._parameters.items():
             name = f"{path}.{key}".lstrip(".")
-            if parameter is not None and first.setdefault(parameter, name) != name:
-                values = [state[each] for each in (first[parameter], name) if each in state]
-                if len(values) == 2 and not torch.equal(*values):
-                    own = parameter.detach().clone()
-                    layer._parameters[key] = nn.Parameter(own, parameter.requires_grad)
+            if parameter is None or first.setdefault(parameter, name) == name:
+                continue
+            values = [state[each] for each in (first[parameter], name) if each in state]
+            if len(values) == 2 and not torch.equal(*values):
+                layer._parameters[key] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
 
 
 def fill_network(model: nn.Module, state: Mapping[str, Tensor], example: Example) -> Widths:

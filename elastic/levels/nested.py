@@ -112,12 +112,17 @@ class Levels(Sequence[nn.Module]):
         """
         for level, sizes in zip(self._levels[:-1], self.sizes, strict=False):
             norms = dict(iterate_norms(level))
-            for name in (name for name in index if index[name][: sizes[name]].max() < sizes[name]):
-                for slot in self.widths[name].slots:
-                    if slot.module in norms and is_stored(slot.tensor):
-                        tensor = getattr(norms[slot.module], slot.tensor)
-                        self._permute_tensor(tensor, slot, name, index[name][: sizes[name]])
+            for name, channels in index.items():
+                own = channels[: sizes[name]]  # what the level has of the width
+                if own.max() < sizes[name]:
+                    self._permute_norms(norms, name, own)
         self.refresh()
+
+    def _permute_norms(self, norms: Mapping[str, nn.Module], name: str, index: Tensor) -> None:
+        """Permute the first channels of a width in all norms of a level, by path."""
+        for slot in self.widths[name].slots:
+            if slot.module in norms and is_stored(slot.tensor):
+                self._permute_tensor(getattr(norms[slot.module], slot.tensor), slot, name, index)
 
     def _permute_tensor(self, tensor: Tensor, slot: Slot, name: str, index: Tensor) -> None:
         """Permute the first channels of a width, and all copies of each, along a slot's dimension."""

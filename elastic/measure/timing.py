@@ -11,7 +11,7 @@ from elastic.widths.inputs import Example, list_inputs
 
 Network = Callable[..., Any]
 N = TypeVar("N", bound=Network)
-WARM_UP = 3
+WARM_UP, REPEATS = 3, 5
 
 
 def measure_times_ms(
@@ -55,7 +55,7 @@ def measure_medians_ms(
     return [statistics.median(times) for times in times_ms]
 
 
-def choose_fastest(networks: Sequence[N], inputs: Sequence[Example], repeats: int = 5) -> N:
+def choose_fastest(networks: Sequence[N], inputs: Sequence[Example]) -> N:
     """Choose the network that takes least time for the inputs."""
-    medians = measure_medians_ms(networks, [*inputs] * repeats)
+    medians = measure_medians_ms(networks, [*inputs] * REPEATS)
     return networks[medians.index(min(medians))]

@@ -153,7 +153,7 @@ def explain_miss(model: nn.Module, is_over: bool) -> str:
 
 @torch.no_grad()
 def keep_largest_weights(model: nn.Module, count: float) -> None:
-    """Of the weights whose gates are open, keep the `count` of largest magnitude and close the others.
+    """Keep the `count` largest of the weights whose gates are open, and close the others.
 
     Ranked over all layers at once; of every layer that has any, one stays. What is closed stays closed.
     There must be a gate for each weight; its score is then 1 or -1. (Zhu & Gupta, arXiv 1710.01878, rank

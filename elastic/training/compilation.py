@@ -16,9 +16,9 @@ def compile_network(net: nn.Module, **options: Any) -> None:
     them. Call `torch.compiler.reset()` when the network has changed.
     """
 
-    def whole(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         return net._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
-    code = whole.__code__.replace()  # equal, but another object
-    own = types.FunctionType(code, whole.__globals__, whole.__name__, None, whole.__closure__)
-    net._compiled_call_impl = torch.compile(own, **options)
+    code = call.__code__.replace()  # equal, but another object
+    separate = types.FunctionType(code, call.__globals__, call.__name__, None, call.__closure__)
+    net._compiled_call_impl = torch.compile(separate, **options)

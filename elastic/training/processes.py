@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 @contextmanager
-def unwrapped(trainer: L.Trainer) -> Iterator[None]:
+def unwrap(trainer: L.Trainer) -> Iterator[None]:
     """Take the model out of its wrapper for a change, and wrap it anew.
 
     The wrapper's buckets and hooks are made for the parameters it has seen: it would go on with those. With

@@ -32,7 +32,7 @@ from elastic.training.imitation import Outputs
 from elastic.training.layout import choose_memory_format
 from elastic.training.locating import find_called, is_called_compiled
 from elastic.training.own_parameters import OwnOptimizers, OwnParameter, scale_module_rate
-from elastic.training.processes import find_differing_processes, unwrapped
+from elastic.training.processes import find_differing_processes, unwrap
 from elastic.training.routing import LossTerm, Router
 from elastic.training.steps import compute_loss_scale, is_trained_now
 from elastic.training.tasks import compute_class_loss
@@ -58,6 +58,8 @@ class Structure(nn.Module):
 
     Attributes:
         widths: of the network as it is now.
+        trainer: of the run, once there is one.
+        own: the optimizers of what elastic methods have added.
         start_sizes, start_depth: channels of each width and blocks of each stage that it began with; a block
             that has been added counts as its template.
         timeline: one row a structural event: epoch, step, why, width or stage, before, after.
@@ -184,7 +186,7 @@ class Structure(nn.Module):
         Raises:
             TrainingError: the processes of the run no longer agree.
         """
-        with unwrapped(self.trainer) if self.trainer else nullcontext():
+        with unwrap(self.trainer) if self.trainer else nullcontext():
             release_graphs(self.net.parameters())  # of an epoch that is over, which a metric may hold
             yield
             self.lay_out()

@@ -139,14 +139,14 @@ def _make_masked(
     return traced
 
 
-def tune(active: fx.GraphModule, samples: Iterable[Example], repeats: int = REPEATS) -> None:
+def tune(active: fx.GraphModule, samples: Iterable[Example]) -> None:
     """Give each convolution the method that is fastest on the samples, on this machine as it is now."""
     methods = [method for method in METHODS if method != "kernel" or compiling.load_kernel() is not None]
     times: dict[ActiveConv2d, dict[Method, list[float]]] = defaultdict(lambda: {m: [] for m in methods})
 
     def measure(layer: ActiveConv2d, args: Any, _: object) -> None:
         method = layer.method
-        for _repeat in range(repeats):
+        for _repeat in range(REPEATS):
             for layer.method in methods:
                 start = time.perf_counter()
                 layer.forward(*args)

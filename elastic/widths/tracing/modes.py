@@ -147,12 +147,10 @@ def trace_both_modes(model: nn.Module, *example: Tensor) -> fx.GraphModule:
 def _drop_counters(traced: fx.GraphModule) -> None:
     """Leave out that norms count batches in training, which no momentum of theirs needs."""
     for node in traced.graph.find_nodes(op="get_attr"):
-        if str(node.target).endswith("num_batches_tracked"):
-            counting = list(node.users)
-            if all(user.target == "add_" and not user.users for user in counting):
-                for user in counting:
-                    traced.graph.erase_node(user)
-                traced.graph.erase_node(node)
+        is_counter, users = str(node.target).endswith("num_batches_tracked"), list(node.users)
+        if is_counter and all(user.target == "add_" and not user.users for user in users):
+            for unused in (*users, node):
+                traced.graph.erase_node(unused)
     traced.recompile()
 
 
