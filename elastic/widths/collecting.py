@@ -137,30 +137,41 @@ def _read_layouts(
     again until all can be read.
     """
     while True:
-        free = groups.free()
-        names, members = list(free), list(free.values())
-        owners = np.full(size, -1, dtype=np.int64)
-        for number, group in enumerate(members):
-            owners[group] = number
-        layouts, unread = dict[Dimension, Layout](), list[Dimension]()
-        known: dict[int, Layout | None] = {}  # by the identity of an axis
-        for place, axis in axes.items():
-            if records[place][0] == "count":  # an attribute, for which order is nothing
-                layouts[place] = _read_counts(owners[axis], names, members)
-                continue
-            if id(axis) not in known:
-                known[id(axis)] = _read_layout(axis, owners[axis], names, members)
-            if (layout := known[id(axis)]) is not None:
-                layouts[place] = layout
-            else:
-                unread.append(place)
+        free, owners = groups.free(), np.full(size, -1, dtype=np.int64)
+        for number, members in enumerate(free.values()):
+            owners[members] = number
+        layouts = _read_all(records, axes, owners, free)
+        unread = [place for place, layout in layouts.items() if layout is None]
         if not unread:
-            return layouts
+            return {place: layout for place, layout in layouts.items() if layout is not None}
+        names = list(free)
         for place in unread:
             for number in np.unique(owners[axes[place]]).tolist():
                 if number >= 0:
                     reason = f"its channels are interleaved with others' in {place[0]}.{place[1]}"
                     groups.reasons[names[number]] = reason
+
+
+def _read_all(
+    records: Records, axes: Mapping[Dimension, Axis], owners: Axis, free: Mapping[str, Axis]
+) -> dict[Dimension, Layout | None]:
+    """Read the layout of every place, None of those that no layout can say.
+
+    Args:
+        owners: the number of each element's group, -1 for what never changes.
+        free: the groups' elements.
+    """
+    names, members = list(free), list(free.values())
+    layouts: dict[Dimension, Layout | None] = {}
+    by_axis: dict[int, Layout | None] = {}
+    for place, axis in axes.items():
+        if records[place][0] == "count":  # an attribute, for which order is nothing
+            layouts[place] = _read_counts(owners[axis], names, members)
+            continue
+        if id(axis) not in by_axis:
+            by_axis[id(axis)] = _read_layout(axis, owners[axis], names, members)
+        layouts[place] = by_axis[id(axis)]
+    return layouts
 
 
 def _read_counts(numbers: Axis, names: Sequence[str], members: Sequence[Axis]) -> Layout:
