@@ -2,10 +2,7 @@
 
 import os
 import tempfile
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from elastic.files.atomic import check_place
 from elastic.files.formats import FORMATS, Format, Run, Source, list_tensors
 from elastic.files.formats.interface import Inputs, Outputs
 from elastic.files.network import Network
+from elastic.files.outputs import PlainOutputs, compare_outputs, is_plain, make_plain_outputs
 from elastic.files.packing import check_about
 from elastic.levels.cutting import extract_level
 from elastic.levels.nested import Levels
@@ -191,46 +189,10 @@ def _prepare(net: nn.Module, sample: Inputs) -> nn.Module:
         raise StructureError(
             f"the network does not run on {shapes} ({cite(error)}): give one input, or several, batch first"
         ) from error
-    net = net if _is_plain(outputs) else PlainOutputs(net)
-    if not list_tensors(_make_plain(outputs)):
+    net = net if is_plain(outputs) else PlainOutputs(net)
+    if not list_tensors(make_plain_outputs(outputs)):
         raise StructureError("the network returns no tensor: nothing can be written")
     return net
-
-
-class PlainOutputs(nn.Module):
-    """Return the tensors of a network's outputs in tuples, lists and dictionaries."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-        @wraps(net.forward)  # whose signature names the inputs of the file
-        def forward(*inputs: Tensor) -> Any:
-            return _make_plain(net(*inputs))
-
-        self.forward = forward
-
-
-def _is_plain(outputs: Any) -> bool:
-    if type(outputs) in (tuple, list):
-        return all(map(_is_plain, outputs))
-    if type(outputs) in (dict, OrderedDict):
-        return all(map(_is_plain, outputs.values()))
-    return isinstance(outputs, Tensor)
-
-
-def _make_plain(outputs: Any) -> Any:
-    """Make tuples, lists and dictionaries of nested outputs, without what is no tensor."""
-    if isinstance(outputs, Mapping):
-        parts = {name: _make_plain(value) for name, value in outputs.items()}
-        return {name: part for name, part in parts.items() if part is not None}
-    if isinstance(outputs, tuple | list):
-        return (list if isinstance(outputs, list) else tuple)(
-            part for part in map(_make_plain, outputs) if part is not None
-        )
-    if is_dataclass(outputs):
-        return _make_plain({field.name: getattr(outputs, field.name) for field in fields(outputs)})
-    return outputs if isinstance(outputs, Tensor) else None
 
 
 @torch.no_grad()
@@ -243,23 +205,4 @@ def _measure_difference(run: Run, source: Source) -> float:
             torch.randn(x.shape, generator=generator).to(x.dtype) if x.is_floating_point() else x
             for x in probe
         )
-    return _compare(run(*probe), list_tensors(source.net(*probe)))
-
-
-def _compare(actual: Outputs, expected: Outputs) -> float:
-    """Measure the largest difference of outputs, relative to the largest value where that is above 1."""
-    if not expected or len(actual) != len(expected):
-        raise StructureError(f"{len(actual)} of {len(expected)} outputs can be written: return tensors alone")
-    for a, b in zip(actual, expected, strict=True):
-        if a.shape != b.shape:
-            shapes = f"{tuple(a.shape)} in place of {tuple(b.shape)}"
-            raise StructureError(f"an output would be {shapes}: return another, or name another format")
-    return float(torch.stack([*map(_measure_distance, actual, expected)]).max())  # NaN if any is
-
-
-def _measure_distance(actual: Tensor, expected: Tensor) -> Tensor:
-    """Measure the largest difference of two tensors; what is infinite in both is the same."""
-    a, b = actual.to(torch.complex128), expected.to(torch.complex128)
-    differences, sizes = (a - b).abs()[a != b], b.abs()[b.isfinite()]
-    none, one = sizes.new_zeros(1), sizes.new_ones(1)
-    return torch.cat([none, differences]).max() / torch.cat([one, sizes]).max()
+    return compare_outputs(run(*probe), list_tensors(source.net(*probe)))

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +30,12 @@ def take_types(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Give tensors of a module the types of a state, as of half precision, where both are of floats."""
     for name, tensor in module.state_dict(keep_vars=True).items():
         value = state.get(name)
-        both = [each for each in (tensor, value) if isinstance(each, Tensor) and each.is_floating_point()]
-        if len(both) == 2:
-            tensor.data = tensor.data.to(both[1].dtype)
+        if _is_float(tensor) and _is_float(value):
+            tensor.data = tensor.data.to(value.dtype)
+
+
+def _is_float(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def match_type(example: Example, net: nn.Module) -> Example:
