@@ -8,8 +8,7 @@ import lightning as L
 from elastic.callbacks.base import ElasticCallback, explain_order, refuse_changes_beside
 from elastic.callbacks.dynamic import PruneDynamically
 from elastic.errors import OptionError, TrainingError
-from elastic.levels.cutting import find_nestable
-from elastic.levels.importance import Importance, rank_channels, score_channels
+from elastic.levels.importance import Importance, find_order, score_channels
 from elastic.levels.nested import Levels
 from elastic.levels.sensitivity import read_curves
 from elastic.levels.sizes import By, check_levels, level_sizes
@@ -17,8 +16,6 @@ from elastic.measure.machine import measure_latency_ms
 from elastic.ranges import Count, Positive, checked
 from elastic.surgery.reindexing import reindex
 from elastic.training.samples import check_loss, sample_batch
-from elastic.widths.discovery import discover
-from elastic.widths.inputs import list_inputs
 
 SAMPLES = 256  # training images that importance by gradients looks at
 
@@ -74,7 +71,7 @@ class TrainLevels(ElasticCallback):
         structure = self.structure
         net, widths, example = structure.net, structure.widths, structure.example
         if structure.levels is None and trainer.ckpt_path is None:  # a checkpoint brings its own
-            measure = (lambda cut: measure_latency_ms(cut, example)) if self.by == "latency_ms" else None
+            measure = (lambda level: measure_latency_ms(level, example)) if self.by == "latency_ms" else None
             sizes = level_sizes(
                 net, widths, example, self.fractions, self.by, self.multiple, measure, self.curves
             )
@@ -97,10 +94,8 @@ class TrainLevels(ElasticCallback):
         """Put the channels that matter most to level k first; level k - 1 starts from it."""
         structure, levels = self.structure, self.levels
         batches = [sample_batch(trainer, SAMPLES, structure.seed)] if self.importance == "taylor" else None
-        widths = discover(levels[k], *list_inputs(structure.example))
-        scores = score_channels(levels[k], widths, self.importance, batches, structure.compute_loss)
-        full = structure.widths.sizes()
-        index = {name: rank_channels(scores[name], full[name]) for name in find_nestable(structure.widths)}
+        example, loss = structure.example, structure.compute_loss
+        index = find_order(levels, k, example, self.importance, batches, loss)
         with structure.changing():
             reindex(
                 structure.net,

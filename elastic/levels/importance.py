@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic.errors import OptionError, StructureError
-from elastic.levels.cutting import iterate_norms
+from elastic.levels.cutting import find_nestable, iterate_norms
+from elastic.levels.nested import Levels
 from elastic.pruning.gates import Gate
 from elastic.widths.copying import copy_module
-from elastic.widths.discovery import Slot, Width, Widths
+from elastic.widths.discovery import Slot, Width, Widths, discover
 from elastic.widths.inputs import Example, list_inputs
 from elastic.widths.parameters import get_original, get_weight
 
@@ -73,6 +74,25 @@ def rank_channels(scores: Tensor, size: int | None = None) -> Tensor:
     """
     best = scores.sort(descending=True, stable=True).indices
     return torch.cat([best, torch.arange(len(scores), size or len(scores))])
+
+
+def find_order(
+    levels: Levels,
+    k: int,
+    example: Example,
+    importance: Importance,
+    batches: Batches | None,
+    loss: Loss,
+) -> dict[str, Tensor]:
+    """Find the index of each width that levels have parts of, which puts what matters most to level k first.
+
+    Args:
+        example: an input of the network, or several.
+        importance, batches, loss: see `score_channels`.
+    """
+    widths, sizes = discover(levels[k], *list_inputs(example)), levels.widths.sizes()
+    scores = score_channels(levels[k], widths, importance, batches, loss)
+    return {name: rank_channels(scores[name], sizes[name]) for name in find_nestable(levels.widths)}
 
 
 Values = Callable[[str], Tensor]  # what counts of a layer, by its path; of its weight's shape

@@ -65,7 +65,8 @@ class Runtime:
         self.costs = [measure_cost(level, example, joules) for level in self.levels]
         self.allowed = self.level = len(self.levels) - 1
         self.deadline_ms: float | None = None
-        self.slowdown, self._calm = 1.0, 0  # requests in a row that a larger level would have had room for
+        self.slowdown = 1.0
+        self._roomy_requests = 0  # in a row, with room for a larger level
         self._lock = threading.Lock()
 
     def within(self, **budgets: float) -> int:
@@ -81,7 +82,7 @@ class Runtime:
         with self._lock:
             self.deadline_ms = budgets.get("latency_ms")
             self.allowed = k if set(budgets) - {"latency_ms"} else top
-            self.level, self.slowdown, self._calm = k, 1.0, 0
+            self.level, self.slowdown, self._roomy_requests = k, 1.0, 0
         return k
 
     def _find_largest(self, name: str, budget: float) -> int:
@@ -146,11 +147,11 @@ class Runtime:
             self.slowdown += (1.0 if is_late else SMOOTHING) * (slowdown - self.slowdown)
             largest = self._expect_largest(self.deadline_ms)
             with_room = self._expect_largest(HEADROOM * self.deadline_ms)
-            self._calm = self._calm + 1 if with_room > self.level else 0
+            self._roomy_requests = self._roomy_requests + 1 if with_room > self.level else 0
             if largest < self.level:
                 self.level = largest
-            elif self._calm >= PATIENCE:
-                self.level, self._calm = with_room, 0
+            elif self._roomy_requests >= PATIENCE:
+                self.level, self._roomy_requests = with_room, 0
 
     def _expect_largest(self, deadline_ms: float) -> int:
         """Find the largest level expected to meet a deadline now; the smallest if none is."""

@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from elastic.errors import StructureError
 from elastic.surgery.fresh import Patch, random, split, zero_out
+from elastic.surgery.indices import pair_index
 from elastic.surgery.reindexing import FRESH, grow_index, reindex, resize_index
 from elastic.widths.discovery import Widths, discover
 from tests.elastic.zoo import CASES, Case, Net, changes, conv, differences, head, states
@@ -788,3 +789,14 @@ def test_a_model_that_reads_a_width_twice_shares_a_split_channel_once() -> None:
     expected = model(X).detach()
     reindex(model, widths, {"conv": [0, 1, 2, 3, 3, 3]}, fresh=split)
     close(model(X), expected)
+
+
+@pytest.mark.parametrize(("size", "by"), [(3, 4), (3, 5), (1, 1), (2, 0)])
+def test_channels_that_are_added_in_pairs_stand_twice_but_for_an_odd_one(size: int, by: int) -> None:
+    added = grow_index(size, by - by // 2)
+    index = pair_index(size, by)
+    assert len(index) == len(grow_index(size, by))
+    assert index[:size].tolist() == list(range(size))
+    counts = torch.bincount(index, minlength=len(added))
+    assert counts[:size].tolist() == [1] * size
+    assert counts[size:].tolist() == [2] * (by // 2) + [1] * (by % 2)
