@@ -12,10 +12,18 @@ from elastic.callbacks.base import ElasticCallback
 from elastic.callbacks.pruning import attach_once, check_budget, remove_dead_channels
 from elastic.errors import OptionError
 from elastic.measure.counts import count_macs_per_weight
-from elastic.pruning import gates, live
 from elastic.pruning.budget import Budget
 from elastic.pruning.fitting import fit_gates_to_budget, measure_compacted, report_budget
-from elastic.pruning.gates import Grain
+from elastic.pruning.gates import (
+    Gate,
+    Grain,
+    advance_grace,
+    count_open,
+    form_blocks,
+    freeze_gates,
+    iterate_gates,
+)
+from elastic.pruning.live import count_live_macs, count_live_params
 from elastic.pruning.penalty import add_penalty_gradient, set_prices
 from elastic.pruning.ranking import keep_best_gates, reopen_gates
 from elastic.ranges import Count, Natural, NotNegative, Part, checked
@@ -82,7 +90,7 @@ class PruneByGates(ElasticCallback):
         self.is_above_path = True
         self.uses: dict[str, float] = {}  # of each weight, by layer
         self._is_active, self._logged = False, -1.0
-        self._gates: list[tuple[str, nn.Module, gates.Gate]] = []  # as this epoch has them
+        self._gates: list[tuple[str, nn.Module, Gate]] = []  # as this epoch has them
         self._priced: dict[str, torch.Size] = {}  # shapes of the gates that have their prices
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -103,7 +111,7 @@ class PruneByGates(ElasticCallback):
         self._set_prices()  # a run that goes on may fit its gates before its first batch
         if self.is_frozen:
             with self.structure.changing():
-                gates.freeze_gates(self.structure.net)
+                freeze_gates(self.structure.net)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         ends = measure_epoch_progress(trainer) >= self.end
@@ -122,8 +130,8 @@ class PruneByGates(ElasticCallback):
         # Told anew for each batch, so that it holds after a restart in the middle of an epoch, too.
         self._is_active = not self.is_frozen and self.begin <= measure_epoch_progress(trainer)
         if batch_idx == 0 or not self._gates:  # layers may have come since the last epoch
-            gates.form_blocks(self.structure.net)
-            self._gates = list(gates.iterate_gates(self.structure.net))
+            form_blocks(self.structure.net)
+            self._gates = list(iterate_gates(self.structure.net))
             self._set_prices()
 
     def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -142,13 +150,13 @@ class PruneByGates(ElasticCallback):
             self._logged = penalty
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        gates.advance_grace(self.structure.net)
+        advance_grace(self.structure.net)
 
     def measure_size(self) -> float:
         """Estimate from the gates what the budget is about, params or MACs: for every few steps."""
         if self.by == "macs":
-            return live.count_live_macs(self.structure.net, self.structure.widths, self.uses)
-        return live.count_live_params(self.structure.net, self.structure.widths)
+            return count_live_macs(self.structure.net, self.structure.widths, self.uses)
+        return count_live_params(self.structure.net, self.structure.widths)
 
     def report(self) -> Mapping[str, Any]:
         """Return the budget and what has become of it; empty without one."""
@@ -163,7 +171,7 @@ class PruneByGates(ElasticCallback):
             if self.budget is not None:  # its controller has come near to it
                 size = partial(measure_compacted, net, self.structure.example, self.by, count_zeros=True)
                 fit_gates_to_budget(net, self.budget.target, keep_best_gates, size)
-            gates.freeze_gates(net)
+            freeze_gates(net)
 
     def _steer(self, trainer: L.Trainer) -> None:
         """Follow the budget's path, and open gates again where too many have shut."""
@@ -174,14 +182,14 @@ class PruneByGates(ElasticCallback):
             path = self.budget.path(progress)
             self.is_above_path = size > path
             if size < LEAST * path:
-                least = gates.count_open(net) * path / size
+                least = count_open(net) * path / size
         reopen_gates(net, least)
 
     def _set_prices(self) -> None:
         """Set what a weight of each layer costs, relative to the average."""
         if self.by != "macs":
             return
-        shapes = {path: gate.score.shape for path, _, gate in gates.iterate_gates(self.structure.net)}
+        shapes = {path: gate.score.shape for path, _, gate in iterate_gates(self.structure.net)}
         if shapes != self._priced:
             self._priced = shapes
             self.uses = count_macs_per_weight(self.structure.net, self.structure.example)

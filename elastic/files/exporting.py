@@ -14,7 +14,7 @@ from elastic.files.atomic import check_place
 from elastic.files.formats import FORMATS, Format, Run, Source, list_tensors
 from elastic.files.formats.interface import Inputs, Outputs
 from elastic.files.network import Network
-from elastic.files.outputs import PlainOutputs, compare_outputs, is_plain, make_plain_outputs
+from elastic.files.outputs import PlainOutputs, is_plain, make_plain_outputs, measure_difference
 from elastic.files.packing import check_about
 from elastic.levels.cutting import extract_level
 from elastic.levels.nested import Levels
@@ -106,7 +106,7 @@ def _write_checked(form: Format, source: Source, part: Path, path: Path) -> floa
         raise StructureError(f"{cause}: change forward there, or name another format") from error
     remedy = "leave it in fp32" if source.calibration else "export it in fp32, or in another format"
     try:
-        difference = _measure_difference(form.open(part, None), source)
+        difference = _compare_with_network(form.open(part, None), source)
     except ElasticError:
         raise
     except Exception as error:  # of the runtime, which does not take what its tools have made
@@ -196,7 +196,7 @@ def _prepare(net: nn.Module, sample: Inputs) -> nn.Module:
 
 
 @torch.no_grad()
-def _measure_difference(run: Run, source: Source) -> float:
+def _compare_with_network(run: Run, source: Source) -> float:
     """Measure how far a file's outputs are from the network's, on noise or on what it was calibrated with."""
     generator = torch.Generator().manual_seed(0)
     probe = source.calibration[0] if source.calibration else source.repeat_example(3)
@@ -205,4 +205,4 @@ def _measure_difference(run: Run, source: Source) -> float:
             torch.randn(x.shape, generator=generator).to(x.dtype) if x.is_floating_point() else x
             for x in probe
         )
-    return compare_outputs(run(*probe), list_tensors(source.net(*probe)))
+    return measure_difference(run(*probe), list_tensors(source.net(*probe)))

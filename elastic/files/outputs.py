@@ -50,7 +50,7 @@ def make_plain_outputs(outputs: Any) -> Any:
     return outputs if isinstance(outputs, Tensor) else None
 
 
-def compare_outputs(actual: Outputs, expected: Outputs) -> float:
+def measure_difference(actual: Outputs, expected: Outputs) -> float:
     """Measure the largest difference of outputs, relative to the largest value where that is above 1.
 
     Raises:
