@@ -160,13 +160,10 @@ class ActiveConv2d(ActiveLayer):
         return y_BKHW
 
     def _plan(self, height: int, width: int, once: bool = False) -> _Plan:
-        kernel, (_, channels, *taps), out = (
-            compiling.load_kernel(),
-            self.weight.shape,
-            self._measure(height, width),
-        )
+        """Plan how the kernel convolves inputs of one size, and keep the plan for the next."""
+        kernel, out = compiling.load_kernel(), self._measure(height, width)
         assert kernel is not None
-        kernels, rows, columns = out
+        (kernels, rows, columns), (_, channels, *taps) = out, self.weight.shape
         takes_tiles = taps == [3, 3] and self.stride == 1
         way = tiles.choose_way(channels, kernels, rows, columns, once) if takes_tiles else tiles.PIXELS
         sizes = (channels, height, width, kernels, *taps, self.stride, self.padding, rows, columns, way)

@@ -45,7 +45,7 @@ class Tape:
         self.memory: dict[int, Tensor] = {}
         self._free: dict[int, Tensor] = {}
         self._calls: list[Step] = []
-        self._held: list[Argument] = []  # what else addresses are of
+        self._operands: list[Argument] = []  # what else addresses are of
         with torch.inference_mode(False):
             self.inputs = [x.detach().clone(memory_format=torch.contiguous_format) for x in inputs]
             _thread.tape = self
@@ -58,7 +58,7 @@ class Tape:
     def record(self, step: Step, arguments: Sequence[Argument]) -> None:
         """Add a call, and keep what it needs, but for what has been allocated here."""
         self._calls.append(step)
-        self._held.extend(x for x in arguments if not self._has_allocated(x))
+        self._operands.extend(x for x in arguments if not self._has_allocated(x))
 
     def _has_allocated(self, x: Argument) -> bool:
         return isinstance(x, Tensor) and x.data_ptr() in self.memory

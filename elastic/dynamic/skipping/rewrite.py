@@ -65,18 +65,18 @@ class _Rewriter:
 
     Attributes:
         active: of each node whose maps are known not to be all active, the node that lists those that are.
-        done: nodes that are no longer there, as a convolution has taken them.
+        erased: nodes that are no longer there, as a convolution has taken them.
     """
 
     def __init__(self, traced: fx.GraphModule, method: Method) -> None:
         self.traced, self.graph, self.method = traced, traced.graph, method
         self.active: dict[fx.Node, fx.Node] = {}
-        self.done: set[fx.Node] = set()
+        self.erased: set[fx.Node] = set()
         self.count = 0
 
     def run(self) -> fx.GraphModule:
         for node in list(self.graph.nodes):
-            if node not in self.done and not self._has_hooks(node):
+            if node not in self.erased and not self._has_hooks(node):
                 self._rewrite(get_layer(self.traced, node), node)
         self._leave_unread_maps()
         self.traced.delete_all_unused_submodules()
@@ -115,17 +115,13 @@ class _Rewriter:
             return
         chain, gates, residual = [node], None, None
         user = find_next(self.traced, chain)
-        if user is not None and user.args[:1] == (node,):
-            gates = self._get_gates(user)
-        if user is not None and gates is None:
-            residual = find_addend(user, node)
-        if user is not None and (gates or residual):
-            chain = [*chain, user]
-        user = find_next(self.traced, chain)
-        has_relu = user is not None and name_operation(self.traced, user) == "relu"
-        if user is not None and (has_relu := has_relu and not self._has_hooks(user)):
-            chain = [*chain, user]
-        conv = ActiveConv2d(layer, has_relu, method=self.method)
+        if user is not None:
+            gates = self._get_gates(user) if user.args[:1] == (node,) else None
+            residual = find_addend(user, node) if gates is None else None
+            chain = [*chain, user] if gates or residual else chain
+        relu = self._find_relu(chain)
+        chain = chain if relu is None else [*chain, relu]
+        conv = ActiveConv2d(layer, relu is not None, method=self.method)
         call = self._replace(chain, conv, (node.args[0], self._get_active(node), gates, residual))
         self._list_active(call, gates)
 
@@ -134,6 +130,13 @@ class _Rewriter:
         chain, pools = find_head(self.traced, node)
         if chain and ActiveHead.takes(layer) and not any(map(self._has_hooks, chain)):
             self._replace(chain, ActiveHead(layer, pools), (chain[0].all_input_nodes[0],))
+
+    def _find_relu(self, chain: Chain) -> fx.Node | None:
+        """Find the ReLU that alone reads the end of a chain; one with hooks is left where it is."""
+        user = find_next(self.traced, chain)
+        if user is None or name_operation(self.traced, user) != "relu" or self._has_hooks(user):
+            return None
+        return user
 
     def _has_hooks(self, node: fx.Node) -> bool:
         """Tell whether a node calls a layer of the network with hooks, which only it can run."""
@@ -166,7 +169,7 @@ class _Rewriter:
         chain[-1].replace_all_uses_with(node)
         for replaced in reversed(chain):
             self.graph.erase_node(replaced)
-        self.done.update(chain)
+        self.erased.update(chain)
         return node
 
     def _leave_unread_maps(self) -> None:
