@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from elastic.widths.tracker import Dimension, Records
+from elastic.widths.stock import Dimension, Records
 from elastic.widths.union import Axis, ChannelUnion
 from elastic.widths.width import Segment, Slot, Width, Widths
 

@@ -17,8 +17,9 @@ from elastic.widths.computed import fix_computed_sizes
 from elastic.widths.inputs import count_batch, list_inputs
 from elastic.widths.operations.interface import is_stored
 from elastic.widths.sizing import find_spans, list_layouts
+from elastic.widths.stock import Records
 from elastic.widths.tracing import make_meta_copy, trace_modes
-from elastic.widths.tracker import AxisTracker, Records
+from elastic.widths.tracker import AxisTracker
 from elastic.widths.union import ChannelUnion
 from elastic.widths.width import Segment, Slot, Width, Widths, fix_widths
 

@@ -15,7 +15,8 @@ from elastic.widths.operations.interface import ATTRIBUTE, Role
 from elastic.widths.tracing.sizes import STOCK, AttributePlace, is_stock
 from elastic.widths.union import Axis, ChannelUnion
 
-Records = dict[tuple[str, str, int], tuple[Role, Axis]]  # what lies on a module's tensor's dimension
+Dimension = tuple[str, str, int]  # module, tensor, dimension
+Records = dict[Dimension, tuple[Role, Axis]]
 
 
 def list_own_axes(layer: nn.Module, place: AttributePlace, records: Records) -> list[Axis]:

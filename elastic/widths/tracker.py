@@ -10,12 +10,12 @@ from torch.fx.node import map_arg
 from torch.nn.utils import parametrize
 
 from elastic.errors import StructureError
+from elastic.widths.attributes import UsedAttributes, get_key
 from elastic.widths.computed import CONSTANT
 from elastic.widths.hooks import watch_hooks
 from elastic.widths.operations import NEEDS_NO_TENSOR, READS_COUNTS, TABLE, NotFollowed, Role, Rule, Tracked
 from elastic.widths.operations.counts import count_node, list_counts
 from elastic.widths.operations.interface import (
-    ATTRIBUTE,
     Layer,
     Place,
     get_input,
@@ -24,15 +24,14 @@ from elastic.widths.operations.interface import (
     list_tensors,
 )
 from elastic.widths.parameters import ChannelParametrization, get_original, list_parametrizations
-from elastic.widths.stock import Records, list_own_axes, unite_attributes
+from elastic.widths.stock import Records, unite_attributes
 from elastic.widths.tracing import describe_node, drop_data
 from elastic.widths.tracing.concrete import changes_tensor
 from elastic.widths.tracing.graph import shorten
 from elastic.widths.tracing.meta import compute_without_data
-from elastic.widths.tracing.sizes import AttributePlace, SizeAttribute
+from elastic.widths.tracing.sizes import SizeAttribute
 from elastic.widths.union import Axis, ChannelUnion
 
-Dimension = tuple[str, str, int]  # module, tensor, dimension
 # Values that hold no channels, though they may count them.
 PLAIN = (int, float, torch.Size, torch.device, torch.dtype)
 
@@ -44,16 +43,11 @@ class AxisTracker:
         self.graph, self.model = graph, model
         self.layers = dict(model.named_modules())
         self.elements, self.records = elements, records
+        self._attributes = UsedAttributes(elements, records, graph.computed_sizes)  # type: ignore[attr-defined]
         self._hooked = watch_hooks(self.layers)
         self._recorded: list[Axis] = []  # what the rule of this node has recorded
         self._united: list[tuple[Axis, Axis]] = []  # what it has let agree
-        self._followed: list[SizeAttribute] = []  # the numbers of this node that follow channels
         self._aliases: dict[fx.Node, list[fx.Node]] = {}  # nodes that give one and the same tensor
-        # Attributes that are used as they are, with a reason.
-        self._constant: dict[Dimension, str] = {
-            (place.module, ATTRIBUTE + place.name, place.number): f"the forward computes with {place}"
-            for place in graph.computed_sizes  # type: ignore[attr-defined]
-        }
         self._shared: dict[tuple[int, int], Axis] = {}  # by the identity of a tensor, and its dimension
         self._roles: dict[tuple[int, int], set[Role]] = {}  # likewise
 
@@ -76,12 +70,7 @@ class AxisTracker:
                 ) from error
             self._note_axes(node, value)
         unite_attributes(self.elements, self.records, self._find_module)
-        self._fix_used_as_they_are()
-
-    def _fix_used_as_they_are(self) -> None:
-        for (path, name, number), reason in self._constant.items():
-            place = AttributePlace(path, name.removeprefix(ATTRIBUTE), number)
-            self.elements.fix_all(list_own_axes(self._find_module(path), place, self.records), reason)
+        self._attributes.fix_own_channels(self._find_module)
 
     def _note_axes(self, node: fx.Node, value: Any) -> None:
         if _is_plain(value):
@@ -127,11 +116,10 @@ class AxisTracker:
             return self._begin_attribute(place, value)
         if node.op in ("placeholder", "get_attr"):
             return _untracked(value)
-        self._followed = []
         try:
             return self._follow(node, value)
         finally:
-            self._keep_sizes(node)
+            self._attributes.keep_others(node)
 
     def _follow(self, node: fx.Node, value: Any) -> Tracked:
         """Follow channels through an operation."""
@@ -146,20 +134,6 @@ class AxisTracker:
             self._fix_inputs(node, f"cannot be followed: it {error}")
             self._fix_counts(node)
             return _untracked(value)
-
-    def _keep_sizes(self, node: fx.Node) -> None:
-        """Keep the attributes as they are that a node is given and does not follow."""
-        arguments = (value for value in (*node.args, *node.kwargs.values()) if type(value) is not fx.Node)
-        for size in (size for value in arguments for size in _list_sizes(value)):
-            if not any(size is other for other in self._followed):
-                for view in (size, *size.others):
-                    self._keep_size(view, f"{describe_node(node)} takes {view.place.name} as it is")
-
-    def _keep_size(self, size: SizeAttribute, reason: str) -> None:
-        key = _get_key(size)
-        self._constant.setdefault(key, reason)
-        if key in self.records:
-            self.elements.fix(self.records[key][1], self._constant[key])
 
     def _fix_counts(self, node: fx.Node) -> None:
         """Fix the channels that a node computes with as numbers."""
@@ -278,24 +252,18 @@ class AxisTracker:
             self._fix_foreign(module, tensor, first)
 
     def follow_size(self, size: object, axis: Axis | None) -> bool:
-        if not isinstance(size, SizeAttribute) or axis is None or len(axis) != size:
+        if not isinstance(size, SizeAttribute) or axis is None:
             return False
-        views = [view for view in (size, *size.others) if len(axis) % view.factor.numerator == 0]
-        known = (view for view in views if _get_key(view) in self.records)
-        view = next(known, views[0] if views else None)
+        view = self._attributes.find_view(size, axis)
         if view is None:
             return False
-        for other in (other for other in (size, *size.others) if other is not view):
-            self._keep_size(other, f"{other.place.name} is multiplied by what follows channels")
         # The attribute is copies / parts × size.
-        copies, parts, key = view.factor.denominator, view.factor.numerator, _get_key(view)
+        copies, parts = view.factor.denominator, view.factor.numerator
         part = self.elements.tie(axis, parts) if parts > 1 else axis
         recorded = list(self._recorded)
-        self.record(*key, "count", np.repeat(part, copies))
+        self.record(*get_key(view.place), "count", np.repeat(part, copies))
         self._recorded = recorded  # it is counted, which does not say what became of it
-        self._followed.append(size)
-        if key in self._constant:
-            self.elements.fix(axis, self._constant[key])
+        self._attributes.note_followed(size, view, axis)
         return True
 
     def drop(self, axes: Sequence[Axis | None]) -> None:
@@ -341,21 +309,6 @@ def _take_input(node: fx.Node, inputs: list[Tensor]) -> Any:
 
 def _get_value(node: fx.Node) -> Any:
     return node.meta["value"]
-
-
-def _get_key(size: SizeAttribute) -> Dimension:
-    return size.place.module, ATTRIBUTE + size.place.name, size.place.number
-
-
-def _list_sizes(value: Any) -> list[SizeAttribute]:
-    """List the numbers within arguments that are attributes of modules."""
-    if isinstance(value, SizeAttribute):
-        return [value]
-    if isinstance(value, slice):
-        value = (value.start, value.stop, value.step)
-    if isinstance(value, dict):
-        value = tuple(value.values())
-    return [size for part in value for size in _list_sizes(part)] if isinstance(value, tuple | list) else []
 
 
 def _is_plain(value: Any) -> bool:
