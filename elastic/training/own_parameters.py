@@ -52,7 +52,7 @@ class OwnOptimizers:
         parameters: one that no group leads to learns like the first group of the first optimizer.
 
     Raises:
-        TrainingError: an optimizer that cannot be followed.
+        TrainingError: an optimizer that cannot be followed, or none.
     """
 
     def __init__(self, homes: Sequence[torch.optim.Optimizer], parameters: Iterable[OwnParameter]) -> None:
@@ -62,6 +62,11 @@ class OwnOptimizers:
         self._removals: list[Callable[[], None]] = []
         if not self._homes or not own:
             return
+        if not any(home.param_groups for home in self._homes):
+            raise TrainingError(
+                "nothing is optimized, so that what elastic methods add could not learn: let "
+                "configure_optimizers return an optimizer"
+            )
         places = _find_places(self._homes, own)
         for k, home in enumerate(self._homes):
             remove_parameters(home, [each.parameter for each in own])
@@ -79,6 +84,7 @@ class OwnOptimizers:
             self._removals.append(handle.remove)
         for target in (*self._homes, *wrappers):
             self._follow_zero_grad(target)
+            self._follow_add_param_group(target)
 
     def _follow_zero_grad(self, target: Any) -> None:
         """Drop own gradients with the user's; torch has no hook for it."""
@@ -91,6 +97,18 @@ class OwnOptimizers:
 
         target.zero_grad = zero_all
         self._removals.append(lambda: delattr(target, "zero_grad"))
+
+    def _follow_add_param_group(self, target: Any) -> None:
+        """Leave own parameters out of groups that a program adds, say of layers that it unfreezes."""
+        add, home = target.add_param_group, getattr(target, "optimizer", target)
+
+        def add_others(group: dict[str, Any]) -> None:
+            add(group)
+            for optimizer in self._homes:
+                remove_parameters(home, self.list_parameters(optimizer))
+
+        target.add_param_group = add_others
+        self._removals.append(lambda: delattr(target, "add_param_group"))
 
     def release(self) -> None:
         """Follow the user's optimizers no longer."""

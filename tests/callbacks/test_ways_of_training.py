@@ -243,6 +243,40 @@ def test_what_levels_add_learns_after_each_change_of_optimizers() -> None:
     assert stepped == [2, 3]
 
 
+class Unfreezing(Plain):
+    """Train the last layer first; the others come into a group of their own, with all that they have."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.net[-1].parameters(), lr=0.05, weight_decay=0.1)
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            optimizer = self.optimizers(use_pl_optimizer=self.wrapped)
+            optimizer.add_param_group({"params": list(self.net[:-1].parameters())})
+
+
+@pytest.mark.parametrize("wrapped", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_gates_of_layers_that_are_unfrozen_stay_out_of_the_programs_optimizer(wrapped: bool) -> None:
+    """It would step them a second time, and shrink their scores."""
+    module = make(Unfreezing)
+    module.wrapped = wrapped
+    trainer = fit(module, [PruneByGates(penalty=0.0)], max_epochs=2, limit_val_batches=0)
+    first, second = (list(map(id, group["params"])) for group in trainer.optimizers[0].param_groups)
+    scores = {id(gate.score) for gate in list_gates(module.net)}
+    assert scores and second and not scores & {*first, *second}
+    assert {*first, *second} | scores == set(map(id, module.net.parameters()))
+
+
+def test_gates_without_an_optimizer_are_refused() -> None:
+    module = make(Plain)
+    module.configure_optimizers = lambda: None  # type: ignore[method-assign]
+    with (
+        pytest.warns(UserWarning, match="no optimizer"),
+        pytest.raises(TrainingError, match="let configure_optimizers return an optimizer"),
+    ):
+        fit(module, [PruneByGates()], max_epochs=1)
+
+
 class Sharpness(torch.optim.SGD):
     """Hold another optimizer that keeps the state."""
 
