@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import (
 from torch import Tensor, nn
 
 from elastic.errors import TrainingError
+from elastic.training.checks import check_returned, check_saved, check_whole
 from elastic.training.joining import find_structure, join_structure
 from elastic.training.kinds import is_kind
 from elastic.training.own_parameters import check_followed
@@ -97,6 +98,7 @@ class ElasticCallback(L.Callback):
         if stage == "fit":
             self._start_anew(trainer)
         if stage == "fit" and self._leads(trainer):
+            check_whole(trainer)
             self.structure.hide_gates()
             for callback in list_elastic(trainer):
                 callback.check(trainer)
@@ -104,11 +106,7 @@ class ElasticCallback(L.Callback):
 
     def _refuse_static(self, trainer: L.Trainer) -> None:
         """Refuse Lightning's own callbacks that hold on to the network, where that changes or is replaced."""
-        static = [
-            callback
-            for callback in trainer.callbacks  # type: ignore[attr-defined]
-            if any(is_kind(callback, kind) for kind in STATIC) and not isinstance(callback, ElasticCallback)
-        ]
+        static = list_static(trainer)
         if static and self.changes_structure:
             raise TrainingError(
                 f"{type(static[0]).__name__} cannot follow a network that changes, as "
@@ -129,7 +127,9 @@ class ElasticCallback(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._leads(trainer):
+            self.structure.check_current(pl_module)
             self._attach_all(trainer)
+            self._check_result(trainer, pl_module)
             self._take_own_parameters(trainer)
             self._route(trainer)
 
@@ -138,6 +138,12 @@ class ElasticCallback(L.Callback):
             self.structure.show_gates()
             for callback in list_elastic(trainer):
                 callback.attach()
+
+    def _check_result(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        changes = any(callback.changes_structure for callback in list_elastic(trainer))
+        if changes or self.structure.list_own_parameters():
+            check_returned(trainer)
+        check_saved(trainer, module)
 
     def _take_own_parameters(self, trainer: L.Trainer) -> None:
         if any(callback.changes_structure for callback in list_elastic(trainer)):
@@ -152,6 +158,10 @@ class ElasticCallback(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._leads(trainer):
             end_epoch_once(trainer)
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._leads(trainer):
+            self.structure.check_called()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._route(trainer)
@@ -245,6 +255,13 @@ class FollowNetwork(ElasticCallback):
 def list_elastic(trainer: L.Trainer) -> list[ElasticCallback]:
     """List the callbacks of a run that follow its network."""
     return [callback for callback in trainer.callbacks if isinstance(callback, ElasticCallback)]  # type: ignore[attr-defined]
+
+
+def list_static(trainer: L.Trainer) -> list[L.Callback]:
+    """List the callbacks of a run that hold on to parameters as they were."""
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    static = [callback for callback in callbacks if any(is_kind(callback, kind) for kind in STATIC)]
+    return [callback for callback in static if not isinstance(callback, ElasticCallback)]
 
 
 def explain_order(first: str, then: str) -> TrainingError:

@@ -77,6 +77,8 @@ class Distil(ElasticCallback):
 
     def _check(self) -> None:
         inputs = [torch.zeros_like(x) for x in select_samples(self.structure.example, slice(1))]
+        # It may come from a run in another precision.
+        self.teacher.to(next(self.structure.net.parameters()).dtype)
         try:
             teacher_shapes = find_output_shapes(self.teacher, inputs)
         except (RuntimeError, ValueError, AssertionError) as error:  # as networks say it themselves

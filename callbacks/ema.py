@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from elastic.callbacks.base import ElasticCallback
+from elastic.errors import TrainingError
 from elastic.pruning.gates import Gate
 from elastic.ranges import Range, checked
 from elastic.training.history import HISTORY
@@ -49,6 +50,14 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
         self.decay = decay
         self._has_begun = False  # there are averages; torch's count of them is on the device
         self._places: list[Place] = []
+
+    def check(self, trainer: L.Trainer) -> None:
+        """Refuse checkpoints that Lightning writes without asking callbacks, and so without the average."""
+        if any(getattr(keep, "save_weights_only", False) for keep in trainer.checkpoint_callbacks):
+            raise TrainingError(
+                "checkpoints of weights only would hold what is trained, not the average that is validated: "
+                "set save_weights_only=False"
+            )
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Copy nothing yet: gates may still be attached, and a checkpoint may bring another structure."""

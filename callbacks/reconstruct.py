@@ -5,8 +5,9 @@ from typing import Any
 
 import lightning as L
 
-from elastic.callbacks.base import StepNetwork
+from elastic.callbacks.base import StepNetwork, list_static
 from elastic.callbacks.levels import TrainLevels
+from elastic.errors import TrainingError
 from elastic.levels.freezing import FrozenPart, Phase, plan_phases
 from elastic.ranges import Part, checked
 
@@ -25,6 +26,7 @@ class Reconstruct(TrainLevels):
 
     Raises:
         OptionError: a phase would have no epoch.
+        TrainingError: a callback that holds on to weights as they were, or averages them.
 
     Example::
 
@@ -40,6 +42,15 @@ class Reconstruct(TrainLevels):
     def list_step_networks(self) -> Sequence[StepNetwork]:
         """List the one level that is trained."""
         return [StepNetwork(self.levels[self.structure.level])]
+
+    def check(self, trainer: L.Trainer) -> None:
+        """Refuse what would mix the weights of a channel with those of another, ranked in its place later."""
+        super().check(trainer)
+        for callback in list_static(trainer):
+            raise TrainingError(
+                f"{type(callback).__name__} cannot follow channels that change places, as Reconstruct ranks "
+                "them in the run: leave one of them out"
+            )
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)

@@ -21,7 +21,9 @@ from elastic.surgery.reindexing import reindex
 from elastic.widths.copying import copy_module
 from elastic.widths.discovery import discover, refuse_none
 from elastic.widths.inputs import draw_inputs
-from elastic.widths.width import Widths, fix_widths
+from elastic.widths.operations.interface import is_stored
+from elastic.widths.parameters import get_original
+from elastic.widths.width import Slot, Widths, fix_widths
 
 TOLERANCE = 1e-6  # of the largest output, in double precision
 CHECKED_MACS = 300e6  # of one sample, with those that stand for parameters: under a second on one core
@@ -42,6 +44,21 @@ def discover_checked(model: nn.Module, *example: Tensor) -> Widths:
         with suppress(StructureError):  # it may not run on noise
             fix_wrong_widths(model, widths)
     return refuse_none(widths)
+
+
+def has_widths(model: nn.Module, widths: Widths) -> bool:
+    """Tell whether a model has the tensors that widths are of, and in their sizes."""
+    slots = {slot for width in widths.values() for slot in width.slots if is_stored(slot.tensor)}
+    return all(_find_size(model, slot) == sum(widths.extents(slot)) for slot in slots)
+
+
+def _find_size(model: nn.Module, slot: Slot) -> int | None:
+    """Find how long the dimension of a slot is; None where a model has not its tensor."""
+    try:
+        value = get_original(model.get_submodule(slot.module), slot.tensor)
+    except AttributeError:
+        return None
+    return None if value is None or value.dim() <= slot.dim else value.shape[slot.dim]
 
 
 def fix_wrong_widths(model: nn.Module, widths: Widths) -> None:

@@ -37,6 +37,8 @@ def _prepare_load(
         TrainingError: the state is of a network that began otherwise, or has other modules.
         StructureError: the state is of another architecture; the network is as it was.
     """
+    if all(child is not structure for child in module.children()):
+        return  # the program has put another network in the place of its
     net = structure.net
     history = state.get(f"{prefix}{find_path(module, structure)}{HISTORY}")
     copies = [module.get_submodule(path) for path in structure.copy_paths]

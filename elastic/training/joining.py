@@ -36,15 +36,24 @@ def join_structure(
         example: an input of the network, or several; where they are left out, they are found.
 
     Raises:
-        TrainingError: it cannot be told which child is the network, or what its input is.
+        TrainingError: it cannot be told which child is the network, or what its input is; or another one is
+            followed already.
         StructureError: nothing of the network can change.
     """
+    former = getattr(module, ATTRIBUTE, None)
+    if isinstance(former, Structure) and not former.is_current(module):  # of a net since compacted, say
+        delattr(module, ATTRIBUTE)
     structure = find_structure(module)
     if structure is None:
         net = find_network(module, network)
         seed, path = torch.initial_seed() % 2**32, find_path(module, net)
         example = find_example(trainer, module, net) if example is None else example
         structure = add_structure(module, Structure(net, example, seed, path=path))
+    elif network is not None and find_network(module, network) is not structure.net:
+        raise TrainingError(
+            f"FollowNetwork('{network}') names another network than '{structure.path}', which is followed "
+            "already: give one FollowNetwork, as the first callback"
+        )
     structure.trainer = trainer
     return structure
 

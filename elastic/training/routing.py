@@ -65,11 +65,13 @@ class Router:
 
     Attributes:
         inner_call: the call that it stands in for, a compiled one perhaps.
+        is_trained: there has been a call in training.
     """
 
     def __init__(self, called: nn.Module, runner: Runner, terms: Iterable[LossTerm]) -> None:
         self.called, self.runner, self.terms = called, runner, list(terms)
         self.inner_call: Callable[..., Any] = called._compiled_call_impl or called._call_impl
+        self.is_trained = False
 
     def install(self) -> None:
         """Take the call's place."""
@@ -86,5 +88,6 @@ class Router:
         scale = self.runner.compute_loss_scale() if torch.is_grad_enabled() else None
         if scale is None:
             return output
+        self.is_trained = True
         losses = [loss for term in self.terms if (loss := term(output, *args, **kwargs)) is not None]
         return add_loss(output, torch.stack(losses).sum(), scale) if losses else output

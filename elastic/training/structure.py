@@ -21,7 +21,7 @@ from elastic.growth.resolution import change_images
 from elastic.levels.nested import Levels
 from elastic.pruning.gates import find_grain, iterate_gates
 from elastic.pruning.hiding import HiddenGates
-from elastic.surgery.checking import discover_checked
+from elastic.surgery.checking import discover_checked, has_widths
 from elastic.surgery.depth import count_blocks, deepen, find_templates, get_blocks, get_template_name
 from elastic.surgery.fresh import Fresh, zero_out
 from elastic.surgery.graphs import release_graphs
@@ -86,7 +86,7 @@ class Structure(nn.Module):
         self._net = (net,)  # not a child: the user's module has it
         self.example = example
         self.seed, self.channels_last, self.path = seed, channels_last, path
-        self.memory_format = torch.contiguous_format
+        self._is_channels_last = False  # torch.save cannot hold a memory format
         self.widths = discover_checked(net, *list_inputs(example))
         self.start_sizes, self.start_depth = self.widths.sizes(), count_blocks(net)
         self.timeline: list[dict[str, Any]] = []
@@ -114,6 +114,10 @@ class Structure(nn.Module):
     def nets(self) -> list[nn.Module]:
         """Return the levels, the smallest first, or the network alone."""
         return [self.net] if self.levels is None else list(self.levels)
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self._is_channels_last else torch.contiguous_format
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to the run, not to the network, where a module is copied or sent."""
@@ -205,7 +209,8 @@ class Structure(nn.Module):
     def lay_out(self) -> None:
         """Bring all tensors into one memory format: a resumed run must not differ from one that went on."""
         if self.channels_last:
-            self.memory_format = choose_memory_format(self.nets, self.trainer)
+            memory_format = choose_memory_format(self.nets, self.trainer)
+            self._is_channels_last = memory_format == torch.channels_last
             for net in (self.net, *self.copies):
                 lay_out_weights(net, self.memory_format)
         if self.levels is not None:
@@ -346,6 +351,36 @@ class Structure(nn.Module):
         if self._router is not None:
             self._router.remove()
         self._router = None
+
+    def check_called(self) -> None:
+        """Refuse a training step that trains the network without calling it, so that nothing is routed.
+
+        Raises:
+            TrainingError: it is one, of the first.
+        """
+        router = self._router
+        if router is None or router.is_trained or all(p.grad is None for p in self.net.parameters()):
+            return
+        raise TrainingError(
+            f"a training step runs '{self.path}' without calling it: its forward, parts of it, or what "
+            "torch.compile has made of its caller; call it, and compile it alone, by its own compile()"
+        )
+
+    def is_current(self, module: nn.Module) -> bool:
+        """Tell whether a module still has the network, and that its widths."""
+        return any(each is self.net for each in module.modules()) and has_widths(self.net, self.widths)
+
+    def check_current(self, module: nn.Module) -> None:
+        """Refuse a network that a program has made anew, or changed, since its widths were found.
+
+        Raises:
+            TrainingError: it has.
+        """
+        if not self.is_current(module):
+            raise TrainingError(
+                f"'{self.path}' is no longer the network that callbacks have found: make it as it is to be "
+                "in __init__, not in setup or configure_model"
+            )
 
     def _get_called(self) -> nn.Module:
         return self.net if self.trainer is None else find_called(self.trainer.lightning_module, self.net)

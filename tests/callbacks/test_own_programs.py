@@ -2,19 +2,23 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from elastic import Growth, Periodic
 from elastic.callbacks import (
+    AverageWeights,
     Census,
+    Distil,
     FollowNetwork,
     GrowOnSaturation,
     GrowResolution,
@@ -25,11 +29,13 @@ from elastic.callbacks import (
 )
 from elastic.errors import TrainingError
 from elastic.growth import Resolution
+from elastic.training import checks
 from elastic.training.joining import find_structure
 from elastic.training.loading import load_module
 from elastic.training.samples import count_samples
 from tests.programs import BATCH, QUIET, Program, fit, make_data, make_network
 
+SLOW = pytest.mark.slow
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 
 
@@ -294,3 +300,157 @@ def test_hyperparameters_are_given_as_the_class_takes_them(
     assert get_sizes(loaded) == get_sizes(module) == {"0": 8, "3": 12}
     x_NCHW, _ = make_data().tensors
     assert F.mse_loss(loaded(x_NCHW), module.eval()(x_NCHW)) == 0
+
+
+class Remaking(Program):
+    """Make the network, or a layer of it, when the data is known."""
+
+    def __init__(self, layer: bool) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def setup(self, stage: str) -> None:
+        if self.layer:
+            self.net[3] = nn.Conv2d(6, 8, 3, padding=1, bias=False)
+            self.net[0], self.net[1] = nn.Conv2d(1, 5, 3, padding=1, bias=False), nn.BatchNorm2d(5)
+        else:
+            self.net = make_network(5)
+
+
+@pytest.mark.parametrize("layer", [False, True])
+@pytest.mark.parametrize(
+    "make", [grow, *(pytest.param(m, marks=SLOW) for m in (PruneByGates, lambda: PruneDynamically(0.5)))]
+)
+def test_a_network_that_is_made_again_in_setup_is_refused(make: Any, layer: bool) -> None:
+    module = Remaking(layer)
+    with pytest.raises(TrainingError, match=r"'net' is no longer the network .* make it .* in __init__"):
+        fit(module, [make()])
+    assert module.trainer.global_step == 0
+
+
+def test_a_network_that_is_put_in_place_between_two_fits_is_the_one_that_is_followed() -> None:
+    """As one that is compacted, and trained further."""
+    module = Program()
+    fit(module, [PruneByGates()], max_epochs=1)
+    module.net = make_network(5)
+    fit(module, [grow()], max_epochs=3)
+    structure = find_structure(module)
+    assert structure is not None and structure.net is module.net
+    assert structure.start_sizes["0"] == 5 and get_sizes(module)["0"] == module.net[0].out_channels == 8
+    module.load_state_dict(module.state_dict())  # and no hook of the one before hinders it
+
+
+def test_a_second_network_is_refused() -> None:
+    class Two(Program):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = make_network()
+
+    with pytest.raises(TrainingError, match=r"FollowNetwork\('other'\) names another network than 'net'"):
+        fit(Two(), [FollowNetwork("net"), FollowNetwork("other"), grow()])
+    with pytest.raises(TrainingError, match=r"names another network than 'net'.* as the first callback"):
+        fit(Program(), [grow(), FollowNetwork("")])
+
+
+class Holding(Program):
+    """Say all arguments to be hyperparameters, the network too."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(net)
+        self.save_hyperparameters()
+
+
+@pytest.mark.filterwarnings("ignore:Attribute 'net' is an instance of `nn.Module`")
+def test_a_gated_network_among_the_hyperparameters_is_refused_before_a_checkpoint_fails(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(
+        TrainingError, match=r"hyperparameter 'net', .* save_hyperparameters\(ignore=\['net'\]\)"
+    ):
+        fit(Holding(make_network()), [PruneByGates()], tmp_path)
+    assert fit(Holding(make_network()), [PruneByGates()], max_epochs=1).global_step == 4, "nothing is saved"
+    assert fit(Holding(make_network()), [grow()], tmp_path, max_epochs=1).global_step == 4
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        grow,
+        *(pytest.param(m, marks=SLOW) for m in (lambda: TrainJointly([0.5]), lambda: PruneDynamically(0.5))),
+    ],
+)
+def test_a_trained_module_is_saved_whole(make: Any, tmp_path: Path) -> None:
+    module = Program()
+    fit(module, [make()], max_epochs=1)
+    torch.save(module, tmp_path / "module.pt")
+    again = torch.load(tmp_path / "module.pt", weights_only=False)
+    x_NCHW, _ = make_data().tensors
+    assert torch.equal(again.eval()(x_NCHW), module.eval()(x_NCHW))
+
+
+@pytest.mark.parametrize(
+    "make", [PruneByGates, *(pytest.param(m, marks=SLOW) for m in (grow, lambda: PruneDynamically(0.5)))]
+)
+def test_what_forked_processes_would_take_along_is_refused(make: Any) -> None:
+    """They give back weights for a network that has no such channels, gates or modules."""
+    module = Program()
+    with pytest.raises(Exception, match=r"TrainingError: .* as they end: set strategy='ddp'"):
+        fit(module, [make()], strategy="ddp_fork", devices=1)
+
+
+@pytest.mark.slow
+def test_what_forked_processes_give_back_is_what_they_have_trained() -> None:
+    nets = []
+    fork = {"strategy": "ddp_fork", "devices": 1, "use_distributed_sampler": False}
+    for options in ({}, fork):
+        torch.manual_seed(0)
+        module = Program()
+        fit(module, [Distil(make_network())], max_epochs=1, limit_val_batches=0, **options)
+        nets.append(module.net.state_dict())
+    assert all(torch.equal(value, nets[1][name]) for name, value in nets[0].items())
+
+
+def test_a_network_in_shards_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in checks.SHARDED:  # which need several GPUs to be made
+        trainer: Any = SimpleNamespace(strategy=object.__new__(kind))
+        with pytest.raises(TrainingError, match=rf"{kind.__name__} shares out .* set strategy='ddp'"):
+            checks.check_whole(trainer)
+    monkeypatch.setattr(checks, "SHARDED", (SingleDeviceStrategy,))
+    with pytest.raises(TrainingError, match="SingleDeviceStrategy shares out a network"):
+        fit(Program(), [PruneByGates()])
+
+
+def test_a_teacher_in_another_precision_teaches() -> None:
+    nets = []
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(0)
+        module, teacher = Program(), make_network()
+        fit(module, [Distil(teacher.to(dtype))], max_epochs=1)
+        nets.append(module.net.state_dict())
+    assert all(torch.equal(value, nets[1][name]) for name, value in nets[0].items())
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
+@pytest.mark.parametrize(
+    "average",
+    [
+        lambda: EMAWeightAveraging(decay=0.9),
+        pytest.param(lambda: StochasticWeightAveraging(1e-9, 0.2), marks=SLOW),
+    ],
+)
+def test_averages_of_channels_that_change_places_are_refused(average: Any) -> None:
+    """With nothing learnt, the network would end as another function than it began as."""
+    with pytest.raises(TrainingError, match=r"Averaging cannot follow channels that change places"):
+        fit(Program(), [Reconstruct([0.5], dense=0.34, prune=0.33), average()])
+    module = Program(nn.Sequential(*(layer for layer in make_network() if type(layer) is not nn.BatchNorm2d)))
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.0)  # type: ignore[method-assign]
+    x_NCHW, _ = make_data().tensors
+    expected = module(x_NCHW)
+    fit(module, [TrainJointly([0.5]), average()], max_epochs=3)
+    torch.testing.assert_close(module(x_NCHW), expected)
+
+
+def test_checkpoints_without_the_average_are_refused(tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path, monitor="val/acc", save_weights_only=True)
+    with pytest.raises(TrainingError, match=r"not the average .* set save_weights_only=False"):
+        fit(Program(), [AverageWeights(), keep], tmp_path)

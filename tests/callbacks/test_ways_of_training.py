@@ -508,3 +508,62 @@ def test_a_network_that_is_compiled_with_its_caller_cannot_run_in_levels() -> No
     with pytest.raises(TrainingError, match=r"what calls 'net.0' is compiled, .* by its own compile\(\)"):
         fit(module, [FollowNetwork("net.0"), TrainJointly([0.5])])
     assert module.trainer.global_step == 0
+
+
+class Passing(Plain):
+    """Run the network past its call, in one of the ways that there are."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        compiled = torch.compile(lambda x_BCHW: self.net(x_BCHW), backend="eager")
+        parts = lambda x_BCHW: self.net[1:](self.net[0](x_BCHW))  # noqa: E731
+        self.run = {"compiled": compiled, "forward": self.net.forward, "parts": parts}[way]
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        logits_BK: Tensor = self.run(x_BCHW)
+        return logits_BK
+
+
+PAST = {
+    "joint": lambda: TrainJointly([0.5]),
+    "distil": lambda: Distil(make_network()),
+    "dynamic": lambda: PruneDynamically(0.5),
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "way"),
+    [
+        ("distil", "compiled"),
+        ("joint", "forward"),
+        ("dynamic", "parts"),
+        *(
+            pytest.param(m, w, marks=pytest.mark.slow)
+            for m, w in [("joint", "compiled"), ("dynamic", "compiled")]
+        ),
+    ],
+)
+def test_a_network_that_is_run_past_its_call_is_refused_before_a_step(method: str, way: str) -> None:
+    """Levels, modules and teachers would have no part in the run."""
+    module = make(Passing, way)
+    with pytest.raises(TrainingError, match=r"runs 'net' without calling it: .* by its own compile\(\)"):
+        fit(module, [PAST[method]()], max_epochs=1)
+    assert module.trainer.global_step == 0
+
+
+def test_a_step_that_does_not_train_the_network_is_none_past_its_call() -> None:
+    """As in a program that begins each epoch with another network."""
+
+    class Alternating(Generating):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            first, second = self.optimizers()
+            if batch_idx < 2:
+                self.manual_backward(self.generator(torch.ones(4)).sum())
+                first.step()
+            else:
+                self.manual_backward(F.cross_entropy(self.net(batch[0]), batch[1]))
+                second.step()
+
+    module = make(Alternating, (0.1, 0.1), False)
+    trainer = fit(module, [FollowNetwork("net"), Distil(make_network())], max_epochs=2)
+    assert trainer.current_epoch == 2
