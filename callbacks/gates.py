@@ -146,7 +146,8 @@ class PruneByGates(ElasticCallback):
             self._steer(trainer)
         penalty = float(self.penalty) if self._is_active else 0.0
         if batch_idx == 0 or penalty != self._logged:
-            pl_module.log("gates/penalty", torch.tensor(penalty))  # a number would wait for the device
+            # A number would wait for the device; a batch may be known to the step alone.
+            pl_module.log("gates/penalty", torch.tensor(penalty), batch_size=1)
             self._logged = penalty
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

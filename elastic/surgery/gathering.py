@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from elastic.errors import StructureError
 from elastic.surgery.fresh import Fresh, Patch
@@ -97,16 +98,18 @@ def gather_state(
     """
     state = optimizer.state.get(item.value, {})
     for key, value in state.items():
-        if not isinstance(value, Tensor) or value.dim() == 0:
+        tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.dim()]
+        if not tensors:
             continue
         shape = list(item.value.shape)
         dims = item.dims
         if key in AVERAGED_DIM:
             averaged = AVERAGED_DIM[key] % len(shape)
             shape[averaged], dims = 1, dims - {averaged}
-        if list(value.shape) != shape:
+        if value is not tensors[0] or list(value.shape) != shape:
+            shapes = " and ".join(str(tuple(tensor.shape)) for tensor in tensors)
             raise StructureError(
-                f"{type(optimizer).__name__} keeps '{key}' of shape {tuple(value.shape)} for a tensor of "
+                f"{type(optimizer).__name__} keeps '{key}' of shape {shapes} for a tensor of "
                 f"shape {tuple(item.value.shape)}, which cannot follow: use SGD, Adam or AdamW"
             )
         fill = None if key in SCALES else 0.0

@@ -184,7 +184,8 @@ def check_followed(optimizer: torch.optim.Optimizer) -> None:
     """Refuse an optimizer that surgery, and parameters of its own, cannot follow.
 
     Raises:
-        TrainingError: it keeps its state for all parameters together, or in another optimizer.
+        TrainingError: it keeps its state for all parameters together, or in another optimizer, or gives
+            parameters other values in evaluation.
     """
     name = type(optimizer).__name__
     if isinstance(optimizer, torch.optim.LBFGS):
@@ -194,6 +195,11 @@ def check_followed(optimizer: torch.optim.Optimizer) -> None:
         raise TrainingError(
             f"{name} wraps {type(inner[0]).__name__}, whose state no change of the network would reach: "
             f"give configure_optimizers another than {name}"
+        )
+    if hasattr(optimizer, "train") and hasattr(optimizer, "eval"):  # as those do that need no schedule
+        raise TrainingError(
+            f"{name} holds the weights of training and those of evaluation, of which one would be left as it "
+            f"was: give configure_optimizers another than {name}"
         )
 
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from elastic import Growth, Periodic
 from elastic.callbacks import (
+    Census,
     Distil,
     FollowNetwork,
     GrowOnSaturation,
@@ -272,6 +273,27 @@ def test_data_without_a_length(callbacks: Callable[[], Sequence[L.Callback]]) ->
     for callback in chosen:
         if isinstance(callback, PruneByGates) and callback.budget is not None:
             assert measure_compacted(module) <= BUDGET
+
+
+class Fetching(Program):
+    """Take its batches itself."""
+
+    def training_step(self, dataloader_iter: Any) -> Any:  # type: ignore[override]
+        (x_BCHW, y_B), *_ = next(dataloader_iter)
+        return nn.functional.cross_entropy(self(x_BCHW), y_B)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Found `dataloader_iter` argument", "ignore:You are using the `dataloader_iter`"
+)
+def test_a_step_that_takes_its_batches_itself_is_the_same_step(tmp_path: Path) -> None:
+    ends = []
+    for kind in (Fetching, Program):
+        module, census = make_program(kind), Census(str(tmp_path))
+        fit(module, [census, grow(), PruneByGates(penalty=1e-2, begin=0.0)], max_epochs=3)
+        ends.append((census.macs_training, module.net.state_dict()))
+    assert ends[0][0] == ends[1][0] > 0
+    assert all(torch.equal(value, ends[1][1][name]) for name, value in ends[0][1].items())
 
 
 @pytest.mark.parametrize("method", [prune, lambda: PruneByMagnitude(BUDGET, begin=0.0)])

@@ -285,7 +285,20 @@ class Sharpness(torch.optim.SGD):
         self.base = torch.optim.SGD(self.param_groups, lr=0.1, momentum=0.9)
 
 
-@pytest.mark.parametrize("make_optimizer", [Sharpness, torch.optim.LBFGS])
+class ScheduleFree(torch.optim.SGD):
+    """Hold other weights for evaluation (arXiv 2405.15682)."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, lr=0.1)
+
+    def train(self) -> None:
+        """Take the weights that are trained."""
+
+    def eval(self) -> None:
+        """Take those that are evaluated."""
+
+
+@pytest.mark.parametrize("make_optimizer", [Sharpness, ScheduleFree, torch.optim.LBFGS])
 @pytest.mark.parametrize("method", ["growth", "gates"])
 def test_an_optimizer_that_cannot_be_followed_is_refused_before_training(
     make_optimizer: Any, method: str

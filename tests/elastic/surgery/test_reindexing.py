@@ -405,12 +405,17 @@ def test_a_wrong_index_is_refused(wanted: Mapping[str, Any], match: str) -> None
     refused(match, model, discover(model, X), wanted)
 
 
-def test_state_of_another_shape_is_refused() -> None:
+@pytest.mark.parametrize("basis", [torch.eye(3), [torch.eye(3), torch.eye(4)], [None]])
+def test_state_of_another_shape_is_refused(basis: Any) -> None:
+    """As of a basis for rows, and one for columns (SOAP, Shampoo)."""
     model = two_layers()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     trained(model, optimizer)
-    optimizer.state[model[0].weight]["basis"] = torch.eye(3)  # type: ignore[union-attr]
-    refused("SGD keeps 'basis'", model, discover(model, X), {"0": [0, 1]}, optimizer)
+    optimizer.state[model[0].weight]["basis"] = basis  # type: ignore[union-attr]
+    if basis == [None]:
+        reindex(model, discover(model, X), {"0": [0, 1]}, optimizers=[optimizer])
+    else:
+        refused("SGD keeps 'basis'", model, discover(model, X), {"0": [0, 1]}, optimizer)
 
 
 @pytest.mark.parametrize(
