@@ -359,7 +359,10 @@ class Structure(nn.Module):
             TrainingError: it is one, of the first.
         """
         router = self._router
-        if router is None or router.is_trained or all(p.grad is None for p in self.net.parameters()):
+        if router is None or router.is_trained:
+            return
+        gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
+        if not any(gradient.any() for gradient in gradients):  # zeros are from what stands in for a loss
             return
         raise TrainingError(
             f"a training step runs '{self.path}' without calling it: its forward, parts of it, or what "
