@@ -98,10 +98,10 @@ class ElasticCallback(L.Callback):
         if stage == "fit":
             self._start_anew(trainer)
         if stage == "fit" and self._leads(trainer):
-            check_whole(trainer)
             self.structure.hide_gates()
             for callback in list_elastic(trainer):
                 callback.check(trainer)
+            check_whole(trainer)
         self._refuse_static(trainer)
 
     def _refuse_static(self, trainer: L.Trainer) -> None:
@@ -185,8 +185,9 @@ class ElasticCallback(L.Callback):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if self._leads(trainer):
-            checkpoint["elastic"] = {"own_optimizers": self.structure.own.state_dict()}
+        structure = find_structure(pl_module)
+        if structure is not None and self._leads(trainer):  # there is none where a run is refused, and saved
+            checkpoint["elastic"] = {"own_optimizers": structure.own.state_dict()}
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -197,16 +198,16 @@ class ElasticCallback(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self._leads(trainer):
-            self.structure.unroute()
-            self.structure.own.release()
+            self.structure.release()
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Leave the network with its gates, where a fit ends before it has begun."""
+        """Leave the network with its gates, and as `teardown` does, which Lightning then leaves out."""
         structure = find_structure(pl_module)
         if structure is not None:
             structure.show_gates()
+            structure.release()
 
     def _leads(self, trainer: L.Trainer) -> bool:
         """Tell whether this is the callback that sees to what is common to all."""

@@ -195,6 +195,12 @@ class PruneDynamically(ElasticCallback):
         self._remove_saliencies()
         super().teardown(trainer, pl_module, stage)
 
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        self._remove_saliencies()
+        super().on_exception(trainer, pl_module, exception)
+
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:

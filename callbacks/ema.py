@@ -48,6 +48,7 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
     ) -> None:
         EMAWeightAveraging.__init__(self, device, use_buffers, decay, **options)
         self.decay = decay
+        self._is_swapped = False  # the network has the average, which has what is trained
         self._has_begun = False  # there are averages; torch's count of them is on the device
         self._places: list[Place] = []
 
@@ -77,9 +78,10 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
     ) -> None:
         ElasticCallback.on_save_checkpoint(self, trainer, pl_module, checkpoint)
         EMAWeightAveraging.on_save_checkpoint(self, trainer, pl_module, checkpoint)
-        # The copy has followed the network's shapes, not its history.
-        history = f"{find_path(pl_module, self.structure)}{HISTORY}"
-        checkpoint["state_dict"][history] = self.structure.get_extra_state()
+        if self._average_model is not None:
+            # The copy has followed the network's shapes, not its history.
+            history = f"{find_path(pl_module, self.structure)}{HISTORY}"
+            checkpoint["state_dict"][history] = self.structure.get_extra_state()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
@@ -108,10 +110,22 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
             self._latest_update_epoch = epoch
         self._copy_untrained()
 
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Give back what is trained where validation ends early: it may be saved now."""
+        if self._is_swapped:
+            self._swap_models(pl_module)
+        super().on_exception(trainer, pl_module, exception)
+
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the average; in a finished run that is continued Lightning does not."""
         self._copy_average_to_current(pl_module)
         self._release()
+
+    def _swap_models(self, pl_module: L.LightningModule) -> None:
+        super()._swap_models(pl_module)
+        self._is_swapped = not self._is_swapped
 
     @torch.no_grad()
     def _update(self, pl_module: L.LightningModule) -> None:

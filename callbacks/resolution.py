@@ -38,10 +38,6 @@ class GrowResolution(ElasticCallback):
             self._check()
             self.structure.resize = self._resize
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        super().teardown(trainer, pl_module, stage)
-        self.structure.resize = None
-
     def _check(self) -> None:
         net, example = self.structure.net, self.structure.example
         images = select_samples(example, slice(1))

@@ -352,6 +352,12 @@ class Structure(nn.Module):
             self._router.remove()
         self._router = None
 
+    def release(self) -> None:
+        """Leave the network, its calls and the optimizers to the program, as a run ends."""
+        self.unroute()
+        self.own.release()
+        self.resize = None
+
     def check_called(self) -> None:
         """Refuse a training step that trains the network without calling it, so that nothing is routed.
 

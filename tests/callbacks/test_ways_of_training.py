@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -18,16 +19,18 @@ from elastic.callbacks import (
     Distil,
     FollowNetwork,
     GrowOnSaturation,
+    GrowResolution,
     PruneByGates,
     PruneDynamically,
     Reconstruct,
     TrainJointly,
 )
 from elastic.errors import StructureError, TrainingError
+from elastic.growth import Resolution
 from elastic.pruning.gates import Gate, Grain, iterate_gates
 from elastic.training.joining import find_structure
 from elastic.training.loading import load_module
-from tests.programs import BATCH, Killed, Program, Spy, fit, kill_at, make_data, make_network
+from tests.programs import BATCH, QUIET, Killed, Program, Spy, fit, kill_at, make_data, make_network
 
 SEED = 3
 pytestmark = [
@@ -580,3 +583,63 @@ def test_a_step_that_does_not_train_the_network_is_none_past_its_call() -> None:
     module = make(Alternating, (0.1, 0.1), False)
     trainer = fit(module, [FollowNetwork("net"), Distil(make_network())], max_epochs=2)
     assert trainer.current_epoch == 2
+
+
+# --- runs that an error ends -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make_callback",
+    [
+        lambda: GrowResolution(Resolution(0.5, 0.9, multiple=1)),
+        lambda: PruneDynamically(0.5, start="saliency", saliency=1.0),
+        lambda: Distil(make_network()),
+    ],
+    ids=["resolution", "dynamic", "distil"],
+)
+def test_a_run_that_an_error_ends_leaves_the_network_to_the_program(make_callback: Any) -> None:
+    """As it was called before: in the next run it is given whole images, and nothing watches it."""
+    module = make(Plain)
+    with pytest.raises(Killed):
+        fit(module, [make_callback(), kill_at(2)])
+    assert module.net._compiled_call_impl is None
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in module.net.modules())
+    sizes: set[int] = set()
+    module.net[0].register_forward_pre_hook(lambda _, inputs: sizes.add(inputs[0].shape[-1]))
+    fit(module, [PruneByGates()], max_epochs=1, limit_val_batches=0)
+    assert sizes == {8}
+
+
+def test_an_error_in_validation_saves_what_is_trained_beside_its_average(tmp_path: Path) -> None:
+    def end(trainer: L.Trainer, *_: Any) -> None:
+        if trainer.current_epoch == 1:
+            raise Killed
+
+    trained: list[dict[str, Any]] = []
+    before = Spy(on_validation_start=lambda _, m: trained.append(copy.deepcopy(m.state_dict())))
+    keep = ModelCheckpoint(tmp_path, "killed", save_on_exception=True, every_n_epochs=100)
+    module = make(Plain)
+    callbacks = [before, AverageWeights(decay=0.9), Spy(on_validation_batch_start=end), keep]
+    trainer = L.Trainer(max_epochs=2, callbacks=callbacks, **{**QUIET, "enable_checkpointing": True})  # type: ignore[arg-type]
+    with pytest.raises(Killed):
+        trainer.fit(module, DataLoader(make_data(), BATCH), DataLoader(make_data(1), BATCH))
+    saved = torch.load(tmp_path / "killed.ckpt", weights_only=True)
+    for name, value in trained[-1].items():
+        if isinstance(value, Tensor):
+            assert torch.equal(saved["current_model_state"][name], value)
+            assert torch.equal(module.state_dict()[name], value)
+    assert not torch.equal(saved["state_dict"]["net.0.weight"], trained[-1]["net.0.weight"])
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*called without a model", "ignore:.*there is no last checkpoint available"
+)
+@pytest.mark.parametrize("callback", [AverageWeights, PruneByGates])
+def test_a_refusal_is_said_where_errors_are_followed_by_a_checkpoint(callback: Any, tmp_path: Path) -> None:
+    callbacks = [callback(), OnExceptionCheckpoint(tmp_path)]
+    options = {**QUIET, "enable_checkpointing": True, "max_epochs": 1}
+    trainer = L.Trainer(callbacks=callbacks, **options)  # type: ignore[arg-type]
+    module = make(Plain)
+    module.second = make_network()
+    with pytest.raises(TrainingError, match="2 children with parameters"):
+        trainer.fit(module, *[DataLoader(make_data(), BATCH)] * 2)
