@@ -1,11 +1,12 @@
 """Take a few training samples for a decision, on the device of the network."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, Protocol, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from elastic.errors import TrainingError, cite
 from elastic.training.capturing import capture_inputs
 from elastic.training.joining import find_structure
+from elastic.training.kinds import is_kind
 from elastic.training.structure import Structure
 from elastic.widths.inputs import Example, list_inputs
 from elastic.widths.tracing import preserve_modes
@@ -82,7 +84,7 @@ def take_samples(trainer: L.Trainer, count: int, seed: int) -> tuple[Example, Te
         x_BCHW, y_B = sampler.sample(min(count, len(sampler.train_set)), seed)
         return x_BCHW.to(device), y_B.to(device)
     with isolate_rng():
-        loader = iter(trainer.fit_loop._data_source.dataloader())
+        loader = _iterate_batches(trainer.fit_loop._data_source.dataloader())
         batch = next(loader)
         size = max(1, count_samples(batch))
         batches = [batch, *islice(loader, max(0, count // size - 1))]
@@ -92,6 +94,14 @@ def take_samples(trainer: L.Trainer, count: int, seed: int) -> tuple[Example, Te
     inputs, targets = zip(*(_split(trainer.lightning_module, each) for each in batches), strict=True)
     x: Example = trainer.precision_plugin.convert_input(_join(inputs, count))
     return x, None if any(y is None for y in targets) else torch.cat(targets)[:count]
+
+
+def _iterate_batches(loaders: Any) -> Iterator[Any]:
+    """Iterate over the batches of one loader, or of several at once as a fit does, from their start."""
+    mode: Any = "max_size_cycle"
+    if is_kind(loaders, CombinedLoader):
+        loaders, mode = loaders.iterables, loaders._mode  # another has its place in the epoch
+    return (batch for batch, *_ in CombinedLoader(loaders, mode))
 
 
 def _split(module: L.LightningModule, batch: Any) -> tuple[Example, Tensor | None]:
@@ -110,7 +120,7 @@ def _split(module: L.LightningModule, batch: Any) -> tuple[Example, Tensor | Non
             f"samples cannot be taken from the batches ({reason}): give pairs (inputs, targets), or choose a "
             "start of fresh channels, or an importance, that needs no samples"
         )
-    return inputs, _find_targets(batch, list_inputs(inputs))
+    return inputs, _find_targets(_find_part(batch, list_inputs(inputs)), list_inputs(inputs))
 
 
 def _is_pair(batch: Any, structure: Structure | None) -> bool:
@@ -120,6 +130,16 @@ def _is_pair(batch: Any, structure: Structure | None) -> bool:
     inputs = batch[0] if isinstance(batch[0], list | tuple) else [batch[0]]
     count = len(inputs) if structure is None else len(list_inputs(structure.example))
     return len(inputs) == count and all(isinstance(x, Tensor) for x in inputs)
+
+
+def _find_part(batch: Any, inputs: Sequence[Tensor]) -> Any:
+    """Find the innermost part of a batch with all that a network is called with: that of one loader, say."""
+    parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, list | tuple) else ()
+    for part in parts:
+        addresses = {leaf.data_ptr() for leaf in tree_leaves(part) if isinstance(leaf, Tensor)}
+        if not isinstance(part, Tensor) and addresses >= {x.data_ptr() for x in inputs}:
+            return _find_part(part, inputs)
+    return batch
 
 
 def _find_targets(batch: Any, inputs: Sequence[Tensor]) -> Tensor | None:

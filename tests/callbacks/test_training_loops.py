@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -328,6 +329,25 @@ def test_samples_are_each_taken_once_as_the_module_sees_them() -> None:
     spy = Spy(on_train_start=lambda trainer, _: taken.append(sample_batch(trainer, 96, 0)[0]))
     fit(make_program(Halved), [spy], max_epochs=1)
     torch.testing.assert_close(taken[0], make_data().tensors[0][:96] / 2)
+
+
+class Joining(Program):
+    """Learn from two loaders at once, of which the network is called with the second's images first."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch["second"], batch_idx) + self(batch["first"][0]).square().mean()
+
+
+@pytest.mark.parametrize("join", [dict, CombinedLoader])
+def test_samples_of_several_loaders_are_those_that_the_network_is_called_with(join: Any) -> None:
+    taken: list[tuple[Any, Tensor]] = []
+    spy = Spy(on_train_epoch_start=lambda trainer, _: taken.append(sample_batch(trainer, 96, 0)))
+    loaders = {name: DataLoader(make_data(seed), BATCH) for seed, name in enumerate(("first", "second"))}
+    trainer = fit(make_program(Joining), [grow(), spy], loader=join(loaders), max_epochs=2)
+    assert trainer.global_step == 8, "no batch is lost"
+    x_NCHW, y_N = make_data(1).tensors
+    for x, y in taken:
+        assert torch.equal(x, x_NCHW[:96]) and torch.equal(y, y_N[:96])
 
 
 class Values(Program):
