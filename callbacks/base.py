@@ -128,6 +128,9 @@ class ElasticCallback(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._leads(trainer):
             self.structure.check_current(pl_module)
+            for callback in list_elastic(trainer):
+                if callback.changes_structure:
+                    self.structure.check_changeable(type(callback).__name__)
             self._attach_all(trainer)
             self._check_result(trainer, pl_module)
             self._take_own_parameters(trainer)

@@ -64,6 +64,8 @@ class TrainLevels(ElasticCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self.structure.dynamic_nets and self.structure.levels is None:
+            raise explain_order(type(self).__name__, PruneDynamically.__name__)
         with self.structure.showing_gates():  # of an earlier fit, which levels refuse
             self._nest(trainer)
 

@@ -6,14 +6,24 @@ from elastic.callbacks.base import list_elastic
 from elastic.errors import TrainingError
 from elastic.pruning.dead import find_removable_channels
 from elastic.pruning.fitting import check_budget_reachable
-from elastic.pruning.gates import Grain, attach_gates, iterate_gates, thaw_gates
+from elastic.pruning.gates import Grain, attach_gates, find_grain, iterate_gates, thaw_gates
 from elastic.surgery.freezing import find_frozen_widths
 from elastic.training.structure import Structure
 
 
 def attach_once(structure: Structure, grain: Grain, grace: int = 0) -> None:
-    """Gate the network, unless an earlier fit has done so, or a checkpoint."""
-    if not any(iterate_gates(structure.net)):
+    """Gate the network, unless an earlier fit has done so, or a checkpoint.
+
+    Raises:
+        TrainingError: by gates of another grain.
+    """
+    present = find_grain(structure.net)
+    if present not in (None, grain):
+        raise TrainingError(
+            f"the network has gates of grain '{present}', not '{grain}': prune it by those, or put what "
+            "elastic.compact makes of it in its place first"
+        )
+    if present is None:
         attach_gates(structure.net, structure.widths, grain, copies=structure.copies)
     thaw_gates(structure.net)
     for _, _, gate in iterate_gates(structure.net):

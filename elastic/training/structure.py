@@ -391,6 +391,21 @@ class Structure(nn.Module):
                 "in __init__, not in setup or configure_model"
             )
 
+    def check_changeable(self, method: str) -> None:
+        """Refuse a method that changes the network where an earlier run has given it what could not follow.
+
+        Raises:
+            TrainingError: it has levels, or kernel activation modules.
+        """
+        what = (
+            "levels" if self.levels is not None else "kernel activation modules" if self.dynamic_nets else ""
+        )
+        if what:
+            raise TrainingError(
+                f"the network has {what}, which would not follow what {method} changes: run {method} first, "
+                "in a module without them"
+            )
+
     def _get_called(self) -> nn.Module:
         return self.net if self.trainer is None else find_called(self.trainer.lightning_module, self.net)
 

@@ -443,6 +443,43 @@ def test_gates_of_an_earlier_fit_learn_in_the_next() -> None:
     assert all(not torch.equal(*pair) for pair in zip(scores, learnt, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        (lambda: TrainJointly([0.5]), grow, "has levels, .* run GrowOnSaturation first"),
+        (
+            lambda: PruneDynamically(0.5),
+            PruneByGates,
+            "has kernel activation modules, .* run PruneByGates first",
+        ),
+        (lambda: PruneDynamically(0.5), lambda: TrainJointly([0.5]), "run TrainJointly first"),
+        (
+            lambda: PruneByGates(grain="channel"),
+            lambda: PruneByMagnitude(250),
+            "'channel', not 'weight': prune",
+        ),
+        (
+            lambda: PruneByGates(grain="channel"),
+            PruneByGates,
+            "'channel', not 'weight': prune .* elastic.compact",
+        ),
+    ],
+    ids=[
+        "growth after levels",
+        "gates after modules",
+        "levels after modules",
+        "magnitude after gates",
+        "grains",
+    ],
+)
+def test_what_cannot_follow_an_earlier_fit_is_refused(first: Any, second: Any, said: str) -> None:
+    module = make_program()
+    fit(module, [first()], max_epochs=1, limit_train_batches=1)
+    with pytest.raises(TrainingError, match=said) as refusal:
+        fit(module, [second()], max_epochs=1)
+    assert "\n" not in str(refusal.value) and module.trainer.global_step == 0
+
+
 def test_gates_of_a_layer_that_is_frozen_between_two_fits_stay_as_they_are() -> None:
     module = make_program()
     fit(module, [PruneByGates(end=0.5)], max_epochs=2)

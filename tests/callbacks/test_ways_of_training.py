@@ -114,7 +114,7 @@ def test_gated_weights_are_found_by_the_names_that_the_program_gave_them(
         checkpoint = str(folder / "last.ckpt") if way == "continued" else None
         fit(module, callbacks, folder, checkpoint, max_epochs=2)
         if way == "further":
-            fit(module, [seed_epochs(), PruneByGates(penalty=1e-2)], max_epochs=1)
+            fit(module, [seed_epochs(), PruneByGates(penalty=1e-2, grain="kernel")], max_epochs=1)
         return module
 
     start = make(kind).net[0].weight.detach().clone()
