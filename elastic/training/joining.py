@@ -1,7 +1,8 @@
 """Find the network of any LightningModule, and give the module a `Structure` of it."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import lightning as L
@@ -114,7 +115,7 @@ def find_example(trainer: L.Trainer, module: L.LightningModule, net: nn.Module) 
     """
     array = module.example_input_array
     batch = None if array is not None else _take_batch(trainer, module)
-    tensors = [leaf for leaf in tree_leaves(batch if array is None else array) if isinstance(leaf, Tensor)]
+    tensors = list_batch_tensors(batch if array is None else array)
     if not tensors:
         raise TrainingError(f"an input cannot be told: give {type(module).__name__} an example_input_array")
     first, call = tensors[0], _make_call(tensors[0] if array is None else array)
@@ -129,6 +130,19 @@ def find_example(trainer: L.Trainer, module: L.LightningModule, net: nn.Module) 
         if is_whole or is_single:
             return first  # what is wrong with it is told where it is traced
         raise
+
+
+def list_batch_tensors(batch: Any) -> list[Tensor]:
+    """List the tensors of a batch, whatever containers it is made of: those of users, too."""
+    tensors: list[Tensor] = []
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, Tensor):
+            tensors.append(leaf)
+        elif isinstance(leaf, Mapping):
+            tensors += list_batch_tensors(list(leaf.values()))
+        elif is_dataclass(leaf):
+            tensors += list_batch_tensors([getattr(leaf, each.name) for each in fields(leaf)])
+    return tensors
 
 
 def _takes_one(net: nn.Module) -> bool:
@@ -169,7 +183,7 @@ def _capture_any(module: L.LightningModule, net: nn.Module, call: Call, batch: A
             if inputs is not None and _runs(net, *list_inputs(inputs)):
                 return inputs
     if not has_forward:
-        return next(leaf for leaf in tree_leaves(call) if isinstance(leaf, Tensor))
+        return list_batch_tensors(call)[0]
     raise TrainingError(
         f"the input of {type(module).__name__}'s '{find_path(module, net)}' cannot be told ({reason}): give "
         "the module an example_input_array, or FollowNetwork('…', example=…) an input of the network"

@@ -1,6 +1,8 @@
 """What users do to a training loop goes on working with elastic callbacks, or is refused in one line."""
 
+from collections import UserDict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,15 +38,26 @@ from elastic.training.module import ElasticClassifier
 from elastic.training.progress import is_last_epoch, measure_epoch_progress
 from elastic.training.samples import sample_batch
 from elastic.training.structure import Structure
-from tests.programs import BATCH, Adversary, Killed, Program, Spy, fit, kill_at, make_data, make_network
+from tests.programs import (
+    BATCH,
+    QUIET,
+    Adversary,
+    Killed,
+    Program,
+    Spy,
+    fit,
+    kill_at,
+    make_data,
+    make_network,
+)
 
 BUDGET = 250
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 
 
-def grow() -> GrowOnSaturation:
-    return GrowOnSaturation(Periodic(2), Growth(factor=1.5, ceiling=2), until=0.5)
+def grow(**options: Any) -> GrowOnSaturation:
+    return GrowOnSaturation(Periodic(2), Growth(factor=1.5, ceiling=2), until=0.5, **options)
 
 
 def prune() -> PruneByGates:
@@ -348,6 +361,48 @@ def test_samples_of_several_loaders_are_those_that_the_network_is_called_with(jo
     x_NCHW, y_N = make_data(1).tensors
     for x, y in taken:
         assert torch.equal(x, x_NCHW[:96]) and torch.equal(y, y_N[:96])
+
+
+@dataclass
+class Images:
+    x: Tensor
+    y: Tensor
+
+
+def use_classes(module: Program, wrap: Callable[..., Any], read: Callable[[Any], Any]) -> DataLoader[Any]:
+    """Let a module take batches of another class; return a loader of them."""
+    for name in ("training_step", "validation_step"):
+        step = getattr(module, name)
+        setattr(module, name, lambda batch, batch_idx, step=step: step(read(batch), batch_idx))
+    collate: Any = torch.utils.data.default_collate
+    return DataLoader(make_data(), BATCH, collate_fn=lambda samples: wrap(*collate(samples)))
+
+
+@pytest.mark.parametrize(
+    ("make", "wrap", "read"),
+    [
+        (lambda: grow(fresh="gradmax"), Images, lambda batch: (batch.x, batch.y)),
+        (
+            lambda: PruneDynamically(0.5, start="saliency"),
+            lambda x, y: UserDict({"x": x, "y": y}),
+            lambda batch: tuple(batch.values()),
+        ),
+    ],
+    ids=["dataclass", "mapping"],
+)
+def test_batches_may_be_of_classes_of_ones_own(make: Any, wrap: Any, read: Any, tmp_path: Path) -> None:
+    """The oracle: the same images in pairs."""
+    ends = []
+    for is_pair in (False, True):
+        module, census = make_program(), Census(str(tmp_path))
+        loader = DataLoader(make_data(), BATCH) if is_pair else use_classes(module, wrap, read)
+        trainer = L.Trainer(max_epochs=3, callbacks=[census, make()], **QUIET)  # type: ignore[arg-type]
+        torch.manual_seed(0)
+        trainer.fit(module, loader, loader)
+        logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        ends.append((census.macs_training, logged, list(module.net.parameters())))
+    assert ends[0][:2] == ends[1][:2] and ends[0][0] > 0
+    assert all(torch.equal(*pair) for pair in zip(ends[0][2], ends[1][2], strict=True))
 
 
 class Values(Program):
