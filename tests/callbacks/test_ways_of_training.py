@@ -606,7 +606,7 @@ def test_a_run_that_an_error_ends_leaves_the_network_to_the_program(make_callbac
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in module.net.modules())
     sizes: set[int] = set()
     module.net[0].register_forward_pre_hook(lambda _, inputs: sizes.add(inputs[0].shape[-1]))
-    fit(module, [PruneByGates()], max_epochs=1, limit_val_batches=0)
+    fit(module, [Distil(make_network())], max_epochs=1, limit_val_batches=0)
     assert sizes == {8}
 
 
