@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from elastic.errors import StructureError, cite
 from elastic.widths.parameters import get_kind
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -17,8 +18,21 @@ def copy_module(module: Module, memo: dict[int, Any] | None = None) -> Module:
     """Copy a module as `copy.deepcopy` does, which refuses tensors that autograd has computed.
 
     It takes less time, where the modules leave their copying to Python.
+
+    Raises:
+        StructureError: it holds what cannot be copied.
     """
-    memo, parts = memo or {}, list(module.modules())
+    try:
+        return _copy_module(module, {} if memo is None else memo)
+    except Exception as error:  # what modules hold is copied by code of its own: anything may come
+        raise StructureError(
+            f"{type(module).__name__} cannot be copied ({cite(error)}): let its modules hold no more than "
+            "copy.deepcopy copies"
+        ) from error
+
+
+def _copy_module(module: Module, memo: dict[int, Any]) -> Module:
+    parts = list(module.modules())
     if not all(map(_is_copied_by_default, parts)):
         for value in (value for part in parts for value in vars(part).values()):
             if isinstance(value, Tensor):
@@ -48,13 +62,24 @@ def _copy_value(value: Any, memo: dict[int, Any]) -> Any:
     kind = type(value)
     if kind in (OrderedDict, set) and not value:  # of hooks, of the names of buffers
         return kind()
-    if kind is dict:
-        return {
-            key: memo[id(part)] if id(part) in memo else _copy_value(part, memo)
-            for key, part in value.items()
-        }
+    if kind is dict or kind is list:
+        return _copy_container(value, memo)
     if kind in ATOMS or (kind is tuple and all(type(part) in ATOMS for part in value)):
         return value
     if isinstance(value, Tensor) and not value.is_leaf and id(value) not in memo:
         memo[id(value)] = value.detach().clone()  # which a deep copy refuses
     return copy.deepcopy(value, memo)
+
+
+def _copy_container(value: Any, memo: dict[int, Any]) -> Any:
+    """Copy a dictionary or a list; one that several modules hold stays one."""
+    if id(value) in memo:
+        return memo[id(value)]
+    replica = memo[id(value)] = type(value)()
+    for key, part in value.items() if type(value) is dict else enumerate(value):
+        part = memo[id(part)] if id(part) in memo else _copy_value(part, memo)
+        if type(value) is dict:
+            replica[key] = part
+        else:
+            replica.append(part)
+    return replica

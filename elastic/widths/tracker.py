@@ -48,6 +48,7 @@ class AxisTracker:
         self._recorded: list[Axis] = []  # what the rule of this node has recorded
         self._united: list[tuple[Axis, Axis]] = []  # what it has let agree
         self._aliases: dict[fx.Node, list[fx.Node]] = {}  # nodes that give one and the same tensor
+        self._originals: dict[tuple[str, str], Tensor | None] = {}
         self._shared: dict[tuple[int, int], Axis] = {}  # by the identity of a tensor, and its dimension
         self._roles: dict[tuple[int, int], set[Role]] = {}  # likewise
 
@@ -287,7 +288,12 @@ class AxisTracker:
             self.elements.fix_all(axes, f"{describe_node(node)} {reason}")
 
     def _fetch_original(self, module: str, tensor: str) -> Tensor | None:
-        return get_original(self._find_module(module), tensor) if is_stored(tensor) else None
+        """Fetch a tensor once: what is computed has to stay, for another one might get its identity."""
+        place = (module, tensor)
+        if place not in self._originals:
+            owner = self._find_module(module)
+            self._originals[place] = get_original(owner, tensor) if is_stored(tensor) else None
+        return self._originals[place]
 
     def _fix_foreign(self, module: str, tensor: str, axis: Axis) -> None:
         """Fix what a hook computes, or a parametrization whose own tensors do not follow channels."""

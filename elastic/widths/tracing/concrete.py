@@ -12,6 +12,7 @@ from functools import cached_property
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
@@ -145,6 +146,8 @@ class ConcreteTracer(fx.Tracer):
             return kind(map(self.create_arg, a))
         if kind is TrainingFlag:
             return a.pass_on()
+        if isinstance(a, np.generic):
+            return a.item()
         return a.node if isinstance(a, fx.Proxy) else super().create_arg(a)
 
     def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:

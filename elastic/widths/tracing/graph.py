@@ -1,7 +1,10 @@
 """Trace a model, and read what a node of its graph calls."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -11,24 +14,32 @@ from elastic.widths.operations.interface import get_operation_name
 from elastic.widths.operations.registry import is_whole
 from elastic.widths.parameters import get_kind
 from elastic.widths.tracing.concrete import PLACE, ConcreteTracer
+from elastic.widths.tracing.functions import trace_functions
 from elastic.widths.tracing.patching import pass_for_tensors, trace_factories
 from elastic.widths.tracing.sizes import AttributePlace, note_computed_sizes, tag_sizes
+
+INTERNAL = vars(nn.Module()).keys()  # what torch itself holds in a module
 
 
 class _Tracer(ConcreteTracer):
     """Keep layers with a rule of their own whole."""
 
-    slices = 0
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Look into what is none of the model's modules: `nn.ReLU()(x)`, or a slice `self.layers[1:](x)`."""
+        if m in self._submodules:
+            return super().call_module(m, forward, args, kwargs)
+        if type(m) is not nn.Sequential and next(chain(m.parameters(), m.buffers()), None) is not None:
+            raise StructureError(
+                f"a {type(m).__name__} that the forward calls is no submodule of the model: make it in "
+                "__init__, and hold it in an attribute or an nn.ModuleList"
+            )
+        return forward(*args, **kwargs)
 
-    def path_of_module(self, mod: nn.Module) -> str:
-        """Find a module's path; a slice of a sequence, as in `self.layers[1:](x)`, is none of the model's."""
-        try:
-            return super().path_of_module(mod)
-        except NameError:
-            if type(mod) is not nn.Sequential:
-                raise
-            self.slices += 1
-            return f"slice {self.slices}"
+    @cached_property
+    def _submodules(self) -> set[nn.Module]:
+        return set(self.root.modules())
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         kind = get_kind(m)
@@ -46,7 +57,7 @@ def trace(model: nn.Module, *example: Tensor) -> fx.GraphModule:
         StructureError: torch.fx cannot trace it.
     """
     with preserve_attributes(model):
-        return fx.GraphModule(model, trace_graph(model, *example))
+        return fx.GraphModule(model, trace_graph(model, *example, keep_gradients=True))
 
 
 @contextmanager
@@ -66,18 +77,21 @@ def trace_graph(
     *example: Tensor,
     known_answers: Sequence[Any] | None = None,
     sizes: Mapping[AttributePlace, int] | None = None,
+    keep_gradients: bool = False,
 ) -> fx.Graph:
     """Trace a model's graph alone, whose nodes call the model's own layers; see `trace`.
 
     Args:
         known_answers: what the forward was told about shapes when it was traced before, and is told again.
         sizes: whole numbers that modules are to hold, in place of those that they do.
+        keep_gradients: whether functions that have a gradient of their own stay whole.
     """
     tracer = _Tracer(example, known_answers)
     try:
         with (
             tag_sizes(model, sizes) as read,
             trace_factories(tracer),
+            trace_functions(tracer, keep_gradients),
             note_computed_sizes() as computed,
             _take_back_assigned(model),
             pass_for_tensors(),
@@ -87,6 +101,8 @@ def trace_graph(
         graph.computed_sizes, graph.read_sizes = computed, read  # type: ignore[attr-defined]
         graph.answers = tracer.answers  # type: ignore[attr-defined]
         return graph
+    except StructureError:
+        raise
     except Exception as error:  # the model's own forward runs here: anything may come
         raise StructureError(
             f"{type(model).__name__} cannot be traced by torch.fx ({shorten(error)}); let torch.where choose "
@@ -96,13 +112,22 @@ def trace_graph(
 
 @contextmanager
 def _take_back_assigned(model: nn.Module) -> Iterator[None]:
-    """Put back what a forward assigns to, such as statistics: what it computes while traced is no value."""
+    """Put back what a forward assigns to, such as statistics: what it computes while traced is no value.
+
+    What it keeps in dictionaries and lists of its modules, as caches do, is taken back, too.
+    """
     before = [(own, dict(own)) for module in model.modules() for own in (vars(module), module._buffers)]
+    attributes = [item for module in model.modules() for item in vars(module).items()]
+    containers = [value for name, value in attributes if name not in INTERNAL and type(value) in (dict, list)]
+    contents = [(value, copy.copy(value)) for value in containers]
     try:
         yield
     finally:
         for own, values in before:
             own.update({k: value for k, value in values.items() if issubclass(type(own.get(k)), fx.Proxy)})
+        for container, content in contents:
+            container.clear()
+            (container.update if type(container) is dict else container.extend)(content)
 
 
 def get_layer(traced: nn.Module, node: fx.Node) -> nn.Module | None:

@@ -71,9 +71,13 @@ LOOKED_FOR = ("__array", "__cuda_array", "_is_param", "_is_buffer")
 class AskedProxy(_Asked, fx.Proxy):
     """Stand for what an operation gives; the tracer, a `ConcreteTracer`, knows what that is."""
 
-    def __getattr__(self, k: str) -> fx.proxy.Attribute:
+    def __getattr__(self, k: str) -> Any:
         if k.startswith(LOOKED_FOR):
             raise AttributeError(k)
+        tracer: Any = self.tracer
+        if k in ("ndim", "dim") and tracer.stands_for_tensor(self.node):
+            number = tracer.ask(_AskedAttribute(self, "ndim"))  # a forward may look things up by it
+            return number if k == "ndim" else lambda: number
         return _AskedAttribute(self, k)
 
     def __setitem__(self, index: Any, value: Any) -> None:

@@ -1,0 +1,167 @@
+"""What published forwards do beside calling their layers is followed, or refused in one line."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from elastic.dynamic import attach_modules
+from elastic.errors import StructureError
+from elastic.surgery.checking import fix_wrong_widths
+from elastic.surgery.reindexing import reindex
+from elastic.widths.copying import copy_module
+from elastic.widths.discovery import discover, find_widths
+from elastic.widths.tracing import trace_both_modes
+from tests.elastic.widths.odd import Forward, between
+
+X = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+
+
+class Swish(torch.autograd.Function):
+    """Keep no more than the input for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(x)
+        return x * torch.sigmoid(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        gate = torch.sigmoid(x)
+        return gradients[0] * gate * (1 + x * (1 - gate))
+
+
+class Rounding(torch.autograd.Function):
+    """Round, with the gradient of a function that does not."""
+
+    @staticmethod
+    def forward(x: Tensor, steps: int = 4) -> Tensor:
+        return torch.round(x * steps) / steps
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Keep nothing."""
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def squeeze_and_swish(m: Any, y: Tensor) -> Tensor:
+    return y * torch.sigmoid(m.excite(Swish.apply(y.mean((2, 3), keepdim=True))))
+
+
+def look_up_by_dimensions(m: Any, y: Tensor) -> Tensor:
+    pools = {3: F.max_pool1d, 4: F.max_pool2d}
+    return pools[y.ndim](pools[y.dim()](y, 2), 2)
+
+
+FOLLOWED: dict[str, tuple[Forward, dict[str, nn.Module]]] = {
+    "gradient of its own": (squeeze_and_swish, {"excite": nn.Conv2d(8, 8, 1)}),
+    "gradient with a context apart": (lambda m, y: Rounding.apply(y), {}),
+    "layers that the forward makes": (
+        lambda m, y: nn.MaxPool2d(2)(nn.Sequential(nn.ReLU(), nn.Dropout(0.0))(y)),
+        {},
+    ),
+    "number of dimensions": (look_up_by_dimensions, {}),
+    "NumPy's integers": (lambda m, y: F.max_pool2d(y, np.int32(2)), {}),
+}
+
+
+@pytest.mark.parametrize(("forward", "layers"), FOLLOWED.values(), ids=FOLLOWED)
+def test_it_is_followed_and_right(forward: Forward, layers: dict[str, nn.Module]) -> None:
+    net = between(forward, **layers).eval()
+    widths = discover(net, X)
+    assert {"stem", "last"} <= set(widths)
+    fix_wrong_widths(net, widths)
+    assert widths["stem"].size == 8
+    reindex(net, widths, {"stem": [0, 2, 5]})
+    assert net(X).shape == (2, 5)
+
+
+def test_a_traced_network_has_the_gradients_of_its_functions() -> None:
+    net = between(lambda m, y: Rounding.apply(y))
+    traced = trace_both_modes(net, X.to("meta"))
+    weights = list(net.parameters())
+    ours = torch.autograd.grad(traced(X).sum(), weights)
+    torch.testing.assert_close(ours, torch.autograd.grad(net(X).sum(), weights))
+    assert ours[0].any(), "of a rounded number, torch's own would be zero"
+    with pytest.raises(StructureError, match="'stem' cannot be switched off"):
+        attach_modules(net, discover(net, X), ["stem"])
+    assert attach_modules(net, discover(net, X), ["last"])(X).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Conv2d(8, 8, 1), lambda: nn.BatchNorm2d(8, affine=False)], ids=["weights", "buffers"]
+)
+def test_a_layer_that_is_no_submodule_is_named(make: Callable[[], nn.Module]) -> None:
+    layers = [make()]
+    kind = type(layers[0]).__name__
+    with pytest.raises(StructureError, match=f"^a {kind} that the forward calls is no submodule.*ModuleList"):
+        discover(between(lambda m, y: layers[0](y)), X)
+
+
+class Caching(nn.Module):
+    """Keep in evaluation what it has computed, in a dictionary and in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.bias = (
+            nn.Conv2d(3, 6, 1),
+            nn.Conv2d(6, 4, 1),
+            nn.Parameter(torch.ones(2, 6)),
+        )
+        self.cache: dict[str, Tensor] = {}
+        self.seen: list[Tensor] = []
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        y_BCHW = self.first(x_BCHW)
+        if "bias" not in self.cache:
+            self.cache["bias"] = self.bias.sum(0)[:, None, None]
+        self.seen.append(y_BCHW)
+        output: Tensor = self.last(y_BCHW * (self.cache["bias"] if not self.training else 1))
+        return output
+
+
+def test_what_a_forward_keeps_in_its_containers_is_taken_back() -> None:
+    net = Caching().eval()
+    expected = net(X)
+    (kept,), (seen,) = net.cache.values(), net.seen
+    assert "joins a part that never changes" in find_widths(net, X).fixed["first"]
+    with pytest.raises(StructureError):
+        trace_both_modes(net, X.to("meta"))  # another network in training
+    assert net.cache["bias"] is kept and net.seen == [seen]
+    net.cache.clear()
+    assert discover(net, X).sizes() == {"first": 6} and not net.cache
+    torch.testing.assert_close(net(X), expected)
+
+
+def test_weights_that_are_computed_are_not_taken_for_one_another() -> None:
+    """A tensor that is gone may leave its identity to another one."""
+    for _ in range(8):
+        layers = [layer for n in range(3, 23) for layer in (weight_norm(nn.Conv2d(n, n + 1, 1)), nn.ReLU())]
+        assert len(find_widths(nn.Sequential(*layers), X).fixed) == 20
+
+
+def test_a_list_that_modules_share_is_one_in_a_copy() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1))
+    maps = [X, torch.ones(1, requires_grad=True) * 2]
+    net[0].maps = net[1].maps = maps  # type: ignore[assignment]
+    replica = copy_module(net)
+    assert replica[0].maps is replica[1].maps is not maps
+    torch.testing.assert_close(replica[0].maps, maps)
+    assert replica[0].maps[1] is not maps[1]
+
+
+def test_what_cannot_be_copied_is_refused_in_one_line() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1))
+    net.names = {"a": 1}.keys()  # type: ignore[assignment]
+    with pytest.raises(StructureError, match=r"^Sequential cannot be copied .*dict_keys.*: let its modules"):
+        discover(net, X)
