@@ -8,7 +8,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from elastic.dynamic.norms import SetNorm
 from elastic.dynamic.sites import find_calls
 from elastic.errors import StructureError
-from elastic.widths.copying import copy_module
+from elastic.pruning.folding import fold_gates
 from elastic.widths.hooks import has_hooks
 from elastic.widths.inputs import Example, list_inputs
 from elastic.widths.tracing import BATCH_NORM, get_layer, trace
@@ -25,7 +25,7 @@ def prepare_for_inference(net: nn.Module, *example: Tensor) -> fx.GraphModule:
     Args:
         example: inputs; with them, a forward may ask for sizes.
     """
-    copied = copy_module(net).eval()
+    copied = fold_gates(net).eval()
     inputs = [x.to("meta") for x in example]
     traced = copied if isinstance(copied, fx.GraphModule) else _trace(copied, *inputs)
     _fold_norms(traced)

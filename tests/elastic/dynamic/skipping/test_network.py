@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import is_parametrized
 
 from elastic.dynamic.activations import Activation
 from elastic.dynamic.attaching import attach_modules
@@ -210,6 +212,24 @@ def test_so_it_does_where_layers_cannot_be_joined(name: str, method: str) -> Non
         fast = executed(net, method)
         for x in (X, X.flip(0), X[:1]):  # the second time calls are replayed
             torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_weights_that_are_parametrized_are_computed_once() -> None:
+    layers = [
+        conv(3, 8, 3),
+        nn.ReLU(),
+        conv(8, 6, 3),
+        nn.ReLU(),
+        weight_norm(conv(6, 4, 3)),
+        nn.BatchNorm2d(4),
+    ]
+    net = randomised(nn.Sequential(*layers, nn.ReLU(), head(4)))
+    dynamic = attach_modules(net, discover(net, X)).eval()
+    expected = dynamic(X)
+    torch.testing.assert_close(make_skipping(dynamic)(X), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(dynamic(X), expected)  # whose layers stay parametrized
+    assert is_parametrized(layers[4])
 
 
 @pytest.mark.parametrize(
