@@ -21,6 +21,7 @@ from elastic.widths.operations.interface import (
 from elastic.widths.tracing.sizes import SizeAttribute
 from elastic.widths.union import Axis
 
+MANY = 2**31 - 1
 COMPARISONS = (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge)
 
 
@@ -133,7 +134,10 @@ def decide(tracker: Tracker, node: fx.Node) -> None:
 
 
 def _is_decided(question: fx.Node) -> bool:
-    """Tell whether a comparison has one answer for any channels, of which there is at least one: `C != 0`."""
+    """Tell whether a comparison has one answer for any channels, of which there is at least one: `C != 0`.
+
+    So has one with a number that no map's entries come to, as for where torch counts them in 32 bits.
+    """
     if question.target not in COMPARISONS:
         return False
     ours, theirs = map(get_count, question.args)
@@ -142,6 +146,8 @@ def _is_decided(question: fx.Node) -> bool:
     nearest = difference.constant + sum(factors)
     if not difference.is_linear or not factors:
         return False
+    if abs(difference.constant) >= MANY:
+        return True
     if min(factors) > 0:
         return nearest > 0 or (nearest == 0 and question.target in (operator.ge, operator.lt))
     return max(factors) < 0 and (

@@ -74,6 +74,9 @@ FOLLOWED: dict[str, Callable[[], nn.Module]] = {
     "there is one at least": lambda: between(
         lambda m, x: x * 2 if x.shape[1] >= 1 and 2 * x.size(1) > 1 else x
     ),
+    "entries are counted in 32 bits": lambda: between(
+        lambda m, x: x.contiguous() if x.numel() * 4 > 2**31 or x.nelement() >= 2**31 - 1 else x * 2
+    ),
     "tensors are told": lambda: between(lambda m, x: x * 2 if isinstance(x, Tensor) else 1 / len(x[0])),
     "so are they by torch": lambda: between(
         lambda m, x: x * 2 if torch.is_tensor(x) and torch.jit.isinstance(x, Tensor) else 1 / len(x[0])
