@@ -299,11 +299,11 @@ class AxisTracker:
         """Fix what a hook computes, or a parametrization whose own tensors do not follow channels."""
         owner = self._find_module(module)
         if tensor in vars(owner) and owner._forward_pre_hooks:
-            self.elements.fix(axis, f"{module}.{tensor} is computed by a hook")
+            self.elements.fix(axis, f"{module}.{tensor} is computed by a hook: remove it first")
         for parametrization in list_parametrizations(owner, tensor):
             if not isinstance(parametrization, ChannelParametrization):
                 name = type(parametrization).__name__
-                self.elements.fix(axis, f"{module}.{tensor} is parametrized by {name}")
+                self.elements.fix(axis, f"{module}.{tensor} is parametrized by {name}: remove it first")
 
 
 def _take_input(node: fx.Node, inputs: list[Tensor]) -> Any:

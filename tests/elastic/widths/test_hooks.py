@@ -84,8 +84,8 @@ def test_a_weight_that_is_computed_fixes_its_channels(name: str) -> None:
         widths = find_widths(model, X)
         assert widths.sizes() == {"last": 5}
         assert widths.fixed == {
-            "stem": f"one.weight {reason}",
-            "one": f"one.weight {reason}",
+            "stem": f"one.weight {reason}: remove it first",
+            "one": f"one.weight {reason}: remove it first",
             "head.2": "it is the model's output",
         }
         expected = model(X)  # the hook has computed it once
