@@ -6,8 +6,9 @@ from functools import cache
 from typing import Any
 
 from torch import fx
+from torch._functorch import utils
 from torch.autograd import Function
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, _SingleLevelFunction
 from torch.utils._pytree import tree_leaves
 
 
@@ -19,11 +20,11 @@ def trace_functions(tracer: fx.Tracer, keep_gradients: bool) -> Iterator[None]:
         keep_gradients: make one node of the call, which has the function's own gradient, and not those of
             what its forward does, whose channels can be followed.
     """
-    apply_untraced = vars(Function)["apply"]
+    unwrap = utils.unwrap_dead_wrappers
 
     def apply(kind: type[Function], *args: Any, **kwargs: Any) -> Any:
-        if not any(isinstance(value, fx.Proxy) for value in tree_leaves((args, kwargs))):
-            return apply_untraced.__get__(None, kind)(*args, **kwargs)
+        if not _are_traced(args):
+            return super(_SingleLevelFunction, kind).apply(*args, **kwargs)  # type: ignore[misc]
         if keep_gradients:
             return tracer.create_proxy("call_function", make_call(kind), args, kwargs)
         if kind.setup_context is not Function.setup_context:
@@ -33,10 +34,17 @@ def trace_functions(tracer: fx.Tracer, keep_gradients: bool) -> Iterator[None]:
         return kind.forward(context, *args, **kwargs)
 
     try:
-        Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+        # Not `Function.apply`, which calls both: programs keep it under a name, `swish = Swish.apply`.
+        utils.unwrap_dead_wrappers = lambda args: args if _are_traced(args) else unwrap(args)
+        setattr(_SingleLevelFunction, "apply", classmethod(apply))  # noqa: B010
         yield
     finally:
-        Function.apply = apply_untraced  # type: ignore[method-assign]
+        utils.unwrap_dead_wrappers = unwrap
+        delattr(_SingleLevelFunction, "apply")
+
+
+def _are_traced(args: tuple[Any, ...]) -> bool:
+    return any(isinstance(value, fx.Proxy) for value in tree_leaves(args))
 
 
 @cache

@@ -54,8 +54,11 @@ class Rounding(torch.autograd.Function):
         return gradients[0], None
 
 
+swish = Swish.apply
+
+
 def squeeze_and_swish(m: Any, y: Tensor) -> Tensor:
-    return y * torch.sigmoid(m.excite(Swish.apply(y.mean((2, 3), keepdim=True))))
+    return y * torch.sigmoid(m.excite(swish(y.mean((2, 3), keepdim=True))))
 
 
 def look_up_by_dimensions(m: Any, y: Tensor) -> Tensor:
