@@ -5,6 +5,7 @@ from collections import OrderedDict
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from elastic.errors import StructureError, cite
 from elastic.widths.parameters import get_kind
@@ -34,9 +35,8 @@ def copy_module(module: Module, memo: dict[int, Any] | None = None) -> Module:
 def _copy_module(module: Module, memo: dict[int, Any]) -> Module:
     parts = list(module.modules())
     if not all(map(_is_copied_by_default, parts)):
-        for value in (value for part in parts for value in vars(part).values()):
-            if isinstance(value, Tensor):
-                _copy_value(value, memo)
+        for leaf in (leaf for part in parts for leaf in tree_leaves(vars(part))):
+            _note_computed(leaf, memo)
         return copy.deepcopy(module, memo)
     for part in parts:
         memo[id(part)] = object.__new__(type(part))
@@ -66,9 +66,14 @@ def _copy_value(value: Any, memo: dict[int, Any]) -> Any:
         return _copy_container(value, memo)
     if kind in ATOMS or (kind is tuple and all(type(part) in ATOMS for part in value)):
         return value
-    if isinstance(value, Tensor) and not value.is_leaf and id(value) not in memo:
-        memo[id(value)] = value.detach().clone()  # which a deep copy refuses
+    _note_computed(value, memo)
     return copy.deepcopy(value, memo)
+
+
+def _note_computed(value: Any, memo: dict[int, Any]) -> None:
+    """Note the copy of a tensor that autograd has computed, which a deep copy refuses."""
+    if isinstance(value, Tensor) and not value.is_leaf and id(value) not in memo:
+        memo[id(value)] = value.detach().clone()
 
 
 def _copy_container(value: Any, memo: dict[int, Any]) -> Any:

@@ -153,8 +153,9 @@ def test_weights_that_are_computed_are_not_taken_for_one_another() -> None:
         assert len(find_widths(nn.Sequential(*layers), X).fixed) == 20
 
 
-def test_a_list_that_modules_share_is_one_in_a_copy() -> None:
-    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1))
+@pytest.mark.parametrize("other", [nn.ReLU(), nn.LSTM(2, 2)], ids=["", "beside one that copies itself"])
+def test_a_list_that_modules_share_is_one_in_a_copy(other: nn.Module) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1), other)
     maps = [X, torch.ones(1, requires_grad=True) * 2]
     net[0].maps = net[1].maps = maps  # type: ignore[assignment]
     replica = copy_module(net)
