@@ -17,7 +17,13 @@ from lightning.pytorch.callbacks import (
 from torch import Tensor, nn
 
 from elastic.errors import TrainingError
-from elastic.training.checks import check_returned, check_saved, check_whole
+from elastic.training.checks import (
+    check_changeable,
+    check_current,
+    check_returned,
+    check_saved,
+    check_whole,
+)
 from elastic.training.joining import find_structure, join_structure
 from elastic.training.kinds import is_kind
 from elastic.training.own_parameters import check_followed
@@ -127,10 +133,10 @@ class ElasticCallback(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._leads(trainer):
-            self.structure.check_current(pl_module)
+            check_current(self.structure, pl_module)
             for callback in list_elastic(trainer):
                 if callback.changes_structure:
-                    self.structure.check_changeable(type(callback).__name__)
+                    check_changeable(self.structure, type(callback).__name__)
             self._attach_all(trainer)
             self._check_result(trainer, pl_module)
             self._take_own_parameters(trainer)

@@ -8,6 +8,7 @@ from torch import nn
 from elastic.errors import TrainingError
 from elastic.pruning.gates import iterate_gates
 from elastic.training.kinds import is_kind
+from elastic.training.structure import Structure
 
 SHARDED = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 
@@ -23,6 +24,33 @@ def check_whole(trainer: L.Trainer) -> None:
         raise TrainingError(
             f"{type(strategy).__name__} shares out a network among processes, of which none could change it: "
             "set strategy='ddp'"
+        )
+
+
+def check_current(structure: Structure, module: nn.Module) -> None:
+    """Refuse a network that a program has made anew, or changed, since its widths were found.
+
+    Raises:
+        TrainingError: it has.
+    """
+    if not structure.is_current(module):
+        raise TrainingError(
+            f"'{structure.path}' is no longer the network that callbacks have found: make it as it is to be "
+            "in __init__, not in setup or configure_model"
+        )
+
+
+def check_changeable(structure: Structure, method: str) -> None:
+    """Refuse a method that changes the network where an earlier run has given it what could not follow.
+
+    Raises:
+        TrainingError: it has levels, or kernel activation modules.
+    """
+    what = "levels" if structure.levels is not None else "kernel activation modules"
+    if structure.levels is not None or structure.dynamic_nets:
+        raise TrainingError(
+            f"the network has {what}, which would not follow what {method} changes: run {method} first, in a "
+            "module without them"
         )
 
 

@@ -379,33 +379,6 @@ class Structure(nn.Module):
         """Tell whether a module still has the network, and that its widths."""
         return any(each is self.net for each in module.modules()) and has_widths(self.net, self.widths)
 
-    def check_current(self, module: nn.Module) -> None:
-        """Refuse a network that a program has made anew, or changed, since its widths were found.
-
-        Raises:
-            TrainingError: it has.
-        """
-        if not self.is_current(module):
-            raise TrainingError(
-                f"'{self.path}' is no longer the network that callbacks have found: make it as it is to be "
-                "in __init__, not in setup or configure_model"
-            )
-
-    def check_changeable(self, method: str) -> None:
-        """Refuse a method that changes the network where an earlier run has given it what could not follow.
-
-        Raises:
-            TrainingError: it has levels, or kernel activation modules.
-        """
-        what = (
-            "levels" if self.levels is not None else "kernel activation modules" if self.dynamic_nets else ""
-        )
-        if what:
-            raise TrainingError(
-                f"the network has {what}, which would not follow what {method} changes: run {method} first, "
-                "in a module without them"
-            )
-
     def _get_called(self) -> nn.Module:
         return self.net if self.trainer is None else find_called(self.trainer.lightning_module, self.net)
 
