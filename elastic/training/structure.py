@@ -335,6 +335,7 @@ class Structure(nn.Module):
         Raises:
             TrainingError: what calls the network is compiled, which leaves no call of it.
         """
+        is_trained = self._router is not None and self._router.is_trained
         self.unroute()
         if terms or self.levels is not None or self.dynamic_nets or self.resize is not None:
             called = self._get_called()
@@ -344,6 +345,7 @@ class Structure(nn.Module):
                     "network alone, by its own compile()"
                 )
             self._router = Router(called, self, terms)
+            self._router.is_trained = is_trained
             self._router.install()
 
     def unroute(self) -> None:

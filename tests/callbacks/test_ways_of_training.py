@@ -571,6 +571,9 @@ def test_a_step_that_does_not_train_the_network_is_none_past_its_call() -> None:
     """As in a program that begins each epoch with another network."""
 
     class Alternating(Generating):
+        def on_validation_model_zero_grad(self) -> None:
+            """Keep the network's gradients, which the next epoch begins with."""
+
         def training_step(self, batch: Any, batch_idx: int) -> None:
             first, second = self.optimizers()
             if batch_idx < 2:
