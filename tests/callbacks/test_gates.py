@@ -82,7 +82,7 @@ def test_the_penalty_is_added_between_begin_and_end_only(tmp_path: Path) -> None
         assert added == pytest.approx(expected if epoch in (1, 2) else 0.0, rel=1e-3, abs=1e-5)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
 def test_gates_are_frozen_at_the_end_and_weights_still_move(tmp_path: Path, optimizer: str) -> None:
     """Bit for bit, in the checkpoints too: neither momentum nor decay may move a score."""
     at: dict[int, list[Tensor]] = {}
@@ -105,7 +105,8 @@ def test_gates_are_frozen_at_the_end_and_weights_still_move(tmp_path: Path, opti
 
 
 @pytest.mark.parametrize(
-    ("grain", "every"), [pytest.param("channel", 1, marks=pytest.mark.slow), ("kernel", 1), ("weight", 3)]
+    ("grain", "every"),
+    [*(pytest.param(grain, 1, marks=pytest.mark.slow) for grain in ("channel", "kernel")), ("weight", 3)],
 )
 def test_dead_channels_leave_and_the_output_stays(tmp_path: Path, grain: str, every: int) -> None:
     seen: dict[int, tuple[Tensor, int]] = {}

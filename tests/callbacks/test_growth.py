@@ -181,7 +181,7 @@ def test_pairs_learn_from_the_first_step_and_part(tmp_path: Path) -> None:
     assert pull.norm(dim=1).min() > 1e-4 and torch.nn.functional.cosine_similarity(*pull, dim=0) < 0
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", [pytest.param("sgd", marks=pytest.mark.slow), "adamw"])
 def test_what_comes_late_learns_faster_after_a_restart_too(tmp_path: Path, optimizer: str) -> None:
     """At 2 of 4 epochs half of the run is left: at catch_up=2 fresh entries learn at four times the rate."""
     catching_up = (

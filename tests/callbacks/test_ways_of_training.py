@@ -491,7 +491,8 @@ class CompilingAtOnce(Plain):
         self.net = torch.compile(self.net, backend="eager")
 
 
-@pytest.mark.parametrize("kind", [Compiling, pytest.param(CompilingAtOnce, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [Compiling, CompilingAtOnce])
 def test_a_network_in_torch_compiles_wrapper_is_followed(kind: type[Plain], tmp_path: Path) -> None:
     def train(kind: type[Plain], folder: Path) -> Plain:
         grow = GrowOnSaturation(Periodic(1), Growth(factor=1.5, ceiling=2))

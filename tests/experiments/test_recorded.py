@@ -133,7 +133,13 @@ def single(overrides: list[str]) -> tuple[str, ...]:
     )
 
 
-LONG = ("dynamic_pruning", "prune_and_grow")  # of many commands
+LONG = (
+    "dynamic_pruning",
+    "prune_and_grow",
+    "growth_pays",
+    "controls_mnist",
+    "controls_cifar10",
+)  # of commands
 
 
 @pytest.mark.parametrize(

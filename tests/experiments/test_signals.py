@@ -119,10 +119,10 @@ def test_a_run_that_is_stopped_goes_on_and_is_the_whole_run(
 @pytest.mark.parametrize(
     "name",
     [
-        *("config.yaml", "last.ckpt"),
+        "last.ckpt",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("timeline.jsonl", "model.safetensors", "summary.json")
+            for name in ("config.yaml", "timeline.jsonl", "model.safetensors", "summary.json")
         ),
     ],
 )

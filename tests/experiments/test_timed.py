@@ -15,6 +15,7 @@ from elastic.experiments.train import train
 from tests.fitted import EXACT, command
 from tests.runs import configure
 
+pytestmark = pytest.mark.slow
 SWITCHED = ("schedule=dynamic", "callbacks.dynamic.gain=[0.1,3.0]")
 
 
@@ -35,7 +36,6 @@ def summaries(folder: Path) -> dict[Path, dict[str, Any]]:
     return {run: json.loads((run / "summary.json").read_text()) for run in sorted(folder.iterdir())}
 
 
-@pytest.mark.slow
 def test_every_network_is_measured_with_what_executes_it(folder: Path) -> None:
     ways = {}
     for run, summary in summaries(folder).items():
@@ -66,7 +66,6 @@ def test_the_median_of_the_fastest_way_is_written_down(folder: Path, monkeypatch
     assert "5 networks" in said
 
 
-@pytest.mark.slow
 def test_the_table_and_the_page_have_it_where_it_was_asked_for(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -109,11 +109,12 @@ def test_a_convolution_of_active_channels_is_the_masked_one(method: Method, data
     some_convolution(method, data)
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize(
     "flag",
     [
-        pytest.param("-D__AVX512F__", id="sixteen", marks=pytest.mark.slow),
+        pytest.param("-D__AVX512F__", id="sixteen"),
         pytest.param("-U__AVX512F__ -U__AVX__", id="four"),
     ],
 )
