@@ -47,7 +47,7 @@ from elastic.experiments.tools.folders import (
     write_config,
 )
 from elastic.experiments.tools.hardware import choose_precision
-from elastic.experiments.tools.loggers import LoggerMark, make_loggers, read_ids
+from elastic.experiments.tools.loggers import LoggerMark, make_loggers
 from elastic.experiments.tools.memory import check_memory
 from elastic.experiments.tools.options import HELP
 from elastic.experiments.tools.parts import make_callbacks, make_recipe, make_task
@@ -115,8 +115,8 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
                 setting_up,
             ]  # may build networks
             module, data = build(cfg)
-            last = find_checkpoint(folder, cfg)
-            trainer = make_trainer(cfg, callbacks, folder, read_ids(last))
+            last, states = find_checkpoint(folder, cfg)
+            trainer = make_trainer(cfg, callbacks, folder, states.get(LoggerMark.__name__))
             setting_up.checkpoint = last
             fit(cfg, trainer, module, data, last)
             return finish(cfg, trainer, module, data, folder) if trainer.is_global_zero else {}

@@ -1,7 +1,7 @@
 """Read and keep the folder of a run: its configuration, its checkpoint, the lock while it trains."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -190,22 +190,23 @@ def check_finished(folder: Path) -> Path:
     return folder
 
 
-def find_checkpoint(folder: Path, cfg: DictConfig) -> Path | None:
-    """Find the checkpoint to continue from, if there is one.
+def find_checkpoint(folder: Path, cfg: DictConfig) -> tuple[Path | None, Mapping[str, Any]]:
+    """Find the checkpoint to continue from, if there is one, and the states of callbacks that it holds.
 
     Raises:
         FileError: it is damaged, or of another run.
     """
     checkpoint = folder / CHECKPOINT
     if not checkpoint.exists():
-        return None
-    state = read_checkpoint(checkpoint).get("callbacks", {}).get(RunMark.__name__)
+        return None, {}
+    states: Mapping[str, Any] = read_checkpoint(checkpoint).get("callbacks", {})
+    state = states.get(RunMark.__name__)
     if state is not None and state != RunMark(cfg).state_dict():
         raise FileError(
             f"{checkpoint} is of another run than {folder / CONFIG}: restore them, or remove "
             f"{checkpoint.name} and train again"
         )
-    return checkpoint
+    return checkpoint, states
 
 
 def write_config(cfg: DictConfig, folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import lightning as L
 from hydra.errors import InstantiationException
@@ -11,7 +10,6 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig
 
 from elastic.errors import OptionError
-from elastic.training.checkpoints import read_checkpoint
 
 # What loggers call the name that their server gives to a run; they make another run where it is not given.
 IDS = {
@@ -24,25 +22,17 @@ class LoggerMark(L.Callback):
     """Keep the names that servers have given to a run in its checkpoints."""
 
     def __init__(self, cfg: DictConfig) -> None:
-        self.names = list(list_loggers(cfg))
-        self.targets = [node.get("_target_") for node in list_loggers(cfg).values()]
+        self.nodes = list_loggers(cfg)
         self.ids: dict[str, str] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        for name, target, logger in zip(self.names, self.targets, trainer.loggers, strict=True):
-            if target in IDS and logger.version is not None:
+        # Where Lightning only tries a run, it has loggers of its own.
+        for (name, node), logger in zip(self.nodes.items(), trainer.loggers, strict=False):
+            if node.get("_target_") in IDS and logger.version:
                 self.ids[name] = str(logger.version)
 
     def state_dict(self) -> dict[str, str]:
         return self.ids
-
-
-def read_ids(checkpoint: Path | None) -> Mapping[str, str]:
-    """Read what servers call the run that a checkpoint is of, by the names of its loggers."""
-    if checkpoint is None:
-        return {}
-    ids: dict[str, str] = read_checkpoint(checkpoint).get("callbacks", {}).get(LoggerMark.__name__, {})
-    return ids
 
 
 def list_loggers(cfg: DictConfig) -> dict[str, DictConfig]:

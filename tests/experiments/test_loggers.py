@@ -4,9 +4,8 @@ from pathlib import Path
 
 import lightning as L
 import pytest
-import torch
 
-from elastic.experiments.tools.loggers import LoggerMark, make_loggers, read_ids
+from elastic.experiments.tools.loggers import LoggerMark, make_loggers
 from elastic.experiments.train import train
 from tests.runs import TINY, configure, without_account
 
@@ -18,17 +17,25 @@ def no_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_run_goes_on_under_the_name_that_its_checkpoint_has(tmp_path: Path) -> None:
     named = configure(tmp_path, "logger=[csv,wandb]", "+logger.wandb.id=abc")
-    mark, checkpoint = LoggerMark(named), tmp_path / "last.ckpt"
+    mark = LoggerMark(named)
     trainer = L.Trainer(accelerator="cpu", logger=make_loggers(named), enable_progress_bar=False)
     mark.setup(trainer, L.LightningModule(), "fit")
     assert mark.state_dict() == {"wandb": "abc"}, "CSV has a folder for each start"
-    torch.save({"callbacks": {"LoggerMark": mark.state_dict()}}, checkpoint)
 
     cfg = configure(tmp_path, "logger=[csv,wandb]")
-    assert [logger.version for logger in make_loggers(cfg, read_ids(checkpoint))] == [0, "abc"]
-    assert make_loggers(cfg, read_ids(None))[1].version is None
+    assert [logger.version for logger in make_loggers(cfg, mark.state_dict())] == [0, "abc"]
+    assert make_loggers(cfg)[1].version is None
     other = configure(tmp_path, "logger=[csv,wandb]", "+logger.wandb.id=other")
-    assert make_loggers(other, read_ids(checkpoint))[1].version == "other"
+    assert make_loggers(other, mark.state_dict())[1].version == "other"
+
+
+@pytest.mark.parametrize("loggers", ["[csv,wandb]", "wandb"])
+def test_a_run_that_is_only_tried_has_no_name(tmp_path: Path, loggers: str) -> None:
+    """Lightning has put a logger of its own in the place of all."""
+    cfg = configure(tmp_path, f"logger={loggers}")
+    mark, trainer = LoggerMark(cfg), L.Trainer(accelerator="cpu", fast_dev_run=True, logger=make_loggers(cfg))
+    mark.setup(trainer, L.LightningModule(), "fit")
+    assert mark.state_dict() == {}
 
 
 @pytest.mark.slow
