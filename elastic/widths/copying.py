@@ -55,7 +55,8 @@ def _is_copied_by_default(module: nn.Module) -> bool:
     if hasattr(kind, "__deepcopy__") or issubclass(kind, nn.RNNBase):
         return False
     is_default = (kind.__reduce_ex__, kind.__getstate__) == (object.__reduce_ex__, nn.Module.__getstate__)
-    return is_default and kind.__setstate__.__module__.startswith("torch.nn")  # which mends old files
+    # torch.nn mends old files there, and torch.compile puts a function of its own in the place of all
+    return is_default and kind.__setstate__.__module__.startswith("torch.")
 
 
 def _copy_value(value: Any, memo: dict[int, Any]) -> Any:

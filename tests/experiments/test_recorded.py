@@ -1,11 +1,13 @@
 """Test that recorded runs are in today's words: configurations, summaries, the commands that made them."""
 
+import csv
 import functools
 import json
 import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import pytest
@@ -24,6 +26,7 @@ from tests.runs import configure
 ROOT = Path(__file__).parents[2]
 RUNS = sorted(path.parent for path in ROOT.glob("experiments/*/*/config.yaml"))
 READMES = sorted(ROOT.glob("experiments/*/README.md"))
+MADE = re.compile("<!-- begin of .*?<!-- end of [^>]*-->", re.S)  # what commands put into a page
 
 
 def name(path: Path) -> str:
@@ -179,3 +182,23 @@ def test_the_tables_of_a_record_are_what_their_commands_make(
             assert options["markdown"] == f"experiments/{name(readme)}"
             compare_runs(options["runs"], markdown=page, baseline=options.get("baseline"))
     assert page.read_text() == text
+
+
+@pytest.mark.parametrize("readme", READMES, ids=name)
+def test_a_mean_in_the_text_stands_in_a_table_that_a_command_made(readme: Path) -> None:
+    texts = [path.read_text() for path in READMES]
+    recorded = find_means("".join(table for text in texts for table in MADE.findall(text)))
+    for path in readme.parent.glob("serving-*.csv"):
+        rows = list(csv.DictReader(path.read_text().splitlines()))
+        for server in {row["server"] for row in rows}:
+            scores = [100 * float(row["right in time"]) for row in rows if row["server"] == server]
+            recorded.add((f"{mean(scores):.2f}", f"{stdev(scores):.2f}"))
+    paragraphs = MADE.sub("", readme.read_text()).split("\n\n")
+    kept = [text for text in paragraphs if not re.search("commit|not kept", text, re.I)]  # or it says so
+    assert find_means("\n\n".join(kept)) <= recorded
+
+
+def find_means(text: str) -> set[tuple[str, str]]:
+    """Find each mean with its spread; '.03' is said for '0.03'."""
+    found = re.findall(r"(\d[\d,]*(?:\.\d+)?) ± (\d*(?:\.\d+)?)", text)
+    return {(middle, f"0{spread}" if spread.startswith(".") else spread) for middle, spread in found}
