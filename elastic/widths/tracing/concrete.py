@@ -104,6 +104,13 @@ class ConcreteTracer(fx.Tracer):
     # modules for each node, and try many types for each argument.
 
     @cached_property
+    def device(self) -> torch.device:
+        """Return where the model is."""
+        tensors = (*self.root.parameters(), *self.root.buffers())
+        places = [tensor.device for tensor in tensors if not tensor.is_meta]
+        return places[0] if places else torch.device("cpu")
+
+    @cached_property
     def _names(self) -> dict[int, str]:
         """Name the model's parameters and buffers, by their identity."""
         tensors = [*self.root.named_parameters(), *self.root.named_buffers()]
@@ -201,6 +208,10 @@ class ConcreteTracer(fx.Tracer):
         """Compute a number from the example's shape, or each of a shape's; see `ask`."""
         is_shape = isinstance(self._answer(proxy.node), tuple | list)
         return [self.ask(part) for part in self.iter(proxy)] if is_shape else self.ask(proxy)
+
+    def compute(self, proxy: fx.Proxy) -> Any:
+        """Compute what a value is, as far as the example's shape and type tell, for good."""
+        return self._answer(proxy.node)
 
     def stands_for_tensor(self, node: fx.Node) -> bool:
         """Tell whether a node gives a tensor, as far as that can be computed."""

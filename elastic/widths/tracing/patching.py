@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from elastic.widths.tracing.proxies import AskedProxy
 
-# Functions that make a tensor of given sizes: torch.fx does not see them where these are traced numbers.
-FACTORIES = tuple("ones zeros full empty arange rand randn linspace eye tensor as_tensor".split())
+# Functions that make a tensor of given sizes, or tell of a type: torch.fx does not see them where these are traced.
+FACTORIES = tuple("ones zeros full empty arange rand randn linspace eye tensor as_tensor finfo iinfo".split())
 # Methods that take sizes or types, which torch.fx does not see where the forward makes the tensor itself.
 SIZED = tuple(
     "expand broadcast_to repeat tile view reshape narrow select type "

@@ -89,6 +89,35 @@ def test_it_is_followed_and_right(forward: Forward, layers: dict[str, nn.Module]
     assert net(X).shape == (2, 5)
 
 
+def run_apart(m: Any, y: Tensor) -> Tensor:
+    with torch.autocast(y.device.type, enabled=torch.is_autocast_enabled(y.device.type)):
+        return y.relu()
+
+
+# What would be three times as much, were the question answered wrongly.
+QUESTIONS: dict[str, Forward] = {
+    "device for autocast": run_apart,
+    "by device": lambda m, y: y * {"cpu": 1.0, "cuda": 3.0}[y.device.type],
+    "is on the CPU": lambda m, y: y if y.is_cpu and not y.is_cuda and y.device.index is None else 3 * y,
+    "is that device": lambda m, y: y if y.device == torch.device("cpu") else 3 * y,
+    "is not that device": lambda m, y: 3 * y if y.device != torch.device("cpu") else y,
+    "device of a weight": lambda m, y: 3 * y if y.device != m.last.weight.device else y,
+    "device among several": lambda m, y: y if y.device in {torch.device("cpu")} else 3 * y,
+    "name of the device": lambda m, y: y if f"{y.device}" == "cpu" else 3 * y,
+    "device of what is made": lambda m, y: y * torch.ones(1, device=y.device, dtype=y.dtype),
+    "by type": lambda m, y: y * {torch.float16: 3, torch.float32: 1}[y.dtype],
+    "type among several": lambda m, y: 3 * y if y.dtype in (torch.float16, torch.bfloat16) else y,
+    "limits of the type": lambda m, y: y.clamp(torch.finfo(y.dtype).tiny, torch.finfo(y.dtype).max),
+}
+
+
+@pytest.mark.parametrize("forward", QUESTIONS.values(), ids=QUESTIONS)
+def test_a_forward_that_asks_where_its_tensors_are_and_of_what_type_is_told(forward: Forward) -> None:
+    net = between(forward).eval()
+    assert discover(net, X).sizes() == {"stem": 8, "last": 5}
+    torch.testing.assert_close(trace_both_modes(net, X.to("meta"))(X), net(X))
+
+
 def test_a_traced_network_has_the_gradients_of_its_functions() -> None:
     net = between(lambda m, y: Rounding.apply(y))
     traced = trace_both_modes(net, X.to("meta"))
