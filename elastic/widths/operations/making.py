@@ -2,6 +2,7 @@
 
 import operator
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 from torch import fx
@@ -136,10 +137,13 @@ def decide(tracker: Tracker, node: fx.Node) -> None:
 def _is_decided(question: fx.Node) -> bool:
     """Tell whether a comparison has one answer for any channels, of which there is at least one: `C != 0`.
 
-    So has one with a number that no map's entries come to, as for where torch counts them in 32 bits.
+    So has one with a number that no map's entries come to, as for where torch counts them in 32 bits, and one
+    of shapes that differ in what is no channels.
     """
     if question.target not in COMPARISONS:
         return False
+    if question.target in (operator.eq, operator.ne) and _differ(*map(list_counts, question.args)):
+        return True
     ours, theirs = map(get_count, question.args)
     difference = ours + theirs.scale(Fraction(-1))
     factors = [factor for factor, _ in difference.terms]
@@ -155,14 +159,47 @@ def _is_decided(question: fx.Node) -> bool:
     )
 
 
+def _differ(ours: list[Count], theirs: list[Count]) -> bool:
+    """Tell whether two shapes are unlike whatever their channels are."""
+    pairs = zip(ours, theirs, strict=False)
+    constants = [(a, b) for a, b in pairs if a.is_linear and b.is_linear and not (a.terms or b.terms)]
+    return len(ours) != len(theirs) or any(a.constant != b.constant for a, b in constants)
+
+
 def _stays_equal(tracker: Tracker, question: fx.Node, answer: bool) -> bool:
-    """Tell whether channels are counted and found as many as an attribute says, which follows them."""
+    """Tell whether numbers, or shapes, that are found equal can be kept so, and see to it."""
     if question.target is not (operator.eq if answer else operator.ne):
         return False
-    numbers = sorted(question.args, key=lambda number: isinstance(number, fx.Node))
-    count = get_count(numbers[1])
-    is_plain = count.is_linear and not count.constant and [factor for factor, _ in count.terms] == [1]
-    return is_plain and tracker.follow_size(numbers[0], count.axes[0])
+    ours, theirs = map(_list_numbers, question.args)
+    kept = [_keep_equal(tracker, question, *pair) for pair in zip(ours, theirs, strict=False)]
+    return len(ours) == len(theirs) and all(kept)
+
+
+def _list_numbers(argument: Any) -> list[tuple[object, Count]]:
+    """List a number, or each of a shape, beside what it depends on."""
+    if isinstance(argument, tuple | list):
+        return [(number, get_count(number)) for number in argument]
+    return [(argument, count) for count in list_counts(argument)]
+
+
+def _keep_equal(
+    tracker: Tracker, node: fx.Node, ours: tuple[object, Count], theirs: tuple[object, Count]
+) -> bool:
+    """Let channels follow the attribute that counts them, or change with those that are as many."""
+    if not ours[1].terms and not theirs[1].terms:
+        return True
+    for (size, _), (_, count) in ((ours, theirs), (theirs, ours)):
+        if isinstance(size, SizeAttribute):
+            return _is_plain(count) and tracker.follow_size(size, count.axes[0])
+    if not _is_plain(ours[1]) or not _is_plain(theirs[1]):
+        return False
+    tracker.unite(ours[1].axes[0], theirs[1].axes[0], node)
+    return True
+
+
+def _is_plain(count: Count) -> bool:
+    """Tell whether a number counts the channels of one axis."""
+    return count.is_linear and not count.constant and [factor for factor, _ in count.terms] == [1]
 
 
 def _list_counts(sizes: list[object]) -> list[Count]:
@@ -186,7 +223,7 @@ def _follow_count(tracker: Tracker, node: fx.Node, count: Count) -> Axis | None:
     """Give the channels whose number makes a dimension of equal entries."""
     if not count.terms:
         return None
-    if count.is_linear and count.constant == 0 and len(count.terms) == 1 and count.terms[0][0] == 1:
+    if _is_plain(count):
         return count.terms[0][1]
     tracker.fix(count.axes, node, "computes with the number of channels")
     return None

@@ -66,11 +66,13 @@ class ConcreteTracer(fx.Tracer):
 
     Attributes:
         answers: what it has been told, in order; `known_answers`, those of another trace, are told instead.
+        is_over: whether the trace has ended.
     """
 
     def __init__(self, inputs: Sequence[Tensor] = (), known_answers: Sequence[Any] | None = None) -> None:
         super().__init__()
         self.answers: list[Any] = []
+        self.is_over = False
         self._known_answers = None if known_answers is None else iter(known_answers)
         self._inputs, self._values = inputs, dict[fx.Node, Any]()
         self._replica: nn.Module | None = None

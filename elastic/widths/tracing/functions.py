@@ -1,4 +1,4 @@
-"""Trace functions with a gradient of their own (`torch.autograd.Function`), which torch.fx does not see."""
+"""Trace what has a gradient of its own (`torch.autograd.Function`, checkpoints), which torch.fx does not see."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,22 +9,26 @@ from torch import fx
 from torch._functorch import utils
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, _SingleLevelFunction
+from torch.utils import checkpoint
 from torch.utils._pytree import tree_leaves
 
 
 @contextmanager
 def trace_functions(tracer: fx.Tracer, keep_gradients: bool) -> Iterator[None]:
-    """Let `Function.apply` be traced.
+    """Let `Function.apply` be traced, and what activation checkpointing would compute again.
 
     Args:
         keep_gradients: make one node of the call, which has the function's own gradient, and not those of
             what its forward does, whose channels can be followed.
     """
-    unwrap = utils.unwrap_dead_wrappers
+    unwrap, keep_inputs = utils.unwrap_dead_wrappers, checkpoint._checkpoint_without_reentrant_generator
 
     def apply(kind: type[Function], *args: Any, **kwargs: Any) -> Any:
         if not _are_traced(args):
             return super(_SingleLevelFunction, kind).apply(*args, **kwargs)  # type: ignore[misc]
+        if kind is checkpoint.CheckpointFunction:
+            function, _, *inputs = args
+            return function(*inputs)
         if keep_gradients:
             return tracer.create_proxy("call_function", make_call(kind), args, kwargs)
         if kind.setup_context is not Function.setup_context:
@@ -37,10 +41,17 @@ def trace_functions(tracer: fx.Tracer, keep_gradients: bool) -> Iterator[None]:
         # Not `Function.apply`, which calls both: programs keep it under a name, `swish = Swish.apply`.
         utils.unwrap_dead_wrappers = lambda args: args if _are_traced(args) else unwrap(args)
         setattr(_SingleLevelFunction, "apply", classmethod(apply))  # noqa: B010
+        checkpoint._checkpoint_without_reentrant_generator = _keep_nothing
         yield
     finally:
+        checkpoint._checkpoint_without_reentrant_generator = keep_inputs
         utils.unwrap_dead_wrappers = unwrap
         delattr(_SingleLevelFunction, "apply")
+
+
+def _keep_nothing(*args: Any, **kwargs: Any) -> Iterator[None]:
+    """Stand for what keeps the inputs of a checkpoint: it runs around what that computes."""
+    yield
 
 
 def _are_traced(args: tuple[Any, ...]) -> bool:

@@ -108,6 +108,8 @@ def trace_graph(
             f"{type(model).__name__} cannot be traced by torch.fx ({shorten(error)}); let torch.where choose "
             "by data, and hide a function that chooses by shapes behind torch.fx.wrap"
         ) from error
+    finally:
+        tracer.is_over = True
 
 
 @contextmanager

@@ -65,41 +65,53 @@ class _AskedAttribute(_Asked, fx.proxy.Attribute):
     """Stand for an attribute, or a method, of what an operation gives."""
 
 
-class _Type(_AskedAttribute):
-    """Stand for the type of a tensor's entries, also where a forward looks something up by it."""
+class _Key(_AskedAttribute):
+    """Stand for an attribute by which a forward may look something up, and which it may name."""
+
+    kind: type
+
+    def __eq__(self, other: object) -> Any:
+        if self.tracer.is_over:  # type: ignore[attr-defined]
+            return self is other  # a cache may hold it still
+        return self.value == other if isinstance(other, self.kind) else super().__eq__(other)
+
+    def __ne__(self, other: object) -> Any:
+        return self.value != other if isinstance(other, self.kind) else super().__ne__(other)
 
     def __hash__(self) -> int:
-        return hash(self.tracer.compute(self))  # type: ignore[attr-defined]
+        return hash(self.value)
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+    @property
+    def value(self) -> Any:
+        return self.tracer.compute(self)  # type: ignore[attr-defined]
 
 
-class _Device(_AskedAttribute):
+class _Type(_Key):
+    """Stand for the type of a tensor's entries."""
+
+    kind = torch.dtype
+
+
+class _Device(_Key):
     """Stand for where a tensor is: a forward that asks is told where the model is while it is traced.
 
     What it decides by that holds on any other device, too: it is how to compute, not what.
     """
 
+    kind = torch.device
+
     def __getattr__(self, k: str) -> Any:
-        return getattr(self._place, k) if k in ("type", "index") else super().__getattr__(k)
-
-    def __eq__(self, other: object) -> Any:
-        return self._place == other if isinstance(other, torch.device) else super().__eq__(other)
-
-    def __ne__(self, other: object) -> Any:
-        return self._place != other if isinstance(other, torch.device) else super().__ne__(other)
-
-    def __hash__(self) -> int:
-        return hash(self._place)
-
-    def __str__(self) -> str:
-        return str(self._place)
+        return getattr(self.value, k) if k in ("type", "index") else super().__getattr__(k)
 
     @property
-    def _place(self) -> torch.device:
-        place: torch.device = self.tracer.device  # type: ignore[attr-defined]
-        return place
+    def value(self) -> Any:
+        return self.tracer.device  # type: ignore[attr-defined]
 
 
-ATTRIBUTES = {"dtype": _Type, "device": _Device}
+KEYS = {"dtype": _Type, "device": _Device}
 DEVICES = {"is_cpu": "cpu", "is_cuda": "cuda", "is_mps": "mps", "is_xpu": "xpu"}
 # What NumPy and torch look for to tell what something is, beside `__array__`.
 LOOKED_FOR = ("__array", "__cuda_array", "_is_param", "_is_buffer")
@@ -115,9 +127,11 @@ class AskedProxy(_Asked, fx.Proxy):
         if k in ("ndim", "dim") and tracer.stands_for_tensor(self.node):
             number = tracer.ask(_AskedAttribute(self, "ndim"))  # a forward may look things up by it
             return number if k == "ndim" else lambda: number
+        if k == "requires_grad" and tracer.stands_for_tensor(self.node):
+            return False  # what a forward does for the gradient's sake is no part of what it computes
         if k in DEVICES and tracer.stands_for_tensor(self.node):
             return tracer.device.type == DEVICES[k]
-        return ATTRIBUTES.get(k, _AskedAttribute)(self, k)
+        return KEYS.get(k, _AskedAttribute)(self, k)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
