@@ -148,7 +148,9 @@ class _Probe:
         """Run a copy on noise, and list its outputs."""
         devices = {x.device for x in self.inputs if x.device.type == "cuda"}
         with torch.no_grad(), torch.random.fork_rng(devices):
-            torch.default_generator.manual_seed(seed)  # `torch.manual_seed` takes a millisecond to seed nothing else
+            torch.default_generator.manual_seed(
+                seed
+            )  # `torch.manual_seed` takes a millisecond to seed nothing else
             if devices:
                 torch.cuda.manual_seed_all(seed)
             return list_output_tensors(model(*self.inputs))

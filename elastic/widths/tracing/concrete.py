@@ -211,16 +211,12 @@ class ConcreteTracer(fx.Tracer):
         is_shape = isinstance(self._answer(proxy.node), tuple | list)
         return [self.ask(part) for part in self.iter(proxy)] if is_shape else self.ask(proxy)
 
-    def compute(self, proxy: fx.Proxy) -> Any:
-        """Compute what a value is, as far as the example's shape and type tell, for good."""
-        return self._answer(proxy.node)
-
-    def stands_for_tensor(self, node: fx.Node) -> bool:
-        """Tell whether a node gives a tensor, as far as that can be computed."""
+    def find(self, node: fx.Node) -> Any:
+        """Find what a node gives, for good; None where that cannot be computed."""
         try:
-            return isinstance(self._answer(node), Tensor)
+            return self._answer(node)
         except Exception:  # it is the model's own, and told where the model is run
-            return False
+            return None
 
     def _answer(self, node: fx.Node) -> Any:
         """Tell what a node gives, or what it gave when the same forward was traced before."""

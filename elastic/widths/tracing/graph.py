@@ -15,7 +15,7 @@ from elastic.widths.operations.registry import is_whole
 from elastic.widths.parameters import get_kind
 from elastic.widths.tracing.concrete import PLACE, ConcreteTracer
 from elastic.widths.tracing.functions import trace_functions
-from elastic.widths.tracing.patching import pass_for_tensors, trace_factories
+from elastic.widths.tracing.patching import pass_for_values, trace_factories
 from elastic.widths.tracing.sizes import AttributePlace, note_computed_sizes, tag_sizes
 
 INTERNAL = vars(nn.Module()).keys()  # what torch itself holds in a module
@@ -94,7 +94,7 @@ def trace_graph(
             trace_functions(tracer, keep_gradients),
             note_computed_sizes() as computed,
             _take_back_assigned(model),
-            pass_for_tensors(),
+            pass_for_values(),
         ):
             graph = tracer.trace(model)
         graph.owning_module = model  # type: ignore[assignment]

@@ -1,7 +1,7 @@
 """Let Python and torch take traced values for tensors and numbers, while a forward is traced."""
 
 import builtins
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from elastic.widths.tracing.proxies import AskedProxy
+from elastic.widths.tracing.proxies import Asked
 
 # Functions that make a tensor of given sizes, or tell of a type: torch.fx does not see them where these are traced.
 FACTORIES = tuple("ones zeros full empty arange rand randn linspace eye tensor as_tensor finfo iinfo".split())
@@ -22,18 +22,19 @@ SIZED = tuple(
 
 
 @contextmanager
-def pass_for_tensors() -> Iterator[None]:
+def pass_for_values() -> Iterator[None]:
     """Let a forward that asks `isinstance(x, Tensor)` find a tensor where a traced value stands for one.
 
-    Such a value has no `__class__` that says so: torch's own code in C would take it for a tensor's memory.
+    So it finds a number, or a shape. Such a value has no `__class__` that says so: torch's own code in C would
+    take it for a tensor's memory.
     """
-    ask, tensor = builtins.isinstance, torch.empty(0, device="meta")
+    ask = builtins.isinstance
+    samples = (torch.empty(0, device="meta"), 1, 0.5, torch.Size(), torch.float32, torch.device("cpu"))
 
     def is_instance(value: Any, kinds: Any) -> bool:
-        if type(value) is not AskedProxy or ask(value, kinds) or not ask(tensor, kinds):
+        if not issubclass(type(value), Asked) or (ask(value, kinds) and kinds is not Iterable):
             return ask(value, kinds)
-        tracer: Any = value.tracer
-        return bool(tracer.stands_for_tensor(value.node))
+        return any(ask(sample, kinds) for sample in samples) and ask(value.tracer.find(value.node), kinds)
 
     try:
         builtins.isinstance = is_instance  # type: ignore[assignment]

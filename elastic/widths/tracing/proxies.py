@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 Instruction = tuple[CodeType, int]  # the place in the code where a frame is
 
@@ -32,8 +32,8 @@ class TrainingFlag:
         return True
 
 
-class _Asked:
-    """Answer with a number, where Python insists on one."""
+class Asked:
+    """Answer with a number, where Python insists on one, or names it."""
 
     def __index__(self) -> int:
         caller = sys._getframe(1)
@@ -44,6 +44,14 @@ class _Asked:
     def __float__(self) -> float:
         """Give a number for good."""
         return float(self.tracer.ask(self))  # type: ignore[attr-defined]
+
+    def __format__(self, spec: str) -> str:
+        tracer = self.tracer  # type: ignore[attr-defined]
+        is_number = isinstance(tracer.find(self.node), int | float)  # type: ignore[attr-defined]
+        return format(tracer.ask(self) if is_number else repr(self), spec)
+
+    def __str__(self) -> str:
+        return format(self)
 
     def __round__(self, digits: int | None = None) -> float:
         return round(float(self), digits)
@@ -61,7 +69,7 @@ class _Asked:
         return np.asarray(self.tracer.ask_numbers(self), dtype)  # type: ignore[attr-defined]
 
 
-class _AskedAttribute(_Asked, fx.proxy.Attribute):
+class _AskedAttribute(Asked, fx.proxy.Attribute):
     """Stand for an attribute, or a method, of what an operation gives."""
 
 
@@ -81,12 +89,12 @@ class _Key(_AskedAttribute):
     def __hash__(self) -> int:
         return hash(self.value)
 
-    def __str__(self) -> str:
-        return str(self.value)
+    def __format__(self, spec: str) -> str:
+        return format(str(self.value), spec)
 
     @property
     def value(self) -> Any:
-        return self.tracer.compute(self)  # type: ignore[attr-defined]
+        return self.tracer.find(self.node)  # type: ignore[attr-defined]
 
 
 class _Type(_Key):
@@ -113,25 +121,26 @@ class _Device(_Key):
 
 KEYS = {"dtype": _Type, "device": _Device}
 DEVICES = {"is_cpu": "cpu", "is_cuda": "cuda", "is_mps": "mps", "is_xpu": "xpu"}
+TOLD = {"ndim", "dim", "requires_grad", *DEVICES}  # of a tensor, as Python's own values
 # What NumPy and torch look for to tell what something is, beside `__array__`.
 LOOKED_FOR = ("__array", "__cuda_array", "_is_param", "_is_buffer")
 
 
-class AskedProxy(_Asked, fx.Proxy):
+class AskedProxy(Asked, fx.Proxy):
     """Stand for what an operation gives; the tracer, a `ConcreteTracer`, knows what that is."""
 
     def __getattr__(self, k: str) -> Any:
         if k.startswith(LOOKED_FOR):
             raise AttributeError(k)
         tracer: Any = self.tracer
-        if k in ("ndim", "dim") and tracer.stands_for_tensor(self.node):
-            number = tracer.ask(_AskedAttribute(self, "ndim"))  # a forward may look things up by it
-            return number if k == "ndim" else lambda: number
-        if k == "requires_grad" and tracer.stands_for_tensor(self.node):
-            return False  # what a forward does for the gradient's sake is no part of what it computes
-        if k in DEVICES and tracer.stands_for_tensor(self.node):
+        if k not in TOLD or not isinstance(tracer.find(self.node), Tensor):
+            return KEYS.get(k, _AskedAttribute)(self, k)
+        if k in DEVICES:
             return tracer.device.type == DEVICES[k]
-        return KEYS.get(k, _AskedAttribute)(self, k)
+        if k == "requires_grad":  # what is done for the gradient's sake is no part of what is computed
+            return False
+        number = tracer.ask(_AskedAttribute(self, "ndim"))  # a forward may look things up by it
+        return number if k == "ndim" else lambda: number
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})

@@ -69,6 +69,22 @@ FOLLOWED: dict[str, Callable[[], nn.Module]] = {
         lambda m, x: x * x.dim() * x.ndim * len(x.shape) * x.element_size() * len(x) * len(x.mean(1))
     ),
     "types that no channel changes": lambda: between(lambda m, x: torch.relu(x).to(x.dtype).to(x.device)),
+    "as many as another's": lambda: between(
+        lambda m, x: x + m.one(x) if x.shape == m.one(x).shape else x, one=conv(8, 8)
+    ),
+    "one by one": lambda: between(
+        lambda m, x: (
+            x + m.one(x) if all(a == b for a, b in zip(x.shape, m.one(x).size(), strict=True)) else x
+        ),
+        one=conv(8, 8),
+    ),
+    "as many, and not added": lambda: between(
+        lambda m, x: m.one(x) if m.one(x).size(1) == x.size(1) else x[:, :1], one=conv(8, 8)
+    ),
+    "more of other sizes": lambda: between(
+        lambda m, x: m.short(x) + m.one(x) if x.shape != m.one(x).shape else x + m.one(x),
+        **dict(one=conv(8, 8, 1, stride=2), short=conv(8, 8, 1, stride=2)),
+    ),
     "there are channels": lambda: between(lambda m, x: x * 2 if x.shape[1] != 0 and x.size(1) > 0 else x),
     "there is none": lambda: between(lambda m, x: x if x.shape[1] == 0 or x.size(1) < 1 else x * 2),
     "there is one at least": lambda: between(
@@ -102,6 +118,14 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "length of a weight": (lambda: between(lambda m, x: x / len(m.stem.weight)), "decides by the number"),
     "more than one": (lambda: between(lambda m, x: x * 2 if x.shape[1] > 1 else x), "decides by the number"),
     "below nine": (lambda: between(lambda m, x: x * 2 if x.shape[1] - 9 < 0 else x), "decides by the number"),
+    "as many as written": (
+        lambda: between(lambda m, x: x * 2 if x.shape[1:] == (8, 6, 8) else x),
+        "decides by the number",
+    ),
+    "fewer than another's": (
+        lambda: between(lambda m, x: x if x.shape == m.one(x).shape else x * 2, one=conv(8, 6)),
+        "decides by the number",
+    ),
     "filled with channels": (
         lambda: between(lambda m, x: x * torch.full((1,), x.shape[1])),
         "computes with the number",

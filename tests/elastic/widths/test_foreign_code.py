@@ -1,5 +1,6 @@
 """What published forwards do beside calling their layers is followed, or refused in one line."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
 from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.checkpoint import checkpoint
 
 from elastic.dynamic import attach_modules
 from elastic.errors import StructureError
@@ -108,14 +111,56 @@ QUESTIONS: dict[str, Forward] = {
     "by type": lambda m, y: y * {torch.float16: 3, torch.float32: 1}[y.dtype],
     "type among several": lambda m, y: 3 * y if y.dtype in (torch.float16, torch.bfloat16) else y,
     "limits of the type": lambda m, y: y.clamp(torch.finfo(y.dtype).tiny, torch.finfo(y.dtype).max),
+    "name of the type": lambda m, y: y if str(y.dtype) == "torch.float32" else 3 * y,
+    "kind of a number": lambda m, y: y if isinstance(y.shape[2], int) and not isinstance(y, int) else 3 * y,
+    "kind of a quotient": lambda m, y: y if isinstance(y.shape[2] / 2, float) else 3 * y,
+    "kind of a shape": lambda m, y: (
+        y if isinstance(y.shape[2:], tuple) and not isinstance(y, tuple) else 3 * y
+    ),
+    "one number or several": lambda m, y: F.avg_pool2d(y, _pair(y.shape[2] // 3)),
+    "name of a number": lambda m, y: y if f"{y.shape[2]:02d} {y.shape[3]}" == "09 9" else 3 * y,
+    "layer by a number": lambda m, y: getattr(m, f"by{y.shape[2]}", torch.zeros_like)(y),
+    "is for the gradient": lambda m, y: y.detach() * 3 if m.training and y.requires_grad else y,
 }
 
 
 @pytest.mark.parametrize("forward", QUESTIONS.values(), ids=QUESTIONS)
 def test_a_forward_that_asks_where_its_tensors_are_and_of_what_type_is_told(forward: Forward) -> None:
-    net = between(forward).eval()
+    net = between(forward, by9=nn.Tanh()).eval()
     assert discover(net, X).sizes() == {"stem": 8, "last": 5}
     torch.testing.assert_close(trace_both_modes(net, X.to("meta"))(X), net(X))
+
+
+@functools.lru_cache
+def make_once(device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.full((1,), 2.0, device=device, dtype=dtype)
+
+
+@pytest.mark.parametrize("runs_first", [False, True])
+def test_what_a_function_keeps_for_good_is_not_of_a_trace(runs_first: bool) -> None:
+    make_once.cache_clear()
+    net = between(lambda m, y: y * make_once(y.device, y.dtype)).eval()
+    expected = net(X) if runs_first else None
+    assert discover(net, X).sizes() == {"stem": 8, "last": 5}
+    output = net(X)
+    assert expected is None or torch.equal(output, expected)
+    assert discover(net, X).sizes() == {"stem": 8, "last": 5}
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_would_be_computed_again_is_followed(reentrant: bool, is_training: bool) -> None:
+    def run(m: Any, y: Tensor) -> Tensor:
+        once: Tensor = checkpoint(m.work, y, use_reentrant=reentrant)
+        return checkpoint(lambda a: a * 2, once, use_reentrant=reentrant) if m.training else once * 2
+
+    net = between(run, work=nn.Conv2d(8, 8, 1)).train(is_training)
+    widths = discover(net, X)
+    assert widths.sizes() == {"stem": 8, "work": 8, "last": 5}
+    traced = trace_both_modes(net, X.to("meta"))
+    torch.testing.assert_close(traced(X), net(X))
+    reindex(net, widths, {"stem": [0, 2], "work": [1, 3, 5]})
+    net(X).sum().backward()
 
 
 def test_a_traced_network_has_the_gradients_of_its_functions() -> None:
