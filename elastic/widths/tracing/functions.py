@@ -1,4 +1,4 @@
-"""Trace what has a gradient of its own (`torch.autograd.Function`, checkpoints), which torch.fx does not see."""
+"""Trace what has its own way to a gradient: `torch.autograd.Function`, activation checkpoints."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from elastic.widths.tracing.proxies import Asked
 
-# Functions that make a tensor of given sizes, or tell of a type: torch.fx does not see them where these are traced.
+# Functions that make a tensor of given sizes, or tell of a type: torch.fx does not see them where these are
+# traced.
 FACTORIES = tuple("ones zeros full empty arange rand randn linspace eye tensor as_tensor finfo iinfo".split())
 # Methods that take sizes or types, which torch.fx does not see where the forward makes the tensor itself.
 SIZED = tuple(
@@ -25,8 +26,8 @@ SIZED = tuple(
 def pass_for_values() -> Iterator[None]:
     """Let a forward that asks `isinstance(x, Tensor)` find a tensor where a traced value stands for one.
 
-    So it finds a number, or a shape. Such a value has no `__class__` that says so: torch's own code in C would
-    take it for a tensor's memory.
+    So it finds a number, or a shape. Such a value has no `__class__` that says so: torch's own code in C
+    would take it for a tensor's memory.
     """
     ask = builtins.isinstance
     samples = (torch.empty(0, device="meta"), 1, 0.5, torch.Size(), torch.float32, torch.device("cpu"))
