@@ -5,6 +5,7 @@ from elastic.widths.tracing.meta import BATCH_NORM, WithoutData, drop_data, make
 from elastic.widths.tracing.modes import (
     MODE,
     Mode,
+    acts_in_training_alone,
     preserve_modes,
     sync_traced,
     trace_both_modes,
@@ -17,6 +18,7 @@ __all__ = [
     "MODE",
     "Mode",
     "WithoutData",
+    "acts_in_training_alone",
     "describe_node",
     "drop_data",
     "find_following_norms",

@@ -1,7 +1,7 @@
 """Trace a model, and read what a node of its graph calls."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain
@@ -22,7 +22,13 @@ INTERNAL = vars(nn.Module()).keys()  # what torch itself holds in a module
 
 
 class _Tracer(ConcreteTracer):
-    """Keep layers with a rule of their own whole."""
+    """Keep layers with a rule of their own whole.
+
+    Attributes:
+        whole: other modules that are not looked into.
+    """
+
+    whole: Collection[nn.Module] = ()
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -44,20 +50,21 @@ class _Tracer(ConcreteTracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         kind = get_kind(m)
         is_foreign = not kind.__module__.startswith("torch.nn")
-        return is_whole(kind) or (not is_foreign and super().is_leaf_module(m, module_qualified_name))
+        return m in self.whole or is_whole(kind) or (not is_foreign and super().is_leaf_module(m, module_qualified_name))
 
 
-def trace(model: nn.Module, *example: Tensor) -> fx.GraphModule:
+def trace(model: nn.Module, *example: Tensor, whole: Collection[nn.Module] = ()) -> fx.GraphModule:
     """Trace a model with torch.fx; the result has the model's own layers.
 
     Args:
         example: inputs on the meta device; with them, a forward may ask for sizes.
+        whole: modules that are not looked into.
 
     Raises:
         StructureError: torch.fx cannot trace it.
     """
     with preserve_attributes(model):
-        return fx.GraphModule(model, trace_graph(model, *example, keep_gradients=True))
+        return fx.GraphModule(model, trace_graph(model, *example, keep_gradients=True, whole=whole))
 
 
 @contextmanager
@@ -78,6 +85,7 @@ def trace_graph(
     known_answers: Sequence[Any] | None = None,
     sizes: Mapping[AttributePlace, int] | None = None,
     keep_gradients: bool = False,
+    whole: Collection[nn.Module] = (),
 ) -> fx.Graph:
     """Trace a model's graph alone, whose nodes call the model's own layers; see `trace`.
 
@@ -85,8 +93,10 @@ def trace_graph(
         known_answers: what the forward was told about shapes when it was traced before, and is told again.
         sizes: whole numbers that modules are to hold, in place of those that they do.
         keep_gradients: whether functions that have a gradient of their own stay whole.
+        whole: modules that are not looked into.
     """
     tracer = _Tracer(example, known_answers)
+    tracer.whole = whole
     try:
         with (
             tag_sizes(model, sizes) as read,

@@ -1,9 +1,10 @@
 """Trace a model in training and in evaluation as one graph, which follows its mode."""
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import chain
 from operator import attrgetter
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from elastic.errors import StructureError
+from elastic.widths.operations.registry import is_whole
+from elastic.widths.parameters import get_kind
 from elastic.widths.tracing.graph import describe_node, preserve_attributes, trace, trace_graph
 from elastic.widths.tracing.proxies import TrainingFlag
 from elastic.widths.tracing.sizes import AttributePlace
@@ -121,26 +124,57 @@ def _trace_training(model: nn.Module, *example: Tensor) -> tuple[fx.Graph, bool]
 def trace_both_modes(model: nn.Module, *example: Tensor) -> fx.GraphModule:
     """Trace a model to be trained and evaluated: flags like training=self.training follow its mode.
 
+    Modules that act in training alone, such as stochastic depth, are not looked into where they have to follow
+    it, too.
+
     Args:
         example: inputs on the meta device; with them, a forward may ask for sizes.
 
     Raises:
         StructureError: torch.fx cannot trace it, or it is another network in training than in evaluation.
     """
+    try:
+        return _trace_and_join(model, *example)
+    except ValueError as error:
+        if whole := [module for module in model.modules() if acts_in_training_alone(module)]:
+            with suppress(ValueError):
+                return _trace_and_join(model, *example, whole=whole)
+        raise StructureError(
+            f"{type(model).__name__} is another network in training than in evaluation ({error}): only flags "
+            "like F.dropout(x, training=self.training) may differ, and modules that give back what they are "
+            "given"
+        ) from error
+
+
+def acts_in_training_alone(module: nn.Module) -> bool:
+    """Tell whether a module of no tensors gives in evaluation what it is given, and zeros for zeros always.
+
+    Modules for stochastic depth, and for dropping blocks, are of that kind.
+    """
+    kind = get_kind(module)
+    is_plain = next(chain(module.children(), module.parameters(), module.buffers()), None) is None
+    if not is_plain or kind.__module__.startswith("torch.") or is_whole(kind):
+        return False
+    x = torch.linspace(-1, 1, 2 * 8 * 16 * 16).view(2, 8, 16, 16)
+    try:
+        with preserve_modes(module), torch.random.fork_rng(devices=[]), torch.no_grad():
+            zeros = torch.zeros_like(x)
+            return torch.equal(module.eval()(x), x) and torch.equal(module.train()(zeros), zeros)
+    except Exception:  # it is the model's own, and not made for such an input
+        return False
+
+
+def _trace_and_join(
+    model: nn.Module, *example: Tensor, whole: Collection[nn.Module] = ()
+) -> fx.GraphModule:
+    """Trace a model as one graph; raise ValueError where it is another network in training."""
     with preserve_modes(model):
-        training, traced = (trace(model.train(mode), *example) for mode in (True, False))
+        training, traced = (trace(model.train(mode), *example, whole=whole) for mode in (True, False))
     for graph_module in (training, traced):
         _drop_counters(graph_module)
     traced.training = model.training
-    if traced.code == training.code:
-        return traced
-    try:
+    if traced.code != training.code:
         _join_modes(training, traced)
-    except ValueError as error:
-        raise StructureError(
-            f"{type(model).__name__} is another network in training than in evaluation ({error}): only flags "
-            "like F.dropout(x, training=self.training) may differ"
-        ) from error
     return traced
 
 
