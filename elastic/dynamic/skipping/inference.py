@@ -11,7 +11,7 @@ from elastic.errors import StructureError
 from elastic.pruning.folding import fold_gates
 from elastic.widths.hooks import has_hooks
 from elastic.widths.inputs import Example, list_inputs
-from elastic.widths.tracing import BATCH_NORM, get_layer, trace
+from elastic.widths.tracing import BATCH_NORM, acts_in_training_alone, get_layer, trace
 
 
 def take_first(samples: Sequence[Example]) -> tuple[Tensor, ...]:
@@ -66,6 +66,8 @@ def _fold_norms(traced: fx.GraphModule) -> None:
 def _leave_out_identities(traced: fx.GraphModule) -> None:
     for node in list(traced.graph.nodes):
         layer = get_layer(traced, node)
-        if isinstance(layer, nn.Identity | nn.Dropout | nn.Dropout2d) and not has_hooks(layer):
+        is_one = isinstance(layer, nn.Identity | nn.Dropout | nn.Dropout2d)
+        is_one = is_one or (layer is not None and acts_in_training_alone(layer))
+        if layer is not None and is_one and not has_hooks(layer):
             node.replace_all_uses_with(node.all_input_nodes[0])
             traced.graph.erase_node(node)

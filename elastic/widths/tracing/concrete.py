@@ -72,7 +72,7 @@ class ConcreteTracer(fx.Tracer):
     def __init__(self, inputs: Sequence[Tensor] = (), known_answers: Sequence[Any] | None = None) -> None:
         super().__init__()
         self.answers: list[Any] = []
-        self.is_over = False
+        self.is_over = self._expects_dimensions = False
         self._known_answers = None if known_answers is None else iter(known_answers)
         self._inputs, self._values = inputs, dict[fx.Node, Any]()
         self._replica: nn.Module | None = None
@@ -210,6 +210,15 @@ class ConcreteTracer(fx.Tracer):
         """Compute a number from the example's shape, or each of a shape's; see `ask`."""
         is_shape = isinstance(self._answer(proxy.node), tuple | list)
         return [self.ask(part) for part in self.iter(proxy)] if is_shape else self.ask(proxy)
+
+    def expect_dimensions(self) -> None:
+        """Let the graph expect inputs of as many dimensions as the example's: all others follow from these."""
+        if self._expects_dimensions:
+            return
+        self._expects_dimensions = True
+        for node in self.graph.find_nodes(op="placeholder"):
+            if isinstance(self._evaluate(node), Tensor):
+                self.ask(self.create_proxy("call_function", getattr, (self.proxy(node), "ndim"), {}))
 
     def find(self, node: fx.Node) -> Any:
         """Find what a node gives, for good; None where that cannot be computed."""

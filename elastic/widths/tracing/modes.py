@@ -15,6 +15,7 @@ from elastic.errors import StructureError
 from elastic.widths.operations.registry import is_whole
 from elastic.widths.parameters import get_kind
 from elastic.widths.tracing.graph import describe_node, preserve_attributes, trace, trace_graph
+from elastic.widths.tracing.meta import BATCH_NORM
 from elastic.widths.tracing.proxies import TrainingFlag
 from elastic.widths.tracing.sizes import AttributePlace
 
@@ -41,6 +42,10 @@ class Mode(nn.Module):
 
 def sync_traced(traced: fx.GraphModule, model: nn.Module, training: bool) -> None:
     """Give a traced network a mode, and the model's buffers, which moving the model replaces."""
+    for node in traced.graph.find_nodes(op="call_module"):
+        layer = traced.get_submodule(str(node.target))
+        if isinstance(layer, BATCH_NORM):  # which may stand for the model's
+            layer.training = model.get_submodule(str(node.target)).training
     if isinstance(mode := traced._modules.get(MODE), Mode):
         mode.training = training
     for node in traced.graph.find_nodes(op="get_attr"):

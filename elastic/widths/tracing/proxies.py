@@ -133,13 +133,15 @@ class AskedProxy(Asked, fx.Proxy):
         if k.startswith(LOOKED_FOR):
             raise AttributeError(k)
         tracer: Any = self.tracer
-        if k not in TOLD or not isinstance(tracer.find(self.node), Tensor):
+        value = tracer.find(self.node) if k in TOLD else None
+        if not isinstance(value, Tensor):
             return KEYS.get(k, _AskedAttribute)(self, k)
         if k in DEVICES:
             return tracer.device.type == DEVICES[k]
         if k == "requires_grad":  # what is done for the gradient's sake is no part of what is computed
             return False
-        number = tracer.ask(_AskedAttribute(self, "ndim"))  # a forward may look things up by it
+        tracer.expect_dimensions()
+        number = value.dim()
         return number if k == "ndim" else lambda: number
 
     def __setitem__(self, index: Any, value: Any) -> None:
