@@ -212,7 +212,7 @@ class ConcreteTracer(fx.Tracer):
         return [self.ask(part) for part in self.iter(proxy)] if is_shape else self.ask(proxy)
 
     def expect_dimensions(self) -> None:
-        """Let the graph expect inputs of as many dimensions as the example's: all others follow from these."""
+        """Let the graph expect inputs of as many dimensions as the example's: others follow from these."""
         if self._expects_dimensions:
             return
         self._expects_dimensions = True

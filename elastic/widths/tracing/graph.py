@@ -50,8 +50,10 @@ class _Tracer(ConcreteTracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         kind = get_kind(m)
+        if m in self.whole or is_whole(kind):
+            return True
         is_foreign = not kind.__module__.startswith("torch.nn")
-        return m in self.whole or is_whole(kind) or (not is_foreign and super().is_leaf_module(m, module_qualified_name))
+        return not is_foreign and super().is_leaf_module(m, module_qualified_name)
 
 
 def trace(model: nn.Module, *example: Tensor, whole: Collection[nn.Module] = ()) -> fx.GraphModule:

@@ -129,8 +129,7 @@ def _trace_training(model: nn.Module, *example: Tensor) -> tuple[fx.Graph, bool]
 def trace_both_modes(model: nn.Module, *example: Tensor) -> fx.GraphModule:
     """Trace a model to be trained and evaluated: flags like training=self.training follow its mode.
 
-    Modules that act in training alone, such as stochastic depth, are not looked into where they have to follow
-    it, too.
+    Modules that act in training alone, such as stochastic depth, are then not looked into.
 
     Args:
         example: inputs on the meta device; with them, a forward may ask for sizes.
@@ -169,9 +168,7 @@ def acts_in_training_alone(module: nn.Module) -> bool:
         return False
 
 
-def _trace_and_join(
-    model: nn.Module, *example: Tensor, whole: Collection[nn.Module] = ()
-) -> fx.GraphModule:
+def _trace_and_join(model: nn.Module, *example: Tensor, whole: Collection[nn.Module] = ()) -> fx.GraphModule:
     """Trace a model as one graph; raise ValueError where it is another network in training."""
     with preserve_modes(model):
         training, traced = (trace(model.train(mode), *example, whole=whole) for mode in (True, False))

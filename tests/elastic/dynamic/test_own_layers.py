@@ -1,0 +1,132 @@
+"""Layers as libraries write them: norms with their activation, and what acts in training alone."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elastic.dynamic import attach_modules, make_skipping
+from elastic.dynamic.sites import find_sites
+from elastic.errors import StructureError
+from elastic.widths.discovery import discover
+from elastic.widths.tracing import acts_in_training_alone, sync_traced, trace_both_modes
+from tests.elastic.dynamic.gated import gated
+from tests.elastic.zoo import Net, conv, head, randomised
+
+X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+class NormWithActivation(nn.BatchNorm2d):
+    """Normalise by the function, as a forward of one's own has to, and then rectify."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.ndim == 4, f"4 dimensions are needed, not {x.ndim}"
+        if self.training:
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked.add_(1)
+        statistics = self.running_mean, self.running_var
+        y = F.batch_norm(x, *statistics, self.weight, self.bias, self.training, self.momentum, self.eps)
+        return F.relu(y)
+
+
+class DropPath(nn.Module):
+    """Leave a branch out for some samples (arXiv 1603.09382)."""
+
+    def __init__(self, rate: float = 0.5) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rate == 0.0 or not self.training:
+            return x
+        kept = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1 - self.rate)
+        return x * kept / (1 - self.rate)
+
+
+class Noise(nn.Module):
+    """Add noise in training, which makes something of zeros."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn_like(x) if self.training else x
+
+
+def run(m: Any, x: Tensor) -> Tensor:
+    y = m.norm(m.stem(x))
+    y = y + m.drop(m.two(m.inner(m.one(y))))
+    output: Tensor = m.head(y)
+    return output
+
+
+def make_net(drop: nn.Module | None = None) -> nn.Module:
+    torch.manual_seed(0)
+    layers = dict(stem=conv(3, 6, 3), norm=NormWithActivation(6), one=conv(6, 8, 3), two=conv(8, 6, 3))
+    net = Net(run, **layers, inner=NormWithActivation(8), drop=drop or nn.Identity(), head=head(6))
+    return randomised(net)
+
+
+def test_a_norm_with_its_activation_is_a_layer() -> None:
+    net = make_net()
+    widths = discover(net, X)
+    traced = trace_both_modes(net, *widths.example)
+    assert [site.writer for site in find_sites(traced, widths)] == ["one"]
+    assert not traced.graph.find_nodes(op="call_function", target=F.batch_norm)
+    assert type(net.norm) is NormWithActivation
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_it_trains_as_in_the_network(is_frozen: bool) -> None:
+    net = make_net().train()
+    same = copy.deepcopy(net)
+    dynamic = attach_modules(net, discover(net, X))
+    if is_frozen:
+        net.norm.eval()
+        same.norm.eval()
+    sync_traced(dynamic, net, training=True)
+    torch.testing.assert_close(dynamic(X), same(X), rtol=0, atol=0)
+    dynamic(X).sum().backward()
+    same(X).sum().backward()
+    for (name, ours), theirs in zip(net.named_buffers(), same.buffers(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert torch.equal(net.norm.weight.grad, same.norm.weight.grad)
+
+
+@pytest.mark.parametrize("sets", [1, 2])
+@pytest.mark.parametrize("drop", [None, DropPath()], ids=["alone", "behind a branch"])
+def test_skipping_says_what_masking_says(drop: nn.Module | None, sets: int) -> None:
+    dynamic = gated(make_net(drop), X, sets=sets)
+    skipping = make_skipping(dynamic, method="stock")
+    torch.testing.assert_close(skipping(X), dynamic(X), rtol=1e-4, atol=1e-4)
+    assert not any(type(layer) in (NormWithActivation, DropPath) for layer in skipping.modules())
+
+
+def test_what_acts_in_training_alone_does_so_behind_modules() -> None:
+    net = make_net(DropPath())
+    dynamic = attach_modules(net, discover(net, X))
+    for network in (dynamic, net):
+        network.train()
+        torch.manual_seed(0)
+        with torch.random.fork_rng():
+            first = network(X)
+            assert not torch.equal(network(X), first)
+    torch.testing.assert_close(dynamic.eval()(X), net.eval()(X))
+
+
+def test_what_does_more_than_that_is_refused() -> None:
+    net = make_net(Noise())
+    with pytest.raises(StructureError, match=r"another network in training .*give back what they are given"):
+        attach_modules(net, discover(net, X))
+
+
+@pytest.mark.parametrize(
+    ("module", "does"),
+    [(DropPath(), True), (Noise(), False), (nn.Dropout(), False), (NormWithActivation(8), False)],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_acts_in_training_alone_is_known_by_what_it_does(module: nn.Module, does: bool) -> None:
+    state = torch.get_rng_state()
+    module.eval()
+    assert acts_in_training_alone(module) is does
+    assert not module.training and torch.equal(torch.get_rng_state(), state)
