@@ -52,26 +52,6 @@ def test_what_is_off_is_not_read(name: str, seed: int) -> None:
         torch.testing.assert_close(found, plain(x))
 
 
-class CountingNorm(nn.BatchNorm2d):
-    """Norm and activation in one (timm's BatchNormAct2d): in training it counts batches."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-        mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
-        return F.relu(F.batch_norm(x, mean, var, weight, bias, self.training, self.momentum, self.eps))
-
-
-def test_a_norm_that_counts_batches_is_one_network_in_both_modes() -> None:
-    torch.manual_seed(0)
-    net = randomised(nn.Sequential(conv(3, 8, 3), CountingNorm(8), conv(8, 6, 3), head(6))).eval()
-    traced = attach_modules(net, discover(net, X), activation="straight_through")
-    assert list(traced.kams) == ["2"]
-    for mode in (True, False):
-        traced.train(mode)(X)
-    assert not torch.equal(net[1].running_mean, CountingNorm(8).running_mean)
-
-
 class Dropping(nn.Module):
     """Does by `self.training` what torch.fx takes for constants."""
 
