@@ -55,6 +55,7 @@ def _find_norm(traced: fx.GraphModule, model: nn.Module, arguments: dict[str, An
 def _make_plain(norm: nn.Module) -> nn.Module:
     """Make a layer of torch's own with all that a subclass of it holds."""
     kind = next(base for base in type(norm).__mro__ if base.__module__.startswith("torch.nn."))
-    plain: nn.Module = kind.__new__(kind)
+    plain: Any = object.__new__(kind)
     vars(plain).update(vars(norm))
-    return plain
+    layer: nn.Module = plain
+    return layer
