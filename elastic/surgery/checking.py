@@ -148,9 +148,8 @@ class _Probe:
         """Run a copy on noise, and list its outputs."""
         devices = {x.device for x in self.inputs if x.device.type == "cuda"}
         with torch.no_grad(), torch.random.fork_rng(devices):
-            torch.default_generator.manual_seed(
-                seed
-            )  # `torch.manual_seed` takes a millisecond to seed nothing else
+            # Without devices `torch.manual_seed` does no more, and takes a millisecond.
+            torch.default_generator.manual_seed(seed)
             if devices:
                 torch.cuda.manual_seed_all(seed)
             return list_output_tensors(model(*self.inputs))

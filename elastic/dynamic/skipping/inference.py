@@ -66,8 +66,8 @@ def _fold_norms(traced: fx.GraphModule) -> None:
 def _leave_out_identities(traced: fx.GraphModule) -> None:
     for node in list(traced.graph.nodes):
         layer = get_layer(traced, node)
-        is_one = isinstance(layer, nn.Identity | nn.Dropout | nn.Dropout2d)
-        is_one = is_one or (layer is not None and acts_in_training_alone(layer))
-        if layer is not None and is_one and not has_hooks(layer):
+        if layer is None or has_hooks(layer):
+            continue
+        if isinstance(layer, nn.Identity | nn.Dropout | nn.Dropout2d) or acts_in_training_alone(layer):
             node.replace_all_uses_with(node.all_input_nodes[0])
             traced.graph.erase_node(node)

@@ -6,6 +6,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx, nn
 
+from elastic.widths.hooks import has_hooks
 from elastic.widths.tracing.meta import BATCH_NORM
 
 SIGNATURE = inspect.signature(F.batch_norm)
@@ -17,7 +18,8 @@ def restore_norms(traced: fx.GraphModule, model: nn.Module) -> None:
 
     The layer shares its tensors with the model's norm, whose forward does more.
     """
-    for node in traced.graph.find_nodes(op="call_function", target=F.batch_norm):
+    calls = traced.graph.find_nodes(op="call_function", target=F.batch_norm)
+    for node in calls:
         call = SIGNATURE.bind(*node.args, **node.kwargs)
         call.apply_defaults()
         path = _find_norm(traced, model, call.arguments)
@@ -33,7 +35,8 @@ def restore_norms(traced: fx.GraphModule, model: nn.Module) -> None:
         for unused in (node, *(tensor for tensor in read if isinstance(tensor, fx.Node))):
             if not unused.users:
                 traced.graph.erase_node(unused)
-    traced.recompile()
+    if calls:
+        traced.recompile()
 
 
 def _find_norm(traced: fx.GraphModule, model: nn.Module, arguments: dict[str, Any]) -> str | None:
@@ -44,7 +47,7 @@ def _find_norm(traced: fx.GraphModule, model: nn.Module, arguments: dict[str, An
     path = str(mean.target).rpartition(".")[0]
     norm, owner = model.get_submodule(path), traced.get_submodule(path.rpartition(".")[0])
     is_ours = owner is traced or type(owner) is nn.Module  # not the model's own
-    if not is_ours or not isinstance(norm, BATCH_NORM) or norm._forward_hooks or norm._forward_pre_hooks:
+    if not is_ours or not isinstance(norm, BATCH_NORM) or has_hooks(norm):
         return None
     names = {name: None if getattr(norm, name) is None else f"{path}.{name}" for name in TENSORS}
     given = {name: getattr(arguments[name], "target", None) for name in TENSORS}
