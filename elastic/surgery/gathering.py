@@ -5,21 +5,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from elastic.errors import StructureError
 from elastic.surgery.fresh import Fresh, Patch
 from elastic.surgery.layers import LayerTensor
 from elastic.widths.discovery import Slot
-
-# Optimizer state that steps are scaled by: a zero there makes a fresh channel's first step many times the
-# learning rate (a second moment), or none (Rprop's step size), so fresh entries take the mean along the axis.
-SCALES = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf", "step_size"} | {
-    "row_var",
-    "col_var",
-    "variance",
-}
-AVERAGED_DIM = {"row_var": -1, "col_var": -2}  # of Adafactor's, which have one entry there
 
 
 @dataclass(frozen=True)
@@ -86,34 +75,6 @@ def gather_from_model(item: LayerTensor, moves: Sequence[Move], renewed: Tensor)
         shape = [-1 if d == move.slot.dim else 1 for d in range(value.dim())]
         value = value.where((move.index >= 0).to(value.device).view(shape), renewed.to(value))
     return keep_memory_format(value, item.value)
-
-
-def gather_state(
-    optimizer: torch.optim.Optimizer, item: LayerTensor, moves: Sequence[Move]
-) -> Iterator[tuple[dict[str, Tensor], str, Tensor]]:
-    """Re-index what an optimizer keeps of a parameter: yield the state, a key, and the value for it.
-
-    Raises:
-        StructureError: it keeps something of another shape.
-    """
-    state = optimizer.state.get(item.value, {})
-    for key, value in state.items():
-        tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.dim()]
-        if not tensors:
-            continue
-        shape = list(item.value.shape)
-        dims = item.dims
-        if key in AVERAGED_DIM:
-            averaged = AVERAGED_DIM[key] % len(shape)
-            shape[averaged], dims = 1, dims - {averaged}
-        if value is not tensors[0] or list(value.shape) != shape:
-            shapes = " and ".join(str(tuple(tensor.shape)) for tensor in tensors)
-            raise StructureError(
-                f"{type(optimizer).__name__} keeps '{key}' of shape {shapes} for a tensor of "
-                f"shape {tuple(item.value.shape)}, which cannot follow: use SGD, Adam or AdamW"
-            )
-        fill = None if key in SCALES else 0.0
-        yield state, key, gather(LayerTensor(value, dims, fill), moves)
 
 
 def keep_memory_format(value: Tensor, old: Tensor) -> Tensor:

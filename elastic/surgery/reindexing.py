@@ -10,15 +10,17 @@ import copy
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from elastic.surgery.fresh import Fresh, zero_out
-from elastic.surgery.gathering import Move, gather_from_model, gather_state, gather_with_fresh
+from elastic.surgery.gathering import Move, gather_from_model, gather_with_fresh
 from elastic.surgery.graphs import refuse_live_graph
 from elastic.surgery.indices import FRESH, Index, check_index, grow_index, resize_index, split_index
 from elastic.surgery.layers import list_tensors, resize_attributes
+from elastic.surgery.optimizer_state import gather_state
 from elastic.widths.copying import copy_module
 from elastic.widths.discovery import Slot, Widths
 
@@ -32,7 +34,7 @@ class Replacements:
     """Hold new tensors until all of them are there."""
 
     tensors: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    states: list[tuple[dict[str, Tensor], str, Tensor]] = field(default_factory=list)
+    states: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
 
     def put_in_place(self) -> None:
         """Give every tensor its new value; gradients are dropped."""
@@ -140,7 +142,7 @@ def _renew_tensors(
             value = gather_with_fresh(path, item, tensor_moves, fresh, generator)
             replacements.tensors.append((item.value, value))
             for optimizer in optimizers:
-                replacements.states += gather_state(optimizer, item, tensor_moves)
+                replacements.states += gather_state(optimizer, item, tensor_moves, value)
             for replica in replicas:
                 averaged = gather_from_model(replica[i], tensor_moves, value)
                 replacements.tensors.append((replica[i].value, averaged))

@@ -8,6 +8,7 @@ they act on is in.
 """
 
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 from elastic.errors import TrainingError
+from elastic.surgery.optimizer_state import check_state
 from elastic.training.groups import remove_parameters
 
 Home = torch.optim.Optimizer  # one of the user's
@@ -132,7 +134,8 @@ class OwnOptimizers:
         for group in follower.param_groups:
             source = home.param_groups[group["home"]]
             group.update({name: source[name] for name in FOLLOWED if name in source})
-            group["lr"] = group["lr"] * group["rate"]
+            if "lr" in group:
+                group["lr"] = group["lr"] * group["rate"]
         if not skip:
             follower.step()
         follower.zero_grad(set_to_none=True)
@@ -181,12 +184,30 @@ def _find_places(homes: Sequence[Home], own: Iterable[OwnParameter]) -> list[tup
 
 
 def check_followed(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse an optimizer that surgery, and parameters of its own, cannot follow.
+    """Refuse an optimizer that surgery cannot follow, by its kind or by what it keeps after a trial step.
 
     Raises:
         TrainingError: it keeps its state for all parameters together, or in another optimizer, or gives
             parameters other values in evaluation.
+        StructureError: what it keeps of a parameter has no entries for the parameter's own.
     """
+    _check_kind(optimizer)
+    for i, group in enumerate(optimizer.param_groups):
+        if group["params"]:
+            like = max(group["params"], key=Tensor.dim)
+            trial = nn.Parameter(like.new_ones((6, 4, 3, 3, 3)[: like.dim()]))
+            trial.grad = torch.ones_like(trial)
+            with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+                warnings.simplefilter("ignore")
+                try:
+                    follower = _make_follower(optimizer, [(OwnParameter(trial), i)])
+                    follower.step()
+                except Exception:  # it is the program's own, and may want a closure
+                    continue
+            check_state(follower, trial)
+
+
+def _check_kind(optimizer: torch.optim.Optimizer) -> None:
     name = type(optimizer).__name__
     if isinstance(optimizer, torch.optim.LBFGS):
         raise TrainingError("LBFGS keeps one state for all parameters, which cannot change: take another")
@@ -207,7 +228,7 @@ def _make_follower(
     home: torch.optim.Optimizer, members: list[tuple[OwnParameter, int]]
 ) -> torch.optim.Optimizer:
     """Make an optimizer of the same class and options, whatever its constructor takes."""
-    check_followed(home)
+    _check_kind(home)
     follower = object.__new__(type(home))
     # What its class has set beside torch's own, but no hooks, nor methods that schedulers have replaced.
     attributes = {name: value for name, value in vars(home).items() if not hasattr(type(home), name)}

@@ -314,6 +314,23 @@ def test_an_optimizer_that_cannot_be_followed_is_refused_before_training(
     assert module.trainer.global_step == 0
 
 
+class Whitening(torch.optim.SGD):
+    """Keep a matrix for the rows of each tensor, from the first step on."""
+
+    def step(self, closure: Any = None) -> Any:
+        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            self.state[parameter]["rows"] = torch.eye(len(parameter))
+        return super().step(closure)
+
+
+def test_an_optimizer_whose_state_cannot_follow_is_refused_before_training() -> None:
+    module = make(Program)
+    module.configure_optimizers = lambda: Whitening(module.parameters(), 0.1)  # type: ignore[method-assign]
+    with pytest.raises(StructureError, match=r"Whitening keeps 'rows' of shape .* cannot follow: use SGD"):
+        fit(module, [PruneByGates()])
+    assert module.trainer.global_step == 0
+
+
 # --- how the network is held and called --------------------------------------------------------------------
 
 

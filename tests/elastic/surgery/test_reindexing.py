@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -311,6 +312,52 @@ def test_what_adafactor_keeps_of_rows_and_columns_follows_the_index() -> None:
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+def test_what_an_optimizer_keeps_by_other_names_follows_by_its_kind() -> None:
+    """Weights as they were (MADGRAD, Lookahead), what steps are scaled by (AdaBelief, Adan), or moments."""
+    model = two_layers()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    weight: Any = model[0].weight
+    then = {
+        "x0": weight.detach() + 0.01 * torch.randn_like(weight),
+        "belief": torch.rand_like(weight),
+        "drift": torch.randn_like(weight),
+        "norm": torch.ones(1),
+        "sign": torch.ones_like(weight, dtype=torch.int8),
+    }
+    optimizer.state[weight] = {key: value.clone() for key, value in then.items()}
+    reindex(model, discover(model, X), {"0": INDEX}, optimizers=[optimizer])
+    now = optimizer.state[weight]
+    assert all(torch.equal(now[key][KEPT], then[key][OLD]) for key in ("x0", "belief", "drift", "sign"))
+    assert torch.equal(now["x0"][NEW], weight.detach()[NEW])
+    torch.testing.assert_close(now["belief"][NEW], then["belief"].mean(0, keepdim=True).expand(2, -1, -1, -1))
+    assert not now["drift"][NEW].any()
+    assert not now["sign"][NEW].any()
+    assert torch.equal(now["norm"], then["norm"])
+
+
+def test_what_an_optimizer_keeps_in_other_shapes_follows() -> None:
+    """Flat (Prodigy), an entry for each row or column (other Adafactors, SM3), or in a list (AggMo)."""
+    model = two_layers()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    weight: Any = model[0].weight
+    rows, columns = torch.rand(4, 3, 3), torch.rand(4, 3, 3)
+    state = {
+        "p0": weight.detach().flatten().clone(),
+        "sq_row": rows.clone(),
+        "sq_col": columns.clone(),
+        "cover": torch.arange(4.0).view(4, 1, 1, 1),
+        "momentum_buffer": [torch.ones_like(weight), torch.ones_like(weight)],
+    }
+    optimizer.state[weight] = dict(state)
+    reindex(model, discover(model, X), {"0": INDEX}, optimizers=[optimizer])
+    now = optimizer.state[weight]
+    assert torch.equal(now["p0"], weight.detach().flatten())
+    for key, then in (("sq_row", rows), ("sq_col", columns), ("cover", state["cover"])):
+        assert torch.equal(now[key][KEPT], then[OLD]), key  # type: ignore[index]
+        assert now[key].shape == (len(INDEX), *then.shape[1:]), key  # type: ignore[union-attr]
+    assert all(buffer[KEPT].all() and not buffer[NEW].any() for buffer in now["momentum_buffer"])
+
+
 @pytest.mark.parametrize(
     ("make", "most"), [(torch.optim.Adam, 1), (torch.optim.AdamW, 1), (torch.optim.RMSprop, 3)]
 )
@@ -405,9 +452,11 @@ def test_a_wrong_index_is_refused(wanted: Mapping[str, Any], match: str) -> None
     refused(match, model, discover(model, X), wanted)
 
 
-@pytest.mark.parametrize("basis", [torch.eye(3), [torch.eye(3), torch.eye(4)], [None]])
+@pytest.mark.parametrize(
+    "basis", [torch.eye(3), [torch.eye(3), torch.eye(4)], SimpleNamespace(rows=torch.eye(3)), [None]]
+)
 def test_state_of_another_shape_is_refused(basis: Any) -> None:
-    """As of a basis for rows, and one for columns (SOAP, Shampoo)."""
+    """As of a basis for rows, and one for columns (SOAP, Shampoo), or within something else (GaLore)."""
     model = two_layers()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     trained(model, optimizer)

@@ -43,6 +43,19 @@ class Odd(torch.optim.SGD):
         super().__init__(groups, lr=1e-2, momentum=0.9)
 
 
+class Rateless(torch.optim.Optimizer):
+    """Take steps of a length of its own, as A2Grad and ALI-G do: its groups have no learning rate."""
+
+    def __init__(self, groups: Any) -> None:
+        super().__init__(groups, {"weight_decay": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in (p for p in group["params"] if p.grad is not None):
+                parameter.sub_(parameter.grad + group["weight_decay"] * parameter, alpha=0.1)
+
+
 def make_parameters(count: int = 4) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
     return [nn.Parameter(torch.randn(3, 2, generator=generator)) for _ in range(count)]
@@ -124,6 +137,17 @@ def test_a_constructor_that_takes_other_arguments_is_no_obstacle() -> None:
     set_gradients(user, 0)
     followers.step(home)
     assert type(followers.optimizers[0]) is Odd and not torch.equal(user[1], before)
+
+
+def test_an_optimizer_without_a_learning_rate_is_followed() -> None:
+    user = make_parameters(2)
+    home = Rateless(user)
+    followers = OwnOptimizers([home], [OwnParameter(user[1], decays=False)])
+    before = user[1].detach().clone()
+    set_gradients(user, 0)
+    expected = before - 0.1 * user[1].grad  # type: ignore[operator]
+    followers.step(home)
+    torch.testing.assert_close(user[1].detach(), expected)
 
 
 def test_an_optimizer_with_one_state_for_all_is_refused() -> None:
