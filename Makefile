@@ -59,7 +59,7 @@ mutants: setup  ## change the code at random, and see whether tests notice: make
 bench: setup  ## what elasticity costs and saves, beside the plain way
 	$(BIN)/python -m experiments.bench
 
-test-slow: setup  ## tests that train for longer
+test-slow: setup  ## tests that train for longer, and the further cases of others
 	$(PYTEST) -n 2 --dist worksteal -m slow
 
 test-data: setup  ## tests on real data sets under ELASTIC_DATA

@@ -3,7 +3,9 @@
 import gc
 import os
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
+from random import Random
 
 import pytest
 import torch
@@ -18,6 +20,21 @@ def pytest_collection_finish() -> None:
     """Spare the garbage collector what has been imported: looking through it took a tenth of the time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow all cases of a `sampled` test but so many, drawn by its name: each test draws others."""
+    tests: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("sampled") and not item.get_closest_marker("slow"):
+            tests[item.nodeid.partition("[")[0]].append(item)
+    for name, cases in tests.items():
+        count = cases[0].get_closest_marker("sampled").args[0]  # type: ignore[union-attr]
+        kept = set(Random(name).sample(range(len(cases)), min(count, len(cases))))
+        for i, case in enumerate(cases):
+            if i not in kept:
+                case.add_marker("slow")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -125,6 +125,7 @@ def run_killed_and_resumed(folder: Path, make: Make, *around: L.Callback) -> Rat
     return rates
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "name", [*BY_BATCH, *(n if n in NESTED else pytest.param(n, marks=pytest.mark.slow) for n in BY_EPOCH)]
 )
@@ -140,6 +141,7 @@ def test_growth_and_a_restart_leave_the_rates_as_they_are(tmp_path: Path, name: 
     assert len({rate for groups in expected.values() for rate, _ in groups}) > 1
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", BY_BATCH)
 def test_a_run_that_goes_on_for_longer_has_the_rates_of_a_longer_schedule(tmp_path: Path, name: str) -> None:
     """From where it is: the steps that it has done are not done again."""

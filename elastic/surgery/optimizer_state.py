@@ -83,7 +83,8 @@ def _renew(key: str, item: LayerTensor, moves: Sequence[Move], renewed: Tensor, 
         new = gather(LayerTensor(value, item.dims & dims, None if is_scale else 0.0), moves)
     if kept.dim() == value.dim():
         return new
-    return new.flatten() if kept.dim() == 1 and is_whole else new.squeeze(_get_averaged(key))
+    averaged = _get_averaged(key)
+    return new.flatten() if is_whole or averaged is None else new.squeeze(averaged)
 
 
 def _align(key: str, kept: Tensor, parameter: Tensor) -> tuple[Tensor, frozenset[int]] | None:

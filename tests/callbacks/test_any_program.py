@@ -91,6 +91,7 @@ def make_program(kind: type[Program] = Program, net: nn.Module | None = None) ->
     return kind() if net is None else kind(net)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", MOST)
 def test_a_run_killed_and_continued_is_the_whole_run(name: str, tmp_path: Path) -> None:
     """Bit for bit, by a fresh module and fresh callbacks, killed within an epoch."""
@@ -143,6 +144,7 @@ def assert_continued_is_whole(name: str, tmp_path: Path, batch: int, **options: 
     torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_the_network_changes_as_asked_and_still_learns(name: str, tmp_path: Path) -> None:
     module = make_program()

@@ -209,6 +209,7 @@ def positions(module: ElasticClassifier) -> dict[str, int]:
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ceiling", "blocks", "schedule"),
     [
@@ -365,6 +366,7 @@ def test_settings_that_make_no_sense_are_refused(window: dict[str, Any]) -> None
         PruneByGates(**window)
 
 
+@pytest.mark.slow
 def test_a_run_continued_before_any_event_is_the_whole_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -497,6 +499,7 @@ def module_of_gates() -> ElasticClassifier:
     return module
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_settles_on_macs_by_the_same_prices(tmp_path: Path) -> None:
     """Killed in the epoch whose start closes gates, before its first step."""
     prices: dict[str, list[float]] = {}

@@ -130,6 +130,7 @@ def test_optimizer_scheduler_and_parameters_are_the_same_objects(tmp_path: Path)
     assert all(moments)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("gated", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "gated"])
 @pytest.mark.parametrize(
     ("fresh", "preserved"),

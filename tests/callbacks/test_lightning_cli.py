@@ -43,6 +43,7 @@ CALLBACKS: dict[str, list[dict[str, Any]]] = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("method", CALLBACKS)
 def test_callbacks_are_named_in_its_configuration(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

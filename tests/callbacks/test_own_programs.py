@@ -239,6 +239,7 @@ def test_an_average_that_cannot_follow_is_refused() -> None:
         fit(Program(), [EMAWeightAveraging(), grow()])
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
 @pytest.mark.parametrize(
     "make",

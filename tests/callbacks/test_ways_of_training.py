@@ -99,6 +99,7 @@ class ByLayer(Program):
         return torch.optim.SGD(layers, lr=0.05)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", [ByName, ByKind, ByLayer])
 @pytest.mark.parametrize("way", ["whole", "continued", "further"])
 def test_gated_weights_are_found_by_the_names_that_the_program_gave_them(

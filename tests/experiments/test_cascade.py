@@ -59,6 +59,7 @@ def test_the_table_is_what_the_levels_themselves_do(folder: Path, tmp_path: Path
     assert float(row["by the small level (%)"]) == pytest.approx(100 * first / images, abs=0.5)
 
 
+@pytest.mark.slow
 def test_a_budget_adds_a_row_of_as_many_macs_for_the_mean_of_all_seeds(folder: Path, tmp_path: Path) -> None:
     second = folder.with_name("joint-seed1")
     if not second.exists():

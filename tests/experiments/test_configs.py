@@ -81,6 +81,7 @@ def composed() -> list[tuple[str, ...]]:
     return rows + [(f"{group}={name}",) for group in DELTAS for name in files(group)]
 
 
+@pytest.mark.sampled(15)
 @pytest.mark.parametrize("overrides", composed(), ids=" ".join)
 def test_every_choice_composes(tmp_path: Path, overrides: tuple[str, ...]) -> None:
     """And every class or function it names can be imported."""

@@ -95,6 +95,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 
+@pytest.mark.sampled(15)
 @pytest.mark.parametrize("what", list(WRONG))
 def test_a_setting_that_is_wrong_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
@@ -172,6 +173,7 @@ def test_a_folder_that_holds_a_run_is_not_given_another(
     assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
 def test_a_run_is_continued_for_more_epochs_but_not_for_fewer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

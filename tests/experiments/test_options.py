@@ -186,6 +186,7 @@ RANGES: dict[str, tuple[str, ...]] = {
 }
 
 
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize("key", RANGES)
 def test_a_value_out_of_its_range_is_refused(tmp_path: Path, key: str) -> None:
     cfg = configure(tmp_path, "schedule=[growth,gates,ema]", "optimizer=sgd")
@@ -243,6 +244,7 @@ def test_objectives_are_in_every_summary(tmp_path: Path) -> None:
     assert all(isinstance(summary[name], int | float) for name in NUMBERS)
 
 
+@pytest.mark.sampled(17)
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [

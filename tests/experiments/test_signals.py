@@ -86,6 +86,7 @@ QUICK = [("in training", signal.SIGTERM)]
 SLOW = [pair for pair in product(WHEN, SIGNALS) if pair not in QUICK]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize(
     ("when", "number"), [*QUICK, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in SLOW)]

@@ -30,6 +30,7 @@ from tests.elastic.zoo import CASES, Net, conv, head, randomised
 X = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("name", CASES)
 @given(seed=st.integers(0, 10**6))
 @settings(max_examples=4)
@@ -315,6 +316,7 @@ def between(make: Callable[[Tensor], Tensor]) -> Net:
     return randomised(Net(lambda m, x: m.head(m.project(make(m.expand(x)))), **layers)).eval()
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("make", [*LAYERS, *FUNCTIONS])
 def test_maps_that_are_off_are_so_behind_what_keeps_zeros(make: Callable[[Tensor], Tensor]) -> None:
     net = gated(between(make), X, names=["expand"])

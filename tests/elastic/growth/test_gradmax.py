@@ -137,6 +137,7 @@ def test_more_candidates_give_no_less_on_a_linear_net() -> None:
     assert found[0] < found[1] < found[2]
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("name", [name for name, case in zoo.CASES.items() if not case.mixed])
 def test_the_function_is_preserved(name: str) -> None:
     """For every structure in the zoo, all widths growing at once, by more than the fan-in of some."""

@@ -139,12 +139,14 @@ every_phase = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.sampled(8)
 @every_phase
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_what_is_frozen_keeps_its_bits_and_the_rest_is_trained(phase: Phase, optimizer: str) -> None:
     check_frozen("convnet", phase, optimizer)
 
 
+@pytest.mark.sampled(4)
 @every_phase
 @pytest.mark.parametrize(
     "name",

@@ -64,6 +64,7 @@ def _columns(size: int, count: int) -> st.SearchStrategy[list[int]]:
 # --- what a level is -------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(10)
 @case_with_levels
 @given(data=st.data())
 @settings(max_examples=2)
@@ -81,6 +82,7 @@ def test_a_level_says_what_a_network_of_its_size_and_norms_says(case: Case, data
         close(levels.run(k, x), own(x))
 
 
+@pytest.mark.sampled(4)
 @every_net
 @given(data=st.data())
 @settings(max_examples=2)
@@ -201,6 +203,7 @@ def check_gradients(net: nn.Module, x: Tensor, sizes: list[dict[str, int]]) -> N
         assert all(p.grad is None for norm in others for p in norm.parameters())
 
 
+@pytest.mark.sampled(10)
 @case_with_levels
 @given(data=st.data())
 @settings(max_examples=2)
@@ -211,6 +214,7 @@ def test_gradients_are_those_of_the_extracted_network(case: Case, data: st.DataO
         check_gradients(net, x, data.draw(ascending(found, most=2)))
 
 
+@pytest.mark.sampled(4)
 @every_net
 def test_gradients_are_so_in_networks_of_many_kinds(name: str) -> None:
     net, x, widths = built(name)
@@ -434,6 +438,7 @@ def test_a_level_may_leave_as_a_network_of_its_own(name: str, memory_format: tor
         close(twin(x), says)
 
 
+@pytest.mark.sampled(4)
 @every_net
 def test_alone_it_says_the_same(name: str) -> None:
     """However it is executed then, and whatever becomes of the network."""
@@ -457,6 +462,7 @@ def test_alone_in_half_precision_it_is_a_copy() -> None:
 # --- storage that moves ----------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(6)
 @some_nets
 @pytest.mark.parametrize("move", ["reindex", "double", "channels_last", "load"])
 def test_share_finds_the_storage_again(name: str, move: str) -> None:
@@ -538,6 +544,7 @@ def check_order(net: nn.Module, x: Tensor, widths: Widths, sizes: list[dict[str,
                 assert all(torch.equal(now[n], t) for n, t in held[k].items()), "left for `inherit`"
 
 
+@pytest.mark.sampled(10)
 @case_with_levels
 @given(data=st.data())
 @settings(max_examples=2)
@@ -548,6 +555,7 @@ def test_order_keeps_the_network_and_every_level_it_is_closed_on(case: Case, dat
         check_order(net, x, widths, data.draw(ascending(widths)), data.draw(st.integers(0, 99)))
 
 
+@pytest.mark.sampled(4)
 @every_net
 def test_order_is_so_in_networks_of_many_kinds(name: str) -> None:
     net, x, widths = built(name)

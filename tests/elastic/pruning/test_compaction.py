@@ -296,6 +296,7 @@ def test_all_of_it_holds_for_many_networks(net: nn.Module) -> None:
     check_removal(net)
 
 
+@pytest.mark.sampled(10)
 @every_case_and_grain
 def test_every_structure_that_can_be_followed_can_be_compacted(case: Case, grain: Grain) -> None:
     x = case.example()

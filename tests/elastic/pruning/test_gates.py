@@ -579,6 +579,7 @@ def test_scores_grace_and_their_optimizer_state_follow_the_index(grain: Grain) -
     optimizer.step()
 
 
+@pytest.mark.sampled(10)
 @every_case_and_grain
 def test_growth_keeps_the_function_of_a_gated_model(case: Case, grain: Grain) -> None:
     if case.mixed:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -57,6 +58,7 @@ def find_masks(model: nn.Module, widths: Widths) -> dict[tuple[str, str], Tensor
             return masks
 
 
+@pytest.mark.sampled(10)
 @every_case_and_grain
 def test_live_entries_entry_by_entry(case: Case, grain: Grain) -> None:
     net, x = case.model(), case.example()

@@ -80,6 +80,7 @@ def test_a_run_trains_what_the_check_has_left() -> None:
     assert list(structure.kernel_modules[0]) == ["stem", "last"]
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("case", zoo.CASES.values(), ids=zoo.CASES)
 def test_what_is_followed_rightly_is_let_be(case: zoo.Case) -> None:
     model = case.model()

@@ -78,6 +78,7 @@ def test_a_fresh_model_takes_the_state_of_a_changed_one(tmp_path: Path, grain: s
     ]
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("name", list(zoo.CASES))
 def test_every_structure_is_rebuilt(name: str) -> None:
     """From the shapes alone, whatever lies on a tensor: halves, groups, repeats, shuffles."""

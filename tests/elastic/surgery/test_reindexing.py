@@ -51,6 +51,7 @@ def trained(model: nn.Module, *optimizers: torch.optim.Optimizer, steps: int = 3
 # --- the function is kept ----------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(22)
 @unmixed_case
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_growth_keeps_the_function(case: Case, training: bool) -> None:
@@ -83,6 +84,7 @@ def test_order_does_not_matter_to_the_function(case: Case) -> None:
     close(model(x), expected)
 
 
+@pytest.mark.sampled(33)
 @unmixed_case
 @pytest.mark.parametrize("fresh", [zero_out, split])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -147,6 +149,7 @@ def test_group_and_layer_norm_are_marked_because_growth_is_felt() -> None:
 # --- indices compose ---------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(10)
 @every_case
 def test_growing_and_pruning_back_changes_no_bit(case: Case) -> None:
     model, x = case.model(), case.example()
@@ -164,6 +167,7 @@ def test_growing_and_pruning_back_changes_no_bit(case: Case) -> None:
     assert widths.sizes() == sizes
 
 
+@pytest.mark.sampled(10)
 @every_case
 @given(data=st.data())
 @settings(max_examples=2)
@@ -702,6 +706,7 @@ def test_a_group_norm_keeps_its_groups_when_they_come_down_to_one_channel_each()
     assert attributes(model[1], "num_groups", "num_channels") == [2, 6]
 
 
+@pytest.mark.sampled(10)
 @every_case
 @given(data=st.data())
 @settings(max_examples=2)

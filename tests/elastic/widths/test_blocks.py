@@ -402,6 +402,7 @@ FOLLOWED: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
 }
 
 
+@pytest.mark.sampled(27)
 @pytest.mark.parametrize(("build", "free"), FOLLOWED.values(), ids=FOLLOWED)
 def test_a_block_is_followed(build: Callable[[], nn.Module], free: set[str]) -> None:
     torch.manual_seed(0)

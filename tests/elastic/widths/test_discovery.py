@@ -342,6 +342,7 @@ def test_random_layers_draw_nothing_during_discovery() -> None:
     assert torch.equal(random, torch.get_rng_state())
 
 
+@pytest.mark.sampled(10)
 @every_case
 def test_mode_batch_and_type_make_no_difference(case: Case) -> None:
     model, x = case.model(), case.example()
@@ -397,6 +398,7 @@ def check_structure(model: nn.Module, widths: Widths, x: Tensor) -> None:
     assert again == widths
 
 
+@pytest.mark.sampled(10)
 @every_case
 @given(data=st.data())
 @settings(max_examples=3)
@@ -411,6 +413,7 @@ def test_any_change_keeps_the_structure(case: Case, data: st.DataObject) -> None
         check_structure(model, widths, x)
 
 
+@pytest.mark.sampled(20)
 @every_case
 @pytest.mark.parametrize("together", [False, True])
 def test_down_to_one_channel_and_up_again(case: Case, together: bool) -> None:

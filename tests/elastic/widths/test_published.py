@@ -305,6 +305,7 @@ FOLLOWED: dict[str, tuple[Build, dict[str, int]]] = {
 }
 
 
+@pytest.mark.sampled(19)
 @pytest.mark.parametrize(("build", "sizes"), FOLLOWED.values(), ids=FOLLOWED)
 def test_what_is_published_is_followed(build: Build, sizes: dict[str, int]) -> None:
     torch.manual_seed(0)

@@ -55,6 +55,7 @@ SOME = ("plain", "residual", "depthwise_multiplied", "chunk", "joined_with_the_i
 drawn = given(st.integers(0, 10**6), st.integers(1, 3), st.sampled_from(ACTIVATIONS))
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("name", CASES)
 @drawn
 @settings(max_examples=2)
@@ -62,6 +63,7 @@ def test_skipping_says_what_masking_says(name: str, seed: int, batch: int, activ
     check_skipping(name, DEFAULT, seed, batch, activation)
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("method", [*METHODS, "masked"])
 @pytest.mark.parametrize("name", SOME)
 @drawn
@@ -203,6 +205,7 @@ AWKWARD: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize("method", [*METHODS, "masked"])
 @pytest.mark.parametrize("name", AWKWARD)
 def test_so_it_does_where_layers_cannot_be_joined(name: str, method: str) -> None:
