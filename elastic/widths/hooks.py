@@ -1,6 +1,6 @@
 """Watch the hooks of a traced model's layers: torch.fx does not look into them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -33,9 +33,17 @@ def _run_watched(hook: Hook, changed: set[str], path: str, module: nn.Module, *v
     except Exception:  # it may look at numbers, which are not there
         result = None
         changed.add(path)
-    if result is not None or _list_versions(values) != before:
+    is_kept = result is None or any(result is value for value in _list_kept(values))
+    if not is_kept or _list_versions(values) != before:
         changed.add(path)
     return result
+
+
+def _list_kept(values: tuple[Any, ...]) -> Iterator[Any]:
+    """List what a hook may return that changes nothing: the output, or all inputs, or the only one."""
+    yield values[-1]
+    if len(values) == 1 and len(values[0]) == 1:
+        yield values[0][0]
 
 
 def _list_versions(values: Any) -> list[int]:

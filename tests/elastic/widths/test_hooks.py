@@ -32,6 +32,7 @@ def overwrite(module: nn.Module, args: Any, output: Tensor) -> None:
 CHANGES: dict[str, Callable[[], nn.Module]] = {
     "output flipped": lambda: hooked(lambda m, a, y: y.flip(1)),
     "input flipped": lambda: hooked(lambda m, a: a[0].flip(1), before=True),
+    "input in place of the output": lambda: hooked(lambda m, a, y: a[0]),
     "output written to": lambda: hooked(overwrite),
     "numbers looked at": lambda: hooked(lambda m, a, y: print(y.mean().item())),
     "output flipped, with keywords": lambda: hooked(lambda m, a, k, y: y.flip(1), with_kwargs=True),
@@ -55,6 +56,17 @@ def test_a_hook_that_looks_on_is_let_be() -> None:
     shapes.clear()
     model(X)
     assert shapes == [(2, 8, 8, 8)], "the model's own hook is as it was"
+
+
+@pytest.mark.parametrize(
+    ("hook", "before"),
+    [(lambda m, a: a, True), (lambda m, a: a[0], True), (lambda m, a, y: y, False)],
+    ids=["all inputs", "the only input", "the output"],
+)
+def test_a_hook_that_gives_back_what_it_is_given_is_let_be(hook: Callable[..., Any], before: bool) -> None:
+    """As those do by which Lightning's PyTorchProfiler names modules."""
+    model = hooked(hook, before=before)
+    assert discover(model, X).sizes() == {"stem": 8, "one": 8, "last": 5}
 
 
 def test_a_hook_on_a_block_is_followed() -> None:
