@@ -13,7 +13,7 @@ from elastic.errors import StructureError
 from elastic.widths.operations.interface import get_operation_name
 from elastic.widths.operations.registry import is_whole
 from elastic.widths.parameters import get_kind
-from elastic.widths.tracing.called_norms import restore_norms
+from elastic.widths.tracing.called_layers import restore_layers
 from elastic.widths.tracing.concrete import PLACE, ConcreteTracer
 from elastic.widths.tracing.functions import trace_functions
 from elastic.widths.tracing.patching import pass_for_values, trace_factories
@@ -68,7 +68,7 @@ def trace(model: nn.Module, *example: Tensor, whole: Collection[nn.Module] = ())
     """
     with preserve_attributes(model):
         traced = fx.GraphModule(model, trace_graph(model, *example, keep_gradients=True, whole=whole))
-    restore_norms(traced, model)
+    restore_layers(traced, model)
     return traced
 
 

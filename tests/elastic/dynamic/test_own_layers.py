@@ -32,6 +32,25 @@ class NormWithActivation(nn.BatchNorm2d):
         return F.relu(y)
 
 
+class SameConvolution(nn.Conv2d):
+    """Pad by what the size of the image needs, as TensorFlow does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        needed = [
+            max((-(-n // s) - 1) * s + k - n, 0)
+            for n, s, k in zip(x.shape[-2:], self.stride, self.kernel_size, strict=True)
+        ]
+        x = F.pad(x, [pad for n in reversed(needed) for pad in (n // 2, n - n // 2)])
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class Grouped(nn.Conv2d):
+    """Call its convolution with numbers other than its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias, self.stride, 2, 2)
+
+
 class DropPath(nn.Module):
     """Leave a branch out for some samples (arXiv 1603.09382)."""
 
@@ -112,6 +131,37 @@ def test_what_acts_in_training_alone_does_so_behind_modules() -> None:
             first = network(X)
             assert not torch.equal(network(X), first)
     torch.testing.assert_close(dynamic.eval()(X), net.eval()(X))
+
+
+def make_padded(kind: type[nn.Conv2d] = SameConvolution, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    one = kind(6, 8, 3, **options)
+    layers = dict(stem=conv(3, 6, 3), one=one, norm=nn.BatchNorm2d(8), two=conv(8, 6, 3))
+    net = Net(lambda m, x: m.head(m.two(F.relu(m.norm(m.one(m.stem(x)))))), **layers, head=head(6))
+    return randomised(net)
+
+
+def test_a_convolution_that_pads_as_it_likes_is_a_layer() -> None:
+    net = make_padded(stride=2)
+    widths = discover(net, X)
+    traced = trace_both_modes(net, *widths.example)
+    assert "one" in [site.writer for site in find_sites(traced, widths)]
+    assert not traced.graph.find_nodes(op="call_function", target=F.conv2d)
+    assert torch.equal(traced(X), net(X))
+    dynamic = gated(net, X)
+    torch.testing.assert_close(make_skipping(dynamic, method="stock")(X), dynamic(X), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(Grouped, {}), (SameConvolution, {"padding_mode": "circular"})],
+    ids=["other numbers", "other padding"],
+)
+def test_a_call_that_is_not_the_layers_stays_a_call(kind: type[nn.Conv2d], options: dict[str, Any]) -> None:
+    net = make_padded(kind, **options)
+    traced = trace_both_modes(net, *discover(net, X).example)
+    assert traced.graph.find_nodes(op="call_function", target=F.conv2d)
+    assert torch.equal(traced(X), net(X))
 
 
 def test_what_does_more_than_that_is_refused() -> None:
