@@ -13,12 +13,9 @@ from elastic.widths.tracing.meta import BATCH_NORM
 _Function = Callable[..., Any]
 
 NORM = inspect.signature(F.batch_norm)
-CONVOLUTION = inspect.Signature(
-    inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default)
-    for name, default in (
-        *(("input", None), ("weight", None), ("bias", None)),
-        *(("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1)),
-    )
+# torch's own is built in, and has none.
+CONVOLUTION = inspect.signature(
+    lambda input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1: None
 )
 # For each function: its arguments, those that are a layer's tensors, and those that are its numbers.
 CALLS: dict[_Function, tuple[inspect.Signature, tuple[str, ...], tuple[str, ...]]] = {
