@@ -7,10 +7,12 @@ stays in the user's groups: an optimizer of the same kind follows the group that
 they act on is in.
 """
 
+import copy
 import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -196,15 +198,21 @@ def check_followed(optimizer: torch.optim.Optimizer) -> None:
         if group["params"]:
             like = max(group["params"], key=Tensor.dim)
             trial = nn.Parameter(like.new_ones((6, 4, 3, 3, 3)[: like.dim()]))
-            trial.grad = torch.ones_like(trial)
-            with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-                warnings.simplefilter("ignore")
-                try:
-                    follower = _make_follower(optimizer, [(OwnParameter(trial), i)])
-                    follower.step()
-                except Exception:  # it is the program's own, and may want a closure
-                    continue
+            follower = optimizer
+            with suppress(Exception):  # it is the program's own, and may want a closure
+                follower = _make_follower(optimizer, [(OwnParameter(trial), i)])
+                _step_once(follower, trial)
             check_state(follower, trial)
+
+
+def _step_once(follower: torch.optim.Optimizer, trial: nn.Parameter) -> None:
+    """Step a parameter with a follower, which leaves what the user's optimizer holds as it is."""
+    held = vars(follower).items()
+    vars(follower).update({k: copy.copy(v) for k, v in held if isinstance(v, dict | list | set)})
+    trial.grad = torch.ones_like(trial)
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        follower.step()
 
 
 def _check_kind(optimizer: torch.optim.Optimizer) -> None:

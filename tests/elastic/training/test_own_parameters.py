@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from elastic.errors import TrainingError
-from elastic.training.own_parameters import OwnOptimizers, OwnParameter
+from elastic.errors import StructureError, TrainingError
+from elastic.training.own_parameters import OwnOptimizers, OwnParameter, check_followed
 
 OPTIMIZERS: dict[str, Any] = {
     "adamw": lambda groups: torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1),
@@ -154,6 +154,31 @@ def test_an_optimizer_with_one_state_for_all_is_refused() -> None:
     user = make_parameters(1)
     with pytest.raises(TrainingError, match="LBFGS keeps one state"):
         OwnOptimizers([torch.optim.LBFGS(user)], [OwnParameter(user[0])])
+
+
+class Counting(torch.optim.SGD):
+    """Count its steps where all copies of it would look, and want a closure where it is asked to."""
+
+    def __init__(self, groups: Any, closure: bool) -> None:
+        super().__init__(groups, lr=0.1)
+        self.wants, self.counts = closure, {"steps": 0}
+
+    def step(self, closure: Any = None) -> None:
+        if self.wants and closure is None:
+            raise RuntimeError("a closure is needed")
+        self.counts["steps"] += 1
+        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            self.state[parameter]["basis"] = torch.eye(3)
+
+
+def test_a_trial_finds_what_cannot_follow_and_leaves_the_optimizer_as_it_was() -> None:
+    user = make_parameters(1)
+    home, before, state = Counting(user, closure=False), user[0].detach().clone(), torch.get_rng_state()
+    with pytest.raises(StructureError, match="Counting keeps 'basis'"):
+        check_followed(home)
+    assert torch.equal(user[0], before) and torch.equal(torch.get_rng_state(), state)
+    assert not home.state and home.counts == {"steps": 0} and user[0].grad is None
+    check_followed(Counting(user, closure=True))  # nobody knows what it will keep
 
 
 def test_state_is_saved_and_taken_up() -> None:
