@@ -19,7 +19,9 @@ SCALES = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf", "step_
     "col_var",
     "variance",
 }
-MOMENTS = {"exp_avg", "momentum_buffer", "grad_avg", "prev"}  # of gradients: a fresh entry has had none
+ENTRY_RATE = "entry_rate"  # of `elastic.training.entry_rates`, which finds fresh entries by their zeros
+# Moments of gradients, too: a fresh entry has had none.
+ZEROED = {"exp_avg", "momentum_buffer", "grad_avg", "prev", ENTRY_RATE}
 AVERAGED_DIM = {"row": -1, "col": -2}  # of Adafactor's and its like, which hold an entry a row or column
 
 
@@ -76,10 +78,10 @@ def _renew(key: str, item: LayerTensor, moves: Sequence[Move], renewed: Tensor, 
         return kept
     value, dims = aligned
     is_whole = value.shape == item.value.shape
-    if key not in SCALES | MOMENTS and is_whole and _stands_for(value, item.value):
+    if key not in SCALES | ZEROED and is_whole and _stands_for(value, item.value):
         new = gather_from_model(LayerTensor(value, item.dims, None), moves, renewed)
     else:
-        is_scale = key in SCALES or (key not in MOMENTS and _is_scale(value))
+        is_scale = key in SCALES or (key not in ZEROED and _is_scale(value))
         new = gather(LayerTensor(value, item.dims & dims, None if is_scale else 0.0), moves)
     if kept.dim() == value.dim():
         return new

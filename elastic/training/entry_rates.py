@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-KEY = "entry_rate"
+from elastic.surgery.optimizer_state import ENTRY_RATE
 
 
 class EntryRates:
@@ -29,8 +29,8 @@ class EntryRates:
             for parameter in _list_parameters(optimizer):
                 state = optimizer.state.get(parameter, {})
                 # Adam takes a state that holds anything for one that it has made.
-                if KEY not in state and (state or isinstance(optimizer, torch.optim.SGD)):
-                    optimizer.state[parameter][KEY] = torch.ones_like(parameter)
+                if ENTRY_RATE not in state and (state or isinstance(optimizer, torch.optim.SGD)):
+                    optimizer.state[parameter][ENTRY_RATE] = torch.ones_like(parameter)
 
     def set_fresh(self, rate: float) -> None:
         """Give the entries that have come since `prepare` their rate."""
@@ -57,6 +57,6 @@ def _list_parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
 
 def _list_rates(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, Tensor]]:
     for parameter in _list_parameters(optimizer):
-        rates = optimizer.state.get(parameter, {}).get(KEY)
+        rates = optimizer.state.get(parameter, {}).get(ENTRY_RATE)
         if rates is not None:
             yield parameter, rates

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
-from elastic.training.entry_rates import KEY, EntryRates
+from elastic.surgery.optimizer_state import ENTRY_RATE
+from elastic.training.entry_rates import EntryRates
 
 TARGET = torch.linspace(-1, 1, 6)
 
@@ -41,7 +42,7 @@ def test_an_entrys_rate_is_its_learning_rate(make: Any) -> None:
     groups = make([{"params": [two[0]]}, {"params": [two[1]], "lr": 0.01}], lr=0.01)
     assert torch.equal(descend(optimizer, [one], 2), descend(groups, two, 2)), "before there are rates"
     rates.prepare()
-    optimizer.state[one][KEY][3:] = 0  # as `reindex` leaves what is fresh
+    optimizer.state[one][ENTRY_RATE][3:] = 0  # as `reindex` leaves what is fresh
     rates.set_fresh(3.0)
     groups.param_groups[1]["lr"] = 0.03
     torch.testing.assert_close(descend(optimizer, [one], 5), descend(groups, two, 5))
@@ -57,9 +58,9 @@ def test_rates_of_earlier_growth_stay() -> None:
     rates = EntryRates([optimizer])
     for start, rate in ((4, 2.0), (5, 3.0)):
         rates.prepare()
-        optimizer.state[one][KEY][start:] = 0
+        optimizer.state[one][ENTRY_RATE][start:] = 0
         rates.set_fresh(rate)
-    assert optimizer.state[one][KEY].tolist() == [1, 1, 1, 1, 2, 3]
+    assert optimizer.state[one][ENTRY_RATE].tolist() == [1, 1, 1, 1, 2, 3]
 
 
 def test_what_has_not_been_stepped_is_left_to_its_optimizer() -> None:
