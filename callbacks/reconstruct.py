@@ -11,6 +11,8 @@ from elastic.errors import TrainingError
 from elastic.levels.freezing import FrozenPart, Phase, plan_phases
 from elastic.ranges import Part, checked
 
+LONG = 1000  # epochs, in which each phase has some
+
 
 @checked
 class Reconstruct(TrainLevels):
@@ -55,9 +57,9 @@ class Reconstruct(TrainLevels):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self.phases = plan_phases(
-                len(self.fractions) + 1, trainer.max_epochs or 1, self.dense, self.prune
-            )
+            # What is run for a look at one epoch looks at the first phase.
+            epochs = LONG if trainer.fast_dev_run else trainer.max_epochs or 1
+            self.phases = plan_phases(len(self.fractions) + 1, epochs, self.dense, self.prune)
             if self.structure.levels is not None:
                 self._enter(trainer, 0)
 

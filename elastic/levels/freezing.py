@@ -32,8 +32,10 @@ def plan_phases(levels: int, epochs: int, dense: float, prune: float) -> list[Ph
         dense, prune: the parts of the run that go to the whole network and to pruning; the rest grows.
 
     Raises:
-        OptionError: a phase would have no epoch.
+        OptionError: a phase would have no epoch, or nobody knows how many there are.
     """
+    if epochs < 0:
+        raise OptionError("each phase lasts a part of the run's epochs: set trainer.max_epochs")
     top, grow = levels - 1, 1 - dense - prune
     steps = [(top, False, dense)] * (dense != 0)
     steps += [(k, False, prune / top) for k in reversed(range(top))]

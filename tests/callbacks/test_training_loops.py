@@ -232,9 +232,13 @@ def test_a_run_that_is_bounded_by_time_grows_and_meets_its_budget(monkeypatch: p
 
 
 def test_phases_need_epochs() -> None:
-    with pytest.raises(OptionError, match="max_epochs") as refusal:
+    with pytest.raises(OptionError, match=r"part of the run's epochs: set trainer.max_epochs") as refusal:
         fit(make_program(), [Reconstruct([0.5])], max_epochs=-1, max_steps=40)
     assert "\n" not in str(refusal.value)
+
+
+def test_phases_can_be_tried_in_one_batch() -> None:
+    assert fit(make_program(), [Reconstruct([0.5])], fast_dev_run=True).global_step == 1
 
 
 def test_a_run_that_is_stopped_early_says_what_became_of_its_budget() -> None:
