@@ -19,7 +19,7 @@ from torch import nn
 
 from elastic.data import ImageData
 from elastic.experiments.compare import compare_runs
-from elastic.experiments.tools.composition import list_callbacks
+from elastic.experiments.tools.composition import check_words, list_callbacks
 from elastic.experiments.tools.summary import SCHEDULE
 from tests.runs import configure
 
@@ -158,6 +158,7 @@ def test_the_commands_that_made_a_record_compose(readme: Path, tmp_path: Path) -
         assert (ROOT / "experiments" / f"{module.removeprefix('experiments.')}.py").is_file(), module
         if module != "experiments.train":
             continue
+        check_words(arguments)
         said = [word for word in arguments if word != "-m" and not re.match("(run|seed|init)=", word)]
         # What differs by the value of an option composes alike.
         kind = tuple(word.partition("=")[0] if "." in word.partition("=")[0] else word for word in said)
