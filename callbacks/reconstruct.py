@@ -57,8 +57,8 @@ class Reconstruct(TrainLevels):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            # What is run for a look at one epoch looks at the first phase.
-            epochs = LONG if trainer.fast_dev_run else trainer.max_epochs or 1
+            # A look at one epoch (fast_dev_run) is one at the first phase.
+            epochs = LONG if trainer.fast_dev_run else trainer.max_epochs or 1  # type: ignore[attr-defined]
             self.phases = plan_phases(len(self.fractions) + 1, epochs, self.dense, self.prune)
             if self.structure.levels is not None:
                 self._enter(trainer, 0)

@@ -68,6 +68,7 @@ def _needs_change(leaf: Any, parameter: Tensor) -> bool:
 
 
 def _can_follow(key: str, leaf: Any, parameter: Tensor) -> bool:
+    """Tell whether something has entries for the parameter's, for its rows, or for its columns."""
     return isinstance(leaf, Tensor) and _align(key, leaf, parameter) is not None
 
 
@@ -99,7 +100,9 @@ def _align(key: str, kept: Tensor, parameter: Tensor) -> tuple[Tensor, frozenset
     if kept.dim() != len(shape) or any(n not in (1, m) for n, m in zip(kept.shape, shape, strict=True)):
         return None
     lacking = {d for d, (n, m) in enumerate(zip(kept.shape, shape, strict=True)) if n != m}
-    return kept, frozenset(range(len(shape))) - lacking - ({averaged % len(shape)} if averaged else set())
+    if averaged is not None and kept.shape[averaged] == 1:
+        lacking.add(averaged % len(shape))
+    return kept, frozenset(range(len(shape))) - lacking
 
 
 def _get_averaged(key: str) -> int | None:
@@ -109,7 +112,7 @@ def _get_averaged(key: str) -> int | None:
 
 def _stands_for(value: Tensor, parameter: Tensor) -> bool:
     """Tell whether an optimizer keeps a parameter as it was, or its average: nearer to it than to zero."""
-    return value.is_floating_point() and bool((value - parameter).norm() < value.norm())
+    return value.is_floating_point() and bool((value - parameter.to(value)).norm() < value.norm())
 
 
 def _is_scale(value: Tensor) -> bool:

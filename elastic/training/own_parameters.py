@@ -216,6 +216,7 @@ def _step_once(follower: torch.optim.Optimizer, trial: nn.Parameter) -> None:
 
 
 def _check_kind(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer for what it is, see `check_followed`."""
     name = type(optimizer).__name__
     if isinstance(optimizer, torch.optim.LBFGS):
         raise TrainingError("LBFGS keeps one state for all parameters, which cannot change: take another")

@@ -353,12 +353,15 @@ def test_what_an_optimizer_keeps_in_other_shapes_follows() -> None:
         "momentum_buffer": [torch.ones_like(weight), torch.ones_like(weight)],
     }
     optimizer.state[weight] = dict(state)
+    last: Any = model[5].weight
+    optimizer.state[last] = {"row_moment": torch.randn_like(last)}  # a name alone says nothing
     reindex(model, discover(model, X), {"0": INDEX}, optimizers=[optimizer])
     now = optimizer.state[weight]
     assert torch.equal(now["p0"], weight.detach().flatten())
     for key, then in (("sq_row", rows), ("sq_col", columns), ("cover", state["cover"])):
         assert torch.equal(now[key][KEPT], then[OLD]), key  # type: ignore[index]
         assert now[key].shape == (len(INDEX), *then.shape[1:]), key  # type: ignore[union-attr]
+    assert optimizer.state[last]["row_moment"].shape == last.shape
     assert all(buffer[KEPT].all() and not buffer[NEW].any() for buffer in now["momentum_buffer"])
 
 
