@@ -31,9 +31,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             tests[item.nodeid.partition("[")[0]].append(item)
     for name, cases in tests.items():
         count = cases[0].get_closest_marker("sampled").args[0]  # type: ignore[union-attr]
-        kept = set(Random(name).sample(range(len(cases)), min(count, len(cases))))
+        sample = set(Random(name).sample(range(len(cases)), min(count, len(cases))))
         for i, case in enumerate(cases):
-            if i not in kept:
+            if i not in sample:
                 case.add_marker("slow")
 
 

@@ -53,9 +53,9 @@ def check_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
         for leaf in tree_leaves(value):
             if _needs_change(leaf, parameter) and not _can_follow(key, leaf, parameter):
                 is_tensor = isinstance(leaf, Tensor)
-                kept = f"of shape {tuple(leaf.shape)}" if is_tensor else f"as a {type(leaf).__name__}"
+                form = f"of shape {tuple(leaf.shape)}" if is_tensor else f"as a {type(leaf).__name__}"
                 raise StructureError(
-                    f"{type(optimizer).__name__} keeps '{key}' {kept} for a tensor of shape "
+                    f"{type(optimizer).__name__} keeps '{key}' {form} for a tensor of shape "
                     f"{tuple(parameter.shape)}, which cannot follow: use SGD, Adam or AdamW"
                 )
 
@@ -64,7 +64,8 @@ def _needs_change(leaf: Any, parameter: Tensor) -> bool:
     """Tell whether something is of the parameter's entries: numbers for all of them together stay."""
     if isinstance(leaf, Tensor):
         return leaf.numel() != 1 or leaf.shape == parameter.shape
-    return any(isinstance(each, Tensor) for each in tree_leaves(list(getattr(leaf, "__dict__", {}).values())))
+    attributes = list(getattr(leaf, "__dict__", {}).values())
+    return any(isinstance(value, Tensor) for value in tree_leaves(attributes))
 
 
 def _can_follow(key: str, leaf: Any, parameter: Tensor) -> bool:
@@ -72,11 +73,11 @@ def _can_follow(key: str, leaf: Any, parameter: Tensor) -> bool:
     return isinstance(leaf, Tensor) and _align(key, leaf, parameter) is not None
 
 
-def _renew(key: str, item: LayerTensor, moves: Sequence[Move], renewed: Tensor, kept: Tensor) -> Tensor:
+def _renew(key: str, item: LayerTensor, moves: Sequence[Move], renewed: Tensor, tensor: Tensor) -> Tensor:
     """Re-index one tensor; fresh entries are the parameter's own, a mean or zero, by what the tensor is."""
-    aligned = _align(key, kept, item.value)
-    if aligned is None or not _needs_change(kept, item.value):
-        return kept
+    aligned = _align(key, tensor, item.value)
+    if aligned is None or not _needs_change(tensor, item.value):
+        return tensor
     value, dims = aligned
     is_whole = value.shape == item.value.shape
     if key not in SCALES | ZEROED and is_whole and _stands_for(value, item.value):
@@ -84,25 +85,25 @@ def _renew(key: str, item: LayerTensor, moves: Sequence[Move], renewed: Tensor, 
     else:
         is_scale = key in SCALES or (key not in ZEROED and _is_scale(value))
         new = gather(LayerTensor(value, item.dims & dims, None if is_scale else 0.0), moves)
-    if kept.dim() == value.dim():
+    if tensor.dim() == value.dim():
         return new
     averaged = _get_averaged(key)
     return new.flatten() if is_whole or averaged is None else new.squeeze(averaged)
 
 
-def _align(key: str, kept: Tensor, parameter: Tensor) -> tuple[Tensor, frozenset[int]] | None:
+def _align(key: str, tensor: Tensor, parameter: Tensor) -> tuple[Tensor, frozenset[int]] | None:
     """View a tensor with a parameter's dimensions, and say on which of them it has entries of its own."""
     shape, averaged = parameter.shape, _get_averaged(key)
-    if kept.dim() == 1 and kept.numel() == parameter.numel():
-        return kept.view(shape), frozenset(range(len(shape)))
-    if averaged is not None and kept.dim() == len(shape) - 1:
-        kept = kept.unsqueeze(averaged)
-    if kept.dim() != len(shape) or any(n not in (1, m) for n, m in zip(kept.shape, shape, strict=True)):
+    if tensor.dim() == 1 and tensor.numel() == parameter.numel():
+        return tensor.view(shape), frozenset(range(len(shape)))
+    if averaged is not None and tensor.dim() == len(shape) - 1:
+        tensor = tensor.unsqueeze(averaged)
+    if tensor.dim() != len(shape) or any(n not in (1, m) for n, m in zip(tensor.shape, shape, strict=True)):
         return None
-    lacking = {d for d, (n, m) in enumerate(zip(kept.shape, shape, strict=True)) if n != m}
-    if averaged is not None and kept.shape[averaged] == 1:
+    lacking = {d for d, (n, m) in enumerate(zip(tensor.shape, shape, strict=True)) if n != m}
+    if averaged is not None and tensor.shape[averaged] == 1:
         lacking.add(averaged % len(shape))
-    return kept, frozenset(range(len(shape))) - lacking
+    return tensor, frozenset(range(len(shape))) - lacking
 
 
 def _get_averaged(key: str) -> int | None:

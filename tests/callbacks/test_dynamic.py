@@ -127,7 +127,6 @@ def test_each_step_trains_one_set(tmp_path: Path) -> None:
     assert {m.active_set for m in iterate_modules(run.module)} == {0}
 
 
-@pytest.mark.slow
 def test_a_greater_gain_engages_less(finished: Path) -> None:
     sparing, greedy = (row["macs_dynamic"] for row in reversed(summary_of(finished)["sets"]))
     assert sparing < 0.9 * greedy

@@ -206,18 +206,13 @@ def positions(module: ElasticClassifier) -> dict[str, int]:
     return found
 
 
-SLOW = pytest.mark.slow
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("ceiling", "blocks", "schedule"),
     [
-        (1.5, 1, "[growth,gates]"),
-        pytest.param(1.5, 1, "[gates,growth]", marks=SLOW),
-        *(pytest.param(1.5, 0, order, marks=SLOW) for order in ("[growth,gates]", "[gates,growth]")),
-        pytest.param(1, 1, "[growth,gates]", marks=SLOW),
-        pytest.param(1, 1, "[gates,growth]", marks=SLOW),
+        (*grown, order)
+        for grown in ((1.5, 1), (1.5, 0), (1, 1))
+        for order in ("[growth,gates]", "[gates,growth]")
     ],
 )
 def test_layers_are_priced_after_growth_those_that_came_with_it_too(
@@ -276,7 +271,7 @@ def budgeted(folder: Path, target: int, *options: str) -> Run:
     return fit(folder, *PRUNING, "callbacks.gates.penalty=1e-3", "optimizer.lr=2e-2", given, *options)
 
 
-@pytest.mark.parametrize("grain", ["weight", pytest.param("kernel", marks=SLOW)])
+@pytest.mark.parametrize("grain", ["weight", pytest.param("kernel", marks=pytest.mark.slow)])
 def test_the_budget_is_met(tmp_path: Path, grain: str) -> None:
     """Never above, and 2 % below at the finest grain; a channel's last kernel takes it along."""
     options = ("trainer.max_epochs=10", "data.batch_size=128", f"callbacks.gates.grain={grain}")

@@ -82,15 +82,9 @@ WHEN: dict[str, Callable[[signal.Signals], dict[str, Any]]] = {
 }
 
 
-QUICK = [("in training", signal.SIGTERM)]
-SLOW = [pair for pair in product(WHEN, SIGNALS) if pair not in QUICK]
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("handlers")
-@pytest.mark.parametrize(
-    ("when", "number"), [*QUICK, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in SLOW)]
-)
+@pytest.mark.parametrize(("when", "number"), list(product(WHEN, SIGNALS)))
 def test_a_run_that_is_stopped_goes_on_and_is_the_whole_run(
     tmp_path: Path,
     whole: Path,

@@ -68,17 +68,14 @@ def _find_layer(
     path = str(first.target).rpartition(".")[0]
     layer, owner = model.get_submodule(path), traced.get_submodule(path.rpartition(".")[0])
     is_ours = owner is traced or type(owner) is nn.Module  # not the model's own
-    is_known = isinstance(layer, BATCH_NORM) or (isinstance(layer, nn.Conv2d) and _pads_zeros(layer))
+    pads_zeros = getattr(layer, "padding_mode", "zeros") == "zeros"
+    is_known = isinstance(layer, BATCH_NORM | nn.Conv2d) and pads_zeros
     if not is_ours or not is_known or has_hooks(layer):
         return None
     names = {name: None if getattr(layer, name) is None else f"{path}.{name}" for name in tensors}
     given = {name: getattr(arguments[name], "target", None) for name in tensors}
     is_same = all(_pair(arguments[name]) == _pair(getattr(layer, name)) for name in numbers)
     return path if given == names and is_same else None
-
-
-def _pads_zeros(layer: nn.Conv2d) -> bool:
-    return layer.padding_mode == "zeros"
 
 
 def _pair(number: Any) -> Any:
