@@ -1,6 +1,7 @@
 """Prepare networks for inference: traced, their norms folded into convolutions."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -71,3 +72,18 @@ def _leave_out_identities(traced: fx.GraphModule) -> None:
         if isinstance(layer, nn.Identity | nn.Dropout | nn.Dropout2d) or acts_in_training_alone(layer):
             node.replace_all_uses_with(node.all_input_nodes[0])
             traced.graph.erase_node(node)
+
+
+def delete_unused_layers(traced: fx.GraphModule) -> None:
+    """Delete the layers that a graph neither calls nor hands on, in place.
+
+    The method of torch.fx deletes the layers inside a module that is handed on, as to a function with a
+    gradient of its own, which calls it.
+    """
+    nodes = [node for node in traced.graph.nodes if node.op in ("call_module", "get_attr")]
+    used = {str(node.target) for node in nodes}
+    around = {path for target in used for path in accumulate(target.split("."), "{}.{}".format)}
+    for path in [path for path, _ in traced.named_modules() if path]:
+        inside = accumulate(path.split("."), "{}.{}".format)
+        if path not in around and used.isdisjoint(inside):
+            traced.delete_submodule(path)

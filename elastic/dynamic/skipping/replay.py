@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from elastic.dynamic.modules import iterate_modules
 from elastic.dynamic.skipping.active import Active
+from elastic.dynamic.skipping.inference import delete_unused_layers
 from elastic.dynamic.skipping.native import Tape
 
 MAX_SAMPLES = 8  # at once: what Python costs is little beside their work, and their maps stay in the cache
@@ -105,7 +106,7 @@ def fuse(traced: fx.GraphModule, is_call: Callable[[fx.Node], bool]) -> None:
             sequences.append([])
     for i, nodes in enumerate(nodes for nodes in sequences if len(nodes) > 1):
         _fuse(traced, nodes, f"replayed{i}")
-    traced.delete_all_unused_submodules()
+    delete_unused_layers(traced)
     traced.graph.lint()
     traced.recompile()
 

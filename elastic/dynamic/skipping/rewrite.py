@@ -14,7 +14,7 @@ from elastic.dynamic.skipping import compiling
 from elastic.dynamic.skipping.active import Active, ActiveLayer
 from elastic.dynamic.skipping.convolution import ActiveConv2d, Method
 from elastic.dynamic.skipping.head import ActiveHead
-from elastic.dynamic.skipping.inference import prepare_for_inference, take_first
+from elastic.dynamic.skipping.inference import delete_unused_layers, prepare_for_inference, take_first
 from elastic.dynamic.skipping.layers import ActiveMaxPool2d, ActiveModule
 from elastic.dynamic.skipping.patterns import find_head, find_next, find_pool_size
 from elastic.dynamic.sums import find_addend
@@ -79,7 +79,7 @@ class _Rewriter:
             if node not in self.erased and not self._has_hooks(node):
                 self._rewrite(get_layer(self.traced, node), node)
         self._leave_unread_maps()
-        self.traced.delete_all_unused_submodules()
+        delete_unused_layers(self.traced)
         self.graph.lint()
         self.traced.recompile()
         return self.traced

@@ -37,7 +37,8 @@ def split(tracker: Tracker, node: fx.Node) -> tuple[Axes, ...]:
     parts = _set_side_by_side(x, dim, lengths)
     listed = sizes if isinstance(sizes, tuple | list) else [sizes]
     if any(isinstance(size, SizeAttribute) for size in listed):
-        _let_sizes_follow(tracker, node, sizes, [part[dim] for part in parts])
+        if cut := [axis for part in parts if (axis := part[dim]) is not None]:  # all or none
+            _let_sizes_follow(tracker, node, sizes, cut)
         return parts
     counts = list_counts(sizes)
     if isinstance(get_value(sizes), int):  # of every part, but the last takes what is left
@@ -47,16 +48,16 @@ def split(tracker: Tracker, node: fx.Node) -> tuple[Axes, ...]:
     return parts
 
 
-def _let_sizes_follow(tracker: Tracker, node: fx.Node, sizes: object, parts: Sequence[Axis | None]) -> None:
+def _let_sizes_follow(tracker: Tracker, node: fx.Node, sizes: object, parts: Sequence[Axis]) -> None:
     """Let the numbers that a split is given follow its parts; a part whose number cannot is fixed."""
     if isinstance(sizes, int):
-        if any(len(part) != sizes for part in parts if part is not None):
+        if any(len(part) != sizes for part in parts):
             tracker.fix(parts, node, "fixes the number of channels")
             return
-        tracker.elements.tie_parts([part for part in parts if part is not None])
+        tracker.elements.tie_parts(parts)
         sizes, parts = [sizes], parts[:1]
     for size, part in zip(sizes, parts, strict=True):  # type: ignore[call-overload]
-        if part is not None and not tracker.follow_size(size, part):
+        if not tracker.follow_size(size, part):
             count = get_count(size)
             if not count.counts(part, tracker.elements):
                 tracker.fix([part, *count.axes], node, "fixes the number of channels")

@@ -238,6 +238,8 @@ class ConcreteTracer(fx.Tracer):
         if self._replica is None:
             with _untraced():
                 self._replica = make_meta_copy(self.root)
+            for module in self._replica.modules():  # while the mode is watched, in training, they have none
+                vars(module).setdefault("training", True)
         seen, needed, pending = set[fx.Node](), set[fx.Node](), [node]
         while pending:
             source = pending.pop()

@@ -129,6 +129,17 @@ class Halved(Csp):
         return self.three(torch.cat([left, right, self.two(right)], 1))
 
 
+class SwappedRows(nn.Module):
+    """Cut space by a number of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat(x.split(self.rows, 2)[::-1], 2)
+
+
 class Ghost(nn.Module):
     """GhostNet, arXiv 1911.11907."""
 
@@ -328,6 +339,10 @@ FOLLOWED: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
     "flipped in space": (just(lambda m, x: x.flip(3).roll(1, 2)), {"stem"}),
     "repeated, each by itself": (just(lambda m, x: x.repeat_interleave(2, 1), 16), {"stem"}),
     "tiled": (just(lambda m, x: torch.tile(x, (2, 1, 1)), 16), {"stem"}),
+    "space is split by an attribute": (
+        just(lambda m, x: m.rows(x), rows=SwappedRows()),
+        {"stem"},
+    ),
     "summed up along space": (just(lambda m, x: x.cumsum(2) + x.select(3, 0)[..., None]), {"stem"}),
     "matrices transposed": (just(lambda m, x: x.mT.mT @ torch.eye(8).t()), {"stem"}),
     "einsum of a list": (

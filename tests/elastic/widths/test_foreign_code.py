@@ -76,6 +76,15 @@ FOLLOWED: dict[str, tuple[Forward, dict[str, nn.Module]]] = {
         lambda m, y: nn.MaxPool2d(2)(nn.Sequential(nn.ReLU(), nn.Dropout(0.0))(y)),
         {},
     ),
+    "kind of what a layer gives in training": (
+        lambda m, y: m.deep(y) if isinstance(m.drop(m.norm(y)), Tensor) else m.shallow(y),
+        {
+            "norm": nn.InstanceNorm2d(8),
+            "drop": nn.Dropout(),
+            "deep": nn.ReLU(),
+            "shallow": nn.Conv2d(4, 8, 1),
+        },
+    ),
     "number of dimensions": (look_up_by_dimensions, {}),
     "NumPy's integers": (lambda m, y: F.max_pool2d(y, np.int32(2)), {}),
 }

@@ -139,6 +139,14 @@ def changed_and_not_returned(n: Any, x: Tensor) -> Tensor:
     return n.h(n.b(y))  # type: ignore[no-any-return]
 
 
+class Handed(torch.autograd.Function):
+    """Call layers that it is handed, as blocks of RevNet do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layers: nn.Module) -> Tensor:
+        return layers(x)  # type: ignore[no-any-return]
+
+
 def norm_and_relu() -> dict[str, nn.Module]:
     return {"norm": nn.BatchNorm2d(6), "relu": nn.ReLU()}
 
@@ -198,6 +206,10 @@ AWKWARD: dict[str, Callable[[], nn.Module]] = {
     "nobody reads what works in place": lambda: three(changed_and_not_returned, change=nn.ReLU(inplace=True)),
     "layers have hooks": lambda: hooked(
         three(lambda n, x: n.h(n.relu(n.norm(n.b(n.relu(n.c2(n.a(x))))))), c2=conv(8, 8), **norm_and_relu())
+    ),
+    "a function is handed layers": lambda: three(
+        lambda n, x: n.h(Handed.apply(n.b(n.a(x).relu()), n.apart)),
+        apart=nn.Sequential(conv(6, 6), nn.ReLU(), nn.Sequential(conv(6, 6))),
     ),
     "a norm has no statistics": lambda: three(
         lambda n, x: n.h(n.b(n.norm(n.a(x)).relu())), norm=nn.BatchNorm2d(8, track_running_stats=False)
