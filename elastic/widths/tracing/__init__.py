@@ -3,8 +3,6 @@
 from elastic.widths.tracing.graph import describe_node, get_layer, get_operation_name, trace
 from elastic.widths.tracing.meta import BATCH_NORM, WithoutData, drop_data, make_meta_copy
 from elastic.widths.tracing.modes import (
-    MODE,
-    Mode,
     acts_in_training_alone,
     preserve_modes,
     sync_traced,
@@ -15,8 +13,6 @@ from elastic.widths.tracing.norms import find_following_norms
 
 __all__ = [
     "BATCH_NORM",
-    "MODE",
-    "Mode",
     "WithoutData",
     "acts_in_training_alone",
     "describe_node",

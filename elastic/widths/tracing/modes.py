@@ -1,12 +1,10 @@
 """Trace a model in training and in evaluation as one graph, which follows its mode."""
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
-from operator import attrgetter
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,12 +12,11 @@ from torch import Tensor, fx, nn
 from elastic.errors import StructureError
 from elastic.widths.operations.registry import is_whole
 from elastic.widths.parameters import get_kind
-from elastic.widths.tracing.graph import describe_node, preserve_attributes, trace, trace_graph
+from elastic.widths.tracing.graph import preserve_attributes, trace, trace_graph
+from elastic.widths.tracing.joining import InTraining, Mode, join_modes
 from elastic.widths.tracing.meta import BATCH_NORM
 from elastic.widths.tracing.proxies import TrainingFlag
 from elastic.widths.tracing.sizes import AttributePlace
-
-MODE = "_mode"  # where a traced network holds its own
 
 
 @contextmanager
@@ -33,21 +30,14 @@ def preserve_modes(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-class Mode(nn.Module):
-    """Say whether it is in training: what `self.training` was before torch.fx made a constant of it."""
-
-    def forward(self) -> bool:
-        return self.training
-
-
 def sync_traced(traced: fx.GraphModule, model: nn.Module, training: bool) -> None:
     """Give a traced network a mode, and the model's buffers, which moving the model replaces."""
     for node in traced.graph.find_nodes(op="call_module"):
         layer = traced.get_submodule(str(node.target))
         if isinstance(layer, BATCH_NORM):  # which may stand for the model's
             layer.training = model.get_submodule(str(node.target)).training
-    if isinstance(mode := traced._modules.get(MODE), Mode):
-        mode.training = training
+        elif isinstance(layer, InTraining | Mode):
+            layer.training = training
     for node in traced.graph.find_nodes(op="get_attr"):
         path, _, name = str(node.target).rpartition(".")
         buffers = model.get_submodule(path)._buffers
@@ -129,7 +119,7 @@ def _trace_training(model: nn.Module, *example: Tensor) -> tuple[fx.Graph, bool]
 def trace_both_modes(model: nn.Module, *example: Tensor) -> fx.GraphModule:
     """Trace a model to be trained and evaluated: flags like training=self.training follow its mode.
 
-    Modules that act in training alone, such as stochastic depth, are then not looked into.
+    What acts in training alone, such as stochastic depth, is one module: the model's own, or `InTraining`.
 
     Args:
         example: inputs on the meta device; with them, a forward may ask for sizes.
@@ -137,16 +127,16 @@ def trace_both_modes(model: nn.Module, *example: Tensor) -> fx.GraphModule:
     Raises:
         StructureError: torch.fx cannot trace it, or it is another network in training than in evaluation.
     """
-    try:
+    with suppress(ValueError):
         return _trace_and_join(model, *example)
+    try:
+        whole = [module for module in model.modules() if acts_in_training_alone(module)]
+        return _trace_and_join(model, *example, whole=whole, may_act=acts_in_training_alone)
     except ValueError as error:
-        if whole := [module for module in model.modules() if acts_in_training_alone(module)]:
-            with suppress(ValueError):
-                return _trace_and_join(model, *example, whole=whole)
         raise StructureError(
             f"{type(model).__name__} is another network in training than in evaluation ({error}): only flags "
-            "like F.dropout(x, training=self.training) may differ, and modules that give back what they are "
-            "given"
+            "like F.dropout(x, training=self.training) may differ, and modules or steps that give back what "
+            "they are given"
         ) from error
 
 
@@ -156,19 +146,26 @@ def acts_in_training_alone(module: nn.Module) -> bool:
     Modules for stochastic depth, and for dropping blocks, are of that kind.
     """
     kind = get_kind(module)
-    is_plain = next(chain(module.children(), module.parameters(), module.buffers()), None) is None
+    children = () if isinstance(module, InTraining) else module.children()
+    is_plain = next(chain(children, module.parameters(), module.buffers()), None) is None
     if not is_plain or kind.__module__.startswith("torch.") or is_whole(kind):
         return False
-    x = torch.linspace(-1, 1, 2 * 8 * 16 * 16).view(2, 8, 16, 16)
+    x = torch.linspace(-10, 10, 2 * 8 * 16 * 16).pow(5).view(2, 8, 16, 16)  # large and small
     try:
         with preserve_modes(module), torch.random.fork_rng(devices=[]), torch.no_grad():
             zeros = torch.zeros_like(x)
-            return torch.equal(module.eval()(x), x) and torch.equal(module.train()(zeros), zeros)
+            given = torch.equal(module.eval()(x.clone()), x)  # it may change what it is given
+            return given and torch.equal(module.train()(zeros.clone()), zeros)
     except Exception:  # it is the model's own, and not made for such an input
         return False
 
 
-def _trace_and_join(model: nn.Module, *example: Tensor, whole: Collection[nn.Module] = ()) -> fx.GraphModule:
+def _trace_and_join(
+    model: nn.Module,
+    *example: Tensor,
+    whole: Collection[nn.Module] = (),
+    may_act: Callable[[InTraining], bool] | None = None,
+) -> fx.GraphModule:
     """Trace a model as one graph; raise ValueError where it is another network in training."""
     with preserve_modes(model):
         training, traced = (trace(model.train(mode), *example, whole=whole) for mode in (True, False))
@@ -176,7 +173,7 @@ def _trace_and_join(model: nn.Module, *example: Tensor, whole: Collection[nn.Mod
         _drop_counters(graph_module)
     traced.training = model.training
     if traced.code != training.code:
-        _join_modes(training, traced)
+        join_modes(training, traced, may_act)
     return traced
 
 
@@ -188,43 +185,3 @@ def _drop_counters(traced: fx.GraphModule) -> None:
             for unused in (*users, node):
                 traced.graph.erase_node(unused)
     traced.recompile()
-
-
-def _join_modes(training: fx.GraphModule, evaluation: fx.GraphModule) -> None:
-    """Let the flags in evaluation follow a mode; raise ValueError where more than flags differ."""
-    # Of two graphs of unequal length the shorter one ends where the other one goes on: that pair differs.
-    pairs = list(zip(training.graph.nodes, evaluation.graph.nodes, strict=False))
-    evaluation.add_submodule(MODE, Mode().train(evaluation.training))
-    with evaluation.graph.inserting_before(pairs[0][1]):
-        flag = evaluation.graph.call_module(MODE)
-    for train_node, eval_node in pairs:
-        if not _is_same_call(train_node, eval_node):
-            raise ValueError(f"{describe_node(train_node)} there is {describe_node(eval_node)} here")
-        eval_node.args = _join_arguments(train_node.args, eval_node.args, flag)
-        eval_node.kwargs = _join_arguments(train_node.kwargs, eval_node.kwargs, flag)
-    evaluation.recompile()
-
-
-def _is_same_call(train_node: fx.Node, eval_node: fx.Node) -> bool:
-    """Tell whether two nodes call the same, or hold the same tensor."""
-    if train_node.target != eval_node.target:
-        return False
-    if eval_node.op != "get_attr":
-        return True
-    path = str(eval_node.target)
-    values = [attrgetter(path)(node.graph.owning_module) for node in (train_node, eval_node)]
-    return values[0] is values[1] or torch.equal(*values)
-
-
-def _join_arguments(train_value: Any, eval_value: Any, flag: fx.Node) -> Any:
-    """Keep the arguments in evaluation, but put the flag for what is true in training and false here."""
-    if isinstance(eval_value, tuple | list):
-        pairs = zip(train_value, eval_value, strict=True)
-        return type(eval_value)(_join_arguments(a, b, flag) for a, b in pairs)
-    if isinstance(eval_value, dict):
-        return {key: _join_arguments(train_value[key], value, flag) for key, value in eval_value.items()}
-    if train_value is True and eval_value is False:
-        return flag
-    if train_value != eval_value and str(train_value) != str(eval_value):  # nodes of two graphs agree by name
-        raise ValueError(f"{train_value} there is {eval_value} here")
-    return eval_value

@@ -1,6 +1,7 @@
 """Layers as libraries write them: norms with their activation, and what acts in training alone."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -72,6 +73,20 @@ class Noise(nn.Module):
         return x + torch.randn_like(x) if self.training else x
 
 
+class SwishInPlace(nn.Module):
+    """Change what it is given, and give that back."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(x.sigmoid())
+
+
+class Clipping(nn.Module):
+    """Give back all but large numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp(-6, 6)
+
+
 def run(m: Any, x: Tensor) -> Tensor:
     y = m.norm(m.stem(x))
     y = y + m.drop(m.two(m.inner(m.one(y))))
@@ -133,6 +148,69 @@ def test_what_acts_in_training_alone_does_so_behind_modules() -> None:
     torch.testing.assert_close(dynamic.eval()(X), net.eval()(X))
 
 
+def drop_branches(x: Tensor, training: bool, rate: float = 0.5) -> Tensor:
+    """Drop branches as EfficientNets do that are no modules for it: by a function, which asks for a shape."""
+    if not training:
+        return x
+    kept = 1 - rate + torch.rand([x.shape[0], 1] + [1] * (len(x.shape) - 2), dtype=x.dtype, device=x.device)
+    return x / (1 - rate) * torch.floor(kept)
+
+
+def drop_in_place(x: Tensor, training: bool) -> Tensor:
+    return x.clone().mul_(torch.rand(x.shape[0], 1, 1, 1)) if training else x
+
+
+def add_noise(x: Tensor, training: bool) -> Tensor:
+    return x + torch.rand_like(x) if training else x
+
+
+Step = Callable[[Tensor, bool], Tensor]
+
+
+def make_stepping(step: Step) -> nn.Module:
+    """Take a step of training once, twice in one sum, and where what it makes is read twice."""
+    torch.manual_seed(0)
+    layers = {name: conv(6, 6, 3) for name in ("one", "two", "three", "four")}
+
+    def run_steps(m: Any, x: Tensor) -> Tensor:
+        y = m.stem(x).relu()
+        y = step(m.two(F.relu(m.one(y))), m.training) + y
+        y = step(m.three(y), m.training) + step(m.four(y), m.training)
+        z = step(y, m.training)
+        return m.head(z * torch.sigmoid(z))  # type: ignore[no-any-return]
+
+    return randomised(Net(run_steps, stem=conv(3, 6, 3), **layers, head=head(6)))
+
+
+@pytest.mark.parametrize("act", [SwishInPlace(), Clipping()], ids=lambda act: type(act).__name__)
+def test_an_activation_of_ones_own_is_not_left_out(act: nn.Module) -> None:
+    dynamic = gated(make_net(nn.Sequential(DropPath(), act)), X)
+    skipping = make_skipping(dynamic, method="stock")
+    torch.testing.assert_close(skipping(10 * X), dynamic(10 * X), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("step", [drop_branches, drop_in_place])
+def test_what_is_done_in_training_alone_is_done_there(step: Step) -> None:
+    net = make_stepping(step)
+    dynamic = attach_modules(net, discover(net, X))
+    for training in (True, False, True):
+        outputs = []
+        for network in (dynamic.train(training), net.train(training)):
+            torch.manual_seed(1)
+            outputs.append(network(X))
+        assert torch.equal(*outputs)
+    gates = gated(make_stepping(step), X)
+    skipping = make_skipping(gates, method="stock")
+    torch.testing.assert_close(skipping(X), gates(X), rtol=1e-4, atol=1e-4)
+    assert not any("InTraining" in type(layer).__name__ for layer in skipping.modules())
+
+
+def test_what_makes_something_of_zeros_in_training_is_refused() -> None:
+    net = make_stepping(add_noise)
+    with pytest.raises(StructureError, match="is another network in training than in evaluation"):
+        attach_modules(net, discover(net, X))
+
+
 def make_padded(kind: type[nn.Conv2d] = SameConvolution, **options: Any) -> nn.Module:
     torch.manual_seed(0)
     one = kind(6, 8, 3, **options)
@@ -170,9 +248,12 @@ def test_what_does_more_than_that_is_refused() -> None:
         attach_modules(net, discover(net, X))
 
 
+ALIKE = [Noise(), nn.Dropout(), NormWithActivation(8), SwishInPlace(), Clipping()]
+
+
 @pytest.mark.parametrize(
     ("module", "does"),
-    [(DropPath(), True), (Noise(), False), (nn.Dropout(), False), (NormWithActivation(8), False)],
+    [(DropPath(), True), *((module, False) for module in ALIKE)],
     ids=lambda value: type(value).__name__,
 )
 def test_what_acts_in_training_alone_is_known_by_what_it_does(module: nn.Module, does: bool) -> None:
