@@ -91,8 +91,8 @@ class _Joining:
         raise reason or ValueError(f"nothing there is {describe_node(node)} here")
 
     def check_steps(self) -> None:
-        """Raise ValueError where something else comes of a step in training."""
-        if left := [step for step in self.steps if step not in self.used and not _is_unread(step)]:
+        """Raise ValueError where a step that is in no module, and that nothing reads, changes a tensor."""
+        if left := [step for step in self.steps if step not in self.used and changes_tensor(step)]:
             raise ValueError(f"{describe_node(left[0])} is there alone")
 
     def _join(self, other: fx.Node, node: fx.Node) -> None:
@@ -171,11 +171,6 @@ class _Joining:
         self.evaluation.add_submodule(name, module)
         with self.evaluation.graph.inserting_before(before):
             return self.evaluation.graph.call_module(name, (source,))
-
-
-def _is_unread(step: fx.Node) -> bool:
-    """Tell whether nothing comes of a step, as of a question that was answered while it was traced."""
-    return not changes_tensor(step) and all(_is_unread(user) for user in step.users)
 
 
 def _is_same_call(other: fx.Node, node: fx.Node) -> bool:

@@ -164,6 +164,12 @@ def add_noise(x: Tensor, training: bool) -> Tensor:
     return x + torch.rand_like(x) if training else x
 
 
+def change_and_give_back(x: Tensor, training: bool) -> Tensor:
+    if training:
+        x.mul_(0.5)
+    return x
+
+
 Step = Callable[[Tensor, bool], Tensor]
 
 
@@ -205,8 +211,10 @@ def test_what_is_done_in_training_alone_is_done_there(step: Step) -> None:
     assert not any("InTraining" in type(layer).__name__ for layer in skipping.modules())
 
 
-def test_what_makes_something_of_zeros_in_training_is_refused() -> None:
-    net = make_stepping(add_noise)
+@pytest.mark.parametrize("step", [add_noise, change_and_give_back])
+def test_steps_in_training_that_do_more_are_refused(step: Step) -> None:
+    """They make something of zeros, or change what is read in their stead."""
+    net = make_stepping(step)
     with pytest.raises(StructureError, match="is another network in training than in evaluation"):
         attach_modules(net, discover(net, X))
 
