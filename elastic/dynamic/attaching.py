@@ -1,6 +1,7 @@
 """Attach kernel activation modules to any CNN, where maps that are off need not be read."""
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import cast
 
 import torch
@@ -12,7 +13,7 @@ from elastic.dynamic.norms import SetNorm
 from elastic.dynamic.sites import Site, find_calls, find_norm, find_sites
 from elastic.errors import OptionError, StructureError
 from elastic.widths.discovery import Widths
-from elastic.widths.tracing import BATCH_NORM, get_layer, trace_both_modes
+from elastic.widths.tracing import BATCH_NORM, get_layer, list_graphs, trace_both_modes
 
 MODULES = "kams"  # where a network holds them; a name in files
 
@@ -54,7 +55,8 @@ def attach_modules(
         _attach(traced, site, KINDS[kind], sets, activation)
     if sets > 1:
         _attach_norms(traced, modules, sets)
-    traced.graph.lint()
+    for graph in list_graphs(traced):
+        graph.lint()
     traced.recompile()
     return traced
 
@@ -68,7 +70,8 @@ def _attach(
     module.order_scores(_measure_worth(traced, site, conv.out_channels))
     path = f"{MODULES}.{site.writer.replace('.', '/')}"
     traced.add_submodule(path, module.to(conv.weight))
-    _insert(traced, site, path)
+    for graph in list_graphs(traced):
+        _insert(traced, graph, site, path)
 
 
 @torch.no_grad()
@@ -95,7 +98,7 @@ def measure_reading_weights(traced: fx.GraphModule, site: Site, kernels: int) ->
 
 def _attach_norms(traced: fx.GraphModule, modules: nn.ModuleDict, sets: int) -> None:
     """Keep statistics of norms for each set of modules, wherever statistics are kept."""
-    for node in traced.graph.nodes:
+    for node in chain.from_iterable(graph.nodes for graph in list_graphs(traced)):
         norm, name = get_layer(traced, node), str(node.target).replace(".", "/")
         if isinstance(norm, BATCH_NORM) and norm.running_mean is not None:
             if name not in modules:  # it may be called more than once
@@ -103,15 +106,15 @@ def _attach_norms(traced: fx.GraphModule, modules: nn.ModuleDict, sets: int) -> 
             node.target = f"{MODULES}.{name}"
 
 
-def _insert(traced: fx.GraphModule, site: Site, path: str) -> None:
+def _insert(traced: fx.GraphModule, graph: fx.Graph, site: Site, path: str) -> None:
     """Compute gates before the convolution, and multiply by them the maps behind it and its norm."""
-    (conv,) = find_calls(traced, site.writer)
-    with traced.graph.inserting_before(conv):
-        gate = traced.graph.call_module(path, (conv.args[0],))
+    (conv,) = graph.find_nodes(op="call_module", target=site.writer)
+    with graph.inserting_before(conv):
+        gate = graph.call_module(path, (conv.args[0],))
     for layer in (site.writer, *site.depthwise):
-        (call,) = find_calls(traced, layer)
+        (call,) = graph.find_nodes(op="call_module", target=layer)
         end = find_norm(traced, call)
-        with traced.graph.inserting_after(end):
-            gated = traced.graph.call_function(torch.mul, (end, gate))
+        with graph.inserting_after(end):
+            gated = graph.call_function(torch.mul, (end, gate))
         for user in [user for user in end.users if user is not gated]:
             user.replace_input_with(end, gated)

@@ -1,6 +1,7 @@
 """Find the kernels that can be switched off: those whose maps need not be read where they are zero."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from torch import fx, nn
@@ -9,7 +10,7 @@ from elastic.dynamic.sums import find_addend
 from elastic.dynamic.zeros import READS_SHAPE, keeps_zeros
 from elastic.errors import StructureError
 from elastic.widths.discovery import Width, Widths
-from elastic.widths.tracing import BATCH_NORM, get_layer, get_operation_name
+from elastic.widths.tracing import BATCH_NORM, get_layer, get_operation_name, list_graphs
 
 
 @dataclass(frozen=True)
@@ -100,14 +101,15 @@ def find_branch_sites(traced: fx.GraphModule) -> list[Site]:
         end, source = find_norm(traced, call), call.args[0]
         is_added = len(end.users) == 1 and find_addend(next(iter(end.users)), end) is not None
         reads_alone = isinstance(source, fx.Node) and len(source.users) == 1
-        is_called_once = all(len(find_calls(traced, str(node.target))) == 1 for node in (call, end))
+        is_called_once = len(find_calls(traced, str(end.target))) == 1
         if is_added and reads_alone and is_called_once:
-            sites.append(Site(str(call.target), (), ()))
+            with suppress(StructureError):  # it is called more often, or otherwise in training
+                sites.append(Site(_require_one_call(traced, str(call.target)), (), ()))
     return sites
 
 
 def find_calls(traced: fx.GraphModule, path: str) -> list[fx.Node]:
-    """Find the nodes that call a layer."""
+    """Find the nodes that call a layer in evaluation."""
     return list(traced.graph.find_nodes(op="call_module", target=path))
 
 
@@ -120,17 +122,15 @@ def find_norm(traced: fx.GraphModule, node: fx.Node) -> fx.Node:
 
 def _find_call(traced: fx.GraphModule, width: Width, writer: str) -> fx.Node:
     """Find the one call of an ordinary convolution that writes a width, and nothing but the width."""
-    calls = find_calls(traced, writer)
-    if len(calls) != 1:
-        raise StructureError(f"{writer} is used {len(calls)} times")
-    layer = get_layer(traced, calls[0])
+    (call,) = find_calls(traced, _require_one_call(traced, writer))
+    layer = get_layer(traced, call)
     if type(layer) is not nn.Conv2d or layer.groups > 1:
         raise StructureError(f"{writer} ({type(layer).__name__}) is no ordinary convolution")
-    if not calls[0].args:
+    if not call.args:
         raise StructureError(f"{writer} is given what it reads by name")
     if width.size != layer.out_channels:
         raise StructureError(f"it is a part of the channels of {writer}")
-    return calls[0]
+    return call
 
 
 def _follow_maps(traced: fx.GraphModule, writer: fx.Node) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -162,8 +162,16 @@ def _is_depthwise(layer: nn.Module | None) -> bool:
 
 
 def _require_one_call(traced: fx.GraphModule, path: str) -> str:
-    if (count := len(find_calls(traced, path))) != 1:
-        raise StructureError(f"{path} is used {count} times")
+    """Raise StructureError where a layer is not called once in each mode, with the same norm behind it."""
+    norms = set[fx.node.Target]()
+    for graph in list_graphs(traced):
+        calls = graph.find_nodes(op="call_module", target=path)
+        if len(calls) != 1:
+            mode = "" if graph is traced.graph else " in training"
+            raise StructureError(f"{path} is used {len(calls)} times{mode}")
+        norms.update(find_norm(traced, call).target for call in calls)
+    if len(norms) > 1:
+        raise StructureError(f"{path} has a norm right behind it in one mode alone")
     return path
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
-from elastic.widths.tracing import acts_in_training_alone, get_layer, get_operation_name
+from elastic.widths.tracing import get_layer, get_operation_name
 
 PRODUCTS = ("mul", "imul", "multiply")  # zero where either factor is
 # Each function, or method, that makes zeros of zeros, and the layer that does the same. Torch's poolings that
@@ -48,10 +48,9 @@ def name_operation(traced: nn.Module, node: fx.Node) -> str:
 
 def keeps_zeros(traced: nn.Module, node: fx.Node) -> bool:
     """Tell whether maps of zeros are maps of zeros behind a node."""
-    name, layer = name_operation(traced, node), get_layer(traced, node)
-    if name in KEEPS_ZEROS or (layer is not None and acts_in_training_alone(layer)):
-        return True
-    return name in BY_ARGUMENTS and _makes_zeros_of_zeros(traced, node, name == "pad")
+    name = name_operation(traced, node)
+    is_decided = name in BY_ARGUMENTS and _makes_zeros_of_zeros(traced, node, name == "pad")
+    return name in KEEPS_ZEROS or is_decided
 
 
 def _makes_zeros_of_zeros(traced: nn.Module, node: fx.Node, is_padding: bool) -> bool:

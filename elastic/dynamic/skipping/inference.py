@@ -12,7 +12,7 @@ from elastic.errors import StructureError
 from elastic.pruning.folding import fold_gates
 from elastic.widths.hooks import has_hooks
 from elastic.widths.inputs import Example, list_inputs
-from elastic.widths.tracing import BATCH_NORM, acts_in_training_alone, get_layer, trace
+from elastic.widths.tracing import BATCH_NORM, get_layer, trace
 
 
 def take_first(samples: Sequence[Example]) -> tuple[Tensor, ...]:
@@ -28,7 +28,10 @@ def prepare_for_inference(net: nn.Module, *example: Tensor) -> fx.GraphModule:
     """
     copied = fold_gates(net).eval()
     inputs = [x.to("meta") for x in example]
-    traced = copied if isinstance(copied, fx.GraphModule) else _trace(copied, *inputs)
+    if isinstance(copied, fx.GraphModule):  # perhaps in both modes
+        traced = fx.GraphModule(copied, copied.graph)
+    else:
+        traced = _trace(copied, *inputs)
     _fold_norms(traced)
     _leave_out_identities(traced)
     traced.recompile()
@@ -69,7 +72,7 @@ def _leave_out_identities(traced: fx.GraphModule) -> None:
         layer = get_layer(traced, node)
         if layer is None or has_hooks(layer):
             continue
-        if isinstance(layer, nn.Identity | nn.Dropout | nn.Dropout2d) or acts_in_training_alone(layer):
+        if isinstance(layer, nn.Identity | nn.Dropout | nn.Dropout2d):
             node.replace_all_uses_with(node.all_input_nodes[0])
             traced.graph.erase_node(node)
 

@@ -1,9 +1,9 @@
 """Trace a model with torch.fx: without its data, in one mode or in both."""
 
+from elastic.widths.tracing.by_mode import list_graphs
 from elastic.widths.tracing.graph import describe_node, get_layer, get_operation_name, trace
 from elastic.widths.tracing.meta import BATCH_NORM, WithoutData, drop_data, make_meta_copy
 from elastic.widths.tracing.modes import (
-    acts_in_training_alone,
     preserve_modes,
     sync_traced,
     trace_both_modes,
@@ -14,12 +14,12 @@ from elastic.widths.tracing.norms import find_following_norms
 __all__ = [
     "BATCH_NORM",
     "WithoutData",
-    "acts_in_training_alone",
     "describe_node",
     "drop_data",
     "find_following_norms",
     "get_layer",
     "get_operation_name",
+    "list_graphs",
     "make_meta_copy",
     "preserve_modes",
     "sync_traced",

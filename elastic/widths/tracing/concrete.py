@@ -67,12 +67,13 @@ class ConcreteTracer(fx.Tracer):
     Attributes:
         answers: what it has been told, in order; `known_answers`, those of another trace, are told instead.
         is_over: whether the trace has ended.
+        is_computing: whether what runs is no part of the forward, but computes what that asks for.
     """
 
     def __init__(self, inputs: Sequence[Tensor] = (), known_answers: Sequence[Any] | None = None) -> None:
         super().__init__()
         self.answers: list[Any] = []
-        self.is_over = self._expects_dimensions = False
+        self.is_over = self.is_computing = self._expects_dimensions = False
         self._known_answers = None if known_answers is None else iter(known_answers)
         self._inputs, self._values = inputs, dict[fx.Node, Any]()
         self._replica: nn.Module | None = None
@@ -252,9 +253,13 @@ class ConcreteTracer(fx.Tracer):
                 needed.add(source)
                 pending += source.all_input_nodes
         inputs = dict(zip(node.graph.find_nodes(op="placeholder"), self._inputs, strict=False))
-        with torch.no_grad(), _untraced():
-            for source in (n for n in node.graph.nodes if n in needed):
-                self._values[source] = self._compute(source, inputs)
+        self.is_computing = True
+        try:
+            with torch.no_grad(), _untraced():
+                for source in (n for n in node.graph.nodes if n in needed):
+                    self._values[source] = self._compute(source, inputs)
+        finally:
+            self.is_computing = False
         return self._values[node]
 
     def _compute(self, node: fx.Node, inputs: dict[fx.Node, Tensor]) -> Any:

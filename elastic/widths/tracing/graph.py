@@ -1,7 +1,7 @@
 """Trace a model, and read what a node of its graph calls."""
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain
@@ -23,13 +23,7 @@ INTERNAL = vars(nn.Module()).keys()  # what torch itself holds in a module
 
 
 class _Tracer(ConcreteTracer):
-    """Keep layers with a rule of their own whole.
-
-    Attributes:
-        whole: other modules that are not looked into.
-    """
-
-    whole: Collection[nn.Module] = ()
+    """Keep layers with a rule of their own whole."""
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -50,24 +44,23 @@ class _Tracer(ConcreteTracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         kind = get_kind(m)
-        if m in self.whole or is_whole(kind):
+        if is_whole(kind):
             return True
         is_foreign = not kind.__module__.startswith("torch.nn")
         return not is_foreign and super().is_leaf_module(m, module_qualified_name)
 
 
-def trace(model: nn.Module, *example: Tensor, whole: Collection[nn.Module] = ()) -> fx.GraphModule:
+def trace(model: nn.Module, *example: Tensor) -> fx.GraphModule:
     """Trace a model with torch.fx; the result has the model's own layers.
 
     Args:
         example: inputs on the meta device; with them, a forward may ask for sizes.
-        whole: modules that are not looked into.
 
     Raises:
         StructureError: torch.fx cannot trace it.
     """
     with preserve_attributes(model):
-        traced = fx.GraphModule(model, trace_graph(model, *example, keep_gradients=True, whole=whole))
+        traced = fx.GraphModule(model, trace_graph(model, *example, runs=True))
     restore_layers(traced, model)
     return traced
 
@@ -89,32 +82,30 @@ def trace_graph(
     *example: Tensor,
     known_answers: Sequence[Any] | None = None,
     sizes: Mapping[AttributePlace, int] | None = None,
-    keep_gradients: bool = False,
-    whole: Collection[nn.Module] = (),
+    runs: bool = False,
 ) -> fx.Graph:
     """Trace a model's graph alone, whose nodes call the model's own layers; see `trace`.
 
     Args:
         known_answers: what the forward was told about shapes when it was traced before, and is told again.
         sizes: whole numbers that modules are to hold, in place of those that they do.
-        keep_gradients: whether functions that have a gradient of their own stay whole.
-        whole: modules that are not looked into.
+        runs: whether the graph is to be run: functions that have a gradient of their own stay whole, and
+            random numbers are drawn each time.
     """
     tracer = _Tracer(example, known_answers)
-    tracer.whole = whole
     try:
         with (
             tag_sizes(model, sizes) as read,
-            trace_factories(tracer),
-            trace_functions(tracer, keep_gradients),
+            trace_factories(tracer, runs),
+            trace_functions(tracer, runs),
             note_computed_sizes() as computed,
-            _take_back_assigned(model),
+            _take_back_assigned(model) as replaced,
             pass_for_values(),
         ):
             graph = tracer.trace(model)
         graph.owning_module = model  # type: ignore[assignment]
         graph.computed_sizes, graph.read_sizes = computed, read  # type: ignore[attr-defined]
-        graph.answers = tracer.answers  # type: ignore[attr-defined]
+        graph.answers, graph.replaced = tracer.answers, replaced  # type: ignore[attr-defined]
         return graph
     except StructureError:
         raise
@@ -128,21 +119,27 @@ def trace_graph(
 
 
 @contextmanager
-def _take_back_assigned(model: nn.Module) -> Iterator[None]:
+def _take_back_assigned(model: nn.Module) -> Iterator[list[Any]]:
     """Put back what a forward assigns to, such as statistics: what it computes while traced is no value.
 
-    What it keeps in dictionaries and lists of its modules, as caches do, is taken back, too.
+    What it keeps in dictionaries and lists of its modules, as caches do, is taken back, too. The list has, at
+    the end, what had been put in the place of other values.
     """
+    replaced: list[Any] = []
     before = [(own, dict(own)) for module in model.modules() for own in (vars(module), module._buffers)]
     attributes = [item for module in model.modules() for item in vars(module).items()]
     containers = [value for name, value in attributes if name not in INTERNAL and type(value) in (dict, list)]
     contents = [(value, copy.copy(value)) for value in containers]
     try:
-        yield
+        yield replaced
     finally:
         for own, values in before:
-            own.update({k: value for k, value in values.items() if issubclass(type(own.get(k)), fx.Proxy)})
+            assigned = {k: value for k, value in values.items() if issubclass(type(own.get(k)), fx.Proxy)}
+            own.update(assigned)
+            replaced += assigned.values()
         for container, content in contents:
+            old, new = (list(each.values()) if type(each) is dict else each for each in (content, container))
+            replaced += (a for a, b in zip(old, new, strict=False) if a is not b)
             container.clear()
             (container.update if type(container) is dict else container.extend)(content)
 

@@ -1,19 +1,20 @@
 """Trace a model in training and in evaluation as one graph, which follows its mode."""
 
+import random
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
-from itertools import chain
+from operator import attrgetter
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 from elastic.errors import StructureError
-from elastic.widths.operations.registry import is_whole
-from elastic.widths.parameters import get_kind
+from elastic.widths.tracing.by_mode import ByMode, list_graphs
 from elastic.widths.tracing.graph import preserve_attributes, trace, trace_graph
-from elastic.widths.tracing.joining import InTraining, Mode, join_modes
 from elastic.widths.tracing.meta import BATCH_NORM
 from elastic.widths.tracing.proxies import TrainingFlag
 from elastic.widths.tracing.sizes import AttributePlace
@@ -32,17 +33,17 @@ def preserve_modes(model: nn.Module) -> Iterator[None]:
 
 def sync_traced(traced: fx.GraphModule, model: nn.Module, training: bool) -> None:
     """Give a traced network a mode, and the model's buffers, which moving the model replaces."""
-    for node in traced.graph.find_nodes(op="call_module"):
-        layer = traced.get_submodule(str(node.target))
-        if isinstance(layer, BATCH_NORM):  # which may stand for the model's
-            layer.training = model.get_submodule(str(node.target)).training
-        elif isinstance(layer, InTraining | Mode):
-            layer.training = training
-    for node in traced.graph.find_nodes(op="get_attr"):
-        path, _, name = str(node.target).rpartition(".")
-        buffers = model.get_submodule(path)._buffers
-        if name in buffers:
-            traced.get_submodule(path)._buffers[name] = buffers[name]
+    traced.training = training
+    for graph in list_graphs(traced):
+        for node in graph.find_nodes(op="call_module"):
+            layer = traced.get_submodule(str(node.target))
+            if isinstance(layer, BATCH_NORM):  # which may stand for the model's
+                layer.training = model.get_submodule(str(node.target)).training
+        for node in graph.find_nodes(op="get_attr"):
+            path, _, name = str(node.target).rpartition(".")
+            buffers = model.get_submodule(path)._buffers
+            if name in buffers:
+                traced.get_submodule(path)._buffers[name] = buffers[name]
 
 
 class _WatchedMode:
@@ -117,64 +118,55 @@ def _trace_training(model: nn.Module, *example: Tensor) -> tuple[fx.Graph, bool]
 
 
 def trace_both_modes(model: nn.Module, *example: Tensor) -> fx.GraphModule:
-    """Trace a model to be trained and evaluated: flags like training=self.training follow its mode.
-
-    What acts in training alone, such as stochastic depth, is one module: the model's own, or `InTraining`.
+    """Trace a model to be trained and evaluated, as a `ByMode` where its graph differs.
 
     Args:
         example: inputs on the meta device; with them, a forward may ask for sizes.
 
     Raises:
-        StructureError: torch.fx cannot trace it, or it is another network in training than in evaluation.
+        StructureError: torch.fx cannot trace it; or it keeps statistics by assigning to attributes, or draws
+            numbers that are none of torch's.
     """
-    with suppress(ValueError):
-        return _trace_and_join(model, *example)
-    try:
-        whole = [module for module in model.modules() if acts_in_training_alone(module)]
-        return _trace_and_join(model, *example, whole=whole, may_act=acts_in_training_alone)
-    except ValueError as error:
+    with preserve_modes(model), _expect_no_numbers(model):
+        training, evaluation = (trace(model.train(mode), *example) for mode in (True, False))
+    _require_no_statistics(training, evaluation)
+    for traced in (training, evaluation):
+        _drop_counters(traced)
+    both = evaluation if training.code == evaluation.code else ByMode(training, evaluation)
+    both.training = model.training
+    return both
+
+
+@contextmanager
+def _expect_no_numbers(model: nn.Module) -> Iterator[None]:
+    """Raise StructureError where numbers are drawn while a model is traced, once for all."""
+    before = _get_random_states()
+    yield
+    if _get_random_states() != before:
         raise StructureError(
-            f"{type(model).__name__} is another network in training than in evaluation ({error}): only flags "
-            "like F.dropout(x, training=self.training) may differ, and modules or steps that give back what "
-            "they are given"
-        ) from error
+            f"{type(model).__name__} draws numbers in its forward that are constants once it is traced: draw "
+            "them by torch.rand, torch.bernoulli and the like"
+        )
 
 
-def acts_in_training_alone(module: nn.Module) -> bool:
-    """Tell whether a module of no tensors gives in evaluation what it is given, and zeros for zeros always.
-
-    Modules for stochastic depth, and for dropping blocks, are of that kind.
-    """
-    kind = get_kind(module)
-    children = () if isinstance(module, InTraining) else module.children()
-    is_plain = next(chain(children, module.parameters(), module.buffers()), None) is None
-    if not is_plain or kind.__module__.startswith("torch.") or is_whole(kind):
-        return False
-    x = torch.linspace(-10, 10, 2 * 8 * 16 * 16).pow(5).view(2, 8, 16, 16)  # large and small
-    try:
-        with preserve_modes(module), torch.random.fork_rng(devices=[]), torch.no_grad():
-            zeros = torch.zeros_like(x)
-            given = torch.equal(module.eval()(x.clone()), x)  # it may change what it is given
-            return given and torch.equal(module.train()(zeros.clone()), zeros)
-    except Exception:  # it is the model's own, and not made for such an input
-        return False
+def _get_random_states() -> tuple[Any, ...]:
+    numpy_state: Any = np.random.get_state()
+    return torch.get_rng_state().tolist(), random.getstate(), numpy_state[1].tolist(), numpy_state[2]
 
 
-def _trace_and_join(
-    model: nn.Module,
-    *example: Tensor,
-    whole: Collection[nn.Module] = (),
-    may_act: Callable[[InTraining], bool] | None = None,
-) -> fx.GraphModule:
-    """Trace a model as one graph; raise ValueError where it is another network in training."""
-    with preserve_modes(model):
-        training, traced = (trace(model.train(mode), *example, whole=whole) for mode in (True, False))
-    for graph_module in (training, traced):
-        _drop_counters(graph_module)
-    traced.training = model.training
-    if traced.code != training.code:
-        join_modes(training, traced, may_act)
-    return traced
+def _require_no_statistics(training: fx.GraphModule, evaluation: fx.GraphModule) -> None:
+    """Raise StructureError where, in training alone, a tensor that the forward reads is assigned to."""
+    replaced = [list(map(id, traced.graph.replaced)) for traced in (training, evaluation)]  # type: ignore[attr-defined]
+    for traced in (training, evaluation):
+        for node in traced.graph.find_nodes(op="get_attr"):
+            path = str(node.target)
+            tensor = id(attrgetter(path)(traced))
+            if tensor in replaced[0] and tensor not in replaced[1]:
+                name = path.rpartition(".")[2]
+                raise StructureError(
+                    f"the forward assigns to '{path}' in training, which a traced network cannot: change the "
+                    f"tensor in place, as self.{name}.copy_(…) does"
+                )
 
 
 def _drop_counters(traced: fx.GraphModule) -> None:

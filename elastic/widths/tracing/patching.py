@@ -4,7 +4,7 @@ import builtins
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
@@ -12,9 +12,15 @@ from torch.utils._pytree import tree_leaves
 
 from elastic.widths.tracing.proxies import Asked
 
+if TYPE_CHECKING:
+    from elastic.widths.tracing.concrete import ConcreteTracer
+
 # Functions that make a tensor of given sizes, or tell of a type: torch.fx does not see them where these are
 # traced.
 FACTORIES = tuple("ones zeros full empty arange rand randn linspace eye tensor as_tensor finfo iinfo".split())
+# These make other numbers each time.
+RANDOM = tuple("rand randn randint randperm normal bernoulli multinomial poisson".split())
+RANDOM_METHODS = tuple("bernoulli bernoulli_ uniform_ normal_ random_ exponential_ multinomial".split())
 # Methods that take sizes or types, which torch.fx does not see where the forward makes the tensor itself.
 SIZED = tuple(
     "expand broadcast_to repeat tile view reshape narrow select type "
@@ -45,29 +51,38 @@ def pass_for_values() -> Iterator[None]:
 
 
 @contextmanager
-def trace_factories(tracer: fx.Tracer) -> Iterator[None]:
-    """Let functions that make tensors, and methods of tensors made so, be traced with traced numbers."""
-    before = {name: getattr(torch, name) for name in FACTORIES}
+def trace_factories(tracer: "ConcreteTracer", draws: bool) -> Iterator[None]:
+    """Let functions that make tensors, and methods of tensors made so, be traced with traced numbers.
+
+    Args:
+        draws: whether random numbers are drawn each time, also where nothing that is traced says how many.
+    """
+    before = {name: getattr(torch, name) for name in {*FACTORIES, *RANDOM}}
+    methods = {*SIZED, *RANDOM_METHODS}
     try:
         for name, function in before.items():
-            setattr(torch, name, _make_traceable(tracer, function, "call_function", function))
-        for name in SIZED:
-            setattr(Tensor, name, _make_traceable(tracer, getattr(Tensor, name), "call_method", name))
+            always = draws and name in RANDOM
+            setattr(torch, name, _make_traceable(tracer, function, "call_function", function, always))
+        for name in methods:
+            always = draws and name in RANDOM_METHODS
+            setattr(Tensor, name, _make_traceable(tracer, getattr(Tensor, name), "call_method", name, always))
         yield
     finally:
         for name, function in before.items():
             setattr(torch, name, function)
-        for name in SIZED:
+        for name in methods:
             if name in vars(Tensor):  # its base has torch's own
                 delattr(Tensor, name)
 
 
 def _make_traceable(
-    tracer: fx.Tracer, function: Callable[..., Any], kind: str, target: Any
+    tracer: "ConcreteTracer", function: Callable[..., Any], kind: str, target: Any, always: bool
 ) -> Callable[..., Any]:
     @wraps(function)
     def make(*args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(value, fx.Proxy) for value in tree_leaves((args, kwargs))):
+        if (always and not tracer.is_computing) or any(
+            isinstance(value, fx.Proxy) for value in tree_leaves((args, kwargs))
+        ):
             return tracer.create_proxy(kind, target, args, kwargs)
         return function(*args, **kwargs)
 

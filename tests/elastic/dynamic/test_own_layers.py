@@ -1,19 +1,24 @@
-"""Layers as libraries write them: norms with their activation, and what acts in training alone."""
+"""Layers as libraries write them: norms with their activation, and what is done in one mode alone."""
 
 import copy
-from collections.abc import Callable
-from typing import Any
+import pickle
+import random
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from elastic.dynamic import attach_modules, make_skipping
 from elastic.dynamic.sites import find_sites
 from elastic.errors import StructureError
 from elastic.widths.discovery import discover
-from elastic.widths.tracing import acts_in_training_alone, sync_traced, trace_both_modes
+from elastic.widths.tracing import list_graphs, sync_traced, trace_both_modes
 from tests.elastic.dynamic.gated import gated
 from tests.elastic.zoo import Net, conv, head, randomised
 
@@ -136,18 +141,6 @@ def test_skipping_says_what_masking_says(drop: nn.Module | None, sets: int) -> N
     assert not any(type(layer) in (NormWithActivation, DropPath) for layer in skipping.modules())
 
 
-def test_what_acts_in_training_alone_does_so_behind_modules() -> None:
-    net = make_net(DropPath())
-    dynamic = attach_modules(net, discover(net, X))
-    for network in (dynamic, net):
-        network.train()
-        torch.manual_seed(0)
-        with torch.random.fork_rng():
-            first = network(X)
-            assert not torch.equal(network(X), first)
-    torch.testing.assert_close(dynamic.eval()(X), net.eval()(X))
-
-
 def drop_branches(x: Tensor, training: bool, rate: float = 0.5) -> Tensor:
     """Drop branches as EfficientNets do that are no modules for it: by a function, which asks for a shape."""
     if not training:
@@ -195,28 +188,94 @@ def test_an_activation_of_ones_own_is_not_left_out(act: nn.Module) -> None:
     torch.testing.assert_close(skipping(10 * X), dynamic(10 * X), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("step", [drop_branches, drop_in_place])
-def test_what_is_done_in_training_alone_is_done_there(step: Step) -> None:
-    net = make_stepping(step)
+class Outputs(NamedTuple):
+    logits: Tensor
+    auxiliary: Tensor | None
+
+
+class Auxiliary(nn.Module):
+    """Look at maps through another head in training, as GoogLeNet does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.norm, self.two = conv(3, 6), conv(6, 8, 3), nn.BatchNorm2d(8), conv(8, 6, 3)
+        self.early, self.early_norm, self.early_head = conv(8, 4), nn.BatchNorm2d(4), head(4)
+        self.decode = conv(6, 4)
+        self.register_buffer("scale", torch.tensor(2.0))
+        self.head = head(6)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.norm(self.one(self.stem(x))).relu()
+        logits = self.head(self.two(y).relu())
+        if not self.training:
+            return logits
+        return Outputs(logits, self.early_head(self.early_norm(self.early(y)).relu()) * self.scale)
+
+
+class Decoding(Auxiliary):
+    """Make boxes of maps in evaluation alone, by layers and numbers of its own, as detectors do."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.two(self.norm(self.one(self.stem(x))).relu())
+        if self.training:
+            return [y, y * torch.tensor(3.0)]
+        return torch.cat([self.decode(y).sigmoid() * torch.tensor(0.5), y], 1), [y]
+
+
+def list_outputs(networks: Iterable[nn.Module], training: bool) -> list[list[Tensor]]:
+    """The tensors that each gives in a mode, from one state of the random numbers."""
+    outputs = []
+    for network in networks:
+        torch.manual_seed(1)
+        outputs.append(tree_leaves(network.train(training)(X)))
+    return outputs
+
+
+BY_MODE: dict[str, Callable[[], nn.Module]] = {
+    **{
+        step.__name__: partial(make_stepping, step)
+        for step in (drop_branches, drop_in_place, add_noise, change_and_give_back)
+    },
+    **{kind.__name__: partial(make_net, kind()) for kind in (DropPath, Noise)},
+    **{kind.__name__: lambda kind=kind: randomised(kind()) for kind in (Auxiliary, Decoding)},
+}
+
+
+@pytest.mark.parametrize("make", BY_MODE.values(), ids=BY_MODE)
+def test_a_network_may_be_another_one_in_training(make: Callable[[], nn.Module]) -> None:
+    net = make()
+    expected = copy.deepcopy(net)
     dynamic = attach_modules(net, discover(net, X))
-    for training in (True, False, True):
-        outputs = []
-        for network in (dynamic.train(training), net.train(training)):
-            torch.manual_seed(1)
-            outputs.append(network(X))
-        assert torch.equal(*outputs)
-    gates = gated(make_stepping(step), X)
-    skipping = make_skipping(gates, method="stock")
-    torch.testing.assert_close(skipping(X), gates(X), rtol=1e-4, atol=1e-4)
-    assert not any("InTraining" in type(layer).__name__ for layer in skipping.modules())
+    copied = copy.deepcopy(dynamic)
+    for training in (True, False, True, False):
+        ours, theirs, outputs = list_outputs([dynamic, copied, expected], training)
+        assert len(ours) == len(theirs) == len(outputs)
+        assert all(map(torch.equal, ours, outputs)) and all(map(torch.equal, theirs, outputs))
 
 
-@pytest.mark.parametrize("step", [add_noise, change_and_give_back])
-def test_steps_in_training_that_do_more_are_refused(step: Step) -> None:
-    """They make something of zeros, or change what is read in their stead."""
-    net = make_stepping(step)
-    with pytest.raises(StructureError, match="is another network in training than in evaluation"):
-        attach_modules(net, discover(net, X))
+def test_what_a_forward_asks_for_draws_nothing() -> None:
+    """It asks for shapes behind numbers that are drawn, in each of four steps."""
+    net = make_stepping(drop_branches)
+    evaluation, training = list_graphs(trace_both_modes(net, X.to("meta")))
+    drawn = [len(graph.find_nodes(op="call_function", target=torch.rand)) for graph in (evaluation, training)]
+    assert drawn == [0, 4]
+
+
+def test_it_is_pickled_with_both_graphs() -> None:
+    dynamic = attach_modules(net := Auxiliary(), discover(net, X))
+    again = pickle.loads(pickle.dumps(dynamic))  # noqa: S301
+    for training in (True, False):
+        assert all(map(torch.equal, *list_outputs([dynamic, again], training)))
+
+
+@pytest.mark.parametrize("sets", [1, 2])
+@pytest.mark.parametrize("make", BY_MODE.values(), ids=BY_MODE)
+def test_it_is_skipped_as_in_evaluation(make: Callable[[], nn.Module], sets: int) -> None:
+    dynamic = gated(make(), X, sets=sets)
+    skipping = make_skipping(dynamic, method="stock")
+    for ours, theirs in zip(tree_leaves(skipping(X)), tree_leaves(dynamic(X)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert not any("early" in name for name, _ in skipping.named_modules())
 
 
 def make_padded(kind: type[nn.Conv2d] = SameConvolution, **options: Any) -> nn.Module:
@@ -250,22 +309,80 @@ def test_a_call_that_is_not_the_layers_stays_a_call(kind: type[nn.Conv2d], optio
     assert torch.equal(traced(X), net(X))
 
 
-def test_what_does_more_than_that_is_refused() -> None:
-    net = make_net(Noise())
-    with pytest.raises(StructureError, match=r"another network in training .*give back what they are given"):
+class OtherNorm(nn.BatchNorm2d):
+    """Be torch's own layer in training alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        eps, statistics = self.eps * (1 if self.training else 2), (self.running_mean, self.running_var)
+        return F.batch_norm(x, *statistics, self.weight, self.bias, self.training, self.momentum, eps)
+
+
+def test_a_layer_that_is_another_one_by_mode_is_named() -> None:
+    layers = dict(one=conv(3, 6), norm=OtherNorm(6), two=conv(6, 8), head=head(8))
+    net = Net(lambda m, x: m.head(m.two(m.norm(m.one(x)).relu())), **layers)
+    with pytest.raises(StructureError, match=r"^'norm' is another layer in training than in evaluation"):
         attach_modules(net, discover(net, X))
 
 
-ALIKE = [Noise(), nn.Dropout(), NormWithActivation(8), SwishInPlace(), Clipping()]
+def run_twice_in_training(m: Any, x: Tensor) -> Tensor:
+    y = m.norm(m.one(m.stem(x)))
+    output: Tensor = m.head(m.two((y + m.one(m.stem(x)) if m.training else y).relu()))
+    return output
+
+
+def read_before_the_norm_in_training(m: Any, x: Tensor) -> Tensor:
+    y = m.one(m.stem(x))
+    z = m.two(m.norm(y).relu())
+    output: Tensor = m.head(z + m.two(y) if m.training else z)
+    return output
 
 
 @pytest.mark.parametrize(
-    ("module", "does"),
-    [(DropPath(), True), *((module, False) for module in ALIKE)],
-    ids=lambda value: type(value).__name__,
+    ("forward", "reason"),
+    [
+        (run_twice_in_training, "one is used 2 times in training"),
+        (read_before_the_norm_in_training, "one has a norm right behind it in one mode alone"),
+    ],
 )
-def test_what_acts_in_training_alone_is_known_by_what_it_does(module: nn.Module, does: bool) -> None:
-    state = torch.get_rng_state()
-    module.eval()
-    assert acts_in_training_alone(module) is does
-    assert not module.training and torch.equal(torch.get_rng_state(), state)
+def test_kernels_are_switched_where_both_modes_allow_it(forward: Any, reason: str) -> None:
+    layers = dict(stem=conv(3, 6, 3), one=conv(6, 8, 3), norm=nn.BatchNorm2d(8), two=conv(8, 6, 3))
+    net = randomised(Net(forward, **layers, head=head(6)))
+    with pytest.raises(StructureError, match=reason):
+        attach_modules(net, discover(net, X), ["one"])
+    assert "one" not in attach_modules(net, discover(net, X)).kams
+
+
+def draw_by_python(x: Tensor) -> Tensor:
+    return x * random.random()
+
+
+def draw_by_numpy(x: Tensor) -> Tensor:
+    return x * float(np.random.rand())
+
+
+def draw_by_torch(x: Tensor) -> Tensor:
+    return x * torch.empty(8, 8).geometric_(0.5)
+
+
+@pytest.mark.parametrize("draw", [draw_by_python, draw_by_numpy, draw_by_torch])
+def test_numbers_that_would_be_drawn_once_for_all_are_refused(draw: Callable[[Tensor], Tensor]) -> None:
+    net = make_stepping(lambda x, training: draw(x) if training else x)
+    with pytest.raises(StructureError, match=r"draws numbers .* draw them by torch.rand"):
+        attach_modules(net, discover(net, X))
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: torch.rand(()),
+        lambda: torch.randint(3, (8, 8)),
+        lambda: torch.empty(1, 6, 1, 1).bernoulli_(0.5),
+        lambda: torch.full((6, 1, 1), 0.5).bernoulli(),
+        lambda: torch.rand(1).item(),
+    ],
+)
+def test_numbers_of_one_shape_are_drawn_each_time(draw: Callable[[], Any]) -> None:
+    net = make_stepping(lambda x, training: x * draw() if training else x)
+    dynamic = attach_modules(net, discover(net, X)).train()
+    (ours,), (theirs,) = list_outputs([dynamic, net], training=True)
+    assert torch.equal(ours, theirs) and not torch.equal(dynamic(X), ours)
