@@ -80,9 +80,8 @@ def _make_traceable(
 ) -> Callable[..., Any]:
     @wraps(function)
     def make(*args: Any, **kwargs: Any) -> Any:
-        if (always and not tracer.is_computing) or any(
-            isinstance(value, fx.Proxy) for value in tree_leaves((args, kwargs))
-        ):
+        is_traced = any(isinstance(value, fx.Proxy) for value in tree_leaves((args, kwargs)))
+        if is_traced or (always and not tracer.is_computing):
             return tracer.create_proxy(kind, target, args, kwargs)
         return function(*args, **kwargs)
 
