@@ -13,7 +13,13 @@ from elastic.errors import TrainingError
 from elastic.ranges import Natural, Positive, checked
 from elastic.surgery.layout import lay_out_weights
 from elastic.training.answers import Answers, ask_teacher
-from elastic.training.imitation import Outputs, check_outputs, compare_outputs, find_output_shapes
+from elastic.training.imitation import (
+    Outputs,
+    check_outputs,
+    compare_outputs,
+    find_output_shapes,
+    find_training_shapes,
+)
 from elastic.training.samples import count_samples
 from elastic.widths.inputs import select_samples
 
@@ -91,6 +97,13 @@ class Distil(ElasticCallback):
             raise TrainingError(
                 f"the teacher's outputs are of {', '.join(map(str, teacher_shapes))}, the network's of "
                 f"{', '.join(map(str, shapes))}: name the run of another"
+            )
+        trained = find_training_shapes(self.structure.net, inputs)
+        if trained is not None and trained[: len(shapes)] != shapes:
+            raise TrainingError(
+                f"the network's outputs are of {', '.join(map(str, trained))} in training, and of "
+                f"{', '.join(map(str, shapes))} in evaluation, as the teacher's: let those in training begin "
+                "with these"
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from elastic.errors import OptionError
 from elastic.widths.inputs import Example, list_inputs
-from elastic.widths.tracing import preserve_modes
+from elastic.widths.tracing import WithoutData, make_meta_copy, preserve_modes
 
 Outputs = Literal["classes", "labels", "values"]
 
@@ -52,13 +52,14 @@ def compare_outputs(output: Any, target: Any, outputs: Outputs, temperature: flo
     """Return the loss of all outputs against another network's, which is not trained by it.
 
     Args:
-        output, target: tensors, or equal structures of tensors (several heads).
+        output, target: tensors, or structures of tensors (several heads); what the output has behind those of
+            the target, as heads that are there in training alone, is not compared.
         outputs: what they are: scores of classes, of labels, or values (regression, features); of classes,
             one that has a single score is compared as a value, since of one class all are sure.
         temperature: T that scores are divided by; times T², the gradient does not depend on its size.
     """
     losses = []
-    for score, other in zip(tree_leaves(output), tree_leaves(target), strict=True):
+    for score, other in zip(tree_leaves(output), tree_leaves(target), strict=False):
         if _is_score(score):
             is_single = score.dim() < 2 or score.shape[1] < 2
             compare = COMPARISONS["values" if outputs == "classes" and is_single else outputs]
@@ -83,4 +84,19 @@ def find_output_shapes(net: nn.Module, example: Example) -> list[tuple[int, ...]
         inputs = list_inputs(example)
         device = next(net.parameters(), inputs[0]).device
         outputs = net.eval().forward(*(x.to(device) for x in inputs))
+    return _list_shapes(outputs)
+
+
+@torch.no_grad()
+def find_training_shapes(net: nn.Module, example: Example) -> list[tuple[int, ...]] | None:
+    """Find them in training mode; None where they depend on data."""
+    inputs = [x.new_empty((2, *x.shape[1:]), device="meta") for x in list_inputs(example)]
+    try:
+        with WithoutData():
+            return _list_shapes(make_meta_copy(net).train().forward(*inputs))
+    except Exception:  # the model's own forward runs here: anything may come
+        return None
+
+
+def _list_shapes(outputs: Any) -> list[tuple[int, ...]]:
     return [tuple(leaf.shape[1:]) for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]

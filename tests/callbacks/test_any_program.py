@@ -30,6 +30,7 @@ from elastic.growth import Resolution
 from elastic.models import resnet20
 from elastic.pruning import compact
 from elastic.pruning.gates import iterate_gates
+from elastic.training.imitation import compare_outputs
 from elastic.training.joining import find_structure
 from elastic.training.structure import Structure
 from tests.programs import (
@@ -251,6 +252,52 @@ def test_a_network_may_give_more_than_scores(name: str, tmp_path: Path) -> None:
     callbacks = [Distil(Described.Network().eval())] if name == "distil" else SCHEDULES[name](tmp_path)
     fit(module, callbacks, max_epochs=3)
     assert module(make_data().tensors[0]).isfinite().all()
+
+
+class Auxiliary(nn.Module):
+    """Look at maps through another head in training.
+
+    Args:
+        is_first: whether the other head's scores come before the network's.
+    """
+
+    def __init__(self, is_first: bool = False) -> None:
+        super().__init__()
+        self.start, self.rest = make_network()[:3], make_network()[3:]
+        self.early = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 7))
+        self.is_first = is_first
+
+    def forward(self, x: torch.Tensor) -> Any:
+        y = self.start(x)
+        scores = self.rest(y)
+        if not self.training:
+            return scores
+        others = self.early(y)
+        return (others, scores) if self.is_first else (scores, others)
+
+
+class WithAuxiliary(Program):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        scores, others = self(batch[0])
+        return F.cross_entropy(scores, batch[1]) + 0.3 * F.cross_entropy(others, batch[1])
+
+
+@pytest.mark.parametrize("name", ["growth+gates", "joint", "reconstruct", "dynamic", "distil"])
+def test_a_network_may_have_more_heads_in_training(name: str, tmp_path: Path) -> None:
+    module = WithAuxiliary(Auxiliary())
+    before = module.net.early[-1].weight.detach().clone()
+    fit(module, SCHEDULES[name](tmp_path), max_epochs=3)
+    assert module.eval()(make_data().tensors[0]).shape == (128, 4)
+    assert not torch.equal(module.net.early[-1].weight, before)
+
+
+def test_a_teacher_teaches_the_outputs_of_evaluation() -> None:
+    message = r"of \(7,\), \(4,\) in training, .* \(4,\) in evaluation.*begin with"
+    with pytest.raises(TrainingError, match=message):
+        fit(WithAuxiliary(Auxiliary(is_first=True)), [Distil(make_network().eval())])
+    scores, others, target = torch.randn(2, 4), torch.randn(2, 7), torch.randn(2, 4)
+    losses = [compare_outputs(output, target, "classes") for output in ((scores, others), scores)]
+    assert torch.equal(*losses)
 
 
 class Scored(Program):
