@@ -44,8 +44,8 @@ def level_sizes(
     Raises:
         OptionError: levels that do not ascend, a fraction outside 0 … 1, a multiple below 1, a kind of budget
             that there is none of.
-        StructureError: a width, or all, leave no room for a level: a fraction without a channel of a width, a
-            budget that even one channel a width exceeds or that the network is within.
+        StructureError: no width can be cut; a budget that even one channel a width exceeds, or that the
+            network is within.
     """
     check_levels(levels, by, multiple, curves)
     if by == "latency_ms" and latency_ms is None:
@@ -97,17 +97,10 @@ def check_levels(levels: Sequence[float], by: str, multiple: int, curves: Curves
 
 
 def _take_fraction(widths: Widths, names: Sequence[str], fraction: float, multiple: int) -> dict[str, int]:
-    """Round a fraction of each width to the nearest multiple."""
-    sizes = {name: round(widths[name].size * fraction / multiple) * multiple for name in names}
-    for name, size in sizes.items():
-        full = widths[name].size
-        if size == 0 and multiple == 1:
-            raise StructureError(
-                f"a fraction of {fraction} leaves width '{name}' of {full} without a channel: "
-                f"ask for more than {1 / (2 * full):.3g}"
-            )
-        sizes[name] = min(max(size, multiple), full)
-    return sizes
+    """Round a fraction of each width to the nearest multiple, but to one at least."""
+    full = {name: widths[name].size for name in names}
+    rounded = {name: round(size * fraction / multiple) * multiple for name, size in full.items()}
+    return {name: min(max(size, multiple), full[name]) for name, size in rounded.items()}
 
 
 def _fit_curves(

@@ -552,7 +552,6 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "an importance that there is nothing for": ({"importance": "gate"}, "no gates"),
     "a multiple of none": ({"multiple": 0}, "multiple"),
     "a budget below the least": ({"by": "macs", "fractions": [10]}, "no level is within macs=10"),
-    "a width that vanishes": ({"fractions": [0.05]}, "without a channel"),
     "levels that come out the same": ({"fractions": [0.5, 0.51]}, "levels 0 and 1 are the same"),
 }
 
