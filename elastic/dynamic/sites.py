@@ -1,13 +1,20 @@
 """Find the kernels that can be switched off: those whose maps need not be read where they are zero."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
 from torch import fx, nn
 
 from elastic.dynamic.sums import find_addend
-from elastic.dynamic.zeros import READS_SHAPE, keeps_zeros
+from elastic.dynamic.zeros import (
+    MAKES_ANEW,
+    PRODUCTS,
+    READS_SHAPE,
+    keeps_zeros,
+    name_operation,
+    works_in_place,
+)
 from elastic.errors import StructureError
 from elastic.widths.discovery import Width, Widths
 from elastic.widths.tracing import BATCH_NORM, get_layer, get_operation_name, list_graphs
@@ -141,9 +148,12 @@ def _follow_maps(traced: fx.GraphModule, writer: fx.Node) -> tuple[tuple[str, ..
     """
     readers: list[str] = []
     depthwise: list[str] = []
+    others: list[fx.Node] = []
     ends = [find_norm(traced, writer)]
+    zeros = set[fx.Node]()
     while ends:
-        for user in ends.pop().users:
+        zeros.add(end := ends.pop())
+        for user in end.users:
             layer = get_layer(traced, user)
             if _is_depthwise(layer):
                 depthwise.append(_require_one_call(traced, str(user.target)))
@@ -153,8 +163,27 @@ def _follow_maps(traced: fx.GraphModule, writer: fx.Node) -> tuple[tuple[str, ..
             elif keeps_zeros(traced, user):
                 ends.append(user)
             elif get_operation_name(user) not in READS_SHAPE:
-                raise StructureError(f"{user.name} does more with its maps than to read them")
+                others.append(user)
+    for other in others:
+        if not _ends_in_products(traced, other, zeros):
+            raise StructureError(f"{other.name} does more with its maps than to read them")
     return tuple(dict.fromkeys(readers)), tuple(depthwise)
+
+
+def _ends_in_products(traced: fx.GraphModule, node: fx.Node, zeros: Collection[fx.Node]) -> bool:
+    """Tell whether all that is made of a node is multiplied by maps that are off: `x * torch.sigmoid(x)`."""
+    made, anew = {node}, set[fx.Node]()  # what shares no memory with the maps may be changed in place
+    for user in traced.graph.nodes:
+        is_product = user in zeros and name_operation(traced, user) in PRODUCTS
+        if user is not node and (is_product or made.isdisjoint(user.all_input_nodes)):
+            continue
+        first = user.all_input_nodes[0]
+        if user.op == "output" or (works_in_place(traced, user) and first not in anew):
+            return False
+        made.add(user)
+        if first in anew or name_operation(traced, user) in MAKES_ANEW:
+            anew.add(user)
+    return True
 
 
 def _is_depthwise(layer: nn.Module | None) -> bool:

@@ -1,5 +1,7 @@
 """Tell which operations keep zeros: maps that are off stay off on their way to what reads them."""
 
+import operator
+
 import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
@@ -33,6 +35,8 @@ BY_ARGUMENTS: dict[str, type[nn.Module] | None] = {
     **{"hardtanh": nn.Hardtanh, "threshold": nn.Threshold, "constant_pad2d": nn.ConstantPad2d},
     **dict.fromkeys(("clamp", "clip", "pad", "div", "truediv", "true_divide", "divide")),
 }
+IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+MAKES_ANEW = {"add", "sub", "mul", "div", "truediv", "neg", "exp", "sigmoid", "tanh", "softplus"}
 RESHAPES = {"flatten", "view", "reshape"}  # of those, the ones behind which channels lie elsewhere
 READS_SHAPE = {"size", "getattr", "dim"}
 NAMES = {layer: name for name, layer in (KEEPS_ZEROS | BY_ARGUMENTS).items() if layer is not None}
@@ -46,11 +50,36 @@ def name_operation(traced: nn.Module, node: fx.Node) -> str:
     return get_operation_name(node).strip("_") if node.op in ("call_function", "call_method") else ""
 
 
+def works_in_place(traced: nn.Module, node: fx.Node) -> bool:
+    """Tell whether a node may change what it reads: by its layer, name (`relu_`, `iadd`), a flag or `out`."""
+    layer = get_layer(traced, node)
+    if layer is not None:
+        return bool(getattr(layer, "inplace", False))
+    flags = any(value is True for value in (*node.args, *node.kwargs.values()))
+    return node.target in IN_PLACE or get_operation_name(node).endswith("_") or flags or "out" in node.kwargs
+
+
 def keeps_zeros(traced: nn.Module, node: fx.Node) -> bool:
     """Tell whether maps of zeros are maps of zeros behind a node."""
     name = name_operation(traced, node)
-    is_decided = name in BY_ARGUMENTS and _makes_zeros_of_zeros(traced, node, name == "pad")
-    return name in KEEPS_ZEROS or is_decided
+    if name in BY_ARGUMENTS:
+        return _makes_zeros_of_zeros(traced, node, name == "pad")
+    return name in KEEPS_ZEROS or (name.endswith(".apply") and _keeps_each_map(node))
+
+
+def _keeps_each_map(node: fx.Node) -> bool:
+    """Tell, of a function with a gradient of its own, whether each map of zeros stays one, by trying it."""
+    arguments, function = node.args[1:], node.target
+    if not callable(function) or any(isinstance(value, fx.Node) for value in tree_leaves(arguments)):
+        return False
+    on_KK = 1 - torch.eye(8)
+    x_KKHW = on_KK[:, :, None, None] * torch.linspace(-9, 9, 6 * 6).view(6, 6)
+    try:
+        y_KKHW = function(x_KKHW, *arguments)
+    except Exception:  # it is the model's own, and not made for such an input
+        return False
+    is_map = isinstance(y_KKHW, torch.Tensor) and y_KKHW.shape == x_KKHW.shape
+    return is_map and not y_KKHW[on_KK == 0].any()
 
 
 def _makes_zeros_of_zeros(traced: nn.Module, node: fx.Node, is_padding: bool) -> bool:

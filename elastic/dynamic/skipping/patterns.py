@@ -1,23 +1,12 @@
-"""Recognise what stands around a convolution in a traced network: sums, ReLUs, and what works in place."""
+"""Recognise what stands around a convolution in a traced network: sums, ReLUs, poolings and heads."""
 
-import operator
 from collections.abc import Sequence
 
 from torch import fx, nn
 from torch.nn.modules.utils import _pair
 
+from elastic.dynamic.zeros import works_in_place
 from elastic.widths.tracing import get_layer, get_operation_name
-
-IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
-
-
-def works_in_place(traced: nn.Module, node: fx.Node) -> bool:
-    """Tell whether a node may change what it reads: by its layer, name (`relu_`, `iadd`), a flag or `out`."""
-    layer = get_layer(traced, node)
-    if layer is not None:
-        return bool(getattr(layer, "inplace", False))
-    flags = any(value is True for value in (*node.args, *node.kwargs.values()))
-    return node.target in IN_PLACE or get_operation_name(node).endswith("_") or flags or "out" in node.kwargs
 
 
 def find_next(traced: nn.Module, chain: Sequence[fx.Node]) -> fx.Node | None:

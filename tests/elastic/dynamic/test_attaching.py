@@ -273,6 +273,33 @@ def test_maps_that_are_multiplied_are_off_where_a_factor_is(name: str) -> None:
     check_off(net, found, make_skipping, lambda each: make_skipping(each, [X]), make_masked)
 
 
+class Swish(torch.autograd.Function):
+    """Keep the input alone for the gradient, as implementations do that spare memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x.sigmoid()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        sigmoid = x.sigmoid()
+        return gradients[0] * sigmoid * (1 + x * (1 - sigmoid))
+
+
+class Shift(torch.autograd.Function):
+    """Make something of zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x + 0.1
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
 LAYERS = [
     *(nn.PReLU(), nn.PReLU(6), nn.RReLU(), nn.Softsign(), nn.Tanhshrink(), nn.Hardshrink(), nn.Softshrink()),
     *(nn.Hardtanh(-0.5, 0.5), nn.Threshold(0.1, 0.0), nn.LPPool2d(2, 2), nn.Upsample(scale_factor=2)),
@@ -289,10 +316,17 @@ FUNCTIONS: list[Callable[[Tensor], Tensor]] = [
     ),
     *(lambda x: F.interpolate(x, scale_factor=2.0), lambda x: x.float(), lambda x: x.clone()),
 ]
+BY_HAND: list[Callable[[Tensor], Tensor]] = [
+    *(lambda x: x * torch.sigmoid(x), lambda x: x.sigmoid().mul(x), lambda x: x * torch.tanh(F.softplus(x))),
+    *(lambda x: x * F.relu6(x + 3, inplace=True) / 6, lambda x: x.mul_(x.exp() + 1), Swish.apply),
+    lambda x: x * x.amax((2, 3))[:, :, None, None].sigmoid().mul_(2),
+]
 OTHERS: list[Callable[[Tensor], Tensor]] = [
     *(nn.Sigmoid(), nn.Softplus(), nn.Hardsigmoid(), nn.Hardtanh(0.1, 1.0), nn.Threshold(0.1, 1.0)),
     *(nn.ConstantPad2d(1, 1.0), lambda x: x.clamp(min=0.1), lambda x: F.pad(x, (1, 1, 1, 1), value=1.0)),
     *(lambda x: torch.cos(x), lambda x: x.exp(), lambda x: 1 / (1 + x.square()), lambda x: x + 1),
+    *(lambda x: x + torch.sigmoid(x), lambda x: (y := x.sigmoid()) - x * y, Shift.apply),
+    *(lambda x: x * F.hardsigmoid(x, inplace=True), lambda x: x * x.flatten(2).exp_().view_as(x)),
 ]
 
 
@@ -306,7 +340,7 @@ def between(make: Callable[[Tensor], Tensor]) -> Net:
 
 
 @pytest.mark.sampled(10)
-@pytest.mark.parametrize("make", [*LAYERS, *FUNCTIONS])
+@pytest.mark.parametrize("make", [*LAYERS, *FUNCTIONS, *BY_HAND])
 def test_maps_that_are_off_are_so_behind_what_keeps_zeros(make: Callable[[Tensor], Tensor]) -> None:
     net = gated(between(make), X, names=["expand"])
     (found,) = iterate_modules(net)
