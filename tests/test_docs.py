@@ -228,6 +228,7 @@ def run_command(words: Sequence[str], call: Callable[..., str]) -> None:
         CHECKS.get(name, check_files)(out, given)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX`")
 @pytest.mark.parametrize(
     "page",

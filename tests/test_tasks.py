@@ -65,6 +65,7 @@ def monitor(path: Path) -> str:
     return "val/acc" if path.stem == "classification" else "val/loss"
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("path", SOME, ids=lambda path: path.stem)
 def test_it_grows_and_prunes_to_a_budget_and_compacts(path: Path) -> None:
     budget = 5 * BUDGET if path.stem == "classification" else BUDGET
@@ -103,6 +104,7 @@ def test_its_result_is_saved_loaded_and_exported(path: Path, callback: L.Callbac
                 torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("path", SOME, ids=lambda path: path.stem)
 def test_its_levels_learn_what_the_network_says(path: Path) -> None:
     structure = train(path, TrainJointly([0.5], outputs="values"), epochs=3)

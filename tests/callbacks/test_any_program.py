@@ -99,6 +99,7 @@ def test_a_run_killed_and_continued_is_the_whole_run(name: str, tmp_path: Path) 
     assert_continued_is_whole(name, tmp_path, batch=18)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -145,7 +146,7 @@ def assert_continued_is_whole(name: str, tmp_path: Path, batch: int, **options: 
     torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_the_network_changes_as_asked_and_still_learns(name: str, tmp_path: Path) -> None:
     module = make_program()
@@ -221,6 +222,7 @@ class ByName(Program):
         return self.net(images=x_BCHW)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["growth+gates", "joint", "reconstruct", "dynamic", "distil"])
 def test_a_network_may_be_called_by_names(name: str, tmp_path: Path) -> None:
     module = ByName()
@@ -244,6 +246,7 @@ class Described(Program):
         return self.net(x_BCHW)["scores"]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "name", ["growth+gates", "joint", "reconstruct", "dynamic", "resolution+growth", "distil"]
 )
@@ -282,6 +285,7 @@ class WithAuxiliary(Program):
         return F.cross_entropy(scores, batch[1]) + 0.3 * F.cross_entropy(others, batch[1])
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ["growth+gates", "joint", "reconstruct", "dynamic", "distil"])
 def test_a_network_may_have_more_heads_in_training(name: str, tmp_path: Path) -> None:
     module = WithAuxiliary(Auxiliary())

@@ -55,6 +55,7 @@ def test_the_gradient_is_that_of_the_paper(weight: float, temperature: float) ->
     torch.testing.assert_close(given_BK.grad.float(), (weight * temperature * (q_BK - p_BK) / 6).float())
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "schedule",
     [pytest.param("[static,distil]", marks=pytest.mark.slow), "[dynamic,distil]", "[gates,distil]"],

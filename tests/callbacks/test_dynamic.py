@@ -244,6 +244,7 @@ def joint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -635,6 +636,7 @@ LOOKING = (
 )
 
 
+@pytest.mark.slow
 def test_kernels_close_on_the_path_to_the_target_and_the_choice_then_stays(tmp_path: Path) -> None:
     fractions: list[tuple[float, float]] = []
     weights: list[tuple[float, list[Tensor]]] = []

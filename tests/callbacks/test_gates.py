@@ -161,6 +161,7 @@ def spared_epochs(folder: Path, schedule: str, grace: int) -> list[int]:
     return sorted(spared)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("grace", "schedule"), [(0, "[gates,growth]"), (2, "[growth,gates]"), (2, "[gates,growth]")]
 )
@@ -280,6 +281,7 @@ def test_the_budget_is_met(tmp_path: Path, grain: str) -> None:
     assert 400 - (8 if grain == "weight" else 40) <= counts.count_params(plain) <= 400
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("budget", [(), ("callbacks.gates.budget=400",)])
 def test_no_layer_shuts_all_of_its_gates(tmp_path: Path, budget: tuple[str, ...]) -> None:
     """A penalty a thousand times too strong would shut every channel within a few steps."""
@@ -421,6 +423,7 @@ def test_the_budget_is_met_by_a_net_that_grows(tmp_path: Path, grain: str) -> No
     assert float(run.trainer.callback_metrics["val/acc"]) > 0.8
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("epochs", [2, 6])
 def test_a_budget_is_settled_in_the_last_epoch_at_the_latest(tmp_path: Path, epochs: int) -> None:
     given = ("callbacks.gates.budget=600", "callbacks.gates.end=1.0", f"trainer.max_epochs={epochs}")

@@ -91,6 +91,7 @@ def test_never_grows_above_the_ceiling(tmp_path: Path) -> None:
     assert {event["why"] for event in run.module.structure.timeline} == {"grow: by the clock"}
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("until", "last"), [(0.26, 2), (0.25, 1), pytest.param(0.0, None, marks=SLOW)])
 def test_nothing_grows_after_until(tmp_path: Path, until: float, last: int | None) -> None:
     """Epoch e of 8 may grow where e / 8 is less than `until`."""
@@ -337,6 +338,7 @@ def test_a_timeline_of_fewer_blocks_is_refused(tmp_path: Path) -> None:
         fit(tmp_path, *GROWING, *RESIDUAL, f"timeline={tmp_path / 't.jsonl'}")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -69,6 +69,7 @@ def sandwich(
     return {"loss": task, "network": found, "norms": own}
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("between", "model"),
     [

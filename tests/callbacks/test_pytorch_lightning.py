@@ -86,6 +86,7 @@ def grow() -> GrowOnSaturation:
     return GrowOnSaturation(trigger, Growth(factor=1.5, ceiling=2), monitor="epochs", until=0.9)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "make",
     [

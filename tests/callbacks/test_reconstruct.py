@@ -622,6 +622,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("what", REFUSED)
 def test_a_run_that_cannot_be_is_refused_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, what: str

@@ -91,6 +91,7 @@ def grow(name: str) -> GrowOnSaturation:
     return GrowOnSaturation(Periodic(1), Growth(factor=1.5, ceiling=2), fresh=fresh)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["conditional", "siamese", "timed"])
 def test_networks_of_several_inputs_grow_and_are_pruned(name: str, tmp_path: Path) -> None:
     inputs = make_inputs(name, 3, seed=5)

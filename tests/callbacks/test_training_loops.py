@@ -162,6 +162,7 @@ def test_a_penalty_is_not_clipped() -> None:
     assert not all(open_gates)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true", "bf16-true"])
 def test_other_precisions_reach_the_budget(precision: Any) -> None:
     module = make_program()
@@ -172,6 +173,7 @@ def test_other_precisions_reach_the_budget(precision: Any) -> None:
     assert 0.9 * BUDGET <= measure_compacted(module) <= BUDGET
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
 @pytest.mark.parametrize(
     "callback",
@@ -275,6 +277,7 @@ class Endless(Stream):
             yield from super().__iter__()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "callbacks",
     [

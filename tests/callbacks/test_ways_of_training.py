@@ -99,7 +99,7 @@ class ByLayer(Program):
         return torch.optim.SGD(layers, lr=0.05)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", [ByName, ByKind, ByLayer])
 @pytest.mark.parametrize("way", ["whole", "continued", "further"])
 def test_gated_weights_are_found_by_the_names_that_the_program_gave_them(
@@ -453,6 +453,7 @@ def grow_and_prune(grain: Grain = "weight") -> list[L.Callback]:
     return [FollowNetwork("net", copies=["target"]), grow, PruneByGates(grain, penalty=5e-2, begin=0.0)]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("grain", ["weight", "channel"])
 def test_a_network_that_a_program_keeps_in_step_follows_each_change(grain: Grain, tmp_path: Path) -> None:
     """Without momentum it is the trained one after each step, gates, growth, removed channels and all."""

@@ -81,7 +81,7 @@ def composed() -> list[tuple[str, ...]]:
     return rows + [(f"{group}={name}",) for group in DELTAS for name in files(group)]
 
 
-@pytest.mark.sampled(15)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("overrides", composed(), ids=" ".join)
 def test_every_choice_composes(tmp_path: Path, overrides: tuple[str, ...]) -> None:
     """And every class or function it names can be imported."""
@@ -92,6 +92,7 @@ def test_every_choice_composes(tmp_path: Path, overrides: tuple[str, ...]) -> No
         assert callable(instantiate({"_target_": "hydra.utils.get_object", "path": name}))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", [name for name in files("model") if name != "narrow"])
 def test_every_model_can_be_made_and_be_narrow(name: str) -> None:
     if name == "timm":
@@ -113,6 +114,7 @@ def test_every_optimizer_can_be_made(name: str) -> None:
     assert optimizer.param_groups[0]["lr"] == node("optimizer", name).lr
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", sorted({*files("data")} - {"huggingface"}))  # whose extra may be missing
 def test_every_data_set_can_be_named_without_being_there(tmp_path: Path, name: str) -> None:
     """Making it reads nothing; digits need no download at all."""
@@ -289,6 +291,7 @@ SCHEDULES = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("schedule", list(SCHEDULES))
 def test_every_schedule_runs(tmp_path: Path, schedule: str) -> None:
     budget = ["callbacks.magnitude.budget=900"] if "magnitude" in schedule else []
@@ -342,6 +345,7 @@ COSTLY = (
 )
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("experiment", [name for name in files("experiment") if name != "imagenette_levels"])
 def test_every_experiment_can_begin(tmp_path: Path, experiment: str) -> None:
     cfg = configure(tmp_path, f"experiment={experiment}")
@@ -349,6 +353,7 @@ def test_every_experiment_can_begin(tmp_path: Path, experiment: str) -> None:
     assert cfg.name == experiment and module.structure.example.shape[1:] == data.shape
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "experiment",
     [pytest.param(name, marks=[pytest.mark.slow] * (name in COSTLY)) for name in files("experiment")],
@@ -422,6 +427,7 @@ def test_a_profile_is_in_the_runs_folder(tmp_path: Path) -> None:
     assert "run_training_batch" in (tmp_path / "fit-profile.txt").read_text()
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("fresh", "optimizer"), [("split", "sgd"), ("gradmax", "adamw")])
 def test_a_start_runs_with_an_optimizer(tmp_path: Path, optimizer: str, fresh: str) -> None:
     every = ("trigger=periodic", "trigger.every=1", "callbacks.growth.until=1.0", "trainer.max_epochs=2")

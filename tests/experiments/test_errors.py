@@ -95,7 +95,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 
-@pytest.mark.sampled(15)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("what", list(WRONG))
 def test_a_setting_that_is_wrong_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
@@ -205,6 +205,7 @@ def test_a_run_that_steps_bound_is_not_continued_by_epochs(tmp_path: Path) -> No
         extend(saved, 3, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_in_phases_is_not_continued_for_more_epochs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -238,6 +239,7 @@ DAMAGED: dict[str, bytes] = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("what", list(DAMAGED))
 def test_a_damaged_summary_is_named_and_nothing_is_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
@@ -413,6 +415,7 @@ def test_folders_are_named_as_they_are_called(word: str, written: str) -> None:
     assert rewrite(word) == written
 
 
+@pytest.mark.slow
 def test_a_folder_with_an_equals_sign_is_trained_in_and_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

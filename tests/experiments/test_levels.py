@@ -38,6 +38,7 @@ def fixtures(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     return monkeypatch, capsys
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("level", [0, 1, None])
 def test_a_level_is_exported_as_it_is_in_its_network(
     finished: Path, tmp_path: Path, fixtures: Fixtures, level: int | None

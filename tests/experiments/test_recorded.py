@@ -145,6 +145,7 @@ LONG = (
 )  # of commands
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "readme",
     [pytest.param(path, marks=[pytest.mark.slow] * (path.parent.name in LONG)) for path in READMES],

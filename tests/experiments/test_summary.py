@@ -230,6 +230,7 @@ def opened(path: Path) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("epochs", "timeline", "widths"), [(1, grown(0), 20), (60, [], 4)])
 def test_the_picture_can_be_opened(
     tmp_path: Path, epochs: int, timeline: list[dict[str, Any]], widths: int

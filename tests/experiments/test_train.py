@@ -96,6 +96,7 @@ def test_the_configuration_that_is_kept_gives_the_same_run_again(tmp_path: Path)
     assert_same(one["state_dict"], two["state_dict"])
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
 def test_a_run_in_another_precision_is_saved_and_measured_in_32_bits(tmp_path: Path, precision: str) -> None:
     options = ("experiment=smoke", "data.batch_size=512", f"trainer.precision={precision}")

@@ -224,6 +224,7 @@ DAMAGE: dict[str, bytes] = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "what", [pytest.param(name, marks=[pytest.mark.slow] * (i % 3 > 0)) for i, name in enumerate(DAMAGE)]
 )
@@ -279,6 +280,7 @@ def history(state: dict[str, Any]) -> Any:
     return state["state_dict"]["structure._extra_state"]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "what", [pytest.param(name, marks=[pytest.mark.slow] * (i > 2)) for i, name in enumerate(HOSTILE)]
 )

@@ -67,6 +67,7 @@ def switched(home: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[
     return records(folder)
 
 
+@pytest.mark.slow
 def test_every_panel_has_its_data(
     changing: tuple[Path, list[dict[str, Any]]], switched: list[dict[str, Any]]
 ) -> None:

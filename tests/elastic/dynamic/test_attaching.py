@@ -30,7 +30,7 @@ from tests.elastic.zoo import CASES, Net, conv, head, randomised
 X = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.sampled(10)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", CASES)
 @given(seed=st.integers(0, 10**6))
 @settings(max_examples=4)

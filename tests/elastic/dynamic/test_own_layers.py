@@ -241,6 +241,7 @@ BY_MODE: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("make", BY_MODE.values(), ids=BY_MODE)
 def test_a_network_may_be_another_one_in_training(make: Callable[[], nn.Module]) -> None:
     net = make()
@@ -267,6 +268,7 @@ def test_it_is_pickled_with_both_graphs() -> None:
         assert all(map(torch.equal, *list_outputs([dynamic, again], training)))
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("sets", [1, 2])
 @pytest.mark.parametrize("make", BY_MODE.values(), ids=BY_MODE)
 def test_it_is_skipped_as_in_evaluation(make: Callable[[], nn.Module], sets: int) -> None:

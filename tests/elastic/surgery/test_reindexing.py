@@ -365,6 +365,7 @@ def test_what_an_optimizer_keeps_in_other_shapes_follows() -> None:
     assert all(buffer[KEPT].all() and not buffer[NEW].any() for buffer in now["momentum_buffer"])
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("make", "most"), [(torch.optim.Adam, 1), (torch.optim.AdamW, 1), (torch.optim.RMSprop, 3)]
 )

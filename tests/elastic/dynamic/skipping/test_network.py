@@ -307,6 +307,7 @@ def test_inputs_that_are_no_images_are_refused(x: Tensor, message: str, seen: bo
             fast(x)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("method", METHODS)
 def test_it_computes_in_fp32_whatever_a_program_has_set(
     method: Method, monkeypatch: pytest.MonkeyPatch
