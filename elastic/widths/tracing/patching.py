@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # Functions that make a tensor of given sizes, or tell of a type: torch.fx does not see them where these are
 # traced.
-FACTORIES = tuple("ones zeros full empty arange rand randn linspace eye tensor as_tensor finfo iinfo".split())
+FACTORIES = tuple("ones zeros full empty arange linspace eye tensor as_tensor finfo iinfo".split())
 # These make other numbers each time.
 RANDOM = tuple("rand randn randint randperm normal bernoulli multinomial poisson".split())
 RANDOM_METHODS = tuple("bernoulli bernoulli_ uniform_ normal_ random_ exponential_ multinomial".split())
@@ -57,8 +57,8 @@ def trace_factories(tracer: "ConcreteTracer", draws: bool) -> Iterator[None]:
     Args:
         draws: whether random numbers are drawn each time, also where nothing that is traced says how many.
     """
-    before = {name: getattr(torch, name) for name in {*FACTORIES, *RANDOM}}
-    methods = {*SIZED, *RANDOM_METHODS}
+    before = {name: getattr(torch, name) for name in (*FACTORIES, *RANDOM)}
+    methods = (*SIZED, *RANDOM_METHODS)
     try:
         for name, function in before.items():
             always = draws and name in RANDOM
