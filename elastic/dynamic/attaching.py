@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from elastic.dynamic.activations import Activation
+from elastic.dynamic.calls import find_calls, find_norm
 from elastic.dynamic.modules import KINDS, KernelActivation
 from elastic.dynamic.norms import SetNorm
-from elastic.dynamic.sites import Site, find_calls, find_norm, find_sites
+from elastic.dynamic.sites import Site, find_sites
 from elastic.errors import OptionError, StructureError
 from elastic.widths.discovery import Widths
 from elastic.widths.tracing import BATCH_NORM, get_layer, list_graphs, trace_both_modes
@@ -76,23 +77,26 @@ def _attach(
 
 @torch.no_grad()
 def _measure_worth(traced: fx.GraphModule, site: Site, kernels: int) -> Tensor:
-    """Measure what each kernel's map moves in its readers: their weights for it, times its norm's gain."""
-    (call,) = find_calls(traced, site.writer)
+    """Measure what each kernel's map moves in its readers: their weights for it, times its norms' gains."""
     worth_K = measure_reading_weights(traced, site, kernels)
-    norm = get_layer(traced, find_norm(traced, call))
-    gain_K = None if norm is None else norm._parameters.get("weight")
-    return worth_K if gain_K is None or gain_K.dim() > 1 else worth_K * gain_K.square()
+    (call,) = find_calls(traced, site.writer)
+    behind = (str(find_norm(traced, call).target), *site.followers)
+    for layer in map(traced.get_submodule, behind):
+        gain_K = layer._parameters.get("weight")
+        if gain_K is not None and gain_K.dim() == 1:  # a norm's
+            worth_K = worth_K * gain_K.square()
+    return worth_K
 
 
 def measure_reading_weights(traced: fx.GraphModule, site: Site, kernels: int) -> Tensor:
-    """Sum the squares of the weights that read each kernel's map, without those of groups; 1 if none do."""
+    """Sum the squares of the weights that read each kernel's map; 1 if none do."""
     weight = cast(Tensor, traced.get_submodule(site.writer).weight)
     worth_K = weight.new_zeros(kernels) if site.readers else weight.new_ones(kernels)
-    for layer in (traced.get_submodule(path) for path in site.readers):
-        if getattr(layer, "groups", 1) == 1:
-            weight = cast(Tensor, layer.weight)
-            weight_KN = weight.transpose(0, 1).unflatten(0, (kernels, -1)).flatten(1)
-            worth_K = worth_K + weight_KN.square().sum(1)
+    for reader in site.readers:
+        layer = traced.get_submodule(reader.path)
+        weight = cast(Tensor, layer.weight).unflatten(0, (getattr(layer, "groups", 1), -1))
+        read = weight.transpose(1, 2).flatten(0, 1)[reader.begin : reader.end]
+        worth_K = worth_K + read.unflatten(0, (kernels, -1)).flatten(1).square().sum(1)
     return worth_K
 
 
@@ -100,7 +104,7 @@ def _attach_norms(traced: fx.GraphModule, modules: nn.ModuleDict, sets: int) -> 
     """Keep statistics of norms for each set of modules, wherever statistics are kept."""
     for node in chain.from_iterable(graph.nodes for graph in list_graphs(traced)):
         norm, name = get_layer(traced, node), str(node.target).replace(".", "/")
-        if isinstance(norm, BATCH_NORM) and norm.running_mean is not None:
+        if isinstance(norm, BATCH_NORM | nn.InstanceNorm2d) and norm.running_mean is not None:
             if name not in modules:  # it may be called more than once
                 modules[name] = SetNorm(norm, sets)
             node.target = f"{MODULES}.{name}"
@@ -111,7 +115,7 @@ def _insert(traced: fx.GraphModule, graph: fx.Graph, site: Site, path: str) -> N
     (conv,) = graph.find_nodes(op="call_module", target=site.writer)
     with graph.inserting_before(conv):
         gate = graph.call_module(path, (conv.args[0],))
-    for layer in (site.writer, *site.depthwise):
+    for layer in (site.writer, *site.followers):
         (call,) = graph.find_nodes(op="call_module", target=layer)
         end = find_norm(traced, call)
         with graph.inserting_after(end):

@@ -4,8 +4,6 @@ The MACs of an input are those of its active kernels over active maps, and of th
 """
 
 from dataclasses import dataclass
-from functools import reduce
-from operator import mul
 from typing import Literal, get_args
 
 import torch
@@ -13,7 +11,6 @@ from torch import Tensor, fx
 
 from elastic.dynamic.attaching import MODULES
 from elastic.dynamic.modules import iterate_modules
-from elastic.dynamic.sites import iterate_layers
 from elastic.errors import OptionError
 from elastic.measure.counts import count_macs_by_layer
 from elastic.ranges import Fraction, NotNegative, checked
@@ -56,17 +53,20 @@ class ActivationCost:
     def macs_B(self) -> Tensor:
         """Count the MACs of each sample; differentiable.
 
-        A layer costs the part of its kernels that is on, times the part of the maps that it reads.
+        A layer costs the part of its kernels that is on, times the part of the channels that it reads.
         """
-        parts: dict[str, list[Tensor]] = {}
+        written: dict[str, Tensor] = {}
+        read: dict[str, Tensor] = {}
         for module in iterate_modules(self.net):
-            part_B = module.active_BK.mean(1)
-            for path in iterate_layers(module.site):
-                parts.setdefault(path, []).append(part_B)
-        fixed = sum(macs for path, macs in self._layer_macs.items() if path not in parts) + self.module_macs
-        # Not torch's product, whose backward counts zeros on the host, and so waits for a GPU.
-        engaged = [self._layer_macs[path] * reduce(mul, part) for path, part in parts.items()]
-        return torch.stack(engaged).sum(0) + fixed
+            part_B, site = module.active_BK.mean(1), module.site
+            for path in (site.writer, *site.followers):
+                written[path] = part_B
+            for reader in site.readers:
+                read[reader.path] = read.get(reader.path, 1) - reader.share * (1 - part_B)
+        layers = self._layer_macs.items()
+        macs_B = sum(macs * written.get(path, 1) * read.get(path, 1) for path, macs in layers)
+        assert isinstance(macs_B, Tensor)
+        return macs_B + self.module_macs
 
     def kernels_B(self) -> Tensor:
         """Measure the part of the kernels that each sample engages; differentiable."""

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from elastic.dynamic.modules import SetMember
 from elastic.widths.tracing import BATCH_NORM
@@ -11,7 +11,7 @@ from elastic.widths.tracing import BATCH_NORM
 class SetNorm(SetMember):
     """Normalise with statistics of the active set of modules, since sets leave other kernels on.
 
-    Weights and biases are the batch norm's own. Of the statistics, the active set's are used and kept up to
+    Weights and biases are the norm's own. Of the statistics, the active set's are used and kept up to
     date.
     """
 
@@ -19,7 +19,7 @@ class SetNorm(SetMember):
     var_SC: Tensor
     seen_S: Tensor  # batches; a name in files
 
-    def __init__(self, norm: BATCH_NORM, sets: int) -> None:
+    def __init__(self, norm: BATCH_NORM | nn.InstanceNorm2d, sets: int) -> None:
         super().__init__()
         assert norm.running_mean is not None and norm.running_var is not None
         self._norm = (norm,)  # not registered: the network has it
@@ -45,12 +45,13 @@ class SetNorm(SetMember):
         if self.training:
             self.seen_S[self.active_set] += 1
             momentum = 1 / float(self.seen_S[self.active_set]) if momentum is None else momentum
+        normalize = F.instance_norm if isinstance(norm, nn.InstanceNorm2d) else F.batch_norm
         statistics = self.running_mean, self.running_var
-        return F.batch_norm(x, *statistics, norm.weight, norm.bias, self.training, momentum or 0.0, self.eps)
+        return normalize(x, *statistics, norm.weight, norm.bias, self.training, momentum or 0.0, self.eps)
 
     @torch.no_grad()
     def hand_over(self) -> None:
-        """Give the batch norm the active set's statistics."""
+        """Give the norm the active set's statistics."""
         (norm,) = self._norm
         norm.load_state_dict(
             {"running_mean": self.running_mean, "running_var": self.running_var}, strict=False

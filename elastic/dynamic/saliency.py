@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from elastic.dynamic.attaching import MODULES, measure_reading_weights
+from elastic.dynamic.calls import find_calls
 from elastic.dynamic.modules import KernelActivation, iterate_modules
-from elastic.dynamic.sites import find_calls
 from elastic.dynamic.zeros import name_operation
 from elastic.errors import OptionError
 from elastic.widths.inputs import Example, list_inputs

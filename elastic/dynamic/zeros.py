@@ -36,9 +36,10 @@ BY_ARGUMENTS: dict[str, type[nn.Module] | None] = {
     **dict.fromkeys(("clamp", "clip", "pad", "div", "truediv", "true_divide", "divide")),
 }
 IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
-MAKES_ANEW = {"add", "sub", "mul", "div", "truediv", "neg", "exp", "sigmoid", "tanh", "softplus"}
 RESHAPES = {"flatten", "view", "reshape"}  # of those, the ones behind which channels lie elsewhere
 READS_SHAPE = {"size", "getattr", "dim"}
+JOINS = {"cat", "concat", "concatenate"}
+CHANNELS = (1, -3)  # the dimension, in batches of maps
 NAMES = {layer: name for name, layer in (KEEPS_ZEROS | BY_ARGUMENTS).items() if layer is not None}
 
 
@@ -57,6 +58,18 @@ def works_in_place(traced: nn.Module, node: fx.Node) -> bool:
         return bool(getattr(layer, "inplace", False))
     flags = any(value is True for value in (*node.args, *node.kwargs.values()))
     return node.target in IN_PLACE or get_operation_name(node).endswith("_") or flags or "out" in node.kwargs
+
+
+def list_joined(node: fx.Node) -> list[fx.Node]:
+    """List the nodes whose maps a node joins, one after the other; none if it does something else."""
+    if node.op != "call_function" or get_operation_name(node) not in JOINS:
+        return []
+    given = dict(zip(("tensors", "dim"), node.args, strict=False)) | node.kwargs
+    tensors = given.get("tensors")
+    if given.get("dim") not in CHANNELS or not isinstance(tensors, list | tuple):
+        return []
+    nodes = [x for x in tensors if isinstance(x, fx.Node)]
+    return nodes if len(nodes) == len(tensors) else []
 
 
 def keeps_zeros(traced: nn.Module, node: fx.Node) -> bool:

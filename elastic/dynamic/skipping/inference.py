@@ -6,8 +6,8 @@ from itertools import accumulate
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from elastic.dynamic.calls import find_calls
 from elastic.dynamic.norms import SetNorm
-from elastic.dynamic.sites import find_calls
 from elastic.errors import StructureError
 from elastic.pruning.folding import fold_gates
 from elastic.widths.hooks import has_hooks

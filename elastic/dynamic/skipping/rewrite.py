@@ -18,7 +18,7 @@ from elastic.dynamic.skipping.inference import delete_unused_layers, prepare_for
 from elastic.dynamic.skipping.layers import ActiveMaxPool2d, ActiveModule
 from elastic.dynamic.skipping.patterns import find_head, find_next, find_pool_size
 from elastic.dynamic.sums import find_addend
-from elastic.dynamic.zeros import PRODUCTS, RESHAPES, keeps_zeros, name_operation
+from elastic.dynamic.zeros import PRODUCTS, RESHAPES, keeps_zeros, list_joined, name_operation
 from elastic.errors import StructureError
 from elastic.widths.hooks import has_hooks
 from elastic.widths.inputs import Example
@@ -30,6 +30,13 @@ Chain = list[fx.Node]  # of which each alone reads the one before
 def scale(x_BCHW: Tensor, active: Active) -> Tensor:
     """Multiply maps by their gates."""
     return active.scale(x_BCHW)
+
+
+def join(maps: Sequence[Tensor], actives: Sequence[Active | None]) -> Active:
+    """List the active channels of maps that are joined, of which all are where there is no list."""
+    gates = [x.new_ones(x.shape[:2]) for x in maps]
+    pairs = zip(gates, actives, strict=True)
+    return Active.from_gates(torch.cat([gate if a is None else a.gate_BK for gate, a in pairs], 1))
 
 
 def rewrite(net: nn.Module, method: Method | None = None, samples: Sequence[Example] = ()) -> fx.GraphModule:
@@ -92,6 +99,8 @@ class _Rewriter:
             self._list_active(node, gates)
         elif keeps_zeros(self.traced, node) and name_operation(self.traced, node) not in RESHAPES:
             self._list_active(node, self._get_active(node))
+        elif joined := list_joined(node):
+            self._join_active(node, joined)
 
     @_rewrite.register
     def _(self, layer: KernelActivation, node: fx.Node) -> None:
@@ -152,6 +161,13 @@ class _Rewriter:
     def _list_active(self, node: fx.Node, active: fx.Node | None) -> None:
         if active is not None:
             self.active[node] = active
+
+    def _join_active(self, node: fx.Node, joined: Sequence[fx.Node]) -> None:
+        """List the active channels behind a node that joins maps, if not all are known to be."""
+        actives = [self.active.get(source) for source in joined]
+        if any(actives):
+            with self.graph.inserting_after(node):
+                self.active[node] = self.graph.call_function(join, (joined, actives))
 
     def _get_gates(self, node: fx.Node) -> fx.Node | None:
         """Get the gates that a node multiplies maps by, if that is what it does."""

@@ -14,10 +14,10 @@ from torch import Tensor, fx, nn
 from torchvision.ops import StochasticDepth
 
 from elastic.dynamic.activations import Activation, compute_gates
-from elastic.dynamic.attaching import attach_modules
+from elastic.dynamic.attaching import attach_modules, measure_reading_weights
 from elastic.dynamic.loss import ActivationCost, ActivationLoss
 from elastic.dynamic.modules import WITHIN, KernelActivation, iterate_modules, select_set
-from elastic.dynamic.sites import Site
+from elastic.dynamic.sites import Reader, Site
 from elastic.dynamic.skipping import make_masked, make_skipping
 from elastic.errors import OptionError, StructureError
 from elastic.measure.counts import count_macs
@@ -28,6 +28,7 @@ from tests.elastic.dynamic.gated import case_or_none, gated
 from tests.elastic.zoo import CASES, Net, conv, head, randomised
 
 X = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+PROJECT = Reader("project", 0, 6, 6)
 
 
 @pytest.mark.sampled(5)
@@ -45,11 +46,15 @@ def test_what_is_off_is_not_read(name: str, seed: int) -> None:
         found = net(x)
         for module in iterate_modules(net):
             off_K = module.active_BK[0] == 0
-            for path in module.site.readers:
-                layer: Any = plain.get_submodule(path)
-                grouped = getattr(layer, "groups", 1) > 1
-                columns = layer.weight if grouped else layer.weight.transpose(0, 1)
-                columns.unflatten(0, (len(off_K), -1))[off_K] = 0
+            for reader in module.site.readers:
+                layer: Any = plain.get_submodule(reader.path)
+                off_N = torch.zeros(reader.channels, dtype=torch.bool)
+                off_N[reader.begin : reader.end] = off_K.repeat_interleave(
+                    (reader.end - reader.begin) // len(off_K)
+                )
+                groups = getattr(layer, "groups", 1)
+                for weight, off in zip(layer.weight.chunk(groups), off_N.chunk(groups), strict=True):
+                    weight[:, off] = 0
         torch.testing.assert_close(found, plain(x))
 
 
@@ -193,7 +198,7 @@ def test_modules_go_where_kernels_have_one_writer() -> None:
             if not list(layer.children()):
                 assert found.get_submodule(path) is layer
     sites = {module.site.writer: module.site.readers for module in iterate_modules(found)}
-    assert sites["stage1.0.conv1"] == ("stage1.0.conv2",)
+    assert sites["stage1.0.conv1"] == (Reader("stage1.0.conv2", 0, 16, 16),)
 
 
 def test_a_depthwise_convolution_follows_its_maps() -> None:
@@ -209,7 +214,7 @@ def test_a_depthwise_convolution_follows_its_maps() -> None:
     )
     net = gated(randomised(net).eval(), X)
     (module, _) = iterate_modules(net)
-    assert module.site == Site("expand", ("project",), ("depth",), "expand")
+    assert module.site == Site("expand", (PROJECT,), ("depth",), "expand")
     seen: list[Tensor] = []
     net.get_submodule("project").register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad():
@@ -232,19 +237,16 @@ def gate(m: Any, x: Tensor) -> Tensor:
     return m.head(m.project(torch.multiply(torch.tanh(m.expand(x)), m.other(x).sigmoid())))  # type: ignore[no-any-return]
 
 
-MULTIPLIED: dict[str, tuple[Any, dict[str, Any], Site]] = {
+MULTIPLIED: dict[str, tuple[Any, dict[str, Any], tuple[Reader, ...], tuple[str, ...]]] = {
     "by what is squeezed": (
         squeeze_and_excite,
         {"depth": conv(6, 6, 3, groups=6), "norm": nn.BatchNorm2d(6)}
         | {"squeeze": conv(6, 3), "excite": conv(3, 6)},
-        Site("expand", ("project", "squeeze"), ("depth",)),
+        (PROJECT, Reader("squeeze", 0, 6, 6)),
+        ("depth",),
     ),
-    "by a parameter": (
-        weigh,
-        {"scale": nn.Parameter(torch.rand(6, 1, 1) + 0.5)},
-        Site("expand", ("project",), ()),
-    ),
-    "by another layer's": (gate, {"other": conv(3, 6)}, Site("expand", ("project",), ())),
+    "by a parameter": (weigh, {"scale": nn.Parameter(torch.rand(6, 1, 1) + 0.5)}, (PROJECT,), ()),
+    "by another layer's": (gate, {"other": conv(3, 6)}, (PROJECT,), ()),
 }
 
 
@@ -265,11 +267,11 @@ def check_off(
 
 @pytest.mark.parametrize("name", MULTIPLIED)
 def test_maps_that_are_multiplied_are_off_where_a_factor_is(name: str) -> None:
-    forward, layers, site = MULTIPLIED[name]
+    forward, layers, readers, followers = MULTIPLIED[name]
     net = Net(forward, expand=conv(3, 6), project=conv(6, 4), head=head(4), **copy.deepcopy(layers))
     net = gated(randomised(net).eval(), X)
     found = {module.site.writer: module for module in iterate_modules(net)}["expand"]
-    assert (*sorted(found.site.readers), found.site.depthwise) == (*site.readers, site.depthwise)
+    assert {*found.site.readers} == {*readers} and found.site.followers == followers
     check_off(net, found, make_skipping, lambda each: make_skipping(each, [X]), make_masked)
 
 
@@ -355,17 +357,119 @@ def test_what_makes_something_of_zeros_is_no_way_for_maps_that_are_off(
         gated(between(make), X, names=["expand"])
 
 
+@pytest.mark.parametrize(
+    ("norm", "path"),
+    [
+        (nn.InstanceNorm2d(6), "make"),
+        (nn.InstanceNorm2d(6, affine=True, track_running_stats=True), "make"),
+        (nn.GroupNorm(6, 6), "make"),
+        (nn.Sequential(nn.ReLU(), nn.BatchNorm2d(6), nn.ReLU()), "make.1"),
+    ],
+)
+def test_a_norm_of_each_map_follows_its_maps(norm: nn.Module, path: str) -> None:
+    """What it makes of a map that is off (its shift) is off, too."""
+    net = gated(between(norm), X, names=["expand"])
+    (found,) = iterate_modules(net)
+    assert found.site == Site("expand", (PROJECT,), (path,), "expand")
+    check_off(net, found, make_skipping, lambda each: make_skipping(each, [X]), make_masked)
+
+
+def joined(join: Callable[[Any, Tensor], Tensor], reads: int = 12, **layers: nn.Module) -> Net:
+    """A network whose maps lie among others where they are read."""
+    layers = {"expand": conv(3, 6), "other": conv(3, 6), "project": conv(reads, 4), "head": head(4)} | layers
+    return randomised(Net(lambda m, x: m.head(m.project(join(m, x))), **copy.deepcopy(layers))).eval()
+
+
+def join_pooled(m: Any, x: Tensor) -> Tensor:
+    return F.max_pool2d(torch.cat((m.other(x).relu(), m.expand(x)), dim=-3), 2)
+
+
+JOINED: dict[str, tuple[Callable[[Any, Tensor], Tensor], int, int]] = {
+    "with another layer's": (lambda m, x: torch.cat([m.expand(x).relu(), m.other(x)], 1).relu(), 12, 0),
+    "with the input": (lambda m, x: torch.concat([x, m.expand(x).relu()], 1), 9, 3),
+    "and pooled": (join_pooled, 12, 6),
+    "twice over": (lambda m, x: torch.cat([x, torch.cat([m.other(x), m.expand(x)], 1).relu()], 1), 15, 9),
+    "by name": (lambda m, x: torch.cat(dim=1, tensors=[m.other(x), m.expand(x)]), 12, 6),
+    "and multiplied": (lambda m, x: (y := torch.cat([m.expand(x), m.other(x)], 1)) * y.sigmoid(), 12, 0),
+}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_maps_are_off_where_they_lie_among_others(name: str) -> None:
+    join, reads, begin = JOINED[name]
+    net = gated(joined(join, reads), X)
+    found = {module.site.writer: module for module in iterate_modules(net)}["expand"]
+    assert found.site == Site("expand", (Reader("project", begin, begin + 6, reads),), (), "expand")
+    seen: list[Tensor] = []
+    hook = net.get_submodule("project").register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        expected = net(X)
+        hook.remove()
+        off_BK, maps_BKHW = found.active_BK == 0, seen[0][:, begin : begin + 6]
+        assert off_BK.any() and not maps_BKHW[off_BK].any() and maps_BKHW[~off_BK].any()
+        for make in (make_skipping, make_masked, lambda each: make_skipping(each, [X])):
+            torch.testing.assert_close(make(net)(X), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_kernels_of_groups_are_switched_one_by_one() -> None:
+    """Those that are read in groups, and those that read so."""
+    layers = {"expand": conv(3, 8), "mid": conv(8, 8, 3, groups=2), "project": conv(8, 4), "head": head(4)}
+    net = Net(lambda m, x: m.head(m.project(m.mid(m.expand(x).relu()).relu())), **layers)
+    net = gated(randomised(net).eval(), X, names=["expand", "mid"])
+    readers = {module.site.writer: module.site.readers for module in iterate_modules(net)}
+    assert readers == {"expand": (Reader("mid", 0, 8, 8),), "mid": (Reader("project", 0, 8, 8),)}
+    off = {module.site.writer: module for module in iterate_modules(net)}
+    check_off(net, off["mid"], make_skipping, make_masked, lambda each: make_skipping(each, [X]))
+
+
+@pytest.mark.parametrize(
+    ("reader", "begin"), [(conv(6, 5, 3), 0), (conv(9, 5, 3), 3), (conv(6, 4, 3, groups=2), 0)]
+)
+def test_what_reads_a_map_is_worth_what_it_makes_of_a_point_in_it(reader: nn.Conv2d, begin: int) -> None:
+    nn.init.normal_(reader.weight)
+    site = Site("expand", (Reader("project", begin, begin + 6, reader.in_channels),), ())
+    worth_K = measure_reading_weights(Net(lambda m, x: x, expand=conv(3, 6), project=reader), site, 6)
+    for k in range(6):
+        point = torch.zeros(1, reader.in_channels, 5, 5)
+        point[0, begin + k, 2, 2] = 1.0
+        made = F.conv2d(point, reader.weight, padding=1, groups=reader.groups)
+        torch.testing.assert_close(worth_K[k], made.square().sum())
+
+
+@pytest.mark.parametrize(
+    ("join", "reads", "layers", "message"),
+    [
+        (lambda m, x: torch.cat([y := m.expand(x), y.relu()], 1), 12, {}, "cat does more with its maps"),
+        (lambda m, x: torch.cat([m.expand(x), m.other(x)], 2), 6, {}, "several layers write its maps"),
+        (
+            lambda m, x: m.norm(torch.cat([m.expand(x), m.other(x)], 1)),
+            *(12, {"norm": nn.BatchNorm2d(12)}, "norm does more with its maps"),
+        ),
+        (
+            lambda m, x: torch.cat([m.expand(x), m.other(x)], 1),
+            *(12, {"project": conv(12, 4, groups=2)}, "several layers write its maps"),
+        ),
+    ],
+)
+def test_maps_that_are_not_zeros_among_others_are_not_off(
+    join: Any, reads: int, layers: dict[str, nn.Module], message: str
+) -> None:
+    net = joined(join, reads, **layers)
+    with pytest.raises(StructureError, match=f"'expand' cannot be switched off: {message}"):
+        attach_modules(net, discover(net, X), ["expand"])
+
+
 def test_maps_that_are_multiplied_and_added_are_not_off() -> None:
     layers = {"expand": conv(3, 6), "other": conv(3, 6), "project": conv(6, 4), "head": head(4)}
     net = Net(lambda m, x: m.head(m.project((y := m.expand(x)) * m.other(x) + y)), **layers)
-    with pytest.raises(StructureError, match="its maps are sums, expand and other write them"):
+    with pytest.raises(StructureError, match="several layers write its maps, expand and other"):
         attach_modules(net, discover(net, X), ["expand"])
 
 
 def test_a_layer_that_reads_others_maps_too_is_no_reader_of_one() -> None:
     layers = {"one": conv(3, 6), "two": conv(3, 6), "project": conv(6, 4), "head": head(4)}
     net = Net(lambda m, x: m.head(m.project(m.one(x).relu()) + m.project(m.two(x).relu())), **layers)
-    with pytest.raises(StructureError, match="its maps are sums, one and two write them"):
+    with pytest.raises(StructureError, match="several layers write its maps, one and two"):
         attach_modules(net, discover(net, X), ["one"])
 
 
@@ -374,7 +478,7 @@ def test_a_layer_that_reads_others_maps_too_is_no_reader_of_one() -> None:
     [
         (
             ["conv"],
-            "the kernels of 'conv' cannot be switched off: its maps are sums, conv and stage1.0.conv2",
+            "'conv' cannot be switched off: several layers write its maps, conv and stage1.0.conv2",
         ),
         (["fc"], "width 'fc' cannot change: it is the model's output"),
         (["nothing"], "width 'nothing' cannot change: there is none"),
@@ -532,7 +636,7 @@ def test_a_network_starts_as_it_was_with_its_weakest_kernels_next_to_the_thresho
     with torch.no_grad():
         assert torch.equal(found(X), net(X))
     (first, *_) = iterate_modules(found)
-    assert first.site == Site("0", ("3",), (), "0")
+    assert first.site == Site("0", (Reader("3", 0, 8, 8),), (), "0")
     for h in first.iterate_heads():
         bias_K = h.linear.bias
         assert bias_K.argmin() == 2 and len(bias_K.unique()) == len(bias_K) and bias_K.min() >= 1
@@ -606,7 +710,12 @@ def by_compaction(net: fx.GraphModule, plain: nn.Module, b: int) -> int:
     return count_macs(small, X[:1])
 
 
-@pytest.mark.parametrize("build", [convnet, resnet20])
+def join_three(in_channels: int) -> Net:
+    """Maps of two layers lie beside the input where they are read."""
+    return joined(lambda m, x: torch.cat([m.expand(x).relu(), x, m.other(x)], 1), 12 + in_channels)
+
+
+@pytest.mark.parametrize("build", [convnet, resnet20, join_three])
 def test_macs_are_those_of_the_compacted_network_and_of_the_modules(build: Any) -> None:
     plain = build(in_channels=3).eval()
     net = gated(plain, X)

@@ -19,7 +19,7 @@ from elastic.dynamic.activations import Activation
 from elastic.dynamic.attaching import attach_modules
 from elastic.dynamic.modules import iterate_modules, select_set
 from elastic.dynamic.skipping import METHODS, make_masked, make_skipping, rewrite, tune
-from elastic.dynamic.skipping.active import list_all_channels
+from elastic.dynamic.skipping.active import Active, list_all_channels
 from elastic.dynamic.skipping.compiling import load_kernel
 from elastic.dynamic.skipping.convolution import ActiveConv2d, Method
 from elastic.errors import StructureError
@@ -428,6 +428,22 @@ def test_tuning_gives_every_layer_its_fastest_method(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("elastic.dynamic.skipping.network.time.perf_counter", lambda: clock["now"])
     tune(net, [X[:1]])
     assert {layer: layer.method for layer in layers} == fastest
+
+
+def test_a_reader_of_maps_among_others_is_told_which_of_them_are_active() -> None:
+    layers = {"one": conv(3, 6), "two": conv(9, 4), "head": head(4)}
+    net = Net(lambda m, x: m.head(m.two(torch.cat([x, m.one(x)], 1))), **layers)
+    net = gated(randomised(net).eval(), X, names=["one"])
+    active = rewrite(net)
+    (reader,) = (m for m in active.modules() if isinstance(m, ActiveConv2d) and m.weight.shape[1] == 9)
+    told: list[Active] = []
+    reader.register_forward_pre_hook(lambda _, args: told.append(args[1]))
+    with torch.no_grad():
+        active(X)
+    net(X)
+    on_BK = next(iterate_modules(net)).active_BK
+    for b, (channel_K, count) in enumerate(zip(told[0].channel_BK, told[0].count_B, strict=True)):
+        assert channel_K[:count].tolist() == [0, 1, 2, *(3 + on_BK[b].nonzero().flatten()).tolist()]
 
 
 def test_a_network_without_modules_is_executed_in_full() -> None:

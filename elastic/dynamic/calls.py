@@ -1,0 +1,36 @@
+"""Find the calls of layers in a traced network, and the batch norms behind them."""
+
+from torch import fx
+
+from elastic.errors import StructureError
+from elastic.widths.tracing import BATCH_NORM, get_layer, list_graphs
+
+
+def find_calls(traced: fx.GraphModule, path: str) -> list[fx.Node]:
+    """Find the nodes that call a layer in evaluation."""
+    return list(traced.graph.find_nodes(op="call_module", target=path))
+
+
+def find_norm(traced: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """Find the batch norm that alone reads a layer; without one it is the layer."""
+    users = list(node.users)
+    is_normed = len(users) == 1 and isinstance(get_layer(traced, users[0]), BATCH_NORM)
+    return users[0] if is_normed else node
+
+
+def require_one_call(traced: fx.GraphModule, path: str) -> str:
+    """Return the path of a layer that is called once in each mode, with the same norm behind it.
+
+    Raises:
+        StructureError: it is not.
+    """
+    norms = set[fx.node.Target]()
+    for graph in list_graphs(traced):
+        calls = graph.find_nodes(op="call_module", target=path)
+        if len(calls) != 1:
+            mode = "" if graph is traced.graph else " in training"
+            raise StructureError(f"{path} is used {len(calls)} times{mode}")
+        norms.update(find_norm(traced, call).target for call in calls)
+    if len(norms) > 1:
+        raise StructureError(f"{path} has a norm right behind it in one mode alone")
+    return path
