@@ -14,7 +14,7 @@ from elastic.ranges import Natural, Positive, checked
 from elastic.surgery.layout import lay_out_weights
 from elastic.training.answers import Answers, ask_teacher
 from elastic.training.imitation import (
-    Outputs,
+    OutputKind,
     check_outputs,
     compare_outputs,
     find_output_shapes,
@@ -55,7 +55,7 @@ class Distil(ElasticCallback):
         teacher: nn.Module,
         weight: Positive = 1.0,
         temperature: Positive = 4.0,
-        outputs: Outputs | None = None,
+        outputs: OutputKind | None = None,
         views: Natural = 0,
     ) -> None:
         check_outputs(outputs)

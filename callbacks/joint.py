@@ -10,7 +10,7 @@ from torch import Tensor
 from elastic.callbacks.base import StepNetwork
 from elastic.callbacks.levels import TrainLevels
 from elastic.ranges import Natural, checked
-from elastic.training.imitation import Outputs, check_outputs, compare_outputs
+from elastic.training.imitation import OutputKind, check_outputs, compare_outputs
 
 
 @checked
@@ -35,7 +35,7 @@ class TrainJointly(TrainLevels):
     """
 
     def __init__(
-        self, *args: Any, between: Natural = 2, outputs: Outputs | None = None, **levels: Any
+        self, *args: Any, between: Natural = 2, outputs: OutputKind | None = None, **levels: Any
     ) -> None:
         super().__init__(*args, **levels)
         check_outputs(outputs)

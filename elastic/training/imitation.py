@@ -12,7 +12,7 @@ from elastic.errors import OptionError
 from elastic.widths.inputs import Example, list_inputs
 from elastic.widths.tracing import WithoutData, make_meta_copy, preserve_modes
 
-Outputs = Literal["classes", "labels", "values"]
+OutputKind = Literal["classes", "labels", "values"]
 
 
 def compare_classes(output: Tensor, target: Tensor, temperature: float) -> Tensor:
@@ -38,17 +38,17 @@ COMPARISONS: dict[str, Comparison] = {
 }
 
 
-def check_outputs(outputs: Outputs | None) -> None:
+def check_outputs(outputs: OutputKind | None) -> None:
     """Refuse a kind of outputs that there is not; None stands for what a task says.
 
     Raises:
         OptionError: always then.
     """
-    if outputs is not None and outputs not in get_args(Outputs):
-        raise OptionError(f"outputs cannot be '{outputs}': set outputs to {', '.join(get_args(Outputs))}")
+    if outputs is not None and outputs not in get_args(OutputKind):
+        raise OptionError(f"outputs cannot be '{outputs}': set outputs to {', '.join(get_args(OutputKind))}")
 
 
-def compare_outputs(output: Any, target: Any, outputs: Outputs, temperature: float = 1.0) -> Tensor:
+def compare_outputs(output: Any, target: Any, outputs: OutputKind, temperature: float = 1.0) -> Tensor:
     """Return the loss of all outputs against another network's, which is not trained by it.
 
     Args:

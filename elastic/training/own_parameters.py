@@ -24,7 +24,7 @@ from elastic.errors import TrainingError
 from elastic.surgery.optimizer_state import check_state
 from elastic.training.groups import remove_parameters
 
-Home = torch.optim.Optimizer  # one of the user's
+Leader = torch.optim.Optimizer  # one of the user's
 
 FOLLOWED = ("lr", "betas", "momentum")  # what schedulers change
 # These have one operator for a whole group, on CPUs too: scores are many and small. (SGD's wants a momentum
@@ -52,51 +52,51 @@ class OwnOptimizers:
     """Step own parameters with optimizers that follow the user's, one for each of them.
 
     Args:
-        homes: the user's optimizers; own parameters are taken out of their groups.
+        leaders: the user's optimizers; own parameters are taken out of their groups.
         parameters: one that no group leads to learns like the first group of the first optimizer.
 
     Raises:
         TrainingError: an optimizer that cannot be followed, or none.
     """
 
-    def __init__(self, homes: Sequence[torch.optim.Optimizer], parameters: Iterable[OwnParameter]) -> None:
+    def __init__(self, leaders: Sequence[torch.optim.Optimizer], parameters: Iterable[OwnParameter]) -> None:
         own = list(parameters)
         self.optimizers: list[torch.optim.Optimizer] = []
-        self._homes = list(homes)
+        self._leaders = list(leaders)
         self._removals: list[Callable[[], None]] = []
-        if not self._homes or not own:
+        if not self._leaders or not own:
             return
-        if not any(home.param_groups for home in self._homes):
+        if not any(leader.param_groups for leader in self._leaders):
             raise TrainingError(
                 "nothing is optimized, so that what elastic methods add could not learn: let "
                 "configure_optimizers return an optimizer"
             )
-        places = _find_places(self._homes, own)
-        for k, home in enumerate(self._homes):
-            remove_parameters(home, [each.parameter for each in own])
+        places = _find_places(self._leaders, own)
+        for k, leader in enumerate(self._leaders):
+            remove_parameters(leader, [each.parameter for each in own])
             members = [(each, i) for each, (h, i) in zip(own, places, strict=True) if h == k]
-            self.optimizers.append(_make_follower(home, members))
+            self.optimizers.append(_make_follower(leader, members))
 
-    def follow(self, wrappers: Iterable[Any], step: Callable[[Home], None]) -> None:
+    def follow(self, wrappers: Iterable[Any], step: Callable[[Leader], None]) -> None:
         """Call `step` after each step of a user's optimizer, and drop gradients where the user does.
 
         Args:
             wrappers: what stands for the optimizers in the user's program, beside themselves.
         """
-        for home in self._homes:
-            handle = home.register_step_post_hook(lambda optimizer, args, kwargs: step(optimizer))
+        for leader in self._leaders:
+            handle = leader.register_step_post_hook(lambda optimizer, args, kwargs: step(optimizer))
             self._removals.append(handle.remove)
-        for target in (*self._homes, *wrappers):
+        for target in (*self._leaders, *wrappers):
             self._follow_zero_grad(target)
             self._follow_add_param_group(target)
 
     def _follow_zero_grad(self, target: Any) -> None:
         """Drop own gradients with the user's; torch has no hook for it."""
-        zero_grad, home = target.zero_grad, getattr(target, "optimizer", target)
+        zero_grad, leader = target.zero_grad, getattr(target, "optimizer", target)
 
         def zero_all(*args: Any, **kwargs: Any) -> None:
             zero_grad(*args, **kwargs)
-            for parameter in self.list_parameters(home):
+            for parameter in self.list_parameters(leader):
                 parameter.grad = None
 
         target.zero_grad = zero_all
@@ -104,12 +104,12 @@ class OwnOptimizers:
 
     def _follow_add_param_group(self, target: Any) -> None:
         """Leave own parameters out of groups that a program adds, say of layers that it unfreezes."""
-        add, home = target.add_param_group, getattr(target, "optimizer", target)
+        add, leader = target.add_param_group, getattr(target, "optimizer", target)
 
         def add_others(group: dict[str, Any]) -> None:
             add(group)
-            for optimizer in self._homes:
-                remove_parameters(home, self.list_parameters(optimizer))
+            for optimizer in self._leaders:
+                remove_parameters(leader, self.list_parameters(optimizer))
 
         target.add_param_group = add_others
         self._removals.append(lambda: delattr(target, "add_param_group"))
@@ -119,22 +119,22 @@ class OwnOptimizers:
         while self._removals:
             self._removals.pop()()
 
-    def list_parameters(self, home: torch.optim.Optimizer) -> list[nn.Parameter]:
+    def list_parameters(self, leader: torch.optim.Optimizer) -> list[nn.Parameter]:
         """List the own parameters that are stepped with one of the user's optimizers."""
-        follower = self._find_follower(home)
+        follower = self._find_follower(leader)
         return [] if follower is None else [p for group in follower.param_groups for p in group["params"]]
 
-    def step(self, home: torch.optim.Optimizer, skip: bool = False) -> None:
+    def step(self, leader: torch.optim.Optimizer, skip: bool = False) -> None:
         """Take the step that goes with one of the user's optimizers, and drop the gradients.
 
         Args:
             skip: only drop them.
         """
-        follower = self._find_follower(home)
+        follower = self._find_follower(leader)
         if follower is None:
             return
         for group in follower.param_groups:
-            source = home.param_groups[group["home"]]
+            source = leader.param_groups[group["home"]]
             group.update({name: source[name] for name in FOLLOWED if name in source})
             if "lr" in group:
                 group["lr"] = group["lr"] * group["rate"]
@@ -142,9 +142,9 @@ class OwnOptimizers:
             follower.step()
         follower.zero_grad(set_to_none=True)
 
-    def unscale(self, home: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> bool:
+    def unscale(self, leader: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> bool:
         """Divide gradients by what a scaler has multiplied the loss with; return whether all are finite."""
-        grads = [p.grad for p in self.list_parameters(home) if p.grad is not None]
+        grads = [p.grad for p in self.list_parameters(leader) if p.grad is not None]
         if scaler is None or not scaler.is_enabled() or not grads:
             return True
         overflow = torch.zeros(1, device=grads[0].device)
@@ -152,9 +152,9 @@ class OwnOptimizers:
         torch._amp_foreach_non_finite_check_and_unscale_(grads, overflow, inverse)
         return not bool(overflow)
 
-    def clip(self, home: torch.optim.Optimizer, limit: float | None, algorithm: str | None) -> None:
+    def clip(self, leader: torch.optim.Optimizer, limit: float | None, algorithm: str | None) -> None:
         """Clip gradients as a run clips those of the user's optimizer, which no longer holds them."""
-        parameters = [p for p in self.list_parameters(home) if p.grad is not None]
+        parameters = [p for p in self.list_parameters(leader) if p.grad is not None]
         if parameters and limit is not None and limit > 0:
             clip = clip_grad_value_ if algorithm == "value" else clip_grad_norm_
             clip(parameters, limit)
@@ -168,17 +168,17 @@ class OwnOptimizers:
         for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(state)
 
-    def _find_follower(self, home: torch.optim.Optimizer) -> torch.optim.Optimizer | None:
-        pairs = zip(self._homes, self.optimizers, strict=False)
-        return next((follower for optimizer, follower in pairs if optimizer is home), None)
+    def _find_follower(self, leader: torch.optim.Optimizer) -> torch.optim.Optimizer | None:
+        pairs = zip(self._leaders, self.optimizers, strict=False)
+        return next((follower for optimizer, follower in pairs if optimizer is leader), None)
 
 
-def _find_places(homes: Sequence[Home], own: Iterable[OwnParameter]) -> list[tuple[int, int]]:
+def _find_places(leaders: Sequence[Leader], own: Iterable[OwnParameter]) -> list[tuple[int, int]]:
     """Find what each parameter learns like: an optimizer, and a group of it."""
     places = {
         id(parameter): (k, i)
-        for k, home in enumerate(homes)
-        for i, group in enumerate(home.param_groups)
+        for k, leader in enumerate(leaders)
+        for i, group in enumerate(leader.param_groups)
         for parameter in group["params"]
     }
     candidates = ((each.parameter, *each.like) for each in own)
@@ -234,33 +234,33 @@ def _check_kind(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _make_follower(
-    home: torch.optim.Optimizer, members: list[tuple[OwnParameter, int]]
+    leader: torch.optim.Optimizer, members: list[tuple[OwnParameter, int]]
 ) -> torch.optim.Optimizer:
     """Make an optimizer of the same class and options, whatever its constructor takes."""
-    _check_kind(home)
-    follower = object.__new__(type(home))
+    _check_kind(leader)
+    follower = object.__new__(type(leader))
     # What its class has set beside torch's own, but no hooks, nor methods that schedulers have replaced.
-    attributes = {name: value for name, value in vars(home).items() if not hasattr(type(home), name)}
+    attributes = {name: value for name, value in vars(leader).items() if not hasattr(type(leader), name)}
     vars(follower).update({name: v for name, v in attributes.items() if not name.startswith("_optimizer")})
     state = {
-        "defaults": home.defaults,
+        "defaults": leader.defaults,
         "state": defaultdict(dict),
-        "param_groups": _make_groups(home, members),
+        "param_groups": _make_groups(leader, members),
     }
     follower.__setstate__(state)
     return follower
 
 
 def _make_groups(
-    home: torch.optim.Optimizer, members: list[tuple[OwnParameter, int]]
+    leader: torch.optim.Optimizer, members: list[tuple[OwnParameter, int]]
 ) -> list[dict[str, Any]]:
     """Make one group for each group of the user's, rate and decay that there is."""
     groups: dict[tuple[int, float, bool], dict[str, Any]] = {}
     for own, i in members:
-        options = {name: value for name, value in home.param_groups[i].items() if name != "params"}
+        options = {name: value for name, value in leader.param_groups[i].items() if name != "params"}
         if not own.decays and "weight_decay" in options:
             options["weight_decay"] = 0.0
-        if type(home) in FUSED and not options.get("amsgrad") and own.parameter.is_floating_point():
+        if type(leader) in FUSED and not options.get("amsgrad") and own.parameter.is_floating_point():
             options |= {"fused": True, "foreach": False}
         key = (i, own.rate, own.decays)
         group = groups.setdefault(key, {**options, "home": i, "rate": own.rate, "params": []})

@@ -28,7 +28,7 @@ from elastic.surgery.graphs import release_graphs
 from elastic.surgery.layout import lay_out_weights
 from elastic.surgery.reindexing import Index, reindex
 from elastic.training.groups import adopt_parameters
-from elastic.training.imitation import Outputs
+from elastic.training.imitation import OutputKind
 from elastic.training.layout import choose_memory_format
 from elastic.training.locating import find_called, is_called_compiled
 from elastic.training.own_parameters import OwnOptimizers, OwnParameter, scale_module_rate
@@ -98,7 +98,7 @@ class Structure(nn.Module):
         self.module_rate = 1.0
         self.schedule_fraction = 1.0
         self.resize: Callable[[Tensor], Tensor] | None = None
-        self.outputs: Outputs = "classes"
+        self.outputs: OutputKind = "classes"
         self.compute_loss: Callable[[Any, Tensor], Tensor] = compute_class_loss
         self.own: OwnOptimizers = OwnOptimizers((), ())
         self.step_own: Callable[[torch.optim.Optimizer], None] | None = None

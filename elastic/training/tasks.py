@@ -21,7 +21,7 @@ from torchmetrics.regression import R2Score
 
 from elastic.errors import OptionError, TrainingError
 from elastic.ranges import Range, checked
-from elastic.training.imitation import Outputs
+from elastic.training.imitation import OutputKind
 
 Below1 = Annotated[float, Range(0, 1, below=True)]
 UpToHalf = Annotated[float, Range(0, 0.5)]
@@ -41,7 +41,7 @@ class Task(ABC):
         OptionError: the task has no such metric.
     """
 
-    outputs: ClassVar[Outputs]
+    outputs: ClassVar[OutputKind]
 
     def __init__(self, classes: int, metric: str) -> None:
         self.classes, self.metric = classes, metric
