@@ -60,7 +60,7 @@ bench: setup  ## what elasticity costs and saves, beside the plain way
 	$(BIN)/python -m experiments.bench
 
 test-slow: setup  ## tests that train for longer, and the further cases of others
-	$(PYTEST) -n 2 --dist worksteal -m slow
+	$(PYTEST) -n 2 --dist worksteal -m "slow and not data and not gpu and not peers"
 
 test-data: setup  ## tests on real data sets under ELASTIC_DATA
 	$(PYTEST) -m data

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,21 @@ def quantize(path: Path, source: Source) -> None:
             return next(self.batches, None)
 
     feed = make_feed(open_session(path, 1))
-    logging.getLogger("root").setLevel(logging.ERROR)
-    quant_pre_process(path, path)
-    quantize_static(path, path, Reader(), quant_format=QuantFormat.QDQ, per_channel=True)
+    with _log_errors_alone():
+        quant_pre_process(path, path)
+        quantize_static(path, path, Reader(), quant_format=QuantFormat.QDQ, per_channel=True)
+
+
+@contextmanager
+def _log_errors_alone() -> Iterator[None]:
+    """Leave out the advice of ONNX Runtime, which it gives by the root's logger."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
 
 
 def open_session(path: Path, threads: int | None) -> Any:

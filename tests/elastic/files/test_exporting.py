@@ -1,6 +1,7 @@
 """Files for other programs: the same outputs, at any batch size, or no file."""
 
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -343,7 +344,7 @@ RUNTIMES = {".onnx": "onnxruntime", ".xml": "openvino", ".pte": "executorch", ".
 @pytest.mark.filterwarnings("ignore")  # of packages that are not ours
 @pytest.mark.parametrize("suffix", RUNTIMES)
 def test_a_network_comes_back_from_every_format(suffix: str, tmp_path: Path) -> None:
-    """Plain, masked, and in 8 bits, where it hardly differs."""
+    """Plain, masked, and in 8 bits, where it hardly differs; what a program logs goes on being shown."""
     pytest.importorskip(RUNTIMES[suffix], reason=f"the extra for {suffix} is not installed")
     torch.manual_seed(0)
     net = randomised(convnet((6, 6), in_channels=3)).eval()
@@ -355,8 +356,9 @@ def test_a_network_comes_back_from_every_format(suffix: str, tmp_path: Path) -> 
         with torch.no_grad():
             torch.testing.assert_close(open_exported(path, 1)(x), [each(x)], atol=1e-5, rtol=1e-5)
     batches = list(torch.randn(4, 16, 3, 8, 8))
+    level = logging.getLogger().level
     difference = export(net, X, tmp_path / f"small{suffix}", calibration=batches)
-    assert TOLERANCE < difference < 0.3
+    assert TOLERANCE < difference < 0.3 and logging.getLogger().level == level
 
 
 ALONE = """
