@@ -36,11 +36,11 @@ class ActiveModule(ActiveLayer):
 
 
 class ActiveMaxPool2d(ActiveLayer):
-    """Pool the active maps."""
+    """Pool the active maps; `ceil` lets the last windows reach beyond them."""
 
-    def __init__(self, size: int, stride: int, padding: int = 0) -> None:
+    def __init__(self, size: int, stride: int, padding: int = 0, ceil: bool = False) -> None:
         super().__init__()
-        self.sizes = (size, stride, padding)
+        self.sizes = (size, stride, padding, ceil)
 
     def forward(self, x_BCHW: Tensor, reads: Active | None = None) -> Tensor:
         return max_pool(x_BCHW, reads, *self.sizes, zeros=self.zeros)
@@ -81,18 +81,32 @@ def activate_kernels(
 
 
 def max_pool(
-    x_BCHW: Tensor, reads: Active | None, size: int, stride: int, padding: int = 0, *, zeros: bool
+    x_BCHW: Tensor,
+    reads: Active | None,
+    size: int,
+    stride: int,
+    padding: int = 0,
+    ceil: bool = False,
+    *,
+    zeros: bool,
 ) -> Tensor:
     """Pool the active channels; the others are zero, or anything."""
     if compiling.load_kernel() is None:
-        y_BCHW = F.max_pool2d(x_BCHW, size, stride, padding)
+        y_BCHW = F.max_pool2d(x_BCHW, size, stride, padding, ceil_mode=ceil)
         return reads.mask(y_BCHW) if zeros and reads is not None else y_BCHW
     x_BCHW = check_maps(x_BCHW, x_BCHW.shape[1] if reads is None else reads.channel_BK.shape[1])
     batch, channels, height, width = x_BCHW.shape
-    rows, columns = ((side + 2 * padding - size) // stride + 1 for side in (height, width))
+    rows, columns = (_count_windows(side, size, stride, padding, ceil) for side in (height, width))
     check_size((height, width), "pool", (rows, columns))
     y_BCHW = allocate(batch, channels, rows, columns)
     channel_BK, count_B, _ = reads or list_all_channels(batch, channels)
     shape = PoolShape(channels, height, width, size, stride, padding, rows, columns)
     call("max_pool", shape, x_BCHW, y_BCHW, batch, channel_BK, count_B, zeros, torch.get_num_threads())
     return y_BCHW
+
+
+def _count_windows(side: int, size: int, stride: int, padding: int, ceil: bool) -> int:
+    """Count the windows along a side; the last one begins within it, or before."""
+    beyond = stride - 1 if ceil else 0
+    count = (side + 2 * padding - size + beyond) // stride + 1
+    return count - 1 if ceil and (count - 1) * stride >= side + padding else count

@@ -22,14 +22,14 @@ def find_next(traced: nn.Module, chain: Sequence[fx.Node]) -> fx.Node | None:
     return user
 
 
-def find_pool_size(pool: nn.MaxPool2d) -> tuple[int, int, int] | None:
-    """Find size, stride and padding of a pooling, if it is square and knows no dilation."""
+def find_pool_size(pool: nn.MaxPool2d) -> tuple[int, int, int, bool] | None:
+    """Find size, stride, padding and whether it rounds up, of a pooling that is square, without dilation."""
     options = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
     values = [set(_pair(value)) for value in options]
-    if any(len(value) > 1 for value in values) or pool.ceil_mode or pool.return_indices:
+    if any(len(value) > 1 for value in values) or pool.return_indices:
         return None
     size, stride, padding, dilation = (value.pop() for value in values)
-    return (size, stride, padding) if dilation == 1 and 2 * padding <= size else None
+    return (size, stride, padding, pool.ceil_mode) if dilation == 1 and 2 * padding <= size else None
 
 
 def find_head(traced: nn.Module, linear: fx.Node) -> tuple[list[fx.Node], bool]:

@@ -82,7 +82,7 @@ struct Pool {
 // What is not a number is the largest, as torch has it.
 inline float larger(float a, float b) { return b > a || b != b ? b : a; }
 
-// Max pooling of one map; `line` is a row with padding on both sides. SIZE and STRIDE: where known, so that pixels
+// Max pooling of one map; `line` is a row with padding on both sides, as far as the last window reaches. SIZE and STRIDE: where known, so that pixels
 // fill vectors.
 template <int SIZE, int STRIDE>
 void max_pool_map(const Pool &s, const float *plane, float *out, float *line) {
@@ -108,12 +108,13 @@ void max_pool(const Pool *shape, const float *x, float *y, int32_t batch, const 
               int32_t zeros, int32_t threads) {
     const Pool s = *shape;
     const int64_t from = (int64_t)s.height * s.width, to = (int64_t)s.out_height * s.out_width;
+    const int reach = std::max(s.width + 2 * s.pad, (s.out_width - 1) * s.stride + s.size);
     const auto pool = s.size == 2 && s.stride == 2   ? max_pool_map<2, 2>
                       : s.size == 3 && s.stride == 2 ? max_pool_map<3, 2>
                                                      : max_pool_map<0, 0>;
 #pragma omp parallel for num_threads(threads) if (threads > 1 && batch > 1)
     for (int64_t b = 0; b < batch; b++) {
-        std::vector<float> line(s.width + 2 * s.pad, -INFINITY);
+        std::vector<float> line(reach, -INFINITY);
         const List reads{in + b * s.channels, in_count[b]};
         for (int a = 0; a < reads.count; a++) {
             const int64_t map = b * s.channels + reads.channel[a];

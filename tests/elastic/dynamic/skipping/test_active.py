@@ -306,14 +306,19 @@ def test_a_graded_gate_learns_where_kernels_are_on(
 
 
 @pytest.mark.usefixtures("either")
+@pytest.mark.parametrize("ceil", [False, True])
 @pytest.mark.parametrize("padding", [0, 1])
-@pytest.mark.parametrize(("size", "stride", "side"), [(2, 2, 8), (2, 2, 9), (3, 2, 11), (3, 1, 5), (5, 3, 7)])
-def test_pooling_of_active_maps(size: int, stride: int, side: int, padding: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "stride", "side"),
+    [(2, 2, 8), (2, 2, 9), (3, 2, 11), (3, 2, 10), (3, 1, 5), (5, 3, 7), (2, 3, 4), (2, 3, 5), (3, 2, 3)],
+)
+def test_pooling_of_active_maps(size: int, stride: int, side: int, padding: int, ceil: bool) -> None:
     random = torch.Generator().manual_seed(0)
     x_BCHW, on_BC = torch.randn(3, 5, side, side, generator=random), mask(3, 5, random)
     junk_BCHW = torch.where(maps(on_BC) != 0, x_BCHW, torch.nan)
-    found = max_pool(junk_BCHW, Active.from_gates(on_BC), size, stride, padding, zeros=True)
-    assert torch.equal(found, F.max_pool2d(x_BCHW, size, stride, padding) * maps(on_BC))
+    found = max_pool(junk_BCHW, Active.from_gates(on_BC), size, stride, padding, ceil, zeros=True)
+    expected = F.max_pool2d(x_BCHW, size, stride, padding, ceil_mode=ceil)
+    assert torch.equal(found, expected * maps(on_BC))
 
 
 @pytest.mark.usefixtures("either")
