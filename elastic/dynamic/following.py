@@ -39,7 +39,7 @@ def follow_maps(traced: fx.GraphModule, writer: fx.Node) -> Followed:
             is_joined[find_norm(traced, node)] = False
         elif isinstance(layer, nn.Conv2d | nn.Linear):
             readers.append(str(node.target))
-        elif sum(other in is_joined for other in list_joined(node)) == 1:
+        elif sum(part in is_joined for part in list_joined(node)) == 1:
             is_joined[node] = True
         elif keeps_zeros(traced, node):
             is_joined[node] = joined

@@ -64,9 +64,9 @@ class ActivationCost:
             for reader in site.readers:
                 read[reader.path] = read.get(reader.path, 1) - reader.share * (1 - part_B)
         layers = self._layer_macs.items()
-        macs_B = sum(macs * written.get(path, 1) * read.get(path, 1) for path, macs in layers)
-        assert isinstance(macs_B, Tensor)
-        return macs_B + self.module_macs
+        costs = [macs * written.get(path, 1) * read.get(path, 1) for path, macs in layers]
+        fixed = sum(cost for cost in costs if not isinstance(cost, Tensor)) + self.module_macs
+        return torch.stack([cost for cost in costs if isinstance(cost, Tensor)]).sum(0) + fixed
 
     def kernels_B(self) -> Tensor:
         """Measure the part of the kernels that each sample engages; differentiable."""

@@ -3,6 +3,7 @@
 import copy
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import Any, get_args
 
 import pytest
@@ -259,7 +260,9 @@ def check_off(
     with torch.no_grad():
         expected = net(X)
         off_BK = module.active_BK == 0
-        assert off_BK.any() and (seen[0][off_BK] == 0).all() and (seen[0][~off_BK] != 0).any()
+        (reader,) = (reader for reader in module.site.readers if reader.path == "project")
+        maps_BKHW = seen[0][:, reader.begin : reader.end]
+        assert off_BK.any() and (maps_BKHW[off_BK] == 0).all() and (maps_BKHW[~off_BK] != 0).any()
         hook.remove()
         for make in ways:
             torch.testing.assert_close(make(net)(X), expected, rtol=1e-4, atol=1e-5)
@@ -400,15 +403,7 @@ def test_maps_are_off_where_they_lie_among_others(name: str) -> None:
     net = gated(joined(join, reads), X)
     found = {module.site.writer: module for module in iterate_modules(net)}["expand"]
     assert found.site == Site("expand", (Reader("project", begin, begin + 6, reads),), (), "expand")
-    seen: list[Tensor] = []
-    hook = net.get_submodule("project").register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    with torch.no_grad():
-        expected = net(X)
-        hook.remove()
-        off_BK, maps_BKHW = found.active_BK == 0, seen[0][:, begin : begin + 6]
-        assert off_BK.any() and not maps_BKHW[off_BK].any() and maps_BKHW[~off_BK].any()
-        for make in (make_skipping, make_masked, lambda each: make_skipping(each, [X])):
-            torch.testing.assert_close(make(net)(X), expected, rtol=1e-4, atol=1e-5)
+    check_off(net, found, make_skipping, lambda each: make_skipping(each, [X]), make_masked)
 
 
 def test_kernels_of_groups_are_switched_one_by_one() -> None:
@@ -478,7 +473,8 @@ def test_a_layer_that_reads_others_maps_too_is_no_reader_of_one() -> None:
     [
         (
             ["conv"],
-            "'conv' cannot be switched off: several layers write its maps, conv and stage1.0.conv2",
+            "the kernels of 'conv' cannot be switched off: "
+            "several layers write its maps, conv and stage1.0.conv2",
         ),
         (["fc"], "width 'fc' cannot change: it is the model's output"),
         (["nothing"], "width 'nothing' cannot change: there is none"),
@@ -664,10 +660,17 @@ def test_a_set_that_does_not_exist_is_refused(chosen: Any) -> None:
         select_set(convnet(), 0)
 
 
-@pytest.mark.parametrize("momentum", [0.1, None])
-def test_each_set_has_the_statistics_of_what_it_leaves_on(momentum: float | None) -> None:
+def normalise_instances() -> Net:
+    return between(nn.InstanceNorm2d(6, affine=True, track_running_stats=True))
+
+
+@pytest.mark.parametrize(
+    ("build", "momentum"),
+    [(partial(resnet20, 4), 0.1), (partial(resnet20, 4), None), (normalise_instances, 0.1)],
+)
+def test_each_set_has_the_statistics_of_what_it_leaves_on(build: Any, momentum: float | None) -> None:
     """As if it were the only one, and saw only the batches that it ruled."""
-    plain = randomised(resnet20(4))
+    plain = randomised(build())
     for layer in plain.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = momentum

@@ -82,8 +82,8 @@ struct Pool {
 // What is not a number is the largest, as torch has it.
 inline float larger(float a, float b) { return b > a || b != b ? b : a; }
 
-// Max pooling of one map; `line` is a row with padding on both sides, as far as the last window reaches. SIZE and STRIDE: where known, so that pixels
-// fill vectors.
+// Max pooling of one map; `line` is a row with padding on both sides, as far as the last window reaches. SIZE and
+// STRIDE: where known, so that pixels fill vectors.
 template <int SIZE, int STRIDE>
 void max_pool_map(const Pool &s, const float *plane, float *out, float *line) {
     const int size = SIZE ? SIZE : s.size, stride = SIZE ? STRIDE : s.stride;
