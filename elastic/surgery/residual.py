@@ -16,7 +16,7 @@ IDEMPOTENT_CALLS = {"relu", "relu6", "output"}
 
 def find_last_norm(block: nn.Module) -> str | None:
     """Find the path of the norm that ends f in a block y = act(f(x) + x); None for any other block."""
-    if _has_foreign_parametrization(block):
+    if _has_foreign_parametrization(block) or not _contains_norm(block):
         return None
     try:
         graph = trace(make_meta_copy(block)).graph
@@ -31,6 +31,11 @@ def find_last_norm(block: nn.Module) -> str | None:
     if len(branches) != 2 or len(norms) != 1 or inputs[0] not in branches:
         return None
     return str(norms[0].target) if _ends_idempotent(sums[-1], block) else None
+
+
+def _contains_norm(block: nn.Module) -> bool:
+    """Tell whether a block has a norm inside: without one there is no need to trace it."""
+    return any(isinstance(layer, NORMS) for layer in block.modules() if layer is not block)
 
 
 def _has_foreign_parametrization(block: nn.Module) -> bool:
