@@ -65,12 +65,14 @@ def attach_modules(
 def _attach(
     traced: fx.GraphModule, site: Site, make: type[KernelActivation], sets: int, activation: Activation
 ) -> None:
-    conv = traced.get_submodule(site.writer)
-    assert isinstance(conv, nn.Conv2d)
-    module = make(site, conv.in_channels, conv.out_channels, sets, activation)
-    module.order_scores(_measure_worth(traced, site, conv.out_channels))
+    layer = traced.get_submodule(site.writer)
+    assert isinstance(layer, nn.Conv2d | nn.Linear)
+    reads = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
+    kernels = len(layer.weight)
+    module = make(site, reads, kernels, sets, activation)
+    module.order_scores(_measure_worth(traced, site, kernels))
     path = f"{MODULES}.{site.writer.replace('.', '/')}"
-    traced.add_submodule(path, module.to(conv.weight))
+    traced.add_submodule(path, module.to(layer.weight))
     for graph in list_graphs(traced):
         _insert(traced, graph, site, path)
 
@@ -111,10 +113,10 @@ def _attach_norms(traced: fx.GraphModule, modules: nn.ModuleDict, sets: int) -> 
 
 
 def _insert(traced: fx.GraphModule, graph: fx.Graph, site: Site, path: str) -> None:
-    """Compute gates before the convolution, and multiply by them the maps behind it and its norm."""
-    (conv,) = graph.find_nodes(op="call_module", target=site.writer)
-    with graph.inserting_before(conv):
-        gate = graph.call_module(path, (conv.args[0],))
+    """Compute gates before the layer, and multiply by them the maps behind it and its norm."""
+    (writer,) = graph.find_nodes(op="call_module", target=site.writer)
+    with graph.inserting_before(writer):
+        gate = graph.call_module(path, (writer.args[0],))
     for layer in (site.writer, *site.followers):
         (call,) = graph.find_nodes(op="call_module", target=layer)
         end = find_norm(traced, call)

@@ -1,4 +1,4 @@
-"""Follow the maps of a convolution, which may be off, to the layers that read them."""
+"""Follow the maps of a layer, which may be off, to the layers that read them."""
 
 from typing import NamedTuple
 
@@ -18,11 +18,15 @@ class Followed(NamedTuple):
     followers: tuple[str, ...]
 
 
-def follow_maps(traced: fx.GraphModule, writer: fx.Node) -> Followed:
+def follow_maps(traced: fx.GraphModule, writer: fx.Node, axis: int) -> Followed:
     """Follow maps through whatever keeps zeros, also where they are joined with others.
 
     A depthwise convolution makes a constant of a map of zeros, its bias, and so does a norm of each map by
     itself; a gate behind it makes that zero again, if all maps are gated. So they are followed on from there.
+    Where channels lie last, such layers, and joins, take something else for a map: there they are refused.
+
+    Args:
+        axis: of channels, 1 or -1.
 
     Raises:
         StructureError: something else is made of them.
@@ -34,12 +38,12 @@ def follow_maps(traced: fx.GraphModule, writer: fx.Node) -> Followed:
         layer, joined = get_layer(traced, node), any(is_joined[source] for source in sources)
         if not sources or get_operation_name(node) in READS_SHAPE:
             continue
-        if _treats_each_map(layer) and not joined:
+        if axis == 1 and _treats_each_map(layer) and not joined:
             followers.append(require_one_call(traced, str(node.target)))
             is_joined[find_norm(traced, node)] = False
         elif isinstance(layer, nn.Conv2d | nn.Linear):
             readers.append(str(node.target))
-        elif sum(part in is_joined for part in list_joined(node)) == 1:
+        elif axis == 1 and sum(part in is_joined for part in list_joined(node)) == 1:
             is_joined[node] = True
         elif keeps_zeros(traced, node):
             is_joined[node] = joined

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic.dynamic.activations import Activation, add_noise, compute_gates, find_active, lean_on_scores
+from elastic.dynamic.maps import average_maps, spread_over_maps
 from elastic.dynamic.sites import Site
 from elastic.errors import OptionError
 from elastic.ranges import Count, Natural, explain, fits
@@ -44,8 +45,8 @@ class Head(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.constant_(self.linear.bias, start)
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        mean_BC, norm = x_BCHW.mean((2, 3)), self.norm
+    def forward(self, mean_BC: Tensor) -> Tensor:
+        norm = self.norm
         if self.training and len(mean_BC) == 1:  # one input has no spread
             mean_BC = F.batch_norm(mean_BC, norm.running_mean, norm.running_var, eps=norm.eps)
         else:
@@ -53,9 +54,9 @@ class Head(nn.Module):
         score_BK: Tensor = self.linear(mean_BC.clamp(-WITHIN, WITHIN))
         return score_BK
 
-    def score_steadily(self, x_BCHW: Tensor) -> Tensor:
+    def score_steadily(self, mean_BC: Tensor) -> Tensor:
         """Score an input as in evaluation, whatever else is in its batch; in training, statistics follow."""
-        mean_BC = x_BCHW.detach().mean((2, 3))
+        mean_BC = mean_BC.detach()
         if self.training and len(mean_BC) > 1:
             self.norm(mean_BC)
         score_BK: Tensor = self.linear(self.look(mean_BC))
@@ -94,7 +95,9 @@ class SetMember(nn.Module):
 
 
 class KernelActivation(SetMember):
-    """Gate the kernels of a convolution: x_BCHW, what it reads → gate_BK11, 0 for those not to be executed.
+    """Gate the kernels of a layer: what it reads → gates of what it writes, 0 for those not to be executed.
+
+    x_BCHW → gate_BK11; or, where channels lie last, x_BHWC → gate_B11K, with any number of positions.
 
     Args:
         site: the layers that it concerns.
@@ -162,19 +165,19 @@ class KernelActivation(SetMember):
         for head in self.iterate_heads():
             head.linear.bias.copy_(self.start + self.spread * place_K)
 
-    def score_kernels(self, x_BCHW: Tensor) -> Tensor:
+    def score_kernels(self, mean_BC: Tensor) -> Tensor:
         """Score kernels by the active set's head."""
         head = self.get_head()
-        score_BK: Tensor = head.score_steadily(x_BCHW) if self.is_steady else head(x_BCHW)
+        score_BK: Tensor = head.score_steadily(mean_BC) if self.is_steady else head(mean_BC)
         return score_BK
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        self.score_BK = score_BK = self.score_kernels(x_BCHW)
+    def forward(self, x: Tensor) -> Tensor:
+        self.score_BK = score_BK = self.score_kernels(average_maps(x, self.site.axis))
         self.active_BK = find_active(score_BK.detach())
         gate_BK = compute_gates(score_BK, self.activation, self.training, self.temperature)
         if self.training:
             self.active_BK = lean_on_scores(self.active_BK, score_BK)
-        return gate_BK[:, :, None, None]
+        return spread_over_maps(gate_BK, x, self.site.axis)
 
 
 class ConstantActivation(KernelActivation):
@@ -193,8 +196,8 @@ class RandomActivation(ConstantActivation):
 
     kind, deterministic = "random", False
 
-    def score_kernels(self, x_BCHW: Tensor) -> Tensor:
-        return add_noise(super().score_kernels(x_BCHW))
+    def score_kernels(self, mean_BC: Tensor) -> Tensor:
+        return add_noise(super().score_kernels(mean_BC))
 
 
 KINDS = {module.kind: module for module in (KernelActivation, ConstantActivation, RandomActivation)}

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from elastic.dynamic.attaching import MODULES, measure_reading_weights
 from elastic.dynamic.calls import find_calls
+from elastic.dynamic.maps import average_maps, list_positions
 from elastic.dynamic.modules import KernelActivation, iterate_modules
 from elastic.dynamic.zeros import name_operation
 from elastic.errors import OptionError
@@ -54,8 +55,8 @@ class Saliency:
         assert isinstance(end, fx.Node)
         self._rectified[writer] = any(name_operation(self.net, user) == "relu" for user in gated.users)
 
-        def keep(layer: nn.Module, inputs: Any, map_BKHW: Tensor) -> None:
-            self._maps[writer] = map_BKHW.detach()
+        def keep(layer: nn.Module, inputs: Any, maps: Tensor) -> None:
+            self._maps[writer] = maps.detach()
 
         return self.net.get_submodule(str(end.target)).register_forward_hook(keep)
 
@@ -63,10 +64,9 @@ class Saliency:
     def measure(self, module: KernelActivation) -> Tensor:
         """Measure saliency_BK of a module's kernels in the last call."""
         site = module.site
-        map_BKHW = self._maps[site.writer].float()
-        if self._rectified[site.writer]:
-            map_BKHW = map_BKHW.relu()
-        norm_BK = torch.linalg.vector_norm(map_BKHW, dim=(2, 3))
+        maps = self._maps[site.writer].float()
+        maps = maps.relu() if self._rectified[site.writer] else maps
+        norm_BK = torch.linalg.vector_norm(maps, dim=list_positions(maps, site.axis))
         saliency_BK = norm_BK * measure_reading_weights(self.net, site, norm_BK.shape[1]).sqrt()
         return saliency_BK / saliency_BK.mean(1, keepdim=True).clamp(min=1e-12)
 
@@ -162,7 +162,7 @@ class _Fit:
         self.weights: list[Tensor] = []
 
     def note_input(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self.mean_BC = inputs[0].float().mean((2, 3))
+        self.mean_BC = average_maps(inputs[0].float(), self.module.site.axis)
 
     def add(self, weight_B1: Tensor | float) -> None:
         self.weights.append(torch.ones_like(self.mean_BC[:, :1]) * weight_B1)
@@ -200,6 +200,6 @@ def solve_ridge(x_NC: Tensor, y_NK: Tensor, ridge: float = RIDGE) -> tuple[Tenso
     return weight_KC, y_mean_K - weight_KC @ x_mean_C
 
 
-def _open(module: nn.Module, inputs: Any, gate_BK11: Tensor) -> Tensor:
+def _open(module: nn.Module, inputs: Any, gates: Tensor) -> Tensor:
     """Replace gates, so that all maps pass."""
-    return torch.ones_like(gate_BK11)
+    return torch.ones_like(gates)

@@ -1,6 +1,6 @@
 """Find the kernels that can be switched off: those whose maps need not be read where they are zero."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -8,6 +8,7 @@ from torch import fx, nn
 
 from elastic.dynamic.calls import find_calls, find_norm, require_one_call
 from elastic.dynamic.following import follow_maps
+from elastic.dynamic.pointwise import list_pointwise
 from elastic.dynamic.sums import find_addend
 from elastic.errors import StructureError
 from elastic.widths.discovery import Slot, Width, Widths
@@ -39,12 +40,14 @@ class Site:
     Attributes:
         followers: layers that treat each map by itself, behind which those that are off are made zero again.
         width: its name; None for maps that end a branch.
+        axis: where the channels of its maps lie: 1, or -1 behind a linear layer.
     """
 
     writer: str
     readers: tuple[Reader, ...]
     followers: tuple[str, ...]
     width: str | None = None
+    axis: int = 1
 
 
 def find_sites(
@@ -59,16 +62,17 @@ def find_sites(
         StructureError: a width that is named has none, or there is no site.
     """
     ends = find_branch_sites(traced) if branches else []
+    pointwise = list_pointwise(traced, widths)
     if names is not None:
         names = [names] if isinstance(names, str) else dict.fromkeys(names)
-        named = [find_site(traced, widths, widths[name]) for name in names]
+        named = [find_site(traced, widths, widths[name], pointwise) for name in names]
         if not named and not ends:
             raise StructureError("no width is named whose kernels could be switched off: name one")
         return named + ends
     sites, refusals = [], []
     for width in widths.values():
         try:
-            sites.append(find_site(traced, widths, width))
+            sites.append(find_site(traced, widths, width, pointwise))
         except StructureError as refusal:
             refusals.append(refusal)
     if refusals and not sites and not ends:
@@ -76,11 +80,14 @@ def find_sites(
     return sites + ends
 
 
-def find_site(traced: fx.GraphModule, widths: Widths, width: Width) -> Site:
+def find_site(traced: fx.GraphModule, widths: Widths, width: Width, pointwise: Collection[str]) -> Site:
     """Find where a width's kernels are.
 
     Of several layers that write a width one may be switched if its maps are multiplied by the others'
     (squeeze and excitation), not added: where they are off, so are the products.
+
+    Args:
+        pointwise: the linear layers that are applied to each position, see `list_pointwise`.
 
     Raises:
         StructureError: they cannot be switched off; it says why.
@@ -89,7 +96,8 @@ def find_site(traced: fx.GraphModule, widths: Widths, width: Width) -> Site:
     reason = width.mixed or "no layer writes them"
     for writer in writers if width.mixed is None else ():
         try:
-            return _find_site(traced, widths, width, writer, len(writers) == 1)
+            call = _find_call(traced, width, writer, pointwise)
+            return _find_site(traced, widths, width, call, len(writers) == 1)
         except StructureError as error:
             reason = str(error)
     if len(writers) > 1 and width.mixed is None:
@@ -97,16 +105,17 @@ def find_site(traced: fx.GraphModule, widths: Widths, width: Width) -> Site:
     raise StructureError(f"the kernels of '{width.name}' cannot be switched off: {reason}")
 
 
-def _find_site(traced: fx.GraphModule, widths: Widths, width: Width, writer: str, is_alone: bool) -> Site:
-    """Find the site of the kernels of one layer that writes a width, alone or among others."""
-    followed = follow_maps(traced, _find_call(traced, width, writer))
+def _find_site(traced: fx.GraphModule, widths: Widths, width: Width, call: fx.Node, is_alone: bool) -> Site:
+    """Find the site of the kernels of one layer, which is called once, alone or among others."""
+    writer, axis = str(call.target), 1 if isinstance(get_layer(traced, call), nn.Conv2d) else -1
+    followed = follow_maps(traced, call, axis)
     readers = tuple(_locate_maps(traced, widths, width, writer, path) for path in followed.readers)
     slots = {slot.module for slot in width.slots}
     if others := [path for path in followed.followers if path not in slots]:
         raise StructureError(f"{others[0]} does not treat each of its maps by itself")
     for path in () if is_alone else followed.readers:  # in another call it may read another layer's maps
         require_one_call(traced, path)
-    return Site(writer, readers, followed.followers, width.name)
+    return Site(writer, readers, followed.followers, width.name, axis)
 
 
 def _locate_maps(traced: fx.GraphModule, widths: Widths, width: Width, writer: str, path: str) -> Reader:
@@ -149,12 +158,14 @@ def find_branch_sites(traced: fx.GraphModule) -> list[Site]:
     return sites
 
 
-def _find_call(traced: fx.GraphModule, width: Width, writer: str) -> fx.Node:
-    """Find the one call of a convolution that writes a width, and nothing but the width."""
+def _find_call(traced: fx.GraphModule, width: Width, writer: str, pointwise: Collection[str]) -> fx.Node:
+    """Find the one call of a layer that writes a width, and nothing but the width."""
     (call,) = find_calls(traced, require_one_call(traced, writer))
     layer = get_layer(traced, call)
-    if type(layer) is not nn.Conv2d:
-        raise StructureError(f"{writer} ({type(layer).__name__}) is no ordinary convolution")
+    if type(layer) is not nn.Conv2d and writer not in pointwise:
+        is_linear = type(layer) is nn.Linear
+        reason = "reads no samples of several positions" if is_linear else "is no ordinary convolution"
+        raise StructureError(f"{writer} ({type(layer).__name__}) {reason}")
     if not call.args:
         raise StructureError(f"{writer} is given what it reads by name")
     if any(segment.width != width.name for segment in _find_slots(width, "out", writer)[0].layout):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from elastic.dynamic.maps import spread_over_maps
 from elastic.dynamic.skipping import compiling
 from elastic.dynamic.skipping.native import make_floats
 from elastic.errors import StructureError
@@ -26,13 +27,13 @@ class Active(NamedTuple):
     count_B: Tensor
     gate_BK: Tensor
 
-    def mask(self, x_BCHW: Tensor) -> Tensor:
+    def mask(self, x: Tensor, axis: int = 1) -> Tensor:
         """Put zeros where a map is not active, whatever it holds there."""
-        return torch.where(self.gate_BK[:, :, None, None] != 0, x_BCHW, 0.0)
+        return torch.where(spread_over_maps(self.gate_BK, x, axis) != 0, x, 0.0)
 
-    def scale(self, x_BCHW: Tensor) -> Tensor:
+    def scale(self, x: Tensor, axis: int = 1) -> Tensor:
         """Multiply maps by their gates; zeros where a map is not active, whatever it holds there."""
-        return self.mask(x_BCHW) * self.gate_BK[:, :, None, None]
+        return self.mask(x, axis) * spread_over_maps(self.gate_BK, x, axis)
 
     @staticmethod
     def from_gates(gate_BK: Tensor) -> "Active":

@@ -77,6 +77,23 @@ def _leave_out_identities(traced: fx.GraphModule) -> None:
             traced.graph.erase_node(node)
 
 
+def cut_out(
+    traced: fx.GraphModule, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], output: fx.node.Argument
+) -> fx.GraphModule:
+    """Make a network of its own of some nodes; the one that they are in keeps them, too.
+
+    Args:
+        inputs: nodes of which the result is given the values, in this order.
+        output: of the nodes, what it returns.
+    """
+    graph = fx.Graph()
+    copies = {node: graph.placeholder(node.name) for node in inputs}
+    for node in nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(fx.map_arg(output, copies.__getitem__))
+    return fx.GraphModule(traced, graph)
+
+
 def delete_unused_layers(traced: fx.GraphModule) -> None:
     """Delete the layers that a graph neither calls nor hands on, in place.
 

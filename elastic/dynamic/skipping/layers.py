@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elastic.dynamic.activations import GRADED, Activation, find_active
+from elastic.dynamic.maps import average_maps
 from elastic.dynamic.modules import KernelActivation
 from elastic.dynamic.skipping import compiling
 from elastic.dynamic.skipping.active import Active, ActiveLayer, check_maps, check_size, list_all_channels
@@ -26,13 +27,20 @@ class ActiveModule(ActiveLayer):
         self.module = module
         self.folded = [head.fold() for head in module.iterate_heads()]
 
-    def forward(self, x_BCHW: Tensor, reads: Active | None = None) -> Active:
+    @property
+    def is_compiled(self) -> bool:
+        return self.module.site.axis == 1 and super().is_compiled
+
+    def forward(self, x: Tensor, reads: Active | None = None) -> Active:
+        axis = self.module.site.axis
         if not self.module.deterministic:
             interrupt()  # what it draws is drawn anew each time
-            x_BCHW = x_BCHW if reads is None else reads.mask(x_BCHW)
-            return Active.from_gates(self.module(x_BCHW).flatten(1))
-        weight_KC, bias_K, within_2C = self.folded[self.module.active_set]
-        return activate_kernels(x_BCHW, reads, weight_KC, bias_K, within_2C, self.module.activation)
+            x = x if reads is None else reads.mask(x, axis)
+            return Active.from_gates(self.module(x).flatten(1))
+        head, activation = self.folded[self.module.active_set], self.module.activation
+        if axis == 1:
+            return activate_kernels(x, reads, *head, activation)
+        return _activate_by_means(average_maps(x, axis), *head, activation)
 
 
 class ActiveMaxPool2d(ActiveLayer):
@@ -62,8 +70,7 @@ def activate_kernels(
     kernels, channels = weight_KC.shape
     if compiling.load_kernel() is None:
         x_BCHW = x_BCHW if reads is None else reads.mask(x_BCHW)
-        mean_BC = x_BCHW.mean((2, 3)).clamp(*within_2C)
-        return Active.from_gates(GRADED.get(activation, find_active)(F.linear(mean_BC, weight_KC, bias_K)))
+        return _activate_by_means(average_maps(x_BCHW, 1), weight_KC, bias_K, within_2C, activation)
     x_BCHW = check_maps(x_BCHW, channels)
     batch, _, height, width = x_BCHW.shape
     active = Active(
@@ -78,6 +85,14 @@ def activate_kernels(
         *(get_workspace(batch * channels), torch.get_num_threads()),
     )
     return active
+
+
+def _activate_by_means(
+    mean_BC: Tensor, weight_KC: Tensor, bias_K: Tensor, within_2C: Tensor, activation: Activation
+) -> Active:
+    """Activate kernels by stock torch."""
+    score_BK = F.linear(mean_BC.clamp(*within_2C), weight_KC, bias_K)
+    return Active.from_gates(GRADED.get(activation, find_active)(score_BK))
 
 
 def max_pool(

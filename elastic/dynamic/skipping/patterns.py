@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from torch import fx, nn
 from torch.nn.modules.utils import _pair
 
-from elastic.dynamic.zeros import works_in_place
+from elastic.dynamic.zeros import name_operation, works_in_place
 from elastic.widths.tracing import get_layer, get_operation_name
+
+# Of each entry by itself, zero for zero.
+FUNCTIONS = set("relu relu6 leaky_relu elu selu celu gelu silu mish tanh hardswish softsign".split())
 
 
 def find_next(traced: nn.Module, chain: Sequence[fx.Node]) -> fx.Node | None:
@@ -46,6 +49,23 @@ def find_head(traced: nn.Module, linear: fx.Node) -> tuple[list[fx.Node], bool]:
         chain = [before, *chain]
     is_chain = all(find_next(traced, chain[:i]) is node for i, node in enumerate(chain) if i)
     return (chain, pools) if is_chain else ([], False)
+
+
+def find_expansion(traced: nn.Module, linear: fx.Node) -> list[fx.Node]:
+    """Find a product behind a linear layer, functions of each entry and the next linear layer, they included.
+
+    The chain is empty where something else is between them, or reads what is.
+    """
+    chain = [linear]
+    while (user := find_next(traced, chain)) is not None:
+        is_last, is_product = type(get_layer(traced, user)) is nn.Linear, len(chain) == 1
+        is_function = name_operation(traced, user) in FUNCTIONS and user.all_input_nodes == chain[-1:]
+        if not (is_last or is_product or is_function):
+            break
+        chain.append(user)
+        if is_last:
+            return chain if len(chain) > 2 else []
+    return []
 
 
 def _flattens_maps(traced: nn.Module, node: fx.Node) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from elastic.dynamic.modules import iterate_modules
 from elastic.dynamic.skipping.active import Active
-from elastic.dynamic.skipping.inference import delete_unused_layers
+from elastic.dynamic.skipping.inference import cut_out, delete_unused_layers
 from elastic.dynamic.skipping.native import Tape
 
 MAX_SAMPLES = 8  # at once: what Python costs is little beside their work, and their maps stay in the cache
@@ -114,12 +114,7 @@ def fuse(traced: fx.GraphModule, is_call: Callable[[fx.Node], bool]) -> None:
 def _fuse(traced: fx.GraphModule, nodes: list[fx.Node], name: str) -> None:
     inputs = list(dict.fromkeys(x for node in nodes for x in node.all_input_nodes if x not in nodes))
     outputs = [node for node in nodes if any(user not in nodes for user in node.users)]
-    graph = fx.Graph()
-    copies = {node: graph.placeholder(node.name) for node in inputs}
-    for node in nodes:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(tuple(copies[node] for node in outputs))
-    traced.add_submodule(name, Replayed(fx.GraphModule(traced, graph)))
+    traced.add_submodule(name, Replayed(cut_out(traced, nodes, inputs, tuple(outputs))))
     with traced.graph.inserting_after(nodes[-1]):
         call = traced.graph.call_module(name, tuple(inputs))
     for i, node in enumerate(outputs):

@@ -13,10 +13,16 @@ from elastic.dynamic.modules import KernelActivation, iterate_modules
 from elastic.dynamic.skipping import compiling
 from elastic.dynamic.skipping.active import Active, ActiveLayer
 from elastic.dynamic.skipping.convolution import ActiveConv2d, Method
+from elastic.dynamic.skipping.expansion import ActiveExpansion
 from elastic.dynamic.skipping.head import ActiveHead
-from elastic.dynamic.skipping.inference import delete_unused_layers, prepare_for_inference, take_first
+from elastic.dynamic.skipping.inference import (
+    cut_out,
+    delete_unused_layers,
+    prepare_for_inference,
+    take_first,
+)
 from elastic.dynamic.skipping.layers import ActiveMaxPool2d, ActiveModule
-from elastic.dynamic.skipping.patterns import find_head, find_next, find_pool_size
+from elastic.dynamic.skipping.patterns import find_expansion, find_head, find_next, find_pool_size
 from elastic.dynamic.sums import find_addend
 from elastic.dynamic.zeros import PRODUCTS, RESHAPES, keeps_zeros, list_joined, name_operation
 from elastic.errors import StructureError
@@ -27,9 +33,9 @@ from elastic.widths.tracing import get_layer
 Chain = list[fx.Node]  # of which each alone reads the one before
 
 
-def scale(x_BCHW: Tensor, active: Active) -> Tensor:
+def scale(x: Tensor, active: Active, axis: int) -> Tensor:
     """Multiply maps by their gates."""
-    return active.scale(x_BCHW)
+    return active.scale(x, axis)
 
 
 def join(maps: Sequence[Tensor], actives: Sequence[Active | None]) -> Active:
@@ -95,8 +101,9 @@ class _Rewriter:
     def _rewrite(self, layer: nn.Module | None, node: fx.Node) -> None:
         """Rewrite a node by the kind of its layer; this is for all others, and for functions."""
         if (gates := self._get_gates(node)) is not None:
-            node.target = scale
-            self._list_active(node, gates)
+            axis = self._get_axis(gates)
+            node.target, node.args = scale, (*node.args, axis)
+            self._list_active(node, gates if axis == 1 else None)
         elif keeps_zeros(self.traced, node) and name_operation(self.traced, node) not in RESHAPES:
             self._list_active(node, self._get_active(node))
         elif joined := list_joined(node):
@@ -139,6 +146,18 @@ class _Rewriter:
         chain, pools = find_head(self.traced, node)
         if chain and ActiveHead.takes(layer) and not any(map(self._has_hooks, chain)):
             self._replace(chain, ActiveHead(layer, pools), (chain[0].all_input_nodes[0],))
+        elif chain := find_expansion(self.traced, node):
+            self._expand(layer, chain)
+
+    def _expand(self, layer: nn.Linear, chain: Chain) -> None:
+        """Take the gates behind a linear layer, and all up to the next one, into one layer."""
+        first, gated, *between, last = chain
+        gates, projection = self._get_gates(gated), get_layer(self.traced, last)
+        if gates is not None and first.args and not any(map(self._has_hooks, chain)):
+            assert isinstance(projection, nn.Linear)
+            function = cut_out(self.traced, between, [gated], [gated, *between][-1])
+            expansion = ActiveExpansion(layer, function, projection)
+            self._replace(chain, expansion, (first.args[0], None, gates))
 
     def _find_relu(self, chain: Chain) -> fx.Node | None:
         """Find the ReLU that alone reads the end of a chain; one with hooks is left where it is."""
@@ -168,6 +187,12 @@ class _Rewriter:
         if any(actives):
             with self.graph.inserting_after(node):
                 self.active[node] = self.graph.call_function(join, (joined, actives))
+
+    def _get_axis(self, gates: fx.Node) -> int:
+        """Get the axis of the channels that a module gates."""
+        layer = get_layer(self.traced, gates)
+        assert isinstance(layer, ActiveModule)
+        return layer.module.site.axis
 
     def _get_gates(self, node: fx.Node) -> fx.Node | None:
         """Get the gates that a node multiplies maps by, if that is what it does."""

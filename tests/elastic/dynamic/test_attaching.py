@@ -557,9 +557,10 @@ def test_scores_are_those_of_the_sources_module() -> None:
     head.norm.get_buffer("running_var").uniform_(0.5, 1.5)
     weight_KC, bias_K, _ = head.fold()
     maps_BKHW = F.conv2d(X, weight_KC[:, :, None, None], bias_K)
-    torch.testing.assert_close(made.score_kernels(X), maps_BKHW.mean((2, 3)))
-    active_BK = torch.sigmoid(made.score_kernels(X)) > 0.5
-    assert torch.equal(made(X)[:, :, 0, 0] > 0, active_BK)
+    gate_BK11 = made(X)
+    torch.testing.assert_close(made.score_BK, maps_BKHW.mean((2, 3)))
+    active_BK = torch.sigmoid(made.score_BK) > 0.5
+    assert torch.equal(gate_BK11[:, :, 0, 0] > 0, active_BK)
     assert torch.equal(made.active_BK, active_BK.float())
 
 
@@ -568,9 +569,11 @@ def test_one_image_in_training_is_looked_at_as_in_evaluation() -> None:
     torch.manual_seed(0)
     one = gated(convnet(in_channels=3).eval(), X)
     head = next(iterate_modules(one)).heads[0]
+    mean_BC = X.mean((2, 3))
     with torch.no_grad():
-        expected = head(X[:1])
-        assert torch.equal(head.train()(X[:1]), expected) and not torch.equal(head(X)[:1], expected)
+        expected = head(mean_BC[:1])
+        assert torch.equal(head.train()(mean_BC[:1]), expected)
+        assert not torch.equal(head(mean_BC)[:1], expected)
     assert one.train()(X[:1]).isfinite().all()
 
 
@@ -582,8 +585,8 @@ def test_a_map_that_hardly_varies_does_not_decide_alone() -> None:
     head.norm.get_buffer("running_var").copy_(torch.tensor([1e-20, 1, 1]))
     x_BCHW = torch.zeros(2, 3, 4, 4)
     x_BCHW[0, 0] = 1e3
-    apart_K = made.score_kernels(x_BCHW)[0] - made.score_kernels(x_BCHW)[1]
-    assert torch.equal(apart_K, torch.full((6,), WITHIN))
+    made(x_BCHW)
+    assert torch.equal(made.score_BK[0] - made.score_BK[1], torch.full((6,), WITHIN))
 
 
 @pytest.mark.parametrize("activation", get_args(Activation))

@@ -1,0 +1,45 @@
+"""Expand maps to many channels and project them back, by the channels that are active alone."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elastic.dynamic.skipping.active import Active, ActiveLayer
+
+
+class ActiveExpansion(ActiveLayer):
+    """Apply two linear layers to each position of maps whose channels lie last, by stock torch.
+
+    Between them are the gates of the first one's kernels, and functions that make zeros of zeros. Weights of
+    active channels are gathered for each sample: as a product of matrices has many positions, that pays.
+
+    Args:
+        first, last: their weights are copied.
+        between: works on each entry by itself.
+    """
+
+    is_compiled = False
+
+    def __init__(self, first: nn.Linear, between: Callable[[Tensor], Tensor], last: nn.Linear) -> None:
+        super().__init__()
+        self.between = between
+        self.weight_KC, self.bias_K = _copy_weights(first)
+        weight_NK, self.bias_N = _copy_weights(last)
+        self.weight_KN = weight_NK.T.contiguous()
+
+    def forward(self, x: Tensor, reads: None, writes: Active) -> Tensor:
+        x_BPC = x.flatten(1, -2)
+        y_BPN = x.new_empty(*x_BPC.shape[:2], len(self.bias_N))
+        for x_PC, y_PN, channel_K, count, gate_K in zip(x_BPC, y_BPN, *writes, strict=True):
+            active = channel_K[:count]
+            weight_AC, bias_A = (each.index_select(0, active) for each in (self.weight_KC, self.bias_K))
+            hidden_PA = self.between(F.linear(x_PC, weight_AC, bias_A) * gate_K[active])
+            torch.addmm(self.bias_N, hidden_PA, self.weight_KN.index_select(0, active), out=y_PN)
+        return y_BPN.view(*x.shape[:-1], -1)
+
+
+def _copy_weights(linear: nn.Linear) -> tuple[Tensor, Tensor]:
+    weight, bias = linear.weight.detach(), linear.bias
+    return weight.clone(), weight.new_zeros(len(weight)) if bias is None else bias.detach().clone()
