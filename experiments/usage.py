@@ -52,7 +52,7 @@ def show_kernel_usage(
     figures = ", ".join(map(" ".join, list_shown(images.metrics)))
     print(f"{figures}, {images.macs:,.0f} MACs an image, modules included")
     if csv is not None:
-        write_csv(csv, ["convolution", "kernel", "on"], _list_kernels(images))
+        write_csv(csv, ["layer", "kernel", "on"], _list_kernels(images))
     if classes is not None:
         write_csv(classes, ["class", "images", "right (%)", "MACs, mean"], _list_classes(images))
     if figure is not None:
@@ -61,7 +61,7 @@ def show_kernel_usage(
 
 
 def _make_table(images: PerImage) -> Table:
-    table = Table("convolution", "kernels", "on, mean (%)", "always on", "never on")
+    table = Table("layer", "kernels", "on, mean (%)", "always on", "never on")
     for name, usage_K in images.usage.items():
         always, never = int((usage_K == 1).sum()), int((usage_K == 0).sum())
         table.add_row(name, str(len(usage_K)), f"{100 * usage_K.mean():.1f}", str(always), str(never))
