@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from elastic.dynamic.activations import Activation
-from elastic.dynamic.calls import find_calls, find_norm
+from elastic.dynamic.calls import INSTANCE_NORM, find_calls, find_norm, is_convolution
 from elastic.dynamic.modules import KINDS, KernelActivation
 from elastic.dynamic.norms import SetNorm
-from elastic.dynamic.sites import Site, find_sites
+from elastic.dynamic.sites import Site, count_reading_groups, find_sites
 from elastic.errors import OptionError, StructureError
 from elastic.widths.discovery import Widths
 from elastic.widths.tracing import BATCH_NORM, get_layer, list_graphs, trace_both_modes
@@ -66,9 +66,11 @@ def _attach(
     traced: fx.GraphModule, site: Site, make: type[KernelActivation], sets: int, activation: Activation
 ) -> None:
     layer = traced.get_submodule(site.writer)
-    assert isinstance(layer, nn.Conv2d | nn.Linear)
-    reads = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
-    kernels = len(layer.weight)
+    if isinstance(layer, nn.Linear):
+        reads, kernels = layer.in_features, layer.out_features
+    else:
+        assert is_convolution(layer)
+        reads, kernels = layer.in_channels, layer.out_channels
     module = make(site, reads, kernels, sets, activation)
     module.order_scores(_measure_worth(traced, site, kernels))
     path = f"{MODULES}.{site.writer.replace('.', '/')}"
@@ -95,18 +97,24 @@ def measure_reading_weights(traced: fx.GraphModule, site: Site, kernels: int) ->
     weight = cast(Tensor, traced.get_submodule(site.writer).weight)
     worth_K = weight.new_zeros(kernels) if site.readers else weight.new_ones(kernels)
     for reader in site.readers:
-        layer = traced.get_submodule(reader.path)
-        weight = cast(Tensor, layer.weight).unflatten(0, (getattr(layer, "groups", 1), -1))
-        read = weight.transpose(1, 2).flatten(0, 1)[reader.begin : reader.end]
+        read = list_reading_weights(traced.get_submodule(reader.path))[reader.begin : reader.end]
         worth_K = worth_K + read.unflatten(0, (kernels, -1)).flatten(1).square().sum(1)
     return worth_K
+
+
+def list_reading_weights(layer: nn.Module) -> Tensor:
+    """List a layer's weights by the channel that they read: (channels, all others)."""
+    weight = cast(Tensor, layer.weight)
+    if getattr(layer, "transposed", False):
+        return weight.flatten(1)
+    return weight.unflatten(0, (count_reading_groups(layer), -1)).transpose(1, 2).flatten(0, 1).flatten(1)
 
 
 def _attach_norms(traced: fx.GraphModule, modules: nn.ModuleDict, sets: int) -> None:
     """Keep statistics of norms for each set of modules, wherever statistics are kept."""
     for node in chain.from_iterable(graph.nodes for graph in list_graphs(traced)):
         norm, name = get_layer(traced, node), str(node.target).replace(".", "/")
-        if isinstance(norm, BATCH_NORM | nn.InstanceNorm2d) and norm.running_mean is not None:
+        if isinstance(norm, BATCH_NORM | INSTANCE_NORM) and norm.running_mean is not None:
             if name not in modules:  # it may be called more than once
                 modules[name] = SetNorm(norm, sets)
             node.target = f"{MODULES}.{name}"

@@ -1,9 +1,24 @@
 """Find the calls of layers in a traced network, and the batch norms behind them."""
 
-from torch import fx
+from typing import TypeGuard
+
+from torch import fx, nn
 
 from elastic.errors import StructureError
 from elastic.widths.tracing import BATCH_NORM, get_layer, list_graphs
+
+INSTANCE_NORM = nn.modules.instancenorm._InstanceNorm
+
+
+STOCK = {nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d}
+
+
+def is_convolution(layer: nn.Module | None) -> TypeGuard[nn.modules.conv._ConvNd]:
+    """Tell whether a layer is one of torch's convolutions, whose weight has a place for each kernel."""
+    if type(layer) not in STOCK:
+        return False
+    assert isinstance(layer, nn.modules.conv._ConvNd)
+    return layer.groups == 1 or not layer.transposed
 
 
 def find_calls(traced: fx.GraphModule, path: str) -> list[fx.Node]:

@@ -1,10 +1,10 @@
 """Follow the maps of a layer, which may be off, to the layers that read them."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from elastic.dynamic.calls import find_norm, require_one_call
+from elastic.dynamic.calls import INSTANCE_NORM, find_norm, require_one_call
 from elastic.dynamic.products import ends_in_products
 from elastic.dynamic.zeros import READS_SHAPE, keeps_zeros, list_joined
 from elastic.errors import StructureError
@@ -32,6 +32,7 @@ def follow_maps(traced: fx.GraphModule, writer: fx.Node, axis: int) -> Followed:
         StructureError: something else is made of them.
     """
     readers, followers, others = [], [], []
+    dims = cast(Tensor, traced.get_submodule(str(writer.target)).weight).dim()
     is_joined = {find_norm(traced, writer): False}  # with other maps, by node; all nodes that keep zeros
     for node in traced.graph.nodes:
         sources = [source for source in node.all_input_nodes if source in is_joined]
@@ -41,9 +42,9 @@ def follow_maps(traced: fx.GraphModule, writer: fx.Node, axis: int) -> Followed:
         if axis == 1 and _treats_each_map(layer) and not joined:
             followers.append(require_one_call(traced, str(node.target)))
             is_joined[find_norm(traced, node)] = False
-        elif isinstance(layer, nn.Conv2d | nn.Linear):
+        elif isinstance(layer, nn.modules.conv._ConvNd | nn.Linear):
             readers.append(str(node.target))
-        elif axis == 1 and sum(part in is_joined for part in list_joined(node)) == 1:
+        elif axis == 1 and sum(part in is_joined for part in list_joined(node, dims)) == 1:
             is_joined[node] = True
         elif keeps_zeros(traced, node):
             is_joined[node] = joined
@@ -57,8 +58,8 @@ def follow_maps(traced: fx.GraphModule, writer: fx.Node, axis: int) -> Followed:
 
 def _treats_each_map(layer: nn.Module | None) -> bool:
     """Tell whether a layer makes one map of each, but something of zeros."""
-    if isinstance(layer, nn.Conv2d):
+    if isinstance(layer, nn.modules.conv._ConvNd):
         return layer.groups == layer.in_channels == layer.out_channels > 1
     if isinstance(layer, nn.GroupNorm):
         return layer.num_groups == layer.num_channels
-    return isinstance(layer, BATCH_NORM | nn.InstanceNorm2d)
+    return isinstance(layer, BATCH_NORM | INSTANCE_NORM)

@@ -2,8 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from elastic.dynamic.calls import INSTANCE_NORM
 from elastic.dynamic.modules import SetMember
 from elastic.widths.tracing import BATCH_NORM
 
@@ -19,7 +20,7 @@ class SetNorm(SetMember):
     var_SC: Tensor
     seen_S: Tensor  # batches; a name in files
 
-    def __init__(self, norm: BATCH_NORM | nn.InstanceNorm2d, sets: int) -> None:
+    def __init__(self, norm: BATCH_NORM | INSTANCE_NORM, sets: int) -> None:
         super().__init__()
         assert norm.running_mean is not None and norm.running_var is not None
         self._norm = (norm,)  # not registered: the network has it
@@ -45,7 +46,7 @@ class SetNorm(SetMember):
         if self.training:
             self.seen_S[self.active_set] += 1
             momentum = 1 / float(self.seen_S[self.active_set]) if momentum is None else momentum
-        normalize = F.instance_norm if isinstance(norm, nn.InstanceNorm2d) else F.batch_norm
+        normalize = F.instance_norm if isinstance(norm, INSTANCE_NORM) else F.batch_norm
         statistics = self.running_mean, self.running_var
         return normalize(x, *statistics, norm.weight, norm.bias, self.training, momentum or 0.0, self.eps)
 

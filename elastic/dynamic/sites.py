@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from elastic.dynamic.calls import find_calls, find_norm, require_one_call
+from elastic.dynamic.calls import find_calls, find_norm, is_convolution, require_one_call
 from elastic.dynamic.following import follow_maps
 from elastic.dynamic.pointwise import list_pointwise
 from elastic.dynamic.sums import find_addend
@@ -107,7 +107,7 @@ def find_site(traced: fx.GraphModule, widths: Widths, width: Width, pointwise: C
 
 def _find_site(traced: fx.GraphModule, widths: Widths, width: Width, call: fx.Node, is_alone: bool) -> Site:
     """Find the site of the kernels of one layer, which is called once, alone or among others."""
-    writer, axis = str(call.target), 1 if isinstance(get_layer(traced, call), nn.Conv2d) else -1
+    writer, axis = str(call.target), 1 if is_convolution(get_layer(traced, call)) else -1
     followed = follow_maps(traced, call, axis)
     readers = tuple(_locate_maps(traced, widths, width, writer, path) for path in followed.readers)
     slots = {slot.module for slot in width.slots}
@@ -123,7 +123,7 @@ def _locate_maps(traced: fx.GraphModule, widths: Widths, width: Width, writer: s
     (out, *_), slots = _find_slots(width, "out", writer), _find_slots(width, "in", path)
     if not slots:
         raise StructureError(f"{path} does not read them as its channels")
-    groups = getattr(traced.get_submodule(path), "groups", 1)
+    groups = count_reading_groups(traced.get_submodule(path))
     written = [segment.width for segment in out.layout]
     read = [segment.width for segment in slots[0].layout] * groups
     places = [i for i in range(len(read)) if read[i : i + len(written)] == written]
@@ -132,6 +132,12 @@ def _locate_maps(traced: fx.GraphModule, widths: Widths, width: Width, writer: s
     extents = widths.extents(slots[0]) * groups
     begin, end = sum(extents[: places[0]]), sum(extents[: places[0] + len(written)])
     return Reader(path, begin, end, sum(extents))
+
+
+def count_reading_groups(layer: nn.Module) -> int:
+    """Count the groups of channels that lie one after the other on the same dimension of a layer's weight."""
+    groups: int = 1 if getattr(layer, "transposed", False) else getattr(layer, "groups", 1)
+    return groups
 
 
 def _find_slots(width: Width, role: Role, path: str) -> list[Slot]:
@@ -146,7 +152,7 @@ def find_branch_sites(traced: fx.GraphModule) -> list[Site]:
     sites = []
     for call in traced.graph.nodes:
         layer = get_layer(traced, call)
-        if type(layer) is not nn.Conv2d or layer.groups > 1 or not call.args:
+        if not is_convolution(layer) or layer.groups > 1 or not call.args:
             continue
         end, source = find_norm(traced, call), call.args[0]
         is_added = len(end.users) == 1 and find_addend(next(iter(end.users)), end) is not None
@@ -162,7 +168,7 @@ def _find_call(traced: fx.GraphModule, width: Width, writer: str, pointwise: Col
     """Find the one call of a layer that writes a width, and nothing but the width."""
     (call,) = find_calls(traced, require_one_call(traced, writer))
     layer = get_layer(traced, call)
-    if type(layer) is not nn.Conv2d and writer not in pointwise:
+    if not is_convolution(layer) and writer not in pointwise:
         is_linear = type(layer) is nn.Linear
         reason = "reads no samples of several positions" if is_linear else "is no ordinary convolution"
         raise StructureError(f"{writer} ({type(layer).__name__}) {reason}")

@@ -26,20 +26,28 @@ KEEPS_ZEROS: dict[str, type[nn.Module] | None] = {
     ),
     **{"max_pool2d": nn.MaxPool2d, "avg_pool2d": nn.AvgPool2d, "boolean_dispatch": None, "mean": None},
     **{"adaptive_avg_pool2d": nn.AdaptiveAvgPool2d, "adaptive_max_pool2d": nn.AdaptiveMaxPool2d},
+    **{"max_pool1d": nn.MaxPool1d, "avg_pool1d": nn.AvgPool1d, "dropout1d": nn.Dropout1d},
+    **{"max_pool3d": nn.MaxPool3d, "avg_pool3d": nn.AvgPool3d, "dropout3d": nn.Dropout3d},
+    **{"adaptive_avg_pool1d": nn.AdaptiveAvgPool1d, "adaptive_max_pool1d": nn.AdaptiveMaxPool1d},
+    **{"adaptive_avg_pool3d": nn.AdaptiveAvgPool3d, "adaptive_max_pool3d": nn.AdaptiveMaxPool3d},
+    **{"lp_pool1d": nn.LPPool1d, "zero_pad1d": nn.ZeroPad1d, "zero_pad3d": nn.ZeroPad3d},
+    **{"reflection_pad1d": nn.ReflectionPad1d, "replication_pad1d": nn.ReplicationPad1d},
+    **{"reflection_pad3d": nn.ReflectionPad3d, "replication_pad3d": nn.ReplicationPad3d},
+    **{"circular_pad1d": nn.CircularPad1d, "circular_pad3d": nn.CircularPad3d},
     **{"flatten": nn.Flatten, "view": None, "reshape": None, "contiguous": None},
     **{"identity": nn.Identity, "zero_pad2d": nn.ZeroPad2d},
     **dict.fromkeys(PRODUCTS),
 }
 # These keep them by some of their arguments; what such a node makes of zeros is computed.
 BY_ARGUMENTS: dict[str, type[nn.Module] | None] = {
-    **{"hardtanh": nn.Hardtanh, "threshold": nn.Threshold, "constant_pad2d": nn.ConstantPad2d},
+    **{"hardtanh": nn.Hardtanh, "threshold": nn.Threshold, "constant_pad1d": nn.ConstantPad1d},
+    **{"constant_pad2d": nn.ConstantPad2d, "constant_pad3d": nn.ConstantPad3d},
     **dict.fromkeys(("clamp", "clip", "pad", "div", "truediv", "true_divide", "divide")),
 }
 IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 RESHAPES = {"flatten", "view", "reshape"}  # of those, the ones behind which channels lie elsewhere
 READS_SHAPE = {"size", "getattr", "dim"}
 JOINS = {"cat", "concat", "concatenate"}
-CHANNELS = (1, -3)  # the dimension, in batches of maps
 NAMES = {layer: name for name, layer in (KEEPS_ZEROS | BY_ARGUMENTS).items() if layer is not None}
 
 
@@ -60,13 +68,17 @@ def works_in_place(traced: nn.Module, node: fx.Node) -> bool:
     return node.target in IN_PLACE or get_operation_name(node).endswith("_") or flags or "out" in node.kwargs
 
 
-def list_joined(node: fx.Node) -> list[fx.Node]:
-    """List the nodes whose maps a node joins, one after the other; none if it does something else."""
+def list_joined(node: fx.Node, dims: int = 4) -> list[fx.Node]:
+    """List the nodes whose maps a node joins, one after the other; none if it does something else.
+
+    Args:
+        dims: of the maps: samples, channels and positions.
+    """
     if node.op != "call_function" or get_operation_name(node) not in JOINS:
         return []
     given = dict(zip(("tensors", "dim"), node.args, strict=False)) | node.kwargs
     tensors = given.get("tensors")
-    if given.get("dim") not in CHANNELS or not isinstance(tensors, list | tuple):
+    if given.get("dim") not in (1, 1 - dims) or not isinstance(tensors, list | tuple):
         return []
     nodes = [x for x in tensors if isinstance(x, fx.Node)]
     return nodes if len(nodes) == len(tensors) else []

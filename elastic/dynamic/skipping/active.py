@@ -6,7 +6,7 @@ are; where it cannot be compiled, stock torch is used. All of it is for inferenc
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,12 @@ class ActiveLayer(nn.Module):
             "a network that skips has copies of weights: load weights into the network that it is made of, "
             "and make it anew"
         )
+
+
+def copy_bias(layer: nn.Module, kernels: int) -> Tensor:
+    """Copy a layer's bias, which is zeros where it has none."""
+    weight, bias = cast(Tensor, layer.weight), cast("Tensor | None", layer.bias)
+    return weight.new_zeros(kernels) if bias is None else bias.detach().clone()
 
 
 @functools.lru_cache(maxsize=64)

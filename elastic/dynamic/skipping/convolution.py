@@ -1,15 +1,24 @@
 """Convolve active channels only, by the compiled kernel or by stock torch."""
 
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic.dynamic.skipping import compiling, tiles
-from elastic.dynamic.skipping.active import Active, ActiveLayer, check_maps, check_size, list_all_channels
+from elastic.dynamic.skipping.active import (
+    Active,
+    ActiveLayer,
+    check_maps,
+    check_size,
+    copy_bias,
+    list_all_channels,
+)
 from elastic.dynamic.skipping.blocks import SLACK, find_blocks
 from elastic.dynamic.skipping.compiling import ConvolutionShape
+from elastic.dynamic.skipping.gathering import gather_and_convolve
 from elastic.dynamic.skipping.native import allocate, call, get_workspace, interrupt
 
 Method = Literal["kernel", "stock", "dense"]
@@ -52,13 +61,13 @@ class ActiveConv2d(ActiveLayer):
         padded = weight.new_zeros(weight.numel() + SLACK)
         padded[: weight.numel()] = weight.flatten()
         self.weight = padded[: weight.numel()].view(weight.shape)
-        self.bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.detach().clone()
+        self.bias = copy_bias(conv, conv.out_channels)
         self.blocks = find_blocks(weight)
         self._weights: dict[int, tuple[Tensor, Tensor | None]] = {}  # that plans of one way share
         self._plans: dict[tuple[int, int, bool], _Plan] = {}
 
     @staticmethod
-    def takes(conv: nn.Module) -> bool:
+    def takes(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
         """Tell whether a layer is one that this can stand for."""
         return (
             type(conv) is nn.Conv2d
@@ -112,26 +121,11 @@ class ActiveConv2d(ActiveLayer):
             interrupt()
             return self._run_kernel(x_BCHW, reads, writes, None, relu=False)
         if self.method == "stock" and len(x_BCHW) == 1 and (reads or writes):
-            return self._gather(x_BCHW, reads, writes)
+            convolve = partial(F.conv2d, stride=self.stride, padding=self.padding)
+            return gather_and_convolve(convolve, self.weight, self.bias, x_BCHW, reads, writes)
         x_BCHW = x_BCHW if reads is None else reads.mask(x_BCHW)
         y_BKHW = F.conv2d(x_BCHW, self.weight, self.bias, self.stride, self.padding)
         return y_BKHW if writes is None else writes.scale(y_BKHW)
-
-    def _gather(self, x_1CHW: Tensor, reads: Active | None, writes: Active | None) -> Tensor:
-        """Convolve one sample by stock torch, with the weights of its active channels."""
-        weight, bias = self.weight, self.bias
-        if writes is not None:
-            kernels = writes.channel_BK[0, : writes.count_B[0]]
-            weight, bias = weight.index_select(0, kernels), bias.index_select(0, kernels)
-        if reads is not None:
-            channels = reads.channel_BK[0, : reads.count_B[0]]
-            weight, x_1CHW = weight.index_select(1, channels), x_1CHW.index_select(1, channels)
-        y_1KHW = F.conv2d(x_1CHW, weight, bias, self.stride, self.padding)
-        if writes is None:
-            return y_1KHW
-        all_1KHW = y_1KHW.new_zeros(1, len(self.weight), *y_1KHW.shape[2:])
-        gated_1KHW = y_1KHW * writes.gate_BK[:, kernels, None, None]
-        return all_1KHW.index_copy_(1, kernels.long(), gated_1KHW)
 
     def _run_kernel(
         self,

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elastic.dynamic.skipping.active import Active, ActiveLayer
+from elastic.dynamic.skipping.active import Active, ActiveLayer, copy_bias
 
 
 class ActiveExpansion(ActiveLayer):
@@ -25,9 +25,9 @@ class ActiveExpansion(ActiveLayer):
     def __init__(self, first: nn.Linear, between: Callable[[Tensor], Tensor], last: nn.Linear) -> None:
         super().__init__()
         self.between = between
-        self.weight_KC, self.bias_K = _copy_weights(first)
-        weight_NK, self.bias_N = _copy_weights(last)
-        self.weight_KN = weight_NK.T.contiguous()
+        self.weight_KC, self.bias_K = first.weight.detach().clone(), copy_bias(first, first.out_features)
+        self.weight_KN = last.weight.detach().T.clone(memory_format=torch.contiguous_format)
+        self.bias_N = copy_bias(last, last.out_features)
 
     def forward(self, x: Tensor, reads: None, writes: Active) -> Tensor:
         x_BPC = x.flatten(1, -2)
@@ -38,8 +38,3 @@ class ActiveExpansion(ActiveLayer):
             hidden_PA = self.between(F.linear(x_PC, weight_AC, bias_A) * gate_K[active])
             torch.addmm(self.bias_N, hidden_PA, self.weight_KN.index_select(0, active), out=y_PN)
         return y_BPN.view(*x.shape[:-1], -1)
-
-
-def _copy_weights(linear: nn.Linear) -> tuple[Tensor, Tensor]:
-    weight, bias = linear.weight.detach(), linear.bias
-    return weight.clone(), weight.new_zeros(len(weight)) if bias is None else bias.detach().clone()

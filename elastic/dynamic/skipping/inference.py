@@ -57,11 +57,13 @@ def _fold_norms(traced: fx.GraphModule) -> None:
             continue
         (source,) = node.all_input_nodes
         conv, path = get_layer(traced, source), str(source.target)
-        if not isinstance(conv, nn.Conv2d) or has_hooks(conv):
+        if not isinstance(conv, nn.modules.conv._ConvNd) or has_hooks(conv):
+            continue
+        if conv.transposed and conv.groups > 1:  # whose weight has no dimension for all of its kernels
             continue
         if len(source.users) == 1 and len(find_calls(traced, path)) == 1:
             owner, _, name = path.rpartition(".")
-            folded = fuse_conv_bn_eval(conv, norm)  # type: ignore[arg-type]  # SetNorm has what it reads
+            folded = fuse_conv_bn_eval(conv, norm, conv.transposed)  # type: ignore[type-var, arg-type]  # SetNorm has what it reads
             setattr(traced.get_submodule(owner), name, folded)
             node.replace_all_uses_with(source)
             traced.graph.erase_node(node)

@@ -19,17 +19,20 @@ GATES = {"ramp": 1, "scale": 2}  # as in the kernel
 class ActiveModule(ActiveLayer):
     """Run a kernel activation module at inference: maps and the active ones among them → the kernels engaged.
 
+    Args:
+        reads_images: whether maps have two dimensions, as the kernel takes them, and channels come first.
+
     Its set of weights is looked up for each input, so that another one may be selected between requests.
     """
 
-    def __init__(self, module: KernelActivation) -> None:
+    def __init__(self, module: KernelActivation, reads_images: bool) -> None:
         super().__init__()
-        self.module = module
+        self.module, self.reads_images = module, reads_images
         self.folded = [head.fold() for head in module.iterate_heads()]
 
     @property
     def is_compiled(self) -> bool:
-        return self.module.site.axis == 1 and super().is_compiled
+        return self.reads_images and super().is_compiled
 
     def forward(self, x: Tensor, reads: Active | None = None) -> Active:
         axis = self.module.site.axis
@@ -38,8 +41,9 @@ class ActiveModule(ActiveLayer):
             x = x if reads is None else reads.mask(x, axis)
             return Active.from_gates(self.module(x).flatten(1))
         head, activation = self.folded[self.module.active_set], self.module.activation
-        if axis == 1:
+        if self.reads_images:
             return activate_kernels(x, reads, *head, activation)
+        x = x if reads is None else reads.mask(x, axis)
         return _activate_by_means(average_maps(x, axis), *head, activation)
 
 

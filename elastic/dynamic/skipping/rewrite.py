@@ -14,6 +14,7 @@ from elastic.dynamic.skipping import compiling
 from elastic.dynamic.skipping.active import Active, ActiveLayer
 from elastic.dynamic.skipping.convolution import ActiveConv2d, Method
 from elastic.dynamic.skipping.expansion import ActiveExpansion
+from elastic.dynamic.skipping.gathering import GatheringConv
 from elastic.dynamic.skipping.head import ActiveHead
 from elastic.dynamic.skipping.inference import (
     cut_out,
@@ -111,7 +112,8 @@ class _Rewriter:
 
     @_rewrite.register
     def _(self, layer: KernelActivation, node: fx.Node) -> None:
-        self._replace([node], ActiveModule(layer), (node.args[0], self._get_active(node)))
+        reads_images = isinstance(self.traced.get_submodule(layer.site.writer), nn.Conv2d)
+        self._replace([node], ActiveModule(layer, reads_images), (node.args[0], self._get_active(node)))
 
     @_rewrite.register
     def _(self, layer: nn.MaxPool2d, node: fx.Node) -> None:
@@ -121,13 +123,13 @@ class _Rewriter:
         self._list_active(node, active)
 
     @_rewrite.register
-    def _(self, layer: nn.Conv2d, node: fx.Node) -> None:
+    def _(self, layer: nn.modules.conv._ConvNd, node: fx.Node) -> None:
         """Take what follows a convolution into it: its gates, else a sum; and a ReLU behind either.
 
         Gates stand at once behind a convolution, whose norm has been folded into it. Maps that are summed
         have none: a width that several layers write is not switched.
         """
-        if not node.args or not ActiveConv2d.takes(layer):
+        if not node.args:
             return
         chain, gates, residual = [node], None, None
         user = find_next(self.traced, chain)
@@ -135,18 +137,28 @@ class _Rewriter:
             gates = self._get_gates(user) if user.args[:1] == (node,) else None
             residual = find_addend(user, node) if gates is None else None
             chain = [*chain, user] if gates or residual else chain
+        if not ActiveConv2d.takes(layer):
+            self._gather(layer, chain[:2] if gates else [node], gates)
+            return
         relu = self._find_relu(chain)
         chain = chain if relu is None else [*chain, relu]
         conv = ActiveConv2d(layer, relu is not None, method=self.method)
         call = self._replace(chain, conv, (node.args[0], self._get_active(node), gates, residual))
         self._list_active(call, gates)
 
+    def _gather(self, layer: nn.modules.conv._ConvNd, chain: Chain, gates: fx.Node | None) -> None:
+        """Let a convolution that the kernel does not take gather weights, if not all channels are active."""
+        reads = self._get_active(chain[0])
+        if self.method != "dense" and GatheringConv.takes(layer) and (reads or gates):
+            call = self._replace(chain, GatheringConv(layer), (chain[0].args[0], reads, gates))
+            self._list_active(call, gates)
+
     @_rewrite.register
     def _(self, layer: nn.Linear, node: fx.Node) -> None:
         chain, pools = find_head(self.traced, node)
         if chain and ActiveHead.takes(layer) and not any(map(self._has_hooks, chain)):
             self._replace(chain, ActiveHead(layer, pools), (chain[0].all_input_nodes[0],))
-        elif chain := find_expansion(self.traced, node):
+        elif self.method != "dense" and (chain := find_expansion(self.traced, node)):
             self._expand(layer, chain)
 
     def _expand(self, layer: nn.Linear, chain: Chain) -> None:
