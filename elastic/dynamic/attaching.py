@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from elastic.dynamic.activations import Activation
-from elastic.dynamic.calls import INSTANCE_NORM, find_calls, find_norm, is_convolution
+from elastic.dynamic.calls import INSTANCE_NORM, find_calls, find_norm, is_convolution, is_linear
 from elastic.dynamic.modules import KINDS, KernelActivation
 from elastic.dynamic.norms import SetNorm
 from elastic.dynamic.sites import Site, count_reading_groups, find_sites
@@ -66,7 +66,7 @@ def _attach(
     traced: fx.GraphModule, site: Site, make: type[KernelActivation], sets: int, activation: Activation
 ) -> None:
     layer = traced.get_submodule(site.writer)
-    if isinstance(layer, nn.Linear):
+    if is_linear(layer):
         reads, kernels = layer.in_features, layer.out_features
     else:
         assert is_convolution(layer)

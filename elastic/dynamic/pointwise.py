@@ -5,6 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor, fx, nn
 
+from elastic.dynamic.calls import is_linear
 from elastic.widths.discovery import Widths
 from elastic.widths.tracing import WithoutData, make_meta_copy
 
@@ -17,7 +18,7 @@ def list_pointwise(traced: fx.GraphModule, widths: Widths) -> set[str]:
     """
     writers = {slot.module for width in widths.values() for slot in width.slots_with("out")}
     called = {str(node.target) for node in traced.graph.find_nodes(op="call_module")}
-    linear = {path for path in writers & called if type(traced.get_submodule(path)) is nn.Linear}
+    linear = {path for path in writers & called if is_linear(traced.get_submodule(path))}
     if not linear:
         return set()
     pointwise, (first, *_) = set[str](), widths.example

@@ -169,8 +169,8 @@ def _find_call(traced: fx.GraphModule, width: Width, writer: str, pointwise: Col
     (call,) = find_calls(traced, require_one_call(traced, writer))
     layer = get_layer(traced, call)
     if not is_convolution(layer) and writer not in pointwise:
-        is_linear = type(layer) is nn.Linear
-        reason = "reads no samples of several positions" if is_linear else "is no ordinary convolution"
+        is_other = not isinstance(layer, nn.Linear)
+        reason = "is no ordinary convolution" if is_other else "reads no samples of several positions"
         raise StructureError(f"{writer} ({type(layer).__name__}) {reason}")
     if not call.args:
         raise StructureError(f"{writer} is given what it reads by name")

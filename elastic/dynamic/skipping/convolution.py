@@ -20,6 +20,7 @@ from elastic.dynamic.skipping.blocks import SLACK, find_blocks
 from elastic.dynamic.skipping.compiling import ConvolutionShape
 from elastic.dynamic.skipping.gathering import gather_and_convolve
 from elastic.dynamic.skipping.native import allocate, call, get_workspace, interrupt
+from elastic.widths.operations.registry import find_base
 
 Method = Literal["kernel", "stock", "dense"]
 MAX_TAPS = 121  # as in the kernel
@@ -70,7 +71,8 @@ class ActiveConv2d(ActiveLayer):
     def takes(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
         """Tell whether a layer is one that this can stand for."""
         return (
-            type(conv) is nn.Conv2d
+            find_base(type(conv)) is nn.Conv2d
+            and isinstance(conv, nn.Conv2d)
             and conv.groups == 1
             and conv.padding_mode == "zeros"
             and not isinstance(conv.padding, str)

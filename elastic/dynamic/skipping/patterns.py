@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import fx, nn
 from torch.nn.modules.utils import _pair
 
+from elastic.dynamic.calls import is_linear
 from elastic.dynamic.zeros import name_operation, works_in_place
 from elastic.widths.tracing import get_layer, get_operation_name
 
@@ -58,7 +59,7 @@ def find_expansion(traced: nn.Module, linear: fx.Node) -> list[fx.Node]:
     """
     chain = [linear]
     while (user := find_next(traced, chain)) is not None:
-        is_last, is_product = type(get_layer(traced, user)) is nn.Linear, len(chain) == 1
+        is_last, is_product = is_linear(get_layer(traced, user)), len(chain) == 1
         is_function = name_operation(traced, user) in FUNCTIONS and user.all_input_nodes == chain[-1:]
         if not (is_last or is_product or is_function):
             break

@@ -9,6 +9,7 @@ from functools import singledispatchmethod
 import torch
 from torch import Tensor, fx, nn
 
+from elastic.dynamic.calls import is_linear
 from elastic.dynamic.modules import KernelActivation, iterate_modules
 from elastic.dynamic.skipping import compiling
 from elastic.dynamic.skipping.active import Active, ActiveLayer
@@ -166,7 +167,7 @@ class _Rewriter:
         first, gated, *between, last = chain
         gates, projection = self._get_gates(gated), get_layer(self.traced, last)
         if gates is not None and first.args and not any(map(self._has_hooks, chain)):
-            assert isinstance(projection, nn.Linear)
+            assert is_linear(projection)
             function = cut_out(self.traced, between, [gated], [gated, *between][-1])
             expansion = ActiveExpansion(layer, function, projection)
             self._replace(chain, expansion, (first.args[0], None, gates))

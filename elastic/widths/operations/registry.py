@@ -28,7 +28,7 @@ class OperationTable:
         self.functions: dict[Callable[..., object], Rule] = {}
         self.names: dict[str, Rule] = {}
         self.leaves: set[type[nn.Module]] = set()
-        self.wholes: dict[type[nn.Module], bool] = {}  # what `is_whole` has found
+        self.bases: dict[type[nn.Module], type[nn.Module] | None] = {}  # what `find_base` has found
 
     def find(self, layer: nn.Module | None, node: fx.Node) -> Rule | None:
         """Find the rule of what a node calls, the given layer or a function or method."""
@@ -54,7 +54,7 @@ def register_op(operation: Operation, rule: Rule) -> None:
     if isinstance(operation, type) and issubclass(operation, nn.Module):
         TABLE.layers[operation] = rule
         TABLE.leaves.add(operation)
-        TABLE.wholes.clear()
+        TABLE.bases.clear()
     elif isinstance(operation, str):
         TABLE.names[operation.strip("_")] = rule
     elif callable(operation):
@@ -65,32 +65,34 @@ def register_op(operation: Operation, rule: Rule) -> None:
         )
 
 
-def is_whole(kind: type[nn.Module]) -> bool:
-    """Tell whether layers of a type stay whole: those of a registered type, or that compute as their base.
+def find_base(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """Find the type, torch's or a registered one, that layers of a type compute as: they stay whole.
 
     A subclass computes as its base where it overrides nothing but how it is made and shown.
     """
-    if kind not in TABLE.wholes:
-        TABLE.wholes[kind] = _computes_as_known(kind)
-    return TABLE.wholes[kind]
+    if kind not in TABLE.bases:
+        TABLE.bases[kind] = _find_base(kind)
+    return TABLE.bases[kind]
 
 
-def _computes_as_known(kind: type[nn.Module]) -> bool:
+def _find_base(kind: type[nn.Module]) -> type[nn.Module] | None:
     known = (*TABLE.leaves, *(base for base in TABLE.layers if base.__module__.startswith("torch.nn.")))
     base = next((base for base in kind.__mro__ if base in known), None)
     if base is None:
-        return False
+        return None
     own = {name for ancestor in kind.__mro__[: kind.__mro__.index(base)] for name in vars(ancestor)}
-    return own.isdisjoint({*dir(base), *TENSORS} - HARMLESS)
+    return base if own.isdisjoint({*dir(base), *TENSORS} - HARMLESS) else None
 
 
 def _get_name(function: Callable[..., object]) -> str:
     """Get the name by which a function of the libraries is known, or what holds a model's outputs."""
     if isinstance(function, type) and (is_dataclass(function) or hasattr(function, "_fields")):
         return "dataclass"
-    return getattr(function, "__name__", "").strip("_") if _is_library(function) else ""
+    library, name = _find_library(function), getattr(function, "__name__", "")
+    is_helper = library == "torchvision" and name.startswith("_")
+    return name.strip("_") if library in LIBRARIES and not is_helper else ""
 
 
-def _is_library(function: Callable[..., object]) -> bool:
-    """Tell whether a function is one of torch and its kin; built-in ones of torch name no module."""
-    return (getattr(function, "__module__", None) or "torch").partition(".")[0] in LIBRARIES
+def _find_library(function: Callable[..., object]) -> str:
+    """Find the package that a function is from; built-in ones of torch name no module."""
+    return (getattr(function, "__module__", None) or "torch").partition(".")[0]

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from elastic.errors import StructureError
 from elastic.widths.operations.interface import get_operation_name
-from elastic.widths.operations.registry import is_whole
+from elastic.widths.operations.registry import find_base
 from elastic.widths.parameters import get_kind
 from elastic.widths.tracing.called_layers import restore_layers
 from elastic.widths.tracing.concrete import PLACE, ConcreteTracer
@@ -44,7 +44,7 @@ class _Tracer(ConcreteTracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         kind = get_kind(m)
-        if is_whole(kind):
+        if find_base(kind) is not None:
             return True
         is_foreign = not kind.__module__.startswith("torch.nn")
         return not is_foreign and super().is_leaf_module(m, module_qualified_name)

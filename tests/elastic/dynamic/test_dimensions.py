@@ -23,6 +23,13 @@ from tests.elastic.zoo import Net, randomised
 VOLUMES, SIGNALS, IMAGES = (2, 8, 8, 8), (2, 24), (2, 12, 12)
 
 
+class Simple(nn.Conv3d):
+    """As torchvision's Conv3DSimple: another way to be made, and nothing else."""
+
+    def __init__(self, reads: int, kernels: int, **options: Any) -> None:
+        super().__init__(reads, kernels, 3, **options)
+
+
 def head(channels: int) -> nn.Module:
     return nn.Linear(channels, 4)
 
@@ -30,7 +37,7 @@ def head(channels: int) -> nn.Module:
 def volumes() -> nn.Module:
     """Pooled, normalised and padded on the way to the next convolution."""
     return nn.Sequential(
-        *(nn.Conv3d(2, 6, 3), nn.BatchNorm3d(6), nn.ReLU(), nn.MaxPool3d(2), nn.ReplicationPad3d(1)),
+        *(Simple(2, 6), nn.BatchNorm3d(6), nn.ReLU(), nn.MaxPool3d(2), nn.ReplicationPad3d(1)),
         *(
             nn.Conv3d(6, 8, 3, stride=(1, 2, 1)),
             nn.Dropout3d(),

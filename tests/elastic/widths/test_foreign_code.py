@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
+from torchvision.models.video.mvit import MSBlockConfig, MViT
 
 from elastic.dynamic import attach_modules
 from elastic.errors import StructureError
@@ -252,3 +253,14 @@ def test_what_cannot_be_copied_is_refused_in_one_line() -> None:
     net.names = {"a": 1}.keys()  # type: ignore[assignment]
     with pytest.raises(StructureError, match=r"^Sequential cannot be copied .*dict_keys.*: let its modules"):
         discover(net, X)
+
+
+def test_a_helper_of_a_library_is_not_taken_for_what_its_name_says() -> None:
+    """MViT's own `_unsqueeze` gives a tensor and a number."""
+    block = MSBlockConfig(2, 8, 8, kernel_q=[], kernel_kv=[], stride_q=[], stride_kv=[])
+    options = dict.fromkeys(("residual_pool", "rel_pos_embed", "proj_after_attn"), False)
+    net = MViT((16, 16), 4, [block] * 2, residual_with_cls_embed=True, num_classes=3, **options)
+    widths = discover(net, torch.randn(2, 3, 4, 16, 16), check=True)
+    assert widths.sizes() == {
+        f"blocks.{i}.{name}": n for i in (0, 1) for name, n in (("attn.qkv", 4), ("mlp.0", 32))
+    }

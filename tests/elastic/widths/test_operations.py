@@ -59,7 +59,7 @@ def clean_table() -> Iterator[None]:
     before = TABLE.layers.copy(), TABLE.functions.copy(), TABLE.names.copy(), TABLE.leaves.copy()
     yield
     TABLE.layers, TABLE.functions, TABLE.names, TABLE.leaves = before
-    TABLE.wholes.clear()
+    TABLE.bases.clear()
 
 
 def scaled(layer: type[nn.Module] = ChannelScale) -> nn.Module:
