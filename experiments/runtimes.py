@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torchvision.models import resnet18
+from torchvision.models import convnext_tiny, resnet18
 
 from elastic.dynamic.attaching import attach_modules
 from elastic.dynamic.modules import iterate_modules
@@ -114,7 +114,9 @@ def list_subjects(images: int) -> Iterator[Subject]:
         yield Subject(name, finished.network.plain(), finished.network.dynamic(), images_NCHW)
     yield _attach("ResNet-20, untrained", resnet20(), torch.randn(images, 3, 32, 32))
     yield _attach("VGG-16-BN, untrained", vgg16_bn(), torch.randn(images, 3, 32, 32))
-    yield _attach("ResNet-18, untrained", resnet18(), torch.randn(images // 3, 3, 224, 224))
+    large_NCHW = torch.randn(images // 3, 3, 224, 224)
+    yield _attach("ResNet-18, untrained", resnet18(), large_NCHW)
+    yield _attach("ConvNeXt-T, untrained", convnext_tiny(), large_NCHW)
 
 
 def _attach(name: str, net: nn.Module, images_NCHW: Tensor) -> Subject:
