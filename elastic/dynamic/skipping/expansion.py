@@ -34,7 +34,7 @@ class ActiveExpansion(ActiveLayer):
         y_BPN = x.new_empty(*x_BPC.shape[:2], len(self.bias_N))
         for x_PC, y_PN, channel_K, count, gate_K in zip(x_BPC, y_BPN, *writes, strict=True):
             active = channel_K[:count]
-            weight_AC, bias_A = (each.index_select(0, active) for each in (self.weight_KC, self.bias_K))
+            weight_AC, bias_A = self.weight_KC.index_select(0, active), self.bias_K.index_select(0, active)
             hidden_PA = self.between(F.linear(x_PC, weight_AC, bias_A) * gate_K[active])
             torch.addmm(self.bias_N, hidden_PA, self.weight_KN.index_select(0, active), out=y_PN)
         return y_BPN.view(*x.shape[:-1], -1)

@@ -123,7 +123,7 @@ def test_what_is_off_is_not_read(name: str) -> None:
     """Each sample as by the network whose readers have zeros, in place of weights, for what is off."""
     plain, x = make(name)
     net = gated(plain, x, activation="straight_through")
-    found, cut = net(x)[:1], make(name)[0]
+    output, cut = net(x)[:1], make(name)[0]
     for module in iterate_modules(net):
         for reader in module.site.readers:
             weight: Any = cut.get_submodule(reader.path).weight
@@ -133,7 +133,7 @@ def test_what_is_off_is_not_read(name: str) -> None:
                 else weight[:].transpose(0, 1)
             )
             by_channel[reader.begin : reader.end][module.active_BK[0] == 0] = 0
-    torch.testing.assert_close(found, cut(x)[:1])
+    torch.testing.assert_close(output, cut(x)[:1])
 
 
 @pytest.mark.parametrize("name", ["volumes up", "signals up"])

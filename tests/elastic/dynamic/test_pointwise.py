@@ -123,9 +123,9 @@ def test_what_is_off_is_not_read() -> None:
     plain = make("gelu")
     net = gated(copy.deepcopy(plain), X, activation="straight_through")
     (module,) = iterate_modules(net)
-    found, active_BK = net(X), module.active_BK
+    output, active_BK = net(X), module.active_BK
     assert module.site.writer == "up" and 0 < active_BK.mean() < 1 and len(active_BK.unique(dim=0)) > 1
-    for x, active_K, y in zip(X, active_BK, found, strict=True):
+    for x, active_K, y in zip(X, active_BK, output, strict=True):
         cut = copy.deepcopy(plain)
         cut.get_submodule("down").weight.data[:, active_K == 0] = 0
         torch.testing.assert_close(y, cut(x[None])[0])
