@@ -9,6 +9,8 @@ from torch import Tensor, fx, nn
 
 from elastic.dynamic.activations import Activation
 from elastic.dynamic.calls import INSTANCE_NORM, find_calls, find_norm, is_convolution, is_linear
+from elastic.dynamic.following import follow_maps
+from elastic.dynamic.maps import gate_resized
 from elastic.dynamic.modules import KINDS, KernelActivation
 from elastic.dynamic.norms import SetNorm
 from elastic.dynamic.sites import Site, count_reading_groups, find_sites
@@ -86,9 +88,9 @@ def _measure_worth(traced: fx.GraphModule, site: Site, kernels: int) -> Tensor:
     (call,) = find_calls(traced, site.writer)
     behind = (str(find_norm(traced, call).target), *site.followers)
     for layer in map(traced.get_submodule, behind):
-        gain_K = layer._parameters.get("weight")
-        if gain_K is not None and gain_K.dim() == 1:  # a norm's
-            worth_K = worth_K * gain_K.square()
+        gain_C = layer._parameters.get("weight")
+        if gain_C is not None and gain_C.dim() == 1:  # a norm's
+            worth_K = worth_K * gain_C.square().unflatten(0, (kernels, -1)).mean(1)
     return worth_K
 
 
@@ -121,14 +123,15 @@ def _attach_norms(traced: fx.GraphModule, modules: nn.ModuleDict, sets: int) -> 
 
 
 def _insert(traced: fx.GraphModule, graph: fx.Graph, site: Site, path: str) -> None:
-    """Compute gates before the layer, and multiply by them the maps behind it and its norm."""
+    """Compute gates before the layer, and multiply by them the maps behind it, and wherever they are made."""
     (writer,) = graph.find_nodes(op="call_module", target=site.writer)
+    followed = follow_maps(traced, writer, site.axis)
     with graph.inserting_before(writer):
         gate = graph.call_module(path, (writer.args[0],))
-    for layer in (site.writer, *site.followers):
-        (call,) = graph.find_nodes(op="call_module", target=layer)
-        end = find_norm(traced, call)
+    for end in followed.ends:
+        resized, made = followed.maps[end].resized, followed.maps[end].made
         with graph.inserting_after(end):
-            gated = graph.call_function(torch.mul, (end, gate))
+            gated = graph.call_function(gate_resized if resized else torch.mul, (end, gate))
         for user in [user for user in end.users if user is not gated]:
-            user.replace_input_with(end, gated)
+            if not (made and user in followed.maps and followed.maps[user].made):
+                user.replace_input_with(end, gated)

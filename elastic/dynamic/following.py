@@ -1,59 +1,120 @@
 """Follow the maps of a layer, which may be off, to the layers that read them."""
 
+from dataclasses import dataclass, field
 from typing import NamedTuple, cast
 
 from torch import Tensor, fx, nn
 
 from elastic.dynamic.calls import INSTANCE_NORM, find_norm, require_one_call
-from elastic.dynamic.products import ends_in_products
-from elastic.dynamic.zeros import READS_SHAPE, keeps_zeros, list_joined
-from elastic.errors import StructureError
+from elastic.dynamic.zeros import (
+    PRODUCTS,
+    READS_SHAPE,
+    RESHAPES,
+    keeps_zeros,
+    list_joined,
+    makes_constants,
+    name_operation,
+    works_in_place,
+)
 from elastic.widths.tracing import BATCH_NORM, get_layer, get_operation_name
 
+RESIZES = {*RESHAPES, "mean"}  # behind these, maps have other dimensions
 
-class Followed(NamedTuple):
-    """Name the layers that read maps, and those between that make a constant of a map of zeros."""
 
-    readers: tuple[str, ...]
-    followers: tuple[str, ...]
+class Maps(NamedTuple):
+    """Say what a node has of maps that may be off.
+
+    Attributes:
+        joined: whether they lie among others.
+        resized: whether they have other dimensions than their gates.
+        made: whether those that are off may be something else than zero, until a gate makes them so again.
+    """
+
+    joined: bool = False
+    resized: bool = False
+    made: bool = False
+
+
+@dataclass
+class Followed:
+    """Hold what becomes of maps in one graph.
+
+    Attributes:
+        maps: what each node has of them.
+        readers: the layers that read them.
+        followers: the layers between that make a constant of a map of zeros.
+        ends: the nodes behind which maps are to be gated.
+        others: the nodes that do something else with them.
+    """
+
+    maps: dict[fx.Node, Maps] = field(default_factory=dict)
+    readers: list[str] = field(default_factory=list)
+    followers: list[str] = field(default_factory=list)
+    ends: list[fx.Node] = field(default_factory=list)
+    others: list[fx.Node] = field(default_factory=list)
+
+    def list_zeros(self) -> list[fx.Node]:
+        """List the nodes whose maps are zeros where they are off."""
+        return [node for node, maps in self.maps.items() if not maps.made]
 
 
 def follow_maps(traced: fx.GraphModule, writer: fx.Node, axis: int) -> Followed:
-    """Follow maps through whatever keeps zeros, also where they are joined with others.
+    """Follow maps in the graph of their writer's call, through what keeps zeros, also joined with others.
 
     A depthwise convolution makes a constant of a map of zeros, its bias, and so does a norm of each map by
-    itself; a gate behind it makes that zero again, if all maps are gated. So they are followed on from there.
-    Where channels lie last, such layers, and joins, take something else for a map: there they are refused.
+    itself, a sigmoid or the sum with a parameter; a gate behind it makes that zero again, if all maps are
+    gated. So they are followed on from there. Where channels lie last, layers of each map, and joins, take
+    something else for a map: they are none of them.
 
     Args:
         axis: of channels, 1 or -1.
 
     Raises:
-        StructureError: something else is made of them.
+        StructureError: a layer of each map is called more than once.
     """
-    readers, followers, others = [], [], []
     dims = cast(Tensor, traced.get_submodule(str(writer.target)).weight).dim()
-    is_joined = {find_norm(traced, writer): False}  # with other maps, by node; all nodes that keep zeros
-    for node in traced.graph.nodes:
-        sources = [source for source in node.all_input_nodes if source in is_joined]
-        layer, joined = get_layer(traced, node), any(is_joined[source] for source in sources)
-        if not sources or get_operation_name(node) in READS_SHAPE:
-            continue
-        if axis == 1 and _treats_each_map(layer) and not joined:
-            followers.append(require_one_call(traced, str(node.target)))
-            is_joined[find_norm(traced, node)] = False
-        elif isinstance(layer, nn.modules.conv._ConvNd | nn.Linear):
-            readers.append(str(node.target))
-        elif axis == 1 and sum(part in is_joined for part in list_joined(node, dims)) == 1:
-            is_joined[node] = True
-        elif keeps_zeros(traced, node):
-            is_joined[node] = joined
-        else:
-            others.append(node)
-    for other in others:
-        if not ends_in_products(traced, other, is_joined):
-            raise StructureError(f"{other.name} does more with its maps than to read them")
-    return Followed(tuple(dict.fromkeys(readers)), tuple(followers))
+    end = find_norm(traced, writer)
+    found = Followed({end: Maps()}, ends=[end])
+    for node in writer.graph.nodes:
+        sources = [source for source in node.all_input_nodes if source in found.maps]
+        if sources and get_operation_name(node) not in READS_SHAPE:
+            _follow(traced, found, node, sources, axis, dims)
+    return found
+
+
+def _follow(
+    traced: fx.GraphModule, found: Followed, node: fx.Node, sources: list[fx.Node], axis: int, dims: int
+) -> None:
+    maps, layer = found.maps, get_layer(traced, node)
+    joined, resized, made = map(any, zip(*(maps[source] for source in sources), strict=True))
+    is_product = name_operation(traced, node) in PRODUCTS
+    if not (joined or resized) and _changes_entries(traced, found, node):
+        is_sum = list(node.args) == node.all_input_nodes and len(node.args) == 2
+        maps[node] = Maps(made=made if is_sum and len(sources) == 2 else True)
+        return
+    if not (is_product and any(not maps[source].made for source in sources)):
+        ends = (source for source in sources if maps[source].made and source not in found.ends)
+        found.ends.extend(ends)
+    if axis == 1 and _treats_each_map(layer) and not joined:
+        found.followers.append(require_one_call(traced, str(node.target)))
+        end = find_norm(traced, node)
+        found.ends.append(end)
+        maps[end] = Maps(resized=resized)
+    elif isinstance(layer, nn.modules.conv._ConvNd | nn.Linear):
+        found.readers.append(str(node.target))
+    elif axis == 1 and sum(part in maps for part in list_joined(node, dims)) == 1:
+        maps[node] = Maps(joined=True)
+    elif keeps_zeros(traced, node):
+        maps[node] = Maps(joined, resized or name_operation(traced, node) in RESIZES)
+    else:
+        found.others.append(node)
+
+
+def _changes_entries(traced: fx.GraphModule, found: Followed, node: fx.Node) -> bool:
+    """Tell whether a node may make a constant of zeros, and of nothing that is read elsewhere, too."""
+    if keeps_zeros(traced, node) or not makes_constants(traced, node, found.maps):
+        return False
+    return not works_in_place(traced, node) or all(len(source.users) == 1 for source in found.maps)
 
 
 def _treats_each_map(layer: nn.Module | None) -> bool:

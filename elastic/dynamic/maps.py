@@ -21,3 +21,14 @@ def spread_over_maps(factor_BK: Tensor, x: Tensor, axis: int) -> Tensor:
     """Give factors the dimensions of x, so that each sample's maps can be multiplied by them."""
     ones = [None] * (x.dim() - 2)
     return factor_BK[(slice(None), *ones)] if axis == -1 else factor_BK[(..., *ones)]
+
+
+def repeat_for_resized(factor_BK: Tensor, x: Tensor) -> Tensor:
+    """Repeat factors for maps of other dimensions: if flattened, each is several channels in a row."""
+    channels = x.shape[1] // factor_BK.shape[1]
+    return factor_BK[..., None].expand(-1, -1, channels).flatten(1)
+
+
+def gate_resized(x: Tensor, gate: Tensor) -> Tensor:
+    """Multiply by their gates maps that have other dimensions by now, such as flattened ones."""
+    return x * spread_over_maps(repeat_for_resized(gate.flatten(1), x), x, 1)

@@ -16,7 +16,7 @@ def ends_in_products(traced: fx.GraphModule, node: fx.Node, zeros: Collection[fx
         zeros: the nodes whose maps are.
     """
     made, anew = {node}, set[fx.Node]()  # what shares no memory with the maps may be changed in place
-    for user in traced.graph.nodes:
+    for user in node.graph.nodes:
         is_product = user in zeros and name_operation(traced, user) in PRODUCTS
         if user is not node and (is_product or made.isdisjoint(user.all_input_nodes)):
             continue

@@ -9,6 +9,7 @@ from torch import fx, nn
 from elastic.dynamic.calls import find_calls, find_norm, is_convolution, require_one_call
 from elastic.dynamic.following import follow_maps
 from elastic.dynamic.pointwise import list_pointwise
+from elastic.dynamic.products import ends_in_products
 from elastic.dynamic.sums import find_addend
 from elastic.errors import StructureError
 from elastic.widths.discovery import Slot, Width, Widths
@@ -83,8 +84,9 @@ def find_sites(
 def find_site(traced: fx.GraphModule, widths: Widths, width: Width, pointwise: Collection[str]) -> Site:
     """Find where a width's kernels are.
 
-    Of several layers that write a width one may be switched if its maps are multiplied by the others'
-    (squeeze and excitation), not added: where they are off, so are the products.
+    Of several layers that write a width one may be switched if its maps are multiplied by the others', not
+    added: where they are off, so are the products. Rather one whose maps stay zeros until then than one of
+    which a sigmoid makes the factors of those (squeeze and excitation).
 
     Args:
         pointwise: the linear layers that are applied to each position, see `list_pointwise`.
@@ -94,28 +96,42 @@ def find_site(traced: fx.GraphModule, widths: Widths, width: Width, pointwise: C
     """
     writers = sorted({slot.module for slot in width.slots_with("out")})
     reason = width.mixed or "no layer writes them"
+    sites: dict[bool, Site] = {}  # the first of each kind
     for writer in writers if width.mixed is None else ():
         try:
             call = _find_call(traced, width, writer, pointwise)
-            return _find_site(traced, widths, width, call, len(writers) == 1)
+            site, stays_zero = _find_site(traced, widths, width, call, len(writers) == 1)
+            sites.setdefault(stays_zero, site)
         except StructureError as error:
             reason = str(error)
+    if sites:
+        return sites.get(True) or sites[False]
     if len(writers) > 1 and width.mixed is None:
         reason = f"several layers write its maps, {' and '.join(writers[:2])}"
     raise StructureError(f"the kernels of '{width.name}' cannot be switched off: {reason}")
 
 
-def _find_site(traced: fx.GraphModule, widths: Widths, width: Width, call: fx.Node, is_alone: bool) -> Site:
-    """Find the site of the kernels of one layer, which is called once, alone or among others."""
+def _find_site(
+    traced: fx.GraphModule, widths: Widths, width: Width, call: fx.Node, is_alone: bool
+) -> tuple[Site, bool]:
+    """Find the site of the kernels of one layer, which is called once, alone or among others.
+
+    Returns: it, and whether maps that are off stay zeros without further gates.
+    """
     writer, axis = str(call.target), 1 if is_convolution(get_layer(traced, call)) else -1
     followed = follow_maps(traced, call, axis)
-    readers = tuple(_locate_maps(traced, widths, width, writer, path) for path in followed.readers)
     slots = {slot.module for slot in width.slots}
+    for other in followed.others:
+        if not ends_in_products(traced, other, followed.list_zeros()):
+            raise StructureError(f"{other.name} does more with its maps than to read them")
     if others := [path for path in followed.followers if path not in slots]:
         raise StructureError(f"{others[0]} does not treat each of its maps by itself")
-    for path in () if is_alone else followed.readers:  # in another call it may read another layer's maps
+    paths = dict.fromkeys(followed.readers)
+    readers = tuple(_locate_maps(traced, widths, width, writer, path) for path in paths)
+    for path in () if is_alone else paths:  # in another call it may read another layer's maps
         require_one_call(traced, path)
-    return Site(writer, readers, followed.followers, width.name, axis)
+    site = Site(writer, readers, tuple(followed.followers), width.name, axis)
+    return site, not any(maps.made for maps in followed.maps.values())
 
 
 def _locate_maps(traced: fx.GraphModule, widths: Widths, width: Width, writer: str, path: str) -> Reader:

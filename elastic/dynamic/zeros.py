@@ -1,6 +1,7 @@
 """Tell which operations keep zeros: maps that are off stay off on their way to what reads them."""
 
 import operator
+from collections.abc import Collection
 
 import torch
 from torch import fx, nn
@@ -42,13 +43,20 @@ KEEPS_ZEROS: dict[str, type[nn.Module] | None] = {
 BY_ARGUMENTS: dict[str, type[nn.Module] | None] = {
     **{"hardtanh": nn.Hardtanh, "threshold": nn.Threshold, "constant_pad1d": nn.ConstantPad1d},
     **{"constant_pad2d": nn.ConstantPad2d, "constant_pad3d": nn.ConstantPad3d},
-    **dict.fromkeys(("clamp", "clip", "pad", "div", "truediv", "true_divide", "divide")),
+    **dict.fromkeys(("clamp", "clip", "pad", "div", "truediv", "true_divide", "divide", "pow")),
+}
+# These make a constant of zeros, entry by entry; so do those of `BY_ARGUMENTS` that do not pad, by theirs.
+MAKES_CONSTANTS: dict[str, type[nn.Module] | None] = {
+    **{"sigmoid": nn.Sigmoid, "hardsigmoid": nn.Hardsigmoid, "softplus": nn.Softplus},
+    **{"logsigmoid": nn.LogSigmoid, "hardtanh": nn.Hardtanh, "threshold": nn.Threshold},
+    **dict.fromkeys(("clamp", "clip", "exp", "cos", "cosh", "add", "iadd", "sub", "isub", "rsub")),
 }
 IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 RESHAPES = {"flatten", "view", "reshape"}  # of those, the ones behind which channels lie elsewhere
 READS_SHAPE = {"size", "getattr", "dim"}
 JOINS = {"cat", "concat", "concatenate"}
-NAMES = {layer: name for name, layer in (KEEPS_ZEROS | BY_ARGUMENTS).items() if layer is not None}
+TABLES = KEEPS_ZEROS | BY_ARGUMENTS | MAKES_CONSTANTS
+NAMES = {layer: name for name, layer in TABLES.items() if layer is not None}
 
 
 def name_operation(traced: nn.Module, node: fx.Node) -> str:
@@ -90,6 +98,16 @@ def keeps_zeros(traced: nn.Module, node: fx.Node) -> bool:
     if name in BY_ARGUMENTS:
         return _makes_zeros_of_zeros(traced, node, name == "pad")
     return name in KEEPS_ZEROS or (name.endswith(".apply") and _keeps_each_map(node))
+
+
+def makes_constants(traced: nn.Module, node: fx.Node, maps: Collection[fx.Node]) -> bool:
+    """Tell whether a node changes each entry of maps by itself, with parameters and numbers at most.
+
+    Args:
+        maps: the nodes whose maps may be zeros.
+    """
+    others = [source for source in node.all_input_nodes if source not in maps]
+    return name_operation(traced, node) in MAKES_CONSTANTS and all(each.op == "get_attr" for each in others)
 
 
 def _keeps_each_map(node: fx.Node) -> bool:

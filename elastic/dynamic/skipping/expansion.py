@@ -12,17 +12,20 @@ from elastic.dynamic.skipping.active import Active, ActiveLayer, copy_bias
 class ActiveExpansion(ActiveLayer):
     """Apply two linear layers to each position of maps whose channels lie last, by stock torch.
 
-    Between them are the gates of the first one's kernels, and functions that make zeros of zeros. Weights of
-    active channels are gathered for each sample: as a product of matrices has many positions, that pays.
+    Between them are the gates of the first one's kernels, and functions behind which maps that are off are
+    zeros. Weights of active channels are gathered for each sample: as a product of matrices has many
+    positions, that pays.
 
     Args:
         first, last: their weights are copied.
-        between: works on each entry by itself.
+        between: the functions, which work on each entry by itself: gated maps, gates → maps.
     """
 
     is_compiled = False
 
-    def __init__(self, first: nn.Linear, between: Callable[[Tensor], Tensor], last: nn.Linear) -> None:
+    def __init__(
+        self, first: nn.Linear, between: Callable[[Tensor, Tensor], Tensor], last: nn.Linear
+    ) -> None:
         super().__init__()
         self.between = between
         self.weight_KC, self.bias_K = first.weight.detach().clone(), copy_bias(first, first.out_features)
@@ -35,6 +38,7 @@ class ActiveExpansion(ActiveLayer):
         for x_PC, y_PN, channel_K, count, gate_K in zip(x_BPC, y_BPN, *writes, strict=True):
             active = channel_K[:count]
             weight_AC, bias_A = self.weight_KC.index_select(0, active), self.bias_K.index_select(0, active)
-            hidden_PA = self.between(F.linear(x_PC, weight_AC, bias_A) * gate_K[active])
+            gate_A = gate_K[active]
+            hidden_PA = self.between(F.linear(x_PC, weight_AC, bias_A) * gate_A, gate_A)
             torch.addmm(self.bias_N, hidden_PA, self.weight_KN.index_select(0, active), out=y_PN)
         return y_BPN.view(*x.shape[:-1], -1)

@@ -1,6 +1,7 @@
 """Recognise what stands around a convolution in a traced network: sums, ReLUs, poolings and heads."""
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 from torch import fx, nn
 from torch.nn.modules.utils import _pair
@@ -9,8 +10,11 @@ from elastic.dynamic.calls import is_linear
 from elastic.dynamic.zeros import name_operation, works_in_place
 from elastic.widths.tracing import get_layer, get_operation_name
 
-# Of each entry by itself, zero for zero.
-FUNCTIONS = set("relu relu6 leaky_relu elu selu celu gelu silu mish tanh hardswish softsign".split())
+# Of each entry by itself.
+FUNCTIONS = {
+    *"relu relu6 leaky_relu elu selu celu gelu silu mish tanh hardswish softsign".split(),
+    *"sigmoid hardsigmoid softplus logsigmoid exp square pow mul add sub rsub".split(),
+}
 
 
 def find_next(traced: nn.Module, chain: Sequence[fx.Node]) -> fx.Node | None:
@@ -55,18 +59,29 @@ def find_head(traced: nn.Module, linear: fx.Node) -> tuple[list[fx.Node], bool]:
 def find_expansion(traced: nn.Module, linear: fx.Node) -> list[fx.Node]:
     """Find a product behind a linear layer, functions of each entry and the next linear layer, they included.
 
-    The chain is empty where something else is between them, or reads what is.
+    The functions may take what the product does, too, and parameters of one entry. The chain is empty where
+    something else is between them, or reads what is.
     """
     chain = [linear]
     while (user := find_next(traced, chain)) is not None:
         is_last, is_product = is_linear(get_layer(traced, user)), len(chain) == 1
-        is_function = name_operation(traced, user) in FUNCTIONS and user.all_input_nodes == chain[-1:]
+        factors = chain[1].all_input_nodes if len(chain) > 1 else []
+        others = [node for node in user.all_input_nodes if node not in (chain[-1], *factors)]
+        is_function = name_operation(traced, user) in FUNCTIONS and all(_is_single(traced, x) for x in others)
         if not (is_last or is_product or is_function):
             break
         chain.append(user)
         if is_last:
             return chain if len(chain) > 2 else []
     return []
+
+
+def _is_single(traced: nn.Module, node: fx.Node) -> bool:
+    """Tell whether a node is a parameter or buffer of one entry."""
+    if node.op != "get_attr":
+        return False
+    value = attrgetter(str(node.target))(traced)
+    return value.numel() == 1 and value.dim() < 2  # type: ignore[no-any-return]
 
 
 def _flattens_maps(traced: nn.Module, node: fx.Node) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from elastic.dynamic.calls import is_linear
+from elastic.dynamic.maps import gate_resized, repeat_for_resized
 from elastic.dynamic.modules import KernelActivation, iterate_modules
 from elastic.dynamic.skipping import compiling
 from elastic.dynamic.skipping.active import Active, ActiveLayer
@@ -38,6 +39,11 @@ Chain = list[fx.Node]  # of which each alone reads the one before
 def scale(x: Tensor, active: Active, axis: int) -> Tensor:
     """Multiply maps by their gates."""
     return active.scale(x, axis)
+
+
+def scale_resized(x: Tensor, active: Active) -> Tensor:
+    """Multiply by their gates maps that have other dimensions than when they were computed."""
+    return active._replace(gate_BK=repeat_for_resized(active.gate_BK, x)).scale(x)
 
 
 def join(maps: Sequence[Tensor], actives: Sequence[Active | None]) -> Active:
@@ -106,6 +112,8 @@ class _Rewriter:
             axis = self._get_axis(gates)
             node.target, node.args = scale, (*node.args, axis)
             self._list_active(node, gates if axis == 1 else None)
+        elif node.target is gate_resized:
+            node.target = scale_resized
         elif keeps_zeros(self.traced, node) and name_operation(self.traced, node) not in RESHAPES:
             self._list_active(node, self._get_active(node))
         elif joined := list_joined(node):
@@ -168,7 +176,9 @@ class _Rewriter:
         gates, projection = self._get_gates(gated), get_layer(self.traced, last)
         if gates is not None and first.args and not any(map(self._has_hooks, chain)):
             assert is_linear(projection)
-            function = cut_out(self.traced, between, [gated], [gated, *between][-1])
+            held = [node for user in between for node in user.all_input_nodes if node.op == "get_attr"]
+            nodes = [*dict.fromkeys(held), *between]
+            function = cut_out(self.traced, nodes, [gated, gates], [gated, *between][-1])
             expansion = ActiveExpansion(layer, function, projection)
             self._replace(chain, expansion, (first.args[0], None, gates))
 

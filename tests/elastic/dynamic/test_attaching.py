@@ -262,6 +262,7 @@ def check_off(
         off_BK = module.active_BK == 0
         (reader,) = (reader for reader in module.site.readers if reader.path == "project")
         maps_BKHW = seen[0][:, reader.begin : reader.end]
+        maps_BKHW = maps_BKHW.reshape(*off_BK.shape, -1)  # they may be flattened
         assert off_BK.any() and (maps_BKHW[off_BK] == 0).all() and (maps_BKHW[~off_BK] != 0).any()
         hook.remove()
         for make in ways:
@@ -326,12 +327,34 @@ BY_HAND: list[Callable[[Tensor], Tensor]] = [
     *(lambda x: x * F.relu6(x + 3, inplace=True) / 6, lambda x: x.mul_(x.exp() + 1), Swish.apply),
     lambda x: x * x.amax((2, 3))[:, :, None, None].sigmoid().mul_(2),
 ]
+CONSTANTS: list[Callable[[Tensor], Tensor]] = [
+    *(nn.Sigmoid(), nn.Softplus(), nn.Hardsigmoid(), nn.LogSigmoid(), nn.Hardtanh(0.1, 1.0)),
+    *(nn.Threshold(0.1, 1.0), nn.Hardsigmoid(inplace=True), lambda x: x.clamp(min=0.1), torch.cos),
+    *(
+        lambda x: x.exp(),
+        lambda x: x + 1,
+        lambda x: 1 - x,
+        lambda x: torch.rsub(x, 1),
+        lambda x: x.relu() ** 2 - 0.1,
+    ),
+    *(lambda x: x + torch.sigmoid(x), lambda x: (y := x.sigmoid()) - x * y, lambda x: x.sigmoid().add_(1)),
+    *(
+        lambda x: F.max_pool2d(x.exp(), 2).sigmoid(),
+        lambda x: x.sigmoid() * x.exp(),
+        lambda x: x * (x + 1) + x,
+    ),
+    lambda x: F.adaptive_avg_pool2d(x + 1, 1).sigmoid() * (x - 1),
+]
 OTHERS: list[Callable[[Tensor], Tensor]] = [
-    *(nn.Sigmoid(), nn.Softplus(), nn.Hardsigmoid(), nn.Hardtanh(0.1, 1.0), nn.Threshold(0.1, 1.0)),
-    *(nn.ConstantPad2d(1, 1.0), lambda x: x.clamp(min=0.1), lambda x: F.pad(x, (1, 1, 1, 1), value=1.0)),
-    *(lambda x: torch.cos(x), lambda x: x.exp(), lambda x: 1 / (1 + x.square()), lambda x: x + 1),
-    *(lambda x: x + torch.sigmoid(x), lambda x: (y := x.sigmoid()) - x * y, Shift.apply),
+    *(nn.ConstantPad2d(1, 1.0), lambda x: F.pad(x, (1, 1, 1, 1), value=1.0), Shift.apply),
+    *(
+        lambda x: 1 / (1 + x.square()),
+        lambda x: x**-1.0,
+        lambda x: x.log(),
+        lambda x: x + x.mean(1, keepdim=True).exp(),
+    ),
     *(lambda x: x * F.hardsigmoid(x, inplace=True), lambda x: x * x.flatten(2).exp_().view_as(x)),
+    lambda x: x.view(len(x), -1, 2, *x.shape[2:]).sigmoid().flatten(1, 2),
 ]
 
 
@@ -350,6 +373,73 @@ def test_maps_that_are_off_are_so_behind_what_keeps_zeros(make: Callable[[Tensor
     net = gated(between(make), X, names=["expand"])
     (found,) = iterate_modules(net)
     check_off(net, found, make_skipping, make_masked)
+
+
+@pytest.mark.sampled(8)
+@pytest.mark.parametrize("make", CONSTANTS)
+def test_constants_that_are_made_of_maps_that_are_off_are_off(make: Callable[[Tensor], Tensor]) -> None:
+    net = gated(between(make), X, names=["expand"])
+    (found,) = iterate_modules(net)
+    check_off(net, found, make_skipping, lambda each: make_skipping(each, [X]), make_masked)
+
+
+class Affine(nn.Module):
+    """Scales and shifts behind a squared ReLU (StarReLU, arXiv 2210.13452), in training twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.tensor(0.9)), nn.Parameter(torch.full((6, 1, 1), 0.4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2 if self.training else 1):
+            x = self.scale * F.relu(x) ** 2 + self.shift
+        return x
+
+
+def test_parameters_are_added_in_either_mode_to_maps_that_are_off() -> None:
+    net = gated(between(Affine()), X, names=["expand"])
+    (found,) = iterate_modules(net)
+    check_off(net, found, make_skipping, lambda each: make_skipping(each, [X]), make_masked)
+    found.is_steady = True
+    check_off(net.train(), found)
+
+
+RESIZED: dict[str, tuple[list[nn.Module], Reader]] = {
+    "flattened": (
+        [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(6), nn.Linear(6, 4)],
+        Reader("project", 0, 6, 6),
+    ),
+    "flattened, several positions": (
+        [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 4)],
+        Reader("project", 0, 24, 24),
+    ),
+    "in a row": (
+        [
+            nn.Flatten(2),
+            nn.BatchNorm1d(6),
+            nn.ReLU(),
+            nn.Conv1d(6, 4, 3),
+            nn.AdaptiveAvgPool1d(1),
+            nn.Flatten(),
+        ],
+        Reader("project", 0, 6, 6),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RESIZED)
+def test_maps_are_off_behind_a_norm_that_has_them_resized(name: str) -> None:
+    layers, reader = copy.deepcopy(RESIZED[name])
+    names = [
+        "project" if isinstance(each, nn.Linear | nn.Conv1d) else str(i) for i, each in enumerate(layers)
+    ]
+    net = nn.Sequential(
+        OrderedDict([("expand", conv(3, 6)), *zip(names, layers, strict=True), ("head", nn.Linear(4, 2))])
+    )
+    net = gated(randomised(net).eval(), X, names=["expand"])
+    (found,) = iterate_modules(net)
+    assert found.site.readers == (reader,)
+    check_off(net, found, make_skipping, lambda each: make_skipping(each, [X]), make_masked)
 
 
 @pytest.mark.parametrize("make", OTHERS)
@@ -454,11 +544,13 @@ def test_maps_that_are_not_zeros_among_others_are_not_off(
         attach_modules(net, discover(net, X), ["expand"])
 
 
-def test_maps_that_are_multiplied_and_added_are_not_off() -> None:
-    layers = {"expand": conv(3, 6), "other": conv(3, 6), "project": conv(6, 4), "head": head(4)}
-    net = Net(lambda m, x: m.head(m.project((y := m.expand(x)) * m.other(x) + y)), **layers)
-    with pytest.raises(StructureError, match="several layers write its maps, expand and other"):
-        attach_modules(net, discover(net, X), ["expand"])
+def test_of_maps_that_are_multiplied_and_added_those_are_off_that_all_addends_have() -> None:
+    layers = {"first": conv(3, 6), "second": conv(3, 6), "project": conv(6, 4), "head": head(4)}
+    net = Net(lambda m, x: m.head(m.project(m.first(x) * (y := m.second(x)) + y)), **layers)
+    net = gated(randomised(net).eval(), X)
+    found = {module.site.writer: module for module in iterate_modules(net)}
+    assert "first" not in found
+    check_off(net, found["second"], make_skipping, lambda each: make_skipping(each, [X]), make_masked)
 
 
 def test_a_layer_that_reads_others_maps_too_is_no_reader_of_one() -> None:

@@ -64,6 +64,17 @@ class GatedProduct(Expanding):
         self.gate = nn.Linear(6, 10)
 
 
+class Shifted(nn.Module):
+    """A squared ReLU, scaled and shifted (StarReLU, arXiv 2210.13452)."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.tensor(0.9)), nn.Parameter(torch.full(shape, -0.4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * F.relu(x) ** 2 + self.shift
+
+
 class Tokens(Expanding):
     """One dimension of positions."""
 
@@ -79,6 +90,9 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "in place": partial(Expanding, nn.ReLU(inplace=True)),
     "none": partial(Expanding, nn.Identity()),
     "not of each entry": partial(Expanding, lambda y: y * y.sigmoid()),
+    "constants": partial(Expanding, lambda y: 1 - torch.sigmoid(y).exp()),
+    "parameters": lambda: Expanding(Shifted(1)),
+    "parameters of each channel": lambda: Expanding(Shifted(10)),
     "two readers": TwoReaders,
     "a product": GatedProduct,
     "tokens": Tokens,
@@ -101,7 +115,7 @@ def test_skipping_says_what_masking_says(name: str, method: Any) -> None:
         torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-5)
     (first, *_) = iterate_modules(net)
     assert 0 < first.active_BK.mean() < 1
-    is_alone = name not in ("not of each entry", "two readers", "a product")
+    is_alone = name not in ("not of each entry", "parameters of each channel", "two readers", "a product")
     expansions = [layer for layer in fast.modules() if isinstance(layer, ActiveExpansion)]
     assert bool(expansions) == (is_alone and method not in ("dense", "masked"))
 
@@ -222,7 +236,10 @@ class Joined(Expanding):
         (Classifier, r"up \(Linear\) reads no samples of several positions"),
         (Convolved, "permute_1 does more with its maps than to read them"),
         (Joined, "several layers write its maps, up and up2"),
-        (partial(Expanding, torch.sigmoid), "sigmoid does more with its maps than to read them"),
+        (
+            partial(Expanding, lambda y: 1 / (1 + y.square())),
+            "truediv does more with its maps than to read them",
+        ),
     ],
 )
 def test_others_are_refused(kind: Callable[[], nn.Module], message: str) -> None:
