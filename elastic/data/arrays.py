@@ -69,9 +69,9 @@ def _join(x_NCHW: Tensor, y_N: Tensor, class_names: Sequence[str]) -> InMemory:
 
 def _reject_gaps(y_N: Tensor, classes: int) -> None:
     """Refuse classes without training images, such as the first where labels begin at 1."""
-    found = y_N.unique()  # at most as many as there are labels, whatever their numbers
-    if len(found) < classes:
-        missing = next(k for k in range(classes) if k >= len(found) or found[k] != k)
+    label_L = y_N.unique()  # at most as many as there are labels, whatever their numbers
+    if len(label_L) < classes:
+        missing = next(k for k in range(classes) if k >= len(label_L) or label_L[k] != k)
         raise DataError(
             f"no training image has the label {missing} of 0 … {classes - 1}: number the labels from 0 on "
             "without gaps, or give class_names"

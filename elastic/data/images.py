@@ -153,10 +153,10 @@ class ImageData(L.LightningDataModule, ABC):
         Raises:
             DataError: both are known by more than their numbers, and differ.
         """
-        own = self.class_names
-        if list(names) == own or any(_are_numbers(each) for each in (own, names)):
+        data_names = self.class_names
+        if list(names) == data_names or _are_numbers(data_names) or _are_numbers(names):
             return
-        here, there = ", ".join(own[:MOST_NAMES]), ", ".join(names[:MOST_NAMES])
+        here, there = ", ".join(data_names[:MOST_NAMES]), ", ".join(names[:MOST_NAMES])
         raise DataError(
             f"the data in {self.root} has other classes ({here}) than the network was trained on ({there}): "
             "set data.root (or ELASTIC_DATA) to the right folder, or name the classes as they were"
@@ -178,15 +178,15 @@ class ImageData(L.LightningDataModule, ABC):
         """
         if not is_class_number(y_N):
             return
-        found = y_N.unique().tolist()
-        outside = [label for label in found if not 0 <= label < self.classes]
+        labels = y_N.unique().tolist()
+        outside = [label for label in labels if not 0 <= label < self.classes]
         if outside:
             raise DataError(
                 f"there is a label {outside[0]} where {self.classes} classes are 0 … {self.classes - 1}: set "
                 "data.classes to their number, or mend the labels"
             )
-        if len(found) < least:
-            raise DataError(f"there are images of {len(found)} class alone: name data of {least} or more")
+        if len(labels) < least:
+            raise DataError(f"there are images of {len(labels)} class alone: name data of {least} or more")
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Load training images, shuffled anew in each epoch."""
@@ -228,8 +228,8 @@ class ImageData(L.LightningDataModule, ABC):
 
     def _is_sent(self, part: Dataset[Batch]) -> bool:
         """Tell whether batches go from the CPU's memory to a GPU's."""
-        whole = part.dataset if isinstance(part, Subset) else part
-        is_held = isinstance(whole, InMemory) and whole.images.device.type != "cpu"
+        dataset = part.dataset if isinstance(part, Subset) else part
+        is_held = isinstance(dataset, InMemory) and dataset.images.device.type != "cpu"
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return on_gpu and not is_held
 

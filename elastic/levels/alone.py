@@ -39,16 +39,16 @@ def _answers_one_by_one(net: nn.Module, sample: Example) -> bool:
     """Tell whether a network's outputs for a batch are those for its inputs, one behind the other."""
     pair = draw_inputs(net, sample, torch.Generator().manual_seed(0), 2)
     try:
-        whole, *parts = (tree_leaves(net(*inputs)) for inputs in [pair, *split_batch(pair, 1)])
-        return all(map(_is_joined, whole, *parts))
+        joined, *parts = (tree_leaves(net(*inputs)) for inputs in [pair, *split_batch(pair, 1)])
+        return all(map(_is_joined, joined, *parts))
     except Exception:  # the network's own code: it may not run on noise, or on a single input
         return False
 
 
-def _is_joined(whole: Any, first: Any, second: Any) -> bool:
-    if not isinstance(whole, Tensor) or not whole.dim() or len(whole) != 2:
+def _is_joined(joined: Any, first: Any, second: Any) -> bool:
+    if not isinstance(joined, Tensor) or not joined.dim() or len(joined) != 2:
         return False
-    return torch.allclose(whole, torch.cat([first, second]), CLOSE, CLOSE, equal_nan=True)
+    return torch.allclose(joined, torch.cat([first, second]), CLOSE, CLOSE, equal_nan=True)
 
 
 class InParts(nn.Module):

@@ -113,9 +113,9 @@ class Levels(Sequence[nn.Module]):
         for level, sizes in zip(self._levels[:-1], self.sizes, strict=False):
             norms = dict(iterate_norms(level))
             for name, channels in index.items():
-                own = channels[: sizes[name]]  # what the level has of the width
-                if own.max() < sizes[name]:
-                    self._permute_norms(norms, name, own)
+                level_channels = channels[: sizes[name]]
+                if level_channels.max() < sizes[name]:
+                    self._permute_norms(norms, name, level_channels)
         self.refresh()
 
     def _permute_norms(self, norms: Mapping[str, nn.Module], name: str, index: Tensor) -> None:

@@ -84,7 +84,7 @@ def measure_sensitivity(
         time = latency_ms(network) if latency_ms is not None else 0.0
         return evaluate(network), float(count_macs(network, *list_inputs(example))), time
 
-    whole, macs, time = measure(net)
+    uncut, macs, time = measure(net)
     scores = score_channels(net, widths, importance)
     curves = {}
     for name, width in widths.items():
@@ -92,7 +92,7 @@ def measure_sensitivity(
         for channels in dict.fromkeys(max(1, round(part * width.size)) for part in parts):
             if channels < curve[-1].channels:
                 result, cut_macs, cut_time = measure(keep_best(net, widths, {name: channels}, scores))
-                added, lost = result.loss - whole.loss, whole.metric - result.metric
+                added, lost = result.loss - uncut.loss, uncut.metric - result.metric
                 curve.append(Cut(channels, added, lost, macs - cut_macs, time - cut_time))
         curves[name] = curve
     return curves

@@ -66,8 +66,8 @@ def level_sizes(
     if curves is None:
         return [_fit_budget(widths, names, budget, multiple, measure, by) for budget in levels]
     check_curves(curves, widths)
-    own = {name: curves[name] for name in names}
-    return _fit_curves(own, levels, lambda part: measure(tuple(part.values())), by, multiple)
+    chosen = {name: curves[name] for name in names}
+    return _fit_curves(chosen, levels, lambda part: measure(tuple(part.values())), by, multiple)
 
 
 def make_resized(net: nn.Module, widths: Widths, sizes: dict[str, int]) -> nn.Module:

@@ -110,8 +110,8 @@ def read_entries(model: nn.Module, widths: Widths) -> tuple[dict[Key, Entries], 
             dims.setdefault((slot.module, slot.tensor), set()).add(slot.dim)
     layers = {(path, tensor): model.get_submodule(path) for path, tensor in dims}
     stored = {key: _get_stored(layer, key[1]) for key, layer in layers.items()}
-    own = {id(tensor) for tensor in stored.values()}
-    others = [getattr(*place) for key, place in locate_parameters(model).items() if key not in own]
+    by_channels = {id(tensor) for tensor in stored.values()}
+    others = [getattr(*place) for key, place in locate_parameters(model).items() if key not in by_channels]
     counts = {key: _count_entries(layer, key[1], dims[key]) for key, layer in layers.items()}
     arrays = iter(
         _read([count_nonzero(others).int(), *(count for pair in counts.values() for count in pair)])

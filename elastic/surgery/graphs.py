@@ -33,8 +33,8 @@ def release_graphs(tensors: Iterable[Tensor]) -> None:
     """
     for parameter in _select_parameters(tensors):
         value = parameter.data
-        other = torch.float64 if value.dtype != torch.float64 else torch.float32
-        parameter.data = value.new_empty(0, dtype=other)
+        other_type = torch.float64 if value.dtype != torch.float64 else torch.float32
+        parameter.data = value.new_empty(0, dtype=other_type)
         parameter.data = value
 
 

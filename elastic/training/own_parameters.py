@@ -60,21 +60,21 @@ class OwnOptimizers:
     """
 
     def __init__(self, leaders: Sequence[torch.optim.Optimizer], parameters: Iterable[OwnParameter]) -> None:
-        own = list(parameters)
+        added = list(parameters)
         self.optimizers: list[torch.optim.Optimizer] = []
         self._leaders = list(leaders)
         self._removals: list[Callable[[], None]] = []
-        if not self._leaders or not own:
+        if not self._leaders or not added:
             return
         if not any(leader.param_groups for leader in self._leaders):
             raise TrainingError(
                 "nothing is optimized, so that what elastic methods add could not learn: let "
                 "configure_optimizers return an optimizer"
             )
-        places = _find_places(self._leaders, own)
+        places = _find_places(self._leaders, added)
         for k, leader in enumerate(self._leaders):
-            remove_parameters(leader, [each.parameter for each in own])
-            members = [(each, i) for each, (h, i) in zip(own, places, strict=True) if h == k]
+            remove_parameters(leader, [own.parameter for own in added])
+            members = [(own, i) for own, (h, i) in zip(added, places, strict=True) if h == k]
             self.optimizers.append(_make_follower(leader, members))
 
     def follow(self, wrappers: Iterable[Any], step: Callable[[Leader], None]) -> None:
@@ -173,7 +173,7 @@ class OwnOptimizers:
         return next((follower for optimizer, follower in pairs if optimizer is leader), None)
 
 
-def _find_places(leaders: Sequence[Leader], own: Iterable[OwnParameter]) -> list[tuple[int, int]]:
+def _find_places(leaders: Sequence[Leader], added: Iterable[OwnParameter]) -> list[tuple[int, int]]:
     """Find what each parameter learns like: an optimizer, and a group of it."""
     places = {
         id(parameter): (k, i)
@@ -181,7 +181,7 @@ def _find_places(leaders: Sequence[Leader], own: Iterable[OwnParameter]) -> list
         for i, group in enumerate(leader.param_groups)
         for parameter in group["params"]
     }
-    candidates = ((each.parameter, *each.like) for each in own)
+    candidates = ((own.parameter, *own.like) for own in added)
     return [next((places[id(p)] for p in group if id(p) in places), (0, 0)) for group in candidates]
 
 

@@ -73,7 +73,7 @@ class _AskedAttribute(Asked, fx.proxy.Attribute):
     """Stand for an attribute, or a method, of what an operation gives."""
 
 
-class _Key(_AskedAttribute):
+class _LookupKey(_AskedAttribute):
     """Stand for an attribute by which a forward may look something up, and which it may name."""
 
     kind: type
@@ -97,13 +97,13 @@ class _Key(_AskedAttribute):
         return self.tracer.find(self.node)  # type: ignore[attr-defined]
 
 
-class _Type(_Key):
+class _Type(_LookupKey):
     """Stand for the type of a tensor's entries."""
 
     kind = torch.dtype
 
 
-class _Device(_Key):
+class _Device(_LookupKey):
     """Stand for where a tensor is: a forward that asks is told where the model is while it is traced.
 
     What it decides by that holds on any other device, too: it is how to compute, not what.
