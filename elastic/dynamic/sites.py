@@ -85,8 +85,8 @@ def find_site(traced: fx.GraphModule, widths: Widths, width: Width, pointwise: C
     """Find where a width's kernels are.
 
     Of several layers that write a width one may be switched if its maps are multiplied by the others', not
-    added: where they are off, so are the products. Rather one whose maps stay zeros until then than one of
-    which a sigmoid makes the factors of those (squeeze and excitation).
+    added, and are zeros until then (those that squeeze and excitation weighs, not those that weigh them):
+    where they are off, so are the products.
 
     Args:
         pointwise: the linear layers that are applied to each position, see `list_pointwise`.
@@ -96,31 +96,24 @@ def find_site(traced: fx.GraphModule, widths: Widths, width: Width, pointwise: C
     """
     writers = sorted({slot.module for slot in width.slots_with("out")})
     reason = width.mixed or "no layer writes them"
-    sites: dict[bool, Site] = {}  # the first of each kind
     for writer in writers if width.mixed is None else ():
         try:
             call = _find_call(traced, width, writer, pointwise)
-            site, stays_zero = _find_site(traced, widths, width, call, len(writers) == 1)
-            sites.setdefault(stays_zero, site)
+            return _find_site(traced, widths, width, call, len(writers) == 1)
         except StructureError as error:
             reason = str(error)
-    if sites:
-        return sites.get(True) or sites[False]
     if len(writers) > 1 and width.mixed is None:
         reason = f"several layers write its maps, {' and '.join(writers[:2])}"
     raise StructureError(f"the kernels of '{width.name}' cannot be switched off: {reason}")
 
 
-def _find_site(
-    traced: fx.GraphModule, widths: Widths, width: Width, call: fx.Node, is_alone: bool
-) -> tuple[Site, bool]:
-    """Find the site of the kernels of one layer, which is called once, alone or among others.
-
-    Returns: it, and whether maps that are off stay zeros without further gates.
-    """
+def _find_site(traced: fx.GraphModule, widths: Widths, width: Width, call: fx.Node, is_alone: bool) -> Site:
+    """Find the site of the kernels of one layer, which is called once, alone or among others."""
     writer, axis = str(call.target), 1 if is_convolution(get_layer(traced, call)) else -1
     followed = follow_maps(traced, call, axis)
     slots = {slot.module for slot in width.slots}
+    if not is_alone and len(followed.maps) > len(followed.list_zeros()):
+        raise StructureError("others' maps are multiplied with what is made of its maps")
     for other in followed.others:
         if not ends_in_products(traced, other, followed.list_zeros()):
             raise StructureError(f"{other.name} does more with its maps than to read them")
@@ -130,8 +123,7 @@ def _find_site(
     readers = tuple(_locate_maps(traced, widths, width, writer, path) for path in paths)
     for path in () if is_alone else paths:  # in another call it may read another layer's maps
         require_one_call(traced, path)
-    site = Site(writer, readers, tuple(followed.followers), width.name, axis)
-    return site, not any(maps.made for maps in followed.maps.values())
+    return Site(writer, readers, tuple(followed.followers), width.name, axis)
 
 
 def _locate_maps(traced: fx.GraphModule, widths: Widths, width: Width, writer: str, path: str) -> Reader:
