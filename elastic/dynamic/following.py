@@ -85,12 +85,13 @@ def follow_maps(traced: fx.GraphModule, writer: fx.Node, axis: int) -> Followed:
 def _follow(
     traced: fx.GraphModule, found: Followed, node: fx.Node, sources: list[fx.Node], axis: int, dims: int
 ) -> None:
+    """Note what a node does with the maps of its sources."""
     maps, layer = found.maps, get_layer(traced, node)
     joined, resized, made = map(any, zip(*(maps[source] for source in sources), strict=True))
     is_product = name_operation(traced, node) in PRODUCTS
     if not (joined or resized) and _changes_entries(traced, found, node):
-        is_sum = list(node.args) == node.all_input_nodes and len(node.args) == 2
-        maps[node] = Maps(made=made if is_sum and len(sources) == 2 else True)
+        adds_maps = list(node.args) == sources and len(sources) == 2  # zeros to zeros
+        maps[node] = Maps(made=made or not adds_maps)
         return
     if not (is_product and any(not maps[source].made for source in sources)):
         ends = (source for source in sources if maps[source].made and source not in found.ends)

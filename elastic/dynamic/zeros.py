@@ -106,8 +106,9 @@ def makes_constants(traced: nn.Module, node: fx.Node, maps: Collection[fx.Node])
     Args:
         maps: the nodes whose maps may be zeros.
     """
-    others = [source for source in node.all_input_nodes if source not in maps]
-    return name_operation(traced, node) in MAKES_CONSTANTS and all(each.op == "get_attr" for each in others)
+    added = [source for source in node.all_input_nodes if source not in maps]
+    is_constant = all(source.op == "get_attr" for source in added)
+    return is_constant and name_operation(traced, node) in MAKES_CONSTANTS
 
 
 def _keeps_each_map(node: fx.Node) -> bool:
