@@ -129,9 +129,10 @@ def _insert(traced: fx.GraphModule, graph: fx.Graph, site: Site, path: str) -> N
     with graph.inserting_before(writer):
         gate = graph.call_module(path, (writer.args[0],))
     for end in followed.ends:
-        resized, made = followed.maps[end].resized, followed.maps[end].made
+        _, resized, made = followed.maps[end]
         with graph.inserting_after(end):
             gated = graph.call_function(gate_resized if resized else torch.mul, (end, gate))
         for user in [user for user in end.users if user is not gated]:
-            if not (made and user in followed.maps and followed.maps[user].made):
+            is_gated_later = made and user in followed.maps and followed.maps[user].made
+            if not is_gated_later:
                 user.replace_input_with(end, gated)

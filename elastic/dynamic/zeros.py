@@ -45,7 +45,7 @@ BY_ARGUMENTS: dict[str, type[nn.Module] | None] = {
     **{"constant_pad2d": nn.ConstantPad2d, "constant_pad3d": nn.ConstantPad3d},
     **dict.fromkeys(("clamp", "clip", "pad", "div", "truediv", "true_divide", "divide", "pow")),
 }
-# These make a constant of zeros, entry by entry; so do those of `BY_ARGUMENTS` that do not pad, by theirs.
+# These make a constant of zeros, entry by entry; those of `BY_ARGUMENTS` among them by some of theirs.
 MAKES_CONSTANTS: dict[str, type[nn.Module] | None] = {
     **{"sigmoid": nn.Sigmoid, "hardsigmoid": nn.Hardsigmoid, "softplus": nn.Softplus},
     **{"logsigmoid": nn.LogSigmoid, "hardtanh": nn.Hardtanh, "threshold": nn.Threshold},

@@ -176,8 +176,8 @@ class _Rewriter:
         gates, projection = self._get_gates(gated), get_layer(self.traced, last)
         if gates is not None and first.args and not any(map(self._has_hooks, chain)):
             assert is_linear(projection)
-            held = [node for user in between for node in user.all_input_nodes if node.op == "get_attr"]
-            nodes = [*dict.fromkeys(held), *between]
+            inputs = dict.fromkeys(node for user in between for node in user.all_input_nodes)
+            nodes = [*(node for node in inputs if node.op == "get_attr"), *between]
             function = cut_out(self.traced, nodes, [gated, gates], [gated, *between][-1])
             expansion = ActiveExpansion(layer, function, projection)
             self._replace(chain, expansion, (first.args[0], None, gates))
