@@ -1,5 +1,6 @@
 """Carry channel axes through a traced model; nothing is computed, no memory is touched."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,9 @@ from elastic.widths.operations.counts import count_node, list_counts
 from elastic.widths.operations.interface import (
     Layer,
     Place,
+    get_axes,
     get_input,
+    get_operation_name,
     is_stored,
     list_axes,
     list_tensors,
@@ -34,6 +37,9 @@ from elastic.widths.union import Axis, ChannelUnion
 
 # Values that hold no channels, though they may count them.
 PLAIN = (int, float, torch.Size, torch.device, torch.dtype)
+
+# Operations that give a view of a tensor; `x.data` is an attribute that is read.
+VIEWS = {"getattr", "detach", "getitem", "view", "permute", "transpose", "t", "narrow", "select", "unsqueeze"}
 
 
 class AxisTracker:
@@ -74,6 +80,8 @@ class AxisTracker:
         self._attributes.fix_own_channels(self._find_module)
 
     def _note_axes(self, node: fx.Node, value: Any) -> None:
+        if (written := self._find_written(node)) is not None:  # a gate would hide it from the layer
+            self.fix(get_axes(written), node, f"changes {written.target}, a parameter")
         if _is_plain(value):
             node.meta["axes"], node.meta["counts"] = None, count_node(node, value)
         else:
@@ -83,6 +91,18 @@ class AxisTracker:
             self.fix(axes, node, "has a hook that may change them")
         if changes_tensor(node):
             self._update_aliases(node)
+
+    def _find_written(self, node: fx.Node) -> fx.Node | None:
+        """Find the parameter whose values a node changes, itself or by a view of it."""
+        if not changes_tensor(node) and node.target not in (operator.setitem, setattr):
+            return None
+        source: Any = node.args[0]
+        while isinstance(source, fx.Node) and get_operation_name(source) in VIEWS:
+            source = source.args[0]
+        if not isinstance(source, fx.Node) or source.op != "get_attr":
+            return None
+        path, _, name = str(source.target).rpartition(".")
+        return source if name in self._find_module(path)._parameters else None
 
     def _update_aliases(self, node: fx.Node) -> None:
         """Let all nodes that give the tensor which a method has changed know its dimensions from now on."""
@@ -260,7 +280,8 @@ class AxisTracker:
             return False
         # The attribute is copies / parts × size.
         copies, parts = view.factor.denominator, view.factor.numerator
-        part = self.elements.tie(axis, parts) if parts > 1 else axis
+        part = _list_repeated(axis, parts)
+        part = self.elements.tie(axis, parts) if part is None else part
         recorded = list(self._recorded)
         self.record(*get_key(view.place), "count", np.repeat(part, copies))
         self._recorded = recorded  # it is counted, which does not say what became of it
@@ -321,6 +342,12 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, PLAIN) or (
         isinstance(value, tuple | list) and all(isinstance(part, PLAIN) for part in value)
     )
+
+
+def _list_repeated(axis: Axis, times: int) -> Axis | None:
+    """List the channels of an axis, in order, that holds each of them so many times; None if it does not."""
+    _, places, counts = np.unique(axis, return_index=True, return_counts=True)
+    return axis[np.sort(places)] if (counts == times).all() else None
 
 
 def _untracked(value: Any) -> Tracked:

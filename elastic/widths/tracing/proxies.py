@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from elastic.widths.tracing.sizes import SizeAttribute
+
 Instruction = tuple[CodeType, int]  # the place in the code where a frame is
 
 
@@ -63,6 +65,9 @@ class Asked:
     def __len__(self) -> int:
         tracer = self.tracer  # type: ignore[attr-defined]
         return int(tracer.ask(tracer.create_proxy("call_function", len, (self,), {})))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})  # type: ignore[attr-defined]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
         """Give NumPy a number, or those of a shape, for good."""
@@ -144,5 +149,14 @@ class AskedProxy(Asked, fx.Proxy):
         number = value.dim()
         return number if k == "ndim" else lambda: number
 
-    def __setitem__(self, index: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+    def __mul__(self, other: Any) -> Any:
+        """Let a product with an attribute of a module stay a multiple of it, see `SizeAttribute`."""
+        size = self.tracer.find_size(self) if isinstance(other, SizeAttribute) else self  # type: ignore[attr-defined]
+        return super().__mul__(other) if size is self else other * size  # type: ignore[misc]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Keep an assignment to a tensor's data as a node of its own."""
+        if name == "data":
+            self.tracer.create_proxy("call_function", setattr, (self, name, value), {})
+        else:
+            super().__setattr__(name, value)

@@ -61,6 +61,7 @@ class SizeAttribute(int):
         return type(self), (int.__int__(self), self.place, self.factor, self.others)
 
     def __mul__(self, other: Any) -> Any:
+        other = _find_number(other)
         if not _is_scale(other):
             return _note(operator.mul)(self, other)
         scaled = self._scale(Fraction(int.__int__(other)))
@@ -73,6 +74,7 @@ class SizeAttribute(int):
     __rmul__ = __mul__
 
     def __floordiv__(self, other: Any) -> Any:
+        other = _find_number(other)
         if not _is_scale(other) or int.__mod__(self, other):
             return _note(operator.floordiv)(self, other)
         return self._scale(Fraction(1, int.__int__(other)))
@@ -136,8 +138,14 @@ def note_computed_sizes() -> Iterator[set[AttributePlace]]:
         _NOTED.pop()
 
 
+def _find_number(value: Any) -> Any:
+    """Find the size that a traced value stands for, where the graph is not to be run."""
+    return value.tracer.find_size(value) if isinstance(value, fx.Proxy) else value  # type: ignore[attr-defined]
+
+
 def _is_scale(other: Any) -> bool:
-    return isinstance(other, int) and not isinstance(other, bool) and int.__gt__(other, 0)
+    # While a model is traced, `isinstance` takes a traced number for an int.
+    return issubclass(type(other), int) and not isinstance(other, bool) and int.__gt__(other, 0)
 
 
 def is_stock(module: nn.Module) -> bool:

@@ -588,6 +588,17 @@ def test_a_network_that_asked_for_a_shape_refuses_another() -> None:
         traced(X[..., :4, :4].to("meta"))
 
 
+@pytest.mark.parametrize("multiply", [lambda wide, size: wide * size, lambda wide, size: size * wide])
+def test_a_traced_product_of_an_attribute_and_a_size_follows_the_size(multiply: Callable[..., Any]) -> None:
+    from elastic.widths.tracing import make_meta_copy, trace
+
+    model = between(
+        lambda m, x: x.reshape(x.shape[0], multiply(m.wide, x.shape[2]), x.shape[3]).view(x.shape), wide=8
+    )
+    traced = trace(make_meta_copy(model), X.to("meta"))
+    assert traced(X[..., :4, :4].to("meta")).shape == (2, 5)
+
+
 def test_a_trace_that_fails_leaves_everything_as_it_was() -> None:
     from elastic.errors import StructureError
     from elastic.widths.tracing import trace_both_modes

@@ -122,11 +122,19 @@ def ask(m: Counting, x: Tensor) -> Tensor:
     return x.view(b, m.wide, h * w).view(x.shape)
 
 
+def flatten_rows(m: Counting, x: Tensor) -> Tensor:
+    b, _, h, w = x.shape
+    return x.permute(0, 2, 3, 1).reshape(b, h, w * m.wide).view(b, h, w, -1).permute(0, 3, 1, 2)
+
+
 FREE: dict[str, Use] = {
     "not used again": lambda m, x: x,
     "multiples": lambda m, x: x.repeat_interleave(2, 1).view(2, m.wide, 2, 6, 8).mean(2),
     "message of an assertion": assert_by_name,
     "asked": ask,
+    "times a height": lambda m, x: x.reshape(x.shape[0], m.wide * x.shape[2], x.shape[3]).view(x.shape),
+    "an area times it": lambda m, x: x.reshape(2, x.shape[2] * x.shape[3] * m.wide).view(x.shape),
+    "a width times it, beside channels last": flatten_rows,
     "other numbers": lambda m, x: sum(x * (0.5 * i) for i in range(m.loops)) * math.log(m.loops),
     "random numbers": lambda m, x: x * torch.rand(1),
     "kept": keep_once,

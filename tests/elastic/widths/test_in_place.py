@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic import discover, reindex
+from elastic.pruning.gates import attach_gates
 from elastic.widths.discovery import find_widths
 from tests.elastic.widths.odd import between
 from tests.elastic.zoo import Net
@@ -49,6 +50,22 @@ def copy_part(m: nn.Module, x: Tensor) -> Tensor:
     return x + y
 
 
+def write_fused(m: nn.Module, how: str) -> None:
+    """Give a layer what is computed from others' weights, as reparametrized blocks do in evaluation."""
+    fused, bias = m.one.weight + m.two.weight, m.one.bias + m.two.bias
+    if how == "assigned":
+        m.fused.weight.data, m.fused.bias.data = fused.data, bias.data
+    elif how == "copied":
+        with torch.no_grad():
+            m.fused.weight.copy_(fused)
+            m.fused.bias.copy_(bias)
+    elif how == "copied to a view":
+        m.fused.weight.data.transpose(2, 3).copy_(fused.transpose(2, 3))
+        m.fused.bias.detach().copy_(bias)
+    else:
+        m.fused.weight.data[:], m.fused.bias.data[...] = fused.data, bias.data
+
+
 def ask_shape(m: nn.Module, x: Tensor) -> Tensor:
     y = x.flatten(2)[..., :6]
     if y.shape[2] == 6:
@@ -87,3 +104,36 @@ def test_a_shape_that_cannot_be_followed_fixes_the_channels() -> None:
     widths = find_widths(between(lambda m, x: change(x, ("resize_", (2, 8, 8, 1))).view(2, 8, 2, 4)), X)
     assert widths.fixed["stem"] == "resize_(2, 8, 8, 1) in the model's forward cannot be followed"
     assert list(widths) == ["last"]
+
+
+def fuse(how: str) -> nn.Module:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        if m.training:
+            return m.one(x) + m.two(x)
+        write_fused(m, how)
+        return m.fused(x)
+
+    return between(forward, **{name: nn.Conv2d(8, 8, 1) for name in ("one", "two", "fused")})
+
+
+@pytest.mark.parametrize("how", ["assigned", "copied", "copied to a view", "set"])
+def test_a_parameter_that_a_forward_writes_to_keeps_its_channels(how: str) -> None:
+    """A gated layer computes with another tensor than it holds: what is written would be lost."""
+    torch.manual_seed(0)
+    model = fuse(how).eval()
+    widths = find_widths(model, X)
+    assert list(widths) == ["last"]
+    assert "fused.weight" in widths.fixed["stem"] + widths.fixed["one"]
+    expected = model(X).detach()
+    attach_gates(model, widths, "weight")
+    torch.testing.assert_close(model(X), expected)
+
+
+def test_statistics_that_a_forward_writes_keep_no_channels() -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        if m.training:
+            with torch.no_grad():
+                m.mean.mul_(0.9).add_(0.1 * x.mean((0, 2, 3)))
+        return x - m.mean[:, None, None]
+
+    assert list(find_widths(between(forward, mean=nn.Buffer(torch.zeros(8))), X)) == ["stem", "last"]
