@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from elastic.widths.operations.interface import ATTRIBUTE
+from elastic.widths.operations.interface import ATTRIBUTE, resolve_sizes
 from elastic.widths.stock import Dimension, Records, list_own_axes
 from elastic.widths.tracing import describe_node
 from elastic.widths.tracing.sizes import AttributePlace, SizeAttribute
@@ -48,7 +48,8 @@ class UsedAttributes:
 
     def keep_others(self, node: fx.Node) -> None:
         """Keep the attributes as they are that a node is given and has not let follow."""
-        arguments = (value for value in (*node.args, *node.kwargs.values()) if type(value) is not fx.Node)
+        given = map(resolve_sizes, (*node.args, *node.kwargs.values()))
+        arguments = (value for value in given if type(value) is not fx.Node)
         for size in (size for value in arguments for size in _list_sizes(value)):
             if not any(size is other for other in self._followed):
                 for view in (size, *size.others):

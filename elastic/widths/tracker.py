@@ -15,8 +15,9 @@ from elastic.widths.attributes import UsedAttributes, get_key
 from elastic.widths.computed import CONSTANT
 from elastic.widths.hooks import watch_hooks
 from elastic.widths.operations import NEEDS_NO_TENSOR, READS_COUNTS, TABLE, NotFollowed, Role, Rule, Tracked
-from elastic.widths.operations.counts import count_node, list_counts
+from elastic.widths.operations.counts import count_node, find_multiple, list_counts
 from elastic.widths.operations.interface import (
+    SIZE,
     Layer,
     Place,
     get_axes,
@@ -84,6 +85,8 @@ class AxisTracker:
             self.fix(get_axes(written), node, f"changes {written.target}, a parameter")
         if _is_plain(value):
             node.meta["axes"], node.meta["counts"] = None, count_node(node, value)
+            if (multiple := find_multiple(node)) is not None:
+                node.meta[SIZE] = multiple
         else:
             node.meta["axes"] = self._find_axes(node, value)
         if self._hooked and node.op == "call_module" and str(node.target) in self._hooked:

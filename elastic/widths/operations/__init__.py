@@ -158,7 +158,9 @@ FUNCTIONS: dict[Rule, str] = {
         xlogy isclose""",
     convert: "to type_as",
     fill: "ones zeros empty full rand randn new_ones new_zeros new_empty new_full",
-    fill_like: "ones_like zeros_like empty_like full_like rand_like randn_like fill zero",
+    fill_like: """
+        ones_like zeros_like empty_like full_like rand_like randn_like fill zero
+        uniform normal exponential""",
     hold_values: "new_tensor",
     make_grid: "affine_grid",
     expand: "expand broadcast_to",

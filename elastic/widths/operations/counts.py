@@ -16,7 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from elastic.widths.operations.interface import get_argument, get_input, get_operation_name, list_axes
+from elastic.widths.operations.interface import (
+    get_argument,
+    get_input,
+    get_operation_name,
+    list_axes,
+    resolve_sizes,
+)
+from elastic.widths.tracing.sizes import SizeAttribute
 from elastic.widths.union import Axis, ChannelUnion
 
 
@@ -123,6 +130,20 @@ def count_node(node: fx.Node, value: Any) -> Counts:
     if isinstance(counts, Count) and counts.is_linear and counts.value != value:  # rounded, say
         return _entangle([counts])
     return counts
+
+
+def find_multiple(node: fx.Node) -> SizeAttribute | None:
+    """Find the multiple of an attribute that a node computes with what no channel changes."""
+    name, arguments = get_operation_name(node), [resolve_sizes(argument) for argument in node.args]
+    if name not in ("mul", "floordiv") or len(arguments) != 2:
+        return None
+    size, other = arguments if isinstance(arguments[0], SizeAttribute) or name != "mul" else arguments[::-1]
+    count = get_count(other)
+    if not isinstance(size, SizeAttribute) or count.terms or not count.is_linear:
+        return None
+    number = other if name == "mul" and isinstance(other, SizeAttribute) else int(count.constant)
+    multiple = size * number if name == "mul" else size // number
+    return multiple if isinstance(multiple, SizeAttribute) else None
 
 
 def _count_shape(node: fx.Node) -> Counts:

@@ -17,6 +17,7 @@ from elastic.widths.union import Axis, ChannelUnion
 Axes = tuple[Axis | None, ...]
 Tracked = Axes | Sequence["Tracked"] | None  # of a tensor, of several tensors, of what holds no channels
 Role = Literal["out", "in", "per_channel", "depthwise", "count"]
+SIZE = "size"  # in a node's `meta`: the number that it gives, where that is a multiple of an attribute
 LAYER = ""  # in place of a tensor's name: what the layer's own attributes say
 ATTRIBUTE = ":"  # begins what stands in place of a tensor's name for an attribute that counts channels
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -79,14 +80,21 @@ Rule = Callable[[Tracker, fx.Node], Tracked]
 def get_argument(node: fx.Node, position: int, *names: str, default: Any = None) -> Any:
     """Get what a call gives for a parameter, by position or by one of its names."""
     if len(node.args) > position:
-        return node.args[position]
-    return next((node.kwargs[name] for name in names if name in node.kwargs), default)
+        return resolve_sizes(node.args[position])
+    return next((resolve_sizes(node.kwargs[name]) for name in names if name in node.kwargs), default)
 
 
 def list_arguments(node: fx.Node, position: int, *names: str) -> list[Any]:
     """List numbers that a call gives as one sequence or one by one, from a position on or by a name."""
     argument = get_argument(node, position, *names)
-    return list(argument if isinstance(argument, tuple | list) else node.args[position:])
+    return list(argument if isinstance(argument, tuple | list) else map(resolve_sizes, node.args[position:]))
+
+
+def resolve_sizes(argument: Any) -> Any:
+    """Put the multiples of attributes in place of the nodes that compute them."""
+    if type(argument) in (tuple, list):
+        return type(argument)(map(resolve_sizes, argument))
+    return argument.meta.get(SIZE, argument) if isinstance(argument, fx.Node) else argument
 
 
 def get_input(node: fx.Node) -> fx.Node:

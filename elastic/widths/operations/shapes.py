@@ -28,7 +28,7 @@ def permute(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow a permutation of all dimensions."""
     x = get_axes(get_input(node))
     order = list_arguments(node, 1, "dims")
-    return tuple(x[d] for d in order)
+    return tuple(x[int(get_value(d))] for d in order)
 
 
 def transpose(tracker: Tracker, node: fx.Node) -> Axes:

@@ -66,16 +66,12 @@ class ConcreteTracer(fx.Tracer):
 
     Attributes:
         answers: what it has been told, in order; `known_answers`, those of another trace, are told instead.
-        runs: whether the graph is to be run, also on inputs of other shapes.
         is_over: whether the trace has ended.
         is_computing: whether what runs is no part of the forward, but computes what that asks for.
     """
 
-    def __init__(
-        self, inputs: Sequence[Tensor] = (), known_answers: Sequence[Any] | None = None, runs: bool = False
-    ) -> None:
+    def __init__(self, inputs: Sequence[Tensor] = (), known_answers: Sequence[Any] | None = None) -> None:
         super().__init__()
-        self.runs = runs
         self.answers: list[Any] = []
         self.is_over = self.is_computing = self._expects_dimensions = False
         self._known_answers = None if known_answers is None else iter(known_answers)
@@ -215,12 +211,6 @@ class ConcreteTracer(fx.Tracer):
         """Compute a number from the example's shape, or each of a shape's; see `ask`."""
         is_shape = isinstance(self._answer(proxy.node), tuple | list)
         return [self.ask(part) for part in self.iter(proxy)] if is_shape else self.ask(proxy)
-
-    def find_size(self, proxy: fx.Proxy) -> Any:
-        """Compute a size, and let the graph expect it; where that is to be run, a size stays traced."""
-        if self.runs or not isinstance(self.find(proxy.node), int):
-            return proxy
-        return self.ask(proxy)
 
     def expect_dimensions(self) -> None:
         """Let the graph expect inputs of as many dimensions as the example's: others follow from these."""

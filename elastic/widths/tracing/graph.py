@@ -92,7 +92,7 @@ def trace_graph(
         runs: whether the graph is to be run: functions that have a gradient of their own stay whole, and
             random numbers are drawn each time.
     """
-    tracer = _Tracer(example, known_answers, runs)
+    tracer = _Tracer(example, known_answers)
     try:
         with (
             tag_sizes(model, sizes) as read,

@@ -14,6 +14,8 @@ from elastic.widths.copying import copy_module
 from elastic.widths.parameters import get_kind
 from elastic.widths.tracing.shapes import infer_call, infer_each, infer_layer, infer_norm
 
+# What makes tensors of numbers that a forward may compute sizes with; they have at most so many.
+NUMBERS, FEW = (torch.tensor, torch.as_tensor, torch.arange), 16
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
@@ -86,8 +88,30 @@ def compute_without_data(
     if (value := infer_call(target, args, kwargs)) is not None:
         return value
     if node.op == "call_method":
-        return getattr(args[0], target)(*args[1:], **kwargs)
-    return drop_data(target(*args, **kwargs))
+        return _call(lambda owner, *rest, **named: getattr(owner, target)(*rest, **named), args, kwargs)
+    value = _call(target, args, kwargs)
+    return value if _holds_numbers(value) else drop_data(value)
+
+
+def _call(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Call a function where tensors without data meet those that a forward makes, which have some."""
+    are_meta = {leaf.is_meta for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+    if len(are_meta) == 2:
+        args, kwargs = tree_map(_drop_entries, (args, kwargs))
+    if function in NUMBERS and "device" in kwargs:
+        kwargs = kwargs | {"device": "cpu"}
+    return function(*args, **kwargs)
+
+
+def _drop_entries(value: Any) -> Any:
+    """Drop data, but for a whole number, which may be a size, or say which dimension is meant."""
+    is_number = isinstance(value, Tensor) and not value.dim() and not value.is_floating_point()
+    return value if is_number else drop_data(value)
+
+
+def _holds_numbers(value: Any) -> bool:
+    """Tell whether a tensor holds few numbers, such as an order of dimensions: shapes depend on them."""
+    return isinstance(value, Tensor) and value.dim() < 2 and value.numel() <= FEW
 
 
 class WithoutData(TorchFunctionMode):
@@ -96,10 +120,7 @@ class WithoutData(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves((args, kwargs))):
-            args, kwargs = tree_map(drop_data, (args, kwargs))
-        return func(*args, **kwargs)
+        return _call(func, args, kwargs or {})
 
 
 def refuse_compiled(model: nn.Module) -> None:

@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from elastic.widths.tracing.sizes import SizeAttribute
-
 Instruction = tuple[CodeType, int]  # the place in the code where a frame is
 
 
@@ -148,11 +146,6 @@ class AskedProxy(Asked, fx.Proxy):
         tracer.expect_dimensions()
         number = value.dim()
         return number if k == "ndim" else lambda: number
-
-    def __mul__(self, other: Any) -> Any:
-        """Let a product with an attribute of a module stay a multiple of it, see `SizeAttribute`."""
-        size = self.tracer.find_size(self) if isinstance(other, SizeAttribute) else self  # type: ignore[attr-defined]
-        return super().__mul__(other) if size is self else other * size  # type: ignore[misc]
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Keep an assignment to a tensor's data as a node of its own."""

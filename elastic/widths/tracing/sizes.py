@@ -61,7 +61,8 @@ class SizeAttribute(int):
         return type(self), (int.__int__(self), self.place, self.factor, self.others)
 
     def __mul__(self, other: Any) -> Any:
-        other = _find_number(other)
+        if isinstance(other, fx.Proxy):  # the node has the attribute
+            return other.tracer.create_proxy("call_function", operator.mul, (self, other), {})
         if not _is_scale(other):
             return _note(operator.mul)(self, other)
         scaled = self._scale(Fraction(int.__int__(other)))
@@ -74,7 +75,6 @@ class SizeAttribute(int):
     __rmul__ = __mul__
 
     def __floordiv__(self, other: Any) -> Any:
-        other = _find_number(other)
         if not _is_scale(other) or int.__mod__(self, other):
             return _note(operator.floordiv)(self, other)
         return self._scale(Fraction(1, int.__int__(other)))
@@ -136,11 +136,6 @@ def note_computed_sizes() -> Iterator[set[AttributePlace]]:
         yield noted
     finally:
         _NOTED.pop()
-
-
-def _find_number(value: Any) -> Any:
-    """Find the size that a traced value stands for, where the graph is not to be run."""
-    return value.tracer.find_size(value) if isinstance(value, fx.Proxy) else value  # type: ignore[attr-defined]
 
 
 def _is_scale(other: Any) -> bool:

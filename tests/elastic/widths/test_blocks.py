@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from elastic.measure.counts import count_macs
 from elastic.pruning.compaction import compact
 from elastic.pruning.gates import attach_gates, iterate_gates, set_score
 from elastic.surgery.checking import fix_wrong_widths
@@ -401,6 +402,14 @@ FOLLOWED: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
         ),
         {"stem"},
     ),
+    "noise that is drawn in place": (
+        just(lambda m, x: x * torch.empty_like(x).uniform_(2, 2) + torch.zeros_like(x).normal_(0, 0)),
+        {"stem"},
+    ),
+    "rows of all maps, by an attribute": (  # as MobileViT cuts patches
+        just(lambda m, x: x.reshape(len(x) * x.shape[1] * m.rows, 8 // m.rows, 8).view(x.shape), rows=2),
+        {"stem"},
+    ),
     "every other channel": (just(lambda m, x: x[:, ::2], 4), {"stem"}),
     "a slice of a sequence": (
         just(lambda m, x: m.rows[1:](x), rows=nn.Sequential(nn.ReLU(), conv(8, 8), nn.ReLU())),
@@ -597,6 +606,33 @@ def test_a_traced_product_of_an_attribute_and_a_size_follows_the_size(multiply: 
     )
     traced = trace(make_meta_copy(model), X.to("meta"))
     assert traced(X[..., :4, :4].to("meta")).shape == (2, 5)
+
+
+def swap_by_tensor(m: nn.Module, x: Tensor) -> Tensor:
+    """Order dimensions by numbers that lie where the maps lie, as learned image compression does."""
+    dims = torch.arange(2, x.ndim, device=x.device)
+    order = torch.cat((torch.tensor([1, 0], device=x.device), dims))
+    return (x.permute(*order).contiguous() * 2).permute(*order)
+
+
+def cut_by_tensor(m: nn.Module, x: Tensor) -> Tensor:
+    """Compute how many columns stay, as resampling of signals does."""
+    return x[..., : torch.ceil(torch.as_tensor(x.shape[3] * 3 / 4)).long()]
+
+
+@pytest.mark.parametrize(
+    ("forward", "columns"), [(swap_by_tensor, 8), (cut_by_tensor, 6)], ids=["order", "size"]
+)
+def test_numbers_that_a_forward_puts_into_tensors_are_known(
+    forward: Callable[..., Tensor], columns: int
+) -> None:
+    torch.manual_seed(0)
+    model = between(forward).eval()
+    widths = find_widths(model, X)
+    fix_wrong_widths(model, widths)
+    assert list(widths) == ["stem", "last"]
+    check_changes(model, widths)
+    assert count_macs(model, X[:1]) == count_macs(between(lambda m, x: x[..., :columns]), X[:1])
 
 
 def test_a_trace_that_fails_leaves_everything_as_it_was() -> None:
