@@ -100,7 +100,7 @@ class AxisTracker:
         if not changes_tensor(node) and node.target not in (operator.setitem, setattr):
             return None
         source: Any = node.args[0]
-        while isinstance(source, fx.Node) and get_operation_name(source) in VIEWS:
+        while isinstance(source, fx.Node) and _is_view(source):
             source = source.args[0]
         if not isinstance(source, fx.Node) or source.op != "get_attr":
             return None
@@ -339,6 +339,11 @@ def _take_input(node: fx.Node, inputs: list[Tensor]) -> Any:
 
 def _get_value(node: fx.Node) -> Any:
     return node.meta["value"]
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Tell whether a node gives a view of its first argument; an input or a layer may be called `view`."""
+    return node.op in ("call_function", "call_method") and get_operation_name(node) in VIEWS
 
 
 def _is_plain(value: Any) -> bool:

@@ -4,12 +4,12 @@ A view, a split or a slice that is given such a number is followed where the num
 stands for change alike. Whatever else computes with it keeps those channels as they are.
 """
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import reduce, singledispatch
 from math import isfinite
-from operator import add
 from typing import Any
 
 import numpy as np
@@ -134,15 +134,16 @@ def count_node(node: fx.Node, value: Any) -> Counts:
 
 def find_multiple(node: fx.Node) -> SizeAttribute | None:
     """Find the multiple of an attribute that a node computes with what no channel changes."""
-    name, arguments = get_operation_name(node), [resolve_sizes(argument) for argument in node.args]
-    if name not in ("mul", "floordiv") or len(arguments) != 2:
+    if node.target not in (operator.mul, operator.floordiv):
         return None
-    size, other = arguments if isinstance(arguments[0], SizeAttribute) or name != "mul" else arguments[::-1]
+    size, other = map(resolve_sizes, node.args)
+    if node.target is operator.mul and not isinstance(size, SizeAttribute):
+        size, other = other, size
     count = get_count(other)
-    if not isinstance(size, SizeAttribute) or count.terms or not count.is_linear:
+    is_whole = count.is_linear and not count.terms and count.constant.denominator == 1
+    if not isinstance(size, SizeAttribute) or not is_whole:
         return None
-    number = other if name == "mul" and isinstance(other, SizeAttribute) else int(count.constant)
-    multiple = size * number if name == "mul" else size // number
+    multiple = node.target(size, other if isinstance(other, SizeAttribute) else int(count.constant))
     return multiple if isinstance(multiple, SizeAttribute) else None
 
 
@@ -244,7 +245,7 @@ def _list_all_counts(source: fx.Node, of_tensors: bool) -> list[Count]:
 
 def _entangle(counts: Sequence[Count]) -> Count:
     """Depend on all that several numbers depend on, in no way that could be followed."""
-    return Count(Fraction(), reduce(add, (count.terms for count in counts), ()), is_linear=False)
+    return Count(Fraction(), reduce(operator.add, (count.terms for count in counts), ()), is_linear=False)
 
 
 # Numbers that a tensor gives and no channel changes.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from elastic.errors import StructureError
 from elastic.measure.counts import count_macs
 from elastic.pruning.compaction import compact
 from elastic.pruning.gates import attach_gates, iterate_gates, set_score
@@ -15,6 +16,7 @@ from elastic.surgery.checking import fix_wrong_widths
 from elastic.surgery.rebuilding import rebuild
 from elastic.surgery.reindexing import grow_index, reindex
 from elastic.widths.discovery import Widths, find_widths
+from elastic.widths.tracing import make_meta_copy, trace, trace_both_modes
 from tests.elastic.widths.odd import between
 from tests.elastic.zoo import conv
 
@@ -587,9 +589,6 @@ def test_of_widths_that_no_tensor_tells_apart_one_changes() -> None:
 
 
 def test_a_network_that_asked_for_a_shape_refuses_another() -> None:
-    from elastic.errors import StructureError
-    from elastic.widths.tracing import make_meta_copy, trace
-
     model = between(lambda m, x: m.one(x) if x.shape[2] > 4 else x, one=conv(8, 8))
     traced = trace(make_meta_copy(model), X.to("meta"))
     assert traced(X.to("meta")).shape == (2, 5)
@@ -599,8 +598,6 @@ def test_a_network_that_asked_for_a_shape_refuses_another() -> None:
 
 @pytest.mark.parametrize("multiply", [lambda wide, size: wide * size, lambda wide, size: size * wide])
 def test_a_traced_product_of_an_attribute_and_a_size_follows_the_size(multiply: Callable[..., Any]) -> None:
-    from elastic.widths.tracing import make_meta_copy, trace
-
     model = between(
         lambda m, x: x.reshape(x.shape[0], multiply(m.wide, x.shape[2]), x.shape[3]).view(x.shape), wide=8
     )
@@ -636,9 +633,6 @@ def test_numbers_that_a_forward_puts_into_tensors_are_known(
 
 
 def test_a_trace_that_fails_leaves_everything_as_it_was() -> None:
-    from elastic.errors import StructureError
-    from elastic.widths.tracing import trace_both_modes
-
     class Failing(Csp):
         def forward(self, x: Tensor) -> Tensor:
             raise RuntimeError(f"after {super().forward(x) is not None}")

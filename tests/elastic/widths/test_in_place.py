@@ -137,3 +137,24 @@ def test_statistics_that_a_forward_writes_keep_no_channels() -> None:
         return x - m.mean[:, None, None]
 
     assert list(find_widths(between(forward, mean=nn.Buffer(torch.zeros(8))), X)) == ["stem", "last"]
+
+
+def test_what_is_changed_may_be_called_as_a_view_is() -> None:
+    """An input, a parameter and a layer, whose names are those of methods."""
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.last, self.view = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 5, 1), nn.ReLU()
+            self.narrow = nn.Parameter(torch.ones(8))
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            t.mul_(2)
+            with torch.no_grad():
+                self.narrow.clamp_(0)
+            y: Tensor = self.view(self.stem(x))
+            y.mul_(t[:, None, None, None])
+            return self.last(y * self.narrow[:, None, None])  # type: ignore[no-any-return]
+
+    fixed = find_widths(Named(), X, torch.ones(2)).fixed
+    assert fixed["stem"] == "clamp_(0) in the model's forward changes narrow, a parameter"
