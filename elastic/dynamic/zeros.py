@@ -1,6 +1,5 @@
 """Tell which operations keep zeros: maps that are off stay off on their way to what reads them."""
 
-import operator
 from collections.abc import Collection
 
 import torch
@@ -8,6 +7,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from elastic.widths.tracing import get_layer, get_operation_name
+from elastic.widths.tracing.changing import find_changed
 
 PRODUCTS = ("mul", "imul", "multiply")  # zero where either factor is
 # Each function, or method, that makes zeros of zeros, and the layer that does the same. Torch's poolings that
@@ -51,7 +51,6 @@ MAKES_CONSTANTS: dict[str, type[nn.Module] | None] = {
     **{"logsigmoid": nn.LogSigmoid, "hardtanh": nn.Hardtanh, "threshold": nn.Threshold},
     **dict.fromkeys(("clamp", "clip", "exp", "cos", "cosh", "add", "iadd", "sub", "isub", "rsub")),
 }
-IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 RESHAPES = {"flatten", "view", "reshape"}  # of those, the ones behind which channels lie elsewhere
 READS_SHAPE = {"size", "getattr", "dim"}
 JOINS = {"cat", "concat", "concatenate"}
@@ -68,12 +67,8 @@ def name_operation(traced: nn.Module, node: fx.Node) -> str:
 
 
 def works_in_place(traced: nn.Module, node: fx.Node) -> bool:
-    """Tell whether a node may change what it reads: by its layer, name (`relu_`, `iadd`), a flag or `out`."""
-    layer = get_layer(traced, node)
-    if layer is not None:
-        return bool(getattr(layer, "inplace", False))
-    flags = any(value is True for value in (*node.args, *node.kwargs.values()))
-    return node.target in IN_PLACE or get_operation_name(node).endswith("_") or flags or "out" in node.kwargs
+    """Tell whether a node changes what it reads."""
+    return find_changed(node, get_layer(traced, node)) is not None
 
 
 def list_joined(node: fx.Node, dims: int = 4) -> list[fx.Node]:

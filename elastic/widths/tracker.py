@@ -1,6 +1,5 @@
 """Carry channel axes through a traced model; nothing is computed, no memory is touched."""
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +21,6 @@ from elastic.widths.operations.interface import (
     Place,
     get_axes,
     get_input,
-    get_operation_name,
     is_stored,
     list_axes,
     list_tensors,
@@ -30,6 +28,7 @@ from elastic.widths.operations.interface import (
 from elastic.widths.parameters import ChannelParametrization, get_original, list_parametrizations
 from elastic.widths.stock import Records, unite_attributes
 from elastic.widths.tracing import describe_node, drop_data
+from elastic.widths.tracing.changing import find_changed, find_viewed
 from elastic.widths.tracing.concrete import changes_tensor
 from elastic.widths.tracing.graph import shorten
 from elastic.widths.tracing.meta import compute_without_data
@@ -38,9 +37,6 @@ from elastic.widths.union import Axis, ChannelUnion
 
 # Values that hold no channels, though they may count them.
 PLAIN = (int, float, torch.Size, torch.device, torch.dtype)
-
-# Operations that give a view of a tensor; `x.data` is an attribute that is read.
-VIEWS = {"getattr", "detach", "getitem", "view", "permute", "transpose", "t", "narrow", "select", "unsqueeze"}
 
 
 class AxisTracker:
@@ -97,12 +93,12 @@ class AxisTracker:
 
     def _find_written(self, node: fx.Node) -> fx.Node | None:
         """Find the parameter whose values a node changes, itself or by a view of it."""
-        if not changes_tensor(node) and node.target not in (operator.setitem, setattr):
+        source = find_changed(node, self._find_layer(node))
+        if source is None or not isinstance(source.meta["value"], Tensor):
             return None
-        source: Any = node.args[0]
-        while isinstance(source, fx.Node) and _is_view(source):
-            source = source.args[0]
-        if not isinstance(source, fx.Node) or source.op != "get_attr":
+        while viewed := find_viewed(source, self._find_layer(source)):
+            source = viewed
+        if source.op != "get_attr":
             return None
         path, _, name = str(source.target).rpartition(".")
         return source if name in self._find_module(path)._parameters else None
@@ -339,11 +335,6 @@ def _take_input(node: fx.Node, inputs: list[Tensor]) -> Any:
 
 def _get_value(node: fx.Node) -> Any:
     return node.meta["value"]
-
-
-def _is_view(node: fx.Node) -> bool:
-    """Tell whether a node gives a view of its first argument; an input or a layer may be called `view`."""
-    return node.op in ("call_function", "call_method") and get_operation_name(node) in VIEWS
 
 
 def _is_plain(value: Any) -> bool:

@@ -228,6 +228,13 @@ class ConcreteTracer(fx.Tracer):
         except Exception:  # it is the model's own, and told where the model is run
             return None
 
+    def gives_tensor(self, node: fx.Node) -> bool:
+        """Tell whether a node gives a tensor, as it does where that cannot be computed."""
+        try:
+            return isinstance(self._evaluate(node), Tensor)
+        except Exception:  # as in `find`
+            return True
+
     def _answer(self, node: fx.Node) -> Any:
         """Tell what a node gives, or what it gave when the same forward was traced before."""
         known = self._known_answers

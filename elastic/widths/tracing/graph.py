@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from typing import Any
 
@@ -14,6 +14,7 @@ from elastic.widths.operations.interface import get_operation_name
 from elastic.widths.operations.registry import find_base
 from elastic.widths.parameters import get_kind
 from elastic.widths.tracing.called_layers import restore_layers
+from elastic.widths.tracing.changing import renew_assigned
 from elastic.widths.tracing.concrete import PLACE, ConcreteTracer
 from elastic.widths.tracing.functions import trace_functions
 from elastic.widths.tracing.patching import pass_for_values, trace_factories
@@ -104,6 +105,7 @@ def trace_graph(
         ):
             graph = tracer.trace(model)
         graph.owning_module = model  # type: ignore[assignment]
+        renew_assigned(graph, partial(get_layer, model), tracer.gives_tensor)
         graph.computed_sizes, graph.read_sizes = computed, read  # type: ignore[attr-defined]
         graph.answers, graph.replaced = tracer.answers, replaced  # type: ignore[attr-defined]
         return graph

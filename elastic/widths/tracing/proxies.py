@@ -2,6 +2,7 @@
 
 import operator
 import sys
+from collections.abc import Callable
 from types import CodeType
 from typing import Any, Literal
 
@@ -63,6 +64,22 @@ class Asked:
     def __len__(self) -> int:
         tracer = self.tracer  # type: ignore[attr-defined]
         return int(tracer.ask(tracer.create_proxy("call_function", len, (self,), {})))
+
+    def __iadd__(self, other: Any) -> Any:
+        return self._assign(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._assign(operator.isub, other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._assign(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._assign(operator.itruediv, other)
+
+    def _assign(self, operation: Callable[[Any, Any], Any], other: Any) -> Any:
+        """Keep that a tensor is changed, which torch.fx takes for a new one."""
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})  # type: ignore[attr-defined]
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})  # type: ignore[attr-defined]

@@ -1,14 +1,17 @@
 """Methods that change a tensor's shape in place, whether or not their result is used."""
 
+import operator
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic import discover, reindex
 from elastic.pruning.gates import attach_gates
 from elastic.widths.discovery import find_widths
+from elastic.widths.tracing import trace
 from tests.elastic.widths.odd import between
 from tests.elastic.zoo import Net
 
@@ -127,6 +130,113 @@ def test_a_parameter_that_a_forward_writes_to_keeps_its_channels(how: str) -> No
     expected = model(X).detach()
     attach_gates(model, widths, "weight")
     torch.testing.assert_close(model(X), expected)
+
+
+def add_in_place(w: Tensor) -> None:
+    w += 1
+
+
+def scale_data(w: Tensor) -> None:
+    w.data *= 2
+
+
+WRITES: dict[str, Callable[[Tensor], object]] = {
+    "operator": add_in_place,
+    "operator on its data": scale_data,
+    "function": lambda w: torch.clamp_(w, 0),
+    "flag": lambda w: F.relu(w, inplace=True),
+    "flag by position": lambda w: F.elu(w, 1.0, True),
+    "layer": lambda w: nn.Hardtanh(inplace=True)(w),
+    "out": lambda w: torch.add(w, 1, out=w),
+    "view by a method": lambda w: w.swapaxes(2, 3).mul_(2),
+    "one of several views": lambda w: w.chunk(2, 1)[0].zero_(),
+    "normalized": lambda w: w.div_(w.norm()),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_a_parameter_keeps_its_channels_in_whatever_way_it_is_written_to(
+    write: Callable[[Tensor], object],
+) -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            write(m.inner.weight)
+        return m.inner(x)  # type: ignore[no-any-return]
+
+    widths = find_widths(between(forward, inner=nn.Conv2d(8, 8, 1)), X)
+    assert "inner.weight, a parameter" in widths.fixed["stem"]
+
+
+def test_a_flag_that_is_none_of_writing_fixes_nothing() -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        weight = m.inner.weight
+        drawn = F.dropout(weight, 0.0, True) - weight.mean((1, 2, 3), True)
+        return F.conv2d(F.relu(x, True), drawn)
+
+    assert list(find_widths(between(forward, inner=nn.Conv2d(8, 8, 1)), X)) == ["stem", "inner", "last"]
+
+
+def join_earlier(m: nn.Module, x: Tensor) -> Tensor:
+    """Change maps that a list holds."""
+    maps = []
+    for k in range(3):
+        y = x * (k + 2)
+        maps.append(y)
+        y += x
+    return torch.cat(maps, 1)
+
+
+def change_view(m: nn.Module, x: Tensor) -> Tensor:
+    flat = (x * 2).flatten(2)
+    rows = flat.transpose(1, 2)
+    rows /= 3
+    return flat
+
+
+def change_chunk(m: nn.Module, x: Tensor) -> Tensor:
+    first, second = x.chunk(2, 1)
+    first *= second
+    first -= 1
+    return x
+
+
+def change_what_stays(m: nn.Module, x: Tensor) -> Tensor:
+    y = m.same(x)
+    y += 1
+    return x * y
+
+
+def change_number(m: nn.Module, x: Tensor) -> Tensor:
+    height = x.shape[2]
+    both = height
+    both += x.shape[3]
+    return x.mean((2, 3), keepdim=True).expand(-1, -1, height, both)
+
+
+ALIASES = (join_earlier, change_view, change_chunk, change_what_stays, change_number)
+
+
+@pytest.mark.parametrize("forward", ALIASES)
+@torch.no_grad()
+def test_a_traced_network_sees_what_is_changed_under_another_name(
+    forward: Callable[[nn.Module, Tensor], Tensor],
+) -> None:
+    model = Net(lambda m, x: forward(m, m.stem(x)), stem=nn.Conv2d(3, 8, 1), same=nn.Identity()).eval()
+    torch.testing.assert_close(trace(model, X.to("meta"))(X), model(X), rtol=0, atol=0)
+
+
+def test_what_nothing_else_sees_is_traced_as_a_tensor_of_its_own() -> None:
+    """As a residual is: its maps may be switched, and be kept for the gradient."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.stem(x)
+        y += x.mean()
+        y *= 2
+        return y
+
+    traced = trace(Net(forward, stem=nn.Conv2d(3, 8, 1)), X.to("meta"))
+    targets = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert targets == [operator.add, operator.mul]
 
 
 def test_statistics_that_a_forward_writes_keep_no_channels() -> None:
