@@ -136,8 +136,10 @@ class PruneByGates(ElasticCallback):
 
     def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Add the penalty's gradient to the scores."""
-        if self._is_active and self.is_above_path and parameters:
-            add_penalty_gradient(self._gates, self.penalty)
+        if self._is_active and self.is_above_path:
+            stepped = set(map(id, parameters))
+            gates = [entry for entry in self._gates if id(entry[2].score) in stepped]
+            add_penalty_gradient(gates, self.penalty)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

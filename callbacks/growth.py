@@ -161,7 +161,7 @@ class GrowOnSaturation(ElasticCallback):
         blocks = {
             stage: count
             for stage, count in count_blocks(structure.net).items()
-            if not is_frozen(structure.net.get_submodule(stage))
+            if not is_frozen(structure.net, structure.widths, stage)
         }
         grown = self.amount.propose(sizes, structure.start_sizes)
         return grown, self.amount.deepen(blocks, structure.start_depth)

@@ -62,7 +62,7 @@ def find_sites(
     Raises:
         StructureError: a width that is named has none, or there is no site.
     """
-    ends = find_branch_sites(traced) if branches else []
+    ends = find_branch_sites(traced, widths.untrained) if branches else []
     pointwise = list_pointwise(traced, widths)
     if names is not None:
         names = [names] if isinstance(names, str) else dict.fromkeys(names)
@@ -110,6 +110,8 @@ def find_site(traced: fx.GraphModule, widths: Widths, width: Width, pointwise: C
 def _find_site(traced: fx.GraphModule, widths: Widths, width: Width, call: fx.Node, is_alone: bool) -> Site:
     """Find the site of the kernels of one layer, which is called once, alone or among others."""
     writer, axis = str(call.target), 1 if is_convolution(get_layer(traced, call)) else -1
+    if writer in widths.untrained:
+        raise StructureError(f"the forward keeps gradients from {writer}")
     followed = follow_maps(traced, call, axis)
     slots = {slot.module for slot in width.slots}
     if not is_alone and len(followed.maps) > len(followed.list_zeros()):
@@ -152,15 +154,17 @@ def _find_slots(width: Width, role: Role, path: str) -> list[Slot]:
     return [slot for slot in width.slots_with(role) if slot.module == path]
 
 
-def find_branch_sites(traced: fx.GraphModule) -> list[Site]:
+def find_branch_sites(traced: fx.GraphModule, untrained: Collection[str]) -> list[Site]:
     """Find the convolutions that end a branch: their maps, behind their norm, are added to others.
 
-    A projection in the other branch, which reads what the block reads, is none of them.
+    A projection in the other branch, which reads what the block reads, is none of them, and nor is one that
+    no gradient comes to.
     """
     sites = []
     for call in traced.graph.nodes:
         layer = get_layer(traced, call)
-        if not is_convolution(layer) or layer.groups > 1 or not call.args:
+        is_trained = str(call.target) not in untrained
+        if not is_convolution(layer) or layer.groups > 1 or not call.args or not is_trained:
             continue
         end, source = find_norm(traced, call), call.args[0]
         is_added = len(end.users) == 1 and find_addend(next(iter(end.users)), end) is not None

@@ -138,7 +138,8 @@ def attach_gates(
     }
     norms = find_following_norms(model, *widths.example) if grain == "channel" else {}
     for path, slot in layers.items():
-        if not get_weight(model.get_submodule(path)).requires_grad:  # a user has frozen it
+        is_frozen = path in widths.untrained or not get_weight(model.get_submodule(path)).requires_grad
+        if is_frozen:  # by the user
             continue
         channel = slot.dim if slot.role == "out" else 1 - slot.dim
         companions = [(path, "bias")] if grain == "channel" else []

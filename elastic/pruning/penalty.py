@@ -1,6 +1,7 @@
 """Price gates, and add the penalty on open ones to their gradients, without autograd and fused."""
 
 from collections.abc import Iterable, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +15,14 @@ def add_penalty_gradient(gates: Iterable[tuple[str, nn.Module, Gate]], penalty: 
     """Add to each score's gradient that of λ · Σ price · size · σ(score): λ · price · size · σ'(score).
 
     The sum is how many weights (at price 1) or MACs the gates mean to keep; `size` is the number of weights
-    behind one score. Entries in their grace period and frozen gates get nothing; a score without a gradient
-    gets one. There are as many calls for a hundred gates as for one.
+    behind one score. Entries in their grace period get nothing, nor do scores without a gradient: those of
+    layers that the step has not trained. There are as many calls for a hundred gates as for one.
 
     Args:
         gates: as `iterate_gates` yields them.
         penalty: λ, times whatever the gradients are scaled by.
     """
-    layers = [(layer, gate) for _, layer, gate in gates if gate.score.requires_grad and not gate.is_frozen]
+    layers = [(layer, gate) for _, layer, gate in gates if gate.score.grad is not None]
     if not layers:
         return
     scores: list[Tensor] = [gate.score for _, gate in layers]
@@ -35,7 +36,7 @@ def add_penalty_gradient(gates: Iterable[tuple[str, nn.Module, Gate]], penalty: 
     torch._foreach_add_(counts, 1.0)
     torch._foreach_mul_(gradients, counts)
     torch._foreach_mul_(gradients, [penalty * compute_worth(layer, gate) for layer, gate in layers])
-    _accumulate(scores, gradients)
+    torch._foreach_add_([cast(Tensor, score.grad) for score in scores], gradients)
 
 
 def set_prices(model: nn.Module, uses: Mapping[str, float]) -> None:
@@ -52,13 +53,3 @@ def set_prices(model: nn.Module, uses: Mapping[str, float]) -> None:
     average = sum(uses.values()) / len(uses)
     for path, _, gate in iterate_gates(model):
         gate.price = uses.get(path, 0.0) / average  # an embedding multiplies nothing
-
-
-def _accumulate(parameters: list[Tensor], gradients: list[Tensor]) -> None:
-    """Add to the gradients that there are, in place; parameters without one get it."""
-    pairs = list(zip(parameters, gradients, strict=True))
-    if present := [(p.grad, gradient) for p, gradient in pairs if p.grad is not None]:
-        torch._foreach_add_([grad for grad, _ in present], [gradient for _, gradient in present])
-    for parameter, gradient in pairs:
-        if parameter.grad is None:
-            parameter.grad = gradient

@@ -1,4 +1,7 @@
-"""Find what a user has frozen, which is to stay as it is: `layer.requires_grad_(False)`."""
+"""Find what a user has frozen, which is to stay as it is.
+
+By `layer.requires_grad_(False)`, or as the network's forward computes it without gradients.
+"""
 
 from torch import nn
 
@@ -13,12 +16,16 @@ def find_frozen_widths(model: nn.Module, widths: Widths) -> set[str]:
     for name, width in widths.items():
         slots = [slot for slot in width.slots if is_stored(slot.tensor)]
         tensors = (get_original(model.get_submodule(slot.module), slot.tensor) for slot in slots)
-        if any(isinstance(tensor, nn.Parameter) and not tensor.requires_grad for tensor in tensors):
+        is_untrained = any(slot.module in widths.untrained for slot in slots)
+        if is_untrained or any(isinstance(p, nn.Parameter) and not p.requires_grad for p in tensors):
             frozen.add(name)
     return frozen
 
 
-def is_frozen(module: nn.Module) -> bool:
-    """Tell whether a module has parameters of which none is trained."""
-    parameters = list(module.parameters())
-    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
+def is_frozen(model: nn.Module, widths: Widths, path: str) -> bool:
+    """Tell whether a part of a model has parameters of which none is trained."""
+    parameters = list(model.get_submodule(path).named_parameters(path))
+    return bool(parameters) and not any(
+        parameter.requires_grad and name.rpartition(".")[0] not in widths.untrained
+        for name, parameter in parameters
+    )

@@ -7,6 +7,7 @@ a `Width`: a number of channels that can change, with every tensor dimension tha
 
 from collections.abc import Container, Iterable, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,8 @@ from elastic.widths.inputs import count_batch, list_inputs
 from elastic.widths.operations.interface import is_stored
 from elastic.widths.sizing import find_spans, list_layouts
 from elastic.widths.stock import Records
-from elastic.widths.tracing import make_meta_copy, trace_modes
+from elastic.widths.tracing import get_layer, make_meta_copy, trace_modes
+from elastic.widths.tracing.gradients import find_untrained
 from elastic.widths.tracker import AxisTracker
 from elastic.widths.union import ChannelUnion
 from elastic.widths.width import Segment, Slot, Width, Widths, fix_widths
@@ -97,6 +99,7 @@ def find_widths(model: nn.Module, *example: Tensor) -> Widths:
     fix_computed_sizes(graphs, replica, elements, records)
     widths = collect_widths(elements, records)
     widths.example = tuple(inputs)
+    widths.untrained = find_untrained(graphs[0], partial(get_layer, replica))
     fix_widths(widths, _find_unstored(model, widths))
     fix_widths(widths, _find_inseparable(widths))
     return widths

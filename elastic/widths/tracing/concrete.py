@@ -19,6 +19,7 @@ from torch.fx.node import map_arg
 
 from elastic.errors import StructureError
 from elastic.widths.copying import ATOMS
+from elastic.widths.tracing.gradients import GRADIENT
 from elastic.widths.tracing.meta import compute_without_data, drop_data, make_meta_copy
 from elastic.widths.tracing.proxies import AskedProxy, Instruction, TrainingFlag
 from elastic.widths.tracing.sizes import note_computed_sizes
@@ -68,12 +69,13 @@ class ConcreteTracer(fx.Tracer):
         answers: what it has been told, in order; `known_answers`, those of another trace, are told instead.
         is_over: whether the trace has ended.
         is_computing: whether what runs is no part of the forward, but computes what that asks for.
+        has_own_gradient: whether a function with a gradient of its own is run.
     """
 
     def __init__(self, inputs: Sequence[Tensor] = (), known_answers: Sequence[Any] | None = None) -> None:
         super().__init__()
         self.answers: list[Any] = []
-        self.is_over = self.is_computing = self._expects_dimensions = False
+        self.is_over = self.is_computing = self.has_own_gradient = self._expects_dimensions = False
         self._known_answers = None if known_answers is None else iter(known_answers)
         self._inputs, self._values = inputs, dict[fx.Node, Any]()
         self._replica: nn.Module | None = None
@@ -142,9 +144,10 @@ class ConcreteTracer(fx.Tracer):
             self._place = outer
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """Make a node that knows where it is."""
+        """Make a node that knows where it is, and what gradient it has there."""
         node = super().create_node(*args, **kwargs)
         node.meta[PLACE] = self._place
+        node.meta[GRADIENT] = "own" if self.has_own_gradient else torch.is_grad_enabled()
         return node
 
     def create_arg(self, a: Any) -> Any:

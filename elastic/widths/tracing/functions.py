@@ -12,9 +12,11 @@ from torch.autograd.function import FunctionCtx, _SingleLevelFunction
 from torch.utils import checkpoint
 from torch.utils._pytree import tree_leaves
 
+from elastic.widths.tracing.concrete import ConcreteTracer
+
 
 @contextmanager
-def trace_functions(tracer: fx.Tracer, keep_gradients: bool) -> Iterator[None]:
+def trace_functions(tracer: ConcreteTracer, keep_gradients: bool) -> Iterator[None]:
     """Let `Function.apply` be traced, and what activation checkpointing would compute again.
 
     Args:
@@ -31,11 +33,14 @@ def trace_functions(tracer: fx.Tracer, keep_gradients: bool) -> Iterator[None]:
             return function(*inputs)
         if keep_gradients:
             return tracer.create_proxy("call_function", make_call(kind), args, kwargs)
-        if kind.setup_context is not Function.setup_context:
-            return kind.forward(*args, **kwargs)
         context: Any = FunctionCtx()
         context.needs_input_grad = (True,) * len(args)
-        return kind.forward(context, *args, **kwargs)
+        is_alone = kind.setup_context is not Function.setup_context
+        tracer.has_own_gradient, before = True, tracer.has_own_gradient
+        try:
+            return kind.forward(*(args if is_alone else (context, *args)), **kwargs)
+        finally:
+            tracer.has_own_gradient = before
 
     try:
         # Not `Function.apply`, which calls both: programs keep it under a name, `swish = Swish.apply`.

@@ -7,6 +7,7 @@ from functools import cached_property, partial
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from elastic.errors import StructureError
@@ -17,6 +18,7 @@ from elastic.widths.tracing.called_layers import restore_layers
 from elastic.widths.tracing.changing import renew_assigned
 from elastic.widths.tracing.concrete import PLACE, ConcreteTracer
 from elastic.widths.tracing.functions import trace_functions
+from elastic.widths.tracing.gradients import cut_gradients
 from elastic.widths.tracing.patching import pass_for_values, trace_factories
 from elastic.widths.tracing.sizes import AttributePlace, note_computed_sizes, tag_sizes
 
@@ -102,10 +104,13 @@ def trace_graph(
             note_computed_sizes() as computed,
             _take_back_assigned(model) as replaced,
             pass_for_values(),
+            torch.enable_grad(),  # whatever the mode is outside of the forward
         ):
             graph = tracer.trace(model)
         graph.owning_module = model  # type: ignore[assignment]
         renew_assigned(graph, partial(get_layer, model), tracer.gives_tensor)
+        if runs and model.training:
+            cut_gradients(graph, tracer.gives_tensor)
         graph.computed_sizes, graph.read_sizes = computed, read  # type: ignore[attr-defined]
         graph.answers, graph.replaced = tracer.answers, replaced  # type: ignore[attr-defined]
         return graph
