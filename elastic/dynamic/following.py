@@ -16,6 +16,7 @@ from elastic.dynamic.zeros import (
     name_operation,
     works_in_place,
 )
+from elastic.widths.hooks import is_look
 from elastic.widths.tracing import BATCH_NORM, get_layer, get_operation_name
 
 RESIZES = {*RESHAPES, "mean"}  # behind these, maps have other dimensions
@@ -77,7 +78,7 @@ def follow_maps(traced: fx.GraphModule, writer: fx.Node, axis: int) -> Followed:
     found = Followed({end: Maps()}, ends=[end])
     for node in writer.graph.nodes:
         sources = [source for source in node.all_input_nodes if source in found.maps]
-        if sources and get_operation_name(node) not in READS_SHAPE:
+        if sources and get_operation_name(node) not in READS_SHAPE and not is_look(node):
             _follow(traced, found, node, sources, axis, dims)
     return found
 

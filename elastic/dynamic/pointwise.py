@@ -7,6 +7,7 @@ from torch import Tensor, fx, nn
 
 from elastic.dynamic.calls import is_linear
 from elastic.widths.discovery import Widths
+from elastic.widths.hooks import quiet_hooks
 from elastic.widths.tracing import WithoutData, make_meta_copy
 
 
@@ -30,6 +31,6 @@ def list_pointwise(traced: fx.GraphModule, widths: Widths) -> set[str]:
     replica = make_meta_copy(traced).eval()
     for path in linear:
         replica.get_submodule(path).register_forward_pre_hook(partial(note, path))
-    with torch.no_grad(), WithoutData():
+    with torch.no_grad(), quiet_hooks(traced), WithoutData():
         replica(*widths.example)
     return pointwise

@@ -20,6 +20,7 @@ from elastic.dynamic.maps import average_maps, list_positions
 from elastic.dynamic.modules import KernelActivation, iterate_modules
 from elastic.dynamic.zeros import name_operation
 from elastic.errors import OptionError
+from elastic.widths.hooks import quiet_hooks
 from elastic.widths.inputs import Example, list_inputs
 from elastic.widths.tracing import preserve_modes
 
@@ -128,17 +129,17 @@ class Saliency:
             OptionError: there are fewer than two inputs.
         """
         fits = [_Fit(module, self) for module in self.modules]
-        hooks = [module.register_forward_hook(_open) for module in self.modules]
-        for module, fit in zip(self.modules, fits, strict=True):
-            hooks.append(module.register_forward_pre_hook(fit.note_input))
-        with preserve_modes(self.net):
+        with preserve_modes(self.net), quiet_hooks(self.net):
+            hooks = [module.register_forward_hook(_open) for module in self.modules]
+            for module, fit in zip(self.modules, fits, strict=True):
+                hooks.append(module.register_forward_pre_hook(fit.note_input))
             self.net.eval()
             for batch in batches:
                 weight_B1 = self.weigh_inputs(self.net(*list_inputs(batch)))
                 for fit in fits:
                     fit.add(weight_B1)
-        for hook in hooks:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
         if sum(len(mean_BC) for mean_BC in fits[0].means) < 2:  # which have no spread
             raise OptionError(
                 "modules are fitted to what inputs differ by: give two or more, or set start to order"

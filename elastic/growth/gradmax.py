@@ -19,6 +19,7 @@ from elastic.surgery.layers import list_tensors
 from elastic.surgery.reindexing import grow_index, reindex
 from elastic.widths.copying import copy_module
 from elastic.widths.discovery import Slot, Width, Widths
+from elastic.widths.hooks import quiet_hooks
 from elastic.widths.parameters import get_weight
 
 HE = 2**0.5  # the expected length of a He-normal row, whatever its fan-in
@@ -130,7 +131,8 @@ class _Probe:
         rows = Rows(self.split_by_layer(HE * directions))
         reindex(replica, widths, {name: grow_index(size, len(directions))}, fresh=rows)
         replica.zero_grad()
-        self.loss(replica).backward()
+        with quiet_hooks(replica):
+            self.loss(replica).backward()
         gradients = []
         for slot in self.width.slots_with("in"):
             weight = get_weight(replica.get_submodule(slot.module))

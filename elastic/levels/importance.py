@@ -18,6 +18,7 @@ from elastic.levels.nested import Levels
 from elastic.pruning.gates import Gate
 from elastic.widths.copying import copy_module
 from elastic.widths.discovery import Slot, Width, Widths, discover
+from elastic.widths.hooks import quiet_hooks
 from elastic.widths.inputs import Example, list_inputs
 from elastic.widths.parameters import get_original, get_weight
 
@@ -145,8 +146,9 @@ def _get_product(products: dict[str, Tensor], path: str) -> Tensor:
 def _measure_gradients(model: nn.Module, batches: Batches | None, loss: Loss) -> dict[str, Tensor]:
     """Measure weight times gradient of the mean loss, of each layer with a weight."""
     replica = copy_module(model).eval().requires_grad_()  # a level's tensors are views that need no gradient
-    for x, y_B in batches or ():
-        torch.autograd.backward(loss(replica(*list_inputs(x)), y_B))
+    with quiet_hooks(replica):
+        for x, y_B in batches or ():
+            torch.autograd.backward(loss(replica(*list_inputs(x)), y_B))
     weights = {path: get_original(layer, "weight") for path, layer in replica.named_modules()}
     products = {
         path: weight.detach() * weight.grad

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 from elastic.widths.discovery import Widths
+from elastic.widths.hooks import quiet_hooks
 from elastic.widths.inputs import Example, count_batch, list_inputs, select_samples
 from elastic.widths.parameters import ChannelParametrization, get_original, get_weight
 from elastic.widths.tracing import WithoutData, drop_data, make_meta_copy
@@ -99,7 +100,7 @@ def count_macs_by_layer(model: nn.Module, *example: Tensor) -> dict[str, int]:
 
 
 def _count_macs(replica: nn.Module, inputs: Sequence[Tensor]) -> dict[str, int]:
-    with torch.no_grad(), WithoutData(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), quiet_hooks(replica), WithoutData(), FlopCounterMode(display=False) as counter:
         replica(*inputs)
     leaves = {path for path, module in replica.named_modules() if _is_layer(module)}
     flops = {path.partition(".")[2]: sum(by_op.values()) for path, by_op in counter.get_flop_counts().items()}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic.widths.discovery import Slot, Width, Widths
+from elastic.widths.hooks import quiet_hooks
 from elastic.widths.inputs import Example, draw_inputs
 from elastic.widths.parameters import get_weight
 
@@ -56,7 +57,7 @@ def observe_constants(model: nn.Module, layers: Iterable[str], example: Example)
         if x.is_floating_point() and x.dim() > 1 and len(x) == len(SCALES):
             _scale_thirds(x)
     device = next(model.parameters()).device
-    with _watch(model, layers) as constants:
+    with quiet_hooks(model), _watch(model, layers) as constants:
         model(*(x.to(device) for x in noise))
     return {path: values.cpu() for path, values in constants.items()}
 

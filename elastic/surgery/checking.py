@@ -20,6 +20,7 @@ from elastic.surgery.outputs import list_output_tensors
 from elastic.surgery.reindexing import reindex
 from elastic.widths.copying import copy_module
 from elastic.widths.discovery import discover, refuse_none
+from elastic.widths.hooks import quiet_hooks
 from elastic.widths.inputs import draw_inputs
 from elastic.widths.operations.interface import is_stored
 from elastic.widths.parameters import get_original
@@ -147,7 +148,7 @@ class _Probe:
     def run(self, model: nn.Module, seed: int = 0) -> list[Tensor]:
         """Run a copy on noise, and list its outputs."""
         devices = {x.device for x in self.inputs if x.device.type == "cuda"}
-        with torch.no_grad(), torch.random.fork_rng(devices):
+        with torch.no_grad(), quiet_hooks(model), torch.random.fork_rng(devices):
             # Without devices `torch.manual_seed` does no more, and takes a millisecond.
             torch.default_generator.manual_seed(seed)
             if devices:

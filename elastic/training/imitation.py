@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from elastic.errors import OptionError
+from elastic.widths.hooks import quiet_hooks
 from elastic.widths.inputs import Example, list_inputs
 from elastic.widths.tracing import WithoutData, make_meta_copy, preserve_modes
 
@@ -80,7 +81,7 @@ def _widen(output: Tensor) -> Tensor:
 @torch.no_grad()
 def find_output_shapes(net: nn.Module, example: Example) -> list[tuple[int, ...]]:
     """Find the shapes of a network's outputs in evaluation mode, without the batch."""
-    with preserve_modes(net):
+    with preserve_modes(net), quiet_hooks(net):
         inputs = list_inputs(example)
         device = next(net.parameters(), inputs[0]).device
         outputs = net.eval().forward(*(x.to(device) for x in inputs))
@@ -92,7 +93,7 @@ def find_training_shapes(net: nn.Module, example: Example) -> list[tuple[int, ..
     """Find them in training mode; None where they depend on data."""
     inputs = [x.new_empty((2, *x.shape[1:]), device="meta") for x in list_inputs(example)]
     try:
-        with WithoutData():
+        with WithoutData(), quiet_hooks(net):
             return _list_shapes(make_meta_copy(net).train().forward(*inputs))
     except Exception:  # the model's own forward runs here: anything may come
         return None

@@ -16,6 +16,7 @@ from elastic.training.capturing import Call, capture_inputs, list_positional
 from elastic.training.history import follow_loading
 from elastic.training.locating import WRAPPED, find_path
 from elastic.training.structure import Structure
+from elastic.widths.hooks import quiet_hooks
 from elastic.widths.inputs import Example, list_inputs
 from elastic.widths.tracing import drop_data, make_meta_copy
 
@@ -193,7 +194,7 @@ def _capture_any(module: L.LightningModule, net: nn.Module, call: Call, batch: A
 def _runs(net: nn.Module, *inputs: Tensor) -> bool:
     """Tell whether a network takes inputs, by their shapes and types alone."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), quiet_hooks(net):
             make_meta_copy(net).eval()(*map(drop_data, inputs))
     except Exception:  # it is the user's own
         return False

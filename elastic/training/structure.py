@@ -37,9 +37,10 @@ from elastic.training.routing import LossTerm, Router
 from elastic.training.steps import compute_loss_scale, is_trained_now
 from elastic.training.tasks import compute_class_loss
 from elastic.widths.discovery import discover
+from elastic.widths.hooks import quiet_hooks
 from elastic.widths.inputs import Example, describe_inputs, list_inputs
 from elastic.widths.parameters import get_weight
-from elastic.widths.tracing import sync_traced
+from elastic.widths.tracing import preserve_attributes, sync_traced
 from elastic.widths.width import fix_widths
 
 T = TypeVar("T")
@@ -292,10 +293,20 @@ class Structure(nn.Module):
         dynamic = self.dynamic_nets[level] if self.dynamic_nets else None
         if dynamic is not None:
             sync_traced(dynamic, self.nets[level], self.net.training)
-        if self.levels is not None and level < len(self.levels) - 1:
-            return self.levels.run(level, *args, traced=dynamic, **kwargs)
-        plain = self.net if self._router is None else self._router.inner_call
-        return (dynamic or plain)(*args, **kwargs)
+        with self._being_quiet(level, dynamic):
+            if self.levels is not None and level < len(self.levels) - 1:
+                return self.levels.run(level, *args, traced=dynamic, **kwargs)
+            plain = self.net if self._router is None else self._router.inner_call
+            return (dynamic or plain)(*args, **kwargs)
+
+    @contextmanager
+    def _being_quiet(self, level: int, dynamic: nn.Module | None) -> Iterator[None]:
+        """Let hooks, and attributes that the forward sets, know of the active level alone."""
+        if level == self.level:
+            yield
+            return
+        with quiet_hooks(self.net if dynamic is None else dynamic), preserve_attributes(self.net):
+            yield
 
     def run_active(self, *args: Any, **kwargs: Any) -> Any:
         """Execute the active level."""

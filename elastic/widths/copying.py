@@ -2,6 +2,7 @@
 
 import copy
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ def copy_module(module: Module, memo: dict[int, Any] | None = None) -> Module:
 
 def _copy_module(module: Module, memo: dict[int, Any]) -> Module:
     parts = list(module.modules())
+    _share_owners(parts, memo)
     if not all(map(_is_copied_by_default, parts)):
         for leaf in (leaf for part in parts for leaf in tree_leaves(vars(part))):
             _note_computed(leaf, memo)
@@ -48,6 +50,17 @@ def _copy_module(module: Module, memo: dict[int, Any]) -> Module:
         vars(memo[id(part)]).update(attributes)
     replica: Module = memo[id(module)]
     return replica
+
+
+def _share_owners(parts: Sequence[nn.Module], memo: dict[int, Any]) -> None:
+    """Let the copy's hooks be methods of what the module's are, where that is around it: a whole program."""
+    own = set(map(id, parts))
+    tables = (value for part in parts for name, value in vars(part).items() if name.endswith("_hooks"))
+    for hooks in (value for value in tables if isinstance(value, dict)):
+        for hook in hooks.values():
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, nn.Module) and id(owner) not in own:
+                memo[id(owner)] = owner
 
 
 def _is_copied_by_default(module: nn.Module) -> bool:

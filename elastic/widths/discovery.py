@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from elastic.errors import OptionError, StructureError
 from elastic.widths.collecting import collect_widths
 from elastic.widths.computed import fix_computed_sizes
+from elastic.widths.hooks import quiet_hooks
 from elastic.widths.inputs import count_batch, list_inputs
 from elastic.widths.operations.interface import is_stored
 from elastic.widths.sizing import find_spans, list_layouts
@@ -92,11 +93,12 @@ def find_widths(model: nn.Module, *example: Tensor) -> Widths:
     records: Records = {}
     replica = make_meta_copy(model)
     inputs = _make_inputs(list_inputs(example))
-    graphs = trace_modes(replica, *inputs)
-    for graph in graphs:
-        with torch.no_grad():
-            AxisTracker(graph, replica, elements, records).run(*inputs)
-    fix_computed_sizes(graphs, replica, elements, records)
+    with quiet_hooks(model):
+        graphs = trace_modes(replica, *inputs)
+        for graph in graphs:
+            with torch.no_grad():
+                AxisTracker(graph, replica, elements, records).run(*inputs)
+        fix_computed_sizes(graphs, replica, elements, records)
     widths = collect_widths(elements, records)
     widths.example = tuple(inputs)
     widths.untrained = find_untrained(graphs[0], partial(get_layer, replica))

@@ -61,6 +61,47 @@ class Layers(Program):
         return self.last(self.first(x_BCHW).relu().mean((2, 3)))  # type: ignore[no-any-return]
 
 
+class Looking(Program):
+    """Takes features of a block from a hook, and a mean from an attribute, and has both in its loss."""
+
+    def __init__(self) -> None:
+        super().__init__(KeepingNetwork())
+        self.features: list[Tensor] = []
+        self.net.body[1].register_forward_hook(lambda m, a, y: self.features.append(y))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.features.clear()
+        loss: Tensor = super().training_step(batch, batch_idx)
+        (feature_BCHW,) = self.features
+        channels = self.net.body[1][0].out_channels
+        assert feature_BCHW.shape == (len(batch[1]), channels, 8, 8) and feature_BCHW.requires_grad
+        torch.testing.assert_close(self.net.mean, feature_BCHW.mean())
+        return loss + 0.1 * feature_BCHW.square().mean() + self.net.mean
+
+
+class KeepingNetwork(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layers = make_network()
+        self.body, self.head = nn.Sequential(layers[:3], layers[3:6]), layers[6:]
+        self.mean: Tensor | None = None
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        y_BCHW = self.body(x_BCHW)
+        self.mean = y_BCHW.mean()
+        return self.head(y_BCHW)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [grow, PruneByGates, lambda: TrainJointly([0.5]), lambda: PruneDynamically(gain=0.5)],
+    ids=["growth", "gates", "joint", "dynamic"],
+)
+def test_a_program_finds_what_its_own_calls_have_kept(make: Callable[[], L.Callback]) -> None:
+    """And neither what tracing leaves, nor what the smaller levels do."""
+    fit(Looking(), [make()], max_epochs=4)
+
+
 def test_a_module_may_itself_be_the_network(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"2 children .* or '' for the module itself"):
         fit(Layers(), [grow()])

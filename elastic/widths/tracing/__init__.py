@@ -1,7 +1,13 @@
 """Trace a model with torch.fx: without its data, in one mode or in both."""
 
 from elastic.widths.tracing.by_mode import list_graphs
-from elastic.widths.tracing.graph import describe_node, get_layer, get_operation_name, trace
+from elastic.widths.tracing.graph import (
+    describe_node,
+    get_layer,
+    get_operation_name,
+    preserve_attributes,
+    trace,
+)
 from elastic.widths.tracing.meta import BATCH_NORM, WithoutData, drop_data, make_meta_copy
 from elastic.widths.tracing.modes import (
     preserve_modes,
@@ -21,6 +27,7 @@ __all__ = [
     "get_operation_name",
     "list_graphs",
     "make_meta_copy",
+    "preserve_attributes",
     "preserve_modes",
     "sync_traced",
     "trace",

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from itertools import chain
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from elastic.errors import StructureError
+from elastic.widths.hooks import INTERNAL, quiet_hooks
 from elastic.widths.operations.interface import get_operation_name
 from elastic.widths.operations.registry import find_base
 from elastic.widths.parameters import get_kind
@@ -19,10 +20,9 @@ from elastic.widths.tracing.changing import renew_assigned
 from elastic.widths.tracing.concrete import PLACE, ConcreteTracer
 from elastic.widths.tracing.functions import trace_functions
 from elastic.widths.tracing.gradients import cut_gradients
+from elastic.widths.tracing.looking import trace_hooks, trace_kept
 from elastic.widths.tracing.patching import pass_for_values, trace_factories
 from elastic.widths.tracing.sizes import AttributePlace, note_computed_sizes, tag_sizes
-
-INTERNAL = vars(nn.Module()).keys()  # what torch itself holds in a module
 
 
 class _Tracer(ConcreteTracer):
@@ -104,9 +104,13 @@ def trace_graph(
             note_computed_sizes() as computed,
             _take_back_assigned(model) as replaced,
             pass_for_values(),
+            quiet_hooks(model),
+            trace_hooks(tracer, model) if runs else nullcontext(),
             torch.enable_grad(),  # whatever the mode is outside of the forward
         ):
             graph = tracer.trace(model)
+            if runs:
+                trace_kept(tracer, model, tracer.gives_tensor)
         graph.owning_module = model  # type: ignore[assignment]
         renew_assigned(graph, partial(get_layer, model), tracer.gives_tensor)
         if runs and model.training:

@@ -2,6 +2,8 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -9,9 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from elastic.surgery.checking import fix_wrong_widths
+from elastic import attach_modules, compact
+from elastic.levels import score_channels
+from elastic.measure.counts import count_macs
+from elastic.surgery.checking import discover_checked, fix_wrong_widths
 from elastic.widths.copying import copy_module
 from elastic.widths.discovery import discover, find_widths
+from elastic.widths.tracing import trace_both_modes
 from tests.elastic.widths.odd import between
 from tests.elastic.zoo import conv
 
@@ -67,6 +73,117 @@ def test_a_hook_that_gives_back_what_it_is_given_is_let_be(hook: Callable[..., A
     """As those do by which Lightning's PyTorchProfiler names modules."""
     model = hooked(hook, before=before)
     assert discover(model, X).sizes() == {"stem": 8, "one": 8, "last": 5}
+
+
+class Keeper:
+    """Hold what a hook keeps, in whatever way."""
+
+    def __init__(self) -> None:
+        self.outputs: list[Tensor] = []
+        self.by_name: dict[str, list[Tensor]] = {"block": []}
+        self.latest: Tensor | None = None
+        self.shapes: set[torch.Size] = set()
+
+    def keep(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.outputs.append(output)
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.latest = output
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Keeper) and vars(self) == vars(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def append_to(outputs: list[Tensor], module: nn.Module, args: Any, output: Tensor) -> None:
+    outputs.append(output)
+
+
+HOOKS: dict[str, Callable[[Keeper], Callable[..., Any]]] = {
+    "method": lambda keeper: keeper.keep,
+    "object": lambda keeper: keeper,
+    "partial": lambda keeper: partial(append_to, keeper.outputs),
+    "closure": lambda keeper: lambda m, a, y: keeper.by_name["block"].append(y),
+    "set": lambda keeper: lambda m, a, y: keeper.shapes.add(y.shape),
+    "global": lambda keeper: lambda m, a, y: KEPT.append(y),
+}
+KEPT: list[Tensor] = []
+
+
+def make_hooked_block(hook: Callable[..., Any], part: str) -> nn.Module:
+    block = nn.Sequential(conv(8, 4), nn.ReLU(), conv(4, 8))
+    model = between(lambda m, x: m.block(x), block=block)
+    model.get_submodule(part).register_forward_hook(hook)
+    return model
+
+
+@pytest.mark.parametrize("part", ["block", "block.0"])
+@pytest.mark.parametrize("kind", HOOKS)
+def test_what_hooks_keep_is_not_of_runs_that_the_program_does_not_make(kind: str, part: str) -> None:
+    """Of a block, which is traced through, or of a layer; a program finds what its own calls have left."""
+    keeper = Keeper()
+    model = make_hooked_block(HOOKS[kind](keeper), part)
+    widths = discover_checked(model, X)
+    count_macs(model, X)
+    score_channels(model, widths, "taylor", [(X, torch.zeros(2, dtype=torch.long))], lambda y, _: y.sum())
+    compact(model, X)
+    attach_modules(model, widths)
+    assert keeper == Keeper() and not KEPT
+    model(X)
+    assert keeper != Keeper() or len(KEPT) == 1
+    KEPT.clear()
+
+
+def test_a_traced_network_calls_hooks_of_blocks() -> None:
+    """Once a call, with what goes in and comes out, for as long as the block has them."""
+    seen: list[Any] = []
+    model = make_hooked_block(lambda m, a, y: seen.append((m, *a, y)), "block")
+    handle = model.block.register_forward_pre_hook(lambda m, a: seen.append((m, *a)))
+    traced = trace_both_modes(model, X.to("meta"))
+    assert not seen
+    expected = model(X)
+    by_model = seen.copy()
+    seen.clear()
+    assert torch.equal(traced(X), expected)
+    assert len(seen) == len(by_model) == 2
+    for values, others in zip(seen, by_model, strict=True):
+        assert values[0] is others[0] is model.block
+        assert all(map(torch.equal, values[1:], others[1:]))
+    handle.remove()
+    traced(X)
+    assert len(seen) == 3
+
+
+def test_a_traced_network_keeps_tensors_in_attributes() -> None:
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.mean, self.maps = conv(8, 8), None, ()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.conv(x)
+            self.mean, self.maps = y.mean(), (x, y)
+            return y.relu()
+
+    model = between(lambda m, x: m.one(x), one=Keeping())
+    traced = trace_both_modes(model, X.to("meta"))
+    assert model.one.mean is None and model.one.maps == ()
+    traced(X)
+    mean, maps = model.one.mean, model.one.maps
+    model(X)
+    assert torch.equal(mean, model.one.mean) and all(map(torch.equal, maps, model.one.maps))
+    assert mean.requires_grad
+
+
+def test_a_copy_does_not_take_the_program_around_it_along() -> None:
+    program = nn.Module()
+    program.net, program.seen = nn.Sequential(conv(3, 4)), []  # type: ignore[assignment]
+    program.unlike = (each for each in ())  # type: ignore[assignment]  # which nothing can copy
+    hook = MethodType(lambda self, m, a, y: self.seen.append(y), program)
+    program.net[0].register_forward_hook(hook)
+    copy_module(program.net)(X)
+    assert len(program.seen) == 1
 
 
 def test_a_hook_on_a_block_is_followed() -> None:

@@ -1,0 +1,78 @@
+"""Let a traced network do what torch.fx leaves out: call hooks that look on, keep tensors in attributes."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from itertools import takewhile
+from typing import Any
+
+from torch import fx, nn
+from torch.utils._pytree import tree_leaves
+
+from elastic.widths.hooks import INTERNAL, LOOKS, Hook, list_hooks
+
+
+@contextmanager
+def trace_hooks(tracer: fx.Tracer, model: nn.Module) -> Iterator[None]:
+    """Make a node of each call of a hook that returns nothing, in place of what it does then.
+
+    Those of layers that stay whole are called by these.
+    """
+    hooks = list_hooks(model)
+    for table, key, hook in hooks:
+        table[key] = partial(_trace_hook, tracer, hook)
+    try:
+        yield
+    finally:
+        for table, key, hook in hooks:
+            table[key] = hook
+
+
+def _trace_hook(tracer: fx.Tracer, hook: Hook, module: nn.Module, *values: Any) -> Any:
+    last = next(reversed(tracer.graph.nodes))
+    result = hook(module, *values)
+    if result is not None:  # which goes on in the place of what it was given
+        return result
+    for node in takewhile(lambda node: node is not last, reversed(tracer.graph.nodes)):
+        if node.op != "get_attr":  # which may be read again
+            tracer.graph.erase_node(node)
+    with suppress(NotImplementedError):  # it is given what no graph holds
+        tracer.create_proxy("call_function", _make_look(hook, module), values, {})
+    return None
+
+
+def _make_look(hook: Hook, module: nn.Module) -> Callable[..., None]:
+    """Make a function that calls a hook for as long as its module has it."""
+
+    def look(*values: Any) -> None:
+        if any(own is hook for _, _, own in list_hooks(module, recurse=False)):
+            hook(module, *values)
+
+    setattr(look, LOOKS, True)
+    return look
+
+
+def trace_kept(tracer: fx.Tracer, model: nn.Module, gives_tensor: Callable[[fx.Node], bool]) -> None:
+    """Make a node of each attribute that the forward which has been traced has given a tensor, or several.
+
+    Args:
+        gives_tensor: tells whether a node gives one.
+    """
+    (output,) = tracer.graph.find_nodes(op="output")
+    with tracer.graph.inserting_before(output):
+        for module in model.modules():
+            for name, value in vars(module).items():
+                leaves = tree_leaves(value) if name not in INTERNAL else []
+                nodes = [leaf.node for leaf in leaves if isinstance(leaf, fx.Proxy)]
+                if nodes and all(map(gives_tensor, nodes)):
+                    tracer.create_proxy("call_function", _make_keep(module, name), (value,), {})
+
+
+def _make_keep(module: nn.Module, name: str) -> Callable[[Any], None]:
+    """Make a function that gives a module an attribute."""
+
+    def keep(value: Any) -> None:
+        setattr(module, name, value)
+
+    setattr(keep, LOOKS, True)
+    return keep
