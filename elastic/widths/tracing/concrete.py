@@ -244,13 +244,18 @@ class ConcreteTracer(fx.Tracer):
         self.answers.append(self._evaluate(node) if known is None else next(known, None))
         return self.answers[-1]
 
+    def copy_model(self, model: nn.Module) -> None:
+        """Copy the model that is asked for what its nodes give; as it is now, if this is not done before."""
+        self._replica = make_meta_copy(model)
+        for module in self._replica.modules():  # while the mode is watched, in training, they have none
+            vars(module).setdefault("training", True)
+
     def _evaluate(self, node: fx.Node) -> Any:
         """Compute what a node gives, without data."""
         if self._replica is None:
             with _untraced():
-                self._replica = make_meta_copy(self.root)
-            for module in self._replica.modules():  # while the mode is watched, in training, they have none
-                vars(module).setdefault("training", True)
+                self.copy_model(self.root)
+        assert self._replica is not None
         seen, needed, pending = set[fx.Node](), set[fx.Node](), [node]
         while pending:
             source = pending.pop()

@@ -96,6 +96,9 @@ def trace_graph(
             random numbers are drawn each time.
     """
     tracer = _Tracer(example, known_answers)
+    held = [value for module in model.modules() for value in vars(module).values()]
+    if runs:
+        tracer.copy_model(model)  # before the forward keeps in it what stands for tensors
     try:
         with (
             tag_sizes(model, sizes) as read,
@@ -110,7 +113,7 @@ def trace_graph(
         ):
             graph = tracer.trace(model)
             if runs:
-                trace_kept(tracer, model, tracer.gives_tensor)
+                trace_kept(tracer, model, held, tracer.gives_tensor)
         graph.owning_module = model  # type: ignore[assignment]
         renew_assigned(graph, partial(get_layer, model), tracer.gives_tensor)
         if runs and model.training:

@@ -1,6 +1,6 @@
 """Let a traced network do what torch.fx leaves out: call hooks that look on, keep tensors in attributes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import takewhile
@@ -52,17 +52,22 @@ def _make_look(hook: Hook, module: nn.Module) -> Callable[..., None]:
     return look
 
 
-def trace_kept(tracer: fx.Tracer, model: nn.Module, gives_tensor: Callable[[fx.Node], bool]) -> None:
+def trace_kept(
+    tracer: fx.Tracer, model: nn.Module, held: Sequence[Any], gives_tensor: Callable[[fx.Node], bool]
+) -> None:
     """Make a node of each attribute that the forward which has been traced has given a tensor, or several.
 
     Args:
+        held: what attributes have held before, caches among others, which are not kept anew.
         gives_tensor: tells whether a node gives one.
     """
+    before = set(map(id, held))
     (output,) = tracer.graph.find_nodes(op="output")
     with tracer.graph.inserting_before(output):
         for module in model.modules():
             for name, value in vars(module).items():
-                leaves = tree_leaves(value) if name not in INTERNAL else []
+                is_kept = name not in INTERNAL and id(value) not in before
+                leaves = tree_leaves(value) if is_kept else []
                 nodes = [leaf.node for leaf in leaves if isinstance(leaf, fx.Proxy)]
                 if nodes and all(map(gives_tensor, nodes)):
                     tracer.create_proxy("call_function", _make_keep(module, name), (value,), {})
