@@ -101,10 +101,11 @@ def renew_assigned(
         if shared is None:
             continue
         source = sources.get(shared, shared)
-        is_read = any(places[user] > places[node] for one in (source, *same[source]) for user in one.users)
-        is_seen = (is_read or source.op == "get_attr") and is_tensor(shared)
-        if node.target in ANEW and not is_seen:
-            node.target = ANEW[node.target]
-            continue
+        if node.target in ANEW:
+            readers = (user for one in (source, *same[source]) for user in one.users)
+            is_seen = source.op == "get_attr" or any(places[user] > places[node] for user in readers)
+            if not (is_seen and is_tensor(shared)):
+                node.target = ANEW[node.target]
+                continue
         sources[node] = source
         same[source].append(node)

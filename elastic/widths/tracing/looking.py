@@ -11,34 +11,42 @@ from torch.utils._pytree import tree_leaves
 
 from elastic.widths.hooks import INTERNAL, LOOKS, Hook, list_hooks
 
+_Call = tuple[fx.Node, list[fx.Node]]  # of a hook: by a node, and what it did while it was traced
+
 
 @contextmanager
 def trace_hooks(tracer: fx.Tracer, model: nn.Module) -> Iterator[None]:
-    """Make a node of each call of a hook that returns nothing, in place of what it does then.
+    """Make a node of each call of a hook that only looks on, in place of what it does then.
 
-    Those of layers that stay whole are called by these.
+    Hooks of layers that stay whole are called by these. What a hook returns, or the forward reads of it, is a
+    part of the graph already.
     """
-    hooks = list_hooks(model)
+    hooks, calls = list_hooks(model), list[_Call]()
     for table, key, hook in hooks:
-        table[key] = partial(_trace_hook, tracer, hook)
+        table[key] = partial(_trace_hook, tracer, calls, hook)
     try:
         yield
     finally:
         for table, key, hook in hooks:
             table[key] = hook
+    left_out = set[fx.Node]()
+    for look, made in reversed(calls):
+        is_read = any(user not in {*made, *left_out} for node in made for user in node.users)
+        left_out.update([look] if is_read else made)
+    for node in reversed(tracer.graph.nodes):
+        if node in left_out:
+            tracer.graph.erase_node(node)
 
 
-def _trace_hook(tracer: fx.Tracer, hook: Hook, module: nn.Module, *values: Any) -> Any:
+def _trace_hook(tracer: fx.Tracer, calls: list[_Call], hook: Hook, module: nn.Module, *values: Any) -> Any:
     last = next(reversed(tracer.graph.nodes))
     result = hook(module, *values)
-    if result is not None:  # which goes on in the place of what it was given
-        return result
-    for node in takewhile(lambda node: node is not last, reversed(tracer.graph.nodes)):
-        if node.op != "get_attr":  # which may be read again
-            tracer.graph.erase_node(node)
-    with suppress(NotImplementedError):  # it is given what no graph holds
-        tracer.create_proxy("call_function", _make_look(hook, module), values, {})
-    return None
+    if result is None:
+        made = [*takewhile(lambda node: node is not last, reversed(tracer.graph.nodes))]
+        with suppress(NotImplementedError):  # it is given what no graph holds
+            look = tracer.create_proxy("call_function", _make_look(hook, module), values, {})
+            calls.append((look.node, [node for node in made if node.op != "get_attr"]))
+    return result
 
 
 def _make_look(hook: Hook, module: nn.Module) -> Callable[..., None]:

@@ -138,7 +138,7 @@ def test_what_hooks_keep_is_not_of_runs_that_the_program_does_not_make(kind: str
 def test_a_traced_network_calls_hooks_of_blocks() -> None:
     """Once a call, with what goes in and comes out, for as long as the block has them."""
     seen: list[Any] = []
-    model = make_hooked_block(lambda m, a, y: seen.append((m, *a, y)), "block")
+    model = make_hooked_block(lambda m, a, y: seen.append((m, *a, 2 * y.mean())), "block")
     handle = model.block.register_forward_pre_hook(lambda m, a: seen.append((m, *a)))
     traced = trace_both_modes(model, X.to("meta"))
     assert not seen
@@ -146,6 +146,7 @@ def test_a_traced_network_calls_hooks_of_blocks() -> None:
     by_model = seen.copy()
     seen.clear()
     assert torch.equal(traced(X), expected)
+    assert not traced.graph.find_nodes(op="call_method", target="mean"), "what it computes, it computes once"
     assert len(seen) == len(by_model) == 2
     for values, others in zip(seen, by_model, strict=True):
         assert values[0] is others[0] is model.block
@@ -153,6 +154,27 @@ def test_a_traced_network_calls_hooks_of_blocks() -> None:
     handle.remove()
     traced(X)
     assert len(seen) == 3
+
+
+def test_what_a_hook_computes_for_the_forward_is_traced() -> None:
+    """It may look on beside."""
+    calls = []
+
+    def weigh(module: nn.Module, args: Any) -> None:
+        calls.append(len(args))
+        module.gain = args[0].mean((1, 2, 3), keepdim=True)
+
+    class Weighed(nn.Module):
+        gain: Tensor | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.gain
+
+    model = between(lambda m, x: m.one(x), one=Weighed())
+    model.one.register_forward_pre_hook(weigh)
+    traced = trace_both_modes(model, X.to("meta"))
+    x = torch.randn_like(X)
+    torch.testing.assert_close(traced(x), model(x))
 
 
 def test_a_traced_network_keeps_tensors_in_attributes() -> None:
