@@ -231,6 +231,8 @@ def test_layers_are_priced_after_growth_those_that_came_with_it_too(
         found = {path: layer.parametrizations.weight[0] for path, layer in layers.items()}
         prices = {path: gate.price for path, gate in found.items()}
         assert prices == pytest.approx({path: times / average for path, times in uses.items()})
+        for gate in found.values():
+            gate.score.grad = torch.zeros_like(gate.score)
         callback.add_gradients([gate.score for gate in found.values()])
         for path, gate in found.items():
             slope = torch.sigmoid(gate.score) * (1 - torch.sigmoid(gate.score))
