@@ -99,7 +99,9 @@ class KeepingNetwork(nn.Module):
 )
 def test_a_program_finds_what_its_own_calls_have_kept(make: Callable[[], L.Callback]) -> None:
     """And neither what tracing leaves, nor what the smaller levels do."""
-    fit(Looking(), [make()], max_epochs=4)
+    program = Looking()
+    fit(program, [make()], max_epochs=4)
+    assert program.features and program.net.mean is not None
 
 
 def test_a_module_may_itself_be_the_network(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Follow where a forward keeps gradients away: `torch.no_grad()`, `x.detach()`."""
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -27,9 +28,10 @@ def cut_gradients(graph: fx.Graph, gives_tensor: Callable[[fx.Node], bool]) -> N
                 detached = graph.call_method("detach", (node,))
             for user in users:
                 user.replace_input_with(node, detached)
-        else:
-            for user in users:  # of several tensors, each is taken first
-                user.meta[GRADIENT] = False
+        else:  # of several tensors, each is taken first
+            for user in users:
+                if user.target is operator.getitem and user.args[0] is node:
+                    user.meta[GRADIENT] = False
 
 
 def find_untrained(graph: fx.Graph, get_layer: Callable[[fx.Node], nn.Module | None]) -> frozenset[str]:
@@ -56,10 +58,10 @@ def has_gradient(node: fx.Node) -> bool:
 
 def _is_cut(node: fx.Node) -> bool:
     """Tell whether no gradient goes through a node."""
-    name = get_operation_name(node) if node.op in ("call_function", "call_method") else ""
-    is_detached = name in DETACHED or (name == "getattr" and node.args[1] in DETACHED)
     if node.meta.get(GRADIENT) == "own":
         return False
+    name = get_operation_name(node) if node.op in ("call_function", "call_method") else ""
+    is_detached = name in DETACHED or (name == "getattr" and node.args[1] in DETACHED)
     return is_detached or not has_gradient(node)
 
 

@@ -85,6 +85,14 @@ def freeze_shapes(m: nn.Module, x: Tensor) -> Tensor:
     return m.last(m.mid(y.flatten(2).sum(2)[..., None, None] / places).relu())  # type: ignore[no-any-return]
 
 
+def count_without(m: nn.Module, x: Tensor) -> Tensor:
+    """Compute with a number of places that was found without gradients."""
+    with torch.no_grad():
+        height = x.shape[2]
+    y = m.mid(m.stem(x).relu())
+    return m.last((y.flatten(2) / height).unflatten(2, (height, -1)))  # type: ignore[no-any-return]
+
+
 def write_into(m: nn.Module, x: Tensor) -> Tensor:
     """Bring a gradient into a tensor that had none, in place."""
     y = m.stem(x).detach()
@@ -110,7 +118,7 @@ def compute_again(m: nn.Module, x: Tensor) -> Tensor:
 
 FORWARDS: tuple[Callable[[nn.Module, Tensor], Tensor], ...] = (
     *(freeze_stem, detach_stem, read_data, gate_without, freeze_a_half, freeze_by_decorator),
-    *(train_within, freeze_shapes, write_into, write_a_part, pass_through, compute_again),
+    *(train_within, freeze_shapes, count_without, write_into, write_a_part, pass_through, compute_again),
 )
 FREEZES_STEM = FORWARDS[:3]
 
