@@ -282,7 +282,7 @@ def explain_order(first: str, then: str) -> TrainingError:
     )
 
 
-def refuse_changes_beside(trainer: L.Trainer, what: str) -> None:
+def refuse_changes_beside(trainer: L.Trainer, method: str) -> None:
     """Refuse a run in which the structure changes, for the sake of what needs it to stay.
 
     Raises:
@@ -292,9 +292,9 @@ def refuse_changes_beside(trainer: L.Trainer, what: str) -> None:
         if callback.averages_weights:
             name = type(callback).__name__
             raise TrainingError(
-                f"{what} and {name} cannot be in one run, since {name} averages one network that runs whole: "
-                f"leave {name} out"
+                f"{method} and {name} cannot be in one run, since {name} averages one network that runs "
+                f"whole: leave {name} out"
             )
     changing = [type(c).__name__ for c in list_elastic(trainer) if c.changes_structure]
     if changing:
-        raise explain_order(changing[0], what)
+        raise explain_order(changing[0], method)

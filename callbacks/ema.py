@@ -191,11 +191,11 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
 
 def list_places(copy: nn.Module, module: nn.Module) -> list[Place]:
     """List where the tensors of a module and of its copy are, each once: looking for them takes its time."""
-    places, seen = [], set[int]()
+    places, visited = [], set[int]()
     for other, own in zip(copy.modules(), module.modules(), strict=True):
         for averages, tensors in ((other._parameters, own._parameters), (other._buffers, own._buffers)):
             for name, tensor in tensors.items():
-                if tensor is not None and id(tensor) not in seen:
-                    seen.add(id(tensor))
+                if tensor is not None and id(tensor) not in visited:
+                    visited.add(id(tensor))
                     places.append((cast(Tensors, averages), cast(Tensors, tensors), name, own))
     return places

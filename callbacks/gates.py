@@ -91,7 +91,7 @@ class PruneByGates(ElasticCallback):
         self.uses: dict[str, float] = {}  # of each weight, by layer
         self._is_active, self._logged = False, -1.0
         self._gates: list[tuple[str, nn.Module, Gate]] = []  # as this epoch has them
-        self._priced: dict[str, torch.Size] = {}  # shapes of the gates that have their prices
+        self._priced_shapes: dict[str, torch.Size] = {}  # shapes of the gates that have their prices
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -137,8 +137,8 @@ class PruneByGates(ElasticCallback):
     def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Add the penalty's gradient to the scores."""
         if self._is_active and self.is_above_path:
-            stepped = set(map(id, parameters))
-            gates = [entry for entry in self._gates if id(entry[2].score) in stepped]
+            ids = set(map(id, parameters))
+            gates = [entry for entry in self._gates if id(entry[2].score) in ids]
             add_penalty_gradient(gates, self.penalty)
 
     def on_train_batch_end(
@@ -193,8 +193,8 @@ class PruneByGates(ElasticCallback):
         if self.by != "macs":
             return
         shapes = {path: gate.score.shape for path, _, gate in iterate_gates(self.structure.net)}
-        if shapes != self._priced:
-            self._priced = shapes
+        if shapes != self._priced_shapes:
+            self._priced_shapes = shapes
             self.uses = count_macs_per_weight(self.structure.net, self.structure.example)
             set_prices(self.structure.net, self.uses)
 

@@ -78,7 +78,9 @@ class GrowOnSaturation(ElasticCallback):
         self.is_due = False
         self._source: Literal["validation", "training"] | None = None  # of the metric, once it has come
         self._observed = -1  # the latest epoch whose metric the trigger has seen
-        self._awaited: int | None = None  # the epoch that has ended, and whose metric has not been observed
+        self._awaited_epoch: int | None = (
+            None  # the epoch that has ended, and whose metric has not been observed
+        )
         self._is_late = False  # the module logs the metric in a hook that is called after those of callbacks
 
     def find_last_growth(self, trainer: L.Trainer) -> float:
@@ -89,7 +91,7 @@ class GrowOnSaturation(ElasticCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self._source, self._observed, self._awaited = None, -1, None
+        self._source, self._observed, self._awaited_epoch = None, -1, None
         if stage == "fit" and self.script is None:
             check_validation(trainer, self.monitor)
 
@@ -105,8 +107,8 @@ class GrowOnSaturation(ElasticCallback):
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look for validation's metric before anything is trained; a check may log nothing on purpose."""
-        checked = any(map(is_validated, trainer.callback_metrics))
-        if self.script is None and is_validated(self.monitor) and checked:
+        is_logged = any(map(is_validated, trainer.callback_metrics))
+        if self.script is None and is_validated(self.monitor) and is_logged:
             check_logged(trainer, self.monitor)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -120,18 +122,18 @@ class GrowOnSaturation(ElasticCallback):
         is_missing = self.monitor not in trainer.callback_metrics
         if is_missing and overrides(pl_module, "on_train_epoch_end"):
             self._is_late = True  # from now on: what is there by then is of the epoch before
-        self._awaited = trainer.current_epoch
+        self._awaited_epoch = trainer.current_epoch
         if not self._is_late:
             self._decide_awaited(trainer)
 
     def _decide_awaited(self, trainer: L.Trainer) -> None:
         """Decide by a metric of training, once it must be there."""
-        if self._awaited is None:
+        if self._awaited_epoch is None:
             return
-        if not may_be_validated_later(trainer, self._awaited):
+        if not may_be_validated_later(trainer, self._awaited_epoch):
             check_logged(trainer, self.monitor)
-        self._decide(trainer, "training", self._awaited)
-        self._awaited = None
+        self._decide(trainer, "training", self._awaited_epoch)
+        self._awaited_epoch = None
 
     def _decide(self, trainer: L.Trainer, source: Literal["validation", "training"], epoch: int) -> None:
         """Let the trigger see the metric, once an epoch, and decide whether the network grows."""
@@ -139,9 +141,9 @@ class GrowOnSaturation(ElasticCallback):
         if self.script is not None or self.monitor not in metrics or self._observed == epoch:
             return
         self._source, self._observed = source, epoch
-        saturated = self.trigger.observe(float(metrics[self.monitor]))
-        in_time = measure_epoch_progress(trainer, epoch + 1) < self.until
-        self.is_due = self.structure.agree(saturated and in_time)
+        is_saturated = self.trigger.observe(float(metrics[self.monitor]))
+        is_in_time = measure_epoch_progress(trainer, epoch + 1) < self.until
+        self.is_due = self.structure.agree(is_saturated and is_in_time)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._decide_awaited(trainer)
@@ -209,7 +211,7 @@ class GrowOnSaturation(ElasticCallback):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        if self._awaited is not None and self.structure.trainer is not None:
+        if self._awaited_epoch is not None and self.structure.trainer is not None:
             self._decide_awaited(self.structure.trainer)  # or a run that goes on would not know
         return {"trigger": dict(vars(self.trigger)), "is_due": self.is_due}
 

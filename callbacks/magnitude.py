@@ -87,10 +87,10 @@ class PruneByMagnitude(ElasticCallback):
         measure = self.measure_exactly if self.is_done else self.measure_size
         size = measure()
         self.budget.peak = self.budget.peak or size
-        allowed = self.budget.path(1.0 if self.is_done else progress)
-        if size > allowed:
+        target = self.budget.path(1.0 if self.is_done else progress)
+        if size > target:
             with self.structure.changing():
-                fit_gates_to_budget(self.structure.net, allowed, keep_largest_weights, measure)
+                fit_gates_to_budget(self.structure.net, target, keep_largest_weights, measure)
 
     def measure_size(self) -> int:
         """Count the network's parameters as its gates tell them."""

@@ -97,8 +97,8 @@ def write_zoo(entries: Sequence[Entry] = ENTRIES, zoo: Path = ZOO) -> None:
     folders = [ROOT / "experiments" / entry.folder for entry in entries]
     runs = [restore(folder) for folder in folders]
     summaries = {folder: dict(finished.summary) for folder, finished in zip(folders, runs, strict=True)}
-    how, cpu = time_runs(summaries, time.process_time), find_cpu().partition(",")[0]
-    latency = f"{how.capitalize()}; processor time of {cpu}."
+    method, cpu = time_runs(summaries, time.process_time), find_cpu().partition(",")[0]
+    latency = f"{method.capitalize()}; processor time of {cpu}."
     zoo.mkdir(exist_ok=True)
     for entry, finished in zip(entries, runs, strict=True):
         about = describe_entry(entry, finished, summaries[finished.folder]) | {"latency": latency}

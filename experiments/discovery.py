@@ -103,21 +103,21 @@ def show(
 def measure_network(net: nn.Module, x_BCHW: Tensor) -> list[str]:
     """Measure one network beside the peer."""
     works = (discover_only, build_graph, halve_by_reindex, halve_by_pruner, compact_half)
-    found, graph, halved, pruned, compacted = measure_works(net, x_BCHW, works)
+    discovery_s, graph_s, halving_s, pruner_s, compaction_s = measure_works(net, x_BCHW, works)
     return [
-        *(f"{found:.3f}", f"{graph:.3f}", f"{graph / found:.1f} ×"),
-        *(f"{halved:.2f}", f"{pruned:.2f}", f"{pruned / halved:.1f} ×", f"{compacted:.2f}"),
+        *(f"{discovery_s:.3f}", f"{graph_s:.3f}", f"{graph_s / discovery_s:.1f} ×"),
+        *(f"{halving_s:.2f}", f"{pruner_s:.2f}", f"{pruner_s / halving_s:.1f} ×", f"{compaction_s:.2f}"),
     ]
 
 
 def measure_growth(net: nn.Module, x_BCHW: Tensor) -> list[str]:
     """Measure ours, beside the size of the network."""
-    found, compacted = measure_works(net, x_BCHW, (discover_only, compact_half))
+    discovery_s, compaction_s = measure_works(net, x_BCHW, (discover_only, compact_half))
     layers = sum(isinstance(module, nn.Conv2d | nn.Linear) for module in net.modules())
     channels = sum(discover(net, x_BCHW).sizes().values())
     return [
-        *(str(layers), f"{channels:,}", f"{1e3 * found:.1f}", f"{1e6 * found / layers:.0f}"),
-        *(f"{count_macs(net, x_BCHW) / 1e9:.2f} G", f"{compacted:.2f}"),
+        *(str(layers), f"{channels:,}", f"{1e3 * discovery_s:.1f}", f"{1e6 * discovery_s / layers:.0f}"),
+        *(f"{count_macs(net, x_BCHW) / 1e9:.2f} G", f"{compaction_s:.2f}"),
     ]
 
 
@@ -132,10 +132,10 @@ def measure_works(net: nn.Module, x_BCHW: Tensor, works: Sequence[Work]) -> list
 
 def measure_cpu_seconds(work: Work, net: nn.Module, x_BCHW: Tensor) -> float:
     """Measure the CPU time of some work on a network of its own."""
-    prepared = attach_shut_gates(net, x_BCHW) if work is compact_half else net
+    subject = attach_shut_gates(net, x_BCHW) if work is compact_half else net
     gc.collect()
     start = time.process_time()
-    work(prepared, x_BCHW)
+    work(subject, x_BCHW)
     return time.process_time() - start
 
 

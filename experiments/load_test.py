@@ -175,8 +175,10 @@ def _wait(server: "subprocess.Popen[bytes]", port: int, log: IO[bytes]) -> None:
             time.sleep(0.2)
     log.seek(0)
     *_, last = ["no word of it", *log.read().decode().splitlines()]
-    how = f"has not started within {START_S:.0f} s" if server.poll() is None else "has ended as it started"
-    raise FileError(f"the server {how}: {last}")
+    outcome = (
+        f"has not started within {START_S:.0f} s" if server.poll() is None else "has ended as it started"
+    )
+    raise FileError(f"the server {outcome}: {last}")
 
 
 def send_stream(port: int, requests: Requests, rate: float, seconds: float, load: Switch) -> list[Reply]:
@@ -200,25 +202,25 @@ def _send(port: int, body: bytes, labels: list[int], arrival_s: float) -> Reply:
             answer = json.load(response)
     except (OSError, ValueError):
         return Reply(1e3 * (time.perf_counter() - arrival_s))
-    right = statistics.mean(float(a == b) for a, b in zip(answer["labels"], labels, strict=True))
-    return Reply(1e3 * (time.perf_counter() - arrival_s), right, answer["level"])
+    accuracy = statistics.mean(float(a == b) for a, b in zip(answer["labels"], labels, strict=True))
+    return Reply(1e3 * (time.perf_counter() - arrival_s), accuracy, answer["level"])
 
 
 def score(replies: Sequence[Reply], deadline: float) -> list[str]:
     """Compute the cells of a row behind the server's name."""
-    answered = [reply for reply in replies if reply.level is not None]
-    in_time = [reply for reply in answered if reply.latency_ms <= deadline]
-    right = sum(reply.accuracy for reply in in_time) / len(replies)
-    latencies = sorted(reply.latency_ms for reply in answered)
+    answers = [reply for reply in replies if reply.level is not None]
+    in_time = [reply for reply in answers if reply.latency_ms <= deadline]
+    accuracy = sum(reply.accuracy for reply in in_time) / len(replies)
+    latencies = sorted(reply.latency_ms for reply in answers)
     ranks = [min(len(latencies) - 1, len(latencies) * percent // 100) for percent in PERCENTILES]
-    levels = sorted({str(reply.level) for reply in answered})
+    levels = sorted({str(reply.level) for reply in answers})
     return [
-        f"{100 * right:.1f}",
+        f"{100 * accuracy:.1f}",
         f"{100 * len(in_time) / len(replies):.1f}",
         *(f"{latencies[rank]:.1f}" if latencies else "–" for rank in ranks),
         " ".join(levels),
         str(len(replies)),
-        str(len(replies) - len(answered)),
+        str(len(replies) - len(answers)),
     ]
 
 

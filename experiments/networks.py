@@ -90,16 +90,20 @@ def list_networks(page: Path = Path("docs/networks.md"), names: str = "") -> Non
 def describe_network(name: str) -> str:
     """Describe a network in a row of the table."""
     try:
-        found = examine_network(name)
+        finding = examine_network(name)
     except ElasticError as error:
         return f"| {name} | | | | {shorten(str(error))} |"
-    reasons = Counter(shorten(reason) for reason in found.fixed.values())
+    reasons = Counter(shorten(reason) for reason in finding.fixed.values())
     text = "; ".join(f"{n} × {reason}" for reason, n in reasons.most_common(3))
     result = (
-        "not tried" if not found.is_tried else "wrong: " + ", ".join(found.wrong) if found.wrong else "right"
+        "not tried"
+        if not finding.is_tried
+        else "wrong: " + ", ".join(finding.wrong)
+        if finding.wrong
+        else "right"
     )
-    print(f"{name}: {len(found.widths)} free, {len(found.fixed)} fixed, {result}", flush=True)
-    return f"| {name} | {found.pixels} | {len(found.widths)} | {len(found.fixed)} | {result} | {text} |"
+    print(f"{name}: {len(finding.widths)} free, {len(finding.fixed)} fixed, {result}", flush=True)
+    return f"| {name} | {finding.pixels} | {len(finding.widths)} | {len(finding.fixed)} | {result} | {text} |"
 
 
 def shorten(reason: str) -> str:

@@ -58,9 +58,9 @@ class PlannedRun:
 
     def list_words(self) -> list[str]:
         """List the words of the command line that starts it, or lets it go on."""
-        begun = (self.folder / CHECKPOINT).exists()
-        kept = [word for word in self.options if word.startswith(TRUST) or not begun]
-        return [*kept, f"run={self.folder}"]
+        has_begun = (self.folder / CHECKPOINT).exists()
+        options = [word for word in self.options if word.startswith(TRUST) or not has_begun]
+        return [*options, f"run={self.folder}"]
 
 
 def carry_out(file: Path, runs: Path = Path("outputs/plan"), workers: Count = 1, only: str = "*") -> None:

@@ -67,8 +67,8 @@ def write_run(finished: FinishedRun, net: nn.Module, folder: Path, by: str) -> N
     network = Network(net)
     measured = measure_network(network, finished.data, finished.task)
     # What callbacks and validation have said, `val/acc` or `budget/actual`, is of the network before.
-    kept = {key: value for key, value in finished.summary.items() if "/" not in key}
-    summary = kept | measured | {"pruned": by, "git": find_revision()}
+    facts = {key: value for key, value in finished.summary.items() if "/" not in key}
+    summary = facts | measured | {"pruned": by, "git": find_revision()}
     network.save(folder / WEIGHTS, describe_run(finished.config, finished.data, summary))
     write_config(finished.config, folder)
     write_summary(summary | {"weights": find_digest(folder / WEIGHTS)}, folder)

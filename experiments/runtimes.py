@@ -136,13 +136,13 @@ def list_layers() -> list[dict[str, str]]:
     for channels, kernels, size, stride, pixels in SHAPES:
         conv = nn.Conv2d(channels, kernels, size, stride, size // 2, bias=False)
         x_BCHW, out = torch.randn(1, channels, pixels, pixels), pixels // stride
-        one, other = torch.randn(kernels, channels * size**2), torch.randn(channels * size**2, out**2)
+        matrix, columns = torch.randn(kernels, channels * size**2), torch.randn(channels * size**2, out**2)
         stock = nn.Conv2d(channels, kernels, size, stride, size // 2, bias=False)
         stock.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         works = {
             "kernel": partial(ActiveConv2d(conv, relu=False), x_BCHW),
             "PyTorch": partial(stock, x_BCHW),
-            "product": partial(torch.mm, one, other),
+            "product": partial(torch.mm, matrix, columns),
         }
         medians = _time(list(works.values()))
         macs = kernels * channels * size**2 * out**2

@@ -122,8 +122,8 @@ def serve_stream(
     if csv is not None:
         write_csv(csv, ("server", "repeat", *SCORES), _list_rows(scores))
     if figure is not None:
-        right = {name: [values[0] for values in of_server] for name, of_server in scores.items()}
-        draw_serving(answers["elastic"][0], right, figure)
+        accuracies = {name: [values[0] for values in of_server] for name, of_server in scores.items()}
+        draw_serving(answers["elastic"][0], accuracies, figure)
 
 
 def _keep_to_one_core() -> None:
@@ -208,8 +208,8 @@ def answer_stream(
 def score(answers: Answers) -> tuple[float, float, float]:
     """Compute the parts of the images that are right in time, in time, and right where in time."""
     in_time = [answer for answer in answers if answer.in_time]
-    right = sum(answer.accuracy for answer in in_time)
-    return right / len(answers), len(in_time) / len(answers), right / max(1, len(in_time))
+    accuracy = sum(answer.accuracy for answer in in_time)
+    return accuracy / len(answers), len(in_time) / len(answers), accuracy / max(1, len(in_time))
 
 
 def main() -> None:

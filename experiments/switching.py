@@ -152,10 +152,10 @@ def compare_methods() -> Table:
         except ImportError:
             table.add_row(name, "not installed")
             continue
-        switch_us, total_us, moved = measure(method, repeats)
+        switch_us, total_us, moved_bytes = measure(method, repeats)
         medians = (f"{statistics.median(times):,.0f}" for times in (switch_us, total_us))
         spread = f"{min(total_us):,.0f} … {max(total_us):,.0f}"
-        table.add_row(name, *medians, spread, f"{moved:,}", f"{method.images:,}")
+        table.add_row(name, *medians, spread, f"{moved_bytes:,}", f"{method.images:,}")
     return table
 
 

@@ -79,8 +79,8 @@ def _list_classes(images: PerImage) -> Iterator[list[str]]:
     """List every class of the test split."""
     for label in images.label_N.unique().tolist():
         is_own = images.label_N == label
-        right, macs = images.correct_N[is_own].double().mean(), images.macs_N[is_own].double().mean()
-        yield [str(label), str(int(is_own.sum())), f"{100 * right:.2f}", f"{macs:.0f}"]
+        accuracy, macs = images.correct_N[is_own].double().mean(), images.macs_N[is_own].double().mean()
+        yield [str(label), str(int(is_own.sum())), f"{100 * accuracy:.2f}", f"{macs:.0f}"]
 
 
 def main() -> None:

@@ -129,10 +129,10 @@ def _insert(traced: fx.GraphModule, graph: fx.Graph, site: Site, path: str) -> N
     with graph.inserting_before(writer):
         gate = graph.call_module(path, (writer.args[0],))
     for end in followed.ends:
-        _, resized, made = followed.maps[end]
+        _, is_resized, is_nonzero = followed.maps[end]
         with graph.inserting_after(end):
-            gated = graph.call_function(gate_resized if resized else torch.mul, (end, gate))
+            gated = graph.call_function(gate_resized if is_resized else torch.mul, (end, gate))
         for user in [user for user in end.users if user is not gated]:
-            is_gated_later = made and user in followed.maps and followed.maps[user].made
+            is_gated_later = is_nonzero and user in followed.maps and followed.maps[user].nonzero
             if not is_gated_later:
                 user.replace_input_with(end, gated)

@@ -28,12 +28,12 @@ class Maps(NamedTuple):
     Attributes:
         joined: whether they lie among others.
         resized: whether they have other dimensions than their gates.
-        made: whether those that are off may be something else than zero, until a gate makes them so again.
+        nonzero: whether those that are off may be something else than zero, until a gate makes them so again.
     """
 
     joined: bool = False
     resized: bool = False
-    made: bool = False
+    nonzero: bool = False
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Followed:
 
     def list_zeros(self) -> list[fx.Node]:
         """List the nodes whose maps are zeros where they are off."""
-        return [node for node, maps in self.maps.items() if not maps.made]
+        return [node for node, maps in self.maps.items() if not maps.nonzero]
 
 
 def follow_maps(traced: fx.GraphModule, writer: fx.Node, axis: int) -> Followed:
@@ -75,48 +75,48 @@ def follow_maps(traced: fx.GraphModule, writer: fx.Node, axis: int) -> Followed:
     """
     dims = cast(Tensor, traced.get_submodule(str(writer.target)).weight).dim()
     end = find_norm(traced, writer)
-    found = Followed({end: Maps()}, ends=[end])
+    followed = Followed({end: Maps()}, ends=[end])
     for node in writer.graph.nodes:
-        sources = [source for source in node.all_input_nodes if source in found.maps]
+        sources = [source for source in node.all_input_nodes if source in followed.maps]
         if sources and get_operation_name(node) not in READS_SHAPE and not is_look(node):
-            _follow(traced, found, node, sources, axis, dims)
-    return found
+            _follow(traced, followed, node, sources, axis, dims)
+    return followed
 
 
 def _follow(
-    traced: fx.GraphModule, found: Followed, node: fx.Node, sources: list[fx.Node], axis: int, dims: int
+    traced: fx.GraphModule, followed: Followed, node: fx.Node, sources: list[fx.Node], axis: int, dims: int
 ) -> None:
     """Note what a node does with the maps of its sources."""
-    maps, layer = found.maps, get_layer(traced, node)
-    joined, resized, made = map(any, zip(*(maps[source] for source in sources), strict=True))
+    maps, layer = followed.maps, get_layer(traced, node)
+    joined, resized, is_nonzero = map(any, zip(*(maps[source] for source in sources), strict=True))
     is_product = name_operation(traced, node) in PRODUCTS
-    if not (joined or resized) and _changes_entries(traced, found, node):
+    if not (joined or resized) and _changes_entries(traced, followed, node):
         adds_maps = list(node.args) == sources and len(sources) == 2  # zeros to zeros
-        maps[node] = Maps(made=made or not adds_maps)
+        maps[node] = Maps(nonzero=is_nonzero or not adds_maps)
         return
-    if not (is_product and any(not maps[source].made for source in sources)):
-        ends = (source for source in sources if maps[source].made and source not in found.ends)
-        found.ends.extend(ends)
+    if not (is_product and any(not maps[source].nonzero for source in sources)):
+        ends = (source for source in sources if maps[source].nonzero and source not in followed.ends)
+        followed.ends.extend(ends)
     if axis == 1 and _treats_each_map(layer) and not joined:
-        found.followers.append(require_one_call(traced, str(node.target)))
+        followed.followers.append(require_one_call(traced, str(node.target)))
         end = find_norm(traced, node)
-        found.ends.append(end)
+        followed.ends.append(end)
         maps[end] = Maps(resized=resized)
     elif isinstance(layer, nn.modules.conv._ConvNd | nn.Linear):
-        found.readers.append(str(node.target))
+        followed.readers.append(str(node.target))
     elif axis == 1 and sum(part in maps for part in list_joined(node, dims)) == 1:
         maps[node] = Maps(joined=True)
     elif keeps_zeros(traced, node):
         maps[node] = Maps(joined, resized or name_operation(traced, node) in RESIZES)
     else:
-        found.others.append(node)
+        followed.others.append(node)
 
 
-def _changes_entries(traced: fx.GraphModule, found: Followed, node: fx.Node) -> bool:
+def _changes_entries(traced: fx.GraphModule, followed: Followed, node: fx.Node) -> bool:
     """Tell whether a node may make a constant of zeros, and of nothing that is read elsewhere, too."""
-    if keeps_zeros(traced, node) or not makes_constants(traced, node, found.maps):
+    if keeps_zeros(traced, node) or not makes_constants(traced, node, followed.maps):
         return False
-    return not works_in_place(traced, node) or all(len(source.users) == 1 for source in found.maps)
+    return not works_in_place(traced, node) or all(len(source.users) == 1 for source in followed.maps)
 
 
 def _treats_each_map(layer: nn.Module | None) -> bool:

@@ -15,15 +15,15 @@ def ends_in_products(traced: fx.GraphModule, node: fx.Node, zeros: Collection[fx
     Args:
         zeros: the nodes whose maps are.
     """
-    made, anew = {node}, set[fx.Node]()  # what shares no memory with the maps may be changed in place
+    results, anew = {node}, set[fx.Node]()  # what shares no memory with the maps may be changed in place
     for user in node.graph.nodes:
         is_product = user in zeros and name_operation(traced, user) in PRODUCTS
-        if user is not node and (is_product or made.isdisjoint(user.all_input_nodes)):
+        if user is not node and (is_product or results.isdisjoint(user.all_input_nodes)):
             continue
         first = user.all_input_nodes[0]
         if user.op == "output" or (works_in_place(traced, user) and first not in anew):
             return False
-        made.add(user)
+        results.add(user)
         if first in anew or name_operation(traced, user) in MAKES_ANEW:
             anew.add(user)
     return True

@@ -79,9 +79,9 @@ def list_joined(node: fx.Node, dims: int = 4) -> list[fx.Node]:
     """
     if node.op != "call_function" or get_operation_name(node) not in JOINS:
         return []
-    given = dict(zip(("tensors", "dim"), node.args, strict=False)) | node.kwargs
-    tensors = given.get("tensors")
-    if given.get("dim") not in (1, 1 - dims) or not isinstance(tensors, list | tuple):
+    arguments = dict(zip(("tensors", "dim"), node.args, strict=False)) | node.kwargs
+    tensors = arguments.get("tensors")
+    if arguments.get("dim") not in (1, 1 - dims) or not isinstance(tensors, list | tuple):
         return []
     nodes = [x for x in tensors if isinstance(x, fx.Node)]
     return nodes if len(nodes) == len(tensors) else []

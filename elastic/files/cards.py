@@ -42,7 +42,7 @@ def write_card(name: str, about: Mapping[str, Any], load: str = "elastic.load") 
 
 
 def _write_parts(name: str, about: Mapping[str, Any], load: str) -> str:
-    made, measured = about.get("made", {}), about.get("measured", {})
+    origin, measured = about.get("made", {}), about.get("measured", {})
     parts = [
         _write_head(name, about),
         f"# {name}",
@@ -53,7 +53,7 @@ def _write_parts(name: str, about: Mapping[str, Any], load: str) -> str:
         if measured
         else "",
         _write_use(f"{load}({json.dumps(name, ensure_ascii=False)})", measured),
-        f"## How it was made\n\n```bash\n{made['command']}\n```" if "command" in made else "",
+        f"## How it was made\n\n```bash\n{origin['command']}\n```" if "command" in origin else "",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -74,23 +74,23 @@ def _write_head(name: str, about: Mapping[str, Any]) -> str:
 
 
 def _write_facts(about: Mapping[str, Any]) -> str:
-    made = about.get("made", {})
+    origin = about.get("made", {})
     model = about.get("model", {})
-    versions = ", ".join(f"{key} {made[key]}" for key in ("git", "torch") if made.get(key))
+    versions = ", ".join(f"{key} {origin[key]}" for key in ("git", "torch") if origin.get(key))
     facts = {
-        "Data": made.get("data"),
+        "Data": origin.get("data"),
         "Network as first built": _write_call(model) if model else None,
-        "Methods": made.get("schedule"),
-        "Started from": made.get("init"),
-        "Learned from": made.get("teacher"),
-        "Epochs": made.get("epochs"),
-        "Seed": made.get("seed"),
+        "Methods": origin.get("schedule"),
+        "Started from": origin.get("init"),
+        "Learned from": origin.get("teacher"),
+        "Epochs": origin.get("epochs"),
+        "Seed": origin.get("seed"),
         "Input": _write_input(about["input"]) if "input" in about else None,
         "Mean, sd": f"{_list(about['mean'])}; {_list(about['std'])}"
         if {"mean", "std"} <= about.keys()
         else None,
         "Classes": ", ".join(map(str, about["classes"])) if "classes" in about else None,
-        "Trained on": made.get("device"),
+        "Trained on": origin.get("device"),
         "Code": versions or None,
         "Licence": about.get("licence"),
     }

@@ -69,5 +69,5 @@ def _measure_distance(actual: Tensor, expected: Tensor) -> Tensor:
     """Measure the largest difference of two tensors; what is infinite in both is the same."""
     a, b = actual.to(torch.complex128), expected.to(torch.complex128)
     differences, sizes = (a - b).abs()[a != b], b.abs()[b.isfinite()]
-    none, one = sizes.new_zeros(1), sizes.new_ones(1)
-    return torch.cat([none, differences]).max() / torch.cat([one, sizes]).max()
+    zero, unit = sizes.new_zeros(1), sizes.new_ones(1)
+    return torch.cat([zero, differences]).max() / torch.cat([unit, sizes]).max()

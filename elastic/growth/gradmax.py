@@ -85,23 +85,23 @@ def _orient(weight: Tensor, slot: Slot) -> Tensor:
 
 def _find_directions(probe: "_Probe", count: int, candidates: int, generator: torch.Generator) -> Tensor:
     """Find `count` unit directions in the joint fan-in of all layers that write the width, best first."""
-    tried = _draw_orthonormal(min(candidates, probe.fan_in), probe.fan_in, generator)
+    trials = _draw_orthonormal(min(candidates, probe.fan_in), probe.fan_in, generator)
     # Of a linear network the gradient is linear in the direction, and these singular vectors are the best.
-    vectors = torch.linalg.svd(probe.compute_gradients(tried), full_matrices=False).U
+    vectors = torch.linalg.svd(probe.compute_gradients(trials), full_matrices=False).U
     if len(vectors) > vectors.shape[1]:  # few weights read the width: all directions beyond are as good
         vectors = torch.linalg.qr(vectors, mode="complete").Q
-    directions = vectors.T @ tried
+    directions = vectors.T @ trials
     # The network is not linear, so what counts is measured: each direction or its opposite, and whether
     # together they do better than the best candidates as they are.
-    norms = probe.compute_gradients(torch.cat([directions, -directions, tried])).norm(dim=1)
-    norm_plus, norm_minus, norm_tried = norms.split([len(directions), len(directions), len(tried)])
+    norms = probe.compute_gradients(torch.cat([directions, -directions, trials])).norm(dim=1)
+    norm_plus, norm_minus, norm_tried = norms.split([len(directions), len(directions), len(trials)])
     signed = torch.where((norm_plus >= norm_minus)[:, None], directions, -directions)
     norm_signed = torch.maximum(norm_plus, norm_minus)
     top = norm_tried.argsort(descending=True, stable=True)[:count]
     is_better = norm_signed[:count].square().sum() >= norm_tried[top].square().sum()
-    best = signed[:count] if is_better else tried[top]
+    best = signed[:count] if is_better else trials[top]
     # Channels beyond the fan-in's entries have no direction of their own.
-    spare = torch.randn(max(0, count - len(tried)), probe.fan_in, generator=generator)
+    spare = torch.randn(max(0, count - len(trials)), probe.fan_in, generator=generator)
     return torch.cat([best, spare / spare.norm(dim=1, keepdim=True)])
 
 

@@ -62,9 +62,9 @@ class InParts(nn.Module):
         parts, batch = split_batch(inputs, MAX_SAMPLES), count_batch(inputs)
         if len(parts) <= 1:
             return self.net(*inputs)
-        outputs, done = [], 0
+        outputs, count = [], 0
         for part in parts:
             outputs.append(self.net(*part))
-            done += count_batch(part)
-            check_deadline(done / batch)
+            count += count_batch(part)
+            check_deadline(count / batch)
         return tree_map(lambda *tensors: torch.cat(tensors), *outputs)

@@ -103,7 +103,7 @@ def keep_best(
 ) -> nn.Module:
     """Make a network of these sizes, of the channels with the highest scores."""
     best = {name: rank_channels(scores[name], widths[name].size)[:size] for name, size in sizes.items()}
-    return reindex_copy(net, widths, {name: kept.sort().values for name, kept in best.items()})[0]
+    return reindex_copy(net, widths, {name: channels.sort().values for name, channels in best.items()})[0]
 
 
 def read_curves(path: str | Path) -> dict[str, list[Cut]]:

@@ -66,8 +66,8 @@ def level_sizes(
     if curves is None:
         return [_fit_budget(widths, names, budget, multiple, measure, by) for budget in levels]
     check_curves(curves, widths)
-    chosen = {name: curves[name] for name in names}
-    return _fit_curves(chosen, levels, lambda part: measure(tuple(part.values())), by, multiple)
+    own_curves = {name: curves[name] for name in names}
+    return _fit_curves(own_curves, levels, lambda part: measure(tuple(part.values())), by, multiple)
 
 
 def make_resized(net: nn.Module, widths: Widths, sizes: dict[str, int]) -> nn.Module:
@@ -128,13 +128,14 @@ def _fit_budget(
         sizes = (int(size * fraction) // multiple * multiple for size in full)
         return tuple(min(max(part, multiple), size) for part, size in zip(sizes, full, strict=True))
 
-    if (least := measure(take(0.0))) > budget:
+    if (minimum := measure(take(0.0))) > budget:
         raise StructureError(
-            f"no level is within {by}={budget:g}: {least:g} is the least; ask for more, or lower the multiple"
+            f"no level is within {by}={budget:g}: {minimum:g} is the least; ask for more, or lower the "
+            "multiple"
         )
-    if (most := measure(full)) <= budget:
+    if (maximum := measure(full)) <= budget:
         raise StructureError(
-            f"the whole network takes {by}={most:g}: a level below it needs a smaller budget"
+            f"the whole network takes {by}={maximum:g}: a level below it needs a smaller budget"
         )
     lower, upper = 0.0, 1.0
     if measure(take(upper)) <= budget:  # not the network, where the multiple does not divide a width

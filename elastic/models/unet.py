@@ -20,11 +20,11 @@ class UNet(nn.Module):
         self.head = nn.Conv2d(width, classes, 1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        seen: list[Tensor] = []
+        maps: list[Tensor] = []
         for block in self.down:
-            x_BCHW = block(F.max_pool2d(x_BCHW, 2) if seen else x_BCHW)
-            seen.append(x_BCHW)
-        for block, shallow_BCHW in zip(reversed(self.up), reversed(seen[:-1]), strict=True):
+            x_BCHW = block(F.max_pool2d(x_BCHW, 2) if maps else x_BCHW)
+            maps.append(x_BCHW)
+        for block, shallow_BCHW in zip(reversed(self.up), reversed(maps[:-1]), strict=True):
             enlarged_BCHW = F.interpolate(x_BCHW, size=shallow_BCHW.shape[2:])
             x_BCHW = block(torch.cat([enlarged_BCHW, shallow_BCHW], 1))
         logits_BKHW: Tensor = self.head(x_BCHW)

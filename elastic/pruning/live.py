@@ -93,8 +93,8 @@ def _drop_dead_channels(
     is_read, is_written = np.zeros((2, width.size), dtype=bool)
     for slot, line, positions in lines:
         if slot.role in ("in", "out") or slot.tensor == "bias":  # a constant is written, too
-            side = is_read if slot.role == "in" else is_written
-            side |= np.any(line.reshape(len(line), -1), axis=1)[positions].any(1)
+            lives_here = is_read if slot.role == "in" else is_written
+            lives_here |= np.any(line.reshape(len(line), -1), axis=1)[positions].any(1)
     lives = is_read & is_written
     for _, line, positions in lines:
         line[positions[~lives]] = False  # a view: the tensor's entries themselves

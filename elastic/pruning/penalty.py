@@ -27,9 +27,9 @@ def add_penalty_gradient(gates: Iterable[tuple[str, nn.Module, Gate]], penalty: 
         return
     scores: list[Tensor] = [gate.score for _, gate in layers]
     gradients = list(torch._foreach_sigmoid(scores))
-    closed = torch._foreach_mul(gradients, -1.0)
-    torch._foreach_add_(closed, 1.0)
-    torch._foreach_mul_(gradients, closed)  # σ' = σ · (1 − σ)
+    complements = torch._foreach_mul(gradients, -1.0)
+    torch._foreach_add_(complements, 1.0)
+    torch._foreach_mul_(gradients, complements)  # σ' = σ · (1 − σ)
     # Grace counts epochs: 1 − min(grace, 1) is 1 where none is left, else 0.
     counts = torch._foreach_clamp_max([gate.grace for _, gate in layers], 1.0)
     torch._foreach_mul_(counts, -1.0)

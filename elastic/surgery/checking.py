@@ -122,12 +122,12 @@ class _Probe:
         if not self._preserves(replica, widths, growth, expected):
             return "with fresh channels that nothing reads the network is another function"
         sizes = {name: widths[name].size for name in separate}
-        kept = {
+        survivors = {
             name: torch.randperm(n, generator=self.generator)[: -(-n // 2)].sort().values
             for name, n in sizes.items()
         }
-        _stop_reading(replica, widths, kept)
-        if not self._preserves(replica, widths, kept, self.run(replica)):
+        _stop_reading(replica, widths, survivors)
+        if not self._preserves(replica, widths, survivors, self.run(replica)):
             return "without channels that nothing reads the network is another function"
         return None
 

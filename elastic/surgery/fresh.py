@@ -93,8 +93,8 @@ def transfer(patch: Patch, generator: torch.Generator) -> Tensor:
     undo the scale; the statistics that they evaluate with need the next epoch to follow.
     """
     weight, std = _rescale(patch)
-    drawn = torch.randn(weight.shape, generator=generator).to(weight) * std
-    return torch.where(patch.rows, drawn, weight)
+    noise = torch.randn(weight.shape, generator=generator).to(weight) * std
+    return torch.where(patch.rows, noise, weight)
 
 
 def transfer_pair(patch: Patch, generator: torch.Generator) -> Tensor:
@@ -119,12 +119,12 @@ def _count_copies(source: Tensor) -> Tensor:
     return torch.where(source >= 0, torch.bincount(source[source >= 0], minlength=1)[source.clamp(min=0)], 0)
 
 
-def _add_signed(patch: Patch, weight: Tensor, drawn: Tensor) -> Tensor:
+def _add_signed(patch: Patch, weight: Tensor, noise: Tensor) -> Tensor:
     """Add to both columns of a channel that stands twice what is drawn for it, once with either sign."""
     source = patch.in_source
     is_second = source.eq(source[:, None]).tril(-1).any(1)
     sign = torch.where(_count_copies(source) == 2, torch.where(is_second, -1.0, 1.0), 0.0).to(weight)
-    shared = drawn.index_select(1, source.clamp(min=0))
+    shared = noise.index_select(1, source.clamp(min=0))
     return weight + shared * sign.view(1, -1, *[1] * (weight.dim() - 2))
 
 

@@ -92,10 +92,10 @@ def _read_sizes(state: Mapping[str, Tensor], widths: Widths, prefix: str) -> dic
         if not read:
             unknown = [name for name in widths if name not in sizes]
             beside = {s.layout: n for s, n in extents.items() if any(g.width in unknown for g in s.layout)}
-            solved = solve_sizes(unknown, beside, sizes)
-            if not solved:
+            solution = solve_sizes(unknown, beside, sizes)
+            if not solution:
                 raise StructureError(f"{REFUSAL}: it lacks width '{unknown[0]}'")
-            return sizes | solved
+            return sizes | solution
         sizes |= dict(reversed(read))  # the first one counts, should they differ
     return sizes
 

@@ -107,8 +107,8 @@ def _find_moves(widths: Widths, indices: Mapping[str, Tensor]) -> dict[tuple[str
 
 def _find_layers(root: nn.Module, moves: Mapping[tuple[str, str], list[Move]]) -> Layers:
     """Find the layers that follow, by their paths; a layer that has several is listed by one only."""
-    listed = dict(root.named_modules())
-    return {path: listed.get(path) or root.get_submodule(path) for path, _ in moves}
+    modules = dict(root.named_modules())
+    return {path: modules.get(path) or root.get_submodule(path) for path, _ in moves}
 
 
 def _index_positions(widths: Widths, slot: Slot, indices: Mapping[str, Tensor]) -> Tensor:

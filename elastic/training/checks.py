@@ -46,11 +46,11 @@ def check_changeable(structure: Structure, method: str) -> None:
     Raises:
         TrainingError: it has levels, or kernel activation modules.
     """
-    what = "levels" if structure.levels is not None else "kernel activation modules"
+    parts = "levels" if structure.levels is not None else "kernel activation modules"
     if structure.levels is not None or structure.dynamic_nets:
         raise TrainingError(
-            f"the network has {what}, which would not follow what {method} changes: run {method} first, in a "
-            "module without them"
+            f"the network has {parts}, which would not follow what {method} changes: run {method} first, "
+            "in a module without them"
         )
 
 

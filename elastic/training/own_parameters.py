@@ -207,8 +207,8 @@ def check_followed(optimizer: torch.optim.Optimizer) -> None:
 
 def _step_once(follower: torch.optim.Optimizer, trial: nn.Parameter) -> None:
     """Step a parameter with a follower, which leaves what the user's optimizer holds as it is."""
-    held = vars(follower).items()
-    vars(follower).update({k: copy.copy(v) for k, v in held if isinstance(v, dict | list | set)})
+    attributes = vars(follower).items()
+    vars(follower).update({k: copy.copy(v) for k, v in attributes if isinstance(v, dict | list | set)})
     trial.grad = torch.ones_like(trial)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")

@@ -48,8 +48,8 @@ class UsedAttributes:
 
     def keep_others(self, node: fx.Node) -> None:
         """Keep the attributes as they are that a node is given and has not let follow."""
-        given = map(resolve_sizes, (*node.args, *node.kwargs.values()))
-        arguments = (value for value in given if type(value) is not fx.Node)
+        values = map(resolve_sizes, (*node.args, *node.kwargs.values()))
+        arguments = (value for value in values if type(value) is not fx.Node)
         for size in (size for value in arguments for size in _list_sizes(value)):
             if not any(size is other for other in self._followed):
                 for view in (size, *size.others):

@@ -45,8 +45,8 @@ def collect_widths(elements: ChannelUnion, records: Records) -> Widths:
     widths = {}
     for name, members in groups.free().items():
         numbers = mixed.numbers[members]
-        noted = members[numbers >= 0]
-        norm = mixed.get(noted[0]) if len(noted) else None
+        mixed_members = members[numbers >= 0]
+        norm = mixed.get(mixed_members[0]) if len(mixed_members) else None
         widths[name] = Width(name, len(members), tuple(slots[name]), norm)
     return Widths(widths, groups.reasons)
 
@@ -94,12 +94,12 @@ def _mark_occurrences(axes: Sequence[Axis], size: int) -> NDArray[np.uint64]:
     """
     marks = np.zeros(size, dtype=np.uint64)
     random = np.random.Generator(np.random.PCG64(0))
-    drawn: dict[int, NDArray[np.uint64]] = {}
+    marks_by_count: dict[int, NDArray[np.uint64]] = {}
     for i, axis in enumerate(axes):
         for n, members in _split_by_count(axis):
-            if n not in drawn:
-                drawn[n] = random.integers(0, 2**63, len(axes), dtype=np.uint64) << np.uint64(1)
-            marks[members] += drawn[n][i]
+            if n not in marks_by_count:
+                marks_by_count[n] = random.integers(0, 2**63, len(axes), dtype=np.uint64) << np.uint64(1)
+            marks[members] += marks_by_count[n][i]
     return marks
 
 

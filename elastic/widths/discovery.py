@@ -141,16 +141,16 @@ def _find_inseparable(widths: Widths) -> dict[str, str]:
     Where channels of two widths lie side by side on every tensor, only an attribute knows how many are whose.
     """
     unknown = [name for name in widths if not _is_told(widths, name, widths)]
-    while left := [name for name in unknown if not _is_told(widths, name, unknown)]:
-        if len(left) == len(unknown):
+    while remaining := [name for name in unknown if not _is_told(widths, name, unknown)]:
+        if len(remaining) == len(unknown):
             break
-        unknown = left
+        unknown = remaining
     reasons: dict[str, str] = {}
-    while left and (spans := find_spans(left, list_layouts(widths, left))):
-        name = next(name for name in left if name in spans)
+    while remaining and (spans := find_spans(remaining, list_layouts(widths, remaining))):
+        name = next(name for name in remaining if name in spans)
         others = " and ".join(other for other in spans if other != name)
         reasons[name] = f"no tensor tells its channels from those of {others}"
-        left.remove(name)
+        remaining.remove(name)
     return reasons
 
 

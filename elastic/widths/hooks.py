@@ -50,14 +50,14 @@ def quiet_hooks(model: nn.Module) -> Iterator[None]:
 def _list_containers(model: nn.Module) -> list[Any]:
     """List what hooks can keep things in: containers, and attributes of objects, that they hold."""
     parts = set(map(id, model.modules()))
-    found: dict[int, Any] = {}
+    containers: dict[int, Any] = {}
     pending: list[Any] = [hook for _, _, hook in list_hooks(model)]
     pending += (node.target for graph in _list_graphs(model) for node in graph.nodes if is_look(node))
     while pending:
         value = pending.pop()
         if isinstance(value, CONTAINERS):
-            if id(value) not in found:
-                found[id(value)] = value
+            if id(value) not in containers:
+                containers[id(value)] = value
                 pending += _select_containers(value.values() if isinstance(value, dict) else value)
         elif isinstance(value, partial):
             pending += (value.func, *value.args, *value.keywords.values())
@@ -69,9 +69,11 @@ def _list_containers(model: nn.Module) -> list[Any]:
             pending += (cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell))
         elif hasattr(value, "__dict__") and not isinstance(value, KEEP_NOTHING) and id(value) not in parts:
             attributes = vars(value)
-            found[id(attributes)] = attributes
-            pending += _select_containers(kept for name, kept in attributes.items() if name not in INTERNAL)
-    return list(found.values())
+            containers[id(attributes)] = attributes
+            pending += _select_containers(
+                content for name, content in attributes.items() if name not in INTERNAL
+            )
+    return list(containers.values())
 
 
 def _list_graphs(model: nn.Module) -> list[fx.Graph]:

@@ -62,15 +62,15 @@ def draw_inputs(
     inputs, batch = list_inputs(example), count_batch(example)
     embeddings = (m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag))
     rows = min((embedding.num_embeddings for embedding in embeddings), default=FEW)
-    drawn = []
+    tensors = []
     for x in inputs:
         has_batch = samples is not None and x.dim() > 0 and len(x) == batch
         shape = (samples, *x.shape[1:]) if has_batch else x.shape
         if x.is_floating_point() or x.is_complex():
-            drawn.append(torch.randn(shape, generator=generator).to(x.dtype))  # type: ignore[arg-type]
+            tensors.append(torch.randn(shape, generator=generator).to(x.dtype))  # type: ignore[arg-type]
         else:
-            drawn.append(_spread(torch.Size(shape), _count_values(x, rows), generator).to(x.dtype))  # type: ignore[arg-type]
-    return drawn
+            tensors.append(_spread(torch.Size(shape), _count_values(x, rows), generator).to(x.dtype))  # type: ignore[arg-type]
+    return tensors
 
 
 def _count_values(x: Tensor, rows: int) -> int:

@@ -47,9 +47,9 @@ class AxisTracker:
         self.layers = dict(model.named_modules())
         self.elements, self.records = elements, records
         self._attributes = UsedAttributes(elements, records, graph.computed_sizes)  # type: ignore[attr-defined]
-        self._hooked = watch_hooks(self.layers)
+        self._hooked_layers = watch_hooks(self.layers)
         self._recorded: list[Axis] = []  # what the rule of this node has recorded
-        self._united: list[tuple[Axis, Axis]] = []  # what it has let agree
+        self._united_pairs: list[tuple[Axis, Axis]] = []  # what it has let agree
         self._aliases: dict[fx.Node, list[fx.Node]] = {}  # nodes that give one and the same tensor
         self._originals: dict[tuple[str, str], Tensor | None] = {}
         self._shared: dict[tuple[int, int], Axis] = {}  # by the identity of a tensor, and its dimension
@@ -85,7 +85,7 @@ class AxisTracker:
                 node.meta[SIZE] = multiple
         else:
             node.meta["axes"] = self._find_axes(node, value)
-        if self._hooked and node.op == "call_module" and str(node.target) in self._hooked:
+        if self._hooked_layers and node.op == "call_module" and str(node.target) in self._hooked_layers:
             axes = [*list_axes(node.meta["axes"]), *self._list_input_axes(node)]
             self.fix(axes, node, "has a hook that may change them")
         if changes_tensor(node):
@@ -197,7 +197,7 @@ class AxisTracker:
             self._fix_inputs(node, "cannot be followed")
             return _untracked(value)
         try:
-            self._recorded, self._united = [], []
+            self._recorded, self._united_pairs = [], []
             axes = rule(self, node)
             _check(axes, value)
             self._fix_lost(node, axes)
@@ -213,14 +213,14 @@ class AxisTracker:
 
     def _fix_lost(self, node: fx.Node, axes: Tracked) -> None:
         """Fix what a rule neither carries on nor records: nothing is known of what became of it."""
-        kept = [*list_axes(axes), *self._recorded]
-        own = set(map(id, kept))
-        for pair in self._united:
+        followed = [*list_axes(axes), *self._recorded]
+        own = set(map(id, followed))
+        for pair in self._united_pairs:
             if not own.isdisjoint(map(id, pair)):
                 own.update(map(id, pair))
         lost = [axis for axis in self._list_input_axes(node) if id(axis) not in own]
-        if lost and not self.elements.includes(kept, lost):
-            roots = self.elements.represent(np.concatenate([*kept, np.empty(0, np.int64)]))
+        if lost and not self.elements.includes(followed, lost):
+            roots = self.elements.represent(np.concatenate([*followed, np.empty(0, np.int64)]))
             lost = [axis[~np.isin(self.elements.represent(axis), roots)] for axis in lost]
             self.fix(lost, node, "does not carry them on")
 
@@ -259,8 +259,8 @@ class AxisTracker:
         original = self._fetch_original(module, tensor)
         if axis is None or (original is None and is_stored(tensor)):
             return
-        known, first = self.records.get((module, tensor, dim), ("per_channel", axis))
-        self.records[module, tensor, dim] = (role if known == "per_channel" else known), first
+        role_before, first = self.records.get((module, tensor, dim), ("per_channel", axis))
+        self.records[module, tensor, dim] = (role if role_before == "per_channel" else role_before), first
         self.elements.unite(first, axis)
         self._recorded.append(axis)
         if original is not None:  # one parameter may serve several layers
@@ -301,7 +301,7 @@ class AxisTracker:
             self.fix([first, second], node, "joins a part that never changes")
         else:
             self.elements.unite(first, second)
-            self._united.append((first, second))
+            self._united_pairs.append((first, second))
 
     def fix(self, axes: Sequence[Axis | None], node: fx.Node, reason: str) -> None:
         if any(axis is not None for axis in axes):

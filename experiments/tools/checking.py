@@ -123,10 +123,11 @@ def _check_names(cfg: DictConfig) -> None:
 def _check_length(trainer: Mapping[str, Any]) -> None:
     """Refuse a run that would have to last longer than it may."""
     for unit in ("epochs", "steps"):
-        least, most = (trainer.get(f"{end}_{unit}") or -1 for end in ("min", "max"))
-        if 0 < most < least:
+        minimum, maximum = (trainer.get(f"{end}_{unit}") or -1 for end in ("min", "max"))
+        if 0 < maximum < minimum:
             raise OptionError(
-                f"trainer.min_{unit}={least} cannot be, trainer.max_{unit} is {most}: lower it, or raise that"
+                f"trainer.min_{unit}={minimum} cannot be, trainer.max_{unit} is {maximum}: lower it, or "
+                "raise that"
             )
 
 
@@ -150,9 +151,9 @@ def _check_objectives(content: Mapping[str, Any]) -> None:
     numbers = (f"val/{metric}", f"test/{metric}", *NUMBERS)
     objectives = content.get("objectives", numbers[:1])
     targets = [node["_target_"] for node in content["callbacks"].values() if node is not None]
-    known = all(target.startswith(("elastic.", "lightning.")) for target in targets)
+    are_known = all(target.startswith(("elastic.", "lightning.")) for target in targets)
     for name in objectives or [""]:
-        if name not in numbers and (known or not name):
+        if name not in numbers and (are_known or not name):
             close = difflib.get_close_matches(name, numbers, 1)
             remedy = f"did you mean {close[0]}?" if close else f"there are {', '.join(numbers)}"
             raise OptionError(f"objectives={objectives} cannot be, no summary has '{name}': {remedy}")
@@ -205,9 +206,9 @@ def _check_node(cfg: DictConfig, key: str, node: Any) -> None:
             hint = signature.parameters[name].hint if name in signature.parameters else str
             raise OptionError(f"{key}.{name} is missing: set it to {describe(hint)}")
     if not node.get("_partial_") and not node.get("_args_"):
-        given = {*node, *FURTHER.get(key, ())}
+        names = {*node, *FURTHER.get(key, ())}
         for name, parameter in signature.parameters.items():
-            if parameter.default is inspect.Parameter.empty and name not in given:
+            if parameter.default is inspect.Parameter.empty and name not in names:
                 raise OptionError(
                     f"{key}.{name} is missing: {explain(name, None, parameter.hint).partition(': ')[2]}"
                 )
@@ -252,8 +253,8 @@ def _as_whole(value: Any) -> Any:
 
 
 def _is_default(value: Any, parameter: Parameter) -> bool:
-    same = type(value) is type(parameter.default) and value == parameter.default
-    return same and not parameter.is_bounded
+    is_equal = type(value) is type(parameter.default) and value == parameter.default
+    return is_equal and not parameter.is_bounded
 
 
 def _explain_unknown(key: str, name: str, signature: Signature) -> str:

@@ -63,7 +63,7 @@ def check_words(words: Sequence[str]) -> None:
         OptionError: a flag is unknown, or stands between options; a choice is no name; a folder is a
             file, or that of one run where there are several.
     """
-    known, unknown = get_args_parser().parse_known_args(words)
+    flags_known, unknown = get_args_parser().parse_known_args(words)
     if flags := [word for word in unknown if word.startswith("-")]:
         raise OptionError(f"there is no {flags[0]}: see --help")
     if unknown:
@@ -74,7 +74,7 @@ def check_words(words: Sequence[str]) -> None:
             raise OptionError(f"{word} names no folder: name one, or leave it out")
         if key in ("run", "hydra.run.dir") and (file := _find_file(value)):
             raise OptionError(f"{word} cannot be, {file} is a file: name a folder")
-        if key == "run" and known.multirun:
+        if key == "run" and flags_known.multirun:
             raise OptionError(f"{word} is the folder of one run: with -m name all runs' by hydra.sweep.dir=…")
         if equals and not key:
             raise OptionError(f"{word} names no option: write <option>{word}")
@@ -124,8 +124,8 @@ def find_replaced(overrides: Sequence[Override], choices: Mapping[str, str | Non
     if experiment is None or not named:
         return []
     composed = compose("config", [f"experiment={experiment}"], return_hydra_config=True)
-    proposed = composed.hydra.runtime.choices
-    return [name for name in named if choices.get(name) != proposed.get(name)]
+    defaults = composed.hydra.runtime.choices
+    return [name for name in named if choices.get(name) != defaults.get(name)]
 
 
 def compose_alone(overrides: Sequence[Override], groups: Sequence[str]) -> dict[str, DictConfig]:
@@ -222,8 +222,12 @@ def _explain_option(error: ConfigCompositionException, cause: OmegaConfBaseExcep
     names = _list_names(parent)
     close = difflib.get_close_matches(key.rpartition(".")[2], names, 1)
     if close:
-        near = [f"{path}.{close[0]}" if path else close[0]]
+        neighbours = [f"{path}.{close[0]}" if path else close[0]]
     else:
-        near = list(_find_paths(parent, key)) if "." not in key else []
-    remedy = f"did you mean {' or '.join(near)}?" if near else f"{path or 'a run'} has {', '.join(names)};"
+        neighbours = list(_find_paths(parent, key)) if "." not in key else []
+    remedy = (
+        f"did you mean {' or '.join(neighbours)}?"
+        if neighbours
+        else f"{path or 'a run'} has {', '.join(names)};"
+    )
     return f"there is no option {key}: {remedy} a new one is added by +{line}"

@@ -112,8 +112,8 @@ def explain_faults() -> Iterator[SettingUp]:
     except THEIRS:
         raise
     except Exception as error:
-        if setting_up.has_begun and (what := _find_process(error)):
-            raise TrainingError(f"{what}: go on with elastic train run={setting_up.folder}") from error
+        if setting_up.has_begun and (end := _find_process(error)):
+            raise TrainingError(f"{end}: go on with elastic train run={setting_up.folder}") from error
         if setting_up.has_begun and _is_of_callbacks(error):
             raise TrainingError(f"{cite(error)}: look at the callbacks") from error
         if setting_up.has_begun:
@@ -157,10 +157,10 @@ def check_processes(trainer: L.Trainer) -> None:
     """
     if trainer.world_size == 1:
         return
-    most = max(MOST, os.cpu_count() or 1)
-    if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > most:
+    maximum = max(MOST, os.cpu_count() or 1)
+    if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > maximum:
         raise TrainingError(
-            f"{trainer.num_devices} processes on this CPU: set trainer.devices to {most} or less"
+            f"{trainer.num_devices} processes on this CPU: set trainer.devices to {maximum} or less"
         )
     if forks_others(trainer):
         raise TrainingError("such processes take the result along as they end: set trainer.strategy=ddp")

@@ -49,8 +49,8 @@ def run(main: Callable[[], Any]) -> None:
         if is_full:
             raise cause from cause.__cause__
         rank = int(os.environ.get("LOCAL_RANK", 0))
-        where = f"process {rank + 1}: " if rank else ""
-        print(f"error: {where}{format_error(cause)}", file=sys.stderr)
+        prefix = f"process {rank + 1}: " if rank else ""
+        print(f"error: {prefix}{format_error(cause)}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -41,10 +41,10 @@ class RunMark(L.Callback):
 
     def __init__(self, cfg: DictConfig) -> None:
         parts: Any = OmegaConf.to_container(make_portable(cfg), resolve=False)
-        kept = {key: parts.get(key) for key in ("seed", "task", "model", "optimizer", "init")}
-        kept["data"] = {key: value for key, value in parts["data"].items() if key not in PLACES}
-        kept["callbacks"] = sorted(name for name, node in parts["callbacks"].items() if node is not None)
-        self.digest = sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+        content = {key: parts.get(key) for key in ("seed", "task", "model", "optimizer", "init")}
+        content["data"] = {key: value for key, value in parts["data"].items() if key not in PLACES}
+        content["callbacks"] = sorted(name for name, node in parts["callbacks"].items() if node is not None)
+        self.digest = sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
         return {"run": self.digest}

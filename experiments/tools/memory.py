@@ -59,30 +59,32 @@ def measure_start(cfg: DictConfig, data: ImageData) -> int:
 
 def measure_training(net: nn.Module, x_BCHW: Tensor) -> int:
     """Measure the bytes of a step of training: parameters, gradients, and what is kept for these."""
-    kept: dict[int, torch.UntypedStorage] = {}  # by address: an activation is kept by what makes and reads it
+    storages: dict[
+        int, torch.UntypedStorage
+    ] = {}  # by address: an activation is kept by what makes and reads it
 
     def keep(tensor: Tensor) -> Any:
         """Keep what the tensor lies in, not the tensor: it would hold the network, and be held by it."""
         storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage
+        storages[storage._cdata] = storage
 
     with saved_tensors_hooks(keep, lambda kept: kept):  # nothing asks for it
         net.train()(x_BCHW)
     own = {tensor.untyped_storage()._cdata for tensor in (*net.parameters(), *net.buffers())}
     weights = COPIES * sum(parameter.nbytes for parameter in net.parameters())
-    return weights + sum(storage.nbytes() for address, storage in kept.items() if address not in own)
+    return weights + sum(storage.nbytes() for address, storage in storages.items() if address not in own)
 
 
 def find_memory() -> int | None:
     """Find how much memory is left for this process, if the system tells."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        found = [sum(1024 * int(line.split()[1]) for line in lines if line.startswith(LEFT))]
+        sizes = [sum(1024 * int(line.split()[1]) for line in lines if line.startswith(LEFT))]
     except (OSError, ValueError):
         return None
     for limit in LIMITS:
         try:
-            found.append(int(Path(limit).read_text()))
+            sizes.append(int(Path(limit).read_text()))
         except (OSError, ValueError):  # there is none
             continue
-    return min(found)
+    return min(sizes)

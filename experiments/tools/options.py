@@ -85,13 +85,13 @@ class Option:
 def list_options(function: Callable[..., Any]) -> dict[str, Option]:
     """List the options of a function by name."""
     hints, helps = get_type_hints(function), read_helps(inspect.getdoc(function) or "")
-    bounded = get_type_hints(function, include_extras=True)
+    bounded_hints = get_type_hints(function, include_extras=True)
     options = {}
     for name, parameter in inspect.signature(function).parameters.items():
         is_union = get_origin(hints[name]) in (Union, types.UnionType)
         kinds = [kind for kind in get_args(hints[name]) or [hints[name]] if kind is not type(None)]
         options[name] = Option(
-            name, kinds[0], is_union, parameter.default, helps.get(name, ""), bounded[name]
+            name, kinds[0], is_union, parameter.default, helps.get(name, ""), bounded_hints[name]
         )
     return options
 
@@ -157,9 +157,9 @@ def call(function: Callable[..., T]) -> T:
     if any(word in HELP for word in words):
         print(describe(function, f"elastic {Path(sys.argv[0]).stem}"))
         raise SystemExit(0)
-    trusted = [word for word in words if word.startswith(TRUST) and reads_runs(function)]
-    for word in trusted:
+    trust_words = [word for word in words if word.startswith(TRUST) and reads_runs(function)]
+    for word in trust_words:
         from elastic.experiments.tools.trust import trust_modules  # which imports much
 
         trust_modules(name.strip() for name in word.removeprefix(TRUST).strip("[]").split(","))
-    return function(**read_options(function, [word for word in words if word not in trusted]))
+    return function(**read_options(function, [word for word in words if word not in trust_words]))

@@ -77,9 +77,9 @@ def _observe(children: Sequence["subprocess.Popen[bytes]"]) -> None:
 def _end(rank: int, end: "os.waitid_result", processes: Sequence[int]) -> NoReturn:
     time.sleep(PATIENCE_S)
     by_code = end.si_code == os.CLD_EXITED
-    how = f"with exit code {end.si_status}" if by_code else f"by {signal.Signals(end.si_status).name}"
+    cause = f"with exit code {end.si_status}" if by_code else f"by {signal.Signals(end.si_status).name}"
     print(
-        f"error: process {rank + 1} of {len(processes) + 1} has ended {how}: {describe_next()}",
+        f"error: process {rank + 1} of {len(processes) + 1} has ended {cause}: {describe_next()}",
         file=sys.stderr,
         flush=True,
     )

@@ -154,8 +154,8 @@ def fit_column(column: Column, arms: Sequence[Arm]) -> Column:
     if not means:
         return replace(column, head=column.head.format("T"))
     if "{}" in column.head:
-        most = min(max(means), min(means) / (0.5 * 0.1**column.digits))
-        prefix, unit = next(((p, u) for p, u in PREFIXES.items() if most >= u), ("", 1.0))
+        maximum = min(max(means), min(means) / (0.5 * 0.1**column.digits))
+        prefix, unit = next(((p, u) for p, u in PREFIXES.items() if maximum >= u), ("", 1.0))
         column = replace(column, head=column.head.format(prefix), scale=1 / unit)
     smallest = column.scale * min(means)
     if smallest < 0.5 * 0.1**column.digits:  # it would be shown as zero: two digits of it, then, for all

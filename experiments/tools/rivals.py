@@ -33,16 +33,16 @@ def make_rivals(net: nn.Module, inputs: Sequence[Tensor], threads: int) -> dict[
 
 
 def _open_runtimes(net: nn.Module, example: Tensor, threads: int) -> dict[str, Execution]:
-    opened: dict[str, Execution] = {}
+    runtimes: dict[str, Execution] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, ending in RUNTIMES.items():
             path = Path(folder, f"network{ending}")
             try:
                 export(net, example, path)
-                opened[name] = unpack(open_exported(path, threads))
+                runtimes[name] = unpack(open_exported(path, threads))
             except FileError as error:
                 print(error)
-    return opened
+    return runtimes
 
 
 def unpack(execution: Callable[[Tensor], Sequence[Tensor]]) -> Callable[[Tensor], Any]:

@@ -25,7 +25,7 @@ class Interrupted(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
-        self.arrived = threading.Event()
+        self.arrival = threading.Event()
 
 
 def end_on_signals() -> None:
@@ -62,7 +62,7 @@ def advise(advice: Callable[[], str]) -> None:
 
 def stop(interrupted: Interrupted) -> NoReturn:
     """Say that a signal has ended the command, and how to go on, and exit as a shell has it."""
-    interrupted.arrived.set()
+    interrupted.arrival.set()
     number = interrupted.number
     for ignored in SIGNALS:
         signal.signal(ignored, signal.SIG_IGN)
@@ -106,5 +106,5 @@ def _raise(number: int, frame: FrameType | None) -> None:
 
 def _repeat(interrupted: Interrupted) -> None:
     """Send a signal once more: an exception that comes in a destructor, say, is lost."""
-    if not interrupted.arrived.wait(PATIENCE_S):
+    if not interrupted.arrival.wait(PATIENCE_S):
         os.kill(os.getpid(), interrupted.number)

@@ -107,13 +107,13 @@ def read_signature(thing: Any) -> Signature:
     others = False
     for function in _list_constructors(thing) if inspect.isclass(thing) else [thing]:
         try:
-            found = list(inspect.signature(function).parameters.values())
+            own_parameters = list(inspect.signature(function).parameters.values())
         except (TypeError, ValueError):  # written in C
             return Signature(parameters, True)
-        for parameter in found[inspect.isclass(thing) :]:
+        for parameter in own_parameters[inspect.isclass(thing) :]:
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
                 parameters.setdefault(parameter.name, _read_parameter(function, parameter))
-        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in found):
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in own_parameters):
             break
         # A function hands them on to whatever it likes, as do others' classes.
         others = others or not inspect.isclass(thing) or not _is_ours(function)
@@ -122,8 +122,8 @@ def read_signature(thing: Any) -> Signature:
 
 def _list_constructors(thing: type) -> list[Any]:
     """List the constructor of a class, and of one of ours those that it hands options on to."""
-    found = [vars(base)["__init__"] for base in thing.__mro__ if "__init__" in vars(base)]
-    return found if any(map(_is_ours, thing.__mro__)) else found[:1]
+    constructors = [vars(base)["__init__"] for base in thing.__mro__ if "__init__" in vars(base)]
+    return constructors if any(map(_is_ours, thing.__mro__)) else constructors[:1]
 
 
 def _is_ours(thing: Any) -> bool:
@@ -139,5 +139,5 @@ def _read_parameter(function: Any, parameter: inspect.Parameter) -> Parameter:
 def _find_bounds(function: Any) -> Mapping[str, Any]:
     """Find what is said here of the options of others' classes, by where their constructor is defined."""
     module = getattr(function, "__module__", "") or ""
-    found = (ranges for package, ranges in THEIRS.items() if f"{module}.".startswith(f"{package}."))
-    return next(found, {})
+    candidates = (ranges for package, ranges in THEIRS.items() if f"{module}.".startswith(f"{package}."))
+    return next(candidates, {})

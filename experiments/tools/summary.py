@@ -160,8 +160,8 @@ def find_revision() -> str | None:
     if not (CHECKOUT / "pyproject.toml").exists() or shutil.which("git") is None:
         return None  # installed, there may be a repository around it, of something else
     command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
+    process = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    return process.stdout.strip() or None
 
 
 # --- the tables at the end of a run ---------------------------------------------------------------

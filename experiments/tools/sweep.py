@@ -156,10 +156,10 @@ class Sweep(Callback):
         raw: Any = OmegaConf.to_container(config.hydra.sweep, resolve=False)
         if not raw["subdir"].startswith(SUBDIR):  # names of the user's own
             names = []
-        done = count_states(folder, stale, names)[0]
+        finished = count_states(folder, stale, names)[0]
         Sweep.folder = folder
         advise(lambda: f"{AGAIN}, the sweep in {folder} goes on")
-        plan = {"runs": runs, "names": names, "since": since, "behind": done, "stale": stale}
+        plan = {"runs": runs, "names": names, "since": since, "behind": finished, "stale": stale}
         write_atomically(folder / PLAN, lambda part: part.write_text(json.dumps(plan) + "\n"))
         if sweeper.get("storage") is not None:
             sweeper.n_trials = count_remaining(sweeper)
@@ -226,18 +226,18 @@ def count_states(folder: Path, stale: Mapping[str, int], names: Collection[str])
     """
     present = [run for run in folder.iterdir() if (run / CONFIG).exists() or (run / FAILED).exists()]
     runs = [run for run in present if not names or run.name in names]
-    done = sum((run / SUMMARY).exists() for run in runs)
+    finished = sum((run / SUMMARY).exists() for run in runs)
     notes = [note for note in list_notes(folder) if note.parent in runs]
     failed = sum(note.stat().st_mtime_ns != stale.get(note.parent.name) for note in notes)
-    return done, len(runs) - done - len(notes), failed
+    return finished, len(runs) - finished - len(notes), failed
 
 
 def describe_progress(folder: Path) -> str:
     """Describe how far a sweep is, and how long it takes yet if it goes on as it has since it was started."""
     plan = json.loads((folder / PLAN).read_text())
-    done, running, failed = count_states(folder, plan["stale"], plan["names"])
-    ended = done + failed - plan["behind"]
-    remaining = plan["runs"] - done - failed
-    minutes = max(0.0, time.time() - plan["since"]) / max(ended, 1) * remaining / 60
-    text = f"{folder}: {done} of {plan['runs']} done, {running} running, {failed} failed"
-    return f"{text}; about {minutes:.0f} min left" if remaining > 0 and ended > 0 else text
+    finished, running, failed = count_states(folder, plan["stale"], plan["names"])
+    progress = finished + failed - plan["behind"]
+    remaining = plan["runs"] - finished - failed
+    minutes = max(0.0, time.time() - plan["since"]) / max(progress, 1) * remaining / 60
+    text = f"{folder}: {finished} of {plan['runs']} done, {running} running, {failed} failed"
+    return f"{text}; about {minutes:.0f} min left" if remaining > 0 and progress > 0 else text

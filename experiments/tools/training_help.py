@@ -44,10 +44,10 @@ def describe_training() -> str:
 
 def _describe_groups(defaults: list[Any]) -> Iterator[str]:
     for entry in (entry for entry in defaults if isinstance(entry, dict)):
-        ((group, proposed),) = entry.items()
+        ((group, default_choice),) = entry.items()
         if group.startswith("override ") or group in HIDDEN:
             continue
-        default = proposed if isinstance(proposed, list) else [proposed]
+        default = default_choice if isinstance(default_choice, list) else [default_choice]
         choices = (f"[{name}]" if name in default else name for name in list_choices(group))
         note = " (one or a list)" if group in LISTS else ""
         text = f"  {group + '=':<14} {', '.join(choices)}{note}"

@@ -68,7 +68,7 @@ def test_a_signal_ends_a_servers_processes_before_it_ends_the_server(
     with pytest.raises(Interrupted) as caught, raise_on_signals(), end_children():
         os.kill(os.getpid(), number)
         pytest.fail("a signal was lost")
-    caught.value.arrived.set()
+    caught.value.arrival.set()
     assert killed[0] is child
 
 

@@ -93,7 +93,9 @@ def _have_samples(values: Sequence[Value]) -> bool:
 
 def _unflatten(tensors: list[Tensor], is_list: list[bool]) -> tuple[Value, ...]:
     rest = iter(tensors)
-    return tuple(Active(next(rest), next(rest), next(rest)) if listed else next(rest) for listed in is_list)
+    return tuple(
+        Active(next(rest), next(rest), next(rest)) if is_active else next(rest) for is_active in is_list
+    )
 
 
 def fuse(traced: fx.GraphModule, is_call: Callable[[fx.Node], bool]) -> None:

@@ -35,8 +35,8 @@ def split(tracker: Tracker, node: fx.Node) -> tuple[Axes, ...]:
     x, dim, lengths = _read_parts(node)
     sizes = get_argument(node, 1, "split_size_or_sections", "split_size", "split_sizes")
     parts = _set_side_by_side(x, dim, lengths)
-    listed = sizes if isinstance(sizes, tuple | list) else [sizes]
-    if any(isinstance(size, SizeAttribute) for size in listed):
+    sections = sizes if isinstance(sizes, tuple | list) else [sizes]
+    if any(isinstance(size, SizeAttribute) for size in sections):
         if cut := [axis for part in parts if (axis := part[dim]) is not None]:  # all or none
             _let_sizes_follow(tracker, node, sizes, cut)
         return parts
@@ -101,8 +101,8 @@ def get_item(tracker: Tracker, node: fx.Node) -> Tracked:
     tracker.drop(list_axes(parts))  # what is not picked is not read here
     if isinstance(get_value(source), Tensor):
         return _index(tracker, node, parts or (), index)
-    picked: Tracked = parts[index] if parts else None
-    return picked
+    part: Tracked = parts[index] if parts else None
+    return part
 
 
 def set_item(tracker: Tracker, node: fx.Node) -> Axes:
@@ -162,10 +162,10 @@ def _index(tracker: Tracker, node: fx.Node, x: Axes, index: object) -> Axes:
     items = list(index) if isinstance(index, tuple) else [index]
     if Ellipsis in items:
         place = items.index(Ellipsis)
-        indexed = len(items) - 1 - items.count(None)
-        items[place : place + 1] = [slice(None)] * (len(x) - indexed)
+        dims = len(items) - 1 - items.count(None)
+        items[place : place + 1] = [slice(None)] * (len(x) - dims)
     y: list[Axis | None] = []
-    rest, picked = iter(x), False
+    rest, has_list = iter(x), False
     for item in items:
         if item is None:
             y.append(None)
@@ -173,8 +173,8 @@ def _index(tracker: Tracker, node: fx.Node, x: Axes, index: object) -> Axes:
             y.append(_slice(tracker, node, next(rest), item))
         elif isinstance(get_value(item), int):
             tracker.fix([next(rest)], node, "picks single channels")
-        elif isinstance(value := get_value(item), Tensor) and value.dtype != torch.bool and not picked:
-            picked = True
+        elif isinstance(value := get_value(item), Tensor) and value.dtype != torch.bool and not has_list:
+            has_list = True
             tracker.fix([next(rest)], node, "picks channels by a list")
             y += [None] * value.dim()
         else:

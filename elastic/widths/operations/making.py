@@ -171,8 +171,8 @@ def _stays_equal(tracker: Tracker, question: fx.Node, answer: bool) -> bool:
     if question.target is not (operator.eq if answer else operator.ne):
         return False
     ours, theirs = map(_list_numbers, question.args)
-    kept = [_keep_equal(tracker, question, *pair) for pair in zip(ours, theirs, strict=False)]
-    return len(ours) == len(theirs) and all(kept)
+    are_equal = [_keep_equal(tracker, question, *pair) for pair in zip(ours, theirs, strict=False)]
+    return len(ours) == len(theirs) and all(are_equal)
 
 
 def _list_numbers(argument: Any) -> list[tuple[object, Count]]:
@@ -206,8 +206,8 @@ def _list_counts(sizes: list[object]) -> list[Count]:
     """List what each size depends on, of numbers or of shapes."""
     counts: list[Count] = []
     for size in sizes:
-        found = size if isinstance(size, Count) else get_counts(size)
-        counts += [found] if isinstance(found, Count) else found
+        size_counts = size if isinstance(size, Count) else get_counts(size)
+        counts += [size_counts] if isinstance(size_counts, Count) else size_counts
     return counts
 
 

@@ -65,8 +65,8 @@ def contract(tracker: Tracker, node: fx.Node) -> Axes:
     ndims = [len(get_value(factor).shape) for factor in factors]
     counts = [n - len(term.replace("...", "")) for n, term in zip(ndims, terms, strict=True)]
     rest = [f"…{i}" for i in reversed(range(max(counts)))]  # what an ellipsis stands for, aligned at its end
-    spelled = [_spell(term, rest[len(rest) - n :]) for term, n in zip(terms, counts, strict=True)]
-    return _contract(tracker, node, factors, spelled, _spell(writes, rest))
+    spelling = [_spell(term, rest[len(rest) - n :]) for term, n in zip(terms, counts, strict=True)]
+    return _contract(tracker, node, factors, spelling, _spell(writes, rest))
 
 
 def _spell(term: str, rest: Sequence[str]) -> list[str]:
@@ -98,14 +98,14 @@ def _contract(
     for factor, letters in zip(factors, terms, strict=True):
         for letter, axis, size in zip(letters, get_axes(factor), get_shape(factor), strict=True):
             axes.setdefault(letter, []).append((axis, size))
-    agreed: dict[str, Axis | None] = {}
+    axis_by_letter: dict[str, Axis | None] = {}
     for letter, ends in axes.items():
         largest = max(size for _, size in ends)
         tracker.fix([a for a, size in ends if size < largest], node, "broadcasts one channel over many")
         first, *others = [axis for axis, size in ends if size == largest]
         for axis in others:
             tracker.unite(first, axis, node)
-        agreed[letter] = first
+        axis_by_letter[letter] = first
         if letter not in result:
             tracker.mix([first], node, SUMS)
-    return tuple(agreed[letter] for letter in result)
+    return tuple(axis_by_letter[letter] for letter in result)

@@ -76,8 +76,8 @@ def find_base(kind: type[nn.Module]) -> type[nn.Module] | None:
 
 
 def _find_base(kind: type[nn.Module]) -> type[nn.Module] | None:
-    known = (*TABLE.leaves, *(base for base in TABLE.layers if base.__module__.startswith("torch.nn.")))
-    base = next((base for base in kind.__mro__ if base in known), None)
+    kinds = (*TABLE.leaves, *(base for base in TABLE.layers if base.__module__.startswith("torch.nn.")))
+    base = next((base for base in kind.__mro__ if base in kinds), None)
     if base is None:
         return None
     own = {name for ancestor in kind.__mro__[: kind.__mro__.index(base)] for name in vars(ancestor)}

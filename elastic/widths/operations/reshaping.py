@@ -84,8 +84,8 @@ def reshape_as(tracker: Tracker, node: fx.Node) -> Axes:
 
 def _read_sizes(counts: Counts) -> list[Count | None]:
     """Read sizes; None stands for -1, which takes what the others leave."""
-    listed = [counts] if isinstance(counts, Count) else counts
-    return [None if not count.terms and count.constant == -1 else count for count in listed]
+    sizes = [counts] if isinstance(counts, Count) else counts
+    return [None if not count.terms and count.constant == -1 else count for count in sizes]
 
 
 def _carry_runs(
@@ -150,10 +150,10 @@ def agree(
     """
     if axis is None or not size.is_linear or size.constant or len(size.terms) != 1:
         return False
-    factor, counted = size.terms[0]
-    if len(axis) != factor * len(counted) or len(counted) % factor.denominator:
+    factor, counted_axis = size.terms[0]
+    if len(axis) != factor * len(counted_axis) or len(counted_axis) % factor.denominator:
         return False
-    part = tracker.elements.tie(counted, factor.denominator)
+    part = tracker.elements.tie(counted_axis, factor.denominator)
     tracker.elements.unite(axis, multiply(part, factor.numerator))
     return True
 

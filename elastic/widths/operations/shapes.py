@@ -91,10 +91,10 @@ def squeeze(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow dimensions of size 1 that go: a width of one channel would go with them, for good."""
     source, dims = get_input(node), get_argument(node, 1, "dim", "axis")
     x, shape = get_axes(source), get_shape(source)
-    dropped = [d for d in normalize_dims(dims, len(x)) if shape[d] == 1]
+    unit_dims = [d for d in normalize_dims(dims, len(x)) if shape[d] == 1]
     # Without a dimension it would drop any axis, were it of one channel.
-    tracker.fix(x if dims is None else [x[d] for d in dropped], node, "drops a dimension of one channel")
-    return tuple(axis for d, axis in enumerate(x) if d not in dropped)
+    tracker.fix(x if dims is None else [x[d] for d in unit_dims], node, "drops a dimension of one channel")
+    return tuple(axis for d, axis in enumerate(x) if d not in unit_dims)
 
 
 def unsqueeze(tracker: Tracker, node: fx.Node) -> Axes:

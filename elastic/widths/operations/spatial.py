@@ -64,13 +64,13 @@ def pad(tracker: Tracker, node: fx.Node) -> Axes:
     pairs = {
         -1 - i: pair for i, pair in enumerate(zip(amounts[::2], amounts[1::2], strict=True)) if any(pair)
     }
-    x, extended = get_axes(get_input(node)), dict[int, Axis]()
+    x, axes_by_dim = get_axes(get_input(node)), dict[int, Axis]()
     for d, pair in pairs.items():
         if is_constant and (axis := x[d]) is not None and min(pair) >= 0:
             first, last = (begin_constant(tracker, node, size) for size in pair)
-            extended[d] = np.concatenate([first, axis, last])
-    y = _pass_beside(tracker, node, [d for d in pairs if d not in extended])
-    return tuple(extended.get(d, axis) for d, axis in enumerate(y, -len(y)))
+            axes_by_dim[d] = np.concatenate([first, axis, last])
+    y = _pass_beside(tracker, node, [d for d in pairs if d not in axes_by_dim])
+    return tuple(axes_by_dim.get(d, axis) for d, axis in enumerate(y, -len(y)))
 
 
 def shuffle_pixels(tracker: Tracker, node: fx.Node) -> Axes:

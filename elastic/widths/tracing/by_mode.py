@@ -99,7 +99,7 @@ def _share(source: nn.Module, target: fx.GraphModule, path: str) -> str:
 
 
 def _find(model: nn.Module, path: str) -> Any:
-    found: Any = model
+    value: Any = model
     for name in path.split(".") if path else ():
-        found = getattr(found, name, None)
-    return found
+        value = getattr(value, name, None)
+    return value

@@ -73,9 +73,9 @@ def _find_layer(
     if not is_ours or not is_known or has_hooks(layer):
         return None
     names = {name: None if getattr(layer, name) is None else f"{path}.{name}" for name in tensors}
-    given = {name: getattr(arguments[name], "target", None) for name in tensors}
+    paths = {name: getattr(arguments[name], "target", None) for name in tensors}
     is_same = all(_pair(arguments[name]) == _pair(getattr(layer, name)) for name in numbers)
-    return path if given == names and is_same else None
+    return path if paths == names and is_same else None
 
 
 def _pair(number: Any) -> Any:
@@ -90,5 +90,5 @@ def _make_plain(layer: nn.Module) -> nn.Module:
     kind = next(base for base in type(layer).__mro__ if base.__module__.startswith("torch.nn."))
     plain: Any = object.__new__(kind)
     vars(plain).update(vars(layer))
-    made: nn.Module = plain
-    return made
+    copy: nn.Module = plain
+    return copy

@@ -94,7 +94,7 @@ def renew_assigned(
     """
     places = {node: k for k, node in enumerate(graph.nodes)}
     sources: dict[fx.Node, fx.Node] = {}  # of what is the same tensor, or a view of it
-    same: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+    aliases: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     for node in graph.nodes:
         layer = get_layer(node)
         shared = find_changed(node, layer) or find_viewed(node, layer)
@@ -102,10 +102,10 @@ def renew_assigned(
             continue
         source = sources.get(shared, shared)
         if node.target in ANEW:
-            readers = (user for one in (source, *same[source]) for user in one.users)
+            readers = (user for alias in (source, *aliases[source]) for user in alias.users)
             is_seen = source.op == "get_attr" or any(places[user] > places[node] for user in readers)
             if not (is_seen and is_tensor(shared)):
                 node.target = ANEW[node.target]
                 continue
         sources[node] = source
-        same[source].append(node)
+        aliases[source].append(node)

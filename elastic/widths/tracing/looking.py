@@ -30,9 +30,9 @@ def trace_hooks(tracer: fx.Tracer, model: nn.Module) -> Iterator[None]:
         for table, key, hook in hooks:
             table[key] = hook
     left_out = set[fx.Node]()
-    for look, made in reversed(calls):
-        is_read = any(user not in {*made, *left_out} for node in made for user in node.users)
-        left_out.update([look] if is_read else made)
+    for look, nodes in reversed(calls):
+        is_read = any(user not in {*nodes, *left_out} for node in nodes for user in node.users)
+        left_out.update([look] if is_read else nodes)
     for node in reversed(tracer.graph.nodes):
         if node in left_out:
             tracer.graph.erase_node(node)
@@ -42,10 +42,10 @@ def _trace_hook(tracer: fx.Tracer, calls: list[_Call], hook: Hook, module: nn.Mo
     last = next(reversed(tracer.graph.nodes))
     result = hook(module, *values)
     if result is None:
-        made = [*takewhile(lambda node: node is not last, reversed(tracer.graph.nodes))]
+        nodes = [*takewhile(lambda node: node is not last, reversed(tracer.graph.nodes))]
         with suppress(NotImplementedError):  # it is given what no graph holds
             look = tracer.create_proxy("call_function", _make_look(hook, module), values, {})
-            calls.append((look.node, [node for node in made if node.op != "get_attr"]))
+            calls.append((look.node, [node for node in nodes if node.op != "get_attr"]))
     return result
 
 
@@ -61,15 +61,18 @@ def _make_look(hook: Hook, module: nn.Module) -> Callable[..., None]:
 
 
 def trace_kept(
-    tracer: fx.Tracer, model: nn.Module, held: Sequence[Any], gives_tensor: Callable[[fx.Node], bool]
+    tracer: fx.Tracer,
+    model: nn.Module,
+    earlier_values: Sequence[Any],
+    gives_tensor: Callable[[fx.Node], bool],
 ) -> None:
     """Make a node of each attribute that the forward which has been traced has given a tensor, or several.
 
     Args:
-        held: what attributes have held before, caches among others, which are not kept anew.
+        earlier_values: what attributes have held before, caches among others, which are not kept anew.
         gives_tensor: tells whether a node gives one.
     """
-    before = set(map(id, held))
+    before = set(map(id, earlier_values))
     (output,) = tracer.graph.find_nodes(op="output")
     with tracer.graph.inserting_before(output):
         for module in model.modules():

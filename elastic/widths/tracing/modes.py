@@ -60,11 +60,11 @@ class _WatchedMode:
 @contextmanager
 def _watch_mode(model: nn.Module) -> Iterator[list[TrainingFlag]]:
     """Watch what becomes of the mode of a model in training, wherever its modules ask for it."""
-    watched = _WatchedMode()
+    watcher = _WatchedMode()
     modes = {module: vars(module).pop("training") for module in model.modules()}
-    setattr(nn.Module, "training", watched)  # noqa: B010
+    setattr(nn.Module, "training", watcher)  # noqa: B010
     try:
-        yield watched.flags
+        yield watcher.flags
     finally:
         delattr(nn.Module, "training")
         for module, mode in modes.items():
@@ -132,9 +132,9 @@ def trace_both_modes(model: nn.Module, *example: Tensor) -> fx.GraphModule:
     _require_no_statistics(training, evaluation)
     for traced in (training, evaluation):
         _drop_counters(traced)
-    both = evaluation if training.code == evaluation.code else ByMode(training, evaluation)
-    both.training = model.training
-    return both
+    traced_net = evaluation if training.code == evaluation.code else ByMode(training, evaluation)
+    traced_net.training = model.training
+    return traced_net
 
 
 @contextmanager

@@ -102,8 +102,8 @@ def _note(operation: Callable[..., Any]) -> Callable[..., Any]:
 
 def _compare(operation: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     """Let a traced number do the comparison, whose node then has the attribute."""
-    noted = _note(operation)
-    return lambda self, other: operation(other, self) if isinstance(other, fx.Proxy) else noted(self, other)
+    compare = _note(operation)
+    return lambda self, other: operation(other, self) if isinstance(other, fx.Proxy) else compare(self, other)
 
 
 def _reverse(operation: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:

@@ -23,7 +23,7 @@ class Part:
         self.trials += times
         self.outcomes[outcome] = self.outcomes.get(outcome, 0) + times
 
-    def fail(self, what: str) -> None:
+    def fail(self, fault: str) -> None:
         """Count a trial that has failed."""
         self.count("fault")
-        self.faults.append(" ".join(what.split())[:300])
+        self.faults.append(" ".join(fault.split())[:300])

@@ -29,8 +29,8 @@ def compose_run(folder: Path, words: Sequence[str]) -> DictConfig:
     GlobalHydra.instance().clear()
     words = [*QUIET, *words]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        given = [f"run={folder}", f"hydra.runtime.output_dir={folder}", *words]
-        cfg = compose("config", given, return_hydra_config=True)
+        overrides = [f"run={folder}", f"hydra.runtime.output_dir={folder}", *words]
+        cfg = compose("config", overrides, return_hydra_config=True)
         cfg = settle(cfg, words, cfg.hydra.runtime.choices)
     with open_dict(cfg), read_write(cfg):
         HydraConfig.instance().set_config(cfg)

@@ -82,35 +82,35 @@ def _make_programs(seed: int, folder: Path) -> dict[str, Program]:
 
 
 def _try_once(
-    part: Part, kind: str, program: Program, whole: Path, place: Path, fault: Callable[[], None], where: str
+    part: Part, kind: str, program: Program, whole: Path, place: Path, fault: Callable[[], None], moment: str
 ) -> None:
-    said = place.with_suffix(".txt")
+    output = place.with_suffix(".txt")
 
     def fail() -> None:
         fault()
         errors.run(lambda: program.carry_out(place))
 
-    code = run_in_fork(fail, said)
-    outcome = _judge(said.read_text(), code)
+    code = run_in_fork(fail, output)
+    outcome = _judge(output.read_text(), code)
     if outcome is None:
-        part.fail(f"{kind}, {where}: it ends with {code} and says {said.read_text()[-200:]}")
+        part.fail(f"{kind}, {moment}: it ends with {code} and says {output.read_text()[-200:]}")
         return
-    if code and (again := run_in_fork(partial(program.carry_out, place), said)):
-        part.fail(f"{kind}, {where}: it does not go on, {again}: {said.read_text()[-200:]}")
+    if code and (again := run_in_fork(partial(program.carry_out, place), output)):
+        part.fail(f"{kind}, {moment}: it does not go on, {again}: {output.read_text()[-200:]}")
         return
     difference = find_difference(program, whole, place)
     if difference is None:
         part.count(f"{kind}: {outcome}")
     else:
-        part.fail(f"{kind}, {where}: {outcome}, then {difference}")
+        part.fail(f"{kind}, {moment}: {outcome}, then {difference}")
 
 
-def _judge(said: str, code: int) -> str | None:
+def _judge(errors_written: str, code: int) -> str | None:
     """Tell how a run with a fault has ended; None where that must not be."""
     if code == 0:
         return "it makes no difference"
-    lines = [line for line in said.splitlines() if line.startswith("error: ")]
-    is_told = code == 1 and len(lines) == 1 and "Traceback" not in said
+    lines = [line for line in errors_written.splitlines() if line.startswith("error: ")]
+    is_told = code == 1 and len(lines) == 1 and "Traceback" not in errors_written
     return "one line, and it goes on" if is_told else None
 
 
@@ -191,7 +191,7 @@ def _try_environment(
     command = [sys.executable, "-W", "ignore", "-m", "elastic.experiments.train", f"run={folder}"]
     command += [*QUIET, *SHORT, "trainer.max_epochs=1", "schedule=static", *words]
     names = {f"WANDB_{name}_DIR": str(folder) for name in ("CONFIG", "CACHE", "DATA")}
-    done = subprocess.run(
+    process = subprocess.run(
         command,
         env={**os.environ, **names, "WANDB_BASE_URL": nowhere, **environment},
         capture_output=True,
@@ -199,8 +199,8 @@ def _try_environment(
         check=False,
         timeout=240,
     )
-    outcome = _judge(done.stderr, done.returncode)
-    if outcome is None or (done.returncode == 0) is not ends:
-        part.fail(f"{kind}: it ends with {done.returncode} and says {done.stderr[-250:]}")
+    outcome = _judge(process.stderr, process.returncode)
+    if outcome is None or (process.returncode == 0) is not ends:
+        part.fail(f"{kind}: it ends with {process.returncode} and says {process.stderr[-250:]}")
     else:
-        part.count(f"{kind}: {outcome if done.returncode else 'it makes no difference'}")
+        part.count(f"{kind}: {outcome if process.returncode else 'it makes no difference'}")

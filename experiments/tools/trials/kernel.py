@@ -65,25 +65,25 @@ def _try_processor(
     part: Part, name: str, library: Path, trials: int, random: Random, compiler: list[str]
 ) -> None:
     """Carry out layers in a process with the checkers; each that it counts has been right."""
-    found = [
+    paths = [
         subprocess.run([*compiler, f"-print-file-name={runtime}"], check=True, capture_output=True, text=True)
         for runtime in RUNTIMES
     ]
     environment = os.environ | {
-        "LD_PRELOAD": ":".join(runtime.stdout.strip() for runtime in found),
+        "LD_PRELOAD": ":".join(runtime.stdout.strip() for runtime in paths),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python keeps what it has until it ends
     }
     command = [sys.executable, "-W", "ignore", "-m", __name__, str(library), str(random.randrange(2**31))]
     process = subprocess.run(
         [*command, str(trials)], env=environment, capture_output=True, text=True, timeout=TIMEOUT_S
     )
-    done = process.stdout.split()
-    for kind in done:
+    kinds = process.stdout.split()
+    for kind in kinds:
         part.count(f"{name}: {kind}")
     if process.returncode:
         lines = process.stderr.strip().splitlines() or ["it ended"]
-        said = [line for line in lines if "ERROR" in line or "runtime error" in line]
-        part.fail(f"{name}, layer {len(done)}: {(said or lines)[-1]}")
+        errors = [line for line in lines if "ERROR" in line or "runtime error" in line]
+        part.fail(f"{name}, layer {len(kinds)}: {(errors or lines)[-1]}")
 
 
 # --- in the process with the checkers -------------------------------------------------------------
@@ -91,9 +91,9 @@ def _try_processor(
 
 def run_layers(random: Random, trials: int) -> None:
     """Carry out random layers, a quarter of them in processes forked from this one."""
-    done = 0
-    while done < trials:
-        count, forked = min(50, trials - done), random.random() < 0.25
+    total = 0
+    while total < trials:
+        count, forked = min(50, trials - total), random.random() < 0.25
         seed = random.randrange(2**31)
         if not forked:
             _run_some(seed, count, threads=random.choice((1, 1, 2, 3)))
@@ -106,7 +106,7 @@ def run_layers(random: Random, trials: int) -> None:
             )  # a pool of threads does not come through a fork, torch's neither
             sys.stdout.flush()
             os._exit(0)
-        done += count
+        total += count
 
 
 def _run_some(seed: int, count: int, threads: int) -> None:
@@ -123,8 +123,8 @@ def _convolve(random: Random) -> None:
     """Convolve any size; what is not active is not a number, and must not be looked at."""
     way = random.choice((tiles.PIXELS, tiles.PIXELS, tiles.TILES, tiles.STRIPS))
     tiled = way != tiles.PIXELS
-    side = isqrt(MAX_TAPS)
-    size = (3, 3) if tiled else (_draw(random, side), _draw(random, side))
+    max_size = isqrt(MAX_TAPS)
+    size = (3, 3) if tiled else (_draw(random, max_size), _draw(random, max_size))
     stride, pad = 1 if tiled else _draw(random, 4), random.randint(0, 3)
     height, width = (max(taps - 2 * pad, _draw(random, 40)) for taps in size)
     batch, channels, kernels = _draw(random, 6), _draw(random, 40), _draw(random, 70)
@@ -142,9 +142,9 @@ def _convolve(random: Random) -> None:
         junk_BCHW = junk_BCHW.contiguous(memory_format=torch.channels_last)
     zeros = random.random() < 0.5
     with patch.object(tiles, "choose_way", lambda *_: way):
-        found = ActiveConv2d(conv, relu, zeros)(junk_BCHW, reads, writes, residual)
-    found = found if zeros else torch.where(gate_BK11 != 0, found, 0.0)
-    check_close(found, expected)
+        actual = ActiveConv2d(conv, relu, zeros)(junk_BCHW, reads, writes, residual)
+    actual = actual if zeros else torch.where(gate_BK11 != 0, actual, 0.0)
+    check_close(actual, expected)
 
 
 def _convolve_blocks(random: Random) -> None:
@@ -160,8 +160,8 @@ def _convolve_blocks(random: Random) -> None:
     expected = conv(x_BCHW)
     residual = torch.randn_like(expected) if random.random() < 0.5 else None
     with patch.object(tiles, "choose_way", lambda *_: way), patch.object(blocks, "WORTH", torch.inf):
-        found = ActiveConv2d(conv, relu=True)(x_BCHW, residual=residual)
-    check_close(found, (expected if residual is None else expected + residual).relu())
+        actual = ActiveConv2d(conv, relu=True)(x_BCHW, residual=residual)
+    check_close(actual, (expected if residual is None else expected + residual).relu())
 
 
 def _switch(random: Random) -> None:
@@ -173,11 +173,11 @@ def _switch(random: Random) -> None:
     weight_KC, bias_K = torch.randn(kernels, channels), torch.randn(kernels)
     within_2C = torch.tensor([[-0.5], [0.5]]).repeat(1, channels)
     activation: Any = random.choice(("soft", *GRADED))
-    found = activate_kernels(x_BCHW, reads, weight_KC, bias_K, within_2C, activation)
+    actual = activate_kernels(x_BCHW, reads, weight_KC, bias_K, within_2C, activation)
     scores_BK = F.linear(x_BCHW.mean((2, 3)).clamp(*within_2C), weight_KC, bias_K)
     clear = scores_BK.abs().min() > 1e-4  # else rounding decides
     if clear:
-        check_close(found.gate_BK, GRADED.get(activation, find_active)(scores_BK))
+        check_close(actual.gate_BK, GRADED.get(activation, find_active)(scores_BK))
 
 
 def _pool(random: Random) -> None:
@@ -187,8 +187,8 @@ def _pool(random: Random) -> None:
     reads = _activate(random, batch, channels)
     on_BC11 = _spread(reads) != 0
     padding = random.randint(0, size // 2)
-    found = max_pool(torch.where(on_BC11, x_BCHW, torch.nan), reads, size, stride, padding, zeros=True)
-    torch.testing.assert_close(found, F.max_pool2d(x_BCHW, size, stride, padding) * on_BC11, rtol=0, atol=0)
+    actual = max_pool(torch.where(on_BC11, x_BCHW, torch.nan), reads, size, stride, padding, zeros=True)
+    torch.testing.assert_close(actual, F.max_pool2d(x_BCHW, size, stride, padding) * on_BC11, rtol=0, atol=0)
 
 
 def _classify(random: Random) -> None:
@@ -208,9 +208,9 @@ KINDS: dict[str, Callable[[Random], None]] = {
 }
 
 
-def _draw(random: Random, most: int) -> int:
+def _draw(random: Random, maximum: int) -> int:
     """Draw a size from 1, small ones more often: they cost less, and borders are there."""
-    return random.randint(1, random.randint(1, most))
+    return random.randint(1, random.randint(1, maximum))
 
 
 def _activate(random: Random, batch: int, channels: int) -> Active:

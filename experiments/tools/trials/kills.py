@@ -48,10 +48,10 @@ def try_kills(part: Part, trials: int, random: Random, train: Train, folder: Pat
         programs = make_programs(train, seed, folder)
         for index, program in enumerate(programs.values()):
             share = -(-(trials - part.trials) // (len(programs) - index))  # of what is left
-            most = MOST // 2 if program.name in DEAR else MOST
+            maximum = MOST // 2 if program.name in DEAR else MOST
             if share > 0:
                 place = folder / f"{seed}-{index}"
-                try_program(part, program, min(share, most), seed, place)
+                try_program(part, program, min(share, maximum), seed, place)
                 shutil.rmtree(place, ignore_errors=True)
         seed += 1
 
@@ -75,11 +75,11 @@ def try_program(part: Part, program: Program, trials: int, seed: int, folder: Pa
         ends = [random.randrange(max(1, len(moments) // times)) for _ in range(times)]
         broken = folder / f"killed-{trial}"
         broken.mkdir()
-        done = sum(
+        kills = sum(
             run_in_fork(partial(_watch, program, broken, kill_at(end, random))) == -signal.SIGKILL
             for end in ends
         )
-        _go_on(part, program, whole, broken, f"killed {'twice' if done > 1 else 'once'}", f"{seed}, {ends}")
+        _go_on(part, program, whole, broken, f"killed {'twice' if kills > 1 else 'once'}", f"{seed}, {ends}")
     random.shuffle(moments)
     digests: set[str] = set()
     for moment in moments:
@@ -95,11 +95,11 @@ def _watch(program: Program, folder: Path, watch: Watch) -> None:
     program.carry_out(folder)
 
 
-def _go_on(part: Part, program: Program, whole: Path, broken: Path, kind: str, where: str) -> None:
+def _go_on(part: Part, program: Program, whole: Path, broken: Path, kind: str, moment: str) -> None:
     code = run_in_fork(partial(program.carry_out, broken))
     difference = f"it does not end, {code}" if code else find_difference(program, whole, broken)
     if difference is None:
         part.count(f"{program.name}, {kind}: the same")
     else:
-        part.fail(f"{program.name}, {kind}, seed {where}: {difference}")
+        part.fail(f"{program.name}, {kind}, seed {moment}: {difference}")
     shutil.rmtree(broken, ignore_errors=True)

@@ -58,10 +58,10 @@ def try_long(part: Part, trials: int, random: Random, folder: Path) -> None:
 
 def _try_apart(part: Part, work: Callable[[], tuple[str, int, list[str]]], folder: Path) -> None:
     """Do it in a process of its own, whose memory tells of nothing else."""
-    answer, said = folder / "answer.json", folder / "said"
-    code = wait(fork(lambda: answer.write_text(json.dumps(work())), said, patience_s=1500))
+    answer, output = folder / "answer.json", folder / "said"
+    code = wait(fork(lambda: answer.write_text(json.dumps(work())), output, patience_s=1500))
     if code:
-        part.fail(f"it ends with {code} and says {said.read_text()[-250:]}")
+        part.fail(f"it ends with {code} and says {output.read_text()[-250:]}")
         return
     outcome, times, faults = json.loads(answer.read_text())
     part.count(outcome, times)
@@ -91,14 +91,14 @@ class _Watch:
         self.memory.append(measure_memory_mb())
         self.handles.append(count_handles())
 
-    def find_faults(self, what: str) -> list[str]:
+    def find_faults(self, name: str) -> list[str]:
         """Find growth from the first quarter, when all is warm, to the end."""
         begin = len(self.memory) // 4
         faults = []
         if (grown := self.memory[-1] - self.memory[begin]) > GROWTH_MB:
-            faults.append(f"{what}: memory has grown by {grown:.0f} MB")
+            faults.append(f"{name}: memory has grown by {grown:.0f} MB")
         if self.handles[-1] > self.handles[begin]:
-            faults.append(f"{what}: {self.handles[begin]} open files have become {self.handles[-1]}")
+            faults.append(f"{name}: {self.handles[begin]} open files have become {self.handles[-1]}")
         return faults
 
 
@@ -174,7 +174,7 @@ def try_sweep(runs: int, folder: Path) -> tuple[str, int, list[str]]:
     words = [*QUIET, *SHORT, "trainer.max_epochs=1", "trainer.limit_train_batches=1", "schedule=static"]
     words += ["logger=[]", "model.channels=[2,2,2]", f"seed={','.join(seeds)}"]
     sys.argv = ["train", "-m", f"hydra.sweep.dir={folder}", *words]
-    said, told = io.StringIO(), io.StringIO()
+    output, errors = io.StringIO(), io.StringIO()
     watch, end = _Watch(), None
     describe = sweep.describe_progress
 
@@ -183,17 +183,17 @@ def try_sweep(runs: int, folder: Path) -> tuple[str, int, list[str]]:
         return describe(path) if len(watch.memory) % 50 == 0 else ""
 
     sweep.describe_progress = describe_watched  # type: ignore[assignment]  # called after each run
-    with redirect_stdout(said), redirect_stderr(told):
+    with redirect_stdout(output), redirect_stderr(errors):
         try:
             run(main)
         except SystemExit as error:
             end = error.code
     failing, faults = runs // 10, watch.find_faults("a sweep")
-    done = sum((path / SUMMARY).exists() for path in folder.iterdir())
+    finished = sum((path / SUMMARY).exists() for path in folder.iterdir())
     failed = sum((path / FAILED).exists() for path in folder.iterdir())
-    if (done, failed) != (runs - failing, failing):
-        faults.append(f"a sweep: {done} runs are done and {failed} have failed, of {runs} and {failing}")
-    lines = told.getvalue().strip().splitlines()
+    if (finished, failed) != (runs - failing, failing):
+        faults.append(f"a sweep: {finished} runs are done and {failed} have failed, of {runs} and {failing}")
+    lines = errors.getvalue().strip().splitlines()
     if end != 1 or not lines or f"{failing} of {runs} runs have failed" not in lines[-1]:
         faults.append(f"a sweep: it ends with {end} and says {lines[-1:]}")
     return "runs of a sweep", runs, faults
@@ -228,18 +228,18 @@ def try_requests(requests: int, seed: int) -> tuple[str, int, list[str]]:
     for level in timed:
         level.calls = 0
     deadlines = [runtime.costs[0].latency_ms * 1.5, runtime.costs[-1].latency_ms * 100]
-    watch, answered, wrong, changes = _Watch(), 0, 0, 0
+    watch, answers, wrong, changes = _Watch(), 0, 0, 0
     for request in range(requests):
         if request % 1000 == 0:
             runtime.within(latency_ms=deadlines[request // 1000 % 2])
             changes += 1
             watch.take()
         answer, k = runtime.answer(x)
-        answered += 1
+        answers += 1
         wrong += not torch.equal(answer, expected[k])
     faults = watch.find_faults("a runtime")
-    if answered != requests or sum(level.calls for level in timed) != requests:
-        faults.append(f"a runtime: {answered} answers to {requests} requests")
+    if answers != requests or sum(level.calls for level in timed) != requests:
+        faults.append(f"a runtime: {answers} answers to {requests} requests")
     if wrong:
         faults.append(f"a runtime: {wrong} answers of another level than it says")
     if requests > 1000 and not all(level.calls for level in timed):

@@ -56,9 +56,9 @@ def _try_once(part: Part, cfg: DictConfig, changes: dict[str, Any], folder: Path
     except Exception as error:
         part.fail(f"{changes}: {type(error).__name__} {error}")
         return
-    altered = [key for key, value in changes.items() if not _is_same(OmegaConf.select(cfg, key), value)]
-    if altered:
-        part.fail(f"{altered} of {changes} became something else")
+    differing = [key for key, value in changes.items() if not _is_same(OmegaConf.select(cfg, key), value)]
+    if differing:
+        part.fail(f"{differing} of {changes} became something else")
         return
     try:
         callbacks = [*make_callbacks(cfg).values()]
@@ -72,9 +72,9 @@ def _try_once(part: Part, cfg: DictConfig, changes: dict[str, Any], folder: Path
         part.count("built as asked")
 
 
-def _is_same(value: Any, asked: Any) -> bool:
+def _is_same(value: Any, expected: Any) -> bool:
     plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-    return repr(plain) == repr(asked) or plain == asked or plain == str(asked)
+    return repr(plain) == repr(expected) or plain == expected or plain == str(expected)
 
 
 def _list_keys(node: Any, key: str = "") -> Iterator[str]:

@@ -265,29 +265,29 @@ def _find_difference(whole: Path, broken: Path) -> str | None:
     if (whole / SUMMARY).exists():
         if not (broken / SUMMARY).exists():
             return "no summary"
-        one, two = (json.loads((folder / SUMMARY).read_text()) for folder in (whole, broken))
-        if not is_same(one, two):
-            return f"another {SUMMARY}: " + ", ".join(key for key in one if one[key] != two.get(key))
+        first, second = (json.loads((folder / SUMMARY).read_text()) for folder in (whole, broken))
+        if not is_same(first, second):
+            return f"another {SUMMARY}: " + ", ".join(key for key in first if first[key] != second.get(key))
     for name in (TIMELINE, WEIGHTS, HISTORY):
         if (whole / name).exists() and (whole / name).read_bytes() != (broken / name).read_bytes():
             return f"another {name}"
-    one, two = (torch.load(folder / CHECKPOINT, weights_only=True) for folder in (whole, broken))
-    for checkpoint in (one, two):  # of its folder's name, and of its own
+    first, second = (torch.load(folder / CHECKPOINT, weights_only=True) for folder in (whole, broken))
+    for checkpoint in (first, second):  # of its folder's name, and of its own
         for key in [key for key in checkpoint["callbacks"] if "Checkpoint" in key]:
             del checkpoint["callbacks"][key]
-    return next((f"another {key}" for key in STATES if not is_same(one.get(key), two.get(key))), None)
+    return next((f"another {key}" for key in STATES if not is_same(first.get(key), second.get(key))), None)
 
 
-def is_same(one: Any, two: Any) -> bool:
+def is_same(first: Any, second: Any) -> bool:
     """Tell whether two states are, to the last bit."""
-    if isinstance(one, torch.Tensor):
-        return isinstance(two, torch.Tensor) and one.dtype == two.dtype and torch.equal(one, two)
-    if isinstance(one, dict):
-        keys = one.keys() - set(CLOCKED)
-        return keys == two.keys() - set(CLOCKED) and all(is_same(one[key], two[key]) for key in keys)
-    if isinstance(one, list | tuple):
-        return len(one) == len(two) and all(map(is_same, one, two))
-    return bool(one == two)
+    if isinstance(first, torch.Tensor):
+        return isinstance(second, torch.Tensor) and first.dtype == second.dtype and torch.equal(first, second)
+    if isinstance(first, dict):
+        keys = first.keys() - set(CLOCKED)
+        return keys == second.keys() - set(CLOCKED) and all(is_same(first[key], second[key]) for key in keys)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(is_same, first, second))
+    return bool(first == second)
 
 
 def make_random(seed: int, *words: Any) -> Random:

@@ -80,8 +80,8 @@ class Attentive(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         h = torch.relu(self.stem(x)).flatten(2).transpose(1, 2)
-        seen = F.scaled_dot_product_attention(self.query(h), self.key(h), self.value(h), scale=0.5)
-        return self.early(h.mean(1)), self.head(torch.relu(h + self.out(seen)).mean(1))
+        attended = F.scaled_dot_product_attention(self.query(h), self.key(h), self.value(h), scale=0.5)
+        return self.early(h.mean(1)), self.head(torch.relu(h + self.out(attended)).mean(1))
 
 
 class Subject:
@@ -120,19 +120,19 @@ def try_structure(part: Part, trials: int, random: Random, folder: Path) -> None
     """Change random networks by random sequences; each change is a trial."""
     while part.trials < trials:
         subject = Subject(random, folder)
-        done: list[str] = []
+        changes: list[str] = []
         for _ in range(min(CHANGES, trials - part.trials)):
             change = random.choice(list(KEEPING | ALTERING))
-            done.append(change)
-            if not _try_once(part, subject, change, done):
+            changes.append(change)
+            if not _try_once(part, subject, change, changes):
                 break
         else:
-            _compare_widths(part, subject, done)
+            _compare_widths(part, subject, changes)
 
 
-def _try_once(part: Part, subject: Subject, change: str, done: list[str]) -> bool:
+def _try_once(part: Part, subject: Subject, change: str, changes: list[str]) -> bool:
     before = subject.run()
-    where = f"{type(subject.net).__name__}, {' '.join(done)}"
+    history = f"{type(subject.net).__name__}, {' '.join(changes)}"
     try:
         (KEEPING | ALTERING)[change](subject)
         after = subject.run()
@@ -140,25 +140,27 @@ def _try_once(part: Part, subject: Subject, change: str, done: list[str]) -> boo
             subject.widths = discover(subject.net, subject.x)
     except ElasticError as error:
         if "\n" in str(error):
-            part.fail(f"{where}: {error}")
+            part.fail(f"{history}: {error}")
             return False
         part.count("refused by name")
         return False
     except Exception as error:
-        part.fail(f"{where}: {type(error).__name__} {error}")
+        part.fail(f"{history}: {type(error).__name__} {error}")
         return False
     difference = max(_compare(a, b) for a, b in zip(before, after, strict=True))
     if not all(output.isfinite().all() for output in after) or (change in KEEPING and difference > TOLERANCE):
-        part.fail(f"{where}: outputs differ by {difference:.1e}")
+        part.fail(f"{history}: outputs differ by {difference:.1e}")
         return False
     part.count("equal outputs" if change in KEEPING else "changed as asked")
     return True
 
 
-def _compare_widths(part: Part, subject: Subject, done: list[str]) -> None:
+def _compare_widths(part: Part, subject: Subject, changes: list[str]) -> None:
     """Compare the widths that were followed through changes with those that are found anew."""
     if subject.widths.sizes() != discover(subject.net, subject.x).sizes():
-        part.fail(f"{type(subject.net).__name__}, {' '.join(done)}: its widths are not those that are found")
+        part.fail(
+            f"{type(subject.net).__name__}, {' '.join(changes)}: its widths are not those that are found"
+        )
 
 
 def _compare(a: Tensor, b: Tensor) -> float:
@@ -241,8 +243,8 @@ def _restore(subject: Subject, network: Network) -> None:
 def _prune(subject: Subject) -> None:
     name, size = subject.choose_width()
     if size > 1:
-        gone = subject.random.randrange(size)
-        reindex(subject.net, subject.widths, {name: [i for i in range(size) if i != gone]})
+        removed = subject.random.randrange(size)
+        reindex(subject.net, subject.widths, {name: [i for i in range(size) if i != removed]})
 
 
 def _grow_any(subject: Subject) -> None:

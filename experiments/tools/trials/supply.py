@@ -59,15 +59,15 @@ def try_supply(part: Part, trials: int, random: Random, folder: Path) -> None:
 
 def find_distributions(name: str = OURS) -> set[str]:
     """Find all distributions that this one needs with its extras, as far as they are installed."""
-    found, waiting = set(), [name]
+    names, waiting = set(), [name]
     ours = metadata.distribution(name).metadata.get_all("Provides-Extra") or []
     while waiting:
         name = waiting.pop()
-        if name in found:
+        if name in names:
             continue
-        found.add(name)
+        names.add(name)
         waiting += _list_installed(name, ours if name == OURS else [])
-    return found
+    return names
 
 
 def _list_installed(name: str, extras: list[str]) -> Iterator[str]:
@@ -90,14 +90,14 @@ def find_licence(distribution: metadata.Distribution) -> str:
         for line in fields.get_all("Classifier") or []
         if line.startswith("License ::")
     ]
-    given = (
+    candidates = (
         fields.get("License-Expression"),
         " OR ".join(line for line in classifiers if line != OTHER),
         fields.get("License"),
         _read_licence(distribution),
     )
     return next(
-        (licence for licence in given if licence not in NAMELESS),
+        (licence for licence in candidates if licence not in NAMELESS),
         f"none, by {fields['Author'] or fields['Author-email']}",
     )[:200]
 
