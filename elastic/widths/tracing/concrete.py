@@ -19,6 +19,7 @@ from torch.fx.node import map_arg
 
 from elastic.errors import StructureError
 from elastic.widths.copying import ATOMS
+from elastic.widths.tracing.autocast import REGIONS, Region
 from elastic.widths.tracing.gradients import GRADIENT
 from elastic.widths.tracing.meta import compute_without_data, drop_data, make_meta_copy
 from elastic.widths.tracing.proxies import AskedProxy, Instruction, TrainingFlag
@@ -70,16 +71,18 @@ class ConcreteTracer(fx.Tracer):
         is_over: whether the trace has ended.
         is_computing: whether what runs is no part of the forward, but computes what that asks for.
         has_own_gradient: whether a function with a gradient of its own is run.
+        regions: of autocast, that the forward is in.
     """
 
     def __init__(self, inputs: Sequence[Tensor] = (), known_answers: Sequence[Any] | None = None) -> None:
         super().__init__()
         self.answers: list[Any] = []
+        self.regions: list[Region] = []
         self.is_over = self.is_computing = self.has_own_gradient = self._expects_dimensions = False
         self._known_answers = None if known_answers is None else iter(known_answers)
         self._inputs, self._values = inputs, dict[fx.Node, Any]()
         self._replica: nn.Module | None = None
-        self._asked: list[tuple[fx.Node, Instruction]] = []  # since the last node, and by whom
+        self._questions: list[tuple[fx.Node, Instruction]] = []  # since the last node, and by whom
         self._place = ""
 
     def create_args_for_root(
@@ -89,16 +92,16 @@ class ConcreteTracer(fx.Tracer):
         if not self._inputs:
             return super().create_args_for_root(root_fn, is_module, concrete_args)
         args: list[Any] = [self.root]
-        left = len(self._inputs)
+        remaining = len(self._inputs)
         defaults = []
         for parameter in list(inspect.signature(inspect.unwrap(root_fn)).parameters.values())[1:]:
             name, default = parameter.name, parameter.default
             if parameter.kind is parameter.VAR_POSITIONAL:
-                args += [self.create_proxy("placeholder", f"{name}_{i}", (), {}) for i in range(left)]
-                left = 0
-            elif parameter.kind in POSITIONAL and (left or default is parameter.empty):
+                args += [self.create_proxy("placeholder", f"{name}_{i}", (), {}) for i in range(remaining)]
+                remaining = 0
+            elif parameter.kind in POSITIONAL and (remaining or default is parameter.empty):
                 args.append(self.create_proxy("placeholder", name, (), {}))
-                left -= 1
+                remaining -= 1
             elif type(default) in ATOMS:
                 defaults.append((self.create_proxy("placeholder", name, (default,), {}), default, name))
         for expectation in defaults:
@@ -144,9 +147,9 @@ class ConcreteTracer(fx.Tracer):
             self._place = outer
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """Make a node that knows where it is, and what gradient it has there."""
+        """Make a node that knows where it is, and what gradient and precision it has there."""
         node = super().create_node(*args, **kwargs)
-        node.meta[PLACE] = self._place
+        node.meta[PLACE], node.meta[REGIONS] = self._place, tuple(self.regions)
         node.meta[GRADIENT] = "own" if self.has_own_gradient else torch.is_grad_enabled()
         return node
 
@@ -167,13 +170,13 @@ class ConcreteTracer(fx.Tracer):
         """Make a node; a number that torch has looked at only to see that it is one was not asked for."""
         if args[:2] == ("call_method", "prod") and args[3].keys() == NUMPY:  # `np.prod(x.shape)`
             args = ("call_function", math.prod, args[2], {})
-        asked, self._asked = self._asked, []
+        questions, self._questions = self._questions, []
         frame: FrameType | None = sys._getframe(1)
         callers: set[Instruction] = set()
-        while asked and frame is not None:
+        while questions and frame is not None:
             callers.add((frame.f_code, frame.f_lasti))
             frame = frame.f_back
-        for node, caller in asked:
+        for node, caller in questions:
             if caller in callers:
                 self.graph.erase_node(node)
         return super().create_proxy(*args, **kwargs)
@@ -207,7 +210,7 @@ class ConcreteTracer(fx.Tracer):
             raise fx.proxy.TraceError("it asks for what depends on the data")
         expected = self.create_proxy("call_function", expect_same, (proxy, value), {})
         if caller is not None:
-            self._asked.append((expected.node, caller))
+            self._questions.append((expected.node, caller))
         return value
 
     def ask_numbers(self, proxy: fx.Proxy) -> Any:
@@ -240,8 +243,8 @@ class ConcreteTracer(fx.Tracer):
 
     def _answer(self, node: fx.Node) -> Any:
         """Tell what a node gives, or what it gave when the same forward was traced before."""
-        known = self._known_answers
-        self.answers.append(self._evaluate(node) if known is None else next(known, None))
+        known_answers = self._known_answers
+        self.answers.append(self._evaluate(node) if known_answers is None else next(known_answers, None))
         return self.answers[-1]
 
     def copy_model(self, model: nn.Module) -> None:
@@ -256,22 +259,22 @@ class ConcreteTracer(fx.Tracer):
             with _untraced():
                 self.copy_model(self.root)
         assert self._replica is not None
-        seen, needed, pending = set[fx.Node](), set[fx.Node](), [node]
+        visited, sources, pending = set[fx.Node](), set[fx.Node](), [node]
         while pending:
             source = pending.pop()
-            if source in seen:
+            if source in visited:
                 continue
-            seen.add(source)
+            visited.add(source)
             # What a method has changed may be of another shape by now.
             pending += (user for user in source.users if changes_tensor(user) and user.args[0] is source)
             if source not in self._values:
-                needed.add(source)
+                sources.add(source)
                 pending += source.all_input_nodes
         inputs = dict(zip(node.graph.find_nodes(op="placeholder"), self._inputs, strict=False))
         self.is_computing = True
         try:
             with torch.no_grad(), _untraced():
-                for source in (n for n in node.graph.nodes if n in needed):
+                for source in (n for n in node.graph.nodes if n in sources):
                     self._values[source] = self._compute(source, inputs)
         finally:
             self.is_computing = False

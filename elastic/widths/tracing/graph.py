@@ -15,6 +15,7 @@ from elastic.widths.hooks import INTERNAL, quiet_hooks
 from elastic.widths.operations.interface import get_operation_name
 from elastic.widths.operations.registry import find_base
 from elastic.widths.parameters import get_kind
+from elastic.widths.tracing.autocast import keep_regions, note_regions
 from elastic.widths.tracing.called_layers import restore_layers
 from elastic.widths.tracing.changing import renew_assigned
 from elastic.widths.tracing.concrete import PLACE, ConcreteTracer
@@ -96,7 +97,7 @@ def trace_graph(
             random numbers are drawn each time.
     """
     tracer = _Tracer(example, known_answers)
-    held = [value for module in model.modules() for value in vars(module).values()]
+    earlier_values = [value for module in model.modules() for value in vars(module).values()]
     if runs:
         tracer.copy_model(model)  # before the forward keeps in it what stands for tensors
     try:
@@ -109,15 +110,18 @@ def trace_graph(
             pass_for_values(),
             quiet_hooks(model),
             trace_hooks(tracer, model) if runs else nullcontext(),
+            note_regions(tracer.regions) if runs else nullcontext(),
             torch.enable_grad(),  # whatever the mode is outside of the forward
         ):
             graph = tracer.trace(model)
             if runs:
-                trace_kept(tracer, model, held, tracer.gives_tensor)
+                trace_kept(tracer, model, earlier_values, tracer.gives_tensor)
         graph.owning_module = model  # type: ignore[assignment]
         renew_assigned(graph, partial(get_layer, model), tracer.gives_tensor)
         if runs and model.training:
             cut_gradients(graph, tracer.gives_tensor)
+        if runs:
+            keep_regions(graph, tracer.device.type, tracer.gives_tensor)
         graph.computed_sizes, graph.read_sizes = computed, read  # type: ignore[attr-defined]
         graph.answers, graph.replaced = tracer.answers, replaced  # type: ignore[attr-defined]
         return graph
