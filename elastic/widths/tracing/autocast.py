@@ -34,8 +34,10 @@ def note_regions(regions: list[Region]) -> Iterator[None]:
     without_dtype = set[int]()
     kept: list[torch.autocast] = []  # so that no other gets the identity of one that is gone
 
-    def initialize(region: torch.autocast, device: str, dtype: Any = None, *args: Any, **kwargs: Any) -> None:
-        methods["__init__"](region, device, dtype, *args, **kwargs)
+    def initialize(
+        region: torch.autocast, device_type: str, dtype: Any = None, *args: Any, **kwargs: Any
+    ) -> None:
+        methods["__init__"](region, device_type, dtype, *args, **kwargs)
         if dtype is None:
             without_dtype.add(id(region))
             kept.append(region)

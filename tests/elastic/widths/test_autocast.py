@@ -27,7 +27,7 @@ def leave_region(m: Any, x: Tensor) -> Tensor:
 
 def ask_for_device(m: Any, x: Tensor) -> Tensor:
     y = m.stem(x).relu()
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(device_type=x.device.type, enabled=False):
         y = m.mid(1e3 * y.float())
     return m.last(y)  # type: ignore[no-any-return]
 
