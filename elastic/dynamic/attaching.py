@@ -16,6 +16,7 @@ from elastic.dynamic.norms import SetNorm
 from elastic.dynamic.sites import Site, count_reading_groups, find_sites
 from elastic.errors import OptionError, StructureError
 from elastic.widths.discovery import Widths
+from elastic.widths.matching import require_widths
 from elastic.widths.tracing import BATCH_NORM, get_layer, list_graphs, trace_both_modes
 
 MODULES = "kams"  # where a network holds them; a name in files
@@ -44,6 +45,7 @@ def attach_modules(
             network has modules.
         OptionError: a kind, an activation or a number of sets that cannot be.
     """
+    require_widths(net, widths)
     if kind not in KINDS:
         raise OptionError(f"modules cannot look at '{kind}': set kind to {', '.join(KINDS)}")
     if hasattr(net, MODULES):

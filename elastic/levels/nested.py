@@ -23,6 +23,7 @@ from elastic.levels.cutting import (
 )
 from elastic.pruning.gates import iterate_gates
 from elastic.widths.discovery import Slot, Widths
+from elastic.widths.matching import require_widths
 from elastic.widths.operations.interface import is_stored
 
 
@@ -50,6 +51,7 @@ class Levels(Sequence[nn.Module]):
     def __init__(self, net: nn.Module, widths: Widths, sizes: Sequence[Sizes]) -> None:
         if any(iterate_gates(net)):
             raise StructureError("a gated network has no levels: compact it first, then make them")
+        require_widths(net, widths)
         full = widths.sizes()
         self.net, self.widths = net, widths
         self.sizes: list[dict[str, int]] = [*({**full, **level} for level in sizes), full]

@@ -15,6 +15,7 @@ from elastic.measure import counts
 from elastic.surgery.reindexing import reindex_copy, resize_index
 from elastic.widths.discovery import Widths
 from elastic.widths.inputs import Example, list_inputs
+from elastic.widths.matching import require_widths
 
 By = Literal["fraction", "macs", "latency_ms"]
 Measure = Callable[[tuple[int, ...]], float]
@@ -47,6 +48,7 @@ def level_sizes(
         StructureError: no width can be cut; a budget that even one channel a width exceeds, or that the
             network is within.
     """
+    require_widths(net, widths)
     check_levels(levels, by, multiple, curves)
     if by == "latency_ms" and latency_ms is None:
         raise OptionError("levels by latency_ms need a function that measures it: give one, or take macs")

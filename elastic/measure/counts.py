@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from elastic.widths.discovery import Widths
 from elastic.widths.hooks import quiet_hooks
 from elastic.widths.inputs import Example, count_batch, list_inputs, select_samples
+from elastic.widths.matching import require_widths
 from elastic.widths.parameters import ChannelParametrization, get_original, get_weight
 from elastic.widths.tracing import WithoutData, drop_data, make_meta_copy
 
@@ -34,6 +35,7 @@ class Census:
 
 def census(model: nn.Module, widths: Widths, *example: Tensor) -> Census:
     """Count parameters, MACs (of one input, or one of each where the network takes several) and channels."""
+    require_widths(model, widths)
     return Census(count_params(model), count_params_dense(model), count_macs(model, *example), widths.sizes())
 
 

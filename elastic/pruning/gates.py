@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from elastic.errors import OptionError
 from elastic.widths.discovery import Widths
+from elastic.widths.matching import require_widths
 from elastic.widths.parameters import ChannelParametrization, get_weight, list_parametrizations
 from elastic.widths.tracing import find_following_norms
 
@@ -130,6 +131,7 @@ def attach_gates(
     At channel grain the gain and shift of the norm that follows a layer are gated with it, so that a closed
     channel is exactly zero; channels that cannot be removed (the logits) are not gated.
     """
+    require_widths(model, widths)
     if grain not in get_args(Grain):
         raise OptionError(f"gates have no grain '{grain}': choose {', '.join(get_args(Grain))}")
     roles: tuple[Literal["out", "in"], ...] = ("out",) if grain == "channel" else ("out", "in")

@@ -21,6 +21,7 @@ from elastic.surgery.reindexing import reindex_copy, resize_index
 from elastic.surgery.residual import find_last_norm
 from elastic.widths.discovery import Widths, find_widths
 from elastic.widths.inputs import draw_inputs
+from elastic.widths.matching import require_widths
 from elastic.widths.parameters import get_original
 from elastic.widths.tracing import BATCH_NORM, preserve_modes
 from elastic.widths.width import fix_widths
@@ -71,6 +72,7 @@ def deepen(
         StructureError: the stage is no sequence of residual blocks, the model does not use it as one, or the
             model cannot be followed with a further block. Nothing has changed then.
     """
+    require_widths(model, widths)
     stages = find_stages(model)
     if stage not in stages:
         others = f"the model has {', '.join(stages)}" if stages else "the model has none"

@@ -23,6 +23,7 @@ from elastic.surgery.layers import list_tensors, resize_attributes
 from elastic.surgery.optimizer_state import gather_state
 from elastic.widths.copying import copy_module
 from elastic.widths.discovery import Slot, Widths
+from elastic.widths.matching import require_widths
 
 __all__ = ["FRESH", "Index", "grow_index", "reindex", "resize_index", "split_index"]
 
@@ -72,6 +73,7 @@ def reindex(
         StructureError: an unknown or fixed width, an index out of range or empty, an optimizer whose state
             cannot follow, an autograd graph still alive. Nothing has changed then.
     """
+    require_widths(model, widths)
     generator = generator or torch.Generator().manual_seed(0)
     optimizers, copies = list(optimizers), list(copies)
     indices = {name: check_index(index, widths[name].size, name) for name, index in changes.items()}

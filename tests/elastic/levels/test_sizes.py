@@ -52,8 +52,8 @@ def nestedness(found: list[dict[str, int]]) -> None:
 @settings(max_examples=40)
 def test_a_fraction_is_rounded_to_the_nearest_multiple(thousandths: int, multiple: int) -> None:
     """By hand, in whole numbers: nearer than half a multiple, but at least one, or the whole width."""
-    _, widths = network()
-    (sizes,) = level_sizes(nn.Identity(), widths, X, [thousandths / 1000], multiple=multiple)
+    net, widths = network()
+    (sizes,) = level_sizes(net, widths, X, [thousandths / 1000], multiple=multiple)
     assert list(sizes) == list(NAMES)
     for size, whole in zip(sizes.values(), CHANNELS, strict=True):
         assert 1 <= size <= whole
@@ -67,9 +67,9 @@ def test_a_fraction_is_rounded_to_the_nearest_multiple(thousandths: int, multipl
 @given(st.lists(st.integers(110, 999), min_size=1, max_size=5, unique=True), st.integers(1, 8))
 @settings(max_examples=40)
 def test_ascending_fractions_give_nested_sizes(thousandths: list[int], multiple: int) -> None:
-    _, widths = network()
+    net, widths = network()
     fractions = [t / 1000 for t in sorted(thousandths)]
-    nestedness([*level_sizes(nn.Identity(), widths, X, fractions, multiple=multiple), widths.sizes()])
+    nestedness([*level_sizes(net, widths, X, fractions, multiple=multiple), widths.sizes()])
 
 
 def test_three_steps_of_twenty_per_cent() -> None:

@@ -86,7 +86,7 @@ def test_a_compacted_network_is_the_gated_one(name: str) -> None:
     for seed in range(3):
         more = make_inputs(name, 5, seed)
         close(plain(*more), net(*more))
-    assert measure_compacted(net, inputs) == elastic.census(plain, widths, *inputs).params
+    assert measure_compacted(net, inputs) == elastic.census(plain, discover(plain, *inputs), *inputs).params
 
 
 @every_net
