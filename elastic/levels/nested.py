@@ -21,6 +21,7 @@ from elastic.levels.cutting import (
     iterate_shared,
     make_level,
 )
+from elastic.levels.settings import follow_settings, read_settings
 from elastic.pruning.gates import iterate_gates
 from elastic.widths.discovery import Slot, Widths
 from elastic.widths.matching import require_widths
@@ -60,6 +61,7 @@ class Levels(Sequence[nn.Module]):
         below = zip(self.sizes[:-1], self.cuts, strict=False)
         self._levels = [*(make_level(net, widths, level, cut) for level, cut in below), net]
         self.norms = nn.ModuleList(map(_collect_norms, self._levels[:-1]))
+        self._settings = read_settings(net)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the state of a copy, whose levels are to be parts of its own network."""
@@ -88,6 +90,7 @@ class Levels(Sequence[nn.Module]):
         net = level if traced is None else traced
         if level is self.net:
             return net(*inputs, **named)
+        self._settings = follow_settings(self.net, self._levels[:-1], self._settings)
         level.train(self.net.training)
         views = {f"{path}.{name}".lstrip("."): view for path, name, view in self._iterate_views(k)}
         return functional_call(net, views, inputs, named)

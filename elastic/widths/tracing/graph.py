@@ -19,6 +19,7 @@ from elastic.widths.tracing.autocast import keep_regions, note_regions
 from elastic.widths.tracing.called_layers import restore_layers
 from elastic.widths.tracing.changing import renew_assigned
 from elastic.widths.tracing.concrete import PLACE, ConcreteTracer
+from elastic.widths.tracing.constants import note_constants
 from elastic.widths.tracing.functions import trace_functions
 from elastic.widths.tracing.gradients import cut_gradients
 from elastic.widths.tracing.looking import trace_hooks, trace_kept
@@ -111,6 +112,7 @@ def trace_graph(
             quiet_hooks(model),
             trace_hooks(tracer, model) if runs else nullcontext(),
             note_regions(tracer.regions) if runs else nullcontext(),
+            note_constants(model) if runs else nullcontext() as constants,
             torch.enable_grad(),  # whatever the mode is outside of the forward
         ):
             graph = tracer.trace(model)
@@ -124,6 +126,7 @@ def trace_graph(
             keep_regions(graph, tracer.device.type, tracer.gives_tensor)
         graph.computed_sizes, graph.read_sizes = computed, read  # type: ignore[attr-defined]
         graph.answers, graph.replaced = tracer.answers, replaced  # type: ignore[attr-defined]
+        graph.constants = constants  # type: ignore[attr-defined]
         return graph
     except StructureError:
         raise

@@ -15,7 +15,9 @@ from torch import Tensor, fx, nn
 from elastic.errors import StructureError
 from elastic.widths.tracing.by_mode import ByMode, list_graphs
 from elastic.widths.tracing.graph import preserve_attributes, trace, trace_graph
+from elastic.widths.tracing.guard import REMEDY, Guard
 from elastic.widths.tracing.meta import BATCH_NORM
+from elastic.widths.tracing.norms import drop_counters
 from elastic.widths.tracing.proxies import TrainingFlag
 from elastic.widths.tracing.sizes import AttributePlace
 
@@ -124,17 +126,58 @@ def trace_both_modes(model: nn.Module, *example: Tensor) -> fx.GraphModule:
         example: inputs on the meta device; with them, a forward may ask for sizes.
 
     Raises:
-        StructureError: torch.fx cannot trace it; or it keeps statistics by assigning to attributes, or draws
-            numbers that are none of torch's.
+        StructureError: torch.fx cannot trace it; or it keeps statistics by assigning to attributes, draws
+            numbers that are none of torch's, or computes with numbers that it counts itself.
     """
     with preserve_modes(model), _expect_no_numbers(model):
         training, evaluation = (trace(model.train(mode), *example) for mode in (True, False))
-    _require_no_statistics(training, evaluation)
-    for traced in (training, evaluation):
-        _drop_counters(traced)
+        for traced, mode in ((training, True), (evaluation, False)):
+            _require_no_counts(traced.graph, model.train(mode), *example)
+        _require_no_statistics(training, evaluation)
+        for traced in (training, evaluation):
+            drop_counters(traced)
+        guard = _make_guard(model, example, training, evaluation)
     traced_net = evaluation if training.code == evaluation.code else ByMode(training, evaluation)
     traced_net.training = model.training
+    traced_net.register_forward_pre_hook(guard)
     return traced_net
+
+
+def _require_no_counts(graph: fx.Graph, model: nn.Module, *example: Tensor) -> None:
+    """Raise StructureError where a forward computes with a number that it changes itself, call by call."""
+    counts = graph.constants.counts  # type: ignore[attr-defined]
+    if not counts:
+        return
+    with preserve_attributes(model):
+        for attribute, number in counts.items():
+            vars(model.get_submodule(attribute.path))[attribute.name] = number
+        is_used = str(trace_graph(model, *example, runs=True)) != str(graph)
+    if is_used:
+        raise StructureError(
+            f"the forward changes '{', '.join(map(str, counts))}' and computes with it, which is a constant "
+            f"once the network is traced: {REMEDY}"
+        )
+
+
+def _make_guard(
+    model: nn.Module, example: tuple[Tensor, ...], training: fx.GraphModule, evaluation: fx.GraphModule
+) -> Guard:
+    """Make what holds a network against its traces; what its mode changes, these follow."""
+    traces = {True: training, False: evaluation}
+    constants = {mode: traced.graph.constants for mode, traced in traces.items()}  # type: ignore[attr-defined]
+    values = []
+    for mode in traces:
+        model.train(mode)
+        attributes = constants[True].reads | constants[False].reads
+        values.append({a: repr(vars(model.get_submodule(a.path)).get(a.name)) for a in attributes})
+    by_mode = {attribute for attribute in values[0] if values[0][attribute] != values[1][attribute]}
+    return Guard(
+        model,
+        example,
+        {mode: traced.code for mode, traced in traces.items()},
+        {mode: constants[mode].reads - by_mode for mode in traces},
+        constants[True].modes | constants[False].modes,
+    )
 
 
 @contextmanager
@@ -167,13 +210,3 @@ def _require_no_statistics(training: fx.GraphModule, evaluation: fx.GraphModule)
                     f"the forward assigns to '{path}' in training, which a traced network cannot: change the "
                     f"tensor in place, as self.{name}.copy_(…) does"
                 )
-
-
-def _drop_counters(traced: fx.GraphModule) -> None:
-    """Leave out that norms count batches in training, which no momentum of theirs needs."""
-    for node in traced.graph.find_nodes(op="get_attr"):
-        is_counter, users = str(node.target).endswith("num_batches_tracked"), list(node.users)
-        if is_counter and all(user.target == "add_" and not user.users for user in users):
-            for unused in (*users, node):
-                traced.graph.erase_node(unused)
-    traced.recompile()

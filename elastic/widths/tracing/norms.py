@@ -23,3 +23,13 @@ def find_following_norms(model: nn.Module, *example: Tensor) -> dict[str, str]:
             if len(calls[norm]) == 1:
                 norms[path] = norm
     return norms
+
+
+def drop_counters(traced: fx.GraphModule) -> None:
+    """Leave out that norms count batches in training, which no momentum of theirs needs."""
+    for node in traced.graph.find_nodes(op="get_attr"):
+        is_counter, users = str(node.target).endswith("num_batches_tracked"), list(node.users)
+        if is_counter and all(user.target == "add_" and not user.users for user in users):
+            for unused in (*users, node):
+                traced.graph.erase_node(unused)
+    traced.recompile()
