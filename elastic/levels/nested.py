@@ -21,7 +21,7 @@ from elastic.levels.cutting import (
     iterate_shared,
     make_level,
 )
-from elastic.levels.settings import follow_settings, read_settings
+from elastic.levels.settings import follow_modes, follow_settings, read_settings
 from elastic.pruning.gates import iterate_gates
 from elastic.widths.discovery import Slot, Widths
 from elastic.widths.matching import require_widths
@@ -90,10 +90,17 @@ class Levels(Sequence[nn.Module]):
         net = level if traced is None else traced
         if level is self.net:
             return net(*inputs, **named)
-        self._settings = follow_settings(self.net, self._levels[:-1], self._settings)
-        level.train(self.net.training)
+        self.sync(k)
         views = {f"{path}.{name}".lstrip("."): view for path, name, view in self._iterate_views(k)}
         return functional_call(net, views, inputs, named)
+
+    def sync(self, k: int) -> None:
+        """Let level k follow what a program has set in the network: modes, numbers and texts."""
+        level = self._levels[k]
+        if level is not self.net:
+            self._settings = follow_settings(self.net, self._levels[:-1], self._settings)
+            level.train(self.net.training)
+            follow_modes(self.net, level)
 
     def _iterate_views(self, k: int) -> Iterator[tuple[str, str, Tensor]]:
         """Iterate over what level k has of the network's tensors: (layer, name, view)."""

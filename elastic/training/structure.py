@@ -291,6 +291,8 @@ class Structure(nn.Module):
         if self.resize is not None and is_trained_now(self.trainer):
             args, kwargs = change_images(self.resize, args, kwargs)
         dynamic = self.dynamic_nets[level] if self.dynamic_nets else None
+        if self.levels is not None:
+            self.levels.sync(level)
         if dynamic is not None:
             sync_traced(dynamic, self.nets[level], self.net.training)
         with self._being_quiet(level, dynamic):

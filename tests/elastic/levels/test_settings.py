@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from elastic import Levels, discover
+from elastic.training.structure import Structure
+from tests.elastic.dynamic.test_own_layers import NormWithActivation
 from tests.elastic.zoo import Net
 
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -52,3 +54,47 @@ def test_a_level_that_was_set_apart_stays_so() -> None:
     levels[0].temperature = 2.0  # type: ignore[assignment]
     levels.run(0, X)
     assert (net.temperature, levels[0].temperature, levels[1].temperature) == (1.0, 2.0, 1.0)
+
+
+def test_levels_follow_a_part_that_is_in_evaluation() -> None:
+    net, make = make_levels()
+    levels = make()
+    net.drop.p = 0.5
+    net.train().drop.eval()
+    for k in range(3):
+        assert torch.equal(levels.run(k, X), levels.run(k, X))
+    net.train()
+    for k in range(3):
+        assert not torch.equal(levels.run(k, X), levels.run(k, X))
+
+
+def test_norms_of_levels_keep_the_mode_of_the_network() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 5, 1))
+    levels = Levels(net, discover(net, X), [{"0": 4}])
+    net.train()[1].eval()
+    before = [level[1].running_mean.clone() for level in levels]  # type: ignore[index, operator, union-attr]
+    for k in range(2):
+        levels.run(k, X)
+    moved = [
+        not torch.equal(mean, level[1].running_mean)  # type: ignore[index, arg-type]
+        for mean, level in zip(before, levels, strict=True)
+    ]
+    assert moved == [True, False]
+
+
+def test_norms_of_a_level_with_modules_are_in_the_mode_of_this_call() -> None:
+    """Norms of a class of their own stand in a trace as torch's: they are brought into the level's mode."""
+    torch.manual_seed(0)
+    layers = {"stem": nn.Conv2d(3, 8, 1), "norm": NormWithActivation(8), "last": nn.Conv2d(8, 5, 1)}
+    net = Net(lambda m, x: m.last(m.norm(m.stem(x))), **layers)
+    structure = Structure(net, X)
+    structure.nest(Levels(net, structure.widths, [{"stem": 4}]))
+    structure.attach_dynamic()
+    for training in (True, False, True):
+        net.train(training)
+        for k in range(2):
+            mean = structure.nets[k].norm.running_mean  # type: ignore[union-attr]
+            before = mean.clone()  # type: ignore[operator]
+            structure.run(k, X)
+            assert torch.equal(mean, before) is not training  # type: ignore[arg-type]
