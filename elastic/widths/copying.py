@@ -3,12 +3,14 @@
 import copy
 from collections import OrderedDict
 from collections.abc import Sequence
+from types import FunctionType
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from elastic.errors import StructureError, cite
+from elastic.widths.functions import copy_function, holds_part
 from elastic.widths.parameters import get_kind
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -37,6 +39,7 @@ def _copy_module(module: Module, memo: dict[int, Any]) -> Module:
     parts = list(module.modules())
     _share_owners(parts, memo)
     if not all(map(_is_copied_by_default, parts)):
+        _refuse_functions(parts)
         for leaf in (leaf for part in parts for leaf in tree_leaves(vars(part))):
             _note_computed(leaf, memo)
         return copy.deepcopy(module, memo)
@@ -50,6 +53,15 @@ def _copy_module(module: Module, memo: dict[int, Any]) -> Module:
         vars(memo[id(part)]).update(attributes)
     replica: Module = memo[id(module)]
     return replica
+
+
+def _refuse_functions(parts: Sequence[nn.Module]) -> None:
+    """Refuse functions that hold a part: Python's own copies would run it as it is in the model."""
+    own = set(map(id, parts))
+    for part in parts:
+        for name, value in vars(part).items():
+            if name != COMPILED and isinstance(value, FunctionType) and holds_part(value, own):
+                raise TypeError(f"'{name}' of a {type(part).__name__} is a function that holds a module")
 
 
 def _share_owners(parts: Sequence[nn.Module], memo: dict[int, Any]) -> None:
@@ -78,6 +90,8 @@ def _copy_value(value: Any, memo: dict[int, Any]) -> Any:
         return kind()
     if kind is dict or kind is list:
         return _copy_container(value, memo)
+    if kind is FunctionType:
+        return copy_function(value, memo)
     if kind in ATOMS or (kind is tuple and all(type(part) in ATOMS for part in value)):
         return value
     _note_computed(value, memo)

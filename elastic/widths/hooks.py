@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from elastic.widths.functions import list_contents
+
 Hook = Callable[..., Any]
 CONTAINERS = (dict, list, set, deque)
 KEEP_NOTHING = (type, ModuleType, Tensor)
@@ -66,7 +68,7 @@ def _list_containers(model: nn.Module) -> list[Any]:
         elif isinstance(value, FunctionType):
             names = value.__code__.co_names
             pending += _select_containers(value.__globals__.get(name) for name in names)
-            pending += (cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell))
+            pending += list_contents(value)
         elif hasattr(value, "__dict__") and not isinstance(value, KEEP_NOTHING) and id(value) not in parts:
             attributes = vars(value)
             containers[id(attributes)] = attributes
@@ -84,14 +86,6 @@ def _list_graphs(model: nn.Module) -> list[fx.Graph]:
 
 def _select_containers(values: Iterable[Any]) -> list[Any]:
     return [value for value in values if isinstance(value, CONTAINERS)]
-
-
-def _is_filled(cell: Any) -> bool:
-    """Tell whether a variable of a closure has a value yet."""
-    try:
-        return cell.cell_contents is not cell
-    except ValueError:
-        return False
 
 
 @contextmanager

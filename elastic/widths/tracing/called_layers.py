@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from elastic.widths.hooks import has_hooks
-from elastic.widths.tracing.meta import BATCH_NORM
+from elastic.widths.tracing.meta import BATCH_NORM, FORWARD
 
 _Function = Callable[..., Any]
 
@@ -86,9 +86,9 @@ def _pair(number: Any) -> Any:
 
 
 def _make_plain(layer: nn.Module) -> nn.Module:
-    """Make a layer of torch's own with all that a subclass of it holds."""
+    """Make a layer of torch's own with all that a subclass of it holds, but for a forward of its own."""
     kind = next(base for base in type(layer).__mro__ if base.__module__.startswith("torch.nn."))
     plain: Any = object.__new__(kind)
-    vars(plain).update(vars(layer))
+    vars(plain).update({name: value for name, value in vars(layer).items() if name != FORWARD})
     copy: nn.Module = plain
     return copy

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from types import FrameType
+from types import FrameType, MethodType
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,13 @@ from elastic.errors import StructureError
 from elastic.widths.copying import ATOMS
 from elastic.widths.tracing.autocast import REGIONS, Region
 from elastic.widths.tracing.gradients import GRADIENT
-from elastic.widths.tracing.meta import compute_without_data, drop_data, make_meta_copy
+from elastic.widths.tracing.meta import (
+    FORWARD,
+    compute_without_data,
+    drop_data,
+    has_own_forward,
+    make_meta_copy,
+)
 from elastic.widths.tracing.proxies import AskedProxy, Instruction, TrainingFlag
 from elastic.widths.tracing.sizes import note_computed_sizes
 
@@ -89,6 +95,8 @@ class ConcreteTracer(fx.Tracer):
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
         """Make placeholders of the inputs; what else a forward may be given is what it is by default."""
+        if has_own_forward(self.root):
+            root_fn = _make_method(self.root)
         if not self._inputs:
             return super().create_args_for_root(root_fn, is_module, concrete_args)
         args: list[Any] = [self.root]
@@ -294,6 +302,21 @@ class ConcreteTracer(fx.Tracer):
             return drop_data(value)
         layer = self._replica.get_submodule(target) if node.op == "call_module" else None
         return compute_without_data(node, layer, args, kwargs)
+
+
+def _make_method(module: nn.Module) -> Callable[..., Any]:
+    """Make a method of what a program has put in the place of a module's forward."""
+    forward: Callable[..., Any] = vars(module)[FORWARD]
+    if isinstance(forward, MethodType) and forward.__self__ is module:
+        return forward.__func__
+
+    def method(_: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    own = inspect.signature(forward)
+    first = inspect.Parameter("module", inspect.Parameter.POSITIONAL_ONLY)
+    method.__signature__ = own.replace(parameters=[first, *own.parameters.values()])  # type: ignore[attr-defined]
+    return method
 
 
 @contextmanager

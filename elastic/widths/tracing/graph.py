@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from elastic.errors import StructureError
+from elastic.widths.copying import COMPILED
 from elastic.widths.hooks import INTERNAL, quiet_hooks
 from elastic.widths.operations.interface import get_operation_name
 from elastic.widths.operations.registry import find_base
@@ -23,6 +24,7 @@ from elastic.widths.tracing.constants import note_constants
 from elastic.widths.tracing.functions import trace_functions
 from elastic.widths.tracing.gradients import cut_gradients
 from elastic.widths.tracing.looking import trace_hooks, trace_kept
+from elastic.widths.tracing.meta import has_own_forward
 from elastic.widths.tracing.patching import pass_for_values, trace_factories
 from elastic.widths.tracing.sizes import AttributePlace, note_computed_sizes, tag_sizes
 
@@ -49,6 +51,8 @@ class _Tracer(ConcreteTracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         kind = get_kind(m)
+        if has_own_forward(m):
+            return False
         if find_base(kind) is not None:
             return True
         is_foreign = not kind.__module__.startswith("torch.nn")
@@ -95,11 +99,13 @@ def trace_graph(
         known_answers: what the forward was told about shapes when it was traced before, and is told again.
         sizes: whole numbers that modules are to hold, in place of those that they do.
         runs: whether the graph is to be run: functions that have a gradient of their own stay whole, and
-            random numbers are drawn each time.
+            random numbers are drawn each time. Attributes of the model's modules are to be preserved then.
     """
     tracer = _Tracer(example, known_answers)
     earlier_values = [value for module in model.modules() for value in vars(module).values()]
     if runs:
+        for module in model.modules():  # compiled parts compute what their forwards do
+            vars(module).pop(COMPILED, None)
         tracer.copy_model(model)  # before the forward keeps in it what stands for tensors
     try:
         with (

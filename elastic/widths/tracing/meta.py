@@ -16,6 +16,7 @@ from elastic.widths.tracing.shapes import infer_call, infer_each, infer_layer, i
 
 # What makes tensors of numbers that a forward may compute sizes with; they have at most so many.
 NUMBERS, FEW = (torch.tensor, torch.as_tensor, torch.arange), 16
+FORWARD = "forward"
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
@@ -63,9 +64,16 @@ def make_meta_copy(model: nn.Module) -> nn.Module:
         _replace_tensors(module, memo)
     replica = copy_module(model, memo)
     for module in replica.modules():
-        if (forward := _find_forward(get_kind(module))) is not None:  # type: ignore[arg-type]
-            vars(module)["forward"] = MethodType(forward, module)
+        forward = None if has_own_forward(module) else _find_forward(get_kind(module))  # type: ignore[arg-type]
+        if forward is not None:
+            vars(module)[FORWARD] = MethodType(forward, module)
     return replica
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Tell whether a program has put a function of its own in the place of a module's forward."""
+    forward = vars(module).get(FORWARD)
+    return forward is not None and getattr(forward, "__func__", None) not in KEEPS_SHAPE.values()
 
 
 def drop_data(value: Any) -> Any:

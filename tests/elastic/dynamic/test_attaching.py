@@ -901,3 +901,18 @@ def test_gradients_close_kernels(by: Any) -> None:
         shares.append(float(engaged.fraction(by).detach()))
     assert shares[0] > 0.95 and shares[-1] < 0.5
     assert all((m.active_BK.sum(1) > 0.99).all() for m in iterate_modules(net)), "never to no kernel at all"
+
+
+@torch.no_grad()
+def test_parts_that_are_compiled_in_place_are_looked_into() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(conv(3, 6), nn.Sequential(nn.ReLU(), conv(6, 8), nn.ReLU()), head(8)).eval()
+    expected = net(X)
+    net[0].compile(backend="eager")
+    net[1].compile(backend="eager")
+    dynamic = attach_modules(net, discover(net, X)).eval()
+    for module in iterate_modules(dynamic):
+        nn.init.constant_(module.heads[0].linear.bias, 10.0)  # type: ignore[operator, union-attr, arg-type]
+    for network in (dynamic, make_skipping(dynamic, [X]), make_skipping(net, [X])):
+        torch.testing.assert_close(network(X), expected)
+    assert net[0]._compiled_call_impl is not None and net[1]._compiled_call_impl is not None
