@@ -21,6 +21,7 @@ from elastic.widths.tracing.called_layers import restore_layers
 from elastic.widths.tracing.changing import renew_assigned
 from elastic.widths.tracing.concrete import PLACE, ConcreteTracer
 from elastic.widths.tracing.constants import note_constants
+from elastic.widths.tracing.containers import Container, list_containers, mark_lists, trace_contents
 from elastic.widths.tracing.functions import trace_functions
 from elastic.widths.tracing.gradients import cut_gradients
 from elastic.widths.tracing.looking import trace_hooks, trace_kept
@@ -69,9 +70,23 @@ def trace(model: nn.Module, *example: Tensor) -> fx.GraphModule:
         StructureError: torch.fx cannot trace it.
     """
     with preserve_attributes(model):
-        traced = fx.GraphModule(model, trace_graph(model, *example, runs=True))
+        graph = trace_graph(model, *example, runs=True)
+        _decide_lists(graph, model, *example)
+        traced = fx.GraphModule(model, graph)
     restore_layers(traced, model)
     return traced
+
+
+def _decide_lists(graph: fx.Graph, model: nn.Module, *example: Tensor) -> None:
+    """Decide whether a forward empties lists that were empty, or leaves that to the program."""
+    containers: list[Container] = graph.containers  # type: ignore[attr-defined]
+    if all(container.appends is not None or not container.after for container in containers):
+        return
+    with mark_lists(containers):
+        again: Any = trace_graph(model, *example, runs=True)
+    for container, other in zip(containers, again.containers, strict=True):
+        if container.appends is None:
+            container.appends = other.appends is True
 
 
 @contextmanager
@@ -102,10 +117,12 @@ def trace_graph(
             random numbers are drawn each time. Attributes of the model's modules are to be preserved then.
     """
     tracer = _Tracer(example, known_answers)
+    containers: list[Container] = []
     earlier_values = [value for module in model.modules() for value in vars(module).values()]
     if runs:
         for module in model.modules():  # compiled parts compute what their forwards do
             vars(module).pop(COMPILED, None)
+        containers = list_containers(model)
         tracer.copy_model(model)  # before the forward keeps in it what stands for tensors
     try:
         with (
@@ -124,6 +141,7 @@ def trace_graph(
             graph = tracer.trace(model)
             if runs:
                 trace_kept(tracer, model, earlier_values, tracer.gives_tensor)
+                trace_contents(tracer, containers, tracer.gives_tensor)
         graph.owning_module = model  # type: ignore[assignment]
         renew_assigned(graph, partial(get_layer, model), tracer.gives_tensor)
         if runs and model.training:
@@ -133,6 +151,7 @@ def trace_graph(
         graph.computed_sizes, graph.read_sizes = computed, read  # type: ignore[attr-defined]
         graph.answers, graph.replaced = tracer.answers, replaced  # type: ignore[attr-defined]
         graph.constants = constants  # type: ignore[attr-defined]
+        graph.containers = containers  # type: ignore[attr-defined]
         return graph
     except StructureError:
         raise
