@@ -28,7 +28,8 @@ from elastic.levels.importance import score_channels
 from elastic.levels.sensitivity import keep_best, measure_sensitivity
 from elastic.levels.sizes import level_sizes
 from elastic.measure.counts import count_macs
-from elastic.widths.discovery import Widths, discover
+from elastic.widths.discovery import discover
+from elastic.widths.width import Widths
 
 IMAGES = 1000  # of the validation split, that sensitivity looks at
 STEPS = 10  # of bisection, for the peer's ratio

@@ -15,9 +15,9 @@ from elastic.dynamic.modules import KINDS, KernelActivation
 from elastic.dynamic.norms import SetNorm
 from elastic.dynamic.sites import Site, count_reading_groups, find_sites
 from elastic.errors import OptionError, StructureError
-from elastic.widths.discovery import Widths
 from elastic.widths.matching import require_widths
 from elastic.widths.tracing import BATCH_NORM, get_layer, list_graphs, trace_both_modes
+from elastic.widths.width import Widths
 
 MODULES = "kams"  # where a network holds them; a name in files
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from elastic.dynamic.calls import is_linear
-from elastic.widths.discovery import Widths
 from elastic.widths.hooks import quiet_hooks
 from elastic.widths.tracing import WithoutData, make_meta_copy
+from elastic.widths.width import Widths
 
 
 def list_pointwise(traced: fx.GraphModule, widths: Widths) -> set[str]:

@@ -12,9 +12,9 @@ from elastic.dynamic.pointwise import list_pointwise
 from elastic.dynamic.products import ends_in_products
 from elastic.dynamic.sums import find_addend
 from elastic.errors import StructureError
-from elastic.widths.discovery import Slot, Width, Widths
 from elastic.widths.operations.interface import Role
 from elastic.widths.tracing import get_layer
+from elastic.widths.width import Slot, Width, Widths
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from elastic.errors import FileError, StructureError
 from elastic.surgery.rebuilding import add_blocks, rebuild
-from elastic.widths.discovery import Widths, discover
+from elastic.widths.discovery import discover
 from elastic.widths.inputs import Example, list_inputs
+from elastic.widths.width import Widths
 
 
 def refuse_unfillable(net: nn.Module, path: Path) -> None:

@@ -222,7 +222,7 @@ class Network:
         """
         if Path(source).exists():
             return load(source, options.get("net"), options.get("example"))
-        network: Network = _import_hub().read_repository(str(source), options)
+        network: Network = _import_hub().read_repository(str(source), cls.load, options)
         return network
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:

@@ -18,9 +18,9 @@ from elastic.surgery.fresh import Patch, zero_out
 from elastic.surgery.layers import list_tensors
 from elastic.surgery.reindexing import grow_index, reindex
 from elastic.widths.copying import copy_module
-from elastic.widths.discovery import Slot, Width, Widths
 from elastic.widths.hooks import quiet_hooks
 from elastic.widths.parameters import get_weight
+from elastic.widths.width import Slot, Width, Widths
 
 HE = 2**0.5  # the expected length of a He-normal row, whatever its fan-in
 Loss = Callable[[nn.Module], Tensor]

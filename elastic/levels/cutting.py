@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from elastic.errors import StructureError
 from elastic.surgery.layers import NORMS, resize_attributes
 from elastic.widths.copying import copy_module
-from elastic.widths.discovery import Slot, Widths
 from elastic.widths.operations.interface import is_stored
+from elastic.widths.width import Slot, Widths
 
 Sizes = Mapping[str, int]
 TensorParts = dict[tuple[str, str], tuple[slice, ...]]  # (layer, tensor) -> the part that a level has

@@ -17,10 +17,11 @@ from elastic.levels.cutting import find_nestable, iterate_norms
 from elastic.levels.nested import Levels
 from elastic.pruning.gates import Gate
 from elastic.widths.copying import copy_module
-from elastic.widths.discovery import Slot, Width, Widths, discover
+from elastic.widths.discovery import discover
 from elastic.widths.hooks import quiet_hooks
 from elastic.widths.inputs import Example, list_inputs
 from elastic.widths.parameters import get_original, get_weight
+from elastic.widths.width import Slot, Width, Widths
 
 Importance = Literal["l2", "l1", "taylor", "norm", "gate"]
 Batches = Iterable[tuple[Example, Tensor]]  # inputs, targets

@@ -23,9 +23,9 @@ from elastic.levels.cutting import (
 )
 from elastic.levels.settings import follow_modes, follow_settings, read_settings
 from elastic.pruning.gates import iterate_gates
-from elastic.widths.discovery import Slot, Widths
 from elastic.widths.matching import require_widths
 from elastic.widths.operations.interface import is_stored
+from elastic.widths.width import Slot, Widths
 
 
 class Levels(Sequence[nn.Module]):

@@ -18,8 +18,8 @@ from elastic.errors import FileError, OptionError, StructureError
 from elastic.levels.importance import Importance, rank_channels, score_channels
 from elastic.measure.counts import count_macs
 from elastic.surgery.reindexing import reindex_copy
-from elastic.widths.discovery import Widths
 from elastic.widths.inputs import Example, list_inputs
+from elastic.widths.width import Widths
 
 PARTS = (0.875, 0.75, 0.5, 0.25)  # of a width's channels
 

@@ -13,9 +13,9 @@ from elastic.levels.cutting import explain_no_room, find_nestable
 from elastic.levels.sensitivity import Curves, check_curves, fit_to_budget
 from elastic.measure import counts
 from elastic.surgery.reindexing import reindex_copy, resize_index
-from elastic.widths.discovery import Widths
 from elastic.widths.inputs import Example, list_inputs
 from elastic.widths.matching import require_widths
+from elastic.widths.width import Widths
 
 By = Literal["fraction", "macs", "latency_ms"]
 Measure = Callable[[tuple[int, ...]], float]

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
-from elastic.widths.discovery import Widths
 from elastic.widths.hooks import quiet_hooks
 from elastic.widths.inputs import Example, count_batch, list_inputs, select_samples
 from elastic.widths.matching import require_widths
 from elastic.widths.parameters import ChannelParametrization, get_original, get_weight
 from elastic.widths.tracing import WithoutData, drop_data, make_meta_copy
+from elastic.widths.width import Widths
 
 COUNTED = (nn.modules.conv._ConvNd, nn.Linear)
 

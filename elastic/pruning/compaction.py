@@ -24,9 +24,10 @@ from elastic.pruning.constants import (
 from elastic.pruning.dead import find_unread, find_unwritten, list_kept
 from elastic.pruning.folding import fold_gates
 from elastic.surgery.reindexing import reindex
-from elastic.widths.discovery import Width, Widths, find_widths
+from elastic.widths.discovery import find_widths
 from elastic.widths.inputs import Example, list_inputs
 from elastic.widths.tracing import find_following_norms
+from elastic.widths.width import Width, Widths
 
 TINY = torch.finfo(torch.float32).tiny  # smaller numbers are denormal, and many times slower on CPUs
 BELOW_TINY = TINY * (1 - torch.finfo(torch.float32).eps)

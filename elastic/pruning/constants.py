@@ -11,10 +11,10 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from elastic.widths.discovery import Slot, Width, Widths
 from elastic.widths.hooks import quiet_hooks
 from elastic.widths.inputs import Example, draw_inputs
 from elastic.widths.parameters import get_weight
+from elastic.widths.width import Slot, Width, Widths
 
 # Layers whose input is what their weight multiplies are known by their forward: that of a subclass may do
 # anything to it first (pad it, normalise it), so that nothing is known there.

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from elastic.pruning.constants import observe_constants, read_constants
 from elastic.pruning.folding import compute_mask
 from elastic.widths.copying import copy_module
-from elastic.widths.discovery import Slot, Width, Widths
 from elastic.widths.inputs import Example
 from elastic.widths.tracing import preserve_modes
+from elastic.widths.width import Slot, Width, Widths
 
 # From a layer and the name of its tensor to values that are 0 where nothing is written or read.
 Lookup = Callable[[str, str], Tensor]

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from elastic.errors import OptionError
-from elastic.widths.discovery import Widths
 from elastic.widths.matching import require_widths
 from elastic.widths.parameters import ChannelParametrization, get_weight, list_parametrizations
 from elastic.widths.tracing import find_following_norms
+from elastic.widths.width import Widths
 
 Grain = Literal["weight", "kernel", "block", "channel"]
 START = 1.0

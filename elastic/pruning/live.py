@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from elastic.measure.counts import count_nonzero, locate_parameters
 from elastic.pruning.folding import compute_mask
-from elastic.widths.discovery import Width, Widths
 from elastic.widths.parameters import get_original, get_weight, list_parametrizations
+from elastic.widths.width import Width, Widths
 
 Key = tuple[str, str]  # (layer, tensor)
 

@@ -19,12 +19,12 @@ from elastic.surgery.layers import list_tensors
 from elastic.surgery.outputs import list_output_tensors
 from elastic.surgery.reindexing import reindex_copy, resize_index
 from elastic.surgery.residual import find_last_norm
-from elastic.widths.discovery import Widths, find_widths
+from elastic.widths.discovery import find_widths
 from elastic.widths.inputs import draw_inputs
 from elastic.widths.matching import require_widths
 from elastic.widths.parameters import get_original
 from elastic.widths.tracing import BATCH_NORM, preserve_modes
-from elastic.widths.width import fix_widths
+from elastic.widths.width import Widths, fix_widths
 
 REMEDY = "set its Growth's blocks to 0 (callbacks.growth.amount.blocks=0)"
 

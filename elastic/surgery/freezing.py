@@ -5,9 +5,9 @@ By `layer.requires_grad_(False)`, or as the network's forward computes it withou
 
 from torch import nn
 
-from elastic.widths.discovery import Widths
 from elastic.widths.operations.interface import is_stored
 from elastic.widths.parameters import get_original
+from elastic.widths.width import Widths
 
 
 def find_frozen_widths(model: nn.Module, widths: Widths) -> set[str]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from elastic.surgery.fresh import Fresh, Patch
 from elastic.surgery.layers import LayerTensor
-from elastic.widths.discovery import Slot
+from elastic.widths.width import Slot
 
 
 @dataclass(frozen=True)

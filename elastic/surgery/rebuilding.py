@@ -13,8 +13,8 @@ from elastic.errors import StructureError
 from elastic.surgery.depth import count_blocks, deepen, get_blocks
 from elastic.surgery.graphs import release_graphs
 from elastic.surgery.reindexing import reindex, resize_index
-from elastic.widths.discovery import Slot, Widths
 from elastic.widths.sizing import solve_sizes
+from elastic.widths.width import Slot, Widths
 
 REFUSAL = "the checkpoint is of another architecture"
 GATES = "; give both or neither their gates or other parametrizations, or save what `compact` returns"

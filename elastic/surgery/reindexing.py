@@ -22,8 +22,8 @@ from elastic.surgery.indices import FRESH, Index, check_index, grow_index, resiz
 from elastic.surgery.layers import list_tensors, resize_attributes
 from elastic.surgery.optimizer_state import gather_state
 from elastic.widths.copying import copy_module
-from elastic.widths.discovery import Slot, Widths
 from elastic.widths.matching import require_widths
+from elastic.widths.width import Slot, Widths
 
 __all__ = ["FRESH", "Index", "grow_index", "reindex", "resize_index", "split_index"]
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from elastic.widths.discovery import Slot, Widths
+from elastic.widths.width import Slot, Widths
 
 
 class Net(nn.Module):

@@ -19,7 +19,8 @@ from elastic.levels.sizes import level_sizes
 from elastic.measure import counts
 from elastic.models import resnet20, resnet56
 from elastic.surgery.reindexing import reindex
-from elastic.widths.discovery import Widths, discover
+from elastic.widths.discovery import discover
+from elastic.widths.width import Widths
 from tests.elastic.zoo import randomised
 
 tp = pytest.importorskip("torch_pruning")

@@ -9,7 +9,8 @@ from torchvision import models
 
 from elastic.models import resnet20
 from elastic.surgery.reindexing import reindex
-from elastic.widths.discovery import Width, discover
+from elastic.widths.discovery import discover
+from elastic.widths.width import Width
 
 tp = pytest.importorskip("torch_pruning")
 pytestmark = pytest.mark.peers

@@ -23,7 +23,8 @@ from elastic.pruning.compaction import compact
 from elastic.pruning.gates import Grain, attach_gates, iterate_gates
 from elastic.surgery.depth import deepen, find_stages
 from elastic.surgery.reindexing import grow_index, reindex, split_index
-from elastic.widths.discovery import Widths, discover
+from elastic.widths.discovery import discover
+from elastic.widths.width import Widths
 
 CLAIM = "outputs are equal where they must be, and what is saved comes back"
 CHANGES = 10  # of a network, one after the other

@@ -12,7 +12,8 @@ from elastic.models import convnet, resnet20
 from elastic.pruning import gates
 from elastic.surgery.fresh import zero_out
 from elastic.surgery.reindexing import grow_index, reindex
-from elastic.widths.discovery import Widths, discover
+from elastic.widths.discovery import discover
+from elastic.widths.width import Widths
 from tests.elastic import zoo
 
 HE = 2**0.5  # He et al. expect so long a row

@@ -16,7 +16,8 @@ from elastic.levels.nested import Levels
 from elastic.levels.sizes import make_resized
 from elastic.models import convnet, resnet20
 from elastic.surgery.layers import NORMS
-from elastic.widths.discovery import Widths, discover
+from elastic.widths.discovery import discover
+from elastic.widths.width import Widths
 from tests.elastic.zoo import conv, head, randomised
 
 

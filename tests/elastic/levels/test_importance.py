@@ -16,7 +16,8 @@ from elastic.levels.nested import Levels
 from elastic.levels.sizes import make_resized
 from elastic.models import resnet20
 from elastic.pruning import gates
-from elastic.widths.discovery import Widths, discover
+from elastic.widths.discovery import discover
+from elastic.widths.width import Widths
 from tests.elastic.zoo import CASES, Net, conv, differences, head, randomised, states
 
 WRITERS = {"stem": ("stem", "two", "four"), "one": ("one",), "three": ("three",)}  # of each width

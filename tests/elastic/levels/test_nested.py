@@ -20,7 +20,8 @@ from elastic.pruning import gates
 from elastic.pruning.folding import fold_gates
 from elastic.surgery.layers import NORMS
 from elastic.surgery.reindexing import reindex
-from elastic.widths.discovery import Widths, discover
+from elastic.widths.discovery import discover
+from elastic.widths.width import Widths
 from tests.elastic.levels.nets import (
     built,
     close,

@@ -26,7 +26,8 @@ from elastic.levels.sensitivity import (
 from elastic.levels.sizes import level_sizes
 from elastic.measure.counts import count_macs
 from elastic.models import convnet
-from elastic.widths.discovery import Widths, discover
+from elastic.widths.discovery import discover
+from elastic.widths.width import Widths
 from tests.runs import TINY, configure
 
 EXAMPLE = torch.zeros(1, 1, 8, 8)

@@ -17,7 +17,8 @@ from elastic.levels.sizes import level_sizes, make_resized
 from elastic.measure import counts
 from elastic.models import convnet
 from elastic.models.resnet import resnet
-from elastic.widths.discovery import Widths, discover
+from elastic.widths.discovery import discover
+from elastic.widths.width import Widths
 from tests.elastic.zoo import CASES, randomised
 
 CHANNELS = (5, 8, 12, 24)

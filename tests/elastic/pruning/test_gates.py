@@ -21,8 +21,9 @@ from elastic.pruning.folding import compute_mask, fold_gates
 from elastic.pruning.gates import BLOCK, START, Gate, Grain
 from elastic.pruning.ranking import REOPENED, keep_best_gates, reopen_gates
 from elastic.surgery.reindexing import FRESH, grow_index, reindex
-from elastic.widths.discovery import Widths, discover
+from elastic.widths.discovery import discover
 from elastic.widths.parameters import get_original as held_original
+from elastic.widths.width import Widths
 from tests.elastic.pruning.grains import GRAINS, every_case_and_grain, every_grain
 from tests.elastic.pruning.sums import compute_penalty
 from tests.elastic.zoo import Case, Net, conv, differences, head, states

@@ -15,7 +15,8 @@ from elastic.pruning.folding import compute_mask
 from elastic.pruning.gates import Grain
 from elastic.pruning.live import count_live_macs, count_live_params, find_live_entries, read_entries
 from elastic.pruning.ranking import reopen_gates
-from elastic.widths.discovery import Widths, discover
+from elastic.widths.discovery import discover
+from elastic.widths.width import Widths
 from tests.elastic.pruning.grains import every_case_and_grain, every_grain
 from tests.elastic.zoo import Case
 

@@ -18,7 +18,8 @@ from elastic.pruning import gates
 from elastic.pruning.compaction import compact
 from elastic.surgery.rebuilding import rebuild
 from elastic.surgery.reindexing import reindex
-from elastic.widths.discovery import Widths, discover
+from elastic.widths.discovery import discover
+from elastic.widths.width import Widths
 from tests.elastic import zoo
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)

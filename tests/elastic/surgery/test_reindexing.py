@@ -17,7 +17,8 @@ from elastic.errors import StructureError
 from elastic.surgery.fresh import Patch, random, split, zero_out
 from elastic.surgery.indices import pair_index
 from elastic.surgery.reindexing import FRESH, grow_index, reindex, resize_index
-from elastic.widths.discovery import Widths, discover
+from elastic.widths.discovery import discover
+from elastic.widths.width import Widths
 from tests.elastic.zoo import CASES, Case, Net, changes, conv, differences, head, states
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -15,8 +15,9 @@ from elastic.pruning.gates import attach_gates, iterate_gates, set_score
 from elastic.surgery.checking import fix_wrong_widths
 from elastic.surgery.rebuilding import rebuild
 from elastic.surgery.reindexing import grow_index, reindex
-from elastic.widths.discovery import Widths, find_widths
+from elastic.widths.discovery import find_widths
 from elastic.widths.tracing import make_meta_copy, trace, trace_both_modes
+from elastic.widths.width import Widths
 from tests.elastic.widths.odd import between
 from tests.elastic.zoo import conv
 

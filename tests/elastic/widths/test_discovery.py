@@ -19,7 +19,8 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from elastic.errors import OptionError, StructureError
 from elastic.measure import census
 from elastic.surgery.reindexing import grow_index, reindex
-from elastic.widths.discovery import Widths, discover
+from elastic.widths.discovery import discover
+from elastic.widths.width import Widths
 from tests.elastic.zoo import CASES, OUTPUT, Case, Net, changes, conv, differences, groupings, head, states
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)

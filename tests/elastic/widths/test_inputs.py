@@ -27,8 +27,9 @@ from elastic.pruning.fitting import measure_compacted
 from elastic.pruning.gates import attach_gates, iterate_gates
 from elastic.surgery.rebuilding import rebuild
 from elastic.surgery.reindexing import reindex
-from elastic.widths.discovery import Widths, discover, find_widths
+from elastic.widths.discovery import discover, find_widths
 from elastic.widths.inputs import describe_inputs, draw_inputs, list_inputs, make_zeros, select_samples
+from elastic.widths.width import Widths
 from tests.elastic.levels.nets import extracted, halves, nested
 from tests.several import LABELS, NETS, Conditional, make_inputs, make_net
 
