@@ -18,6 +18,7 @@ from elastic.dynamic.attaching import MODULES, attach_modules
 from elastic.dynamic.modules import describe_modules, select_set
 from elastic.errors import StructureError, TrainingError
 from elastic.growth.resolution import change_images
+from elastic.levels.keeping import forget, keep_in
 from elastic.levels.nested import Levels
 from elastic.pruning.gates import find_grain, iterate_gates
 from elastic.pruning.hiding import HiddenGates
@@ -303,11 +304,14 @@ class Structure(nn.Module):
 
     @contextmanager
     def _being_quiet(self, level: int, dynamic: nn.Module | None) -> Iterator[None]:
-        """Let hooks, and attributes that the forward sets, know of the active level alone."""
+        """Let hooks, and what the forward keeps in the network's modules, know of the active level alone."""
+        net = self.nets[level]
         if level == self.level:
-            yield
+            with nullcontext() if net is self.net else keep_in(self.net, net):
+                yield
             return
-        with quiet_hooks(self.net if dynamic is None else dynamic), preserve_attributes(self.net):
+        hooked = self.net if dynamic is None else dynamic
+        with quiet_hooks(hooked), preserve_attributes(self.net), forget(net):
             yield
 
     def run_active(self, *args: Any, **kwargs: Any) -> Any:

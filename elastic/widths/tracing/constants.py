@@ -65,8 +65,9 @@ def note_constants(model: nn.Module) -> Iterator[Constants]:
     try:
         yield constants
     finally:
-        delattr(nn.Module, "__getattribute__")
-        if outer is not None:
+        if outer is None:
+            delattr(nn.Module, "__getattribute__")
+        else:
             setattr(nn.Module, "__getattribute__", outer)  # noqa: B010
     for attribute, (value, text) in values.items():
         now = vars(modules[attribute.path]).get(attribute.name, MISSING)

@@ -22,12 +22,14 @@ class Container:
     Attributes:
         appends: whether the forward leaves in a list what is there; None where that cannot be told of one
             that was empty.
+        is_kept: whether it has been given tensors, and nothing else.
     """
 
     value: Any
     before: Any = field(init=False)
     after: Any = field(init=False)
     appends: bool | None = False
+    is_kept: bool = False
 
     def __post_init__(self) -> None:
         self.before = copy.copy(self.value)
@@ -81,19 +83,19 @@ def trace_contents(
             nodes = [leaf.node for leaf in leaves if isinstance(leaf, fx.Proxy)]
             if nodes and len(nodes) == len(leaves) and all(map(gives_tensor, nodes)):
                 tracer.create_proxy("call_function", _make_keep(container), (new,), {})
+                container.is_kept = True
 
 
 @contextmanager
 def mark_lists(containers: Sequence[Container]) -> Iterator[None]:
-    """Mark the lists of which it is not known whether the forward empties them, while it is traced."""
-    marked = [container.value for container in containers if container.appends is None and container.after]
-    for value in marked:
-        value.append(MARK)
+    """Mark lists, of which it is not known whether the forward empties them, while it is traced."""
+    for container in containers:
+        container.value.append(MARK)
     try:
         yield
     finally:
-        for value in marked:
-            value.remove(MARK)
+        for container in containers:
+            container.value.remove(MARK)
 
 
 def _make_keep(container: Container) -> Callable[[Any], None]:

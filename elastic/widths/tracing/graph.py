@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cached_property, partial
 from itertools import chain
 from typing import Any
@@ -80,13 +80,14 @@ def trace(model: nn.Module, *example: Tensor) -> fx.GraphModule:
 def _decide_lists(graph: fx.Graph, model: nn.Module, *example: Tensor) -> None:
     """Decide whether a forward empties lists that were empty, or leaves that to the program."""
     containers: list[Container] = graph.containers  # type: ignore[attr-defined]
-    if all(container.appends is not None or not container.after for container in containers):
+    unknown = [container for container in containers if container.is_kept and container.appends is None]
+    if not unknown:
         return
-    with mark_lists(containers):
+    with mark_lists(unknown), suppress(StructureError):  # the forward may work with what is in a list
         again: Any = trace_graph(model, *example, runs=True)
-    for container, other in zip(containers, again.containers, strict=True):
-        if container.appends is None:
-            container.appends = other.appends is True
+        appends = {id(container.value): container.appends for container in again.containers}
+        for container in unknown:
+            container.appends = appends[id(container.value)]
 
 
 @contextmanager

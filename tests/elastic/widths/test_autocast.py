@@ -140,7 +140,14 @@ def test_weights_that_change_between_calls_are_cast_again(forward: Forward) -> N
     net = make_net(forward)
     traced = trace_both_modes(net, X.to("meta")).train()
     for _ in range(2):
-        torch.testing.assert_close(traced(X), net(X), rtol=0, atol=0)
+        expected = net(X)  # which forgets what has been cast before and behind it
+        torch.testing.assert_close(traced(X), expected, rtol=0, atol=0)
         with torch.no_grad():
             net.mid.weight.mul_(2.0)  # type: ignore[operator, union-attr]
     assert not torch.is_autocast_enabled("cpu")
+
+
+def test_tracing_leaves_torch_as_it_was() -> None:
+    before = [dict(vars(kind)) for kind in (torch.autocast, nn.Module)]
+    trace_both_modes(make_net(nest_regions), X.to("meta"))
+    assert [dict(vars(kind)) for kind in (torch.autocast, nn.Module)] == before

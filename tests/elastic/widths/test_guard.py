@@ -85,8 +85,9 @@ def test_a_trace_says_which_constant_has_changed(
     before = copy.deepcopy(vars(net.block)[name])
     change(net.block)
     for mode in (True, False):
-        with pytest.raises(StructureError, match=rf"^'block\.{name}' was .* now: set it before, or keep it"):
+        with pytest.raises(StructureError, match=rf"^'block\.{name}' was .* now: set it before, or") as e:
             traced.train(mode)(X)
+        assert ("is missing now" in str(e.value)) is not hasattr(net.block, name)
     setattr(net.block, name, before)
     check_same(traced, net)
     change(net.block)
@@ -144,7 +145,19 @@ def make_grid(m: Any, x: Tensor) -> Tensor:
     return m.conv(x) * m.grid  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("forward", [count_calls, make_grid])
+def keep_mean(m: Any, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    if m.scale is not None:  # which it reads, and changes into a tensor
+        m.scale = y.mean()
+    return y  # type: ignore[no-any-return]
+
+
+def count_in_a_list(m: Any, x: Tensor) -> Tensor:
+    m.scales[0] += 1.0
+    return m.conv(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("forward", [count_calls, count_in_a_list, keep_mean, make_grid])
 def test_what_the_forward_only_keeps_is_no_constant(forward: Callable[[Any, Tensor], Tensor]) -> None:
     net = Net(forward)
     traced = trace(net)
@@ -204,9 +217,16 @@ def normalize(m: Any, x: Tensor) -> Tensor:
     return m.conv(y)  # type: ignore[no-any-return]
 
 
+def normalize_and_count(m: Any, x: Tensor) -> Tensor:
+    if m.norm.training:
+        m.norm.num_batches_tracked.add_(1)
+    return normalize(m, x)
+
+
 PARTS: dict[str, tuple[Callable[[Any, Tensor], Tensor], nn.Module]] = {
     "norm": (lambda m, x: m.conv(m.norm(x)), nn.BatchNorm2d(8)),
     "function": (normalize, nn.BatchNorm2d(8)),
+    "counter": (normalize_and_count, nn.BatchNorm2d(8)),
     "dropout": (lambda m, x: m.conv(m.norm(x)), nn.Dropout(0.5)),
     "nothing": (lambda m, x: m.conv(x).relu() if m.training else F.relu(m.conv(x)), nn.Identity()),
 }
