@@ -41,7 +41,7 @@ LONG = """
     timm/lambda_resnet26t timm/eca_nfnet_l0 timm/eca_vovnet39b timm/ecaresnet26t
     timm/efficientformerv2_s0 timm/efficientvit_m0 timm/focalnet_tiny_srf
     timm/mobilenetv4_hybrid_medium timm/inception_resnet_v2 timm/mobilevitv2_050 timm/resnest14d
-    timm/rexnet_100 timm/visformer_tiny""".split()
+    timm/rexnet_100 timm/visformer_tiny timm/iformer_t""".split()
 # Small ones of different families, of which everything is tried.
 FAMILIES = """
     torchvision/densenet121 torchvision/efficientnet_b0 torchvision/mobilenet_v2
