@@ -150,7 +150,8 @@ def test_what_a_hook_keeps_is_kept_once() -> None:
 def test_a_loss_on_what_is_kept_trains_a_network_with_modules() -> None:
     net = make_net(clear_and_append)
     dynamic = attach_modules(net, discover(net, X[0]))
-    for module in iterate_modules(dynamic):
+    assert len(modules := list(iterate_modules(dynamic))) == 2
+    for module in modules:
         nn.init.constant_(module.heads[0].linear.bias, 10.0)  # type: ignore[operator, union-attr, arg-type]
     gradients = []
     for call in (dynamic, net):
