@@ -16,7 +16,8 @@ from elastic.widths.functions import list_contents
 Hook = Callable[..., Any]
 CONTAINERS = (dict, list, set, deque)
 KEEP_NOTHING = (type, ModuleType, Tensor)
-LOOKS = "looks_on"  # an attribute of the target of a node that calls a hook
+LOOKS = "looks_on"  # an attribute of the target of a node that calls a hook, or keeps a value in a module
+KEEPS = "keeps"  # its value in the latter case
 INTERNAL = vars(nn.Module()).keys()  # what torch itself holds in a module
 
 
@@ -33,8 +34,13 @@ def list_hooks(model: nn.Module, recurse: bool = True) -> list[tuple[dict[int, H
 
 
 def is_look(node: fx.Node) -> bool:
-    """Tell whether a traced network's node is the call of a hook that looks on."""
-    return getattr(node.target, LOOKS, False)
+    """Tell whether a traced network's node only looks on, as the call of a hook does."""
+    return bool(getattr(node.target, LOOKS, False))
+
+
+def is_kept(node: fx.Node) -> bool:
+    """Tell whether a traced network's node keeps a value in one of the modules that it was traced from."""
+    return getattr(node.target, LOOKS, False) == KEEPS
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from elastic.dynamic.calls import find_calls
 from elastic.dynamic.norms import SetNorm
 from elastic.errors import StructureError
 from elastic.pruning.folding import fold_gates
-from elastic.widths.hooks import has_hooks
+from elastic.widths.hooks import has_hooks, is_kept
 from elastic.widths.inputs import Example, list_inputs
 from elastic.widths.tracing import BATCH_NORM, get_layer, trace
 
@@ -32,6 +32,7 @@ def prepare_for_inference(net: nn.Module, *example: Tensor) -> fx.GraphModule:
         traced = fx.GraphModule(copied, copied.graph)
     else:
         traced = _trace(copied, *inputs)
+    _leave_out_kept(traced)
     _fold_norms(traced)
     _leave_out_identities(traced)
     traced.recompile()
@@ -47,6 +48,13 @@ def _trace(net: nn.Module, *inputs: Tensor) -> fx.GraphModule:
         raise StructureError(
             f"{error}; or give a sample, by which a forward that asks for sizes is traced"
         ) from error
+
+
+def _leave_out_kept(traced: fx.GraphModule) -> None:
+    """Leave out that values are kept in modules: it would be those of the network that was copied."""
+    for node in list(traced.graph.nodes):
+        if is_kept(node):
+            traced.graph.erase_node(node)
 
 
 def _fold_norms(traced: fx.GraphModule) -> None:

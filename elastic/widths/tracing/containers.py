@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from elastic.widths.copying import ATOMS
-from elastic.widths.hooks import INTERNAL, LOOKS, list_hooks
+from elastic.widths.hooks import INTERNAL, KEEPS, LOOKS, list_hooks
 
 MARK = object()  # put into a list that is empty, to see whether the forward empties it
 
@@ -102,5 +102,5 @@ def _make_keep(container: Container) -> Callable[[Any], None]:
     def keep(new: Any) -> None:
         container.keep(new)
 
-    setattr(keep, LOOKS, True)
+    setattr(keep, LOOKS, KEEPS)
     return keep

@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
-from elastic.widths.hooks import INTERNAL, LOOKS, Hook, list_hooks
+from elastic.widths.hooks import INTERNAL, KEEPS, LOOKS, Hook, list_hooks
 
 _Call = tuple[fx.Node, list[fx.Node]]  # of a hook: by a node, and what it did while it was traced
 
@@ -90,5 +90,5 @@ def _make_keep(module: nn.Module, name: str) -> Callable[[Any], None]:
     def keep(value: Any) -> None:
         setattr(module, name, value)
 
-    setattr(keep, LOOKS, True)
+    setattr(keep, LOOKS, KEEPS)
     return keep

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from elastic import attach_modules, discover
+from elastic import attach_modules, discover, make_skipping
 from elastic.dynamic.modules import iterate_modules
 from elastic.widths.tracing import trace_both_modes
 from tests.elastic.zoo import Net
@@ -150,7 +150,8 @@ def test_what_a_hook_keeps_is_kept_once() -> None:
 def test_a_loss_on_what_is_kept_trains_a_network_with_modules() -> None:
     net = make_net(clear_and_append)
     dynamic = attach_modules(net, discover(net, X[0]))
-    assert len(modules := list(iterate_modules(dynamic))) == 2
+    modules = list(iterate_modules(dynamic))
+    assert len(modules) == 2
     for module in modules:
         nn.init.constant_(module.heads[0].linear.bias, 10.0)  # type: ignore[operator, union-attr, arg-type]
     gradients = []
@@ -160,3 +161,16 @@ def test_a_loss_on_what_is_kept_trains_a_network_with_modules() -> None:
         sum(y.square().mean() for y in net.maps).backward()  # type: ignore[union-attr]
         gradients.append([net.stem.weight.grad.clone(), net.mid.weight.grad.clone()])
     torch.testing.assert_close(*gradients)
+
+
+@torch.no_grad()
+def test_a_skipping_network_keeps_nothing_in_the_network_that_it_was_made_of() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.first = m.stem(x)
+        return append(m, x)
+
+    net = make_net(forward).eval()
+    dynamic = attach_modules(net, discover(net, X[0])).eval()
+    for network in (make_skipping(net, [X[0]]), make_skipping(dynamic, [X[0]])):
+        network(X[0])
+    assert net.maps == [] and not hasattr(net, "first")
