@@ -89,10 +89,10 @@ def begin_region(x: Tensor | None, device: str, dtype: torch.dtype | None, enabl
     good, and never again forget the weights that it has cast.
 
     Args:
-        x: a tensor whose device is meant, if it is given.
+        x: a tensor whose device is meant, if it is given and has data.
         dtype: as it is set already where it is None.
     """
-    device = device if x is None else x.device.type
+    device = device if x is None or x.is_meta else x.device.type
     state = device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     _set(device, enabled, dtype or state[2])
     return state

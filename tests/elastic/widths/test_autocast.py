@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from elastic import attach_modules, discover
 from elastic.dynamic.modules import iterate_modules
-from elastic.widths.tracing import trace_both_modes
+from elastic.widths.tracing import make_meta_copy, trace_both_modes
 from tests.elastic.zoo import Net
 
 X = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -88,6 +88,13 @@ def compute(net: nn.Module, dtype: torch.dtype | None, like: nn.Module) -> list[
         output = net(X)
     output.float().square().mean().backward()
     return [output.detach(), *(net.get_parameter(name).grad for name, _ in like.named_parameters())]
+
+
+@pytest.mark.parametrize("forward", FORWARDS)
+def test_shapes_are_computed_without_data(forward: Forward) -> None:
+    net = make_net(forward)
+    traced = trace_both_modes(net, X.to("meta"))
+    assert make_meta_copy(traced)(X.to("meta")).shape == net(X).shape
 
 
 @pytest.mark.parametrize("dtype", MODES.values(), ids=MODES)
