@@ -18,10 +18,10 @@ from torch.fx.node import map_arg
 from elastic.errors import StructureError
 from elastic.widths.operations.interface import ATTRIBUTE, get_operation_name
 from elastic.widths.stock import Records, list_own_axes
+from elastic.widths.tracing.constants import CONSTANT
 from elastic.widths.tracing.sizes import AttributePlace, SizeAttribute
 from elastic.widths.union import Axis, ChannelUnion
 
-CONSTANT = "_tensor_constant"  # what torch.fx calls a tensor that the model's forward makes
 # Primes, so that no divisor stays; far from the numbers that they stand for, so that logarithms differ, and
 # small, since a forward may make a tensor or a loop of them; not all one, so that ratios differ.
 FEW, MANY = (3, 5), (61, 67, 71, 73)

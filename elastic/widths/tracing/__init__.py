@@ -6,11 +6,11 @@ from elastic.widths.tracing.graph import (
     get_layer,
     get_operation_name,
     preserve_attributes,
+    preserve_modes,
     trace,
 )
 from elastic.widths.tracing.meta import BATCH_NORM, WithoutData, drop_data, make_meta_copy
 from elastic.widths.tracing.modes import (
-    preserve_modes,
     sync_traced,
     trace_both_modes,
     trace_modes,

@@ -15,6 +15,7 @@ PLAIN = {*ATOMS, SizeAttribute}
 CONTAINERS = {tuple, list, dict}
 MISSING = object()
 MODE = "training"
+CONSTANT = "_tensor_constant"  # what torch.fx calls a tensor that the model's forward makes
 
 
 class Attribute(NamedTuple):

@@ -1,39 +1,54 @@
 """Hold a network against its trace, for which numbers, flags and modes are what they were."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from elastic.errors import StructureError
 from elastic.widths.copying import ATOMS
-from elastic.widths.tracing.constants import MISSING, Attribute
-from elastic.widths.tracing.graph import trace
+from elastic.widths.tracing.constants import CONSTANT, MISSING, Attribute
+from elastic.widths.tracing.graph import preserve_modes, trace
 from elastic.widths.tracing.norms import drop_counters
 
 REMEDY = "keep it in a buffer, a tensor, which a trace reads each time"
 MODES = {True: "training", False: "evaluation"}
 
 
-class _Constant(NamedTuple):
-    """Hold an attribute, what it is for the trace, and that as a text: containers may change."""
+class _Constant:
+    """Hold an attribute, and what it is for the trace.
 
-    attribute: Attribute
-    module: nn.Module
-    value: Any
-    text: str
+    Attributes:
+        text: of its value then; containers may change.
+        harmless: that of the latest other value, if it has made no difference.
+    """
+
+    def __init__(self, attribute: Attribute, module: nn.Module) -> None:
+        self.attribute, self.module = attribute, module
+        self.value = vars(module)[attribute.name]
+        self.text, self.harmless = repr(self.value), ""
+
+    def find_other(self) -> str | None:
+        """Find what it is now, as a text, where that may make a difference."""
+        now = vars(self.module).get(self.attribute.name, MISSING)
+        if now is self.value and type(now) in ATOMS:
+            return None
+        text = "missing" if now is MISSING else repr(now)
+        return None if text in (self.text, self.harmless) else text
 
 
 class Guard:
     """Raise StructureError where a traced network is called for which something else was constant.
 
-    It is a hook of that network. A copy that keeps it asks the same modules; one that is stored asks none.
+    It is a hook of that network. Where something has changed since, the network is traced again, to see
+    whether that makes a difference. A copy that keeps the hook asks the same modules; one that is stored asks
+    none.
 
     Args:
         model: the network that has been traced.
         example: the inputs by which it was.
-        codes: of its traces, by mode: in training, in evaluation.
+        traces: of it, by mode: in training, in evaluation.
         reads: the attributes that are constants, of the trace of either mode.
         modes: the paths of the modules whose modes its forward asks for.
     """
@@ -42,42 +57,58 @@ class Guard:
         self,
         model: nn.Module,
         example: tuple[Tensor, ...] = (),
-        codes: Mapping[bool, str] | None = None,
+        traces: Mapping[bool, fx.GraphModule] | None = None,
         reads: Mapping[bool, Iterable[Attribute]] | None = None,
         modes: Iterable[str] = (),
     ) -> None:
-        self._model, self._example, self._codes = model, example, codes or {}
+        self._model, self._example = model, example
+        self._traces = {mode: (net.code, list_constants(net)) for mode, net in (traces or {}).items()}
         modules = dict(model.named_modules())
-        self._constants = {mode: _list_constants(modules, group) for mode, group in (reads or {}).items()}
+        self._constants = {
+            mode: [_Constant(attribute, modules[attribute.path]) for attribute in sorted(group)]
+            for mode, group in (reads or {}).items()
+        }
         self._parts = {path: modules[path] for path in sorted(modes)}
         self._followed = {frozenset[str]()}  # parts that were in another mode, which has made no difference
 
     def __call__(self, traced: nn.Module, inputs: Any) -> None:
         if torch.compiler.is_compiling():  # it is about the network as it is now
             return
-        for attribute, module, value, text in self._constants.get(traced.training, ()):
-            now = vars(module).get(attribute.name, MISSING)
-            if not (now is value and type(now) in ATOMS) and repr(now) != text:
-                raise StructureError(
-                    f"'{attribute}' was {text} when the network was traced, which goes on computing with it, "
-                    f"and is {'missing' if now is MISSING else repr(now)} now: set it before, or {REMEDY}"
-                )
+        for constant in self._constants.get(traced.training, ()):
+            text = constant.find_other()
+            if text is not None:
+                self._check_constant(constant, text, traced.training)
+                constant.harmless = text
         mode = self._model.training
         parts = frozenset(path for path, part in self._parts.items() if part.training != mode)
         if parts not in self._followed:
-            self._check_modes(parts)
+            self._check_parts(parts, mode)
             self._followed.add(parts)
 
-    def _check_modes(self, parts: Iterable[str]) -> None:
-        """Raise StructureError where the network is another one since parts of it are in another mode."""
-        now = trace(self._model, *self._example)
-        drop_counters(now)
-        mode = self._model.training
-        if now.code != self._codes[mode]:
+    def _check_constant(self, constant: _Constant, text: str, mode: bool) -> None:
+        with preserve_modes(self._model):
+            self._model.train(mode)
+            if self._is_same(mode):
+                return
+        raise StructureError(
+            f"'{constant.attribute}' was {constant.text} when the network was traced, which goes on "
+            f"computing with it, and is {text} now: set it before, or {REMEDY}"
+        )
+
+    def _check_parts(self, parts: Iterable[str], mode: bool) -> None:
+        if not self._is_same(mode):
             raise StructureError(
                 f"'{min(parts)}' is in {MODES[not mode]} while the network is in {MODES[mode]}, which its "
                 "trace does not follow: let the network's own train(mode) set that, before it is traced"
             )
+
+    def _is_same(self, mode: bool) -> bool:
+        """Tell whether the network's trace in a mode is what it was."""
+        now = trace(self._model, *self._example)
+        drop_counters(now)
+        code, constants = self._traces[mode]
+        others = list_constants(now)
+        return now.code == code and all(map(torch.equal, constants, others))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Guard":
         return self
@@ -86,10 +117,7 @@ class Guard:
         return Guard, (nn.Identity(),)
 
 
-def _list_constants(modules: Mapping[str, nn.Module], attributes: Iterable[Attribute]) -> list[_Constant]:
-    constants = []
-    for attribute in sorted(attributes):
-        module = modules[attribute.path]
-        value = vars(module)[attribute.name]
-        constants.append(_Constant(attribute, module, value, repr(value)))
-    return constants
+def list_constants(traced: fx.GraphModule) -> list[Tensor]:
+    """List the tensors that a forward has made while it was traced."""
+    names = [str(node.target) for node in traced.graph.find_nodes(op="get_attr")]
+    return [getattr(traced, name) for name in names if name.startswith(CONSTANT)]

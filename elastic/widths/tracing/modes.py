@@ -14,23 +14,12 @@ from torch import Tensor, fx, nn
 
 from elastic.errors import StructureError
 from elastic.widths.tracing.by_mode import ByMode, list_graphs
-from elastic.widths.tracing.graph import preserve_attributes, trace, trace_graph
+from elastic.widths.tracing.graph import preserve_attributes, preserve_modes, trace, trace_graph
 from elastic.widths.tracing.guard import REMEDY, Guard
 from elastic.widths.tracing.meta import BATCH_NORM
 from elastic.widths.tracing.norms import drop_counters
 from elastic.widths.tracing.proxies import TrainingFlag
 from elastic.widths.tracing.sizes import AttributePlace
-
-
-@contextmanager
-def preserve_modes(model: nn.Module) -> Iterator[None]:
-    """Bring each module back into the mode it was in, whatever happens: some may be frozen."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def sync_traced(traced: fx.GraphModule, model: nn.Module, training: bool) -> None:
@@ -174,7 +163,7 @@ def _make_guard(
     return Guard(
         model,
         example,
-        {mode: traced.code for mode, traced in traces.items()},
+        traces,
         {mode: constants[mode].reads - by_mode for mode in traces},
         constants[True].modes | constants[False].modes,
     )

@@ -104,6 +104,48 @@ def test_what_the_forward_does_not_read_may_change(
     check_same(traced, net)
 
 
+def log(m: Any, x: Tensor) -> Tensor:
+    """Read what makes no difference for long."""
+    if m.calls < 3:
+        return m.conv(x)  # type: ignore[no-any-return]
+    return m.conv(x).relu()  # type: ignore[no-any-return]
+
+
+def test_a_number_may_change_for_as_long_as_that_makes_no_difference() -> None:
+    net = Net(log)
+    traced = trace(net)
+    for calls in (1, 0, 2, 1):
+        net.block.calls = calls
+        check_same(traced, net)
+        for mode in (torch.inference_mode(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16)):
+            net.block.calls = (net.block.calls + 1) % 3  # type: ignore[operator]
+            with mode:
+                assert torch.equal(traced.eval()(X), net.eval()(X))
+    net.block.calls = 3
+    with pytest.raises(StructureError, match=r"'block\.calls' was 0 when .* is 3 now"):
+        traced(X)
+
+
+def multiply(m: Any, x: Tensor) -> Tensor:
+    return m.conv(x) * torch.tensor(m.scale)  # type: ignore[no-any-return]
+
+
+def fill(m: Any, x: Tensor) -> Tensor:
+    return m.conv(x) + torch.full((1, 8, 1, 1), m.scale)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("forward", [multiply, fill])
+def test_a_number_that_a_forward_makes_a_tensor_of_is_a_constant(
+    forward: Callable[[Any, Tensor], Tensor],
+) -> None:
+    net = Net(forward)
+    traced = trace(net)
+    check_same(traced, net)
+    net.block.scale = 2.0
+    with pytest.raises(StructureError, match=r"'block\.scale' was 1\.0 when .* is 2\.0 now"):
+        traced(X)
+
+
 def test_a_buffer_is_followed() -> None:
     net = Net(lambda m, x: m.conv(x) * m.factor)
     net.block.register_buffer("factor", torch.ones(()))
