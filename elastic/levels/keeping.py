@@ -79,8 +79,10 @@ def _pair_owners(net: nn.Module, level: nn.Module) -> Iterator[tuple[Owner, Owne
 
 
 def _find_kept(owner: Owner, before: Owner) -> list[str]:
-    """Find what has been given something with a gradient."""
-    return [name for name, v in owner.items() if v is not before.get(name) and _has_gradient(v)]
+    """Find what has been given something with a gradient, but for weights that hooks compute."""
+    names = [name for name, v in owner.items() if v is not before.get(name) and _has_gradient(v)]
+    parameters = owner.get("_parameters", ())  # of which they do: `weight_v`, `weight_orig`
+    return [name for name in names if not any(other.startswith(f"{name}_") for other in parameters)]
 
 
 def _has_gradient(value: Any) -> bool:

@@ -106,3 +106,17 @@ def test_a_loss_on_what_a_level_keeps_trains_the_network() -> None:
         structure.run_active(x)
         net.first["stem"].square().mean().backward()
         assert net.stem.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_weights_that_a_hook_computes_stay_the_networks() -> None:
+    net, structure = make_structure(empties=True, dynamic=False)
+    torch.nn.utils.prune.identity(net.stem, "weight")
+    structure = Structure(net, X[0])
+    structure.nest(Levels(net, structure.widths, [{"mid": 1}]))
+    net(X[0])
+    before = net.stem.weight
+    structure.level = 0
+    structure.run_active(X[0])
+    assert net.stem.weight is before and structure.nets[0].stem.weight is not before  # type: ignore[union-attr]
+    assert net.first["stem"].requires_grad
