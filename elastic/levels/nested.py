@@ -21,7 +21,7 @@ from elastic.levels.cutting import (
     iterate_shared,
     make_level,
 )
-from elastic.levels.settings import follow_modes, follow_settings, read_settings
+from elastic.levels.settings import Settings, follow_modes
 from elastic.pruning.gates import iterate_gates
 from elastic.widths.matching import require_widths
 from elastic.widths.operations.interface import is_stored
@@ -61,11 +61,15 @@ class Levels(Sequence[nn.Module]):
         below = zip(self.sizes[:-1], self.cuts, strict=False)
         self._levels = [*(make_level(net, widths, level, cut) for level, cut in below), net]
         self.norms = nn.ModuleList(map(_collect_norms, self._levels[:-1]))
-        self._settings = read_settings(net)
+        self._settings = Settings(net, self._levels[:-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_settings"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the state of a copy, whose levels are to be parts of its own network."""
         vars(self).update(state)
+        self._settings = Settings(self.net, self._levels[:-1])
         self.refresh()
 
     @overload
@@ -98,7 +102,7 @@ class Levels(Sequence[nn.Module]):
         """Let level k follow what a program has set in the network: modes, numbers and texts."""
         level = self._levels[k]
         if level is not self.net:
-            self._settings = follow_settings(self.net, self._levels[:-1], self._settings)
+            self._settings.follow()
             level.train(self.net.training)
             follow_modes(self.net, level)
 

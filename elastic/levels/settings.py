@@ -1,34 +1,51 @@
 """Let levels follow what a program sets in the network's modules while it trains: a rate of dropout, say."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from elastic.levels.cutting import iterate_norms
 
-Settings = dict[tuple[str, str], float | str]  # (module, attribute) -> its value
 # Of these types alone: whole numbers, flags and the like may tell what a forward has kept in its modules,
 # which is each level's own.
 KINDS = {float, str}
 
 
-def read_settings(net: nn.Module) -> Settings:
-    """Read the numbers and texts that modules hold."""
-    return {
-        (path, name): value
-        for path, module in net.named_modules()
-        for name, value in vars(module).items()
-        if type(value) in KINDS
-    }
+@dataclass
+class _Setting:
+    """Hold a number or a text: the attributes that it is among, in the network and in its levels."""
+
+    name: str
+    value: Any
+    attributes: dict[str, Any]
+    of_levels: list[dict[str, Any]]
 
 
-def follow_settings(net: nn.Module, levels: Sequence[nn.Module], before: Settings) -> Settings:
-    """Set in levels what has been set in their network since, and return what it has now."""
-    settings = read_settings(net)
-    for (path, name), value in settings.items() - before.items():
-        for level in levels:
-            setattr(level.get_submodule(path), name, value)
-    return settings
+class Settings:
+    """Hold the numbers and texts of a network's modules, to see which a program sets.
+
+    Args:
+        levels: those below the network.
+    """
+
+    def __init__(self, net: nn.Module, levels: Sequence[nn.Module]) -> None:
+        self._settings = [
+            _Setting(name, value, vars(module), [vars(level.get_submodule(path)) for level in levels])
+            for path, module in net.named_modules()
+            for name, value in vars(module).items()
+            if type(value) in KINDS
+        ]
+
+    def follow(self) -> None:
+        """Set in the levels what has been set in the network since."""
+        for setting in self._settings:
+            now = setting.attributes.get(setting.name)
+            if now is not setting.value and type(now) in KINDS:
+                setting.value = now
+                for attributes in setting.of_levels:
+                    attributes[setting.name] = now
 
 
 def follow_modes(net: nn.Module, level: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """What a program sets in a network's modules while it trains, in the levels of the network."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -108,3 +109,12 @@ def test_norms_of_a_level_with_modules_are_in_the_mode_of_this_call() -> None:
             before = mean.clone()  # type: ignore[operator]
             structure.run(k, X)
             assert torch.equal(mean, before) is not training  # type: ignore[arg-type]
+
+
+def test_levels_of_a_copy_follow_the_copy() -> None:
+    net, make = make_levels()
+    levels = copy.deepcopy(make())
+    net.temperature = 3.0
+    levels.net.temperature = 0.5  # type: ignore[assignment]
+    levels.run(0, X)
+    assert levels[0].temperature == 0.5
