@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from elastic.widths.hooks import INTERNAL
+from elastic.widths.hooks import INTERNAL, list_containers
 
 Owner = dict[str, Any]  # the attributes of a module, or a dictionary among them
 
@@ -22,10 +22,10 @@ def keep_in(net: nn.Module, level: nn.Module) -> Iterator[None]:
     lists = _pair_lists(net, level)
     for entries, level_entries in lists:
         level_entries[:] = entries
-    owners = [(ours, theirs, dict(theirs)) for ours, theirs in _pair_owners(net, level)]
+    owners = [(owner, part, dict(part)) for owner, part in _pair_owners(net, level)]
     yield
-    for ours, theirs, before in owners:
-        ours.update({name: theirs[name] for name in _find_kept(theirs, before)})
+    for owner, part, before in owners:
+        owner.update({name: part[name] for name in _find_kept(part, before)})
     for entries, level_entries in lists:
         if all(map(_has_gradient, level_entries)):
             entries[:] = level_entries
@@ -35,9 +35,7 @@ def keep_in(net: nn.Module, level: nn.Module) -> Iterator[None]:
 @contextmanager
 def forget(level: nn.Module) -> Iterator[None]:
     """Take back what a forward keeps in lists and dictionaries meanwhile, where it has a gradient."""
-    attributes = [item for module in level.modules() for item in vars(module).items()]
-    values = [v for name, v in attributes if name not in INTERNAL and type(v) in (list, dict)]
-    contents = [(value, value.copy()) for value in values]
+    contents = [(value, value.copy()) for value in list_containers(level)]
     try:
         yield
     finally:
@@ -73,9 +71,9 @@ def _pair_owners(net: nn.Module, level: nn.Module) -> Iterator[tuple[Owner, Owne
     for module, part in zip(net.modules(), level.modules(), strict=True):
         yield vars(module), vars(part)
         for name, value in vars(part).items():
-            ours = vars(module).get(name)
-            if name not in INTERNAL and type(value) is dict and type(ours) is dict:
-                yield ours, value
+            owner = vars(module).get(name)
+            if name not in INTERNAL and type(value) is dict and type(owner) is dict:
+                yield owner, value
 
 
 def _find_kept(owner: Owner, before: Owner) -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from elastic.errors import StructureError
@@ -25,6 +25,7 @@ from elastic.levels.settings import Settings, follow_modes
 from elastic.pruning.gates import iterate_gates
 from elastic.widths.matching import require_widths
 from elastic.widths.operations.interface import is_stored
+from elastic.widths.tracing import sync_traced
 from elastic.widths.width import Slot, Widths
 
 
@@ -82,7 +83,7 @@ class Levels(Sequence[nn.Module]):
     def __len__(self) -> int:
         return len(self._levels)
 
-    def run(self, k: int, *inputs: Any, traced: nn.Module | None = None, **named: Any) -> Any:
+    def run(self, k: int, *inputs: Any, traced: fx.GraphModule | None = None, **named: Any) -> Any:
         """Run level k in training: gradients reach the network's own parameters, and the level's norms.
 
         Args:
@@ -94,17 +95,17 @@ class Levels(Sequence[nn.Module]):
         net = level if traced is None else traced
         if level is self.net:
             return net(*inputs, **named)
-        self.sync(k)
+        self._sync(level)
+        if traced is not None:
+            sync_traced(traced, level, level.training)
         views = {f"{path}.{name}".lstrip("."): view for path, name, view in self._iterate_views(k)}
         return functional_call(net, views, inputs, named)
 
-    def sync(self, k: int) -> None:
-        """Let level k follow what a program has set in the network: modes, numbers and texts."""
-        level = self._levels[k]
-        if level is not self.net:
-            self._settings.follow()
-            level.train(self.net.training)
-            follow_modes(self.net, level)
+    def _sync(self, level: nn.Module) -> None:
+        """Let a level follow what a program has set in the network: modes, numbers and texts."""
+        self._settings.follow()
+        level.train(self.net.training)
+        follow_modes(self.net, level)
 
     def _iterate_views(self, k: int) -> Iterator[tuple[str, str, Tensor]]:
         """Iterate over what level k has of the network's tensors: (layer, name, view)."""

@@ -292,13 +292,11 @@ class Structure(nn.Module):
         if self.resize is not None and is_trained_now(self.trainer):
             args, kwargs = change_images(self.resize, args, kwargs)
         dynamic = self.dynamic_nets[level] if self.dynamic_nets else None
-        if self.levels is not None:
-            self.levels.sync(level)
-        if dynamic is not None:
-            sync_traced(dynamic, self.nets[level], self.net.training)
         with self._being_quiet(level, dynamic):
             if self.levels is not None and level < len(self.levels) - 1:
                 return self.levels.run(level, *args, traced=dynamic, **kwargs)
+            if dynamic is not None:
+                sync_traced(dynamic, self.net, self.net.training)
             plain = self.net if self._router is None else self._router.inner_call
             return (dynamic or plain)(*args, **kwargs)
 

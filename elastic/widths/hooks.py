@@ -38,9 +38,16 @@ def is_look(node: fx.Node) -> bool:
     return bool(getattr(node.target, LOOKS, False))
 
 
-def is_kept(node: fx.Node) -> bool:
+def keeps_value(node: fx.Node) -> bool:
     """Tell whether a traced network's node keeps a value in one of the modules that it was traced from."""
     return getattr(node.target, LOOKS, False) == KEEPS
+
+
+def list_containers(model: nn.Module) -> list[Any]:
+    """List the lists and dictionaries that are attributes of a model's modules, each once."""
+    attributes = (item for module in model.modules() for item in vars(module).items())
+    values = [value for name, value in attributes if name not in INTERNAL and type(value) in (list, dict)]
+    return list({id(value): value for value in values}.values())
 
 
 @contextmanager
@@ -50,12 +57,12 @@ def quiet_hooks(model: nn.Module) -> Iterator[None]:
     Of the model itself nothing is taken back: hooks may compute its weights.
     """
     with ExitStack() as stack:
-        for container in _list_containers(model):
+        for container in _list_hook_containers(model):
             stack.enter_context(_taking_back(container))
         yield
 
 
-def _list_containers(model: nn.Module) -> list[Any]:
+def _list_hook_containers(model: nn.Module) -> list[Any]:
     """List what hooks can keep things in: containers, and attributes of objects, that they hold."""
     parts = set(map(id, model.modules()))
     containers: dict[int, Any] = {}

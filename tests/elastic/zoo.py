@@ -25,6 +25,14 @@ class Net(nn.Module):
         return self._forward(self, x)
 
 
+# Whether a program empties, before its call number k, the lists in which a forward keeps what it does.
+PROGRAMS: dict[str, Callable[[int], bool]] = {
+    "empties": lambda k: True,
+    "lets grow": lambda k: False,
+    "empties every other": lambda k: k % 2 == 0,
+}
+
+
 @dataclass(frozen=True)
 class Case:
     """A model and what must be found in it.

@@ -10,7 +10,7 @@ from elastic.dynamic.calls import find_calls
 from elastic.dynamic.norms import SetNorm
 from elastic.errors import StructureError
 from elastic.pruning.folding import fold_gates
-from elastic.widths.hooks import has_hooks, is_kept
+from elastic.widths.hooks import has_hooks, keeps_value
 from elastic.widths.inputs import Example, list_inputs
 from elastic.widths.tracing import BATCH_NORM, get_layer, trace
 
@@ -53,7 +53,7 @@ def _trace(net: nn.Module, *inputs: Tensor) -> fx.GraphModule:
 def _leave_out_kept(traced: fx.GraphModule) -> None:
     """Leave out that values are kept in modules: it would be those of the network that was copied."""
     for node in list(traced.graph.nodes):
-        if is_kept(node):
+        if keeps_value(node):
             traced.graph.erase_node(node)
 
 

@@ -31,16 +31,14 @@ State = tuple[str, bool, torch.dtype]  # a device, whether autocast is enabled t
 def note_regions(regions: list[Region]) -> Iterator[None]:
     """Keep a list of the regions that a forward is in while it is traced, from the outermost."""
     methods = {name: vars(torch.autocast)[name] for name in ("__init__", "__enter__", "__exit__")}
-    without_dtype = set[int]()
-    kept: list[torch.autocast] = []  # so that no other gets the identity of one that is gone
+    without_dtype: dict[int, torch.autocast] = {}  # held, so that no other gets the identity of one
 
     def initialize(
         region: torch.autocast, device_type: str, dtype: Any = None, *args: Any, **kwargs: Any
     ) -> None:
         methods["__init__"](region, device_type, dtype, *args, **kwargs)
         if dtype is None:
-            without_dtype.add(id(region))
-            kept.append(region)
+            without_dtype[id(region)] = region
 
     def enter(region: torch.autocast) -> Any:
         dtype = None if id(region) in without_dtype else region.fast_dtype

@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from elastic.widths.copying import ATOMS
-from elastic.widths.hooks import INTERNAL, KEEPS, LOOKS, list_hooks
+from elastic.widths.hooks import KEEPS, LOOKS, list_containers, list_hooks
 
 MARK = object()  # put into a list that is empty, to see whether the forward empties it
 
@@ -57,16 +57,12 @@ class Container:
         self.value.extend(new)
 
 
-def list_containers(model: nn.Module) -> list[Container]:
-    """List the lists and dictionaries that are attributes of modules, each once.
+def watch_containers(model: nn.Module) -> list[Container]:
+    """Hold the lists and dictionaries of modules, to see what a forward makes of them.
 
     None where hooks are called: these may keep things there, too, and do so in a traced network.
     """
-    if list_hooks(model):
-        return []
-    attributes = (item for module in model.modules() for item in vars(module).items())
-    values = [value for name, value in attributes if name not in INTERNAL and type(value) in (list, dict)]
-    return [Container(value) for value in {id(value): value for value in values}.values()]
+    return [] if list_hooks(model) else [Container(value) for value in list_containers(model)]
 
 
 def trace_contents(

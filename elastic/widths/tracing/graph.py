@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from elastic.errors import StructureError
 from elastic.widths.copying import COMPILED
-from elastic.widths.hooks import INTERNAL, quiet_hooks
+from elastic.widths.hooks import list_containers, quiet_hooks
 from elastic.widths.operations.interface import get_operation_name
 from elastic.widths.operations.registry import find_base
 from elastic.widths.parameters import get_kind
@@ -20,8 +20,8 @@ from elastic.widths.tracing.autocast import keep_regions, note_regions
 from elastic.widths.tracing.called_layers import restore_layers
 from elastic.widths.tracing.changing import renew_assigned
 from elastic.widths.tracing.concrete import PLACE, ConcreteTracer
-from elastic.widths.tracing.constants import note_constants
-from elastic.widths.tracing.containers import Container, list_containers, mark_lists, trace_contents
+from elastic.widths.tracing.constants import Constants, note_constants
+from elastic.widths.tracing.containers import Container, mark_lists, trace_contents, watch_containers
 from elastic.widths.tracing.functions import trace_functions
 from elastic.widths.tracing.gradients import cut_gradients
 from elastic.widths.tracing.looking import trace_hooks, trace_kept
@@ -134,7 +134,7 @@ def trace_graph(
     if runs:
         for module in model.modules():  # compiled parts compute what their forwards do
             vars(module).pop(COMPILED, None)
-        containers = list_containers(model)
+        containers = watch_containers(model)
         tracer.copy_model(model)  # before the forward keeps in it what stands for tensors
     try:
         with (
@@ -145,9 +145,7 @@ def trace_graph(
             _take_back_assigned(model) as replaced,
             pass_for_values(),
             quiet_hooks(model),
-            trace_hooks(tracer, model) if runs else nullcontext(),
-            note_regions(tracer.regions) if runs else nullcontext(),
-            note_constants(model) if runs else nullcontext() as constants,
+            _note_what_is_left_out(tracer, model) if runs else nullcontext() as constants,
             torch.enable_grad(),  # whatever the mode is outside of the forward
         ):
             graph = tracer.trace(model)
@@ -156,9 +154,9 @@ def trace_graph(
                 trace_contents(tracer, containers, tracer.gives_tensor)
         graph.owning_module = model  # type: ignore[assignment]
         renew_assigned(graph, partial(get_layer, model), tracer.gives_tensor)
-        if runs and model.training:
-            cut_gradients(graph, tracer.gives_tensor)
         if runs:
+            if model.training:
+                cut_gradients(graph, tracer.gives_tensor)
             keep_regions(graph, tracer.device.type, tracer.gives_tensor)
         graph.computed_sizes, graph.read_sizes = computed, read  # type: ignore[attr-defined]
         graph.answers, graph.replaced = tracer.answers, replaced  # type: ignore[attr-defined]
@@ -177,6 +175,13 @@ def trace_graph(
 
 
 @contextmanager
+def _note_what_is_left_out(tracer: ConcreteTracer, model: nn.Module) -> Iterator[Constants]:
+    """Note what torch.fx leaves out of a graph that is to be run: hooks, autocast, what modules hold."""
+    with trace_hooks(tracer, model), note_regions(tracer.regions), note_constants(model) as constants:
+        yield constants
+
+
+@contextmanager
 def _take_back_assigned(model: nn.Module) -> Iterator[list[Any]]:
     """Put back what a forward assigns to, such as statistics: what it computes while traced is no value.
 
@@ -185,9 +190,7 @@ def _take_back_assigned(model: nn.Module) -> Iterator[list[Any]]:
     """
     replaced: list[Any] = []
     before = [(own, dict(own)) for module in model.modules() for own in (vars(module), module._buffers)]
-    attributes = [item for module in model.modules() for item in vars(module).items()]
-    containers = [value for name, value in attributes if name not in INTERNAL and type(value) in (dict, list)]
-    contents = [(value, copy.copy(value)) for value in containers]
+    contents = [(value, copy.copy(value)) for value in list_containers(model)]
     try:
         yield replaced
     finally:

@@ -1,7 +1,7 @@
 """Hold a network against its trace, for which numbers, flags and modes are what they were."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -62,7 +62,7 @@ class Guard:
         modes: Iterable[str] = (),
     ) -> None:
         self._model, self._example = model, example
-        self._traces = {mode: (net.code, list_constants(net)) for mode, net in (traces or {}).items()}
+        self._signatures = {mode: sign(traced) for mode, traced in (traces or {}).items()}
         modules = dict(model.named_modules())
         self._constants = {
             mode: [_Constant(attribute, modules[attribute.path]) for attribute in sorted(group)]
@@ -106,9 +106,7 @@ class Guard:
         """Tell whether the network's trace in a mode is what it was."""
         now = trace(self._model, *self._example)
         drop_counters(now)
-        code, constants = self._traces[mode]
-        others = list_constants(now)
-        return now.code == code and all(map(torch.equal, constants, others))
+        return sign(now).is_like(self._signatures[mode])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Guard":
         return self
@@ -117,7 +115,22 @@ class Guard:
         return Guard, (nn.Identity(),)
 
 
-def list_constants(traced: fx.GraphModule) -> list[Tensor]:
-    """List the tensors that a forward has made while it was traced."""
+class Signature(NamedTuple):
+    """Hold what a trace computes, to be compared with another.
+
+    Attributes:
+        constants: the tensors that the forward has made while it was traced.
+    """
+
+    code: str
+    constants: list[Tensor]
+
+    def is_like(self, other: "Signature") -> bool:
+        """Tell whether two traces compute the same."""
+        return self.code == other.code and all(map(torch.equal, self.constants, other.constants))
+
+
+def sign(traced: fx.GraphModule) -> Signature:
+    """Make the signature of a trace as it is now: it may be edited."""
     names = [str(node.target) for node in traced.graph.find_nodes(op="get_attr")]
-    return [getattr(traced, name) for name in names if name.startswith(CONSTANT)]
+    return Signature(traced.code, [getattr(traced, name) for name in names if name.startswith(CONSTANT)])

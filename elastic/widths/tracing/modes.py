@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from elastic.errors import StructureError
 from elastic.widths.tracing.by_mode import ByMode, list_graphs
 from elastic.widths.tracing.graph import preserve_attributes, preserve_modes, trace, trace_graph
-from elastic.widths.tracing.guard import REMEDY, Guard
+from elastic.widths.tracing.guard import REMEDY, Guard, sign
 from elastic.widths.tracing.meta import BATCH_NORM
 from elastic.widths.tracing.norms import drop_counters
 from elastic.widths.tracing.proxies import TrainingFlag
@@ -121,7 +121,7 @@ def trace_both_modes(model: nn.Module, *example: Tensor) -> fx.GraphModule:
     with preserve_modes(model), _expect_no_numbers(model):
         training, evaluation = (trace(model.train(mode), *example) for mode in (True, False))
         for traced, mode in ((training, True), (evaluation, False)):
-            _require_no_counts(traced.graph, model.train(mode), *example)
+            _require_no_counts(traced, model.train(mode), *example)
         _require_no_statistics(training, evaluation)
         for traced in (training, evaluation):
             drop_counters(traced)
@@ -132,16 +132,16 @@ def trace_both_modes(model: nn.Module, *example: Tensor) -> fx.GraphModule:
     return traced_net
 
 
-def _require_no_counts(graph: fx.Graph, model: nn.Module, *example: Tensor) -> None:
+def _require_no_counts(traced: fx.GraphModule, model: nn.Module, *example: Tensor) -> None:
     """Raise StructureError where a forward computes with a number that it changes itself, call by call."""
-    counts = graph.constants.counts  # type: ignore[attr-defined]
+    counts = traced.graph.constants.counts  # type: ignore[attr-defined]
     if not counts:
         return
     with preserve_attributes(model):
         for attribute, number in counts.items():
             vars(model.get_submodule(attribute.path))[attribute.name] = number
-        is_used = str(trace_graph(model, *example, runs=True)) != str(graph)
-    if is_used:
+        is_same = sign(trace(model, *example)).is_like(sign(traced))
+    if not is_same:
         raise StructureError(
             f"the forward changes '{', '.join(map(str, counts))}' and computes with it, which is a constant "
             f"once the network is traced: {REMEDY}"

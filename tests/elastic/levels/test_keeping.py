@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from elastic import Levels
 from elastic.training.structure import Structure
-from tests.elastic.zoo import Net
+from tests.elastic.zoo import PROGRAMS, Net
 
 X = torch.randn(3, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 
@@ -41,13 +41,6 @@ def make_structure(empties: bool, dynamic: bool) -> tuple[Any, Structure]:
 
 def list_kept(net: Any) -> dict[str, Any]:
     return {name: vars(net)[name] for name in ("maps", "named", "first")}
-
-
-PROGRAMS: dict[str, Callable[[int], bool]] = {
-    "empties": lambda k: True,
-    "lets grow": lambda k: False,
-    "empties every other": lambda k: k % 2 == 0,
-}
 
 
 @pytest.mark.parametrize("is_emptied", PROGRAMS.values(), ids=PROGRAMS)

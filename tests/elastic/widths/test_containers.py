@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from elastic import attach_modules, discover, make_skipping
 from elastic.dynamic.modules import iterate_modules
 from elastic.widths.tracing import trace_both_modes
-from tests.elastic.zoo import Net
+from tests.elastic.zoo import PROGRAMS, Net
 
 X = torch.randn(3, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 Forward = Callable[[Any, Tensor], Tensor]
@@ -92,13 +92,6 @@ def run(net: Any, call: nn.Module, empties: Callable[[int], bool]) -> list[Any]:
     net.maps.clear()
     net.named.clear()
     return contents
-
-
-PROGRAMS: dict[str, Callable[[int], bool]] = {
-    "empties": lambda k: True,
-    "lets grow": lambda k: False,
-    "empties every other": lambda k: k % 2 == 0,
-}
 
 
 @pytest.mark.parametrize("empties", PROGRAMS.values(), ids=PROGRAMS)

@@ -170,7 +170,15 @@ def anneal(m: Any, x: Tensor) -> Tensor:
     return m.conv(x) * m.scale  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize(("forward", "name"), [(warm_up, "calls"), (anneal, "scale")])
+def warm_up_by_a_tensor(m: Any, x: Tensor) -> Tensor:
+    m.calls += 1
+    return m.conv(x) * torch.tensor(m.calls / 10)  # type: ignore[no-any-return]
+
+
+COUNTING = [(warm_up, "calls"), (warm_up_by_a_tensor, "calls"), (anneal, "scale")]
+
+
+@pytest.mark.parametrize(("forward", "name"), COUNTING)
 def test_a_number_that_the_forward_counts_and_computes_with_is_refused(
     forward: Callable[[Any, Tensor], Tensor], name: str
 ) -> None:
