@@ -65,7 +65,7 @@ class PruneDynamically(ElasticCallback):
     def __init__(
         self,
         gain: NotNegative | Sequence[NotNegative] = 1.0,
-        form: Form = "linear",
+        form: Form | None = None,
         by: By = "macs",
         target: Fraction | None = None,
         activation: Activation = "ramp",

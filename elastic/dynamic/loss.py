@@ -89,7 +89,8 @@ class ActivationLoss:
         gain: G; 0 leaves the modules to the task's own loss.
         form: "linear" G · fraction, "square" G · fraction², "target" G · (fraction - target)², and a
             multiplier times the same distance, see `update_multiplier`; "threshold" charges nothing: what
-            scores have to exceed is steered to the target, see `compute_rise`.
+            scores have to exceed is steered to the target, see `compute_rise`; None: "target" where there is
+            one, else "linear".
         by: of the number of kernels ("kernels") or of the MACs, modules included ("macs").
         target: the fraction to be reached.
 
@@ -98,20 +99,23 @@ class ActivationLoss:
     """
 
     gain: NotNegative = 1.0
-    form: Form = "linear"
+    form: Form | None = None
     by: By = "macs"
     target: Fraction | None = None
 
     def __post_init__(self) -> None:
+        if self.form is None:
+            object.__setattr__(self, "form", "linear" if self.target is None else "target")
         if self.form not in get_args(Form) or self.by not in get_args(By):
             raise OptionError(
                 f"an activation loss cannot be '{self.form}' by '{self.by}': set form to "
                 f"{', '.join(get_args(Form))} and by to {' or '.join(get_args(By))}"
             )
         if (self.form in HAVE_TARGET) != (self.target is not None):
+            number = "a" if self.target is None else "no"
             raise OptionError(
-                "an activation loss has a target where its form is 'target' or 'threshold', and only there: "
-                "set both or none"
+                f"an activation loss of the form '{self.form}' has {number} target: "
+                f"set form to {' or '.join(HAVE_TARGET)} and a target, or neither"
             )
 
     def loss(self, fraction: Tensor, ramp_up: float = 1.0, multiplier: Tensor | float = 0.0) -> Tensor:

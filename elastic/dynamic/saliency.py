@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
 from elastic.dynamic.attaching import MODULES, measure_reading_weights
 from elastic.dynamic.calls import find_calls
@@ -22,6 +21,7 @@ from elastic.dynamic.zeros import name_operation
 from elastic.errors import OptionError
 from elastic.widths.hooks import quiet_hooks
 from elastic.widths.inputs import Example, list_inputs
+from elastic.widths.leaves import list_tensors
 from elastic.widths.tracing import preserve_modes
 
 STEEPNESS = 4.0  # of scores: so many for one mean saliency
@@ -84,7 +84,7 @@ class Saliency:
         """
         if not self.difficulty:
             return 1.0
-        score_BK = tree_leaves(output)[0].float()
+        score_BK = list_tensors(output)[0].float()
         entropy_B = torch.special.entr(score_BK.softmax(1)).sum(1)
         entropy_B1 = entropy_B.reshape(len(score_BK), -1).mean(1, keepdim=True)  # over pixels, if there are
         weight_B1: Tensor = entropy_B1.clamp(min=MIN_ENTROPY).pow(self.difficulty)

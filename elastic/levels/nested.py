@@ -6,11 +6,11 @@ contain it have. Norms are a level's own, affine and statistics, since what they
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, overload
 
 import torch
 from torch import Tensor, fx, nn
-from torch.func import functional_call
 
 from elastic.errors import StructureError
 from elastic.levels.cutting import (
@@ -22,6 +22,7 @@ from elastic.levels.cutting import (
     make_level,
 )
 from elastic.levels.settings import Settings, follow_modes
+from elastic.levels.views import hold_in_backward, hold_views
 from elastic.pruning.gates import iterate_gates
 from elastic.widths.matching import require_widths
 from elastic.widths.operations.interface import is_stored
@@ -98,8 +99,12 @@ class Levels(Sequence[nn.Module]):
         self._sync(level)
         if traced is not None:
             sync_traced(traced, level, level.training)
-        views = {f"{path}.{name}".lstrip("."): view for path, name, view in self._iterate_views(k)}
-        return functional_call(net, views, inputs, named)
+        views = list(self._iterate_views(k))
+        with hold_views(net, views):
+            output = net(*inputs, **named)
+        trained = [entry for entry in views if entry[-1].requires_grad]
+        hold_in_backward(output, partial(hold_views, net, trained))
+        return output
 
     def _sync(self, level: nn.Module) -> None:
         """Let a level follow what a program has set in the network: modes, numbers and texts."""

@@ -1,12 +1,11 @@
 """List what a network says, whatever holds it: what a change must leave as it is."""
 
-from dataclasses import is_dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from elastic.errors import StructureError
+from elastic.widths.leaves import list_tensors
 
 
 def list_output_tensors(outputs: Any) -> list[Tensor]:
@@ -15,8 +14,7 @@ def list_output_tensors(outputs: Any) -> list[Tensor]:
     Raises:
         StructureError: there are none, so that nothing can be compared.
     """
-    contents = vars(outputs) if is_dataclass(outputs) else outputs
-    tensors = [y for y in tree_leaves(contents) if isinstance(y, Tensor)]
+    tensors = list_tensors(outputs)
     if not tensors:
         raise StructureError(f"its output, a {type(outputs).__name__}, holds no tensors to compare")
     return tensors

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from elastic.errors import StructureError
 from elastic.training.locating import find_called
 from elastic.widths.inputs import Example
 from elastic.widths.tracing import preserve_modes
@@ -29,6 +30,9 @@ def capture_inputs(module: L.LightningModule, net: nn.Module, run: Callable[[], 
 
     Args:
         run: of the module, say its training step; it is left as it calls the network.
+
+    Raises:
+        StructureError: it is called with something else.
     """
 
     def stop(*args: Any, **kwargs: Any) -> None:
@@ -49,11 +53,20 @@ def capture_inputs(module: L.LightningModule, net: nn.Module, run: Callable[[], 
 
 
 def list_positional(net: nn.Module, call: Call) -> Example | None:
-    """List what a call gives by position, by name too, up to what is no tensor; one tensor as it is."""
+    """List what a call gives by position, by name too, up to what is no tensor; one tensor as it is.
+
+    Raises:
+        StructureError: there is something else in the first place.
+    """
     args, kwargs = call
     try:
         values = inspect.signature(net.forward).bind(*args, **kwargs).args
     except (TypeError, ValueError):  # which the call itself would raise
         return None
+    if values and not isinstance(values[0], Tensor):
+        raise StructureError(
+            f"{type(net).__name__} is called with a {type(values[0]).__name__}: let its forward take "
+            "tensors, one by one"
+        )
     inputs = tuple(x.detach() for x in takewhile(lambda value: isinstance(value, Tensor), values))
     return inputs[0] if len(inputs) == 1 else inputs or None

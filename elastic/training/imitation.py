@@ -6,11 +6,11 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from elastic.errors import OptionError
 from elastic.widths.hooks import quiet_hooks
 from elastic.widths.inputs import Example, list_inputs
+from elastic.widths.leaves import iterate_leaves, list_tensors
 from elastic.widths.tracing import WithoutData, make_meta_copy, preserve_modes
 
 OutputKind = Literal["classes", "labels", "values"]
@@ -60,7 +60,7 @@ def compare_outputs(output: Any, target: Any, outputs: OutputKind, temperature: 
         temperature: T that scores are divided by; times T², the gradient does not depend on its size.
     """
     losses = []
-    for score, other in zip(tree_leaves(output), tree_leaves(target), strict=False):
+    for score, other in zip(iterate_leaves(output), iterate_leaves(target), strict=False):
         if _is_score(score):
             is_single = score.dim() < 2 or score.shape[1] < 2
             compare = COMPARISONS["values" if outputs == "classes" and is_single else outputs]
@@ -100,4 +100,4 @@ def find_training_shapes(net: nn.Module, example: Example) -> list[tuple[int, ..
 
 
 def _list_shapes(outputs: Any) -> list[tuple[int, ...]]:
-    return [tuple(leaf.shape[1:]) for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    return [tuple(tensor.shape[1:]) for tensor in list_tensors(outputs)]

@@ -1,8 +1,7 @@
 """Find the network of any LightningModule, and give the module a `Structure` of it."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
@@ -11,13 +10,14 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from elastic.errors import TrainingError, cite
+from elastic.errors import StructureError, TrainingError, cite
 from elastic.training.capturing import Call, capture_inputs, list_positional
 from elastic.training.history import follow_loading
 from elastic.training.locating import WRAPPED, find_path
 from elastic.training.structure import Structure
 from elastic.widths.hooks import quiet_hooks
 from elastic.widths.inputs import Example, list_inputs
+from elastic.widths.leaves import list_tensors
 from elastic.widths.tracing import drop_data, make_meta_copy
 
 ATTRIBUTE = "elastic_structure"  # the name of the child that a foreign module is given
@@ -116,7 +116,7 @@ def find_example(trainer: L.Trainer, module: L.LightningModule, net: nn.Module) 
     """
     array = module.example_input_array
     batch = None if array is not None else _take_batch(trainer, module)
-    tensors = list_batch_tensors(batch if array is None else array)
+    tensors = list_tensors(batch if array is None else array)
     if not tensors:
         raise TrainingError(f"an input cannot be told: give {type(module).__name__} an example_input_array")
     first, call = tensors[0], _make_call(tensors[0] if array is None else array)
@@ -131,19 +131,6 @@ def find_example(trainer: L.Trainer, module: L.LightningModule, net: nn.Module) 
         if is_whole or is_single:
             return first  # what is wrong with it is told where it is traced
         raise
-
-
-def list_batch_tensors(batch: Any) -> list[Tensor]:
-    """List the tensors of a batch, whatever containers it is made of: those of users, too."""
-    tensors: list[Tensor] = []
-    for leaf in tree_leaves(batch):
-        if isinstance(leaf, Tensor):
-            tensors.append(leaf)
-        elif isinstance(leaf, Mapping):
-            tensors += list_batch_tensors(list(leaf.values()))
-        elif is_dataclass(leaf):
-            tensors += list_batch_tensors([getattr(leaf, each.name) for each in fields(leaf)])
-    return tensors
 
 
 def _takes_one(net: nn.Module) -> bool:
@@ -178,13 +165,15 @@ def _capture_any(module: L.LightningModule, net: nn.Module, call: Call, batch: A
             inputs = capture_inputs(module, net, run)
         except NotImplementedError:  # Lightning's, of modules without a forward
             has_forward = False
+        except StructureError:
+            raise
         except Exception as error:  # it is the user's own
             reason = cite(error)
         else:
             if inputs is not None and _runs(net, *list_inputs(inputs)):
                 return inputs
     if not has_forward:
-        return list_batch_tensors(call)[0]
+        return list_tensors(call)[0]
     raise TrainingError(
         f"the input of {type(module).__name__}'s '{find_path(module, net)}' cannot be told ({reason}): give "
         "the module an example_input_array, or FollowNetwork('…', example=…) an input of the network"

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from elastic.widths.leaves import list_tensors, list_versions, replace_tensors
 
 LossTerm = Callable[..., Tensor | None]
 
@@ -30,7 +31,7 @@ class _AddLoss(torch.autograd.Function):
     def forward(ctx: Any, value: Tensor, loss: Tensor, scale: float) -> Tensor:
         ctx.scale = scale
         ctx.like = loss
-        return value.view_as(value)
+        return value.clone()  # of a view, autograd does not let a program change the entries
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -44,15 +45,14 @@ def add_loss(output: Any, loss: Tensor, scale: float) -> Any:
     of its network counts it as often.
 
     Args:
-        output: a tensor, or a structure of tensors; the first that needs a gradient carries the loss.
+        output: a tensor, or a container of tensors; the first that needs a gradient carries the loss.
         scale: what the run multiplies its own loss with (a gradient scaler, 1 / accumulated batches).
     """
-    leaves, spec = tree_flatten(output)
-    for i, leaf in enumerate(leaves):
-        if isinstance(leaf, Tensor) and leaf.requires_grad:
-            leaves[i] = _AddLoss.apply(leaf, loss, scale)
-            return tree_unflatten(leaves, spec)
-    return output
+    first = next((tensor for tensor in list_tensors(output) if tensor.requires_grad), None)
+    if first is None:
+        return output
+    carrier = _AddLoss.apply(first, loss, scale)
+    return replace_tensors(output, lambda tensor: carrier if tensor is first else tensor)
 
 
 class Router:
@@ -66,12 +66,15 @@ class Router:
     Attributes:
         inner_call: the call that it stands in for, a compiled one perhaps.
         is_trained: there has been a call in training.
+        changes_inputs: the network may write to its inputs, of which the terms are then given clones; the
+            first call in training tells.
     """
 
     def __init__(self, called: nn.Module, runner: Runner, terms: Iterable[LossTerm]) -> None:
         self.called, self.runner, self.terms = called, runner, list(terms)
         self.inner_call: Callable[..., Any] = called._compiled_call_impl or called._call_impl
         self.is_trained = False
+        self.changes_inputs = bool(self.terms)
 
     def install(self) -> None:
         """Take the call's place."""
@@ -84,10 +87,15 @@ class Router:
             self.called._compiled_call_impl = None if is_plain else self.inner_call
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.runner.run_active(*args, **kwargs)
         scale = self.runner.compute_loss_scale() if torch.is_grad_enabled() else None
         if scale is None:
-            return output
+            return self.runner.run_active(*args, **kwargs)
         self.is_trained = True
+        inputs = (args, kwargs)
+        originals = replace_tensors(inputs, Tensor.clone) if self.changes_inputs else inputs
+        versions = list_versions(inputs)
+        output = self.runner.run_active(*args, **kwargs)
+        self.changes_inputs = self.changes_inputs and versions != list_versions(inputs)
+        args, kwargs = originals
         losses = [loss for term in self.terms if (loss := term(output, *args, **kwargs)) is not None]
         return add_loss(output, torch.stack(losses).sum(), scale) if losses else output

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from elastic.errors import TrainingError, cite
 from elastic.training.capturing import capture_inputs
-from elastic.training.joining import find_structure, list_batch_tensors
+from elastic.training.joining import find_structure
 from elastic.training.kinds import is_kind
 from elastic.training.structure import Structure
 from elastic.widths.inputs import Example, list_inputs
+from elastic.widths.leaves import list_tensors
 from elastic.widths.tracing import preserve_modes
 
 
@@ -29,7 +30,7 @@ class Sampler(Protocol):
 
 def count_samples(batch: Any) -> int:
     """Count the samples of a batch: the length of its first tensor that has one."""
-    return next((len(tensor) for tensor in list_batch_tensors(batch) if tensor.dim()), 0)
+    return next((len(tensor) for tensor in list_tensors(batch) if tensor.dim()), 0)
 
 
 def check_loss(trainer: L.Trainer, structure: Structure) -> None:
@@ -135,7 +136,7 @@ def _find_part(batch: Any, inputs: Sequence[Tensor]) -> Any:
     """Find the innermost part of a batch with all that a network is called with: that of one loader, say."""
     parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, list | tuple) else ()
     for part in parts:
-        addresses = {tensor.data_ptr() for tensor in list_batch_tensors(part)}
+        addresses = {tensor.data_ptr() for tensor in list_tensors(part)}
         if not isinstance(part, Tensor) and addresses >= {x.data_ptr() for x in inputs}:
             return _find_part(part, inputs)
     return batch
@@ -143,7 +144,7 @@ def _find_part(batch: Any, inputs: Sequence[Tensor]) -> Any:
 
 def _find_targets(batch: Any, inputs: Sequence[Tensor]) -> Tensor | None:
     """Find the one tensor of a batch that a network is not called with, or what that was made of."""
-    leaves = [tensor for tensor in list_batch_tensors(batch) if tensor.dim()]
+    leaves = [tensor for tensor in list_tensors(batch) if tensor.dim()]
     sources = [leaf for leaf in leaves if any(leaf.data_ptr() == x.data_ptr() for x in inputs)]
     if not sources:  # normalized on the way, say
         sources = [leaf for leaf in leaves if any(leaf.shape == x.shape for x in inputs)]

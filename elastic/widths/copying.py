@@ -2,7 +2,8 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
+from functools import partial
 from types import FunctionType
 from typing import Any, TypeVar
 
@@ -65,14 +66,28 @@ def _refuse_functions(parts: Sequence[nn.Module]) -> None:
 
 
 def _share_owners(parts: Sequence[nn.Module], memo: dict[int, Any]) -> None:
-    """Let the copy's hooks be methods of what the module's are, where that is around it: a whole program."""
+    """Let the copy's hooks hold what the module's do, where that is around it: a program, a profiler."""
     own = set(map(id, parts))
     tables = (value for part in parts for name, value in vars(part).items() if name.endswith("_hooks"))
     for hooks in (value for value in tables if isinstance(value, dict)):
-        for hook in hooks.values():
-            owner = getattr(hook, "__self__", None)
-            if isinstance(owner, nn.Module) and id(owner) not in own:
+        for owner in (owner for hook in hooks.values() for owner in _list_owners(hook)):
+            if id(owner) not in own and _is_around(owner, own):
                 memo[id(owner)] = owner
+
+
+def _list_owners(hook: Any) -> Iterator[Any]:
+    """List the objects that a hook is a method of, or has been given."""
+    if isinstance(hook, partial):
+        yield from _list_owners(hook.func)
+        yield from (*hook.args, *hook.keywords.values())
+    else:
+        yield getattr(hook, "__self__", hook)
+
+
+def _is_around(owner: Any, own: Container[int]) -> bool:
+    """Tell whether an object is a module that is none of some modules, or holds one."""
+    values = (owner, *getattr(owner, "__dict__", {}).values())
+    return any(isinstance(value, nn.Module) and id(value) not in own for value in values)
 
 
 def _is_copied_by_default(module: nn.Module) -> bool:

@@ -9,9 +9,9 @@ from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
 from elastic.widths.functions import list_contents
+from elastic.widths.leaves import list_versions
 
 Hook = Callable[..., Any]
 CONTAINERS = (dict, list, set, deque)
@@ -131,14 +131,14 @@ def watch_hooks(layers: Mapping[str, nn.Module]) -> set[str]:
 
 def _run_watched(hook: Hook, changed: set[str], path: str, module: nn.Module, *values: Any) -> Any:
     """Run a hook on tensors without data; what it returns or writes, and a failure, count as a change."""
-    before = _list_versions(values)
+    before = list_versions(values)
     try:
         result = hook(module, *values)
     except Exception:  # it may look at numbers, which are not there
         result = None
         changed.add(path)
     is_kept = result is None or any(result is value for value in _list_kept(values))
-    if not is_kept or _list_versions(values) != before:
+    if not is_kept or list_versions(values) != before:
         changed.add(path)
     return result
 
@@ -148,8 +148,3 @@ def _list_kept(values: tuple[Any, ...]) -> Iterator[Any]:
     yield values[-1]
     if len(values) == 1 and len(values[0]) == 1:
         yield values[0][0]
-
-
-def _list_versions(values: Any) -> list[int]:
-    """List how often each tensor has been written to."""
-    return [value._version for value in tree_leaves(values) if isinstance(value, Tensor)]

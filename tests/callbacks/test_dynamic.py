@@ -682,7 +682,7 @@ def test_difficulty_is_that_of_classes(tmp_path: Path) -> None:
     [
         ({"start": "zero"}, "modules cannot start by 'zero': set start to order or saliency"),
         ({"modules_only": True, "freeze": 0.5}, "where modules alone are trained, they cannot freeze"),
-        ({"form": "threshold"}, "has a target where its form is 'target' or 'threshold'"),
+        ({"form": "threshold"}, "has a target: set form to target or threshold and a target"),
         ({"difficulty": 1.0}, "nothing teaches modules what is difficult: set saliency above 0, or"),
     ],
 )

@@ -27,7 +27,7 @@ from elastic.callbacks import (
     Reconstruct,
     TrainJointly,
 )
-from elastic.errors import TrainingError
+from elastic.errors import StructureError, TrainingError
 from elastic.growth import Resolution
 from elastic.training import checks
 from elastic.training.joining import find_structure
@@ -226,6 +226,27 @@ def test_hooks_of_the_module_see_what_a_data_module_gives() -> None:
     module = Moved()
     L.Trainer(max_epochs=3, callbacks=[grow()], **QUIET).fit(module, Data())  # type: ignore[arg-type]
     assert get_sizes(module)["0"] == 9
+
+
+class Boxed(nn.Module):
+    """Take images in a container."""
+
+    def __init__(self, key: Any) -> None:
+        super().__init__()
+        self.body, self.key = make_network(), key
+
+    def forward(self, batch: Any) -> Any:
+        return self.body(batch[self.key])
+
+
+@pytest.mark.parametrize(("wrap", "key"), [(lambda x: {"image": x}, "image"), (lambda x: [x], 0)])
+def test_a_network_that_takes_containers_is_refused_with_the_remedy(wrap: Any, key: Any) -> None:
+    class Boxing(Program):
+        def forward(self, x_BCHW: Tensor) -> Any:
+            return self.net(wrap(x_BCHW))
+
+    with pytest.raises(StructureError, match=r"^Boxed is called with a (dict|list): let its forward take"):
+        fit(Boxing(Boxed(key)), [grow()], max_epochs=1)
 
 
 @pytest.mark.parametrize("look", ["validate", "test"])

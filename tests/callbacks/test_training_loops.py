@@ -11,6 +11,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
+from lightning.pytorch.profilers import PyTorchProfiler
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
@@ -383,6 +384,13 @@ def use_classes(module: Program, wrap: Callable[..., Any], read: Callable[[Any],
         setattr(module, name, lambda batch, batch_idx, step=step: step(read(batch), batch_idx))
     collate: Any = torch.utils.data.default_collate
     return DataLoader(make_data(), BATCH, collate_fn=lambda samples: wrap(*collate(samples)))
+
+
+@pytest.mark.parametrize("make", [lambda: PruneByGates(budget=BUDGET), lambda: TrainJointly([0.5])])
+def test_torchs_profiler_watches_each_call(make: Any, tmp_path: Path) -> None:
+    profiler = PyTorchProfiler(tmp_path, "calls", export_to_chrome=False, schedule=None)
+    fit(Program(), [make()], max_epochs=2, limit_train_batches=2, profiler=profiler)
+    assert "[pl][module]torch.nn.modules.conv.Conv2d: net.0" in (tmp_path / "fit-calls.txt").read_text()
 
 
 @pytest.mark.parametrize(

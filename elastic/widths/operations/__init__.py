@@ -167,7 +167,7 @@ FUNCTIONS: dict[Rule, str] = {
     repeat: "repeat tile",
     repeat_entries: "repeat_interleave",
     stack: "stack",
-    hold: "dataclass",  # and named tuples
+    hold: "dataclass",  # named tuples, and dictionaries of classes of their own
     select: "index_select",
     pick: "select",
     narrow: "narrow",

@@ -82,7 +82,7 @@ def stack(tracker: Tracker, node: fx.Node) -> Axes:
 
 
 def hold(tracker: Tracker, node: fx.Node) -> tuple[Tracked, ...]:
-    """Follow a named tuple or a dataclass, whose tensors stay what they are: it is an output."""
+    """Follow what holds outputs, a named tuple, say, whose tensors stay what they are."""
     return tuple(source.meta["axes"] for source in node.all_input_nodes)
 
 

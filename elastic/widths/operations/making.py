@@ -126,7 +126,7 @@ def repeat(tracker: Tracker, node: fx.Node) -> Axes:
 
 def decide(tracker: Tracker, node: fx.Node) -> None:
     """Fix the channels whose number decides which way the forward goes, unless it stays as it is."""
-    question = get_argument(node, 0, "condition")
+    question = node.args[0] if node.args else node.kwargs["condition"]
     assert isinstance(question, fx.Node)
     answer = get_argument(node, 1, "message") is not False  # an assertion, which has a message, wants it true
     if not _stays_equal(tracker, question, answer) and not _is_decided(question):

@@ -86,11 +86,15 @@ def _find_base(kind: type[nn.Module]) -> type[nn.Module] | None:
 
 def _get_name(function: Callable[..., object]) -> str:
     """Get the name by which a function of the libraries is known, or what holds a model's outputs."""
-    if isinstance(function, type) and (is_dataclass(function) or hasattr(function, "_fields")):
+    if isinstance(function, type) and _is_container(function):
         return "dataclass"
     library, name = _find_library(function), getattr(function, "__name__", "")
     is_helper = library == "torchvision" and name.startswith("_")
     return name.strip("_") if library in LIBRARIES and not is_helper else ""
+
+
+def _is_container(kind: type) -> bool:
+    return is_dataclass(kind) or hasattr(kind, "_fields") or issubclass(kind, dict)
 
 
 def _find_library(function: Callable[..., object]) -> str:

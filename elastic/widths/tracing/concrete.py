@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from functools import cached_property
 from types import FrameType, MethodType
 from typing import Any
@@ -172,6 +173,9 @@ class ConcreteTracer(fx.Tracer):
             return a.pass_on()
         if isinstance(a, np.generic):
             return a.item()
+        if isinstance(a, dict) and kind is not dict and (arguments := _list_arguments(a)) is not None:
+            args, kwargs = arguments
+            return self.create_node("call_function", kind, self.create_arg(args), self.create_arg(kwargs))
         return a.node if isinstance(a, fx.Proxy) else super().create_arg(a)
 
     def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
@@ -302,6 +306,18 @@ class ConcreteTracer(fx.Tracer):
             return drop_data(value)
         layer = self._replica.get_submodule(target) if node.op == "call_module" else None
         return compute_without_data(node, layer, args, kwargs)
+
+
+def _list_arguments(container: dict[Any, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """List what makes a dictionary of a class of its own again, None where that cannot be told."""
+    entries = dict(container)
+    args, kwargs = ((), entries) if is_dataclass(container) else ((entries,), dict[str, Any]())
+    try:
+        replica = type(container)(*args, **kwargs)
+    except Exception:  # of a class of the program's own: anything may come
+        return None
+    is_same = list(replica) == list(entries) and all(replica[name] is entries[name] for name in entries)
+    return (args, kwargs) if is_same else None
 
 
 def _make_method(module: nn.Module) -> Callable[..., Any]:

@@ -2,10 +2,10 @@
 
 import operator
 from collections.abc import Callable
-from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
+from elastic.widths.leaves import list_tensors
 from elastic.widths.operations.interface import get_operation_name
 from elastic.widths.tracing.changing import find_changed
 
@@ -43,7 +43,7 @@ def find_untrained(graph: fx.Graph, get_layer: Callable[[fx.Node], nn.Module | N
     reached = set[fx.Node]()
     while pending:
         node = pending.pop()
-        gives_tensors = node in changing or _holds_tensors(node.meta["value"])
+        gives_tensors = node in changing or bool(list_tensors(node.meta["value"]))
         if node not in reached and gives_tensors and not _is_cut(node):
             reached.add(node)
             pending += node.all_input_nodes
@@ -63,12 +63,6 @@ def _is_cut(node: fx.Node) -> bool:
     name = get_operation_name(node) if node.op in ("call_function", "call_method") else ""
     is_detached = name in DETACHED or (name == "getattr" and node.args[1] in DETACHED)
     return is_detached or not has_gradient(node)
-
-
-def _holds_tensors(value: Any) -> bool:
-    values = value.values() if isinstance(value, dict) else value
-    is_group = isinstance(value, tuple | list | dict)
-    return isinstance(value, Tensor) or (is_group and any(map(_holds_tensors, values)))
 
 
 def _find_owner(node: fx.Node) -> str:

@@ -855,14 +855,19 @@ def test_the_loss_by_hand(loss: ActivationLoss, ramp_up: float, expected: float)
         ({"form": "cubic"}, "set form to linear, square, target, threshold and by to kernels or macs"),
         ({"by": "time"}, "set form to"),
         ({"gain": -1.0}, "gain=-1.0 cannot be: set it to a number, 0 or more"),
-        ({"form": "target"}, "has a target where its form is 'target'"),
-        ({"target": 0.5}, "has a target where its form is 'target'"),
+        ({"form": "target"}, "of the form 'target' has a target: set form to target or threshold and a"),
+        ({"form": "linear", "target": 0.5}, "of the form 'linear' has no target: set form to target or"),
         ({"form": "target", "target": 1.5}, "target=1.5 cannot be: set it to a number above 0 and below 1"),
     ],
 )
 def test_an_activation_loss_that_cannot_be_is_refused(options: Any, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         ActivationLoss(**options)
+
+
+def test_an_activation_loss_with_a_target_is_about_it() -> None:
+    assert ActivationLoss(2.0, target=0.3) == ActivationLoss(2.0, "target", target=0.3)
+    assert ActivationLoss(2.0) == ActivationLoss(2.0, "linear")
 
 
 def test_a_multiplier_brings_the_fraction_to_its_target_whatever_the_task_gains_by_it() -> None:

@@ -1,6 +1,7 @@
 """Levels against networks cut out by re-indexing, against arithmetic by hand, and against their storage."""
 
 import copy
+import operator
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,6 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from elastic.errors import StructureError
 from elastic.levels.alone import make_alone
@@ -220,6 +222,48 @@ def test_gradients_are_those_of_the_extracted_network(case: Case, data: st.DataO
 def test_gradients_are_so_in_networks_of_many_kinds(name: str) -> None:
     net, x, widths = built(name)
     check_gradients(net, torch.cat([x, example(name, 2)]), halves(widths, 0.3, 0.7))
+
+
+class Checkpointed(nn.Module):
+    """Compute a part of the forward again in the backward pass, and keep none of it until then."""
+
+    def __init__(self, is_reentrant: bool) -> None:
+        super().__init__()
+        self.stem, self.head = conv(3, 8), head(6)
+        self.block = nn.Sequential(nn.ReLU(), conv(8, 6), nn.BatchNorm2d(6), nn.ReLU())
+        self.is_reentrant = is_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.is_reentrant:  # which needs an input with a gradient
+            return self.head(checkpoint(self.block, self.stem(x), use_reentrant=True))  # type: ignore[no-any-return]
+        return self.head(checkpoint(self._run_both, x, use_reentrant=False))  # type: ignore[no-any-return]
+
+    def _run_both(self, x: Tensor) -> Tensor:
+        return self.block(self.stem(x))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("is_reentrant", [False, True])
+def test_what_is_computed_again_in_the_backward_pass_is_of_the_level(is_reentrant: bool) -> None:
+    net, x = randomised(Checkpointed(is_reentrant)), torch.randn(4, 3, 6, 6)
+    check_gradients(net, x, halves(discover(net, x), 0.3, 0.7))
+
+
+def test_levels_that_are_trained_together_are_computed_again_each_for_itself() -> None:
+    net, x = randomised(Checkpointed(False)).train(), torch.randn(4, 3, 6, 6)
+    levels = Levels(net, widths := discover(net, x), halves(widths, 0.3, 0.7))
+    before = [list(level.parameters()) for level in levels]
+    expected = []
+    for k in (0, 1, 0):
+        net.zero_grad()
+        levels.run(k, x).square().mean().backward()
+        expected.append([0 if p.grad is None else p.grad.clone() for p in net.parameters()])
+    net.zero_grad()
+    sum(levels.run(k, x).square().mean() for k in (0, 1, 0)).backward()  # type: ignore[union-attr]
+    for p, gradients in zip(net.parameters(), zip(*expected, strict=True), strict=True):
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, sum(gradients))
+    for level, parameters in zip(levels, before, strict=True):
+        assert all(map(operator.is_, level.parameters(), parameters)), "they have their own again"
 
 
 def test_the_networks_own_gradient_is_plain() -> None:

@@ -57,6 +57,15 @@ def test_outputs_of_any_form_carry_it(wrap: Any) -> None:
     assert weight.grad is not None
 
 
+def test_an_output_that_is_there_twice_carries_it_once() -> None:
+    leaf, weight = torch.ones(2, requires_grad=True), torch.ones(1, requires_grad=True)
+    double = 2 * leaf
+    first, second = add_loss([double, {"again": double}], weight.sum(), 1.0)
+    assert second["again"] is first
+    (first.sum() + second["again"].sum()).backward()
+    assert weight.grad is not None and weight.grad.tolist() == [1]
+
+
 def test_outside_of_training_no_term_is_asked_for() -> None:
     net = nn.Linear(2, 2)
 

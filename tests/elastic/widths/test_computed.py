@@ -74,6 +74,18 @@ def test_a_number_computed_from_an_attribute_fixes_what_it_counts(compute: Calla
     assert widths.sizes() == {"last": 5}
 
 
+def test_a_number_of_a_shape_in_whole_patches_is_followed() -> None:
+    """As MobileViT of Transformers asks for it: a multiple of an attribute, within a call of Python's own."""
+
+    def pad(m: Any, x: Tensor) -> Tensor:
+        size = int(math.ceil(x.shape[2] / m.patch) * m.patch)
+        return nn.functional.interpolate(x, (size, size)) if size != x.shape[2] else x
+
+    model = Counting(pad)
+    model.patch = 3
+    assert "stem" in find_widths(model, X)
+
+
 LAYERS: dict[str, Callable[[Counting], int]] = {
     "stem.out_channels": lambda m: m.stem.out_channels,
     "norm.num_features": lambda m: m.norm.num_features,

@@ -1,6 +1,7 @@
 """Where a forward keeps gradients away, against autograd on the real network."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -108,6 +109,15 @@ def write_a_part(m: nn.Module, x: Tensor) -> Tensor:
     return m.last(z)  # type: ignore[no-any-return]
 
 
+@dataclass
+class Output:
+    y: list[Tensor]
+
+
+def give_a_class_of_ones_own(m: nn.Module, x: Tensor) -> Any:
+    return Output([m.last(m.mid(m.stem(x).detach()).relu())])
+
+
 def pass_through(m: nn.Module, x: Tensor) -> Tensor:
     return m.last(m.mid(PassThrough.apply(m.stem(x))).relu())  # type: ignore[no-any-return]
 
@@ -119,6 +129,7 @@ def compute_again(m: nn.Module, x: Tensor) -> Tensor:
 FORWARDS: tuple[Callable[[nn.Module, Tensor], Tensor], ...] = (
     *(freeze_stem, detach_stem, read_data, gate_without, freeze_a_half, freeze_by_decorator),
     *(train_within, freeze_shapes, count_without, write_into, write_a_part, pass_through, compute_again),
+    give_a_class_of_ones_own,
 )
 FREEZES_STEM = FORWARDS[:3]
 
@@ -130,7 +141,9 @@ def make_net(forward: Callable[[nn.Module, Tensor], Tensor]) -> nn.Module:
 
 def list_gradients(net: nn.Module, like: nn.Module) -> dict[str, Tensor | None]:
     net.zero_grad()
-    net(X).square().mean().backward()
+    output = net(X)
+    y = output.y[0] if isinstance(output, Output) else output
+    y.square().mean().backward()
     return {name: net.get_parameter(name).grad for name, _ in like.named_parameters()}
 
 

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 from functools import partial
+from threading import Lock
 from types import MethodType
 from typing import Any
 
@@ -206,6 +207,30 @@ def test_a_copy_does_not_take_the_program_around_it_along() -> None:
     program.net[0].register_forward_hook(hook)
     copy_module(program.net)(X)
     assert len(program.seen) == 1
+
+
+class Watch:
+    """Note what modules of a program say, as a profiler does that knows all of it."""
+
+    def __init__(self, program: nn.Module) -> None:
+        self.program, self.seen = program, list[str]()
+        self.lock = Lock()  # which nothing can copy
+
+    def note(self, module: nn.Module, args: Any, output: Tensor, name: str) -> None:
+        self.seen.append(name)
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.seen.append("called")
+
+
+def test_a_copy_is_watched_by_what_watches_the_program() -> None:
+    program = nn.Module()
+    program.net = nn.Sequential(conv(3, 4))
+    watch = Watch(program)
+    program.net[0].register_forward_hook(partial(watch.note, name="noted"))
+    program.net.register_forward_hook(watch)
+    copy_module(program.net)(X)
+    assert watch.seen == ["noted", "called"]
 
 
 def test_a_hook_on_a_block_is_followed() -> None:

@@ -1,0 +1,161 @@
+"""Networks that say it in containers of their own, or write to what they are given, against plain ones."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elastic import Growth, Periodic
+from elastic.callbacks import (
+    Distil,
+    GrowOnSaturation,
+    PruneByGates,
+    PruneDynamically,
+    Reconstruct,
+    TrainJointly,
+)
+from tests.programs import Program, fit, make_network
+
+
+@dataclass(frozen=True)
+class Answer:
+    logits: Tensor
+    note: str = ""
+
+
+class Named(dict[str, Tensor]):
+    @property
+    def logits(self) -> Tensor:
+        return self["logits"]
+
+
+@dataclass
+class Both(OrderedDict[str, Tensor]):
+    """Be a dataclass and a dictionary of what is there, as outputs of Transformers are."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if (value := getattr(self, field.name)) is not None:
+                super().__setitem__(field.name, value)
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        super().__setitem__(name, value)
+        setattr(self, name, value)
+
+
+WRAPS: dict[str, Callable[[Tensor], Any]] = {
+    "dataclass": Answer,
+    "dictionary": lambda logits: Named(logits=logits),
+    "both": lambda logits: Both(logits=logits),
+}
+
+
+class Network(nn.Module):
+    """Be a plain network, but for what happens to its input and its output.
+
+    Args:
+        before, after: work on these.
+    """
+
+    def __init__(self, before: Callable[[Tensor], Tensor], after: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.body = make_network()
+        self.before, self.after = before, after
+
+    def forward(self, x: Tensor) -> Any:
+        return self.after(self.body(self.before(x)))
+
+
+class Reading(Program):
+    """Read logits of an output.
+
+    Args:
+        read: reads them; of a training step alone, it may write to them.
+    """
+
+    def __init__(self, net: nn.Module, read: Callable[[Any], Tensor]) -> None:
+        super().__init__(net)
+        self.read = read
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.read(self.net(x_BCHW))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+
+def grow() -> GrowOnSaturation:
+    return GrowOnSaturation(Periodic(1), Growth(factor=1.5, ceiling=2), until=0.7)
+
+
+METHODS: dict[str, Callable[[nn.Module], list[L.Callback]]] = {
+    "grow and prune": lambda teacher: [grow(), PruneByGates(budget=600)],
+    "joint": lambda teacher: [TrainJointly([0.5])],
+    "reconstruct": lambda teacher: [Reconstruct([0.5])],
+    "dynamic": lambda teacher: [PruneDynamically(2.0, activation="scale")],
+    "distil": lambda teacher: [grow(), Distil(teacher)],
+}
+
+
+def train(
+    method: str,
+    before: Callable[[Tensor], Tensor] = lambda x: x,
+    after: Callable[[Tensor], Any] = lambda y: y,
+    read: Callable[[Any], Tensor] = lambda y: y,
+) -> dict[str, Tensor]:
+    """Train a network by one method, taught by another one of its kind; return what its body has learnt."""
+    torch.manual_seed(0)
+    net, teacher = Network(before, after), Network(before, after)
+    fit(Reading(net, read), METHODS[method](teacher), max_epochs=5, limit_train_batches=2)
+    return net.body.state_dict()
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
+@pytest.mark.parametrize("method", METHODS)
+def test_outputs_of_a_class_of_ones_own_are_trained_as_tensors_are(
+    method: str, wrap: Callable[[Tensor], Any]
+) -> None:
+    assert_same(train(method, after=wrap, read=lambda output: output.logits), train(method))
+
+
+def divide(y: Tensor) -> Tensor:
+    y /= 2
+    return y
+
+
+def clear_entries(y: Tensor) -> Tensor:
+    y[:, 0] = 0
+    return y
+
+
+@pytest.mark.parametrize(
+    ("change", "plain"),
+    [(divide, lambda y: y / 2), (clear_entries, lambda y: torch.cat([0 * y[:, :1], y[:, 1:]], 1))],
+    ids=["divided", "cleared"],
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_program_may_write_to_what_its_network_says(
+    method: str, change: Callable[[Tensor], Tensor], plain: Callable[[Tensor], Tensor]
+) -> None:
+    assert_same(train(method, read=change), train(method, read=plain))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_network_may_write_to_what_it_is_given(method: str) -> None:
+    """Levels and teachers see what it was given."""
+    assert_same(train(method, before=lambda x: x.sub_(0.5)), train(method, before=lambda x: x - 0.5))
