@@ -37,10 +37,15 @@ def count_batch(example: Example) -> int:
     return next((len(x) for x in list_inputs(example) if x.dim()), 1)
 
 
+def mark_batched(example: Example) -> list[tuple[Tensor, bool]]:
+    """Mark the inputs of an example that have an entry for each sample."""
+    batch = count_batch(example)
+    return [(x, x.dim() > 0 and len(x) == batch) for x in list_inputs(example)]
+
+
 def select_samples(example: Example, index: slice | Tensor) -> tuple[Tensor, ...]:
     """Select samples of an example's inputs."""
-    batch = count_batch(example)
-    return tuple(x[index] if x.dim() and len(x) == batch else x for x in list_inputs(example))
+    return tuple(x[index] if has_batch else x for x, has_batch in mark_batched(example))
 
 
 def split_batch(example: Example, samples: int) -> list[tuple[Tensor, ...]]:

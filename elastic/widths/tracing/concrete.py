@@ -33,6 +33,7 @@ from elastic.widths.tracing.proxies import AskedProxy, Instruction, TrainingFlag
 from elastic.widths.tracing.sizes import note_computed_sizes
 
 NUMPY = {"axis", "out"}  # how NumPy's functions call a method of what is no array
+PRODUCT = math.prod  # which torch.fx puts its own in place of while it traces
 PLACE = "place"  # in a node's `meta`: the module in whose forward it is
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 # Methods that torch.fx puts its own in place of while it traces.
@@ -181,7 +182,7 @@ class ConcreteTracer(fx.Tracer):
     def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
         """Make a node; a number that torch has looked at only to see that it is one was not asked for."""
         if args[:2] == ("call_method", "prod") and args[3].keys() == NUMPY:  # `np.prod(x.shape)`
-            args = ("call_function", math.prod, args[2], {})
+            args = ("call_function", PRODUCT, args[2], {})
         questions, self._questions = self._questions, []
         frame: FrameType | None = sys._getframe(1)
         callers: set[Instruction] = set()

@@ -17,6 +17,7 @@ from elastic.widths.operations.interface import get_operation_name
 from elastic.widths.operations.registry import find_base
 from elastic.widths.parameters import get_kind
 from elastic.widths.tracing.autocast import keep_regions, note_regions
+from elastic.widths.tracing.batch import follow_batch
 from elastic.widths.tracing.called_layers import restore_layers
 from elastic.widths.tracing.changing import renew_assigned
 from elastic.widths.tracing.concrete import PLACE, ConcreteTracer
@@ -71,6 +72,7 @@ def trace(model: nn.Module, *example: Tensor) -> fx.GraphModule:
     """
     with preserve_attributes(model):
         graph = trace_graph(model, *example, runs=True)
+        follow_batch(graph, partial(trace_graph, model, runs=True), *example)
         _decide_lists(graph, model, *example)
         traced = fx.GraphModule(model, graph)
     restore_layers(traced, model)
@@ -142,7 +144,7 @@ def trace_graph(
             trace_factories(tracer, runs),
             trace_functions(tracer, runs),
             note_computed_sizes() as computed,
-            _take_back_assigned(model) as replaced,
+            take_back_assigned(model) as replaced,
             pass_for_values(),
             quiet_hooks(model),
             _note_what_is_left_out(tracer, model) if runs else nullcontext() as constants,
@@ -182,7 +184,7 @@ def _note_what_is_left_out(tracer: ConcreteTracer, model: nn.Module) -> Iterator
 
 
 @contextmanager
-def _take_back_assigned(model: nn.Module) -> Iterator[list[Any]]:
+def take_back_assigned(model: nn.Module) -> Iterator[list[Any]]:
     """Put back what a forward assigns to, such as statistics: what it computes while traced is no value.
 
     What it keeps in dictionaries and lists of its modules, as caches do, is taken back, too. The list has, at

@@ -2,7 +2,7 @@
 
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from operator import attrgetter
@@ -13,10 +13,20 @@ import torch
 from torch import Tensor, fx, nn
 
 from elastic.errors import StructureError
+from elastic.widths.hooks import is_look, quiet_hooks
+from elastic.widths.inputs import count_batch
+from elastic.widths.leaves import list_tensors
+from elastic.widths.tracing.batch import resize_batch
 from elastic.widths.tracing.by_mode import ByMode, list_graphs
-from elastic.widths.tracing.graph import preserve_attributes, preserve_modes, trace, trace_graph
+from elastic.widths.tracing.graph import (
+    preserve_attributes,
+    preserve_modes,
+    take_back_assigned,
+    trace,
+    trace_graph,
+)
 from elastic.widths.tracing.guard import REMEDY, Guard, sign
-from elastic.widths.tracing.meta import BATCH_NORM
+from elastic.widths.tracing.meta import BATCH_NORM, make_meta_copy
 from elastic.widths.tracing.norms import drop_counters
 from elastic.widths.tracing.proxies import TrainingFlag
 from elastic.widths.tracing.sizes import AttributePlace
@@ -116,12 +126,14 @@ def trace_both_modes(model: nn.Module, *example: Tensor) -> fx.GraphModule:
 
     Raises:
         StructureError: torch.fx cannot trace it; or it keeps statistics by assigning to attributes, draws
-            numbers that are none of torch's, or computes with numbers that it counts itself.
+            numbers that are none of torch's, or computes with numbers that it counts itself, or with the
+            number of samples as one of Python's.
     """
     with preserve_modes(model), _expect_no_numbers(model):
         training, evaluation = (trace(model.train(mode), *example) for mode in (True, False))
         for traced, mode in ((training, True), (evaluation, False)):
             _require_no_counts(traced, model.train(mode), *example)
+            _require_no_batch(traced, model.train(mode), *example)
         _require_no_statistics(training, evaluation)
         for traced in (training, evaluation):
             drop_counters(traced)
@@ -146,6 +158,47 @@ def _require_no_counts(traced: fx.GraphModule, model: nn.Module, *example: Tenso
             f"the forward changes '{', '.join(map(str, counts))}' and computes with it, which is a constant "
             f"once the network is traced: {REMEDY}"
         )
+
+
+def _require_no_batch(traced: fx.GraphModule, model: nn.Module, *example: Tensor) -> None:
+    """Raise StructureError where a trace is right for batches of the example's size alone."""
+    samples = count_batch(example)
+    runs = make_meta_copy(model).forward, _WithoutLooks(make_meta_copy(traced)).run
+    for inputs in (resize_batch(example, number) for number in (samples + 1, 2 * samples)):
+        with _leaving_nothing(model):
+            shapes, shapes_traced = (_find_output_shapes(run, inputs) for run in runs)
+        if shapes is not None and shapes != shapes_traced:
+            raise StructureError(
+                f"{type(model).__name__} can be traced for {samples} samples alone: let its forward compute "
+                "with x.shape[0] as it is, and not sample by sample"
+            )
+
+
+@contextmanager
+def _leaving_nothing(model: nn.Module) -> Iterator[None]:
+    """Take back what copies of a model leave in it by hooks, and the numbers that they draw."""
+    with (
+        preserve_attributes(model),
+        take_back_assigned(model),
+        quiet_hooks(model),
+        torch.random.fork_rng(devices=[]),
+    ):
+        yield
+
+
+class _WithoutLooks(fx.Interpreter):
+    """Run a graph, but for what only looks on."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        return None if is_look(n) else super().run_node(n)
+
+
+def _find_output_shapes(run: Callable[..., Any], inputs: tuple[Tensor, ...]) -> list[torch.Size] | None:
+    """Find the shapes of a network's outputs; None where it fails, as for a batch that it does not take."""
+    try:
+        return [tensor.shape for tensor in list_tensors(run(*inputs))]
+    except Exception:  # the model's own forward runs here: anything may come
+        return None
 
 
 def _make_guard(
