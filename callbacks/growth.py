@@ -1,5 +1,6 @@
 """Let the network grow when its training saturates."""
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +39,7 @@ class GrowOnSaturation(ElasticCallback):
     Args:
         trigger: decides from the metric, e.g. `elastic.Plateau`.
         amount: how far and where, in width and in depth.
-        monitor: the metric's name.
+        monitor: the metric's name; for a trigger that ignores it nothing has to be logged.
         fresh: how new channels start: zero_out, random, split, pairs, transfer (`elastic.surgery.fresh`) or
             gradmax (`elastic.growth.gradmax`).
         until: part of the run after which nothing grows any more.
@@ -83,6 +84,11 @@ class GrowOnSaturation(ElasticCallback):
         )
         self._is_late = False  # the module logs the metric in a hook that is called after those of callbacks
 
+    @property
+    def _needs_metric(self) -> bool:
+        """Tell whether growth depends on the metric: not where a timeline decides, or a clock."""
+        return self.script is None and not getattr(self.trigger, "ignores_value", False)
+
     def find_last_growth(self, trainer: L.Trainer) -> float:
         """Return the part of the run after which the network does not grow."""
         if self.script is None:
@@ -92,7 +98,7 @@ class GrowOnSaturation(ElasticCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self._source, self._observed, self._awaited_epoch = None, -1, None
-        if stage == "fit" and self.script is None:
+        if stage == "fit" and self._needs_metric:
             check_validation(trainer, self.monitor)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -108,7 +114,7 @@ class GrowOnSaturation(ElasticCallback):
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look for validation's metric before anything is trained; a check may log nothing on purpose."""
         is_logged = any(map(is_validated, trainer.callback_metrics))
-        if self.script is None and is_validated(self.monitor) and is_logged:
+        if self._needs_metric and is_validated(self.monitor) and is_logged:
             check_logged(trainer, self.monitor)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -119,7 +125,7 @@ class GrowOnSaturation(ElasticCallback):
         # Metrics of training are lost where a run goes on as its epoch ends.
         if self._source == "validation" or self.script is not None or trainer.fit_loop.restarting:
             return
-        is_missing = self.monitor not in trainer.callback_metrics
+        is_missing = self._needs_metric and self.monitor not in trainer.callback_metrics
         if is_missing and overrides(pl_module, "on_train_epoch_end"):
             self._is_late = True  # from now on: what is there by then is of the epoch before
         self._awaited_epoch = trainer.current_epoch
@@ -130,18 +136,20 @@ class GrowOnSaturation(ElasticCallback):
         """Decide by a metric of training, once it must be there."""
         if self._awaited_epoch is None:
             return
-        if not may_be_validated_later(trainer, self._awaited_epoch):
+        if self._needs_metric and not may_be_validated_later(trainer, self._awaited_epoch):
             check_logged(trainer, self.monitor)
         self._decide(trainer, "training", self._awaited_epoch)
         self._awaited_epoch = None
 
     def _decide(self, trainer: L.Trainer, source: Literal["validation", "training"], epoch: int) -> None:
         """Let the trigger see the metric, once an epoch, and decide whether the network grows."""
-        metrics = trainer.callback_metrics
-        if self.script is not None or self.monitor not in metrics or self._observed == epoch:
+        value = trainer.callback_metrics.get(self.monitor)
+        is_early = source == "training" and trainer.enable_validation  # which a clock counts
+        is_missing = value is None and (self._needs_metric or is_early)
+        if self.script is not None or self._observed == epoch or is_missing:
             return
         self._source, self._observed = source, epoch
-        is_saturated = self.trigger.observe(float(metrics[self.monitor]))
+        is_saturated = self.trigger.observe(math.nan if value is None else float(value))
         is_in_time = measure_epoch_progress(trainer, epoch + 1) < self.until
         self.is_due = self.structure.agree(is_saturated and is_in_time)
 

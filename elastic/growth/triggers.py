@@ -11,7 +11,8 @@ from elastic.ranges import Count, NotNegative, checked
 class Trigger(Protocol):
     """Decide from one value an epoch whether the network should grow now.
 
-    A trigger that looks at something else than the value says so in an attribute `reason`, for the timeline.
+    A trigger that looks at something else than the value says so in an attribute `reason`, for the timeline;
+    one that ignores the value altogether has `ignores_value`, so that none has to be there.
     """
 
     def observe(self, value: float) -> bool: ...
@@ -55,6 +56,7 @@ class Periodic:
     every: Count = 5
     observations: int = 0
     reason: ClassVar[str] = "by the clock"
+    ignores_value: ClassVar[bool] = True
 
     def observe(self, value: float) -> bool:
         self.observations += 1

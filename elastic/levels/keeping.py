@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from elastic.levels.settings import pair_modules
 from elastic.widths.hooks import INTERNAL, list_containers
 
 Owner = dict[str, Any]  # the attributes of a module, or a dictionary among them
@@ -59,7 +60,7 @@ def _pair_lists(net: nn.Module, level: nn.Module) -> list[tuple[list[Any], list[
     """Pair the lists of both that hold nothing without a gradient."""
     pairs = [
         (value, vars(part).get(name))
-        for module, part in zip(net.modules(), level.modules(), strict=True)
+        for module, part in pair_modules(net, level)
         for name, value in vars(module).items()
         if type(value) is list and all(map(_has_gradient, value))
     ]
@@ -68,7 +69,7 @@ def _pair_lists(net: nn.Module, level: nn.Module) -> list[tuple[list[Any], list[
 
 def _pair_owners(net: nn.Module, level: nn.Module) -> Iterator[tuple[Owner, Owner]]:
     """Pair the attributes of both, and the dictionaries among them."""
-    for module, part in zip(net.modules(), level.modules(), strict=True):
+    for module, part in pair_modules(net, level):
         yield vars(module), vars(part)
         for name, value in vars(part).items():
             owner = vars(module).get(name)

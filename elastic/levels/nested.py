@@ -63,22 +63,23 @@ class Levels(Sequence[nn.Module]):
         below = zip(self.sizes[:-1], self.cuts, strict=False)
         self._levels = [*(make_level(net, widths, level, cut) for level, cut in below), net]
         self.norms = nn.ModuleList(map(_collect_norms, self._levels[:-1]))
-        self._settings = Settings(net, self._levels[:-1])
+        self._settings: Settings | None = Settings(net, self._levels[:-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_settings"}
+        return {**vars(self), "_settings": None}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take the state of a copy, whose levels are to be parts of its own network."""
-        vars(self).update(state)
-        self._settings = Settings(self.net, self._levels[:-1])
-        self.refresh()
+    def _complete(self) -> None:
+        """Let the levels of a copy be parts of its own network, once all of that has been copied."""
+        if self._settings is None:
+            self._settings = Settings(self.net, self._levels[:-1])
+            self.refresh()
 
     @overload
     def __getitem__(self, k: int) -> nn.Module: ...
     @overload
     def __getitem__(self, k: slice) -> list[nn.Module]: ...
     def __getitem__(self, k: int | slice) -> nn.Module | list[nn.Module]:
+        self._complete()
         return self._levels[k]
 
     def __len__(self) -> int:
@@ -92,7 +93,7 @@ class Levels(Sequence[nn.Module]):
             inputs, named: what the network is called with.
             traced: what is made of the level's own layers, and is called in its place.
         """
-        level = self._levels[k]
+        level = self[k]
         net = level if traced is None else traced
         if level is self.net:
             return net(*inputs, **named)
@@ -108,6 +109,7 @@ class Levels(Sequence[nn.Module]):
 
     def _sync(self, level: nn.Module) -> None:
         """Let a level follow what a program has set in the network: modes, numbers and texts."""
+        assert self._settings is not None
         self._settings.follow()
         level.train(self.net.training)
         follow_modes(self.net, level)
@@ -132,7 +134,7 @@ class Levels(Sequence[nn.Module]):
         Args:
             index: for a width, the old channel that each channel now is.
         """
-        for level, sizes in zip(self._levels[:-1], self.sizes, strict=False):
+        for level, sizes in zip(self[:-1], self.sizes, strict=False):
             norms = dict(iterate_norms(level))
             for name, channels in index.items():
                 level_channels = channels[: sizes[name]]

@@ -22,6 +22,11 @@ class _Setting:
     attributes: dict[str, Any]
     of_levels: list[dict[str, Any]]
 
+    def share(self) -> None:
+        """Set it in the levels."""
+        for attributes in self.of_levels:
+            attributes[self.name] = self.value
+
 
 class Settings:
     """Hold the numbers and texts of a network's modules, to see which a program sets.
@@ -31,12 +36,15 @@ class Settings:
     """
 
     def __init__(self, net: nn.Module, levels: Sequence[nn.Module]) -> None:
+        parts = [dict(pair_modules(net, level)) for level in levels]
         self._settings = [
-            _Setting(name, value, vars(module), [vars(level.get_submodule(path)) for level in levels])
-            for path, module in net.named_modules()
+            _Setting(name, value, vars(module), [vars(pairs[module]) for pairs in parts if module in pairs])
+            for module in net.modules()
             for name, value in vars(module).items()
             if type(value) in KINDS
         ]
+        for setting in self._settings:
+            setting.share()
 
     def follow(self) -> None:
         """Set in the levels what has been set in the network since."""
@@ -44,8 +52,13 @@ class Settings:
             now = setting.attributes.get(setting.name)
             if now is not setting.value and type(now) in KINDS:
                 setting.value = now
-                for attributes in setting.of_levels:
-                    attributes[setting.name] = now
+                setting.share()
+
+
+def pair_modules(net: nn.Module, level: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """Pair the modules of a network with a level's, by path; the network may have been given more since."""
+    parts = dict(level.named_modules())
+    return [(module, parts[path]) for path, module in net.named_modules() if path in parts]
 
 
 def follow_modes(net: nn.Module, level: nn.Module) -> None:
@@ -53,6 +66,6 @@ def follow_modes(net: nn.Module, level: nn.Module) -> None:
     if all(module.training == net.training for module in net.modules()):
         return
     norms = {norm for _, norm in iterate_norms(net)}
-    for module, part in zip(net.modules(), level.modules(), strict=True):
+    for module, part in pair_modules(net, level):
         if module not in norms:
             part.training = module.training

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import nn
 
-from elastic import Growth, Periodic
+from elastic import Growth, Periodic, Plateau
 from elastic.callbacks import (
     AverageWeights,
     Census,
@@ -396,7 +396,7 @@ def test_growth_without_its_validation_is_refused_before_training(
     options: dict[str, Any], said: str, monitor: str
 ) -> None:
     with pytest.raises(TrainingError, match=said) as refusal:
-        fit(make_program(), [GrowOnSaturation(Periodic(2), Growth(), monitor)], **options)
+        fit(make_program(), [GrowOnSaturation(Plateau(2), Growth(), monitor)], **options)
     assert "\n" not in str(refusal.value)
 
 
@@ -423,12 +423,47 @@ def test_a_metric_that_validation_does_not_log_is_refused_before_training() -> N
     steps: list[int] = []
     spy = Spy(on_train_batch_start=lambda *_: steps.append(1))
     with pytest.raises(TrainingError, match=r"'val/acc', which is not logged; there are: val_loss: name one"):
-        fit(make_program(Underscored), [grow(), spy], num_sanity_val_steps=1)
+        growth = GrowOnSaturation(Plateau(1), Growth(factor=1.5, ceiling=2), until=0.7)
+        fit(make_program(Underscored), [growth, spy], num_sanity_val_steps=1)
     assert not steps
+
+
+class Silent(Program):
+    """Logs nothing."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self(batch[0])
+
+
+@pytest.mark.parametrize("kind", [Silent, Underscored])
+@pytest.mark.parametrize(
+    ("options", "epochs"),
+    [
+        ({}, [2, 4]),
+        ({"num_sanity_val_steps": 1}, [2, 4]),
+        ({"validation": None}, [2, 4]),
+        ({"limit_val_batches": 0}, [2, 4]),
+        ({"check_val_every_n_epoch": 2, "max_epochs": 8}, [4]),
+    ],
+)
+def test_growth_by_the_clock_needs_no_metric(
+    kind: type[Program], options: dict[str, Any], epochs: list[int]
+) -> None:
+    """It counts validations, or epochs where nothing is validated."""
+    growth = grow()
+    fit(make_program(kind), [growth], **options)
+    grown = growth.structure.timeline
+    assert sorted({row["epoch"] for row in grown}) == epochs
+    assert {row["why"] for row in grown} == {"grow: by the clock"}
 
 
 class Witness(Periodic):
     """Keep what is observed."""
+
+    ignores_value = False
 
     def observe(self, value: float) -> bool:
         self.values = [*getattr(self, "values", []), value]

@@ -1,4 +1,4 @@
-"""Networks that say it in containers of their own, or write to what they are given, against plain ones."""
+"""Networks and programs that are not written as most are learn what plain ones do, to the last bit."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from elastic import Growth, Periodic
 from elastic.callbacks import (
     Distil,
+    FollowNetwork,
     GrowOnSaturation,
     PruneByGates,
     PruneDynamically,
@@ -119,6 +120,18 @@ def train(
     return net.body.state_dict()
 
 
+class Whole(Program):
+    """Be the network itself, and have its layers."""
+
+    def __init__(self, layers: nn.Sequential) -> None:
+        super().__init__(nn.Identity())
+        del self.net
+        self.first, self.rest = layers[:3], layers[3:]
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.rest(self.first(x_BCHW))  # type: ignore[no-any-return]
+
+
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
@@ -159,3 +172,21 @@ def test_a_program_may_write_to_what_its_network_says(
 def test_a_network_may_write_to_what_it_is_given(method: str) -> None:
     """Levels and teachers see what it was given."""
     assert_same(train(method, before=lambda x: x.sub_(0.5)), train(method, before=lambda x: x - 0.5))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_program_may_be_its_network(method: str) -> None:
+    torch.manual_seed(0)
+    module, teacher = Whole(make_network()), make_network()
+    callbacks = [FollowNetwork(""), *METHODS[method](teacher)]
+    fit(module, callbacks, max_epochs=5, limit_train_batches=2)
+    trained = [
+        parameter for name, parameter in module.named_parameters() if name.startswith(("first", "rest"))
+    ]
+    expected = [value for name, value in train(method).items() if is_trained(name)]
+    for parameter, value in zip(trained, expected, strict=True):
+        torch.testing.assert_close(parameter.detach(), value, rtol=0, atol=0)
+
+
+def is_trained(name: str) -> bool:
+    return not name.endswith(("running_mean", "running_var", "num_batches_tracked", "grace"))
