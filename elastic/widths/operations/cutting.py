@@ -145,7 +145,7 @@ def select(tracker: Tracker, node: fx.Node) -> Axes:
 def _read_parts(node: fx.Node) -> tuple[Axes, int, list[int]]:
     """Read the axes of what is split, the dimension, and the length of each part."""
     x = get_axes(get_input(node))
-    dim = get_argument(node, 2, "dim", "axis", default=0) % len(x)
+    dim = get_argument(node, 2, "dim", default=0) % len(x)
     return x, dim, [part.shape[dim] for part in get_value(node)]
 
 

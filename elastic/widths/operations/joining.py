@@ -54,7 +54,7 @@ def concatenate(tracker: Tracker, node: fx.Node) -> Axes:
     along = STACKS.get(get_operation_name(node), 0)
     if along >= len(y):
         raise NotFollowed("is given too few dimensions")
-    dim = get_argument(node, 1, "dim", "axis", default=along) % len(y)
+    dim = get_argument(node, 1, "dim", default=along) % len(y)
     for d in (d for d in range(len(y)) if d != dim):
         for axes in parts[1:]:
             if y[d] is not None or axes[d] is not None:
@@ -77,7 +77,7 @@ def stack(tracker: Tracker, node: fx.Node) -> Axes:
         for axis, other in zip(first, axes, strict=True):
             if axis is not None or other is not None:
                 tracker.unite(axis, other, node)
-    dim = get_argument(node, 1, "dim", "axis", default=0) % (len(first) + 1)
+    dim = get_argument(node, 1, "dim", default=0) % (len(first) + 1)
     return (*first[:dim], None, *first[dim:])
 
 

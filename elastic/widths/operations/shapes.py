@@ -89,7 +89,7 @@ def normalize_neighbours(tracker: Tracker, node: fx.Node) -> Axes:
 
 def squeeze(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow dimensions of size 1 that go: a width of one channel would go with them, for good."""
-    source, dims = get_input(node), get_argument(node, 1, "dim", "axis")
+    source, dims = get_input(node), get_argument(node, 1, "dim")
     x, shape = get_axes(source), get_shape(source)
     unit_dims = [d for d in normalize_dims(dims, len(x)) if shape[d] == 1]
     # Without a dimension it would drop any axis, were it of one channel.
@@ -106,7 +106,7 @@ def unsqueeze(tracker: Tracker, node: fx.Node) -> Axes:
 
 def reduce(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow mean, sum, amax and their like: over space they leave channels alone, else they mix them."""
-    return reduce_over(tracker, node, get_argument(node, 1, "dim", "axis"))
+    return reduce_over(tracker, node, get_argument(node, 1, "dim"))
 
 
 def reduce_over(
@@ -148,7 +148,7 @@ def move_dimensions(tracker: Tracker, node: fx.Node) -> Axes:
 
 def measure_norm(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow vector norms: over space they leave channels alone, else they mix them."""
-    return reduce_over(tracker, node, get_argument(node, 2, "dim", "axis"))
+    return reduce_over(tracker, node, get_argument(node, 2, "dim"))
 
 
 def normalize(tracker: Tracker, node: fx.Node) -> Axes:
@@ -161,7 +161,7 @@ def normalize(tracker: Tracker, node: fx.Node) -> Axes:
 
 def reduce_twice(tracker: Tracker, node: fx.Node) -> tuple[Axes, Axes]:
     """Follow var_mean and its like, which give two results."""
-    axes = reduce_over(tracker, node, get_argument(node, 1, "dim", "axis"), len(get_value(node)[0].shape))
+    axes = reduce_over(tracker, node, get_argument(node, 1, "dim"), len(get_value(node)[0].shape))
     return axes, axes
 
 

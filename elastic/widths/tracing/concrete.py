@@ -33,6 +33,7 @@ from elastic.widths.tracing.proxies import AskedProxy, Instruction, TrainingFlag
 from elastic.widths.tracing.sizes import note_computed_sizes
 
 NUMPY = {"axis", "out"}  # how NumPy's functions call a method of what is no array
+ALIASES = {"axis": "dim", "keepdims": "keepdim"}  # NumPy's names, which torch takes for its own
 PRODUCT = math.prod  # which torch.fx puts its own in place of while it traces
 PLACE = "place"  # in a node's `meta`: the module in whose forward it is
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -156,9 +157,13 @@ class ConcreteTracer(fx.Tracer):
         finally:
             self._place = outer
 
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+    def create_node(
+        self, kind: str, target: Any, args: Any, kwargs: dict[str, Any], *rest: Any, **options: Any
+    ) -> fx.Node:
         """Make a node that knows where it is, and what gradient and precision it has there."""
-        node = super().create_node(*args, **kwargs)
+        if kind == "call_method" or _is_torchs(target):
+            kwargs = {ALIASES.get(name, name): value for name, value in kwargs.items()}
+        node = super().create_node(kind, target, args, kwargs, *rest, **options)
         node.meta[PLACE], node.meta[REGIONS] = self._place, tuple(self.regions)
         node.meta[GRADIENT] = "own" if self.has_own_gradient else torch.is_grad_enabled()
         return node
@@ -307,6 +312,12 @@ class ConcreteTracer(fx.Tracer):
             return drop_data(value)
         layer = self._replica.get_submodule(target) if node.op == "call_module" else None
         return compute_without_data(node, layer, args, kwargs)
+
+
+def _is_torchs(target: Any) -> bool:
+    """Tell whether a function is torch's, and not one that has an argument of NumPy's name."""
+    library = (getattr(target, "__module__", None) or "torch").partition(".")[0]
+    return callable(target) and library == "torch" and "quantize" not in getattr(target, "__name__", "")
 
 
 def _list_arguments(container: dict[Any, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

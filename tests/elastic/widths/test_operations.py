@@ -1,6 +1,7 @@
 """Operations of one's own, and what a rule that is at fault leads to."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -167,3 +168,42 @@ def test_a_users_function_is_not_taken_for_torchs_of_the_same_name() -> None:
 def test_every_operation_has_one_rule() -> None:
     kinds = [kind for kinds in LAYERS.values() for kind in kinds]
     assert len(kinds) == len(set(kinds))
+
+
+# Of NumPy's names for arguments, torch's functions take these for their own.
+NUMPY = {"dim": "axis", "keepdim": "keepdims"}
+BY_NAME: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "cat": (lambda x, y, **named: torch.cat([x, y], **named), {"dim": 1}),
+    "concatenate": (lambda x, y, **named: torch.concatenate((x, y), **named), {"dim": 1}),
+    "stack": (lambda x, y, **named: torch.stack([x, y], **named)[:, 0], {"dim": 1}),
+    "unsqueeze": (lambda x, y, **named: x.unsqueeze(**named)[:, 0] + y, {"dim": 1}),
+    "squeeze": (lambda x, y, **named: torch.squeeze(x[:, None], **named) + y, {"dim": 1}),
+    "unbind": (lambda x, y, **named: x.unbind(**named)[0][..., None] + y, {"dim": 3}),
+    "chunk": (
+        lambda x, y, **named: torch.cat(x.chunk(2, **named)) + torch.cat([y[:, :, :3]] * 2),
+        {"dim": 2},
+    ),
+    "mean": (lambda x, y, **named: x.mean(**named) * y, {"dim": (2, 3), "keepdim": True}),
+    "sum": (lambda x, y, **named: torch.sum(x, **named) + y, {"dim": 3, "keepdim": True}),
+    "max": (lambda x, y, **named: torch.max(x, **named)[0] + y, {"dim": 3, "keepdim": True}),
+    "amax": (lambda x, y, **named: x.amax(**named) * y, {"dim": (2, 3), "keepdim": True}),
+    "std": (lambda x, y, **named: x.std(**named) * y, {"dim": (2, 3), "keepdim": True}),
+    "softmax": (lambda x, y, **named: torch.softmax(x, **named) * y, {"dim": 2}),
+    "cumsum": (lambda x, y, **named: x.cumsum(**named) + y, {"dim": 2}),
+    "argmax": (lambda x, y, **named: x.argmax(**named) + y, {"dim": 2, "keepdim": True}),
+    "index_select": (lambda x, y, **named: x.index_select(index=torch.arange(6), **named) + y, {"dim": 2}),
+    "repeat": (lambda x, y, **named: x.repeat_interleave(2, **named), {"dim": 2}),
+}
+
+
+@pytest.mark.parametrize(("call", "named"), BY_NAME.values(), ids=BY_NAME)
+def test_arguments_may_have_numpys_names(call: Callable[..., Any], named: dict[str, Any]) -> None:
+    def find_widths(named: dict[str, Any]) -> tuple[dict[str, int], dict[str, str]]:
+        def forward(m: Any, x: Tensor) -> Tensor:
+            return m.out(call(m.one(x), m.two(x), **named))  # type: ignore[no-any-return]
+
+        read = 8 if call in (BY_NAME["cat"][0], BY_NAME["concatenate"][0]) else 4
+        widths = discover(Net(forward, one=conv(3, 4), two=conv(3, 4), out=head(read)), X, check=True)
+        return widths.sizes(), dict(widths.fixed)
+
+    assert find_widths({NUMPY[name]: value for name, value in named.items()}) == find_widths(named)
