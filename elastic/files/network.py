@@ -25,6 +25,7 @@ from elastic.files.packing import read_tensors, write_tensors
 from elastic.files.zoo import find_file
 from elastic.levels.nested import Levels
 from elastic.surgery.checking import discover_checked
+from elastic.widths.copying import find_runs
 from elastic.widths.inputs import Example, list_inputs
 from elastic.widths.tracing.meta import refuse_compiled
 
@@ -147,7 +148,10 @@ class Network:
             FileError: the file cannot be written.
         """
         refuse_compiled(self.plain())
-        tensors, about = dict(self.plain().state_dict()), {**self.about, **(about or {})}
+        runs = tuple(f"{path}." for path in find_runs(self.plain()))
+        state = self.plain().state_dict()
+        tensors = {name: value for name, value in state.items() if not name.startswith(runs)}
+        about = {**self.about, **(about or {})}
         if reserved := [name for name in STRUCTURE if name in about]:
             raise OptionError(
                 f"about says '{reserved[0]}', which a file says of its own: give it another name"

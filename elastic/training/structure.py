@@ -81,6 +81,8 @@ class Structure(nn.Module):
         StructureError: nothing of the network can change.
     """
 
+    holds_run = True  # copies and files of a network that is the whole module do without
+
     def __init__(
         self, net: nn.Module, example: Example, seed: int = 0, channels_last: bool = False, path: str = "net"
     ) -> None:

@@ -3,6 +3,7 @@
 import copy
 from collections import OrderedDict
 from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import FunctionType
 from typing import Any, TypeVar
@@ -16,24 +17,48 @@ from elastic.widths.parameters import get_kind
 
 Module = TypeVar("Module", bound=nn.Module)
 ATOMS = {int, float, bool, str, type(None)}  # that copies share
+RUN = "holds_run"  # an attribute of the class of modules that do
 COMPILED = "_compiled_call_impl"  # what `compile()` has made of a module's forward, which no copy takes along
 
 
 def copy_module(module: Module, memo: dict[int, Any] | None = None) -> Module:
     """Copy a module as `copy.deepcopy` does, which refuses tensors that autograd has computed.
 
-    It takes less time, where the modules leave their copying to Python.
+    It takes less time, where the modules leave their copying to Python. What holds the run of a whole program
+    is left out.
 
     Raises:
         StructureError: it holds what cannot be copied.
     """
     try:
-        return _copy_module(module, {} if memo is None else memo)
+        with _without_runs(module):
+            return _copy_module(module, {} if memo is None else memo)
     except Exception as error:  # what modules hold is copied by code of its own: anything may come
         raise StructureError(
             f"{type(module).__name__} cannot be copied ({cite(error)}): let its modules hold no more than "
             "copy.deepcopy copies"
         ) from error
+
+
+def find_runs(module: nn.Module) -> list[str]:
+    """Find the children that hold what has happened to a network in a run, not a part of it: their paths."""
+    return [path for path, part in module.named_modules() if hasattr(type(part), RUN)]
+
+
+@contextmanager
+def _without_runs(module: nn.Module) -> Iterator[None]:
+    """Take such children out of their modules meanwhile."""
+    children = [module.get_submodule(path.rpartition(".")[0])._modules for path in find_runs(module)]
+    before = [dict(own) for own in children]
+    for own in children:
+        for name in [name for name, child in own.items() if hasattr(type(child), RUN)]:
+            del own[name]
+    try:
+        yield
+    finally:
+        for own, content in zip(children, before, strict=True):
+            own.clear()
+            own.update(content)
 
 
 def _copy_module(module: Module, memo: dict[int, Any]) -> Module:

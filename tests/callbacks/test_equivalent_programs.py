@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elastic import Growth, Periodic
+from elastic import Growth, Periodic, compact, load, save
 from elastic.callbacks import (
     Distil,
     FollowNetwork,
@@ -190,3 +191,19 @@ def test_a_program_may_be_its_network(method: str) -> None:
 
 def is_trained(name: str) -> bool:
     return not name.endswith(("running_mean", "running_var", "num_batches_tracked", "grace"))
+
+
+@pytest.mark.parametrize("method", ["grow and prune", "joint", "distil"])
+def test_a_program_that_is_its_network_is_saved_without_its_run(method: str, tmp_path: Path) -> None:
+    module = Whole(make_network())
+    callbacks = [FollowNetwork(""), *METHODS[method](make_network())]
+    fit(module.train(), callbacks, max_epochs=5, limit_train_batches=2)
+    structure = callbacks[0].structure
+    network = compact(module, structure.example) if method == "grow and prune" else structure.levels or module
+    save(network, tmp_path / "network.safetensors")
+    loaded = load(tmp_path / "network.safetensors", Whole(make_network()), structure.example)
+    x = torch.randn(2, 1, 8, 8)
+    torch.testing.assert_close(loaded.plain()(x), module.eval()(x), rtol=1e-5, atol=1e-5)
+    if method == "grow and prune":
+        assert [name for name, _ in network.named_children()] == ["first", "rest"]  # type: ignore[union-attr]
+        assert "elastic_structure" in dict(module.named_children()), "the program goes on with it"

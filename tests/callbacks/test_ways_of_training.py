@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from elastic import Growth, Periodic
+from elastic import Growth, Periodic, Plateau
 from elastic.callbacks import (
     AverageWeights,
     Distil,
@@ -132,7 +132,7 @@ def test_a_fit_that_is_refused_leaves_the_gates_of_the_one_before() -> None:
     with pytest.raises(StructureError, match="compact it first"):
         fit(module, [TrainJointly([0.5])], max_epochs=1)
     assert_equal(module.net, expected.net)
-    grow = GrowOnSaturation(Periodic(1), Growth(factor=1.5, ceiling=2))
+    grow = GrowOnSaturation(Plateau(), Growth(factor=1.5, ceiling=2))
     with pytest.raises(TrainingError, match="limit_val_batches=0"):
         fit(module, [grow], limit_val_batches=0)
     assert_equal(module.net, expected.net)
