@@ -8,10 +8,12 @@ import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from elastic.widths.inputs import count_batch, mark_batched
 from elastic.widths.tracing.concrete import expect_same
+from elastic.widths.tracing.constants import CONSTANT
 
 Scale = Callable[[Any], fx.Node]
 
@@ -40,7 +42,7 @@ def follow_batch(graph: fx.Graph, trace_graph: Callable[..., fx.Graph], *example
     except Exception:  # the model's own forward runs here: anything may come
         return
     pairs = list(zip(graph.nodes, doubled.nodes, strict=False))
-    is_same = len(graph.nodes) == len(doubled.nodes) and all(a.target == b.target for a, b in pairs)
+    is_same = len(graph.nodes) == len(doubled.nodes) and all(_call_same(a, b) for a, b in pairs)
     numbers = [pair for a, b in pairs for pair in _list_other(_list_arguments(a), _list_arguments(b))]
     if is_same and numbers and all(_is_double(a, b) for a, b in numbers):
         _compute_numbers(graph, pairs, batched[0], samples)
@@ -70,6 +72,14 @@ def _compute_numbers(
         with graph.inserting_before(node):
             node.args = _scale_numbers(node.args, other.args, scale)
             node.kwargs = _scale_numbers(dict(node.kwargs), dict(other.kwargs), scale)
+
+
+def _call_same(ours: fx.Node, theirs: fx.Node) -> bool:
+    """Tell whether two nodes do the same, or give tensors that the forward has made with the same entries."""
+    if ours.op != "get_attr" or not str(ours.target).startswith(CONSTANT):
+        return bool(ours.target == theirs.target)
+    a, b = (getattr(node.graph.owning_module, str(node.target), None) for node in (ours, theirs))
+    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
 
 
 def _list_arguments(node: fx.Node) -> tuple[Any, Any]:

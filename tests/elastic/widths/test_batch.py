@@ -46,6 +46,7 @@ FORWARDS: dict[str, Forward] = {
     "windows": put_windows_together,
     "average": average_over_samples,
     "halves": pair_halves,
+    "beside a constant": lambda m, x: x.view(len(x), -1) * torch.tensor([0.5, 2.0]).repeat(128),
     "first": lambda m, x: x[: int(len(x) * 1.0)].mean((2, 3)),
 }
 
@@ -71,6 +72,7 @@ REFUSED: dict[str, Forward] = {
     "iteration": lambda m, x: torch.stack([sample.mean() for sample in x]),
     "unbind": lambda m, x: torch.stack([sample.mean() for sample in x.unbind(0)]),
     "squares": lambda m, x: (x.new_ones(int(x.shape[0]) ** 2) * x.mean()).view(x.shape[0], -1),
+    "constant": lambda m, x: x.view(len(x), -1) / torch.tensor(float(len(x))),
     "rounded up": lambda m, x: x.mean() + x.new_ones(int(x.shape[0] / 2 + 0.5)),
 }
 
