@@ -26,6 +26,7 @@ FREE = (
     "ZLIB",
     "CC0",
     "PSF",
+    "CNRI",  # of Python, too
     "PYTHON SOFTWARE FOUNDATION",
     "BSL",
     "KIWI",
