@@ -22,8 +22,9 @@ from elastic.experiments.tools.errors import run
 from elastic.experiments.tools.options import call
 from elastic.experiments.tools.restore import restore
 from elastic.files.exporting import export, open_exported
-from elastic.files.formats import Run, list_tensors
+from elastic.files.formats import Run
 from elastic.training.tasks import Task
+from elastic.widths.leaves import list_tensors
 
 CALIBRATION = 512  # images
 

@@ -30,10 +30,11 @@ from elastic.experiments.tools.hardware import find_cpu
 from elastic.experiments.tools.tables import replace_table
 from elastic.experiments.tools.timing import TUNED_ON, make_stock
 from elastic.files.exporting import export, open_exported
-from elastic.files.formats import FORMATS, Run, list_tensors
+from elastic.files.formats import FORMATS, Run
 from elastic.files.zoo import list_zoo
 from elastic.measure.timing import measure_medians_ms
 from elastic.training.tasks import Classification
+from elastic.widths.leaves import list_tensors
 
 PAGE = ROOT / "docs" / "export.md"
 BEGIN, END = "<!-- formats: made by `python -m experiments.formats` -->", "<!-- end of formats -->"

@@ -112,9 +112,9 @@ class ActivationLoss:
                 f"{', '.join(get_args(Form))} and by to {' or '.join(get_args(By))}"
             )
         if (self.form in HAVE_TARGET) != (self.target is not None):
-            number = "a" if self.target is None else "no"
+            article = "a" if self.target is None else "no"
             raise OptionError(
-                f"an activation loss of the form '{self.form}' has {number} target: "
+                f"an activation loss of the form '{self.form}' has {article} target: "
                 f"set form to {' or '.join(HAVE_TARGET)} and a target, or neither"
             )
 

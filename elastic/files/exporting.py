@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from elastic.errors import ElasticError, FileError, OptionError, StructureError, cite
 from elastic.files.atomic import check_place
-from elastic.files.formats import FORMATS, Format, Run, Source, list_tensors
+from elastic.files.formats import FORMATS, Format, Run, Source
 from elastic.files.formats.interface import Inputs, Outputs
 from elastic.files.network import Network
 from elastic.files.outputs import PlainOutputs, is_plain, make_plain_outputs, measure_difference
@@ -19,6 +19,7 @@ from elastic.files.packing import check_about
 from elastic.levels.cutting import extract_level
 from elastic.levels.nested import Levels
 from elastic.widths.inputs import Example, count_batch, list_inputs, select_samples
+from elastic.widths.leaves import list_tensors
 
 # Absolute, and relative to the largest value of an output; in 8 bits, what only a fault would exceed.
 TOLERANCE, TOLERANCE_INT8 = 1e-5, 0.5

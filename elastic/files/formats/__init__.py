@@ -1,7 +1,7 @@
 """Know the formats that a network is written in for other programs, by the ending of a file."""
 
 from elastic.files.formats.executorch import EXECUTORCH
-from elastic.files.formats.interface import Format, Run, Source, list_tensors
+from elastic.files.formats.interface import Format, Run, Source
 from elastic.files.formats.litert import LITERT
 from elastic.files.formats.onnx import ONNX
 from elastic.files.formats.openvino import OPENVINO
@@ -15,4 +15,4 @@ FORMATS: dict[str, Format] = {
     ".tflite": LITERT,
 }
 
-__all__ = ["FORMATS", "Format", "Run", "Source", "list_tensors"]
+__all__ = ["FORMATS", "Format", "Run", "Source"]

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from elastic.errors import FileError
 
@@ -95,8 +94,3 @@ def trace(net: nn.Module, inputs: Inputs, axes: Axes) -> ExportedProgram:
         # Of what kernel activation modules note of their last input.
         warnings.filterwarnings("ignore", ".*were assigned during export", UserWarning)
         return torch.export.export(net, inputs, dynamic_shapes=axes)
-
-
-def list_tensors(outputs: Any) -> Outputs:
-    """List the tensors of nested tuples, lists and dictionaries, in the order of torch.export and ONNX."""
-    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]

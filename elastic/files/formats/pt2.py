@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
-from elastic.files.formats.interface import Format, Outputs, Run, Source, list_tensors
+from elastic.files.formats.interface import Format, Outputs, Run, Source
+from elastic.widths.leaves import list_tensors
 
 
 @torch.no_grad()

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_aggregate
 
 from elastic.widths.inputs import count_batch, mark_batched
 from elastic.widths.tracing.concrete import expect_same
 from elastic.widths.tracing.constants import CONSTANT
-
-Scale = Callable[[Any], fx.Node]
 
 
 def resize_batch(example: tuple[Tensor, ...], samples: int) -> tuple[Tensor, ...]:
@@ -42,15 +41,17 @@ def follow_batch(graph: fx.Graph, trace_graph: Callable[..., fx.Graph], *example
     except Exception:  # the model's own forward runs here: anything may come
         return
     pairs = list(zip(graph.nodes, doubled.nodes, strict=False))
-    is_same = len(graph.nodes) == len(doubled.nodes) and all(_call_same(a, b) for a, b in pairs)
-    numbers = [pair for a, b in pairs for pair in _list_other(_list_arguments(a), _list_arguments(b))]
-    if is_same and numbers and all(_is_double(a, b) for a, b in numbers):
-        _compute_numbers(graph, pairs, batched[0], samples)
+    is_same = len(graph.nodes) == len(doubled.nodes) and all(_call_same(*pair) for pair in pairs)
+    given = [(node, _list_values(node), _list_values(other)) for node, other in pairs]
+    changes = [(node, doubles) for node, values, doubles in given if any(map(_is_other, values, doubles))]
+    if is_same and changes and all(_are_doubled(values, doubles) for _, values, doubles in given):
+        _compute_numbers(graph, changes, batched[0], samples)
 
 
 def _compute_numbers(
-    graph: fx.Graph, pairs: list[tuple[fx.Node, fx.Node]], source: fx.Node, samples: int
+    graph: fx.Graph, changes: list[tuple[fx.Node, list[Any]]], source: fx.Node, samples: int
 ) -> None:
+    """Put nodes in the places of numbers that are others for twice as many samples."""
     with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
         shape = graph.call_function(getattr, (source, "shape"))
     with graph.inserting_after(shape):
@@ -59,66 +60,44 @@ def _compute_numbers(
     def scale(number: Any) -> fx.Node:
         if isinstance(number, float):
             return graph.call_function(operator.mul, (count, number / samples))
-        return graph.call_function(
-            operator.floordiv, (graph.call_function(operator.mul, (count, number)), samples)
-        )
+        product = graph.call_function(operator.mul, (count, number))
+        return graph.call_function(operator.floordiv, (product, samples))
 
-    for node, other in pairs:
-        if not list(_list_other(_list_arguments(node), _list_arguments(other))):
-            continue
+    for node, doubles in changes:
         if node.target is expect_same:
             graph.erase_node(node)
             continue
+        remaining = iter(doubles)
+
+        def replace(value: Any, remaining: Iterator[Any] = remaining) -> Any:
+            return scale(value) if _is_other(value, next(remaining)) else value
+
         with graph.inserting_before(node):
-            node.args = _scale_numbers(node.args, other.args, scale)
-            node.kwargs = _scale_numbers(dict(node.kwargs), dict(other.kwargs), scale)
+            node.args, node.kwargs = map_aggregate((node.args, node.kwargs), replace)
 
 
-def _call_same(ours: fx.Node, theirs: fx.Node) -> bool:
+def _list_values(node: fx.Node) -> list[Any]:
+    """List what a node is given, out of containers."""
+    values: list[Any] = []
+    map_aggregate((node.args, node.kwargs), values.append)
+    return values
+
+
+def _is_other(value: Any, double: Any) -> bool:
+    """Tell whether a value that no node gives is another one for twice as many samples."""
+    return not isinstance(value, fx.Node) and (type(value) is not type(double) or value != double)
+
+
+def _are_doubled(values: list[Any], doubles: list[Any]) -> bool:
+    """Tell whether all that is another value is a number, and twice as large."""
+    pairs = [pair for pair in zip(values, doubles, strict=False) if _is_other(*pair)]
+    are_numbers = all(isinstance(value, int | float) for pair in pairs for value in pair)
+    return len(values) == len(doubles) and are_numbers and all(b == 2 * a for a, b in pairs)
+
+
+def _call_same(node: fx.Node, other: fx.Node) -> bool:
     """Tell whether two nodes do the same, or give tensors that the forward has made with the same entries."""
-    if ours.op != "get_attr" or not str(ours.target).startswith(CONSTANT):
-        return bool(ours.target == theirs.target)
-    a, b = (getattr(node.graph.owning_module, str(node.target), None) for node in (ours, theirs))
+    if node.op != "get_attr" or not str(node.target).startswith(CONSTANT):
+        return bool(node.target == other.target)
+    a, b = (getattr(each.graph.owning_module, str(each.target), None) for each in (node, other))
     return isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-
-
-def _list_arguments(node: fx.Node) -> tuple[Any, Any]:
-    return node.args, dict(node.kwargs)
-
-
-def _list_parts(value: Any) -> list[Any]:
-    if isinstance(value, slice):
-        return [value.start, value.stop, value.step]
-    return list(value.values() if isinstance(value, dict) else value)
-
-
-def _list_other(ours: Any, theirs: Any) -> Iterator[tuple[Any, Any]]:
-    """List what is another value in the arguments of two nodes, wherever no node gives it."""
-    if isinstance(ours, tuple | list | dict | slice) and type(ours) is type(theirs):
-        first, second = _list_parts(ours), _list_parts(theirs)
-        if len(first) != len(second):
-            yield ours, theirs
-        for a, b in zip(first, second, strict=False):
-            yield from _list_other(a, b)
-    elif not isinstance(ours, fx.Node) and not _is_same(ours, theirs):
-        yield ours, theirs
-
-
-def _is_same(ours: Any, theirs: Any) -> bool:
-    return type(ours) is type(theirs) and bool(ours == theirs)
-
-
-def _is_double(ours: Any, theirs: Any) -> bool:
-    return isinstance(ours, int | float) and isinstance(theirs, int | float) and theirs == 2 * ours
-
-
-def _scale_numbers(ours: Any, theirs: Any, scale: Scale) -> Any:
-    """Return a node's arguments with nodes in the places of numbers that another batch has changed."""
-    if isinstance(ours, slice):
-        return slice(*_scale_numbers(_list_parts(ours), _list_parts(theirs), scale))
-    if isinstance(ours, dict):
-        return {name: _scale_numbers(ours[name], theirs[name], scale) for name in ours}
-    if isinstance(ours, tuple | list):
-        parts = [_scale_numbers(a, b, scale) for a, b in zip(ours, theirs, strict=True)]
-        return tuple(parts) if isinstance(ours, tuple) else parts
-    return ours if isinstance(ours, fx.Node) or _is_same(ours, theirs) else scale(ours)

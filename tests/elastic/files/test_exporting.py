@@ -19,13 +19,14 @@ from elastic.dynamic.attaching import attach_modules
 from elastic.dynamic.modules import iterate_modules
 from elastic.errors import ElasticError, FileError, OptionError, StructureError
 from elastic.files.exporting import TOLERANCE, export, open_exported
-from elastic.files.formats import FORMATS, Run, list_tensors
+from elastic.files.formats import FORMATS, Run
 from elastic.levels.nested import Levels
 from elastic.levels.sizes import level_sizes
 from elastic.models import convnet, resnet20
 from elastic.pruning.compaction import compact
 from elastic.pruning.gates import attach_gates, iterate_gates
 from elastic.widths.discovery import discover
+from elastic.widths.leaves import list_tensors
 from tests.elastic.zoo import randomised
 
 X = torch.randn(1, 3, 8, 8)
