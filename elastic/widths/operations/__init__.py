@@ -37,6 +37,7 @@ from elastic.widths.operations.layers import (
     rectify,
 )
 from elastic.widths.operations.making import (
+    copy_tensor,
     decide,
     expand,
     fill,
@@ -161,6 +162,7 @@ FUNCTIONS: dict[Rule, str] = {
     fill_like: """
         ones_like zeros_like empty_like full_like rand_like randn_like fill zero
         uniform normal exponential""",
+    copy_tensor: "as_tensor asarray",
     hold_values: "new_tensor",
     make_grid: "affine_grid",
     expand: "expand broadcast_to",

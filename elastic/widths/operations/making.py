@@ -5,7 +5,7 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
-from torch import fx
+from torch import Tensor, fx
 
 from elastic.widths.operations.counts import Count, get_count, get_counts, list_counts
 from elastic.widths.operations.interface import (
@@ -49,6 +49,14 @@ def _list_fill_sizes(tracker: Tracker, node: fx.Node, position: int) -> list[obj
     value, size = get_argument(node, position + 1, "fill_value"), get_argument(node, position, "size")
     tracker.fix(get_count(value).axes, node, "computes with the number of channels")
     return list(size) if isinstance(size, tuple | list) else [size]
+
+
+def copy_tensor(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow `torch.as_tensor` of a tensor."""
+    source = get_argument(node, 0, "data", "obj")
+    if not isinstance(source, fx.Node) or not isinstance(source.meta["value"], Tensor):
+        raise NotFollowed("is given no tensor")
+    return get_axes(source)
 
 
 def hold_values(tracker: Tracker, node: fx.Node) -> Axes:

@@ -100,4 +100,6 @@ def _call_same(node: fx.Node, other: fx.Node) -> bool:
     if node.op != "get_attr" or not str(node.target).startswith(CONSTANT):
         return bool(node.target == other.target)
     a, b = (getattr(each.graph.owning_module, str(each.target), None) for each in (node, other))
-    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    return a.is_meta or torch.equal(a, b)  # a copy without data is traced for its shapes alone

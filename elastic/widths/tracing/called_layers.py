@@ -17,10 +17,14 @@ NORM = inspect.signature(F.batch_norm)
 CONVOLUTION = inspect.signature(
     lambda input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1: None
 )
+_Call = tuple[inspect.Signature, tuple[str, ...], tuple[str, ...]]
+CONVOLVE: _Call = (CONVOLUTION, ("weight", "bias"), ("stride", "padding", "dilation", "groups"))
 # For each function: its arguments, those that are a layer's tensors, and those that are its numbers.
-CALLS: dict[_Function, tuple[inspect.Signature, tuple[str, ...], tuple[str, ...]]] = {
+CALLS: dict[_Function, _Call] = {
     F.batch_norm: (NORM, ("running_mean", "running_var", "weight", "bias"), ("training", "momentum", "eps")),
-    F.conv2d: (CONVOLUTION, ("weight", "bias"), ("stride", "padding", "dilation", "groups")),
+    F.conv1d: CONVOLVE,
+    F.conv2d: CONVOLVE,
+    F.conv3d: CONVOLVE,
 }
 
 
@@ -69,20 +73,21 @@ def _find_layer(
     layer, owner = model.get_submodule(path), traced.get_submodule(path.rpartition(".")[0])
     is_ours = owner is traced or type(owner) is nn.Module  # not the model's own
     pads_zeros = getattr(layer, "padding_mode", "zeros") == "zeros"
-    is_known = isinstance(layer, BATCH_NORM | nn.Conv2d) and pads_zeros
+    is_known = isinstance(layer, BATCH_NORM | nn.Conv1d | nn.Conv2d | nn.Conv3d) and pads_zeros
     if not is_ours or not is_known or has_hooks(layer):
         return None
     names = {name: None if getattr(layer, name) is None else f"{path}.{name}" for name in tensors}
     paths = {name: getattr(arguments[name], "target", None) for name in tensors}
-    is_same = all(_pair(arguments[name]) == _pair(getattr(layer, name)) for name in numbers)
+    is_same = all(_are_same(arguments[name], getattr(layer, name)) for name in numbers)
     return path if paths == names and is_same else None
 
 
-def _pair(number: Any) -> Any:
-    """Write what may be one number for both dimensions as two."""
-    if isinstance(number, int):
-        return number, number
-    return tuple(number) if isinstance(number, list) else number
+def _are_same(given: Any, own: Any) -> bool:
+    """Compare numbers, where one may stand for all dimensions."""
+    numbers = [tuple(each) if isinstance(each, tuple | list) else (each,) for each in (given, own)]
+    longest = max(map(len, numbers))
+    first, second = (each * longest if len(each) == 1 else each for each in numbers)
+    return first == second
 
 
 def _make_plain(layer: nn.Module) -> nn.Module:

@@ -35,6 +35,7 @@ from elastic.widths.tracing.sizes import note_computed_sizes
 NUMPY = {"axis", "out"}  # how NumPy's functions call a method of what is no array
 ALIASES = {"axis": "dim", "keepdims": "keepdim"}  # NumPy's names, which torch takes for its own
 PRODUCT = math.prod  # which torch.fx puts its own in place of while it traces
+DATA = "it asks for what depends on the data"
 PLACE = "place"  # in a node's `meta`: the module in whose forward it is
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 # Methods that torch.fx puts its own in place of while it traces.
@@ -150,6 +151,7 @@ class ConcreteTracer(fx.Tracer):
         """Make a node of a layer that stays whole, and look into any other module."""
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
+            inspect.signature(m.forward).bind(*args, **kwargs)  # a forward may try what a layer takes
             return self.create_proxy("call_module", path, args, kwargs)
         outer, self._place = self._place, path
         try:
@@ -225,7 +227,7 @@ class ConcreteTracer(fx.Tracer):
         """
         value = self._answer(proxy.node)
         if not isinstance(value, bool | int | float):
-            raise fx.proxy.TraceError("it asks for what depends on the data")
+            raise fx.proxy.TraceError(DATA)
         expected = self.create_proxy("call_function", expect_same, (proxy, value), {})
         if caller is not None:
             self._questions.append((expected.node, caller))
@@ -294,6 +296,10 @@ class ConcreteTracer(fx.Tracer):
             with torch.no_grad(), _untraced():
                 for source in (n for n in node.graph.nodes if n in sources):
                     self._values[source] = self._compute(source, inputs)
+        except RuntimeError as error:
+            if "meta tensor" in str(error).lower():
+                raise fx.proxy.TraceError(DATA) from error
+            raise
         finally:
             self.is_computing = False
         return self._values[node]

@@ -27,7 +27,7 @@ from elastic.widths.tracing.functions import trace_functions
 from elastic.widths.tracing.gradients import cut_gradients
 from elastic.widths.tracing.looking import trace_hooks, trace_kept
 from elastic.widths.tracing.meta import has_own_forward
-from elastic.widths.tracing.patching import pass_for_values, trace_factories
+from elastic.widths.tracing.patching import leave_modules, pass_for_values, trace_factories
 from elastic.widths.tracing.sizes import AttributePlace, note_computed_sizes, tag_sizes
 
 
@@ -146,6 +146,7 @@ def trace_graph(
             note_computed_sizes() as computed,
             take_back_assigned(model) as replaced,
             pass_for_values(),
+            leave_modules(),
             quiet_hooks(model),
             _note_what_is_left_out(tracer, model) if runs else nullcontext() as constants,
             torch.enable_grad(),  # whatever the mode is outside of the forward

@@ -107,14 +107,26 @@ def _call(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, A
     if len(are_meta) == 2:
         args, kwargs = tree_map(_drop_entries, (args, kwargs))
     if function in NUMBERS and "device" in kwargs:
-        kwargs = kwargs | {"device": "cpu"}
-    return function(*args, **kwargs)
+        kwargs = kwargs | {"device": "meta" if True in are_meta else "cpu"}
+    try:
+        return function(*args, **kwargs)
+    except RuntimeError:  # torch asks for a number's value: no size is a fraction
+        args, kwargs = tree_map(_stand_in, (args, kwargs))
+        return function(*args, **kwargs)
 
 
 def _drop_entries(value: Any) -> Any:
     """Drop data, but for a whole number, which may be a size, or say which dimension is meant."""
     is_number = isinstance(value, Tensor) and not value.dim() and not value.is_floating_point()
     return value if is_number else drop_data(value)
+
+
+def _stand_in(value: Any) -> Any:
+    """Let any number stand for one that is no whole number and has no data, such as what fills a tensor."""
+    is_fraction = (
+        isinstance(value, Tensor) and value.is_meta and not value.dim() and value.is_floating_point()
+    )
+    return 1.0 if is_fraction else value
 
 
 def _holds_numbers(value: Any) -> bool:

@@ -7,7 +7,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from elastic.widths.tracing.proxies import Asked
@@ -48,6 +48,17 @@ def pass_for_values() -> Iterator[None]:
         yield
     finally:
         builtins.isinstance = ask
+
+
+@contextmanager
+def leave_modules() -> Iterator[None]:
+    """Let a forward that moves modules of its own, `self.blur.to(x.device)(x)`, find them moved."""
+    move = nn.Module.to
+    try:
+        nn.Module.to = lambda module, *_, **__: module  # type: ignore[method-assign,assignment]
+        yield
+    finally:
+        nn.Module.to = move  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -298,6 +298,37 @@ def test_a_convolution_that_pads_as_it_likes_is_a_layer() -> None:
     torch.testing.assert_close(make_skipping(dynamic, method="stock")(X), dynamic(X), rtol=1e-4, atol=1e-4)
 
 
+class CausalConvolution(nn.Conv1d):
+    """See the past alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (self.kernel_size[0] - 1, 0)))
+
+
+class Called3d(nn.Conv3d):
+    """Give one number for all dimensions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv3d(x, self.weight, self.bias, padding=1)
+
+
+@pytest.mark.parametrize(("kind", "dimensions"), [(CausalConvolution, 1), (Called3d, 3)])
+def test_a_convolution_of_other_dimensions_is_a_layer(kind: Any, dimensions: int) -> None:
+    torch.manual_seed(0)
+    plain = type(kind(1, 1, 1)).__mro__[1]
+    one = kind(6, 8, 3, **({"padding": 1} if dimensions == 3 else {}))
+    net = Net(
+        lambda m, x: m.two(F.relu(m.one(m.stem(x)))).flatten(2).mean(2),
+        **dict(stem=plain(3, 6, 1), one=one, two=plain(8, 5, 1)),
+    )
+    randomised(net)
+    x = torch.randn(2, 3, *[6] * dimensions)
+    widths = discover(net, x)
+    traced = trace_both_modes(net, *widths.example)
+    assert "one" in [site.writer for site in find_sites(traced, widths)]
+    assert torch.equal(traced(x), net(x))
+
+
 @pytest.mark.parametrize(
     ("kind", "options"),
     [(Grouped, {}), (SameConvolution, {"padding_mode": "circular"})],

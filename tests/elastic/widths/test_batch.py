@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from elastic import attach_gates, discover
 from elastic.errors import StructureError
 from elastic.widths.tracing import trace_both_modes
 from tests.elastic.zoo import Net, conv
@@ -104,3 +105,11 @@ def test_an_input_for_all_samples_says_nothing_of_their_number() -> None:
     net, scale = Scaled(), torch.tensor(2.0)
     traced = trace_both_modes(net, scale.to("meta"), X[:SAMPLES].to("meta"))
     torch.testing.assert_close(traced(scale, X), net(scale, X))
+
+
+def test_constants_of_a_network_without_data_are_compared_by_shape() -> None:
+    net = Net(lambda m, x: m.last(m.stem(x) * m.scale).view(len(x), -1), stem=conv(3, 4), last=conv(4, 2))
+    net.scale = torch.tensor([[0.5], [2.0]]).repeat(4, 8)  # no buffer
+    expected = net(X)
+    attach_gates(net, discover(net, X), "channel")
+    assert torch.equal(net(X), expected)

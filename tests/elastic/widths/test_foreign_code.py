@@ -70,6 +70,14 @@ def look_up_by_dimensions(m: Any, y: Tensor) -> Tensor:
     return pools[y.ndim](pools[y.dim()](y, 2), 2)
 
 
+def try_lengths(m: Any, y: Tensor) -> Tensor:
+    try:
+        normed: Tensor = m.norm(y, lengths=None)
+    except TypeError:
+        normed = m.norm(y)
+    return normed
+
+
 FOLLOWED: dict[str, tuple[Forward, dict[str, nn.Module]]] = {
     "gradient of its own": (squeeze_and_swish, {"excite": nn.Conv2d(8, 8, 1)}),
     "gradient with a context apart": (lambda m, y: Rounding.apply(y), {}),
@@ -88,6 +96,12 @@ FOLLOWED: dict[str, tuple[Forward, dict[str, nn.Module]]] = {
     ),
     "number of dimensions": (look_up_by_dimensions, {}),
     "NumPy's integers": (lambda m, y: F.max_pool2d(y, np.int32(2)), {}),
+    "an argument that a layer does not take": (try_lengths, {"norm": nn.BatchNorm2d(8)}),
+    "a layer that is moved": (lambda m, y: m.blur.to(y.device)(y), {"blur": nn.AvgPool2d(3)}),
+    "a module that is moved": (lambda m, y: m.blur.to(y)(y), {"blur": nn.Sequential(nn.Conv2d(8, 8, 3))}),
+    "a fraction that fills": (lambda m, y: y + y.new_full((y.shape[-1], 1), y.detach().mean()), {}),
+    "a fraction that fills what torch makes": (lambda m, y: y + torch.full((1, 9), y.detach().mean()), {}),
+    "a mask": (lambda m, y: y * torch.as_tensor(y > 0, dtype=y.dtype, device=y.device), {}),
 }
 
 
@@ -193,6 +207,11 @@ def test_a_layer_that_is_no_submodule_is_named(make: Callable[[], nn.Module]) ->
     kind = type(layers[0]).__name__
     with pytest.raises(StructureError, match=f"^a {kind} that the forward calls is no submodule.*ModuleList"):
         discover(between(lambda m, y: layers[0](y)), X)
+
+
+def test_a_forward_that_needs_the_data_itself_is_told_so() -> None:
+    with pytest.raises(StructureError, match=r"Net cannot be traced.*what depends on the data"):
+        discover(between(lambda m, y: y * float(np.median(y.detach().cpu().numpy()))), X)
 
 
 class Caching(nn.Module):
