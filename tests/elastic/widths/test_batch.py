@@ -108,8 +108,8 @@ def test_an_input_for_all_samples_says_nothing_of_their_number() -> None:
 
 
 def test_constants_of_a_network_without_data_are_compared_by_shape() -> None:
-    net = Net(lambda m, x: m.last(m.stem(x) * m.scale).view(len(x), -1), stem=conv(3, 4), last=conv(4, 2))
-    net.scale = torch.tensor([[0.5], [2.0]]).repeat(4, 8)  # no buffer
+    net = Net(lambda m, x: m.last(m.stem(x) * m.scales[1]).view(len(x), -1), stem=conv(3, 4), last=conv(4, 2))
+    net.scales = torch.tensor([0.5, 2.0])  # no buffer
     expected = net(X)
     attach_gates(net, discover(net, X), "channel")
     assert torch.equal(net(X), expected)
