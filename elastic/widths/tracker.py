@@ -119,7 +119,7 @@ class AxisTracker:
         target: Any = node.target
         if node.op == "get_attr":
             path, _, name = target.rpartition(".")
-            return drop_data(getattr(self._find_module(path), name))
+            return getattr(self._find_module(path), name)
         args, kwargs = map_arg((node.args, dict(node.kwargs)), _get_value)
         if node.op == "output":
             return args[0]

@@ -314,8 +314,7 @@ class ConcreteTracer(fx.Tracer):
         if node.op == "get_attr":
             path, _, name = target.rpartition(".")
             owner = self._replica.get_submodule(path)
-            value = getattr(owner, name) if hasattr(owner, name) else getattr(self.root, name)
-            return drop_data(value)
+            return getattr(owner, name) if hasattr(owner, name) else getattr(self.root, name)
         layer = self._replica.get_submodule(target) if node.op == "call_module" else None
         return compute_without_data(node, layer, args, kwargs)
 

@@ -131,7 +131,7 @@ def _stand_in(value: Any) -> Any:
 
 def _holds_numbers(value: Any) -> bool:
     """Tell whether a tensor holds few numbers, such as an order of dimensions: shapes depend on them."""
-    return isinstance(value, Tensor) and value.dim() < 2 and value.numel() <= FEW
+    return isinstance(value, Tensor) and value.numel() <= FEW
 
 
 class WithoutData(TorchFunctionMode):

@@ -78,6 +78,21 @@ def try_lengths(m: Any, y: Tensor) -> Tensor:
     return normed
 
 
+def erase_stripe(m: Any, y: Tensor) -> Tensor:
+    """As SpecAugment does, arXiv 1904.08779."""
+    if m.training:
+        length = torch.randint(0, 4, (1,))[0]
+        begin = torch.randint(0, y.shape[3] - length, (1,))[0]
+        y = y.clone()
+        y[:, :, :, begin : begin + length] = 0
+    return y
+
+
+def crop(m: Any, y: Tensor) -> Tensor:
+    half = ((torch.tensor(y.shape[2:]) - torch.tensor(m.shrink(y).shape[2:])) / 2).int()
+    return F.pad(y, (-torch.stack((half, half)).t().flatten()).tolist())
+
+
 FOLLOWED: dict[str, tuple[Forward, dict[str, nn.Module]]] = {
     "gradient of its own": (squeeze_and_swish, {"excite": nn.Conv2d(8, 8, 1)}),
     "gradient with a context apart": (lambda m, y: Rounding.apply(y), {}),
@@ -101,6 +116,8 @@ FOLLOWED: dict[str, tuple[Forward, dict[str, nn.Module]]] = {
     "a module that is moved": (lambda m, y: m.blur.to(y)(y), {"blur": nn.Sequential(nn.Conv2d(8, 8, 3))}),
     "a fraction that fills": (lambda m, y: y + y.new_full((y.shape[-1], 1), y.detach().mean()), {}),
     "a fraction that fills what torch makes": (lambda m, y: y + torch.full((1, 9), y.detach().mean()), {}),
+    "a stripe that is erased": (erase_stripe, {}),
+    "sizes in a table": (crop, {"shrink": nn.AvgPool2d(5, 1)}),
     "a mask": (lambda m, y: y * torch.as_tensor(y > 0, dtype=y.dtype, device=y.device), {}),
 }
 
