@@ -27,7 +27,7 @@ from elastic.widths.operations.interface import (
 )
 from elastic.widths.parameters import ChannelParametrization, get_original, list_parametrizations
 from elastic.widths.stock import Records, unite_attributes
-from elastic.widths.tracing import describe_node, drop_data
+from elastic.widths.tracing import describe_node
 from elastic.widths.tracing.changing import find_changed, find_viewed
 from elastic.widths.tracing.concrete import changes_tensor
 from elastic.widths.tracing.graph import shorten

@@ -25,7 +25,6 @@ from elastic.widths.tracing.gradients import GRADIENT
 from elastic.widths.tracing.meta import (
     FORWARD,
     compute_without_data,
-    drop_data,
     has_own_forward,
     make_meta_copy,
 )
