@@ -22,6 +22,7 @@ from elastic.training.imitation import (
 )
 from elastic.training.samples import count_samples
 from elastic.widths.inputs import select_samples
+from elastic.widths.mode import set_mode
 
 
 @checked
@@ -62,7 +63,7 @@ class Distil(ElasticCallback):
         self.weight, self.temperature, self.outputs = weight, temperature, outputs
         self.views = views
         self.answers: Answers | None = None
-        self.teacher = teacher.eval().requires_grad_(False)
+        self.teacher = set_mode(teacher).requires_grad_(False)
 
     def list_step_networks(self) -> Sequence[StepNetwork]:
         """List the teacher, which is executed in a training step, or before all, and not trained."""

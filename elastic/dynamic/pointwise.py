@@ -7,6 +7,7 @@ from torch import Tensor, fx, nn
 
 from elastic.dynamic.calls import is_linear
 from elastic.widths.hooks import quiet_hooks
+from elastic.widths.mode import set_mode
 from elastic.widths.tracing import WithoutData, make_meta_copy
 from elastic.widths.width import Widths
 
@@ -28,7 +29,7 @@ def list_pointwise(traced: fx.GraphModule, widths: Widths) -> set[str]:
         if inputs and inputs[0].dim() > 2 and len(inputs[0]) == len(first):
             pointwise.add(path)
 
-    replica = make_meta_copy(traced).eval()
+    replica = set_mode(make_meta_copy(traced))
     for path in linear:
         replica.get_submodule(path).register_forward_pre_hook(partial(note, path))
     with torch.no_grad(), quiet_hooks(traced), WithoutData():

@@ -22,7 +22,7 @@ from elastic.errors import OptionError
 from elastic.widths.hooks import quiet_hooks
 from elastic.widths.inputs import Example, list_inputs
 from elastic.widths.leaves import list_tensors
-from elastic.widths.tracing import preserve_modes
+from elastic.widths.mode import preserve_modes
 
 STEEPNESS = 4.0  # of scores: so many for one mean saliency
 MIN_ENTROPY = 1e-3  # nats, below which an input is not easier

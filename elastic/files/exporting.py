@@ -20,6 +20,7 @@ from elastic.levels.cutting import extract_level
 from elastic.levels.nested import Levels
 from elastic.widths.inputs import Example, count_batch, list_inputs, select_samples
 from elastic.widths.leaves import list_tensors
+from elastic.widths.mode import set_mode
 
 # Absolute, and relative to the largest value of an output; in 8 bits, what only a fault would exceed.
 TOLERANCE, TOLERANCE_INT8 = 1e-5, 0.5
@@ -179,7 +180,7 @@ def _list_inputs(inputs: Example) -> Inputs:
 
 def _prepare(net: nn.Module, sample: Inputs) -> nn.Module:
     """Copy a network as other programs take it: a level's tensors are parts of others, and have layouts."""
-    net = extract_level(net).cpu().eval()
+    net = set_mode(extract_level(net).cpu())
     for tensor in (*net.parameters(), *net.buffers()):
         tensor.data = tensor.detach().contiguous()
     try:

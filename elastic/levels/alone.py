@@ -11,6 +11,7 @@ from elastic.dynamic.skipping.replay import MAX_SAMPLES
 from elastic.levels.cutting import extract_level
 from elastic.levels.deadline import check_deadline
 from elastic.widths.inputs import Example, count_batch, draw_inputs, select_samples, split_batch
+from elastic.widths.mode import set_mode
 
 CLOSE = 1e-3  # how far outputs of a batch may be from those of its inputs alone
 
@@ -26,7 +27,7 @@ def make_alone(level: nn.Module, *samples: Example) -> nn.Module:
     Args:
         samples: inputs as they will come; of a network of several inputs, each a sequence of them.
     """
-    alone = extract_level(level).eval()
+    alone = set_mode(extract_level(level))
     tensors = [tensor for tensor in (*alone.parameters(), *alone.buffers()) if tensor.is_floating_point()]
     if any(tensor.device.type != "cpu" or tensor.dtype != torch.float32 for tensor in tensors):
         return alone

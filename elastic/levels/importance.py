@@ -20,6 +20,7 @@ from elastic.widths.copying import copy_module
 from elastic.widths.discovery import discover
 from elastic.widths.hooks import quiet_hooks
 from elastic.widths.inputs import Example, list_inputs
+from elastic.widths.mode import set_mode
 from elastic.widths.parameters import get_original, get_weight
 from elastic.widths.width import Slot, Width, Widths
 
@@ -146,7 +147,9 @@ def _get_product(products: dict[str, Tensor], path: str) -> Tensor:
 
 def _measure_gradients(model: nn.Module, batches: Batches | None, loss: Loss) -> dict[str, Tensor]:
     """Measure weight times gradient of the mean loss, of each layer with a weight."""
-    replica = copy_module(model).eval().requires_grad_()  # a level's tensors are views that need no gradient
+    replica = set_mode(
+        copy_module(model)
+    ).requires_grad_()  # a level's tensors are views that need no gradient
     with quiet_hooks(replica):
         for x, y_B in batches or ():
             torch.autograd.backward(loss(replica(*list_inputs(x)), y_B))

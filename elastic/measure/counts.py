@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from elastic.widths.hooks import quiet_hooks
 from elastic.widths.inputs import Example, count_batch, list_inputs, select_samples
 from elastic.widths.matching import require_widths
+from elastic.widths.mode import set_mode
 from elastic.widths.parameters import ChannelParametrization, get_original, get_weight
 from elastic.widths.tracing import WithoutData, drop_data, make_meta_copy
 from elastic.widths.width import Widths
@@ -90,7 +91,7 @@ def count_macs_by_layer(model: nn.Module, *example: Tensor) -> dict[str, int]:
 
     A network that takes no single input (of clips, say, whose frames lie in the batch) is given all.
     """
-    replica, batch = make_meta_copy(model).eval(), count_batch(example)
+    replica, batch = set_mode(make_meta_copy(model)), count_batch(example)
     try:
         single = select_samples(example, slice(1))
         return _count_macs(replica, [x.new_empty(x.shape, device="meta") for x in single])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from elastic.errors import FileError
 from elastic.measure.timing import WARM_UP, measure_medians_ms
 from elastic.widths.inputs import Example, list_inputs
-from elastic.widths.tracing import preserve_modes
+from elastic.widths.mode import preserve_modes, set_mode
 
 RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
 REPEATS = 30
@@ -37,7 +37,7 @@ def measure_cost(net: nn.Module, example: Example, joules: Callable[[], float] |
 def measure_latency_ms(net: nn.Module, example: Example, repeats: int = REPEATS) -> float:
     """Measure the median time of a forward pass in evaluation mode."""
     with preserve_modes(net):
-        (median,) = measure_medians_ms([net.eval()], [example] * repeats)
+        (median,) = measure_medians_ms([set_mode(net)], [example] * repeats)
     return median
 
 

@@ -26,6 +26,7 @@ from elastic.pruning.folding import fold_gates
 from elastic.surgery.reindexing import reindex
 from elastic.widths.discovery import find_widths
 from elastic.widths.inputs import Example, list_inputs
+from elastic.widths.mode import set_mode
 from elastic.widths.tracing import find_following_norms
 from elastic.widths.width import Width, Widths
 
@@ -40,7 +41,7 @@ def compact(model: nn.Module, example: Example) -> nn.Module:
     Args:
         example: an input, batch first, or several; their shapes and types matter.
     """
-    plain = fold_gates(model).eval()
+    plain = set_mode(fold_gates(model))
     is_final = False
     while not is_final:
         flush_denormals(plain)

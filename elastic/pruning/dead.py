@@ -10,7 +10,7 @@ from elastic.pruning.constants import observe_constants, read_constants
 from elastic.pruning.folding import compute_mask
 from elastic.widths.copying import copy_module
 from elastic.widths.inputs import Example
-from elastic.widths.tracing import preserve_modes
+from elastic.widths.mode import preserve_modes, set_mode
 from elastic.widths.width import Slot, Width, Widths
 
 # From a layer and the name of its tensor to values that are 0 where nothing is written or read.
@@ -59,9 +59,9 @@ def _observe_both_modes(
 ) -> Iterator[dict[str, Tensor]]:
     """Yield the constants in evaluation mode, then those by the statistics of a batch."""
     with preserve_modes(model):
-        yield observe_constants(model.eval(), readers, example)
+        yield observe_constants(set_mode(model), readers, example)
     with torch.random.fork_rng(devices=[]):  # dropout draws
-        yield observe_constants(copy_module(model).train(), readers, example)
+        yield observe_constants(set_mode(copy_module(model), True), readers, example)
 
 
 def find_unread(widths: Widths, width: Width, look_up: Lookup) -> Tensor:

@@ -22,6 +22,7 @@ from elastic.widths.copying import copy_module
 from elastic.widths.discovery import discover, refuse_none
 from elastic.widths.hooks import quiet_hooks
 from elastic.widths.inputs import draw_inputs
+from elastic.widths.mode import set_mode
 from elastic.widths.operations.interface import is_stored
 from elastic.widths.parameters import get_original
 from elastic.widths.width import Slot, Widths, fix_widths
@@ -97,7 +98,7 @@ class _Probe:
 
     @torch.no_grad()
     def __init__(self, model: nn.Module, widths: Widths, dtype: torch.dtype | None = torch.float64) -> None:
-        self.model, self.widths = copy_module(model).to(dtype).eval(), widths
+        self.model, self.widths = set_mode(copy_module(model).to(dtype)), widths
         self.tolerance = TOLERANCE if dtype else SINGLE_TOLERANCE
         self.generator = torch.Generator().manual_seed(0)
         device = next(model.parameters()).device

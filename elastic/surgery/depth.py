@@ -22,8 +22,9 @@ from elastic.surgery.residual import find_last_norm
 from elastic.widths.discovery import find_widths
 from elastic.widths.inputs import draw_inputs
 from elastic.widths.matching import require_widths
+from elastic.widths.mode import preserve_modes, set_mode
 from elastic.widths.parameters import get_original
-from elastic.widths.tracing import BATCH_NORM, preserve_modes
+from elastic.widths.tracing import BATCH_NORM
 from elastic.widths.width import Widths, fix_widths
 
 REMEDY = "set its Growth's blocks to 0 (callbacks.growth.amount.blocks=0)"
@@ -143,7 +144,7 @@ def _compute_outputs(model: nn.Module, widths: Widths) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     with preserve_modes(model):
         noise = (x.to(device) for x in draw_inputs(model, widths.example, generator))
-        return list_output_tensors(model.eval().forward(*noise))
+        return list_output_tensors(set_mode(model).forward(*noise))
 
 
 @torch.no_grad()

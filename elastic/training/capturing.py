@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from elastic.errors import StructureError
 from elastic.training.locating import find_called
 from elastic.widths.inputs import Example
-from elastic.widths.tracing import preserve_modes
+from elastic.widths.mode import preserve_modes
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments, by position and by name
 

@@ -11,7 +11,8 @@ from elastic.errors import OptionError
 from elastic.widths.hooks import quiet_hooks
 from elastic.widths.inputs import Example, list_inputs
 from elastic.widths.leaves import iterate_leaves, list_tensors
-from elastic.widths.tracing import WithoutData, make_meta_copy, preserve_modes
+from elastic.widths.mode import preserve_modes, set_mode
+from elastic.widths.tracing import WithoutData, make_meta_copy
 
 OutputKind = Literal["classes", "labels", "values"]
 
@@ -84,7 +85,7 @@ def find_output_shapes(net: nn.Module, example: Example) -> list[tuple[int, ...]
     with preserve_modes(net), quiet_hooks(net):
         inputs = list_inputs(example)
         device = next(net.parameters(), inputs[0]).device
-        outputs = net.eval().forward(*(x.to(device) for x in inputs))
+        outputs = set_mode(net).forward(*(x.to(device) for x in inputs))
     return _list_shapes(outputs)
 
 
@@ -94,7 +95,7 @@ def find_training_shapes(net: nn.Module, example: Example) -> list[tuple[int, ..
     inputs = [x.new_empty((2, *x.shape[1:]), device="meta") for x in list_inputs(example)]
     try:
         with WithoutData(), quiet_hooks(net):
-            return _list_shapes(make_meta_copy(net).train().forward(*inputs))
+            return _list_shapes(set_mode(make_meta_copy(net), True).forward(*inputs))
     except Exception:  # the model's own forward runs here: anything may come
         return None
 

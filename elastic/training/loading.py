@@ -15,6 +15,7 @@ from elastic.training.joining import add_structure, find_structure
 from elastic.training.locating import WRAPPED
 from elastic.training.structure import Structure
 from elastic.widths.inputs import make_zeros
+from elastic.widths.mode import set_mode
 
 M = TypeVar("M", bound=L.LightningModule)
 HEAD = re.compile(r"\bkernel_modules\..*\.heads\.(\d+)\.")
@@ -59,7 +60,7 @@ def load_module(module_class: type[M], checkpoint: Path | str, **arguments: Any)
             f"{checkpoint} does not fit {module_class.__name__} ({cause}): name another"
         ) from error
     structure.route([])
-    return module.eval()
+    return set_mode(module)
 
 
 def _select_arguments(module_class: type[L.LightningModule], contents: dict[str, Any]) -> dict[str, Any]:

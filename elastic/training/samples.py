@@ -17,7 +17,7 @@ from elastic.training.kinds import is_kind
 from elastic.training.structure import Structure
 from elastic.widths.inputs import Example, list_inputs
 from elastic.widths.leaves import list_tensors
-from elastic.widths.tracing import preserve_modes
+from elastic.widths.mode import preserve_modes, set_mode
 
 
 class Sampler(Protocol):
@@ -43,7 +43,7 @@ def check_loss(trainer: L.Trainer, structure: Structure) -> None:
     net = structure.net
     try:
         with torch.no_grad(), preserve_modes(net):
-            structure.compute_loss(net.eval()(*list_inputs(x)), y_B)
+            structure.compute_loss(set_mode(net)(*list_inputs(x)), y_B)
     except Exception as error:  # it may be the user's own
         raise TrainingError(
             f"the loss that channels are judged by does not take the network's outputs: {cite(error)}. In a "

@@ -12,7 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elastic import Growth, Periodic, compact, load, save
+from elastic import (
+    Growth,
+    Levels,
+    Periodic,
+    attach_modules,
+    compact,
+    discover,
+    level_sizes,
+    load,
+    make_skipping,
+    save,
+)
 from elastic.callbacks import (
     Distil,
     FollowNetwork,
@@ -22,7 +33,9 @@ from elastic.callbacks import (
     Reconstruct,
     TrainJointly,
 )
-from tests.programs import Program, fit, make_network
+from elastic.levels import make_alone
+from elastic.measure import measure_latency_ms
+from tests.programs import Program, fit, make_data, make_network
 
 
 @dataclass(frozen=True)
@@ -77,6 +90,13 @@ class Network(nn.Module):
         return self.after(self.body(self.before(x)))
 
 
+class Silent(Network):
+    """Return nothing when it is brought into a mode, as mmengine's backbones do."""
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+
+
 class Reading(Program):
     """Read logits of an output.
 
@@ -113,10 +133,11 @@ def train(
     before: Callable[[Tensor], Tensor] = lambda x: x,
     after: Callable[[Tensor], Any] = lambda y: y,
     read: Callable[[Any], Tensor] = lambda y: y,
+    kind: type[Network] = Network,
 ) -> dict[str, Tensor]:
     """Train a network by one method, taught by another one of its kind; return what its body has learnt."""
     torch.manual_seed(0)
-    net, teacher = Network(before, after), Network(before, after)
+    net, teacher = kind(before, after), kind(before, after)
     fit(Reading(net, read), METHODS[method](teacher), max_epochs=5, limit_train_batches=2)
     return net.body.state_dict()
 
@@ -173,6 +194,27 @@ def test_a_program_may_write_to_what_its_network_says(
 def test_a_network_may_write_to_what_it_is_given(method: str) -> None:
     """Levels and teachers see what it was given."""
     assert_same(train(method, before=lambda x: x.sub_(0.5)), train(method, before=lambda x: x - 0.5))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_network_may_return_nothing_when_it_is_brought_into_a_mode(method: str) -> None:
+    assert_same(train(method, kind=Silent), train(method))
+
+
+def test_what_is_made_of_a_network_that_returns_nothing_is_right(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = Silent(lambda x: x, lambda y: y)
+    net.eval()
+    x_BCHW = make_data()[:4][0]
+    widths = discover(net, x_BCHW, check=True)
+    levels = Levels(net, widths, level_sizes(net, widths, x_BCHW, [0.5]))
+    assert levels[0](x_BCHW).shape == net(x_BCHW).shape and measure_latency_ms(net, x_BCHW) > 0
+    save(levels, tmp_path / "net.safetensors")
+    loaded = load(tmp_path / "net.safetensors", Silent(lambda x: x, lambda y: y), x_BCHW)
+    dynamic = attach_modules(net, widths)
+    skipping = make_skipping(dynamic, method="stock")
+    for other in (compact(net, x_BCHW), loaded.nets[-1], skipping, make_alone(levels[1], x_BCHW)):
+        torch.testing.assert_close(other(x_BCHW), net(x_BCHW))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -12,6 +12,7 @@ from elastic.errors import StructureError
 from elastic.pruning.folding import fold_gates
 from elastic.widths.hooks import has_hooks, keeps_value
 from elastic.widths.inputs import Example, list_inputs
+from elastic.widths.mode import set_mode
 from elastic.widths.tracing import BATCH_NORM, get_layer, trace
 
 
@@ -26,7 +27,7 @@ def prepare_for_inference(net: nn.Module, *example: Tensor) -> fx.GraphModule:
     Args:
         example: inputs; with them, a forward may ask for sizes.
     """
-    copied = fold_gates(net).eval()
+    copied = set_mode(fold_gates(net))
     inputs = [x.to("meta") for x in example]
     if isinstance(copied, fx.GraphModule):  # perhaps in both modes
         traced = fx.GraphModule(copied, copied.graph)

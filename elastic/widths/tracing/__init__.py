@@ -6,7 +6,6 @@ from elastic.widths.tracing.graph import (
     get_layer,
     get_operation_name,
     preserve_attributes,
-    preserve_modes,
     trace,
 )
 from elastic.widths.tracing.meta import BATCH_NORM, WithoutData, drop_data, make_meta_copy
@@ -28,7 +27,6 @@ __all__ = [
     "list_graphs",
     "make_meta_copy",
     "preserve_attributes",
-    "preserve_modes",
     "sync_traced",
     "trace",
     "trace_both_modes",

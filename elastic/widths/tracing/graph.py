@@ -104,17 +104,6 @@ def preserve_attributes(model: nn.Module) -> Iterator[None]:
             vars(module).update(values)
 
 
-@contextmanager
-def preserve_modes(model: nn.Module) -> Iterator[None]:
-    """Bring each module back into the mode it was in, whatever happens: some may be frozen."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
 def trace_graph(
     model: nn.Module,
     *example: Tensor,

@@ -8,8 +8,9 @@ from torch import Tensor, fx, nn
 
 from elastic.errors import StructureError
 from elastic.widths.copying import ATOMS
+from elastic.widths.mode import preserve_modes
 from elastic.widths.tracing.constants import CONSTANT, MISSING, Attribute
-from elastic.widths.tracing.graph import preserve_modes, trace
+from elastic.widths.tracing.graph import trace
 from elastic.widths.tracing.norms import drop_counters
 
 REMEDY = "keep it in a buffer, a tensor, which a trace reads each time"

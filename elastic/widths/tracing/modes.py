@@ -16,11 +16,11 @@ from elastic.errors import StructureError
 from elastic.widths.hooks import is_look, quiet_hooks
 from elastic.widths.inputs import count_batch
 from elastic.widths.leaves import list_tensors
+from elastic.widths.mode import preserve_modes, set_mode
 from elastic.widths.tracing.batch import resize_batch
 from elastic.widths.tracing.by_mode import ByMode, list_graphs
 from elastic.widths.tracing.graph import (
     preserve_attributes,
-    preserve_modes,
     take_back_assigned,
     trace,
     trace_graph,
@@ -76,10 +76,10 @@ def trace_modes(model: nn.Module, *example: Tensor) -> list[fx.Graph]:
     """Trace a model in training, and in evaluation where more than flags differ; its mode changes."""
     switches = {(type(module).train, type(module).eval) for module in model.modules()}
     is_usual = switches == {(nn.Module.train, nn.Module.eval)}  # the flags tell the mode
-    training, decides = _trace_training(model if is_usual else model.train(), *example)
+    training, decides = _trace_training(model if is_usual else set_mode(model, True), *example)
     graphs = [training]
     if not is_usual or decides:
-        evaluation = trace_graph(model.eval(), *example)
+        evaluation = trace_graph(set_mode(model), *example)
         texts = {re.sub("True|False", "flag", str(graph)) for graph in (training, evaluation)}
         graphs += [evaluation] if len(texts) > 1 else []
     for graph in graphs:
@@ -101,7 +101,7 @@ def _trace_again(
     with preserve_modes(model), preserve_attributes(model), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)  # a forward may draw constants
         answers = graph.answers  # type: ignore[attr-defined]
-        yield trace_graph(model.train(training), *example, known_answers=answers, sizes=sizes)
+        yield trace_graph(set_mode(model, training), *example, known_answers=answers, sizes=sizes)
 
 
 def _trace_training(model: nn.Module, *example: Tensor) -> tuple[fx.Graph, bool]:
@@ -114,7 +114,7 @@ def _trace_training(model: nn.Module, *example: Tensor) -> tuple[fx.Graph, bool]
             if not flags:
                 raise
     if graph is None or any(flag.use is None for flag in flags):  # the forward wants a bool itself
-        return trace_graph(model.train(), *example), True
+        return trace_graph(set_mode(model, True), *example), True
     return graph, any(flag.use == "decides" for flag in flags)
 
 
@@ -130,10 +130,10 @@ def trace_both_modes(model: nn.Module, *example: Tensor) -> fx.GraphModule:
             number of samples as one of Python's.
     """
     with preserve_modes(model), _expect_no_numbers(model):
-        training, evaluation = (trace(model.train(mode), *example) for mode in (True, False))
+        training, evaluation = (trace(set_mode(model, mode), *example) for mode in (True, False))
         for traced, mode in ((training, True), (evaluation, False)):
-            _require_no_counts(traced, model.train(mode), *example)
-            _require_no_batch(traced, model.train(mode), *example)
+            _require_no_counts(traced, set_mode(model, mode), *example)
+            _require_no_batch(traced, set_mode(model, mode), *example)
         _require_no_statistics(training, evaluation)
         for traced in (training, evaluation):
             drop_counters(traced)
