@@ -25,7 +25,7 @@ from elastic.widths.operations.functional import (
     rectify_with,
 )
 from elastic.widths.operations.interface import LAYER, Axes, NotFollowed, Role, Rule, Tracked, Tracker
-from elastic.widths.operations.joining import broadcast, concatenate, convert, hold, stack
+from elastic.widths.operations.joining import broadcast, concatenate, convert, hold, pass_on, stack
 from elastic.widths.operations.layers import (
     convolve,
     convolve_transposed,
@@ -127,6 +127,7 @@ LAYERS: dict[Rule, Iterable[type[nn.Module]]] = {
     fold: (nn.Fold,),
     resize: (nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
     gate_linearly: (nn.GLU,),
+    pass_on: (nn.Identity,),
     shuffle_pixels: (nn.PixelShuffle,),
     unshuffle_pixels: (nn.PixelUnshuffle,),
     shuffle_channels: (nn.ChannelShuffle,),
@@ -135,7 +136,7 @@ LAYERS: dict[Rule, Iterable[type[nn.Module]]] = {
         *(nn.Sigmoid, nn.Tanh, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Softplus, nn.LogSigmoid),
         *(nn.Hardshrink, nn.Softshrink, nn.Softsign, nn.Tanhshrink, nn.Threshold, nn.RReLU),
         *(nn.AlphaDropout, nn.FeatureAlphaDropout),
-        *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+        *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
     ),
 }
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from torch import fx
+from torch.fx.node import map_arg
 
 from elastic.widths.operations.interface import (
     Axes,
@@ -39,6 +40,12 @@ def broadcast(tracker: Tracker, node: fx.Node) -> Axes:
             tracker.unite(axes[0], axis, node)
         y[d] = axes[0] if axes else None
     return tuple(y)
+
+
+def pass_on(tracker: Tracker, node: fx.Node) -> Tracked:
+    """Follow what gives what it is given, which may be several tensors."""
+    tracked: Tracked = map_arg(get_argument(node, 0, "input"), lambda source: source.meta["axes"])
+    return tracked
 
 
 def convert(tracker: Tracker, node: fx.Node) -> Axes:

@@ -5,6 +5,7 @@ The graph then holds a node that expects the same answer: for another shape it r
 
 import inspect
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -295,8 +296,8 @@ class ConcreteTracer(fx.Tracer):
             with torch.no_grad(), _untraced():
                 for source in (n for n in node.graph.nodes if n in sources):
                     self._values[source] = self._compute(source, inputs)
-        except RuntimeError as error:
-            if "meta tensor" in str(error).lower():
+        except (RuntimeError, TypeError) as error:
+            if re.search("meta (tensor|device)", str(error), re.IGNORECASE):
                 raise fx.proxy.TraceError(DATA) from error
             raise
         finally:

@@ -16,6 +16,7 @@ from elastic.widths.tracing.shapes import infer_call, infer_each, infer_layer, i
 
 # What makes tensors of numbers that a forward may compute sizes with; they have at most so many.
 NUMBERS, FEW = (torch.tensor, torch.as_tensor, torch.arange), 16
+MOVES = ("to", "cpu", "cuda")
 FORWARD = "forward"
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
@@ -96,9 +97,26 @@ def compute_without_data(
     if (value := infer_call(target, args, kwargs)) is not None:
         return value
     if node.op == "call_method":
+        if target in MOVES and isinstance(args[0], Tensor):
+            return _convert(*args, **kwargs)
         return _call(lambda owner, *rest, **named: getattr(owner, target)(*rest, **named), args, kwargs)
     value = _call(target, args, kwargs)
     return value if _holds_numbers(value) else drop_data(value)
+
+
+def _convert(
+    x: Tensor,
+    *args: Any,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format = torch.preserve_format,
+    **_: Any,
+) -> Tensor:
+    """Change the type of a tensor, and leave it where it is: a model without data says where it was."""
+    for value in args:
+        dtype = (
+            value.dtype if isinstance(value, Tensor) else value if isinstance(value, torch.dtype) else dtype
+        )
+    return x.to(dtype or x.dtype, memory_format=memory_format)
 
 
 def _call(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

@@ -26,7 +26,7 @@ from elastic.widths.tracing.graph import (
     trace_graph,
 )
 from elastic.widths.tracing.guard import REMEDY, Guard, sign
-from elastic.widths.tracing.meta import BATCH_NORM, make_meta_copy
+from elastic.widths.tracing.meta import BATCH_NORM, compute_without_data, make_meta_copy
 from elastic.widths.tracing.norms import drop_counters
 from elastic.widths.tracing.proxies import TrainingFlag
 from elastic.widths.tracing.sizes import AttributePlace
@@ -187,10 +187,15 @@ def _leaving_nothing(model: nn.Module) -> Iterator[None]:
 
 
 class _WithoutLooks(fx.Interpreter):
-    """Run a graph, but for what only looks on."""
+    """Run a graph without data, but for what only looks on."""
 
     def run_node(self, n: fx.Node) -> Any:
-        return None if is_look(n) else super().run_node(n)
+        if is_look(n):
+            return None
+        if n.op not in ("call_function", "call_method"):
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        return compute_without_data(n, None, args, kwargs)
 
 
 def _find_output_shapes(run: Callable[..., Any], inputs: tuple[Tensor, ...]) -> list[torch.Size] | None:

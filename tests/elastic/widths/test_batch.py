@@ -48,6 +48,10 @@ FORWARDS: dict[str, Forward] = {
     "average": average_over_samples,
     "halves": pair_halves,
     "beside a constant": lambda m, x: x.view(len(x), -1) * torch.tensor([0.5, 2.0]).repeat(128),
+    "moved": lambda m, x: x.to(next(m.parameters()).device).view(len(x), -1),
+    "moved, without a number": lambda m, x: x.to(next(m.parameters()).device).mean((2, 3)),
+    "moved by name": lambda m, x: x.cpu().to("cpu", x.dtype).view(len(x), -1),
+    "made a tensor": lambda m, x: torch.as_tensor(x, device=next(m.parameters()).device).mean((2, 3)),
     "first": lambda m, x: x[: int(len(x) * 1.0)].mean((2, 3)),
 }
 

@@ -116,6 +116,7 @@ FOLLOWED: dict[str, tuple[Forward, dict[str, nn.Module]]] = {
     "a module that is moved": (lambda m, y: m.blur.to(y)(y), {"blur": nn.Sequential(nn.Conv2d(8, 8, 3))}),
     "a fraction that fills": (lambda m, y: y + y.new_full((y.shape[-1], 1), y.detach().mean()), {}),
     "a fraction that fills what torch makes": (lambda m, y: y + torch.full((1, 9), y.detach().mean()), {}),
+    "several tensors at once": (lambda m, y: torch.add(*m.keep([y, y.relu()])), {"keep": nn.Identity()}),
     "a stripe that is erased": (erase_stripe, {}),
     "sizes in a table": (crop, {"shrink": nn.AvgPool2d(5, 1)}),
     "a mask": (lambda m, y: y * torch.as_tensor(y > 0, dtype=y.dtype, device=y.device), {}),
