@@ -9,6 +9,7 @@ from collections.abc import Container, Iterable, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ from elastic.widths.stock import Records
 from elastic.widths.tracing import get_layer, make_meta_copy, trace_modes
 from elastic.widths.tracing.gradients import find_untrained
 from elastic.widths.tracker import AxisTracker
-from elastic.widths.union import ChannelUnion
+from elastic.widths.union import Axis, ChannelUnion
 from elastic.widths.width import Segment, Slot, Width, Widths, fix_widths
 
 __all__ = ["Segment", "Slot", "Width", "Widths", "discover", "find_widths"]
@@ -95,9 +96,11 @@ def find_widths(model: nn.Module, *example: Tensor) -> Widths:
     inputs = _make_inputs(list_inputs(example))
     with quiet_hooks(model):
         graphs = trace_modes(replica, *inputs)
-        for graph in graphs:
+        trackers = [AxisTracker(graph, replica, elements, records) for graph in graphs]
+        for tracker in trackers:
             with torch.no_grad():
-                AxisTracker(graph, replica, elements, records).run(*inputs)
+                tracker.run(*inputs)
+        _fix_kept([axis for tracker in trackers for axis in tracker.list_kept()], elements, records)
         fix_computed_sizes(graphs, replica, elements, records)
     widths = collect_widths(elements, records)
     widths.example = tuple(inputs)
@@ -105,6 +108,16 @@ def find_widths(model: nn.Module, *example: Tensor) -> Widths:
     fix_widths(widths, _find_unstored(model, widths))
     fix_widths(widths, _find_inseparable(widths))
     return widths
+
+
+def _fix_kept(kept: Sequence[Axis], elements: ChannelUnion, records: Records) -> None:
+    """Fix what a forward keeps for the program and no layer reads, such as auxiliary outputs; in place."""
+    if not kept:
+        return
+    read = [elements.represent(axis) for role, axis in records.values() if role == "in"]
+    for axis in kept:
+        if not any(np.isin(elements.represent(axis), own).any() for own in read):
+            elements.fix(axis, "the forward keeps it, and no layer reads it")
 
 
 def _make_inputs(example: Sequence[Tensor]) -> list[Tensor]:

@@ -76,6 +76,11 @@ class AxisTracker:
         unite_attributes(self.elements, self.records, self._find_module)
         self._attributes.fix_own_channels(self._find_module)
 
+    def list_kept(self) -> list[Axis]:
+        """List the axes of what the forward keeps in its modules and does not go on with."""
+        kept = [node for node in self.graph.kept if not node.users]  # type: ignore[attr-defined]
+        return [axis for node in kept for axis in list_axes(node.meta["axes"])]
+
     def _note_axes(self, node: fx.Node, value: Any) -> None:
         if (written := self._find_written(node)) is not None:  # a gate would hide it from the layer
             self.fix(get_axes(written), node, f"changes {written.target}, a parameter")

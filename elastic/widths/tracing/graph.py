@@ -25,7 +25,7 @@ from elastic.widths.tracing.constants import Constants, note_constants
 from elastic.widths.tracing.containers import Container, mark_lists, trace_contents, watch_containers
 from elastic.widths.tracing.functions import trace_functions
 from elastic.widths.tracing.gradients import cut_gradients
-from elastic.widths.tracing.looking import trace_hooks, trace_kept
+from elastic.widths.tracing.looking import list_kept, trace_hooks, trace_kept
 from elastic.widths.tracing.meta import has_own_forward
 from elastic.widths.tracing.patching import leave_modules, pass_for_values, trace_factories
 from elastic.widths.tracing.sizes import AttributePlace, note_computed_sizes, tag_sizes
@@ -141,6 +141,7 @@ def trace_graph(
             torch.enable_grad(),  # whatever the mode is outside of the forward
         ):
             graph = tracer.trace(model)
+            graph.kept = list_kept(model)  # type: ignore[attr-defined]
             if runs:
                 trace_kept(tracer, model, earlier_values, tracer.gives_tensor)
                 trace_contents(tracer, containers, tracer.gives_tensor)

@@ -60,6 +60,13 @@ def _make_look(hook: Hook, module: nn.Module) -> Callable[..., None]:
     return look
 
 
+def list_kept(model: nn.Module) -> list[fx.Node]:
+    """List the nodes that a forward which has been traced has left in its modules, for the program."""
+    attributes = [item for module in model.modules() for item in vars(module).items()]
+    leaves = tree_leaves([value for name, value in attributes if name not in INTERNAL])
+    return [leaf.node for leaf in leaves if issubclass(type(leaf), fx.Proxy)]
+
+
 def trace_kept(
     tracer: fx.Tracer,
     model: nn.Module,

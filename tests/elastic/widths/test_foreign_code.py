@@ -227,6 +227,31 @@ def test_a_layer_that_is_no_submodule_is_named(make: Callable[[], nn.Module]) ->
         discover(between(lambda m, y: layers[0](y)), X)
 
 
+def keep_alone(m: Any, y: Tensor) -> Tensor:
+    m.aux = m.side(y)
+    return y
+
+
+def keep_in_training(m: Any, y: Tensor) -> Tensor:
+    if m.training:
+        m.aux = {"scores": m.side(y)}
+    return y
+
+
+def keep_in_a_list(m: Any, y: Tensor) -> Tensor:
+    m.kept.append(m.side(y))
+    return y
+
+
+@pytest.mark.parametrize("keep", [keep_alone, keep_in_training, keep_in_a_list])
+def test_what_a_forward_keeps_for_the_program_alone_stays_as_wide(keep: Forward) -> None:
+    net = between(keep, side=nn.Sequential(nn.Conv2d(8, 4, 1), nn.ReLU(), nn.Conv2d(4, 3, 1)))
+    net.kept = []
+    widths = discover(net, X)
+    assert set(widths) == {"stem", "last", "side.0"}
+    assert "the forward keeps it" in widths.fixed["side.2"]
+
+
 def test_a_forward_that_needs_the_data_itself_is_told_so() -> None:
     with pytest.raises(StructureError, match=r"Net cannot be traced.*what depends on the data"):
         discover(between(lambda m, y: y * float(np.median(y.detach().cpu().numpy()))), X)
