@@ -147,9 +147,8 @@ def _get_product(products: dict[str, Tensor], path: str) -> Tensor:
 
 def _measure_gradients(model: nn.Module, batches: Batches | None, loss: Loss) -> dict[str, Tensor]:
     """Measure weight times gradient of the mean loss, of each layer with a weight."""
-    replica = set_mode(
-        copy_module(model)
-    ).requires_grad_()  # a level's tensors are views that need no gradient
+    # A level's tensors are views that need no gradient.
+    replica = set_mode(copy_module(model)).requires_grad_()
     with quiet_hooks(replica):
         for x, y_B in batches or ():
             torch.autograd.backward(loss(replica(*list_inputs(x)), y_B))
