@@ -31,6 +31,7 @@ from elastic.training.progress import continues
 from elastic.training.restarts import end_epoch_once, reopen_last_batch
 from elastic.training.steps import get_scaler
 from elastic.training.structure import Structure
+from elastic.training.timeline import explain_failure
 from elastic.widths.inputs import Example
 
 # Lightning's own callbacks that hold on to parameters, or copies of them, as they were.
@@ -215,6 +216,8 @@ class ElasticCallback(L.Callback):
         """Leave the network with its gates, and as `teardown` does, which Lightning then leaves out."""
         structure = find_structure(pl_module)
         if structure is not None:
+            if self._leads(trainer):
+                explain_failure(exception, structure)
             structure.show_gates()
             structure.release()
 

@@ -33,7 +33,7 @@ from elastic.training import checks
 from elastic.training.joining import find_structure
 from elastic.training.loading import load_module
 from elastic.training.samples import count_samples
-from tests.programs import BATCH, QUIET, Program, fit, make_data, make_network
+from tests.programs import BATCH, QUIET, Program, Spy, fit, make_data, make_network
 
 SLOW = pytest.mark.slow
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
@@ -226,6 +226,42 @@ def test_hooks_of_the_module_see_what_a_data_module_gives() -> None:
     module = Moved()
     L.Trainer(max_epochs=3, callbacks=[grow()], **QUIET).fit(module, Data())  # type: ignore[arg-type]
     assert get_sizes(module)["0"] == 9
+
+
+class TwoHeads(Program):
+    """Read with a head of its own what lies within its network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = make_network()
+        self.net = nn.Sequential(layers[:6], layers[6:])
+        self.head = nn.Linear(8, 4)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x_BCHW, y_B = batch
+        maps_BCHW = self.net[0](x_BCHW)
+        logits_BK = self.head(maps_BCHW.mean((2, 3)))
+        return F.cross_entropy(self.net[1](maps_BCHW), y_B) + F.cross_entropy(logits_BK, y_B)
+
+
+def test_a_program_that_reads_channels_beside_the_forward_is_told_what_to_follow() -> None:
+    x_BCHW = make_data()[:2][0]
+    with pytest.raises(RuntimeError, match="shapes") as failure:
+        fit(TwoHeads(), [FollowNetwork("net", example=x_BCHW), grow()])
+    (note,) = failure.value.__notes__
+    assert "0.3: 8 → 12" in note and "FollowNetwork('net.…')" in note
+    fit(module := TwoHeads(), [FollowNetwork("net.0", example=x_BCHW), grow()])
+    assert module.net[0][0].out_channels > 6 and module.net[0][3].out_channels == 8
+
+
+def test_an_error_that_is_not_about_shapes_stays_as_it_is() -> None:
+    def fail(trainer: L.Trainer, *_: Any) -> None:
+        if trainer.current_epoch == 4:
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory") as failure:
+        fit(Program(), [grow(), Spy(on_train_batch_start=fail)])
+    assert not hasattr(failure.value, "__notes__")
 
 
 class Boxed(nn.Module):
