@@ -301,6 +301,9 @@ class AxisTracker:
                 self.elements.mix(axis, f"{describe_node(node)} {reason}")
                 self._recorded.append(axis)
 
+    def is_mixed(self, axis: Axis) -> bool:
+        return bool((self.elements.mixed.numbers[self.elements.represent(axis)] >= 0).all())
+
     def unite(self, first: Axis | None, second: Axis | None, node: fx.Node) -> None:
         if first is None or second is None:
             self.fix([first, second], node, "joins a part that never changes")

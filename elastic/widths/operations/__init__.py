@@ -25,7 +25,7 @@ from elastic.widths.operations.functional import (
     rectify_with,
 )
 from elastic.widths.operations.interface import LAYER, Axes, NotFollowed, Role, Rule, Tracked, Tracker
-from elastic.widths.operations.joining import broadcast, concatenate, convert, hold, pass_on, stack
+from elastic.widths.operations.joining import broadcast, concatenate, convert, hold, pass_on, scale, stack
 from elastic.widths.operations.layers import (
     convolve,
     convolve_transposed,
@@ -143,7 +143,7 @@ LAYERS: dict[Rule, Iterable[type[nn.Module]]] = {
 # Functions and methods, without underscores at their ends.
 FUNCTIONS: dict[Rule, str] = {
     broadcast: """
-        add sub mul truediv div iadd isub imul itruediv rsub neg pow sqrt rsqrt exp log abs square
+        add sub iadd isub rsub neg pow sqrt rsqrt exp log abs square
         maximum minimum relu relu6 leaky_relu elu selu celu gelu silu mish sigmoid tanh hardtanh hardswish
         hardsigmoid softplus clamp clip dropout dropout1d dropout2d dropout3d feature_dropout contiguous
         clone copy detach float half bfloat16 double type expand_as stochastic_depth where lerp
@@ -154,10 +154,11 @@ FUNCTIONS: dict[Rule, str] = {
         logical_not logical_and logical_or logical_xor bitwise_not bitwise_and bitwise_or bitwise_xor
         invert and or xor pos positive special_expit atan arctan asin arcsin acos arccos sinh cosh asinh acosh
         atanh erfc log10 logit sinc trunc fix frac sgn mod fmod remainder floordiv floor_divide float_power
-        multiply subtract divide true_divide negative absolute greater greater_equal less less_equal not_equal
+        subtract negative absolute greater greater_equal less less_equal not_equal
         real imag angle conj complex polar
         arcsinh arccosh arctanh atan2 arctan2 hypot copysign heaviside logaddexp fmin fmax requires_grad
         xlogy isclose""",
+    scale: "mul imul multiply div truediv itruediv divide true_divide",
     convert: "to type_as",
     fill: "ones zeros empty full rand randn new_ones new_zeros new_empty new_full",
     fill_like: """
@@ -238,7 +239,7 @@ FUNCTIONS: dict[Rule, str] = {
 READS_COUNTS: tuple[Rule, ...] = (
     *(reshape, unflatten, split, get_item),
     *(decide, set_item, convolve_with, convolve_transposed_with, normalize_layer_with),
-    *(fill, expand, repeat, make_grid),
+    *(fill, expand, repeat, make_grid, scale),
 )
 # These are asked even where no tensor with channels is read.
 NEEDS_NO_TENSOR: tuple[Rule, ...] = (fill, decide)

@@ -69,6 +69,9 @@ class Tracker(Protocol):
     def mix(self, axes: Sequence[Axis | None], node: fx.Node, reason: str) -> None:
         """Note that the node takes statistics over channels; the reason goes on after its name."""
 
+    def is_mixed(self, axis: Axis) -> bool:
+        """Tell whether statistics have been taken over all of these channels."""
+
     def fix(self, axes: Sequence[Axis | None], node: fx.Node, reason: str) -> None:
         """Keep the channels of all axes as they are; the reason goes on after the node's name."""
 

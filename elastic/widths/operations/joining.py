@@ -6,6 +6,7 @@ import numpy as np
 from torch import fx
 from torch.fx.node import map_arg
 
+from elastic.widths.operations.counts import list_counts
 from elastic.widths.operations.interface import (
     Axes,
     NotFollowed,
@@ -40,6 +41,16 @@ def broadcast(tracker: Tracker, node: fx.Node) -> Axes:
             tracker.unite(axes[0], axis, node)
         y[d] = axes[0] if axes else None
     return tuple(y)
+
+
+def scale(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow products and quotients; the number of channels may scale what is normalised over them."""
+    sources = [source for source in node.all_input_nodes if "counts" in source.meta]
+    axes = [axis for source in sources for count in list_counts(source) for axis in count.axes]
+    tracker.fix(
+        [axis for axis in axes if not tracker.is_mixed(axis)], node, "computes with the number of channels"
+    )
+    return broadcast(tracker, node)
 
 
 def pass_on(tracker: Tracker, node: fx.Node) -> Tracked:

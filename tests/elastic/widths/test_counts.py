@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from elastic.errors import StructureError
 from elastic.surgery.checking import fix_wrong_widths
+from elastic.surgery.reindexing import reindex
 from elastic.widths.discovery import discover, find_widths
 from tests.elastic.widths.odd import between
 from tests.elastic.zoo import conv
@@ -100,6 +101,13 @@ FOLLOWED: dict[str, Callable[[], nn.Module]] = {
     "a shape is none": lambda: between(lambda m, x: 1 / len(x[0]) if isinstance(x.shape, Tensor) else x),
     "computed from space": lambda: between(lambda m, x: x * x.shape[3] ** -0.5),
 }
+MIXED: dict[str, Callable[[], nn.Module]] = {
+    "root mean square": lambda: between(lambda m, x: F.normalize(x, dim=1) * x.shape[1] ** 0.5),
+    "by the number first": lambda: between(lambda m, x: x.shape[1] ** 0.5 * F.normalize(x, dim=1)),
+    "by a norm of one's own": lambda: between(
+        lambda m, x: x / (x.norm(dim=1, keepdim=True) + 1e-6) / (1 / x.size(1) ** 0.5)
+    ),
+}
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "scaled by channels": (lambda: between(lambda m, x: x * x.shape[1] ** -0.5), "computes with the number"),
     "divided by channels": (lambda: between(lambda m, x: x / x.size(1)), "computes with the number"),
@@ -153,6 +161,19 @@ def test_a_size_that_counts_its_channels_is_followed(build: Callable[[], nn.Modu
     names = list(widths)
     fix_wrong_widths(model, widths)
     assert list(widths) == names
+
+
+@pytest.mark.parametrize("build", MIXED.values(), ids=MIXED)
+def test_a_number_may_scale_what_is_normalised_over_the_channels_that_it_counts(
+    build: Callable[[], nn.Module],
+) -> None:
+    torch.manual_seed(0)
+    model = build()
+    widths = discover(model, X)
+    fix_wrong_widths(model, widths)
+    assert widths["stem"].mixed is not None
+    reindex(model, widths, {"stem": [0, 2, 5]})
+    assert model(X).shape == (2, 5) and widths["stem"].size == 3
 
 
 @pytest.mark.parametrize(("build", "reason"), REFUSED.values(), ids=REFUSED)
