@@ -101,6 +101,7 @@ def find_widths(model: nn.Module, *example: Tensor) -> Widths:
             with torch.no_grad():
                 tracker.run(*inputs)
         _fix_kept([axis for tracker in trackers for axis in tracker.list_kept()], elements, records)
+        _fix_indivisible([divided for tracker in trackers for divided in tracker.divided], elements)
         fix_computed_sizes(graphs, replica, elements, records)
     widths = collect_widths(elements, records)
     widths.example = tuple(inputs)
@@ -118,6 +119,14 @@ def _fix_kept(kept: Sequence[Axis], elements: ChannelUnion, records: Records) ->
     for axis in kept:
         if not any(np.isin(elements.represent(axis), own).any() for own in read):
             elements.fix(axis, "the forward keeps it, and no layer reads it")
+
+
+def _fix_indivisible(divided: Iterable[tuple[Axis, int, str]], elements: ChannelUnion) -> None:
+    """Fix axes that have to be multiples of a number, but where channels come so many at once; in place."""
+    for axis, divisor, reason in divided:
+        _, repeats = np.unique(elements.represent(axis), return_counts=True)
+        if (repeats % divisor).any():
+            elements.fix(axis, reason)
 
 
 def _make_inputs(example: Sequence[Tensor]) -> list[Tensor]:

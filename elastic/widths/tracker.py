@@ -48,6 +48,7 @@ class AxisTracker:
         self.elements, self.records = elements, records
         self._attributes = UsedAttributes(elements, records, graph.computed_sizes)  # type: ignore[attr-defined]
         self._hooked_layers = watch_hooks(self.layers)
+        self.divided: list[tuple[Axis, int, str]] = []  # axes that have to be multiples, and else are fixed
         self._recorded: list[Axis] = []  # what the rule of this node has recorded
         self._united_pairs: list[tuple[Axis, Axis]] = []  # what it has let agree
         self._aliases: dict[fx.Node, list[fx.Node]] = {}  # nodes that give one and the same tensor
@@ -300,6 +301,9 @@ class AxisTracker:
             if axis is not None:
                 self.elements.mix(axis, f"{describe_node(node)} {reason}")
                 self._recorded.append(axis)
+
+    def divide(self, axis: Axis, divisor: int, node: fx.Node, reason: str) -> None:
+        self.divided.append((axis, divisor, f"{describe_node(node)} {reason}"))
 
     def is_mixed(self, axis: Axis) -> bool:
         return bool((self.elements.mixed.numbers[self.elements.represent(axis)] >= 0).all())

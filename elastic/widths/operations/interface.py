@@ -69,6 +69,9 @@ class Tracker(Protocol):
     def mix(self, axes: Sequence[Axis | None], node: fx.Node, reason: str) -> None:
         """Note that the node takes statistics over channels; the reason goes on after its name."""
 
+    def divide(self, axis: Axis, divisor: int, node: fx.Node, reason: str) -> None:
+        """Keep an axis as it is, unless the forward cuts it so that it stays a multiple of a number."""
+
     def is_mixed(self, axis: Axis) -> bool:
         """Tell whether statistics have been taken over all of these channels."""
 

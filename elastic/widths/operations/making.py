@@ -137,7 +137,11 @@ def decide(tracker: Tracker, node: fx.Node) -> None:
     question = node.args[0] if node.args else node.kwargs["condition"]
     assert isinstance(question, fx.Node)
     answer = get_argument(node, 1, "message") is not False  # an assertion, which has a message, wants it true
-    if not _stays_equal(tracker, question, answer) and not _is_decided(question):
+    if not (
+        _stays_equal(tracker, question, answer)
+        or _is_decided(question)
+        or _stays_divisible(tracker, question, answer)
+    ):
         axes = [axis for count in list_counts(question) for axis in count.axes]
         tracker.fix(axes, question, "decides by the number of channels")
 
@@ -181,6 +185,19 @@ def _stays_equal(tracker: Tracker, question: fx.Node, answer: bool) -> bool:
     ours, theirs = map(_list_numbers, question.args)
     are_equal = [_keep_equal(tracker, question, *pair) for pair in zip(ours, theirs, strict=False)]
     return len(ours) == len(theirs) and all(are_equal)
+
+
+def _stays_divisible(tracker: Tracker, question: fx.Node, answer: bool) -> bool:
+    """Tell whether channels that are found divisible, `C % 4 == 0`, may be kept so, and see to it."""
+    remainder = question.args[0] if question.args else None
+    is_asked = question.target is (operator.eq if answer else operator.ne) and question.args[1:] == (0,)
+    if not is_asked or not isinstance(remainder, fx.Node) or remainder.target is not operator.mod:
+        return False
+    count, divisor = get_count(remainder.args[0]), remainder.args[1]
+    if not _is_plain(count) or not isinstance(divisor, int):
+        return False
+    tracker.divide(count.axes[0], divisor, question, "decides by the number of channels")
+    return True
 
 
 def _list_numbers(argument: Any) -> list[tuple[object, Count]]:

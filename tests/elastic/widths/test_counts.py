@@ -27,6 +27,20 @@ def unpack_anothers(m, x: Tensor) -> Tensor:
     return m.one(x).reshape(b, c, h * w).reshape(b, c, h, w)
 
 
+def shuffle_if_divisible(m, x: Tensor) -> Tensor:
+    b, c, h, w = x.shape
+    if c % 4 != 0:
+        raise ValueError("not in four groups")
+    assert c % 2 == 0
+    return x.view(b, 4, c // 4, h, w).transpose(1, 2).reshape(b, c, h, w)
+
+
+def cut_in_two(m, x: Tensor) -> Tensor:
+    assert x.shape[1] % 4 == 0
+    a, b = x.chunk(2, 1)
+    return torch.cat([a * b, a], 1)
+
+
 def shuffle_by_shape(m, x: Tensor) -> Tensor:
     b, c, h, w = x.shape
     return x.reshape(b, 2, c // 2, h, w).transpose(1, 2).reshape(b, -1, h, w)
@@ -99,6 +113,7 @@ FOLLOWED: dict[str, Callable[[], nn.Module]] = {
         lambda m, x: x * 2 if torch.is_tensor(x) and torch.jit.isinstance(x, Tensor) else 1 / len(x[0])
     ),
     "a shape is none": lambda: between(lambda m, x: 1 / len(x[0]) if isinstance(x.shape, Tensor) else x),
+    "divisible as it is cut": lambda: between(shuffle_if_divisible),
     "computed from space": lambda: between(lambda m, x: x * x.shape[3] ** -0.5),
 }
 MIXED: dict[str, Callable[[], nn.Module]] = {
@@ -142,6 +157,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: between(lambda m, x: x * x.new_full(size=(1,), fill_value=1 / x.shape[1])),
         "computes with the number",
     ),
+    "divisible": (
+        lambda: between(lambda m, x: x * 2 if x.shape[1] % 4 == 0 else x),
+        "decides by the number",
+    ),
+    "divisible, and cut otherwise": (lambda: between(cut_in_two), "decides by the number"),
     "all but four": (lambda: between(lambda m, x: x[:, : x.shape[1] - 4], reads=4), "fixes the number"),
     "from four on": (lambda: between(lambda m, x: x[:, x.shape[1] - 4 :], reads=4), "fixes the number"),
     "rounded": (lambda: between(lambda m, x: x[:, : x.shape[1] // 3], reads=2), "fixes the number"),
