@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from types import FrameType, MethodType
 from typing import Any
 
@@ -151,7 +151,7 @@ class ConcreteTracer(fx.Tracer):
         """Make a node of a layer that stays whole, and look into any other module."""
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
-            inspect.signature(m.forward).bind(*args, **kwargs)  # a forward may try what a layer takes
+            _get_signature(type(m).forward).bind(m, *args, **kwargs)  # a forward may try what a layer takes
             return self.create_proxy("call_module", path, args, kwargs)
         outer, self._place = self._place, path
         try:
@@ -317,6 +317,11 @@ class ConcreteTracer(fx.Tracer):
             return getattr(owner, name) if hasattr(owner, name) else getattr(self.root, name)
         layer = self._replica.get_submodule(target) if node.op == "call_module" else None
         return compute_without_data(node, layer, args, kwargs)
+
+
+@cache
+def _get_signature(forward: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(forward)
 
 
 def _is_torchs(target: Any) -> bool:
