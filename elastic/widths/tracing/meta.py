@@ -112,11 +112,9 @@ def _convert(
     **_: Any,
 ) -> Tensor:
     """Change the type of a tensor, and leave it where it is: a model without data says where it was."""
-    for value in args:
-        dtype = (
-            value.dtype if isinstance(value, Tensor) else value if isinstance(value, torch.dtype) else dtype
-        )
-    return x.to(dtype or x.dtype, memory_format=memory_format)
+    types = [value.dtype if isinstance(value, Tensor) else value for value in (*args, dtype)]
+    given = next((value for value in types if isinstance(value, torch.dtype)), x.dtype)
+    return x.to(given, memory_format=memory_format)
 
 
 def _call(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -140,11 +138,9 @@ def _drop_entries(value: Any) -> Any:
 
 
 def _stand_in(value: Any) -> Any:
-    """Let any number stand for one that is no whole number and has no data, such as what fills a tensor."""
-    is_fraction = (
-        isinstance(value, Tensor) and value.is_meta and not value.dim() and value.is_floating_point()
-    )
-    return 1.0 if is_fraction else value
+    """Let any number stand for one without data that is no whole number, such as what fills a tensor."""
+    is_number = isinstance(value, Tensor) and value.is_meta and not value.dim()
+    return 1.0 if is_number and value.is_floating_point() else value
 
 
 def _holds_numbers(value: Any) -> bool:
