@@ -24,6 +24,7 @@ from elastic.training.checks import (
     check_saved,
     check_whole,
 )
+from elastic.training.failures import explain_failure
 from elastic.training.joining import find_structure, join_structure
 from elastic.training.kinds import is_kind
 from elastic.training.own_parameters import check_followed
@@ -31,7 +32,6 @@ from elastic.training.progress import continues
 from elastic.training.restarts import end_epoch_once, reopen_last_batch
 from elastic.training.steps import get_scaler
 from elastic.training.structure import Structure
-from elastic.training.timeline import explain_failure
 from elastic.widths.inputs import Example
 
 # Lightning's own callbacks that hold on to parameters, or copies of them, as they were.

@@ -1,21 +1,17 @@
 """Read the structural events of a run, one a line of JSON, and the growth among them, which can be replayed.
 
-A row has epoch, step, why, before and after, and either `width` (channels) or `stage` (blocks). What has
-changed is also told where a program fails over it.
+A row has epoch, step, why, before and after, and either `width` (channels) or `stage` (blocks).
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from elastic.errors import ElasticError, StructureError, TrainingError, cite
+from elastic.errors import StructureError, TrainingError, cite
 from elastic.files.sums import check_sum
-from elastic.training.locating import make_prefix
 from elastic.training.structure import Structure
 
-ABOUT_SHAPES = re.compile("shape|size|channel|dimension")
 MOST = 2**20  # channels of a width, or epochs: beyond it a file asks for what no machine has
 
 
@@ -82,20 +78,3 @@ def _check_starts(rows: Sequence[dict[str, Any]], kind: str, sizes: Mapping[str,
                 f"the timeline begins with {start} in the {kind} '{name}', this network with {size}: "
                 "replay it on the network, and with the start, of its own run"
             )
-
-
-def explain_failure(error: BaseException, structure: Structure) -> None:
-    """Note on an error about shapes which channels have changed, that a program may read on its own."""
-    levels, level, sizes = structure.levels, structure.level, structure.widths.sizes()
-    if levels is not None:
-        sizes = levels.sizes[level]
-    start = structure.start_sizes
-    changed = [name for name, size in sizes.items() if start.get(name, size) != size]
-    is_about_shapes = isinstance(error, RuntimeError) and ABOUT_SHAPES.search(str(error))
-    if changed and is_about_shapes and not isinstance(error, ElasticError):
-        changes = ", ".join(f"{name}: {start[name]} → {sizes[name]}" for name in changed[-2:])
-        error.add_note(
-            f"'{structure.path}' has other channels than at first ({changes}). If the program "
-            "reads them beside the network's forward, let callbacks follow the part alone whose output it "
-            f"reads, which keeps its channels: FollowNetwork('{make_prefix(structure.path)}…')"
-        )

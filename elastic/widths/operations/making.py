@@ -23,6 +23,7 @@ from elastic.widths.tracing.sizes import SizeAttribute
 from elastic.widths.union import Axis
 
 MANY = 2**31 - 1
+DECIDES = "decides by the number of channels"
 COMPARISONS = (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge)
 
 
@@ -143,7 +144,7 @@ def decide(tracker: Tracker, node: fx.Node) -> None:
         or _stays_divisible(tracker, question, answer)
     ):
         axes = [axis for count in list_counts(question) for axis in count.axes]
-        tracker.fix(axes, question, "decides by the number of channels")
+        tracker.fix(axes, question, DECIDES)
 
 
 def _is_decided(question: fx.Node) -> bool:
@@ -196,7 +197,7 @@ def _stays_divisible(tracker: Tracker, question: fx.Node, answer: bool) -> bool:
     count, divisor = get_count(remainder.args[0]), remainder.args[1]
     if not _is_plain(count) or not isinstance(divisor, int):
         return False
-    tracker.divide(count.axes[0], divisor, question, "decides by the number of channels")
+    tracker.divide(count.axes[0], divisor, question, DECIDES)
     return True
 
 

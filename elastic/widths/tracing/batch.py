@@ -99,7 +99,7 @@ def _call_same(node: fx.Node, other: fx.Node) -> bool:
     """Tell whether two nodes do the same, or give tensors that the forward has made with the same entries."""
     if node.op != "get_attr" or not str(node.target).startswith(CONSTANT):
         return bool(node.target == other.target)
-    a, b = (getattr(each.graph.owning_module, str(each.target), None) for each in (node, other))
+    a, b = (getattr(source.graph.owning_module, str(source.target), None) for source in (node, other))
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     return a.is_meta or torch.equal(a, b)  # a copy without data is traced for its shapes alone

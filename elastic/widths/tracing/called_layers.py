@@ -84,9 +84,9 @@ def _find_layer(
 
 def _are_same(given: Any, own: Any) -> bool:
     """Compare numbers, where one may stand for all dimensions."""
-    numbers = [tuple(each) if isinstance(each, tuple | list) else (each,) for each in (given, own)]
-    longest = max(map(len, numbers))
-    first, second = (each * longest if len(each) == 1 else each for each in numbers)
+    pair = [tuple(number) if isinstance(number, tuple | list) else (number,) for number in (given, own)]
+    longest = max(map(len, pair))
+    first, second = (numbers * longest if len(numbers) == 1 else numbers for numbers in pair)
     return first == second
 
 

@@ -141,10 +141,11 @@ def trace_graph(
             torch.enable_grad(),  # whatever the mode is outside of the forward
         ):
             graph = tracer.trace(model)
-            graph.kept = list_kept(model)  # type: ignore[attr-defined]
             if runs:
                 trace_kept(tracer, model, earlier_values, tracer.gives_tensor)
                 trace_contents(tracer, containers, tracer.gives_tensor)
+            else:
+                graph.kept = list_kept(model)  # type: ignore[attr-defined]
         graph.owning_module = model  # type: ignore[assignment]
         renew_assigned(graph, partial(get_layer, model), tracer.gives_tensor)
         if runs:
