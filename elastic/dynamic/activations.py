@@ -27,9 +27,13 @@ def find_active(score_BK: Tensor) -> Tensor:
 
 
 def ramp(score_BK: Tensor) -> Tensor:
-    """Clamp scores between 0 and 1, so that a kernel fades before it is off; 1 for the highest."""
+    """Clamp scores between 0 and 1, so that a kernel fades before it is off; 1 for the highest.
+
+    Scores begin at 1, where the gradient is that of a score below it: `clamp` has none there from torch 2.14 on.
+    """
     best_B1 = score_BK.argmax(1, keepdim=True)
-    return score_BK.clamp(0, 1).scatter(1, best_B1, 1.0)
+    within_BK = score_BK.masked_fill(score_BK > 1, 1.0).masked_fill(score_BK < 0, 0.0)
+    return within_BK.scatter(1, best_B1, 1.0)
 
 
 def scale(score_BK: Tensor) -> Tensor:

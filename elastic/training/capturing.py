@@ -1,7 +1,8 @@
 """Catch what a program calls its network with."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any
 
@@ -42,7 +43,13 @@ def capture_inputs(module: L.LightningModule, net: nn.Module, run: Callable[[], 
     call = called._compiled_call_impl  # a router's, or a compiled one
     called._compiled_call_impl = stop
     try:
-        with torch.no_grad(), preserve_modes(module), isolate_rng():
+        with (
+            torch.no_grad(),
+            preserve_modes(module),
+            isolate_rng(),
+            _log_nothing(module),
+            torch.compiler.set_stance("force_eager"),  # what is compiled would not ask for the call
+        ):
             module.eval()
             run()
     except _Reached as reached:
@@ -50,6 +57,23 @@ def capture_inputs(module: L.LightningModule, net: nn.Module, run: Callable[[], 
     finally:
         called._compiled_call_impl = call
     return None
+
+
+@contextmanager
+def _log_nothing(module: L.LightningModule) -> Iterator[None]:
+    """Let a step log before it calls its network, which Lightning allows in its own loops alone."""
+    before = dict(vars(module))
+    vars(module).update(log=_ignore, log_dict=_ignore)
+    try:
+        yield
+    finally:
+        for name in ("log", "log_dict"):
+            vars(module).pop(name)
+            vars(module).update({name: before[name]} if name in before else {})
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    """Take what is logged, and keep nothing."""
 
 
 def list_positional(net: nn.Module, call: Call) -> Example | None:

@@ -191,6 +191,24 @@ class Calling(L.LightningModule):
         return F.cross_entropy(self.call(self, x, label), y)
 
 
+def log_and_call(module: Calling, x: Tensor, label: Tensor) -> Tensor:
+    module.log("train/brightness", x.mean())
+    module.log_dict({"train/labels": label.float().mean()})
+    return module.net(x, label)  # type: ignore[no-any-return]
+
+
+class Wrapping(nn.Module):
+    """Hold a network in a module that is compiled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Conditional()
+        self.compile(backend="eager")
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        return self.inner(x, label)  # type: ignore[no-any-return]
+
+
 CALLS: dict[str, Callable[[], Calling]] = {
     "by position": lambda: Calling(lambda m, x, label: m.net(x, label), Conditional()),
     "by name": lambda: Calling(lambda m, x, label: m.net(label=label, x=x), Conditional()),
@@ -200,6 +218,8 @@ CALLS: dict[str, Callable[[], Calling]] = {
     "beside another": lambda: Calling(
         lambda m, x, label: m.net(x, label), Conditional(), other=nn.Linear(2, 2)
     ),
+    "behind what it logs": lambda: Calling(log_and_call, Conditional(), other=nn.Linear(2, 2)),
+    "where that is compiled": lambda: Calling(lambda m, x, label: m.net(x, label), Wrapping()),
 }
 
 
@@ -207,8 +227,9 @@ CALLS: dict[str, Callable[[], Calling]] = {
 def test_inputs_are_what_a_training_step_gives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, (x, label) = CALLS[name](), make_inputs("conditional")
     monkeypatch.setattr(joining, "_take_batch", lambda *_: [x, label, torch.tensor([0, 1])])
-    example = find_example(L.Trainer(logger=False), module, module.net)
+    example = find_example(L.Trainer(logger=False), module, getattr(module.net, "inner", module.net))
     assert isinstance(example, tuple) and [*map(torch.equal, example, (x, label))] == [True, True]
+    assert not {"log", "log_dict"} & set(vars(module))
 
 
 @pytest.mark.parametrize("by_name", [False, True])

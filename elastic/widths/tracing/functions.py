@@ -2,17 +2,21 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
+import torch
 from torch import fx
 from torch._functorch import utils
 from torch.autograd import Function
-from torch.autograd.function import FunctionCtx, _SingleLevelFunction
+from torch.autograd.function import FunctionCtx, FunctionMeta
 from torch.utils import checkpoint
 from torch.utils._pytree import tree_leaves
 
 from elastic.widths.tracing.concrete import ConcreteTracer
+
+# What keeps the inputs of a checkpoint, by the names of torch 2.11 and of 2.14.
+KEEPERS = ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl")
 
 
 @contextmanager
@@ -23,35 +27,81 @@ def trace_functions(tracer: ConcreteTracer, keep_gradients: bool) -> Iterator[No
         keep_gradients: make one node of the call, which has the function's own gradient, and not those of
             what its forward does, whose channels can be followed.
     """
-    unwrap, keep_inputs = utils.unwrap_dead_wrappers, checkpoint._checkpoint_without_reentrant_generator
-
-    def apply(kind: type[Function], *args: Any, **kwargs: Any) -> Any:
-        if not _are_traced(args):
-            return super(_SingleLevelFunction, kind).apply(*args, **kwargs)  # type: ignore[misc]
-        if kind is checkpoint.CheckpointFunction:
-            function, _, *inputs = args
-            return function(*inputs)
-        if keep_gradients:
-            return tracer.create_proxy("call_function", make_call(kind), args, kwargs)
-        context: Any = FunctionCtx()
-        context.needs_input_grad = (True,) * len(args)
-        is_alone = kind.setup_context is not Function.setup_context
-        tracer.has_own_gradient, before = True, tracer.has_own_gradient
-        try:
-            return kind.forward(*(args if is_alone else (context, *args)), **kwargs)
-        finally:
-            tracer.has_own_gradient = before
-
+    unwrap = utils.unwrap_dead_wrappers
+    keepers = {name: getattr(checkpoint, name) for name in KEEPERS if hasattr(checkpoint, name)}
+    # Not `apply`, which torch has in C, and programs keep under a name, `swish = Swish.apply`: it asks the class
+    # for these two, in this order, before it computes without gradients. A property of a class's class comes before what the class itself has.
+    calls = _Calls(tracer, keep_gradients)
     try:
-        # Not `Function.apply`, which calls both: programs keep it under a name, `swish = Swish.apply`.
         utils.unwrap_dead_wrappers = lambda args: args if _are_traced(args) else unwrap(args)
-        setattr(_SingleLevelFunction, "apply", classmethod(apply))  # noqa: B010
-        checkpoint._checkpoint_without_reentrant_generator = _keep_nothing
+        setattr(FunctionMeta, "setup_context", property(calls.get_setup))  # noqa: B010
+        setattr(FunctionMeta, "forward", property(calls.get_forward))  # noqa: B010
+        for name in keepers:
+            setattr(checkpoint, name, _keep_nothing)
         yield
     finally:
-        checkpoint._checkpoint_without_reentrant_generator = keep_inputs
+        for name, keep in keepers.items():
+            setattr(checkpoint, name, keep)
+        delattr(FunctionMeta, "forward")
+        delattr(FunctionMeta, "setup_context")
         utils.unwrap_dead_wrappers = unwrap
-        delattr(_SingleLevelFunction, "apply")
+
+
+class _Calls:
+    """Stand between `apply` of functions, and what these compute."""
+
+    def __init__(self, tracer: ConcreteTracer, keep_gradients: bool) -> None:
+        self.tracer, self.keep_gradients = tracer, keep_gradients
+        self.applied: type[Function] | None = None  # whose forward is asked for next
+        self.has_gradient = True  # where that is applied; within, torch computes none
+
+    def get_setup(self, kind: type[Function]) -> Callable[..., Any]:
+        """Get what keeps tensors for the backward pass; nothing is kept of traced values."""
+        set_up, none = _get_static(kind, "setup_context"), _get_static(Function, "setup_context")
+        if issubclass(Function, kind):  # torch compares: this is what it has where a class has none
+            return none
+        self.applied, self.has_gradient = kind, torch.is_grad_enabled()
+        if set_up is none:
+            return none
+        return lambda ctx, inputs, output: None if _are_traced(inputs) else set_up(ctx, inputs, output)
+
+    def get_forward(self, kind: type[Function]) -> Callable[..., Any]:
+        """Get a function's forward, or what is traced in its place where it is applied."""
+        forward = _get_static(kind, "forward")
+        if self.applied is not kind:
+            return forward
+
+        @wraps(forward)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.applied = None
+            if not _are_traced(args):
+                return forward(*args, **kwargs)
+            with torch.set_grad_enabled(self.has_gradient):
+                return self._trace(kind, forward, args, kwargs)
+
+        return run
+
+    def _trace(self, kind: type[Function], forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        has_context = isinstance(args[0], FunctionCtx)
+        inputs = args[has_context:]
+        if kind is checkpoint.CheckpointFunction:
+            function, _, *values = inputs
+            return function(*values)
+        if self.keep_gradients:
+            return self.tracer.create_proxy("call_function", make_call(kind), inputs, kwargs)
+        context: Any = FunctionCtx()  # torch's own keeps tensors alone
+        context.needs_input_grad = (True,) * len(inputs)
+        self.tracer.has_own_gradient, before = True, self.tracer.has_own_gradient
+        try:
+            return forward(*((context, *inputs) if has_context else inputs), **kwargs)
+        finally:
+            self.tracer.has_own_gradient = before
+
+
+def _get_static(kind: type[Function], name: str) -> Callable[..., Any]:
+    """Get a static method of a class, whatever its class's class has."""
+    owner = next(base for base in kind.__mro__ if name in vars(base))
+    return vars(owner)[name].__get__(None, kind)  # type: ignore[no-any-return]
 
 
 def _keep_nothing(*args: Any, **kwargs: Any) -> Iterator[None]:

@@ -172,8 +172,9 @@ def test_what_is_compiled_is_refused() -> None:
     model = nn.Sequential(conv(3, 4), nn.ReLU(), head(4))
     wrapper = nn.ModuleDict({"_orig_mod": model})  # as torch.compile makes one, which takes two seconds
     refusal("0 is what torch.compile made .* in place", nn.Sequential(wrapper), torch.randn(IMAGE))
-    with warnings.catch_warnings():
+    with warnings.catch_warnings():  # of TorchScript, which goes
         warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
         model[0] = torch.jit.trace(model[0], torch.randn(IMAGE))
     refusal("0 is a TorchScript module", model, torch.randn(IMAGE))
 

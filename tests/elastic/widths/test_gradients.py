@@ -122,6 +122,19 @@ def pass_through(m: nn.Module, x: Tensor) -> Tensor:
     return m.last(m.mid(PassThrough.apply(m.stem(x))).relu())  # type: ignore[no-any-return]
 
 
+def pass_nothing(m: nn.Module, x: Tensor) -> Tensor:
+    """Apply a function with a gradient of its own where none is computed."""
+    with torch.no_grad():
+        y = PassThrough.apply(m.stem(x))
+    return m.last(m.mid(y).relu())  # type: ignore[no-any-return]
+
+
+def call_the_forward(m: nn.Module, x: Tensor) -> Tensor:
+    """Leave out a function's own gradient, once it has been applied."""
+    y = m.mid(PassThrough.apply(m.stem(x)))
+    return m.last(y * PassThrough.forward(None, y))  # type: ignore[no-any-return]
+
+
 def compute_again(m: nn.Module, x: Tensor) -> Tensor:
     return m.last(m.mid(checkpoint(m.stem, x, use_reentrant=False)).relu())  # type: ignore[no-any-return]
 
@@ -129,7 +142,7 @@ def compute_again(m: nn.Module, x: Tensor) -> Tensor:
 FORWARDS: tuple[Callable[[nn.Module, Tensor], Tensor], ...] = (
     *(freeze_stem, detach_stem, read_data, gate_without, freeze_a_half, freeze_by_decorator),
     *(train_within, freeze_shapes, count_without, write_into, write_a_part, pass_through, compute_again),
-    give_a_class_of_ones_own,
+    *(give_a_class_of_ones_own, pass_nothing, call_the_forward),
 )
 FREEZES_STEM = FORWARDS[:3]
 
