@@ -29,8 +29,9 @@ def trace_functions(tracer: ConcreteTracer, keep_gradients: bool) -> Iterator[No
     """
     unwrap = utils.unwrap_dead_wrappers
     keepers = {name: getattr(checkpoint, name) for name in KEEPERS if hasattr(checkpoint, name)}
-    # Not `apply`, which torch has in C, and programs keep under a name, `swish = Swish.apply`: it asks the class
-    # for these two, in this order, before it computes without gradients. A property of a class's class comes before what the class itself has.
+    # Not `apply`, which is in C, and which programs keep under a name, `swish = Swish.apply`: it asks the class
+    # for these two, in this order, before it computes without gradients. What the class of a class has as a
+    # property comes before what the class itself has.
     calls = _Calls(tracer, keep_gradients)
     try:
         utils.unwrap_dead_wrappers = lambda args: args if _are_traced(args) else unwrap(args)
