@@ -29,7 +29,7 @@ def find_active(score_BK: Tensor) -> Tensor:
 def ramp(score_BK: Tensor) -> Tensor:
     """Clamp scores between 0 and 1, so that a kernel fades before it is off; 1 for the highest.
 
-    Scores begin at 1, where the gradient is that of a score below it; that of `clamp` is 0 from torch 2.14 on.
+    Scores begin at 1, where the gradient is that of a score below it; that of `clamp` is 0 from torch 2.14.
     """
     best_B1 = score_BK.argmax(1, keepdim=True)
     within_BK = score_BK.masked_fill(score_BK > 1, 1.0).masked_fill(score_BK < 0, 0.0)

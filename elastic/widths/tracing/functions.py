@@ -29,7 +29,7 @@ def trace_functions(tracer: ConcreteTracer, keep_gradients: bool) -> Iterator[No
     """
     unwrap = utils.unwrap_dead_wrappers
     keepers = {name: getattr(checkpoint, name) for name in KEEPERS if hasattr(checkpoint, name)}
-    # Not `apply`, which is in C, and which programs keep under a name, `swish = Swish.apply`: it asks the class
+    # Not `apply`, which is in C, and programs keep it under a name, `swish = Swish.apply`: it asks the class
     # for these two, in this order, before it computes without gradients. What the class of a class has as a
     # property comes before what the class itself has.
     calls = _Calls(tracer, keep_gradients)
