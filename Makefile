@@ -3,7 +3,7 @@ BIN := .venv/bin
 # One thread a process: two processes with two threads each on two cores run several times slower than one.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help setup demo sweep-demo test lint types format docs campaign mutants bench bench-runtimes test-slow test-data gpu test-gpu test-peers bench-peers clean
+.PHONY: help setup demo sweep-demo test test-versions lint types format docs campaign mutants bench bench-runtimes test-slow test-data gpu test-gpu test-peers bench-peers clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -23,6 +23,15 @@ demo: setup  ## grow and prune a network on images that need no download: make d
 
 test: setup  ## the default suite, warnings are errors
 	$(PYTEST) -n 2 --dist worksteal
+
+# uv's two ways to choose: the oldest versions that pyproject.toml allows, and the newest that there are.
+test-versions: setup  ## the default suite with the oldest and with the newest versions, not the pinned ones
+	for versions in lowest-direct highest; do \
+		$(BIN)/uv venv -q --clear --python $(BIN)/python build/$$versions && \
+		$(BIN)/uv pip install -q --python build/$$versions/bin/python --resolution $$versions \
+			-e '.[dev,docs,export,sweeps,dashboards]' && \
+		OMP_NUM_THREADS=1 build/$$versions/bin/python -m pytest -n 2 --dist worksteal || exit 1; \
+	done
 
 lint: setup  ## ruff check, ruff format --check, types
 	$(BIN)/ruff check .

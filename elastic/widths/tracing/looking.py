@@ -39,7 +39,7 @@ def trace_hooks(tracer: fx.Tracer, model: nn.Module) -> Iterator[None]:
 
 
 def _trace_hook(tracer: fx.Tracer, calls: list[_Call], hook: Hook, module: nn.Module, *values: Any) -> Any:
-    last = next(reversed(tracer.graph.nodes))
+    last = next(iter(reversed(tracer.graph.nodes)))  # which is no iterator by itself before torch 2.13
     result = hook(module, *values)
     if result is None:
         nodes = [*takewhile(lambda node: node is not last, reversed(tracer.graph.nodes))]
