@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic.errors import OptionError
-from elastic.pruning.gates import Gate, compute_worth, iterate_gates
+from elastic.pruning.gates import Gate, average_blocks, compute_worth, iterate_gates
 
 
 @torch.no_grad()
@@ -16,7 +16,8 @@ def add_penalty_gradient(gates: Iterable[tuple[str, nn.Module, Gate]], penalty: 
 
     The sum is how many weights (at price 1) or MACs the gates mean to keep; `size` is the number of weights
     behind one score. Entries in their grace period get nothing, nor do scores without a gradient: those of
-    layers that the step has not trained. There are as many calls for a hundred gates as for one.
+    layers that the step has not trained. There are as many calls for a hundred gates as for one, but
+    at block grain.
 
     Args:
         gates: as `iterate_gates` yields them.
@@ -37,6 +38,10 @@ def add_penalty_gradient(gates: Iterable[tuple[str, nn.Module, Gate]], penalty: 
     torch._foreach_mul_(gradients, counts)
     torch._foreach_mul_(gradients, [penalty * compute_worth(layer, gate) for layer, gate in layers])
     torch._foreach_add_([cast(Tensor, score.grad) for score in scores], gradients)
+    for score, (_, gate) in zip(scores, layers, strict=True):
+        if gate.block is not None:  # of equal scores, σ of a tensor's last ones may differ by a bit
+            gradient = cast(Tensor, score.grad)
+            gradient.copy_(average_blocks(gradient, gate.block, gate.channel))
 
 
 def set_prices(model: nn.Module, uses: Mapping[str, float]) -> None:

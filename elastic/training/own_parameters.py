@@ -11,7 +11,7 @@ import copy
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -73,9 +73,10 @@ class OwnOptimizers:
             )
         places = _find_places(self._leaders, added)
         for k, leader in enumerate(self._leaders):
+            states = dict(leader.state)
             remove_parameters(leader, [own.parameter for own in added])
             members = [(own, i) for own, (h, i) in zip(added, places, strict=True) if h == k]
-            self.optimizers.append(_make_follower(leader, members))
+            self.optimizers.append(_make_follower(leader, members, states))
 
     def follow(self, wrappers: Iterable[Any], step: Callable[[Leader], None]) -> None:
         """Call `step` after each step of a user's optimizer, and drop gradients where the user does.
@@ -200,7 +201,7 @@ def check_followed(optimizer: torch.optim.Optimizer) -> None:
             trial = nn.Parameter(like.new_ones((6, 4, 3, 3, 3)[: like.dim()]))
             follower = optimizer
             with suppress(Exception):  # it is the program's own, and may want a closure
-                follower = _make_follower(optimizer, [(OwnParameter(trial), i)])
+                follower = _make_follower(optimizer, [(OwnParameter(trial), i)], optimizer.state)
                 _step_once(follower, trial)
             check_state(follower, trial)
 
@@ -234,9 +235,15 @@ def _check_kind(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _make_follower(
-    leader: torch.optim.Optimizer, members: list[tuple[OwnParameter, int]]
+    leader: torch.optim.Optimizer,
+    members: list[tuple[OwnParameter, int]],
+    states: Mapping[Any, dict[str, Any]],
 ) -> torch.optim.Optimizer:
-    """Make an optimizer of the same class and options, whatever its constructor takes."""
+    """Make an optimizer of the same class and options, whatever its constructor takes.
+
+    Args:
+        states: of the parameters that were the user's optimizer's, those that are not any more among them.
+    """
     _check_kind(leader)
     follower = object.__new__(type(leader))
     # What its class has set beside torch's own, but no hooks, nor methods that schedulers have replaced.
@@ -248,7 +255,31 @@ def _make_follower(
         "param_groups": _make_groups(leader, members),
     }
     follower.__setstate__(state)
+    for group in follower.param_groups:
+        user = next((p for p in leader.param_groups[group["home"]]["params"] if states.get(p)), None)
+        for own in group["params"]:
+            begun = states.get(own) or ({} if user is None else _begin_state(states[user], user, own))
+            follower.state.update({own: begun} if begun else {})
     return follower
+
+
+def _begin_state(
+    user_state: Mapping[str, Any], user: nn.Parameter, parameter: nn.Parameter
+) -> dict[str, Any]:
+    """Make the state that an optimizer's constructor gives each parameter, as Adagrad's does.
+
+    What it would be is read off that of one of the user's: numbers, and tensors of one number throughout. It
+    is empty where steps have been taken.
+    """
+    state = {}
+    for name, value in user_state.items():
+        state[name] = copy.deepcopy(value)
+        if isinstance(value, Tensor) and value.shape == user.shape:
+            first = value.flatten()[0]
+            if (value != first).any():
+                return {}
+            state[name] = torch.full_like(parameter, first.item(), dtype=value.dtype, requires_grad=False)
+    return state
 
 
 def _make_groups(

@@ -24,7 +24,7 @@ CONF = Path(__file__).parents[3] / "conf" / "data"
 
 def write_image(path: Path, value: int = 0) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (9, 9), (value, 0, 0)).save(path)
+    Image.new("RGB", (16, 16), (value, 0, 0)).save(path)
     return path
 
 

@@ -19,6 +19,7 @@ from elastic.pruning.compaction import compact
 from elastic.pruning.dead import find_removable_channels
 from elastic.pruning.folding import compute_mask, fold_gates
 from elastic.pruning.gates import BLOCK, START, Gate, Grain
+from elastic.pruning.penalty import add_penalty_gradient
 from elastic.pruning.ranking import REOPENED, keep_best_gates, reopen_gates
 from elastic.surgery.reindexing import FRESH, grow_index, reindex
 from elastic.widths.discovery import discover
@@ -669,7 +670,12 @@ def train_blocks(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 
     """Train with a penalty, and check after each step that all gates of a block are the same."""
     for _ in range(steps):
         optimizer.zero_grad()
-        (F.cross_entropy(net(X), torch.arange(4)) + 1e-4 * compute_penalty(net)).backward()
+        F.cross_entropy(net(X), torch.arange(4)).backward()
+        add_penalty_gradient(gates.iterate_gates(net), 1e-4)
+        for gate in found(net).values():
+            assert gate.score.grad is not None and gate.block is not None
+            expected = gates.average_blocks(gate.score.grad, gate.block, gate.channel)
+            assert torch.equal(gate.score.grad, expected)
         optimizer.step()
         for gate in found(net).values():
             assert torch.equal(gate.score, gates.average_score(gate))

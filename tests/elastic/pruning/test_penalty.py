@@ -40,6 +40,10 @@ def gated_net(grain: Grain, dtype: torch.dtype = torch.float32) -> nn.Module:
         gate.price = 0.5 + i
         gate.score.data.copy_(3 * torch.randn(gate.score.shape, generator=draw))
         gate.grace.copy_(torch.randint(-1, 3, gate.grace.shape, generator=draw).clamp(min=0))
+        if gate.block is not None:  # whose gates are all alike
+            firsts_K = gates.find_firsts(gate.block)
+            gate.score.data.copy_(gate.score.data.index_select(gate.channel, firsts_K))
+            gate.grace.copy_(gate.grace.index_select(gate.channel, firsts_K))
     return net
 
 

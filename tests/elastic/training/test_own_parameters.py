@@ -36,6 +36,27 @@ class Signs(torch.optim.Optimizer):
 OPTIMIZERS["own"] = lambda groups: Signs(groups, beta=0.5)
 
 
+class Begun(torch.optim.Optimizer):
+    """Have a state before any step."""
+
+    def __init__(self, groups: Any) -> None:
+        super().__init__(groups, {"lr": 1e-2, "weight_decay": 0.0})
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            self.state[parameter] = {"steps": 0, "sum": torch.full_like(parameter, 0.1)}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in (p for p in group["params"] if p.grad is not None):
+                state = self.state[parameter]
+                state["steps"] += 1
+                state["sum"].addcmul_(parameter.grad, parameter.grad)
+                parameter.addcdiv_(parameter.grad, state["sum"].sqrt(), value=-group["lr"] / state["steps"])
+
+
+OPTIMIZERS["begun"] = Begun
+
+
 class Odd(torch.optim.SGD):
     """Take arguments that nobody could guess."""
 
@@ -105,6 +126,20 @@ def test_one_whose_first_gradient_comes_later_is_stepped_like_the_others(name: s
         oracle.zero_grad()
     for a, b in zip(user, own, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_one_that_comes_later_begins_as_the_others_have() -> None:
+    """Gates come when the user's optimizer exists, which has not made them a state."""
+    user, own, shape = make_parameters(2), make_parameters(2), (4, 1)
+    scores = [nn.Parameter(torch.ones(shape)) for _ in range(2)]
+    home, oracle = Begun(user), Begun([*own, scores[1]])
+    followers = OwnOptimizers([home], [OwnParameter(scores[0], like=[user[0]])])
+    for step in range(3):
+        for score in scores:
+            score.grad = torch.full(shape, step - 1.5)
+        followers.step(home)
+        oracle.step()
+    torch.testing.assert_close(*scores)
 
 
 def test_a_rate_multiplies_the_scheduled_one() -> None:
