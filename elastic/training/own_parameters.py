@@ -256,7 +256,8 @@ def _make_follower(
     }
     follower.__setstate__(state)
     for group in follower.param_groups:
-        user = next((p for p in leader.param_groups[group["home"]]["params"] if states.get(p)), None)
+        users = leader.param_groups[group["home"]]["params"]
+        user = next((p for p in users if p.numel() and states.get(p)), None)
         for own in group["params"]:
             begun = states.get(own) or ({} if user is None else _begin_state(states[user], user, own))
             follower.state.update({own: begun} if begun else {})
