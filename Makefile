@@ -1,5 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
+EXTRAS := .[dev,docs,export,sweeps,dashboards]
 # One thread a process: two processes with two threads each on two cores run several times slower than one.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
@@ -15,7 +16,7 @@ setup: .venv/.stamp  ## make .venv with the pinned versions (the other targets d
 .venv/.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q uv
-	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[dev,docs,export,sweeps,dashboards]'
+	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -c constraints.txt -e '$(EXTRAS)'
 	@touch $@
 
 demo: setup  ## grow and prune a network on images that need no download: make demo ARGS='seed=1'
@@ -28,8 +29,7 @@ test: setup  ## the default suite, warnings are errors
 test-versions: setup  ## the default suite with the oldest and with the newest versions, not the pinned ones
 	for versions in lowest-direct highest; do \
 		$(BIN)/uv venv -q --clear --python $(BIN)/python build/$$versions && \
-		$(BIN)/uv pip install -q --python build/$$versions/bin/python --resolution $$versions \
-			-e '.[dev,docs,export,sweeps,dashboards]' && \
+		$(BIN)/uv pip install -q --python build/$$versions/bin/python --resolution $$versions -e '$(EXTRAS)' && \
 		OMP_NUM_THREADS=1 build/$$versions/bin/python -m pytest -n 2 --dist worksteal || exit 1; \
 	done
 

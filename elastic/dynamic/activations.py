@@ -38,7 +38,7 @@ def ramp(score_BK: Tensor) -> Tensor:
 
 def scale(score_BK: Tensor) -> Tensor:
     """Add one half to the scores of kernels that are on; the highest has one half if it is not positive."""
-    return find_active(score_BK.detach()) * (score_BK.clamp(min=0) + MIN_SCALE)
+    return find_active(score_BK.detach()) * (score_BK.masked_fill(score_BK < 0, 0.0) + MIN_SCALE)
 
 
 def soften(score_BK: Tensor, temperature: float) -> Tensor:

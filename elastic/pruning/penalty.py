@@ -16,8 +16,8 @@ def add_penalty_gradient(gates: Iterable[tuple[str, nn.Module, Gate]], penalty: 
 
     The sum is how many weights (at price 1) or MACs the gates mean to keep; `size` is the number of weights
     behind one score. Entries in their grace period get nothing, nor do scores without a gradient: those of
-    layers that the step has not trained. There are as many calls for a hundred gates as for one, but
-    at block grain.
+    layers that the step has not trained. There are as many calls for a hundred gates as for one, and a few
+    more for each gate at block grain.
 
     Args:
         gates: as `iterate_gates` yields them.
@@ -38,9 +38,9 @@ def add_penalty_gradient(gates: Iterable[tuple[str, nn.Module, Gate]], penalty: 
     torch._foreach_mul_(gradients, counts)
     torch._foreach_mul_(gradients, [penalty * compute_worth(layer, gate) for layer, gate in layers])
     torch._foreach_add_([cast(Tensor, score.grad) for score in scores], gradients)
-    for score, (_, gate) in zip(scores, layers, strict=True):
+    for _, gate in layers:
         if gate.block is not None:  # of equal scores, σ of a tensor's last ones may differ by a bit
-            gradient = cast(Tensor, score.grad)
+            gradient = cast(Tensor, gate.score.grad)
             gradient.copy_(average_blocks(gradient, gate.block, gate.channel))
 
 

@@ -16,6 +16,8 @@ from elastic.training.locating import find_called
 from elastic.widths.inputs import Example
 from elastic.widths.mode import preserve_modes
 
+LOGS = ("log", "log_dict")  # a module's methods
+
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments, by position and by name
 
 
@@ -62,14 +64,14 @@ def capture_inputs(module: L.LightningModule, net: nn.Module, run: Callable[[], 
 @contextmanager
 def _log_nothing(module: L.LightningModule) -> Iterator[None]:
     """Let a step log before it calls its network, which Lightning allows in its own loops alone."""
-    before = dict(vars(module))
-    vars(module).update(log=_ignore, log_dict=_ignore)
+    own = {name: vars(module)[name] for name in LOGS if name in vars(module)}
+    vars(module).update(dict.fromkeys(LOGS, _ignore))
     try:
         yield
     finally:
-        for name in ("log", "log_dict"):
+        for name in LOGS:
             vars(module).pop(name)
-            vars(module).update({name: before[name]} if name in before else {})
+        vars(module).update(own)
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:

@@ -242,7 +242,7 @@ def _make_follower(
     """Make an optimizer of the same class and options, whatever its constructor takes.
 
     Args:
-        states: of the parameters that were the user's optimizer's, those that are not any more among them.
+        states: of the user's optimizer, by parameter, before own parameters were taken out of it.
     """
     _check_kind(leader)
     follower = object.__new__(type(leader))
@@ -260,7 +260,8 @@ def _make_follower(
         user = next((p for p in users if p.numel() and states.get(p)), None)
         for own in group["params"]:
             begun = states.get(own) or ({} if user is None else _begin_state(states[user], user, own))
-            follower.state.update({own: begun} if begun else {})
+            if begun:
+                follower.state[own] = begun
     return follower
 
 

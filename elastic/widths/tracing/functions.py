@@ -58,12 +58,11 @@ class _Calls:
 
     def get_setup(self, kind: type[Function]) -> Callable[..., Any]:
         """Get what keeps tensors for the backward pass; nothing is kept of traced values."""
-        set_up, none = _get_static(kind, "setup_context"), _get_static(Function, "setup_context")
-        if issubclass(Function, kind):  # torch compares: this is what it has where a class has none
-            return none
-        self.applied, self.has_gradient = kind, torch.is_grad_enabled()
-        if set_up is none:
-            return none
+        set_up = _get_static(kind, "setup_context")
+        if not issubclass(Function, kind):  # the bases are asked as well, for torch to compare with
+            self.applied, self.has_gradient = kind, torch.is_grad_enabled()
+        if set_up is _get_static(Function, "setup_context"):
+            return set_up
         return lambda ctx, inputs, output: None if _are_traced(inputs) else set_up(ctx, inputs, output)
 
     def get_forward(self, kind: type[Function]) -> Callable[..., Any]:
