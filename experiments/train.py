@@ -25,6 +25,7 @@ from elastic.data import ImageData
 from elastic.errors import OptionError, TrainingError
 from elastic.experiments.tools.about import describe_run
 from elastic.experiments.tools.checking import check_options
+from elastic.experiments.tools.compatibility import let_hydra_start
 from elastic.experiments.tools.composition import CONF, check_words, list_callbacks, rewrite, settle
 from elastic.experiments.tools.environment import (
     EndOnSignals,
@@ -238,9 +239,10 @@ def main() -> None:
         print(describe_training())
         return
     sys.argv[1:] = [rewrite(word) for word in sys.argv[1:]]
-    check_words(sys.argv[1:])
-    with complete_sweep():
-        run_job()
+    with let_hydra_start():
+        check_words(sys.argv[1:])
+        with complete_sweep():
+            run_job()
 
 
 if __name__ == "__main__":

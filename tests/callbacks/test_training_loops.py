@@ -388,7 +388,7 @@ def use_classes(module: Program, wrap: Callable[..., Any], read: Callable[[Any],
 
 @pytest.mark.parametrize("make", [lambda: PruneByGates(budget=BUDGET), lambda: TrainJointly([0.5])])
 def test_torchs_profiler_watches_each_call(make: Any, tmp_path: Path) -> None:
-    profiler = PyTorchProfiler(tmp_path, "calls", export_to_chrome=False, schedule=None)
+    profiler = PyTorchProfiler(tmp_path, "calls", export_to_chrome=False, row_limit=-1, schedule=None)
     fit(Program(), [make()], max_epochs=2, limit_train_batches=2, profiler=profiler)
     assert "[pl][module]torch.nn.modules.conv.Conv2d: net.0" in (tmp_path / "fit-calls.txt").read_text()
 

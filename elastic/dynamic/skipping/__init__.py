@@ -8,7 +8,8 @@ dense and masked) is measured on this machine, layer by layer; and then whether 
 alone, or than stock torch, which skips nothing and only masks.
 """
 
-from elastic.dynamic.skipping.network import METHODS, make_masked, make_skipping, tune
+from elastic.dynamic.skipping.convolution import list_methods
+from elastic.dynamic.skipping.network import make_masked, make_skipping, tune
 from elastic.dynamic.skipping.rewrite import rewrite
 
-__all__ = ["METHODS", "make_masked", "make_skipping", "rewrite", "tune"]
+__all__ = ["list_methods", "make_masked", "make_skipping", "rewrite", "tune"]

@@ -1,7 +1,7 @@
 """Convolve active channels only, by the compiled kernel or by stock torch."""
 
 from functools import partial
-from typing import Literal, NamedTuple, TypeGuard
+from typing import Literal, NamedTuple, TypeGuard, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,12 @@ from elastic.widths.operations.registry import find_base
 
 Method = Literal["kernel", "stock", "dense"]
 MAX_TAPS = 121  # as in the kernel
+
+
+def list_methods() -> list[Method]:
+    """List the methods that work on this machine, the default first: the kernel needs a C++ compiler."""
+    methods: tuple[Method, ...] = get_args(Method)
+    return [method for method in methods if method != "kernel" or compiling.load_kernel() is not None]
 
 
 class _Plan(NamedTuple):

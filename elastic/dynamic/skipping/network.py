@@ -4,16 +4,15 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from elastic.dynamic.modules import iterate_modules, select_set
 from elastic.dynamic.norms import SetNorm
-from elastic.dynamic.skipping import compiling
 from elastic.dynamic.skipping.active import ActiveLayer
-from elastic.dynamic.skipping.convolution import ActiveConv2d, Method
+from elastic.dynamic.skipping.convolution import ActiveConv2d, Method, list_methods
 from elastic.dynamic.skipping.inference import prepare_for_inference, take_first
 from elastic.dynamic.skipping.replay import fuse
 from elastic.dynamic.skipping.rewrite import rewrite
@@ -23,7 +22,6 @@ from elastic.surgery.layout import lay_out_images, lay_out_weights
 from elastic.widths.inputs import Example, list_inputs
 from elastic.widths.tracing import get_layer
 
-METHODS: tuple[Method, ...] = get_args(Method)
 REPEATS = 5  # of a measurement
 
 
@@ -45,6 +43,7 @@ def make_skipping(
 
     Raises:
         StructureError: the network is not in fp32 on the CPU, or only contains one with modules.
+        OptionError: there is no such method on this machine.
     """
     samples = [samples] if isinstance(samples, Tensor) else list(samples)
     with torch.autocast("cpu", enabled=False):
@@ -141,7 +140,7 @@ def _make_masked(
 
 def tune(active: fx.GraphModule, samples: Iterable[Example]) -> None:
     """Give each convolution the method that is fastest on the samples, on this machine as it is now."""
-    methods = [method for method in METHODS if method != "kernel" or compiling.load_kernel() is not None]
+    methods = list_methods()
     times: dict[ActiveConv2d, dict[Method, list[float]]] = defaultdict(lambda: {m: [] for m in methods})
 
     def measure(layer: ActiveConv2d, args: Any, _: object) -> None:

@@ -12,9 +12,8 @@ from torch import Tensor, fx, nn
 from elastic.dynamic.calls import is_linear
 from elastic.dynamic.maps import gate_resized, repeat_for_resized
 from elastic.dynamic.modules import KernelActivation, iterate_modules
-from elastic.dynamic.skipping import compiling
 from elastic.dynamic.skipping.active import Active, ActiveLayer
-from elastic.dynamic.skipping.convolution import ActiveConv2d, Method
+from elastic.dynamic.skipping.convolution import ActiveConv2d, Method, list_methods
 from elastic.dynamic.skipping.expansion import ActiveExpansion
 from elastic.dynamic.skipping.gathering import GatheringConv
 from elastic.dynamic.skipping.head import ActiveHead
@@ -28,7 +27,7 @@ from elastic.dynamic.skipping.layers import ActiveMaxPool2d, ActiveModule
 from elastic.dynamic.skipping.patterns import find_expansion, find_head, find_next, find_pool_size
 from elastic.dynamic.sums import find_addend
 from elastic.dynamic.zeros import PRODUCTS, RESHAPES, keeps_zeros, list_joined, name_operation
-from elastic.errors import StructureError
+from elastic.errors import OptionError, StructureError
 from elastic.widths.hooks import has_hooks
 from elastic.widths.inputs import Example
 from elastic.widths.tracing import get_layer
@@ -62,10 +61,16 @@ def rewrite(net: nn.Module, method: Method | None = None, samples: Sequence[Exam
 
     Raises:
         StructureError: it is not in fp32 on the CPU, or it only contains a network with modules.
+        OptionError: there is no such method on this machine.
     """
     _check(net)
-    default: Method = "stock" if compiling.load_kernel() is None else "kernel"
-    return _Rewriter(prepare_for_inference(net, *take_first(samples)), method or default).run()
+    methods = list_methods()
+    if method is not None and method not in methods:
+        reason = ": it needs a C++ compiler that works" if method == "kernel" else ""
+        raise OptionError(
+            f"method='{method}' cannot be here{reason}: leave it out, or choose {', '.join(methods)}"
+        )
+    return _Rewriter(prepare_for_inference(net, *take_first(samples)), method or methods[0]).run()
 
 
 def _check(net: nn.Module) -> None:

@@ -13,7 +13,7 @@ from elastic.dynamic.attaching import attach_modules
 from elastic.dynamic.loss import ActivationCost
 from elastic.dynamic.modules import iterate_modules
 from elastic.dynamic.saliency import Saliency
-from elastic.dynamic.skipping import METHODS, make_masked, make_skipping
+from elastic.dynamic.skipping import list_methods, make_masked, make_skipping
 from elastic.dynamic.skipping.gathering import GatheringConv
 from elastic.errors import StructureError
 from elastic.widths.discovery import discover
@@ -102,7 +102,7 @@ def make(name: str) -> tuple[nn.Module, Tensor]:
     return randomised(build()).eval(), torch.randn(3, *shape)
 
 
-@pytest.mark.parametrize("method", [*METHODS, "masked"])
+@pytest.mark.parametrize("method", [*list_methods(), "masked"])
 @pytest.mark.parametrize("name", NETS)
 @torch.no_grad()
 def test_skipping_says_what_masking_says(name: str, method: Any) -> None:

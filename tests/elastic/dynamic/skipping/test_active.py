@@ -18,7 +18,7 @@ from elastic.dynamic.activations import GRADED, Activation, find_active, ramp, s
 from elastic.dynamic.skipping import compiling, tiles
 from elastic.dynamic.skipping.active import Active, list_all_channels
 from elastic.dynamic.skipping.compiling import CACHE, load_kernel
-from elastic.dynamic.skipping.convolution import ActiveConv2d, Method
+from elastic.dynamic.skipping.convolution import ActiveConv2d, Method, list_methods
 from elastic.dynamic.skipping.layers import activate_kernels, max_pool
 from elastic.dynamic.skipping.native import call, get_workspace
 from elastic.dynamic.skipping.tiles import PIXELS, STRIPS, TILES, choose_way
@@ -26,7 +26,6 @@ from elastic.dynamic.skipping.tiles import PIXELS, STRIPS, TILES, choose_way
 needs_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "c++")) is None, reason="there is no C++ compiler"
 )
-METHODS = ["kernel", "stock", "dense"] if load_kernel() else ["stock", "dense"]
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
@@ -103,7 +102,7 @@ def some_convolution(method: Method, data: st.DataObject) -> None:
         torch.testing.assert_close(found, expected, **CLOSE)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", list_methods())
 @given(data=st.data())
 def test_a_convolution_of_active_channels_is_the_masked_one(method: Method, data: st.DataObject) -> None:
     some_convolution(method, data)
@@ -168,7 +167,7 @@ def test_what_is_not_a_number_stays_so(size: int, way: int, monkeypatch: pytest.
         assert ActiveConv2d(conv, relu=True, zeros=True)(torch.full((1, 1, 8, 8), torch.nan)).isnan().all()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", list_methods())
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_so_it_is_whatever_the_layout_and_the_threads(method: Method, threads: int) -> None:
     before = torch.get_num_threads()
@@ -186,7 +185,7 @@ def test_so_it_is_whatever_the_layout_and_the_threads(method: Method, threads: i
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", list_methods())
 def test_a_copy_has_weights_of_its_own(method: Method) -> None:
     torch.manual_seed(0)
     x_BCHW = torch.randn(1, 3, 8, 8)

@@ -18,18 +18,18 @@ from torch.nn.utils.parametrize import is_parametrized
 from elastic.dynamic.activations import Activation
 from elastic.dynamic.attaching import attach_modules
 from elastic.dynamic.modules import iterate_modules, select_set
-from elastic.dynamic.skipping import METHODS, make_masked, make_skipping, rewrite, tune
+from elastic.dynamic.skipping import list_methods, make_masked, make_skipping, rewrite, tune
 from elastic.dynamic.skipping.active import Active, list_all_channels
 from elastic.dynamic.skipping.compiling import load_kernel
 from elastic.dynamic.skipping.convolution import ActiveConv2d, Method
-from elastic.errors import StructureError
+from elastic.errors import OptionError, StructureError
 from elastic.models import convnet, resnet20
 from elastic.widths.discovery import discover
 from tests.elastic.dynamic.gated import case_or_none, gated
 from tests.elastic.zoo import CASES, Net, conv, head, randomised
 
 X = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-DEFAULT: Method = "stock" if load_kernel() is None else "kernel"
+DEFAULT = list_methods()[0]
 
 
 def executed(net: fx.GraphModule, method: str) -> fx.GraphModule:
@@ -64,7 +64,7 @@ def test_skipping_says_what_masking_says(name: str, seed: int, batch: int, activ
 
 
 @pytest.mark.sampled(8)
-@pytest.mark.parametrize("method", [*METHODS, "masked"])
+@pytest.mark.parametrize("method", [*list_methods(), "masked"])
 @pytest.mark.parametrize("name", SOME)
 @drawn
 @settings(max_examples=2)
@@ -75,7 +75,7 @@ def test_so_it_does_by_every_method(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [*METHODS, "masked"])
+@pytest.mark.parametrize("method", [*list_methods(), "masked"])
 @pytest.mark.parametrize("name", CASES)
 @drawn
 @settings(max_examples=6)
@@ -103,7 +103,7 @@ TORCHVISION += ["mobilenet_v3_small", "efficientnet_b0"]  # squeeze and excite
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TORCHVISION)
-@pytest.mark.parametrize("method", [*METHODS, "masked"])
+@pytest.mark.parametrize("method", [*list_methods(), "masked"])
 def test_so_it_does_in_torchvisions_networks(name: str, method: str) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 64, 64)
@@ -218,7 +218,7 @@ AWKWARD: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.sampled(20)
-@pytest.mark.parametrize("method", [*METHODS, "masked"])
+@pytest.mark.parametrize("method", [*list_methods(), "masked"])
 @pytest.mark.parametrize("name", AWKWARD)
 def test_so_it_does_where_layers_cannot_be_joined(name: str, method: str) -> None:
     torch.manual_seed(0)
@@ -264,7 +264,14 @@ def test_networks_that_cannot_skip_are_refused(make: Callable[[nn.Module], nn.Mo
         make_skipping(net)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["kernel", "fastest"])
+def test_a_method_that_cannot_be_is_refused(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("elastic.dynamic.skipping.compiling.load_kernel", lambda: None)
+    with pytest.raises(OptionError, match=f"'{method}' cannot be .* choose stock, dense"):
+        make_skipping(gated(resnet20().eval(), X), method=method)
+
+
+@pytest.mark.parametrize("method", list_methods())
 def test_modules_that_decide_at_random_decide_anew_each_time(method: str) -> None:
     net = gated(randomised(resnet20()).eval(), X, kind="random")
     fast = make_skipping(net, method=cast(Method, method))
@@ -308,7 +315,7 @@ def test_inputs_that_are_no_images_are_refused(x: Tensor, message: str, seen: bo
 
 
 @pytest.mark.sampled(1)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", list_methods())
 def test_it_computes_in_fp32_whatever_a_program_has_set(
     method: Method, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -398,7 +405,7 @@ def test_a_network_in_training_can_be_looked_at() -> None:
         torch.testing.assert_close(fast(X), switched.eval()(X), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["kernel", "masked"])
+@pytest.mark.parametrize("method", [DEFAULT, "masked"])
 def test_a_set_is_chosen_between_requests_of_the_skipping_network_too(method: str) -> None:
     net = gated(convnet(in_channels=3).eval(), X, sets=2)
     active = executed(net, method)
