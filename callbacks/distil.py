@@ -130,7 +130,7 @@ class Distil(ElasticCallback):
         target = self._ask(*inputs, **named) if answers is None else answers.find(count_samples(output))
         outputs = self.outputs or self.structure.outputs
         cross_entropy, entropy = (
-            compare_outputs(each, target, outputs, self.temperature) for each in (output, target)
+            compare_outputs(logits, target, outputs, self.temperature) for logits in (output, target)
         )
         return self.weight * (cross_entropy - entropy)
 

@@ -87,7 +87,7 @@ class PruneDynamically(ElasticCallback):
         self.start, self.saliency, self.contrast, self.freeze = start, saliency, contrast, freeze
         self.difficulty = difficulty
         self._check_options(len(gains))
-        self.losses = [ActivationLoss(each, form, by, target) for each in gains]
+        self.losses = [ActivationLoss(gain, form, by, target) for gain in gains]
         self.costs: list[ActivationCost] = []
         self.has_started = self.is_frozen = False
         self.active_set, self.ramp_up = 0, 0.0

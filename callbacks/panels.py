@@ -46,7 +46,9 @@ class LogPanels(ElasticCallback):
 
     def _list_loggers(self, trainer: L.Trainer) -> list[PanelLogger]:
         loggers = trainer.loggers if trainer.is_global_zero else []
-        return [each for each in loggers if is_kind(each, WandbLogger) or is_kind(each, TensorBoardLogger)]
+        return [
+            logger for logger in loggers if is_kind(logger, WandbLogger) or is_kind(logger, TensorBoardLogger)
+        ]
 
 
 def log_samples(logger: PanelLogger, images: list[Tensor], captions: list[str]) -> None:

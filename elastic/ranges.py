@@ -106,9 +106,9 @@ def fits(value: Any, hint: Any) -> bool:
             value in limit for limit in arguments[1:] if isinstance(limit, Range) and _is_number(value)
         )
     if origin in (Union, types.UnionType):
-        return any(fits(value, each) for each in arguments)
+        return any(fits(value, argument) for argument in arguments)
     if origin is Literal:
-        return any(type(value) is type(each) and value == each for each in arguments)
+        return any(type(value) is type(argument) and value == argument for argument in arguments)
     if hint in SCALARS:
         return SCALARS[hint][0](value)
     kind = origin or hint
@@ -116,12 +116,12 @@ def fits(value: Any, hint: Any) -> bool:
         return True  # a type variable, a new name: nothing that could be told
     if kind is not str and issubclass(kind, Mapping):
         return isinstance(value, Mapping) and all(
-            fits(each, arguments[1]) for each in value.values() if arguments
+            fits(item, arguments[1]) for item in value.values() if arguments
         )
     if issubclass(kind, tuple) and arguments and arguments[-1] is not ...:
         return _is_list(value) and len(value) == len(arguments) and all(map(fits, value, arguments))
     if kind in LISTS or issubclass(kind, LISTS):
-        return _is_list(value) and all(fits(each, arguments[0]) for each in value if arguments)
+        return _is_list(value) and all(fits(item, arguments[0]) for item in value if arguments)
     return kind is not type(None) and _is_instance(value, kind)
 
 
@@ -143,13 +143,13 @@ def describe(hint: Any) -> str:
     if inspect.isclass(kind) and issubclass(kind, Mapping):
         return "names with a value each"
     if inspect.isclass(kind) and (kind in LISTS or issubclass(kind, LISTS)):
-        each = [argument for argument in arguments if argument is not ...]
-        return f"a list, each {describe(each[0])}" if each else "a list"
+        hints = [argument for argument in arguments if argument is not ...]
+        return f"a list, each {describe(hints[0])}" if hints else "a list"
     return f"a part of its own ({getattr(kind, '__name__', kind)})"
 
 
 def _has_range(hint: Any) -> bool:
-    return get_origin(hint) is Annotated or any(_has_range(each) for each in get_args(hint))
+    return get_origin(hint) is Annotated or any(_has_range(argument) for argument in get_args(hint))
 
 
 def _is_number(value: Any) -> bool:

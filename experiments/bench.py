@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from elastic.dynamic.attaching import attach_modules
 from elastic.dynamic.modules import iterate_modules
 from elastic.dynamic.skipping import make_skipping
-from elastic.experiments.tools.composition import CONF, settle
+from elastic.experiments.tools.composition import CONF, remove_leftovers
 from elastic.experiments.tools.environment import silence
 from elastic.experiments.tools.errors import run
 from elastic.experiments.tools.nested import make_levels
@@ -80,7 +80,7 @@ def compose_run(*options: str) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", words, return_hydra_config=True)
     HydraConfig.instance().set_config(cfg)
-    return settle(cfg, words, cfg.hydra.runtime.choices)
+    return remove_leftovers(cfg, words, cfg.hydra.runtime.choices)
 
 
 def make_loader(batches: Any) -> "DataLoader[Any]":

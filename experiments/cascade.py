@@ -113,9 +113,9 @@ def show_cascade(
     rows = []
     for arm, outputs in arms.items():
         if budget is not None:
-            fitted = [fit_threshold(each.logits_LNK, each.macs, budget) for each in outputs]
+            fitted = [fit_threshold(output.logits_LNK, output.macs, budget) for output in outputs]
             rows.append(make_row(arm, [*map(measure_cascade, outputs, fitted)]))
-        rows += [make_row(arm, [measure_cascade(each, t) for each in outputs]) for t in THRESHOLDS]
+        rows += [make_row(arm, [measure_cascade(output, t) for output in outputs]) for t in THRESHOLDS]
     print_table(HEAD, rows, width=110)
     if csv is not None:
         write_csv(csv, HEAD, rows)
@@ -126,10 +126,14 @@ def show_cascade(
 def make_row(arm: str, measured: Sequence[Measured]) -> list[str]:
     """Make a row of the table: means over seeds, with their standard deviation where there are several."""
     return [
-        *(arm, str(len(measured)), f"{statistics.mean(each.threshold for each in measured):.3f}"),
-        format_spread([100 * each.small for each in measured], 1),
-        format_spread([each.macs for each in measured], 0),
-        format_spread([100 * each.accuracy for each in measured]),
+        *(
+            arm,
+            str(len(measured)),
+            f"{statistics.mean(measurement.threshold for measurement in measured):.3f}",
+        ),
+        format_spread([100 * measurement.small for measurement in measured], 1),
+        format_spread([measurement.macs for measurement in measured], 0),
+        format_spread([100 * measurement.accuracy for measurement in measured]),
     ]
 
 

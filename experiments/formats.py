@@ -79,42 +79,44 @@ def make_data(name: str) -> ImageData:
     return data
 
 
-def measure(each: Exported, endings: Sequence[str], folder: Path) -> None:
+def measure(exported: Exported, endings: Sequence[str], folder: Path) -> None:
     """Export a network in all formats, and measure it there."""
-    example = torch.zeros(1, *each.data.shape)
-    batches = each.data.sample(CALIBRATION, seed=0)[0].split(32)
-    runs = dict(make_here(each))
+    example = torch.zeros(1, *exported.data.shape)
+    batches = exported.data.sample(CALIBRATION, seed=0)[0].split(32)
+    runs = dict(make_here(exported))
     for ending in endings:
         for calibration in ((), batches) if FORMATS[ending].has_int8 else ((),):
             column = f"{ending} int8" if calibration else ending
             path = folder / f"{'int8' if calibration else 'fp32'}{ending}"
             try:
-                each.difference[column] = f"{export(each.net, example, path, {}, calibration):.0e}"
+                exported.difference[column] = f"{export(exported.net, example, path, {}, calibration):.0e}"
             except ElasticError as error:
                 print(error)
                 continue
             files = [path, path.with_suffix(".bin")] if ending == ".xml" else [path]
-            each.size[column] = f"{sum(file.stat().st_size for file in files) / 1e3:,.0f}"
+            exported.size[column] = f"{sum(file.stat().st_size for file in files) / 1e3:,.0f}"
             runs[column] = open_exported(path, threads=1)
             if calibration:
-                each.accuracies[column] = show_accuracy(runs[column], each.data)
-    each.accuracies["fp32"] = show_accuracy(lambda x_BCHW: list_tensors(each.net(x_BCHW)), each.data)
-    inputs = [x_1CHW.contiguous() for x_1CHW in each.data.sample(IMAGES, seed=1)[0].split(1)]
+                exported.accuracies[column] = show_accuracy(runs[column], exported.data)
+    exported.accuracies["fp32"] = show_accuracy(
+        lambda x_BCHW: list_tensors(exported.net(x_BCHW)), exported.data
+    )
+    inputs = [x_1CHW.contiguous() for x_1CHW in exported.data.sample(IMAGES, seed=1)[0].split(1)]
     # In processor time, so that what else runs here counts little.
     medians = measure_medians_ms(list(runs.values()), inputs, time.process_time)
     for column, median_ms in zip(runs, medians, strict=True):
-        if not column.startswith(HERE) or median_ms < float(each.latency.get(HERE, "inf")):
-            each.latency[HERE if column.startswith(HERE) else column] = f"{median_ms:.3f}"
+        if not column.startswith(HERE) or median_ms < float(exported.latency.get(HERE, "inf")):
+            exported.latency[HERE if column.startswith(HERE) else column] = f"{median_ms:.3f}"
 
 
-def make_here(each: Exported) -> Iterator[tuple[str, Run]]:
+def make_here(exported: Exported) -> Iterator[tuple[str, Run]]:
     """Make the executions of this package, of which the fastest counts."""
-    if each.dynamic:
-        samples = each.data.sample(TUNED_ON, seed=2)[0].split(1)
-        skipping = make_skipping(each.net, samples)  # type: ignore[arg-type]
+    if exported.dynamic:
+        samples = exported.data.sample(TUNED_ON, seed=2)[0].split(1)
+        skipping = make_skipping(exported.net, samples)  # type: ignore[arg-type]
         yield HERE, lambda x_BCHW: list_tensors(skipping(x_BCHW))
         return
-    for name, execution in make_stock(each.net).items():
+    for name, execution in make_stock(exported.net).items():
         yield f"{HERE} {name}", wrap(execution)
 
 
@@ -134,7 +136,9 @@ def write_tables(networks: Sequence[Exported], endings: Sequence[str]) -> str:
 
     def write(title: str, columns: Sequence[str], pick: Callable[[Exported], Cells]) -> str:
         heads = ["", *(column.removesuffix(" int8") for column in columns)]
-        rows = [[each.name, *(pick(each).get(column, "–") for column in columns)] for each in networks]
+        rows = [
+            [exported.name, *(pick(exported).get(column, "–") for column in columns)] for exported in networks
+        ]
         lines = [heads, ["---", *["---:"] * len(columns)], *rows]
         return f"{title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -145,16 +149,16 @@ def write_tables(networks: Sequence[Exported], endings: Sequence[str]) -> str:
             "thread, in processor time, all files of a network in turn in one process. "
             f"`{HERE}` is the fastest of this package's own executions, which skips kernels where the "
             "network is dynamic.",
-            write("Latency in 32 bits (ms):", columns, lambda each: each.latency),
-            write("Latency in 8 bits (ms):", [HERE, *int8], lambda each: each.latency),
+            write("Latency in 32 bits (ms):", columns, lambda exported: exported.latency),
+            write("Latency in 8 bits (ms):", [HERE, *int8], lambda exported: exported.latency),
             write(
                 f"Accuracy in 8 bits, after that in 32 (%), on {TESTED:,} test images:",
                 ["fp32", *int8],
-                lambda each: each.accuracies,
+                lambda exported: exported.accuracies,
             ),
-            write("Largest difference of outputs in 32 bits:", endings, lambda each: each.difference),
-            write("Size in 32 bits (kB):", endings, lambda each: each.size),
-            write("Size in 8 bits (kB):", int8, lambda each: each.size),
+            write("Largest difference of outputs in 32 bits:", endings, lambda exported: exported.difference),
+            write("Size in 32 bits (kB):", endings, lambda exported: exported.size),
+            write("Size in 8 bits (kB):", int8, lambda exported: exported.size),
         ]
     )
 
@@ -185,10 +189,10 @@ def main() -> None:
     silence()
     torch.set_num_threads(1)
     endings, networks = [ending for ending in FORMATS if is_installed(ending)], list(list_networks())
-    for count, each in enumerate(networks, start=1):  # what is known is on the page after each
+    for count, exported in enumerate(networks, start=1):  # what is known is on the page after each
         with tempfile.TemporaryDirectory() as folder:
-            measure(each, endings, Path(folder))
-        print(each.name, each.latency, each.accuracies, flush=True)
+            measure(exported, endings, Path(folder))
+        print(exported.name, exported.latency, exported.accuracies, flush=True)
         PAGE.write_text(replace_table(PAGE.read_text(), write_tables(networks[:count], endings), BEGIN, END))
 
 

@@ -102,7 +102,7 @@ def _list_ends(summaries: Sequence[Mapping[str, Any]], key: str) -> list[list[fl
     """List a number of all seeds: of the smallest level and the largest, or of the network alone."""
     levels = [_get_levels(summary) for summary in summaries]
     ends = sorted({0, len(levels[0]) - 1})
-    return [[float(each[k].get(key, each[k]["macs"])) for each in levels] for k in ends]
+    return [[float(rows[k].get(key, rows[k]["macs"])) for rows in levels] for k in ends]
 
 
 def _show_accuracy(summaries: Sequence[Mapping[str, Any]]) -> str:

@@ -108,10 +108,10 @@ def list_rows(curves: Mapping[str, Sequence[Cut]]) -> list[list[str]]:
     pairs.sort(key=lambda pair: pair[2].loss / max(pair[2].macs, 1.0))
     return [
         [
-            *(name, str(whole), str(cut.channels)),
+            *(name, str(channels), str(cut.channels)),
             *(f"{cut.loss:.4f}", f"{cut.metric:.4f}", f"{cut.macs:,.0f}", f"{cut.latency_ms:.3f}"),
         ]
-        for name, whole, cut in pairs
+        for name, channels, cut in pairs
     ]
 
 

@@ -26,7 +26,7 @@ from elastic.errors import OptionError, TrainingError
 from elastic.experiments.tools.about import describe_run
 from elastic.experiments.tools.checking import check_options
 from elastic.experiments.tools.compatibility import let_hydra_start
-from elastic.experiments.tools.composition import CONF, check_words, list_callbacks, rewrite, settle
+from elastic.experiments.tools.composition import CONF, check_words, list_callbacks, remove_leftovers, rewrite
 from elastic.experiments.tools.environment import (
     EndOnSignals,
     StayStopped,
@@ -228,9 +228,11 @@ def run_job(cfg: DictConfig) -> float | tuple[float, ...]:
         if choices.get("sweep") and not is_multirun():
             raise OptionError(f"sweep={choices['sweep']} is of several runs: add -m, or leave it out")
         if is_multirun():  # where an option that nothing takes lets one run fail, and no other
-            summary = note_failure(folder, lambda: run_in_sweep(settle(cfg, words, choices), folder, train))
+            summary = note_failure(
+                folder, lambda: run_in_sweep(remove_leftovers(cfg, words, choices), folder, train)
+            )
         else:
-            summary = train(continue_config(settle(cfg, words, choices), folder), folder)
+            summary = train(continue_config(remove_leftovers(cfg, words, choices), folder), folder)
         return read_objectives(summary, cfg.objectives)
 
 
@@ -239,10 +241,9 @@ def main() -> None:
         print(describe_training())
         return
     sys.argv[1:] = [rewrite(word) for word in sys.argv[1:]]
-    with let_hydra_start():
-        check_words(sys.argv[1:])
-        with complete_sweep():
-            run_job()
+    check_words(sys.argv[1:])
+    with let_hydra_start(), complete_sweep():
+        run_job()
 
 
 if __name__ == "__main__":

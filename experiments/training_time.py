@@ -125,9 +125,9 @@ def count_batches(planned: DictConfig, batches: int, epochs: int) -> tuple[int, 
     steps = planned.get("max_steps") or -1
     if steps < 1:
         return batches, batches
-    each = planned.get("accumulate_grad_batches") or 1
-    remaining = steps - (epochs - 1) * math.ceil(batches / each)
-    return batches, min(batches, remaining * each)
+    accumulated = planned.get("accumulate_grad_batches") or 1
+    remaining = steps - (epochs - 1) * math.ceil(batches / accumulated)
+    return batches, min(batches, remaining * accumulated)
 
 
 def shorten(cfg: DictConfig, folder: Path, batches: int, epochs: int) -> None:

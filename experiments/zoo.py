@@ -26,14 +26,19 @@ def show_zoo(name: str | None = None) -> None:
         print(read_card(name), end="")
         return
     table = Table("name", "data", "test accuracy (%)", "params", "MACs", "levels", "sets")
-    for each in list_zoo():
-        about = read_about(find_file(each))
+    for entry in list_zoo():
+        about = read_about(find_file(entry))
         measured, rows = about["measured"], about["measured"].get("levels") or [about["measured"]]
         accuracies = " … ".join(dict.fromkeys(f"{100 * rows[k]['test/acc']:.2f}" for k in (0, -1)))
         macs = measured.get("macs_dynamic", measured["macs"])
         counts = (len(rows), len(measured.get("sets", [])))
         table.add_row(
-            each, about["made"]["data"], accuracies, f"{measured['params']:,}", f"{macs:,}", *map(str, counts)
+            entry,
+            about["made"]["data"],
+            accuracies,
+            f"{measured['params']:,}",
+            f"{macs:,}",
+            *map(str, counts),
         )
     Console(width=120).print(table)
     print('Load one by elastic.load("<name>"); see its card by elastic zoo name=<name>.')

@@ -57,11 +57,11 @@ def _compose(overrides: tuple[str, ...]) -> bytes:
                 break
         cfg.hydra.overrides.task = [cfg.hydra.overrides.task[0], *overrides]
         with patch.object(composition, "compose", _compose_again):
-            return pickle.dumps(composition.settle(cfg, overrides, cfg.hydra.runtime.choices))
+            return pickle.dumps(composition.remove_leftovers(cfg, overrides, cfg.hydra.runtime.choices))
 
 
 def _compose_again(_: str, overrides: Sequence[str], return_hydra_config: bool = False) -> DictConfig:
-    """Compose as `settle` does to compare."""
+    """Compose as `remove_leftovers` does to compare."""
     cfg: DictConfig = pickle.loads(_compose_choices(tuple(overrides)))  # noqa: S301
     return cfg
 

@@ -7,7 +7,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import open_dict
 
-from elastic.experiments.tools.composition import settle
+from elastic.experiments.tools.composition import remove_leftovers
 from tests.runs import CONF, TINY, configure
 
 
@@ -26,7 +26,7 @@ def test_plain_options_are_applied_as_hydra_applies_them(tmp_path: Path, overrid
     with initialize_config_dir(str(CONF), version_base="1.3"):
         words = [f"run={tmp_path}", f"hydra.runtime.output_dir={tmp_path}", *overrides]
         composed = compose("config", words, return_hydra_config=True)
-        expected = settle(composed, overrides, composed.hydra.runtime.choices)
+        expected = remove_leftovers(composed, overrides, composed.hydra.runtime.choices)
     with open_dict(expected):
         del expected["hydra"]
     assert found == expected

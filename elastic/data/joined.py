@@ -35,7 +35,7 @@ class JoinedImages(ImageData):
     def load(self, download: bool) -> tuple[ImageSet, ImageSet]:
         """Read each set, or download it, and join them."""
         parts = [data.load(download) for data in self.sets.values()]
-        train, test = (self._join(list(each)) for each in zip(*parts, strict=True))
+        train, test = (self._join(list(splits)) for splits in zip(*parts, strict=True))
         return train, test
 
     def _join(self, parts: list[Any]) -> InMemory:
@@ -43,7 +43,7 @@ class JoinedImages(ImageData):
         for (name, data), part in zip(self.sets.items(), parts, strict=True):
             images.append(self._fit_shape(part.images))
             labels.append(part.labels + offset)
-            names += [f"{name} {each}" for each in part.class_names or range(data.classes)]
+            names += [f"{name} {label}" for label in part.class_names or range(data.classes)]
             offset += data.classes
         return InMemory(torch.cat(images), torch.cat(labels), names)
 

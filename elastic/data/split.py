@@ -14,8 +14,8 @@ def split_stratified(labels_N: Tensor, count: int, seed: int) -> tuple[Tensor, T
     sizes_K = torch.bincount(labels_N)
     share_K = sizes_K.double() * count / len(labels_N)
     counts_K = share_K.floor().long()
-    rest = count - int(counts_K.sum())
-    counts_K[torch.argsort(counts_K - share_K, stable=True)[:rest]] += 1
+    remainder = count - int(counts_K.sum())
+    counts_K[torch.argsort(counts_K - share_K, stable=True)[:remainder]] += 1
 
     part_N = torch.zeros(len(labels_N), dtype=torch.bool)
     for label, size in enumerate(counts_K.tolist()):

@@ -54,7 +54,7 @@ def _separate_shared(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             name = f"{path}.{key}".lstrip(".")
             if parameter is None or first.setdefault(parameter, name) == name:
                 continue
-            values = [state[each] for each in (first[parameter], name) if each in state]
+            values = [state[key] for key in (first[parameter], name) if key in state]
             if len(values) == 2 and not torch.equal(*values):
                 layer._parameters[key] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
 

@@ -199,13 +199,13 @@ class Network:
         take_types(net, state)
         example = match_type(example, net)
         widths = fill_network(net, state, example)
-        rest = {name: value for name, value in about.items() if name not in STRUCTURE}
+        description = {name: value for name, value in about.items() if name not in STRUCTURE}
         if "levels" in about:
             levels = Levels(net, widths, read_levels(about, path))
             load_state(levels.norms, _select(tensors, LEVEL_NORMS), f"{path} lacks norms of its levels")
-            network = cls(levels, about=rest)
+            network = cls(levels, about=description)
         else:
-            network = cls(net, about=rest)
+            network = cls(net, about=description)
         for level in network.nets:
             level.eval()
         if "switched" in about:

@@ -49,9 +49,9 @@ class Settings:
     def follow(self) -> None:
         """Set in the levels what has been set in the network since."""
         for setting in self._settings:
-            now = setting.attributes.get(setting.name)
-            if now is not setting.value and type(now) in KINDS:
-                setting.value = now
+            value = setting.attributes.get(setting.name)
+            if value is not setting.value and type(value) in KINDS:
+                setting.value = value
                 setting.share()
 
 

@@ -25,7 +25,9 @@ class HiddenGates:
     def hide(self, *models: nn.Module) -> None:
         """Take the gates off models, weights and all as they are."""
         self.is_hiding = True
-        layers = [each for model in models for each in model.modules() if parametrize.is_parametrized(each)]
+        layers = [
+            layer for model in models for layer in model.modules() if parametrize.is_parametrized(layer)
+        ]
         self._layers += [_hide(layer) for layer in layers if _has_gates_alone(layer)]
 
     def show(self) -> None:
@@ -61,7 +63,7 @@ class _HiddenLayer:
 
 
 def _has_gates_alone(layer: nn.Module) -> bool:
-    return all(isinstance(each, Gate) for chain in list_chains(layer).values() for each in chain.children())
+    return all(isinstance(step, Gate) for chain in list_chains(layer).values() for step in chain.children())
 
 
 def _hide(layer: nn.Module) -> _HiddenLayer:

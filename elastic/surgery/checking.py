@@ -181,8 +181,8 @@ def _list_values(model: nn.Module, widths: Widths) -> Iterator[Tensor]:
 def _stop_reading(model: nn.Module, widths: Widths, indices: dict[str, Tensor]) -> None:
     """Set the weights to zero that read channels which an index leaves out."""
     for name, index in indices.items():
-        rest = torch.ones(widths[name].size, dtype=torch.bool).index_fill(0, index, False)
+        is_left_out = torch.ones(widths[name].size, dtype=torch.bool).index_fill(0, index, False)
         for slot in widths[name].slots_with("in"):
-            positions = widths.positions(slot, name)[rest].flatten()
+            positions = widths.positions(slot, name)[is_left_out].flatten()
             for item in list_tensors(model.get_submodule(slot.module), slot.tensor)[:1]:
                 item.value.data.index_fill_(slot.dim, positions.to(item.value.device), 0)

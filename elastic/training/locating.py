@@ -17,7 +17,9 @@ def make_prefix(path: str) -> str:
 
 def find_called(module: nn.Module, net: nn.Module) -> nn.Module:
     """Find what a module calls for its network: itself, or what `torch.compile` has wrapped it in."""
-    return next((each for each in module.modules() if getattr(each, WRAPPED, None) is net), net)
+    return next(
+        (submodule for submodule in module.modules() if getattr(submodule, WRAPPED, None) is net), net
+    )
 
 
 def is_called_compiled(module: nn.Module, net: nn.Module) -> bool:

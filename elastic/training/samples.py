@@ -89,9 +89,9 @@ def take_samples(trainer: L.Trainer, count: int, seed: int) -> tuple[Example, Te
         size = max(1, count_samples(batch))
         batches = [batch, *islice(loader, max(0, count // size - 1))]
         batches = [
-            trainer.strategy.batch_to_device(each, device) for each in batches
+            trainer.strategy.batch_to_device(batch, device) for batch in batches
         ]  # by the module's hooks
-    inputs, targets = zip(*(_split(trainer.lightning_module, each) for each in batches), strict=True)
+    inputs, targets = zip(*(_split(trainer.lightning_module, batch) for batch in batches), strict=True)
     x: Example = trainer.precision_plugin.convert_input(_join(inputs, count))
     return x, None if any(y is None for y in targets) else torch.cat(targets)[:count]
 

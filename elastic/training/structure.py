@@ -396,7 +396,9 @@ class Structure(nn.Module):
 
     def is_current(self, module: nn.Module) -> bool:
         """Tell whether a module still has the network, and that its widths."""
-        return any(each is self.net for each in module.modules()) and has_widths(self.net, self.widths)
+        return any(submodule is self.net for submodule in module.modules()) and has_widths(
+            self.net, self.widths
+        )
 
     def _get_called(self) -> nn.Module:
         return self.net if self.trainer is None else find_called(self.trainer.lightning_module, self.net)

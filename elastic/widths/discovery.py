@@ -111,12 +111,12 @@ def find_widths(model: nn.Module, *example: Tensor) -> Widths:
     return widths
 
 
-def _fix_kept(kept: Sequence[Axis], elements: ChannelUnion, records: Records) -> None:
+def _fix_kept(axes: Sequence[Axis], elements: ChannelUnion, records: Records) -> None:
     """Fix what a forward keeps for the program and no layer reads, such as auxiliary outputs; in place."""
-    if not kept:
+    if not axes:
         return
     read = [elements.represent(axis) for role, axis in records.values() if role == "in"]
-    for axis in kept:
+    for axis in axes:
         if not any(np.isin(elements.represent(axis), own).any() for own in read):
             elements.fix(axis, "the forward keeps it, and no layer reads it")
 

@@ -79,8 +79,8 @@ class AxisTracker:
 
     def list_kept(self) -> list[Axis]:
         """List the axes of what the forward keeps in its modules and does not go on with."""
-        kept = [node for node in self.graph.kept if not node.users]  # type: ignore[attr-defined]
-        return [axis for node in kept for axis in list_axes(node.meta["axes"])]
+        nodes = [node for node in self.graph.nodes if not node.users]  # type: ignore[attr-defined]
+        return [axis for node in nodes for axis in list_axes(node.meta["axes"])]
 
     def _note_axes(self, node: fx.Node, value: Any) -> None:
         if (written := self._find_written(node)) is not None:  # a gate would hide it from the layer

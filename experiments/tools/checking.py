@@ -226,10 +226,10 @@ def _check_value(cfg: DictConfig, key: str, value: Any, hint: Any) -> None:
     plain = _replace_parts(value)
     if fits(plain, hint):
         return
-    whole = _as_whole(plain)
-    if repr(whole) != repr(plain) and fits(whole, hint):
+    integral = _as_integers(plain)
+    if repr(integral) != repr(plain) and fits(integral, hint):
         with open_dict(cfg):
-            OmegaConf.update(cfg, key, whole, merge=False)
+            OmegaConf.update(cfg, key, integral, merge=False)
     elif isinstance(plain, int) and not isinstance(plain, bool) and fits(str(plain), hint):
         with open_dict(cfg):
             OmegaConf.update(cfg, key, str(plain), merge=False)
@@ -241,15 +241,15 @@ def _replace_parts(value: Any) -> Any:
     """Put in place of every part with a `_target_` what fits any type."""
     if isinstance(value, dict):
         return (
-            ANYTHING if "_target_" in value else {name: _replace_parts(each) for name, each in value.items()}
+            ANYTHING if "_target_" in value else {name: _replace_parts(item) for name, item in value.items()}
         )
-    return [_replace_parts(each) for each in value] if isinstance(value, list) else value
+    return [_replace_parts(item) for item in value] if isinstance(value, list) else value
 
 
-def _as_whole(value: Any) -> Any:
+def _as_integers(value: Any) -> Any:
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    return [_as_whole(each) for each in value] if isinstance(value, list) else value
+    return [_as_integers(item) for item in value] if isinstance(value, list) else value
 
 
 def _is_default(value: Any, parameter: Parameter) -> bool:
@@ -273,10 +273,10 @@ def _read_target(key: str, target: Any) -> Signature:
     if not isinstance(target, str) or not target:
         raise OptionError(f"{key}._target_={target} is no name: set it to that of a class or a function")
     try:
-        thing = find_object(target)
+        obj = find_object(target)
     except Exception as error:  # of whatever its module does when it is imported
         cause = cite(error)
         raise OptionError(f"{key} names {target}, which cannot be imported: {cause}") from error
-    if not callable(thing):
+    if not callable(obj):
         raise OptionError(f"{key} names {target}, which is neither a class nor a function: name one")
-    return read_signature(thing)
+    return read_signature(obj)

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from elastic.errors import OptionError
+from elastic.experiments.tools.compatibility import let_hydra_start
 
 CONF = Path(__file__).parents[2] / "conf"
 NO_NAME = re.compile(r"null|true|false|[-+]?[\d.]+(e[-+]?\d+)?", re.IGNORECASE)  # as Hydra reads a value
@@ -63,7 +64,8 @@ def check_words(words: Sequence[str]) -> None:
         OptionError: a flag is unknown, or stands between options; a choice is no name; a folder is a
             file, or that of one run where there are several.
     """
-    flags_known, unknown = get_args_parser().parse_known_args(words)
+    with let_hydra_start():
+        flags_known, unknown = get_args_parser().parse_known_args(words)
     if flags := [word for word in unknown if word.startswith("-")]:
         raise OptionError(f"there is no {flags[0]}: see --help")
     if unknown:
@@ -88,7 +90,9 @@ def _find_file(path: str) -> Path | None:
     return next((place for place in (folder, *folder.parents) if place.is_file()), None)
 
 
-def settle(cfg: DictConfig, overrides: Sequence[str], choices: Mapping[str, str | None]) -> DictConfig:
+def remove_leftovers(
+    cfg: DictConfig, overrides: Sequence[str], choices: Mapping[str, str | None]
+) -> DictConfig:
     """Take out what a composed configuration has left over.
 
     Args:
@@ -143,8 +147,8 @@ def refuse_unread(override: Override, cfg: DictConfig) -> None:
     Raises:
         OptionError: it is one.
     """
-    top, _, rest = override.key_or_group.partition(".")
-    callback = rest.partition(".")[0] if top == "callbacks" else READ_BY.get(top)
+    top, _, name = override.key_or_group.partition(".")
+    callback = name.partition(".")[0] if top == "callbacks" else READ_BY.get(top)
     left_out = override.is_delete() or override.key_or_group == f"callbacks.{callback}"
     if not callback or callback in list_callbacks(cfg) or left_out:
         return

@@ -38,8 +38,8 @@ def compute_difference(arm: Arm, other: Arm) -> Difference | None:
         return None
     key = arm.metric
     ours, theirs = (
-        {str(run["seed"]): run[key] for run in each.runs if None not in (run.get("seed"), run.get(key))}
-        for each in (arm, other)
+        {str(run["seed"]): run[key] for run in compared.runs if None not in (run.get("seed"), run.get(key))}
+        for compared in (arm, other)
     )
     differences = [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
     if not differences:

@@ -117,12 +117,12 @@ def make_figure(title: str, caption: str, draw: Draw, height: float = 4.0) -> st
 def _embed(svg: str, name: str) -> str:
     """Turn a drawing of matplotlib's into an element of a page, whose artists tell what their gid says."""
     svg = svg[svg.index("<svg") :]
-    head, _, rest = svg.partition(">")
+    head, _, body = svg.partition(">")
     (box,) = re.findall(r'viewBox="[^"]*"', head)
-    rest = re.sub(r"<metadata>.*?</metadata>", "", rest, flags=re.DOTALL)
-    rest = re.sub(rf'<g id="{TIP}([^"]*)">', r'<g class="tip"><title>\1</title>', rest)
-    rest = rest.replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, sans-serif")
-    return f'<svg role="img" aria-label="{name}" {box}>{rest}'
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    body = re.sub(rf'<g id="{TIP}([^"]*)">', r'<g class="tip"><title>\1</title>', body)
+    body = body.replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, sans-serif")
+    return f'<svg role="img" aria-label="{name}" {box}>{body}'
 
 
 def _list_arms(arms: Sequence[Series]) -> str:

@@ -68,7 +68,7 @@ def measure_training(net: nn.Module, x_BCHW: Tensor) -> int:
         storage = tensor.untyped_storage()
         storages[storage._cdata] = storage
 
-    with saved_tensors_hooks(keep, lambda kept: kept):  # nothing asks for it
+    with saved_tensors_hooks(keep, lambda storage: storage):  # nothing asks for it
         net.train()(x_BCHW)
     own = {tensor.untyped_storage()._cdata for tensor in (*net.parameters(), *net.buffers())}
     weights = COPIES * sum(parameter.nbytes for parameter in net.parameters())

@@ -101,33 +101,33 @@ class Signature:
 
 
 @cache
-def read_signature(thing: Any) -> Signature:
+def read_signature(target: Any) -> Signature:
     """Read what a class or a function takes by name; of a class of ours what it hands on as well."""
     parameters: dict[str, Parameter] = {}
     others = False
-    for function in _list_constructors(thing) if inspect.isclass(thing) else [thing]:
+    for function in _list_constructors(target) if inspect.isclass(target) else [target]:
         try:
             own_parameters = list(inspect.signature(function).parameters.values())
         except (TypeError, ValueError):  # written in C
             return Signature(parameters, True)
-        for parameter in own_parameters[inspect.isclass(thing) :]:
+        for parameter in own_parameters[inspect.isclass(target) :]:
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
                 parameters.setdefault(parameter.name, _read_parameter(function, parameter))
         if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in own_parameters):
             break
         # A function hands them on to whatever it likes, as do others' classes.
-        others = others or not inspect.isclass(thing) or not _is_ours(function)
+        others = others or not inspect.isclass(target) or not _is_ours(function)
     return Signature(parameters, others)
 
 
-def _list_constructors(thing: type) -> list[Any]:
+def _list_constructors(target: type) -> list[Any]:
     """List the constructor of a class, and of one of ours those that it hands options on to."""
-    constructors = [vars(base)["__init__"] for base in thing.__mro__ if "__init__" in vars(base)]
-    return constructors if any(map(_is_ours, thing.__mro__)) else constructors[:1]
+    constructors = [vars(base)["__init__"] for base in target.__mro__ if "__init__" in vars(base)]
+    return constructors if any(map(_is_ours, target.__mro__)) else constructors[:1]
 
 
-def _is_ours(thing: Any) -> bool:
-    return str(getattr(thing, "__module__", "")).startswith("elastic.")
+def _is_ours(target: Any) -> bool:
+    return str(getattr(target, "__module__", "")).startswith("elastic.")
 
 
 def _read_parameter(function: Any, parameter: inspect.Parameter) -> Parameter:

@@ -193,17 +193,22 @@ def count_remaining(sweeper: DictConfig) -> int:
     """
     import optuna
 
-    study = optuna.create_study(
-        study_name=sweeper.study_name,
-        storage=sweeper.storage,
-        directions=[getattr(d, "name", d) for d in _as_list(sweeper.direction)],
-        load_if_exists=True,
-    )
-    for trial in study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):
-        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-        study.enqueue_trial(trial.params, user_attrs={REPEATS: trial.number})
-    repeated = {t.user_attrs[REPEATS] for t in study.trials if REPEATS in t.user_attrs}
-    finished = [t for t in study.trials if t.state.is_finished() and t.number not in repeated]
+    storage = optuna.storages.RDBStorage(sweeper.storage)
+    try:
+        study = optuna.create_study(
+            study_name=sweeper.study_name,
+            storage=storage,
+            directions=[getattr(d, "name", d) for d in _as_list(sweeper.direction)],
+            load_if_exists=True,
+        )
+        for trial in study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):
+            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+            study.enqueue_trial(trial.params, user_attrs={REPEATS: trial.number})
+        trials = study.trials
+    finally:
+        storage.engine.dispose()
+    repeated = {t.user_attrs[REPEATS] for t in trials if REPEATS in t.user_attrs}
+    finished = [t for t in trials if t.state.is_finished() and t.number not in repeated]
     return max(0, int(sweeper.n_trials) - len(finished))
 
 

@@ -90,16 +90,16 @@ def is_trusted(name: Any) -> bool:
     if name.partition(".")[0] not in roots:  # importing it would run it
         return False
     try:
-        thing = find_object(name)
+        obj = find_object(name)
     except ImportError:
         return False
-    package = getattr(thing, "__module__", None) or ""
-    if inspect.isclass(thing):
-        return any(_is_within(package, home) and issubclass(thing, bases) for home, bases in CLASSES)
-    if not inspect.isfunction(thing):
+    package = getattr(obj, "__module__", None) or ""
+    if inspect.isclass(obj):
+        return any(_is_within(package, home) and issubclass(obj, bases) for home, bases in CLASSES)
+    if not inspect.isfunction(obj):
         return False
     # Of torchvision, builders alone: others read what they are told to.
-    is_builder = _is_within(package, "torchvision.models") and thing.__name__ in list_models()
+    is_builder = _is_within(package, "torchvision.models") and obj.__name__ in list_models()
     return is_builder or _is_within(package, "elastic.models")
 
 
@@ -113,16 +113,16 @@ def find_object(name: str) -> Any:
     for count in range(len(parts) - 1, 0, -1):
         module_name = ".".join(parts[:count])
         try:
-            thing = import_module(module_name)
+            obj = import_module(module_name)
         except ModuleNotFoundError as error:
             if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
                 continue  # a class, perhaps, of the module above
             raise
         for part in parts[count:]:
-            if not hasattr(thing, part):
+            if not hasattr(obj, part):
                 raise ImportError(f"{module_name} has no {'.'.join(parts[count:])}")
-            thing = getattr(thing, part)
-        return thing
+            obj = getattr(obj, part)
+        return obj
     raise ImportError(f"there is no module {parts[0]}")
 
 

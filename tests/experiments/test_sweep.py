@@ -220,11 +220,12 @@ def test_runs_of_an_earlier_sweep_in_the_folder_are_not_counted(
 def test_a_search_that_was_killed_goes_on_with_what_it_was_doing(tmp_path: Path) -> None:
     optuna = pytest.importorskip("optuna")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = f"sqlite:///{tmp_path}/study.db"
+    url = f"sqlite:///{tmp_path}/study.db"
     sweeper = OmegaConf.create(
-        {"study_name": "s", "storage": storage, "direction": ["maximize", "minimize"], "n_trials": 5}
+        {"study_name": "s", "storage": url, "direction": ["maximize", "minimize"], "n_trials": 5}
     )
     assert count_remaining(sweeper) == 5
+    storage = optuna.storages.RDBStorage(url)
     study = optuna.load_study(study_name="s", storage=storage)
     space = {"x": optuna.distributions.FloatDistribution(0, 1)}
     study.tell(study.ask(space), [0.5, 100])
@@ -239,6 +240,7 @@ def test_a_search_that_was_killed_goes_on_with_what_it_was_doing(tmp_path: Path)
     assert twice.params == killed.params
     study.tell(twice, [0.6, 90])
     assert count_remaining(sweeper) == 2
+    storage.engine.dispose()
 
 
 def test_the_sweepers_configuration_is_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

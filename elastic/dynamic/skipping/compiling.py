@@ -28,7 +28,7 @@ class ConvolutionShape(ctypes.Structure):
         (name, ctypes.c_int32)
         for name in (
             *("channels", "height", "width", "kernels", "kernel_height", "kernel_width"),
-            *("stride", "pad", "out_height", "out_width", "way"),
+            *("stride", "pad", "out_height", "out_width", "algorithm"),
         )
     ]
 

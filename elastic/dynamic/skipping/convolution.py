@@ -70,7 +70,7 @@ class ActiveConv2d(ActiveLayer):
         self.weight = padded[: weight.numel()].view(weight.shape)
         self.bias = copy_bias(conv, conv.out_channels)
         self.blocks = find_blocks(weight)
-        self._weights: dict[int, tuple[Tensor, Tensor | None]] = {}  # that plans of one way share
+        self._weights: dict[int, tuple[Tensor, Tensor | None]] = {}  # that plans of one algorithm share
         self._plans: dict[tuple[int, int, bool], _Plan] = {}
 
     @staticmethod
@@ -167,18 +167,20 @@ class ActiveConv2d(ActiveLayer):
         assert kernel is not None
         (kernels, rows, columns), (_, channels, *taps) = out, self.weight.shape
         takes_tiles = taps == [3, 3] and self.stride == 1
-        way = tiles.choose_way(channels, kernels, rows, columns, once) if takes_tiles else tiles.PIXELS
-        sizes = (channels, height, width, kernels, *taps, self.stride, self.padding, rows, columns, way)
+        algorithm = tiles.PIXELS
+        if takes_tiles:
+            algorithm = tiles.choose_algorithm(channels, kernels, rows, columns, once)
+        sizes = (channels, height, width, kernels, *taps, self.stride, self.padding, rows, columns, algorithm)
         shape = ConvolutionShape(*sizes)
-        if way not in self._weights:
-            self._weights[way] = self._transform_weights(way)
-        plan = _Plan(shape, *self._weights[way], out, kernel.count_work(shape))
+        if algorithm not in self._weights:
+            self._weights[algorithm] = self._transform_weights(algorithm)
+        plan = _Plan(shape, *self._weights[algorithm], out, kernel.count_work(shape))
         self._plans[height, width, once] = plan
         return plan
 
-    def _transform_weights(self, way: int) -> tuple[Tensor, Tensor | None]:
+    def _transform_weights(self, algorithm: int) -> tuple[Tensor, Tensor | None]:
         packed = None if self.blocks is None else self.blocks.pack(self.weight)
         return (
-            tiles.transform_weight(self.weight, way),
-            None if packed is None else tiles.transform_weight(packed, way),
+            tiles.transform_weight(self.weight, algorithm),
+            None if packed is None else tiles.transform_weight(packed, algorithm),
         )

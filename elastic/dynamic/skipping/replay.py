@@ -92,9 +92,10 @@ def _have_samples(values: Sequence[Value]) -> bool:
 
 
 def _unflatten(tensors: list[Tensor], is_list: list[bool]) -> tuple[Value, ...]:
-    rest = iter(tensors)
+    remaining = iter(tensors)
     return tuple(
-        Active(next(rest), next(rest), next(rest)) if is_active else next(rest) for is_active in is_list
+        Active(next(remaining), next(remaining), next(remaining)) if is_active else next(remaining)
+        for is_active in is_list
     )
 
 

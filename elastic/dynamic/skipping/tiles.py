@@ -1,4 +1,4 @@
-"""Decide which way the kernel carries out a convolution, and transform its weights for it.
+"""Choose the algorithm that the kernel carries out a convolution by, and transform its weights for it.
 
 3×3 ones may go tile by tile. This is Winograd's F(2×2, 3×3): Lavin & Gray, arXiv 1509.09308, section 4.1.
 """
@@ -14,7 +14,7 @@ VECTOR = 16  # pixels, or tiles
 FEW = 4  # tiles
 
 
-def choose_way(channels: int, kernels: int, height: int, width: int, once: bool = False) -> int:
+def choose_algorithm(channels: int, kernels: int, height: int, width: int, once: bool = False) -> int:
     """Choose where a map takes fewest vectors of products, transforms counted.
 
     Args:
@@ -36,10 +36,10 @@ def choose_way(channels: int, kernels: int, height: int, width: int, once: bool 
     return min(costs, key=costs.__getitem__)
 
 
-def transform_weight(weight_KC33: Tensor, way: int) -> Tensor:
+def transform_weight(weight_KC33: Tensor, algorithm: int) -> Tensor:
     """Compute G g Gᵀ of each kernel, 4×4; of strips one row after another."""
-    if way == PIXELS:
+    if algorithm == PIXELS:
         return weight_KC33
     g_43 = weight_KC33.new_tensor([[2.0, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]]) / 2
     weight_KC44 = g_43 @ weight_KC33 @ g_43.T
-    return (weight_KC44.movedim(2, 0) if way == STRIPS else weight_KC44).contiguous()
+    return (weight_KC44.movedim(2, 0) if algorithm == STRIPS else weight_KC44).contiguous()

@@ -76,7 +76,7 @@ def open_session(path: Path, threads: int | None) -> Any:
 
 def make_feed(session: Any) -> Callable[[Inputs], dict[str, Any]]:
     """Return what gives inputs the names that a file has for them."""
-    names = [each.name for each in session.get_inputs()]
+    names = [entry.name for entry in session.get_inputs()]
     return lambda inputs: {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
 
 

@@ -165,21 +165,21 @@ def _index(tracker: Tracker, node: fx.Node, x: Axes, index: object) -> Axes:
         dims = len(items) - 1 - items.count(None)
         items[place : place + 1] = [slice(None)] * (len(x) - dims)
     y: list[Axis | None] = []
-    rest, has_list = iter(x), False
+    remaining, has_list = iter(x), False
     for item in items:
         if item is None:
             y.append(None)
         elif isinstance(item, slice):
-            y.append(_slice(tracker, node, next(rest), item))
+            y.append(_slice(tracker, node, next(remaining), item))
         elif isinstance(get_value(item), int):
-            tracker.fix([next(rest)], node, "picks single channels")
+            tracker.fix([next(remaining)], node, "picks single channels")
         elif isinstance(value := get_value(item), Tensor) and value.dtype != torch.bool and not has_list:
             has_list = True
-            tracker.fix([next(rest)], node, "picks channels by a list")
+            tracker.fix([next(remaining)], node, "picks channels by a list")
             y += [None] * value.dim()
         else:
             raise NotFollowed("picks entries by a list")
-    return (*y, *rest)
+    return (*y, *remaining)
 
 
 def _slice(tracker: Tracker, node: fx.Node, axis: Axis | None, item: slice) -> Axis | None:

@@ -64,15 +64,15 @@ def contract(tracker: Tracker, node: fx.Node) -> Axes:
     terms = reads.split(",")
     ndims = [len(get_value(factor).shape) for factor in factors]
     counts = [n - len(term.replace("...", "")) for n, term in zip(ndims, terms, strict=True)]
-    rest = [f"…{i}" for i in reversed(range(max(counts)))]  # what an ellipsis stands for, aligned at its end
-    spelling = [_spell(term, rest[len(rest) - n :]) for term, n in zip(terms, counts, strict=True)]
-    return _contract(tracker, node, factors, spelling, _spell(writes, rest))
+    ellipsis = [f"…{i}" for i in reversed(range(max(counts)))]  # aligned at its end
+    spelling = [_spell(term, ellipsis[len(ellipsis) - n :]) for term, n in zip(terms, counts, strict=True)]
+    return _contract(tracker, node, factors, spelling, _spell(writes, ellipsis))
 
 
-def _spell(term: str, rest: Sequence[str]) -> list[str]:
+def _spell(term: str, ellipsis: Sequence[str]) -> list[str]:
     """List the letters of a term, with others for its ellipsis."""
     before, dots, after = term.partition("...")
-    return [*before, *(rest if dots else ()), *after]
+    return [*before, *(ellipsis if dots else ()), *after]
 
 
 def attend(tracker: Tracker, node: fx.Node) -> Axes:

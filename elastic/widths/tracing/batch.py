@@ -42,9 +42,9 @@ def follow_batch(graph: fx.Graph, trace_graph: Callable[..., fx.Graph], *example
         return
     pairs = list(zip(graph.nodes, doubled.nodes, strict=False))
     is_same = len(graph.nodes) == len(doubled.nodes) and all(_call_same(*pair) for pair in pairs)
-    given = [(node, _list_values(node), _list_values(other)) for node, other in pairs]
-    changes = [(node, doubles) for node, values, doubles in given if any(map(_is_other, values, doubles))]
-    if is_same and changes and all(_are_doubled(values, doubles) for _, values, doubles in given):
+    numbers = [(node, _list_values(node), _list_values(double)) for node, double in pairs]
+    changes = [(node, doubles) for node, values, doubles in numbers if any(map(_is_other, values, doubles))]
+    if is_same and changes and all(_are_doubled(values, doubles) for _, values, doubles in numbers):
         _compute_numbers(graph, changes, batched[0], samples)
 
 

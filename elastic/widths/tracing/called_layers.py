@@ -82,9 +82,12 @@ def _find_layer(
     return path if paths == names and is_same else None
 
 
-def _are_same(given: Any, own: Any) -> bool:
+def _are_same(argument: Any, attribute: Any) -> bool:
     """Compare numbers, where one may stand for all dimensions."""
-    pair = [tuple(number) if isinstance(number, tuple | list) else (number,) for number in (given, own)]
+    pair = [
+        tuple(numbers) if isinstance(numbers, tuple | list) else (numbers,)
+        for numbers in (argument, attribute)
+    ]
     longest = max(map(len, pair))
     first, second = (numbers * longest if len(numbers) == 1 else numbers for numbers in pair)
     return first == second

@@ -160,12 +160,12 @@ class ConcreteTracer(fx.Tracer):
             self._place = outer
 
     def create_node(
-        self, kind: str, target: Any, args: Any, kwargs: dict[str, Any], *rest: Any, **options: Any
+        self, kind: str, target: Any, args: Any, kwargs: dict[str, Any], *details: Any, **options: Any
     ) -> fx.Node:
         """Make a node that knows where it is, and what gradient and precision it has there."""
         if kind == "call_method" or _is_torchs(target):
             kwargs = {ALIASES.get(name, name): value for name, value in kwargs.items()}
-        node = super().create_node(kind, target, args, kwargs, *rest, **options)
+        node = super().create_node(kind, target, args, kwargs, *details, **options)
         node.meta[PLACE], node.meta[REGIONS] = self._place, tuple(self.regions)
         node.meta[GRADIENT] = "own" if self.has_own_gradient else torch.is_grad_enabled()
         return node

@@ -71,11 +71,11 @@ def note_constants(model: nn.Module) -> Iterator[Constants]:
         else:
             setattr(nn.Module, "__getattribute__", outer)  # noqa: B010
     for attribute, (value, text) in values.items():
-        now = vars(modules[attribute.path]).get(attribute.name, MISSING)
-        if now is value and repr(now) == text:
+        current = vars(modules[attribute.path]).get(attribute.name, MISSING)
+        if current is value and repr(current) == text:
             constants.reads.add(attribute)
-        elif type(value) in (int, float, SizeAttribute) and type(now) in (int, float):
-            constants.counts[attribute] = now
+        elif type(value) in (int, float, SizeAttribute) and type(current) in (int, float):
+            constants.counts[attribute] = current
 
 
 def _is_plain(value: Any) -> bool:

@@ -193,7 +193,7 @@ def take_back_assigned(model: nn.Module) -> Iterator[list[Any]]:
             own.update(assigned)
             replaced += assigned.values()
         for container, content in contents:
-            old, new = (list(each.values()) if type(each) is dict else each for each in (content, container))
+            old, new = (list(x.values()) if type(x) is dict else x for x in (content, container))
             replaced += (a for a, b in zip(old, new, strict=False) if a is not b)
             container.clear()
             (container.update if type(container) is dict else container.extend)(content)

@@ -32,10 +32,10 @@ class _Constant:
 
     def find_other(self) -> str | None:
         """Find what it is now, as a text, where that may make a difference."""
-        now = vars(self.module).get(self.attribute.name, MISSING)
-        if now is self.value and type(now) in ATOMS:
+        current = vars(self.module).get(self.attribute.name, MISSING)
+        if current is self.value and type(current) in ATOMS:
             return None
-        text = "missing" if now is MISSING else repr(now)
+        text = "missing" if current is MISSING else repr(current)
         return None if text in (self.text, self.harmless) else text
 
 
@@ -105,9 +105,9 @@ class Guard:
 
     def _is_same(self, mode: bool) -> bool:
         """Tell whether the network's trace in a mode is what it was."""
-        now = trace(self._model, *self._example)
-        drop_counters(now)
-        return sign(now).is_like(self._signatures[mode])
+        graph = trace(self._model, *self._example)
+        drop_counters(graph)
+        return sign(graph).is_like(self._signatures[mode])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Guard":
         return self

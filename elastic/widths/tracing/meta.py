@@ -99,7 +99,9 @@ def compute_without_data(
     if node.op == "call_method":
         if target in MOVES and isinstance(args[0], Tensor):
             return _convert(*args, **kwargs)
-        return _call(lambda owner, *rest, **named: getattr(owner, target)(*rest, **named), args, kwargs)
+        return _call(
+            lambda owner, *arguments, **named: getattr(owner, target)(*arguments, **named), args, kwargs
+        )
     value = _call(target, args, kwargs)
     return value if _holds_numbers(value) else drop_data(value)
 
@@ -113,8 +115,8 @@ def _convert(
 ) -> Tensor:
     """Change the type of a tensor, and leave it where it is: a model without data says where it was."""
     types = [value.dtype if isinstance(value, Tensor) else value for value in (*args, dtype)]
-    given = next((value for value in types if isinstance(value, torch.dtype)), x.dtype)
-    return x.to(given, memory_format=memory_format)
+    dtype = next((value for value in types if isinstance(value, torch.dtype)), x.dtype)
+    return x.to(dtype, memory_format=memory_format)
 
 
 def _call(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

@@ -111,11 +111,11 @@ def _infer_concatenation(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor 
     shape = list(first.shape)
     shape[dim] = 0
     for part in parts:
-        rest = list(part.shape)
-        if len(rest) != len(shape) or part.dtype != first.dtype or not part.is_contiguous():
+        sizes = list(part.shape)
+        if len(sizes) != len(shape) or part.dtype != first.dtype or not part.is_contiguous():
             return None
-        size, rest[dim] = rest[dim], 0
-        if rest[:dim] != shape[:dim] or rest[dim:][1:] != shape[dim:][1:]:
+        size, sizes[dim] = sizes[dim], 0
+        if sizes[:dim] != shape[:dim] or sizes[dim:][1:] != shape[dim:][1:]:
             return None
         shape[dim] += size
     return first.new_empty(shape)

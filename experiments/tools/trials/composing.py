@@ -8,7 +8,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from elastic.experiments.tools.composition import CONF, settle
+from elastic.experiments.tools.composition import CONF, remove_leftovers
 
 QUIET = ("trainer.accelerator=cpu", "trainer.precision=32-true", "callbacks.progress=null")
 # Some batches of digits an epoch, so that an epoch takes hundredths of a second.
@@ -31,7 +31,7 @@ def compose_run(folder: Path, words: Sequence[str]) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         overrides = [f"run={folder}", f"hydra.runtime.output_dir={folder}", *words]
         cfg = compose("config", overrides, return_hydra_config=True)
-        cfg = settle(cfg, words, cfg.hydra.runtime.choices)
+        cfg = remove_leftovers(cfg, words, cfg.hydra.runtime.choices)
     with open_dict(cfg), read_write(cfg):
         HydraConfig.instance().set_config(cfg)
         OmegaConf.resolve(cfg.choices)

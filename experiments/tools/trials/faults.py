@@ -44,10 +44,10 @@ def try_faults(part: Part, trials: int, random: Random, folder: Path) -> None:
     """Let a small run fail in every way, again and again, and go on with it."""
     seed = random.randrange(1000)
     programs = _make_programs(seed, folder)
-    wholes = {}
+    expected = {}
     for name, program in programs.items():
-        wholes[name] = whole = folder / f"whole-{name}"
-        if code := run_in_fork(partial(program.carry_out, whole), folder / "said"):
+        expected[name] = folder / f"whole-{name}"
+        if code := run_in_fork(partial(program.carry_out, expected[name]), folder / "said"):
             part.fail(f"{name}: the run without a fault ends with {code}")
             return
     for trial in range(trials):
@@ -56,7 +56,7 @@ def try_faults(part: Part, trials: int, random: Random, folder: Path) -> None:
         place = folder / f"{trial}"
         place.mkdir()
         fault = FAULTS[kind](make_random(seed, kind, trial), place)
-        _try_once(part, kind, programs[name], wholes[name], place, fault, f"seed {seed}, trial {trial}")
+        _try_once(part, kind, programs[name], expected[name], place, fault, f"seed {seed}, trial {trial}")
         shutil.rmtree(place, ignore_errors=True)
     for number, (kind, environment, words, ends) in enumerate(ENVIRONMENTS):
         _try_environment(part, kind, environment, words, ends, folder / f"around-{number}")
@@ -82,7 +82,13 @@ def _make_programs(seed: int, folder: Path) -> dict[str, Program]:
 
 
 def _try_once(
-    part: Part, kind: str, program: Program, whole: Path, place: Path, fault: Callable[[], None], moment: str
+    part: Part,
+    kind: str,
+    program: Program,
+    expected: Path,
+    place: Path,
+    fault: Callable[[], None],
+    moment: str,
 ) -> None:
     output = place.with_suffix(".txt")
 
@@ -98,7 +104,7 @@ def _try_once(
     if code and (again := run_in_fork(partial(program.carry_out, place), output)):
         part.fail(f"{kind}, {moment}: it does not go on, {again}: {output.read_text()[-200:]}")
         return
-    difference = find_difference(program, whole, place)
+    difference = find_difference(program, expected, place)
     if difference is None:
         part.count(f"{kind}: {outcome}")
     else:

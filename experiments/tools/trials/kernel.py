@@ -121,8 +121,8 @@ def _run_some(seed: int, count: int, threads: int) -> None:
 
 def _convolve(random: Random) -> None:
     """Convolve any size; what is not active is not a number, and must not be looked at."""
-    way = random.choice((tiles.PIXELS, tiles.PIXELS, tiles.TILES, tiles.STRIPS))
-    tiled = way != tiles.PIXELS
+    algorithm = random.choice((tiles.PIXELS, tiles.PIXELS, tiles.TILES, tiles.STRIPS))
+    tiled = algorithm != tiles.PIXELS
     max_size = isqrt(MAX_TAPS)
     size = (3, 3) if tiled else (_draw(random, max_size), _draw(random, max_size))
     stride, pad = 1 if tiled else _draw(random, 4), random.randint(0, 3)
@@ -141,7 +141,7 @@ def _convolve(random: Random) -> None:
     if random.random() < 0.3:
         junk_BCHW = junk_BCHW.contiguous(memory_format=torch.channels_last)
     zeros = random.random() < 0.5
-    with patch.object(tiles, "choose_way", lambda *_: way):
+    with patch.object(tiles, "choose_algorithm", lambda *_: algorithm):
         actual = ActiveConv2d(conv, relu, zeros)(junk_BCHW, reads, writes, residual)
     actual = actual if zeros else torch.where(gate_BK11 != 0, actual, 0.0)
     check_close(actual, expected)
@@ -149,8 +149,8 @@ def _convolve(random: Random) -> None:
 
 def _convolve_blocks(random: Random) -> None:
     """Convolve all channels by a weight of which blocks are zero, however little that saves."""
-    way, size = random.choice((tiles.PIXELS, tiles.TILES, tiles.STRIPS)), random.choice((1, 3, 5))
-    size, stride = (size, _draw(random, 3)) if way == tiles.PIXELS else (3, 1)
+    algorithm, size = random.choice((tiles.PIXELS, tiles.TILES, tiles.STRIPS)), random.choice((1, 3, 5))
+    size, stride = (size, _draw(random, 3)) if algorithm == tiles.PIXELS else (3, 1)
     batch, channels, kernels = _draw(random, 6), _draw(random, 40), _draw(random, 70)
     conv = nn.Conv2d(channels, kernels, size, stride, random.randint(0, 3))
     rows = random.choice((1, 4, 8))  # outputs of a block
@@ -159,7 +159,8 @@ def _convolve_blocks(random: Random) -> None:
     x_BCHW = torch.randn(batch, channels, size + random.randint(0, 30), size + random.randint(0, 30))
     expected = conv(x_BCHW)
     residual = torch.randn_like(expected) if random.random() < 0.5 else None
-    with patch.object(tiles, "choose_way", lambda *_: way), patch.object(blocks, "WORTH", torch.inf):
+    choose = patch.object(tiles, "choose_algorithm", lambda *_: algorithm)
+    with choose, patch.object(blocks, "WORTH", torch.inf):
         actual = ActiveConv2d(conv, relu=True)(x_BCHW, residual=residual)
     check_close(actual, (expected if residual is None else expected + residual).relu())
 

@@ -59,13 +59,13 @@ def try_kills(part: Part, trials: int, random: Random, train: Train, folder: Pat
 def try_program(part: Part, program: Program, trials: int, seed: int, folder: Path) -> None:
     """Kill a program at different moments; folders that are alike are gone on with once."""
     random = make_random(seed, program.name)
-    whole, copies = folder / "whole", folder / "copies"
-    watch = copy_moments(whole, copies, random)
-    whole.mkdir()
-    if run_in_fork(partial(_watch, program, whole, watch)):
+    expected, copies = folder / "whole", folder / "copies"
+    watch = copy_moments(expected, copies, random)
+    expected.mkdir()
+    if run_in_fork(partial(_watch, program, expected, watch)):
         part.fail(f"{program.name}, seed {seed}: the run that is not killed fails")
         return
-    if fault := program.fault(whole):
+    if fault := program.fault(expected):
         part.fail(f"{program.name}, seed {seed}: {fault}")
         return
     moments = sorted(copies.iterdir())
@@ -79,14 +79,16 @@ def try_program(part: Part, program: Program, trials: int, seed: int, folder: Pa
             run_in_fork(partial(_watch, program, broken, kill_at(end, random))) == -signal.SIGKILL
             for end in ends
         )
-        _go_on(part, program, whole, broken, f"killed {'twice' if kills > 1 else 'once'}", f"{seed}, {ends}")
+        _go_on(
+            part, program, expected, broken, f"killed {'twice' if kills > 1 else 'once'}", f"{seed}, {ends}"
+        )
     random.shuffle(moments)
     digests: set[str] = set()
     for moment in moments:
         digest = digest_folder(moment)
         if len(digests) < trials - killed and digest not in digests:
             digests.add(digest)
-            _go_on(part, program, whole, moment, "left as by a kill", f"{seed}, moment {moment.name}")
+            _go_on(part, program, expected, moment, "left as by a kill", f"{seed}, moment {moment.name}")
         shutil.rmtree(moment, ignore_errors=True)
 
 
@@ -95,9 +97,9 @@ def _watch(program: Program, folder: Path, watch: Watch) -> None:
     program.carry_out(folder)
 
 
-def _go_on(part: Part, program: Program, whole: Path, broken: Path, kind: str, moment: str) -> None:
+def _go_on(part: Part, program: Program, expected: Path, broken: Path, kind: str, moment: str) -> None:
     code = run_in_fork(partial(program.carry_out, broken))
-    difference = f"it does not end, {code}" if code else find_difference(program, whole, broken)
+    difference = f"it does not end, {code}" if code else find_difference(program, expected, broken)
     if difference is None:
         part.count(f"{program.name}, {kind}: the same")
     else:

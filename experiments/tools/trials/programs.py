@@ -102,7 +102,7 @@ def make_programs(train: Train, seed: int, folder: Path) -> dict[str, Program]:
         "foreign module", lambda place: carry_out_foreign(place, seed), [""], _check_foreign
     )
     seeds = (2 * seed, 2 * seed + 1)
-    runs = [f"-seed{each}" for each in seeds]
+    runs = [f"-seed{seed}" for seed in seeds]
     programs["sweep"] = Program("sweep", lambda place: carry_out_sweep(place, seeds), runs, _check_sweep)
     return programs
 
@@ -253,25 +253,25 @@ STATES = ("state_dict", "optimizer_states", "lr_schedulers", "elastic", "epoch",
 CLOCKED = ("seconds", "wall_s")  # what depends on how long it took
 
 
-def find_difference(program: Program, whole: Path, broken: Path) -> str | None:
+def find_difference(program: Program, expected: Path, broken: Path) -> str | None:
     """Find where what was killed and went on differs from what was not."""
     for name in program.folders:
-        if difference := _find_difference(whole / name, broken / name):
+        if difference := _find_difference(expected / name, broken / name):
             return f"{name} {difference}".strip()
     return None
 
 
-def _find_difference(whole: Path, broken: Path) -> str | None:
-    if (whole / SUMMARY).exists():
+def _find_difference(expected: Path, broken: Path) -> str | None:
+    if (expected / SUMMARY).exists():
         if not (broken / SUMMARY).exists():
             return "no summary"
-        first, second = (json.loads((folder / SUMMARY).read_text()) for folder in (whole, broken))
+        first, second = (json.loads((folder / SUMMARY).read_text()) for folder in (expected, broken))
         if not is_same(first, second):
             return f"another {SUMMARY}: " + ", ".join(key for key in first if first[key] != second.get(key))
     for name in (TIMELINE, WEIGHTS, HISTORY):
-        if (whole / name).exists() and (whole / name).read_bytes() != (broken / name).read_bytes():
+        if (expected / name).exists() and (expected / name).read_bytes() != (broken / name).read_bytes():
             return f"another {name}"
-    first, second = (torch.load(folder / CHECKPOINT, weights_only=True) for folder in (whole, broken))
+    first, second = (torch.load(folder / CHECKPOINT, weights_only=True) for folder in (expected, broken))
     for checkpoint in (first, second):  # of its folder's name, and of its own
         for key in [key for key in checkpoint["callbacks"] if "Checkpoint" in key]:
             del checkpoint["callbacks"][key]

@@ -28,7 +28,7 @@ void clear(float *y, int64_t pixels, int channels, List out) {
 
 // Floats of work that a thread needs.
 int64_t need(const Shape &s) {
-    return s.way == PIXELS ? work_by_pixels(s) : s.way == TILES ? work_by_tiles(Tiles(s)) : Strip(s).work();
+    return s.algorithm == PIXELS ? work_by_pixels(s) : s.algorithm == TILES ? work_by_tiles(Tiles(s)) : Strip(s).work();
 }
 
 // Of all that lists name, or of `sparse`, where the lists name all.
@@ -41,13 +41,13 @@ void convolve(const Layer &layer, const float *x, float *y, int32_t batch, Lists
         const int me = omp_get_thread_num(), all = omp_get_num_threads();
         const bool own = batch >= all;
         const Team team = own ? Team{0, 1} : Team{me, all};
-        const int64_t first = own ? me : 0, step = own ? all : 1, most = s.way == TILES ? s.at_once() : 1;
+        const int64_t first = own ? me : 0, step = own ? all : 1, most = s.algorithm == TILES ? s.at_once() : 1;
         float *scratch = work + me * need(s), *mine = own ? scratch : work;
         for (int64_t b = first; b < batch; b += most * step) {
             const Samples samples{b, step, (int)std::min(most, (batch - b + step - 1) / step)};
             const float *maps = x + b * s.channels * s.height * s.width;
-            if (s.way == TILES) by_tiles(layer, team, x, reads, writes, sparse, samples, scratch, mine + s.scratch());
-            else (s.way == PIXELS ? by_pixels : by_strips)(layer, team, maps, reads.of(b), writes.of(b), sparse, b, mine);
+            if (s.algorithm == TILES) by_tiles(layer, team, x, reads, writes, sparse, samples, scratch, mine + s.scratch());
+            else (s.algorithm == PIXELS ? by_pixels : by_strips)(layer, team, maps, reads.of(b), writes.of(b), sparse, b, mine);
             team.wait();
             for (int i = 0; zeros && team.me == 0 && i < samples.count; i++)
                 clear(y + samples.at(i) * s.kernels * s.pixels(), s.pixels(), s.kernels, writes.of(samples.at(i)));

@@ -29,11 +29,11 @@ inline void hold(vec &x) {
 #endif
 }
 
-enum Way { PIXELS, TILES, STRIPS };
+enum Algorithm { PIXELS, TILES, STRIPS };
 
 struct Shape {
     int32_t channels, height, width, kernels, kernel_height, kernel_width, stride, pad, out_height, out_width;
-    int32_t way;  // weights are those of this one
+    int32_t algorithm;  // which the weights are laid out for
     int32_t taps() const { return kernel_height * kernel_width; }
     int32_t pixels() const { return out_height * out_width; }
     // Of padded rows and columns, what taps with the same remainder by stride read lies together, in a phase.

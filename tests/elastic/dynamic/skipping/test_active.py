@@ -21,7 +21,7 @@ from elastic.dynamic.skipping.compiling import CACHE, load_kernel
 from elastic.dynamic.skipping.convolution import ActiveConv2d, Method, list_methods
 from elastic.dynamic.skipping.layers import activate_kernels, max_pool
 from elastic.dynamic.skipping.native import call, get_workspace
-from elastic.dynamic.skipping.tiles import PIXELS, STRIPS, TILES, choose_way
+from elastic.dynamic.skipping.tiles import PIXELS, STRIPS, TILES, choose_algorithm
 
 needs_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "c++")) is None, reason="there is no C++ compiler"
@@ -73,8 +73,8 @@ def some_convolution(method: Method, data: st.DataObject) -> None:
     size = data.draw(st.sampled_from([1, 2, 3, 5, 7]))
     stride, pad = data.draw(st.integers(1, 3)), data.draw(st.integers(0, size // 2))
     height, width = (data.draw(st.sampled_from([1, 2, 4, 7, 8, 9, 14, 16, 20, 32])) for _ in range(2))
-    way = data.draw(st.sampled_from([PIXELS, TILES, STRIPS]))  # where a kernel is 3×3
-    if way != PIXELS:
+    algorithm = data.draw(st.sampled_from([PIXELS, TILES, STRIPS]))  # where a kernel is 3×3
+    if algorithm != PIXELS:
         size, stride, pad = 3, 1, data.draw(st.integers(0, 3))
     height, width = (max(side, size - 2 * pad) for side in (height, width))
     batch, channels, kernels = (data.draw(st.integers(1, most)) for most in (20, 20, 40))
@@ -93,7 +93,7 @@ def some_convolution(method: Method, data: st.DataObject) -> None:
         junk_BCHW = torch.where(maps(on_BC) != 0, x_BCHW, torch.nan)
         layer = ActiveConv2d(conv, relu, zeros=True, method=method)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tiles, "choose_way", lambda *_: way)
+            patch.setattr(tiles, "choose_algorithm", lambda *_: algorithm)
             found = layer(junk_BCHW, Active.from_gates(on_BC), Active.from_gates(gate_BK), residual)
         torch.testing.assert_close(found, expected, **CLOSE)
         layer.zeros = False
@@ -130,22 +130,22 @@ def test_so_it_is_with_vectors_of_another_length(
 
 
 @needs_compiler
-@pytest.mark.parametrize("way", [TILES, STRIPS])
+@pytest.mark.parametrize("algorithm", [TILES, STRIPS])
 @pytest.mark.parametrize("size", [(140, 6), (6, 140)])
 def test_large_maps_are_tiled_in_strips(
-    size: tuple[int, int], way: int, monkeypatch: pytest.MonkeyPatch
+    size: tuple[int, int], algorithm: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(tiles, "choose_way", lambda *_: way)
+    monkeypatch.setattr(tiles, "choose_algorithm", lambda *_: algorithm)
     conv, x_BCHW = nn.Conv2d(65, 66, 3, padding=1), torch.randn(2, 65, *size)
     with torch.no_grad():
         torch.testing.assert_close(ActiveConv2d(conv, False, False)(x_BCHW), conv(x_BCHW), **CLOSE)
 
 
 def test_tiles_are_chosen_where_transforms_are_shared_by_many_channels() -> None:
-    assert choose_way(64, 64, 8, 8) == TILES and choose_way(3, 64, 8, 8) == PIXELS
-    ways = [choose_way(channels, channels, 16, 16) for channels in range(1, 200)]
-    assert ways == sorted(ways) and (ways[0], ways[-1]) == (PIXELS, STRIPS)
+    assert choose_algorithm(64, 64, 8, 8) == TILES and choose_algorithm(3, 64, 8, 8) == PIXELS
+    algorithms = [choose_algorithm(channels, channels, 16, 16) for channels in range(1, 200)]
+    assert algorithms == sorted(algorithms) and (algorithms[0], algorithms[-1]) == (PIXELS, STRIPS)
 
 
 @needs_compiler
@@ -159,9 +159,9 @@ def test_images_of_many_sizes_take_no_more_memory() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize(("size", "way"), [(1, PIXELS), (3, PIXELS), (3, TILES), (3, STRIPS)])
-def test_what_is_not_a_number_stays_so(size: int, way: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "choose_way", lambda *_: way)
+@pytest.mark.parametrize(("size", "algorithm"), [(1, PIXELS), (3, PIXELS), (3, TILES), (3, STRIPS)])
+def test_what_is_not_a_number_stays_so(size: int, algorithm: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "choose_algorithm", lambda *_: algorithm)
     conv = nn.Conv2d(1, 1, size, padding=size // 2)
     with torch.no_grad():
         assert ActiveConv2d(conv, relu=True, zeros=True)(torch.full((1, 1, 8, 8), torch.nan)).isnan().all()

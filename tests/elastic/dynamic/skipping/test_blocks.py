@@ -50,7 +50,7 @@ def test_a_convolution_with_closed_blocks_is_stock_torch_s(data: st.DataObject) 
     size, stride = data.draw(st.sampled_from([1, 3, 3, 5])), data.draw(st.integers(1, 2))
     batch, channels, kernels = (data.draw(st.integers(1, most)) for most in (3, 12, 30))
     relu, adds = data.draw(st.booleans()), data.draw(st.booleans())
-    way = data.draw(st.sampled_from([tiles.PIXELS, tiles.TILES, tiles.STRIPS]))  # where a kernel is 3×3
+    algorithm = data.draw(st.sampled_from([tiles.PIXELS, tiles.TILES, tiles.STRIPS]))  # where a kernel is 3×3
     random = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
     conv = nn.Conv2d(channels, kernels, size, stride, size // 2)
     shut_blocks(conv.weight, data.draw(st.sampled_from([0.3, 0.7, 1.0])), random)
@@ -62,7 +62,7 @@ def test_a_convolution_with_closed_blocks_is_stock_torch_s(data: st.DataObject) 
         expected = expected.relu() if relu else expected
         with pytest.MonkeyPatch.context() as patch, threads(data.draw(st.integers(1, 2))):
             patch.setattr(blocks, "WORTH", 10.0)  # however little it saves
-            patch.setattr(tiles, "choose_way", lambda *_: way)
+            patch.setattr(tiles, "choose_algorithm", lambda *_: algorithm)
             layer = ActiveConv2d(conv, relu)
             assert layer.blocks
             torch.testing.assert_close(layer(x_BCHW, None, None, residual), expected, **CLOSE)
