@@ -24,6 +24,7 @@ from elastic.training.checks import (
     check_saved,
     check_whole,
 )
+from elastic.training.copies import look_for_copies
 from elastic.training.failures import explain_failure
 from elastic.training.joining import find_structure, join_structure
 from elastic.training.kinds import is_kind
@@ -135,9 +136,11 @@ class ElasticCallback(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._leads(trainer):
             check_current(self.structure, pl_module)
-            for callback in list_elastic(trainer):
-                if callback.changes_structure:
-                    check_changeable(self.structure, type(callback).__name__)
+            changing = [callback for callback in list_elastic(trainer) if callback.changes_structure]
+            for callback in changing:
+                check_changeable(self.structure, type(callback).__name__)
+            if changing:
+                look_for_copies(self.structure, pl_module)
             self._attach_all(trainer)
             self._check_result(trainer, pl_module)
             self._take_own_parameters(trainer)

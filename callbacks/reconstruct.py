@@ -10,6 +10,7 @@ from elastic.callbacks.levels import TrainLevels
 from elastic.errors import TrainingError
 from elastic.levels.freezing import FrozenPart, Phase, plan_phases
 from elastic.ranges import Part, checked
+from elastic.training.copies import look_for_copies
 
 LONG = 1000  # epochs, in which each phase has some
 
@@ -57,6 +58,7 @@ class Reconstruct(TrainLevels):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
+            look_for_copies(self.structure, pl_module)  # whose channels would change places alone
             # A look at one epoch (fast_dev_run) is one at the first phase.
             epochs = LONG if trainer.fast_dev_run else trainer.max_epochs or 1  # type: ignore[attr-defined]
             self.phases = plan_phases(len(self.fractions) + 1, epochs, self.dense, self.prune)

@@ -66,7 +66,7 @@ class Structure(nn.Module):
             that has been added counts as its template.
         timeline: one row a structural event: epoch, step, why, width or stage, before, after.
         copies: networks of the same structure (averaged weights), which follow each change; `copy_paths` are
-            the paths of those in the module.
+            the paths of those in the module, `alike` of others that are like the network, but stay.
         levels: nested sub-networks, where there are any; `level` is the one that is trained and evaluated,
             `extra_levels` are validated beside it.
         dynamic_nets: the network, or each of its levels, with kernel activation modules.
@@ -96,6 +96,7 @@ class Structure(nn.Module):
         self.timeline: list[dict[str, Any]] = []
         self.copies: list[nn.Module] = []
         self.copy_paths: tuple[str, ...] = ()
+        self.alike: Sequence[str] = ()
         self.levels: Levels | None = None
         self.level, self.extra_levels = 0, range(0)
         self.dynamic_nets: list[fx.GraphModule] = []

@@ -489,6 +489,31 @@ def test_a_run_that_keeps_a_network_in_step_goes_on_as_if_it_had_not_been_killed
     assert_equal(again.target, whole.target)
 
 
+@pytest.mark.parametrize("method", [PruneByGates("weight", penalty=5e-2, begin=0.0), Reconstruct([0.5])])
+def test_a_copy_that_follows_nothing_is_named(method: L.Callback, caplog: pytest.LogCaptureFixture) -> None:
+    """A teacher may stay, so it is no error; pairs of parameters that have become wrong fail, or do not."""
+    module = make(Momentum)
+    try:
+        fit(module, [FollowNetwork("net"), method])
+    except (RuntimeError, ValueError) as error:
+        assert "FollowNetwork('net', copies=['target'])" in error.__notes__[-1]
+    assert "'target' has the weights of 'net'" in caplog.text and "copies=['target'])" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("follow", "method"),
+    [
+        (FollowNetwork("net", copies=["target"]), PruneByGates()),
+        (FollowNetwork("net"), TrainJointly([0.5])),  # changes nothing that the program sees
+    ],
+)
+def test_nothing_is_said_of_a_copy_that_follows_or_need_not(
+    follow: L.Callback, method: L.Callback, caplog: pytest.LogCaptureFixture
+) -> None:
+    fit(make(Momentum), [follow, method])
+    assert "has the weights of" not in caplog.text
+
+
 def test_a_network_that_is_no_copy_is_refused() -> None:
     module = make(Momentum)
     module.target = make_network(5)

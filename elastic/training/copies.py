@@ -1,0 +1,44 @@
+"""Tell a program of networks that it may keep in step with the one that changes."""
+
+import logging
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from elastic.training.structure import Structure
+
+LOG = logging.getLogger(__name__)
+
+
+def look_for_copies(structure: Structure, module: nn.Module) -> None:
+    """Note networks that are like the one that changes, and do not follow it; warn of those with its weights.
+
+    Momentum encoders and target networks begin as such. A program that keeps them in step pairs their
+    parameters with the network's, one by one: once the network's are others, the pairs are wrong. Teachers
+    begin as such, too, and may stay as they are.
+    """
+    structure.alike = [path for path, _ in _iterate_alike(structure, module)]
+    copies = [path for path, net in _iterate_alike(structure, module) if _has_weights(net, structure.net)]
+    if copies:
+        LOG.warning(
+            "%s has the weights of '%s', but will not follow its changes: if the program keeps it in step, "
+            "name it by FollowNetwork('%s', copies=%s)",
+            *(", ".join(f"'{path}'" for path in copies), structure.path, structure.path, copies),
+        )
+
+
+def _iterate_alike(structure: Structure, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    followed = {part for net in (structure.net, *structure.copies) for part in net.modules()}
+    for path, net in module.named_modules():
+        if type(net) is type(structure.net) and net not in followed and _has_shapes(net, structure.net):
+            yield path, net
+
+
+def _has_shapes(net: nn.Module, other: nn.Module) -> bool:
+    tensors, others = net.named_parameters(), other.named_parameters()
+    return {name: p.shape for name, p in tensors} == {name: p.shape for name, p in others}
+
+
+def _has_weights(net: nn.Module, other: nn.Module) -> bool:
+    return all(map(torch.equal, net.parameters(), other.parameters()))
