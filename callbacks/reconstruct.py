@@ -112,4 +112,5 @@ class Reconstruct(TrainLevels):
         self.structure.schedule_fraction = len(phase.epochs) / (trainer.max_epochs or 1)
 
     def _find_phase(self, epoch: int) -> Phase:
-        return next(phase for phase in self.phases if epoch in phase.epochs)
+        """Find the phase of an epoch; a run that has ended stays in its last."""
+        return next((phase for phase in self.phases if epoch in phase.epochs), self.phases[-1])

@@ -2,6 +2,8 @@
 
 import copy
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -519,6 +521,28 @@ def test_a_network_that_is_no_copy_is_refused() -> None:
     module.target = make_network(5)
     with pytest.raises(StructureError, match="'target' is no copy of 'net'"):
         fit(module, grow_and_prune())
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        partial(GrowOnSaturation, Periodic(every=1), Growth(factor=1.5)),
+        PruneByGates,
+        partial(TrainJointly, [0.5]),
+        partial(Reconstruct, [0.5]),
+        partial(PruneDynamically, target=0.5),
+    ],
+)
+def test_what_is_saved_after_the_run_is_loaded_as_it_was(
+    method: Callable[[], L.Callback], tmp_path: Path
+) -> None:
+    """Its epoch is one behind the last, as for a tuner that keeps the run while it tries another."""
+    module, again = make(Plain), make(Plain)
+    fit(module, [method()]).save_checkpoint(tmp_path / "ended.ckpt")
+    fit(again, [method()], checkpoint=str(tmp_path / "ended.ckpt"))
+    assert_equal(again.net, module.net)
+    structure = find_structure(again)
+    assert structure is not None and structure.level == len(structure.levels or [0]) - 1
 
 
 class Compiling(Plain):
