@@ -87,8 +87,10 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
         super().on_fit_start(trainer, pl_module)
         if self._average_model is None:
             self._begin(trainer, pl_module)
-        else:  # a checkpoint is loaded before the model is brought to its device
+        else:  # a checkpoint is loaded before the model is brought to its device and its precision
             self._average_model.to(self._device or pl_module.device)
+            for averages, tensors, name, _ in list_places(self._get_copy(), pl_module):
+                averages[name].data = averages[name].to(tensors[name].dtype)
         assert self._average_model is not None
         self._has_begun = bool(self._average_model.n_averaged > 0)
 

@@ -55,9 +55,10 @@ class _HiddenLayer:
     chains: nn.ModuleDict
 
     def restore(self) -> None:
-        """Put the gates back over what the layer has under those names by now."""
+        """Put the gates back over what the layer has under those names by now, moved and converted as it is."""
         for name, chain in self.chains.items():
-            chain.register_parameter("original", self.layer._parameters.pop(name))
+            weight = cast(nn.Parameter, self.layer._parameters.pop(name))
+            chain.to(weight.device, weight.dtype).register_parameter("original", weight)
         self.layer.__class__ = self.gated
         self.layer._modules["parametrizations"] = self.chains
 

@@ -491,6 +491,23 @@ def test_a_run_that_keeps_a_network_in_step_goes_on_as_if_it_had_not_been_killed
     assert_equal(again.target, whole.target)
 
 
+@pytest.mark.parametrize("method", [PruneByGates, partial(AverageWeights, decay=0.5)])
+def test_a_run_in_half_precision_goes_on_as_if_it_had_not_been_killed(
+    method: Callable[[], L.Callback], tmp_path: Path
+) -> None:
+    """Lightning loads a checkpoint first, and converts the module then: what is not in it stays behind."""
+
+    def train(folder: Path, *more: L.Callback, checkpoint: str | None = None) -> Program:
+        module = make(Plain)
+        fit(module, [seed_epochs(), method(), *more], folder, checkpoint, precision="bf16-true")
+        return module
+
+    whole, parts = train(tmp_path / "whole"), tmp_path / "parts"
+    with pytest.raises(Killed):
+        train(parts, kill_at(14))
+    assert_equal(train(parts, checkpoint=str(parts / "last.ckpt")).net, whole.net)
+
+
 @pytest.mark.parametrize("method", [PruneByGates("weight", penalty=5e-2, begin=0.0), Reconstruct([0.5])])
 def test_a_copy_that_follows_nothing_is_named(method: L.Callback, caplog: pytest.LogCaptureFixture) -> None:
     """A teacher may stay, so it is no error; pairs of parameters that have become wrong fail, or do not."""
