@@ -55,7 +55,7 @@ class _HiddenLayer:
     chains: nn.ModuleDict
 
     def restore(self) -> None:
-        """Put the gates back over what the layer has under those names by now, moved and converted as it is."""
+        """Put the gates back over what the layer has under those names by now, moved and converted alike."""
         for name, chain in self.chains.items():
             weight = cast(nn.Parameter, self.layer._parameters.pop(name))
             chain.to(weight.device, weight.dtype).register_parameter("original", weight)
