@@ -28,7 +28,7 @@ from elastic.widths.operations.interface import (
 from elastic.widths.parameters import ChannelParametrization, get_original, list_parametrizations
 from elastic.widths.stock import Records, unite_attributes
 from elastic.widths.tracing import describe_node
-from elastic.widths.tracing.changing import find_changed, find_viewed
+from elastic.widths.tracing.changing import find_written
 from elastic.widths.tracing.concrete import changes_tensor
 from elastic.widths.tracing.graph import shorten
 from elastic.widths.tracing.meta import compute_without_data
@@ -83,7 +83,8 @@ class AxisTracker:
         return [axis for node in nodes for axis in list_axes(node.meta["axes"])]
 
     def _note_axes(self, node: fx.Node, value: Any) -> None:
-        if (written := self._find_written(node)) is not None:  # a gate would hide it from the layer
+        written = find_written(node, self._find_layer, self._find_module)
+        if written is not None:  # a gate would hide it from the layer
             self.fix(get_axes(written), node, f"changes {written.target}, a parameter")
         if _is_plain(value):
             node.meta["axes"], node.meta["counts"] = None, count_node(node, value)
@@ -96,18 +97,6 @@ class AxisTracker:
             self.fix(axes, node, "has a hook that may change them")
         if changes_tensor(node):
             self._update_aliases(node)
-
-    def _find_written(self, node: fx.Node) -> fx.Node | None:
-        """Find the parameter whose values a node changes, itself or by a view of it."""
-        source = find_changed(node, self._find_layer(node))
-        if source is None or not isinstance(source.meta["value"], Tensor):
-            return None
-        while viewed := find_viewed(source, self._find_layer(source)):
-            source = viewed
-        if source.op != "get_attr":
-            return None
-        path, _, name = str(source.target).rpartition(".")
-        return source if name in self._find_module(path)._parameters else None
 
     def _update_aliases(self, node: fx.Node) -> None:
         """Let all nodes that give the tensor which a method has changed know its dimensions from now on."""

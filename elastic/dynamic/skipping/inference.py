@@ -1,6 +1,7 @@
 """Prepare networks for inference: traced, their norms folded into convolutions."""
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate
 
 from torch import Tensor, fx, nn
@@ -14,6 +15,7 @@ from elastic.widths.hooks import has_hooks, keeps_value
 from elastic.widths.inputs import Example, list_inputs
 from elastic.widths.mode import set_mode
 from elastic.widths.tracing import BATCH_NORM, get_layer, trace
+from elastic.widths.tracing.changing import find_written
 
 
 def take_first(samples: Sequence[Example]) -> tuple[Tensor, ...]:
@@ -33,6 +35,7 @@ def prepare_for_inference(net: nn.Module, *example: Tensor) -> fx.GraphModule:
         traced = fx.GraphModule(copied, copied.graph)
     else:
         traced = _trace(copied, *inputs)
+    _refuse_written(traced, is_exact=bool(inputs))
     _leave_out_kept(traced)
     _fold_norms(traced)
     _leave_out_identities(traced)
@@ -49,6 +52,23 @@ def _trace(net: nn.Module, *inputs: Tensor) -> fx.GraphModule:
         raise StructureError(
             f"{error}; or give a sample, by which a forward that asks for sizes is traced"
         ) from error
+
+
+def _refuse_written(traced: fx.GraphModule, is_exact: bool) -> None:
+    """Refuse a forward that changes a parameter: layers have copies of theirs here.
+
+    Args:
+        is_exact: the forward has run; else it is not told how it assigns, only that it looks for data.
+    """
+    for node in traced.graph.nodes:
+        if not is_exact and node.target is getattr and node.args[1] == "data":
+            raise StructureError(f"{node.args[0]}.data may be what the forward changes: a sample would tell")
+        written = find_written(node, partial(get_layer, traced), traced.get_submodule)
+        if written is not None:
+            raise StructureError(
+                f"{node.name} changes {written.target}, a parameter: let the forward compute with what it "
+                "makes of it, or change it after each step of training"
+            )
 
 
 def _leave_out_kept(traced: fx.GraphModule) -> None:

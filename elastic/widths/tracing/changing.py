@@ -80,6 +80,21 @@ def find_viewed(node: fx.Node, layer: nn.Module | None = None) -> fx.Node | None
     return viewed if isinstance(viewed, fx.Node) else None
 
 
+def find_written(
+    node: fx.Node,
+    get_layer: Callable[[fx.Node], nn.Module | None],
+    get_module: Callable[[str], nn.Module],
+) -> fx.Node | None:
+    """Find the parameter whose values a node changes, itself or by a view of it."""
+    source = find_changed(node, get_layer(node))
+    while source is not None and source.op != "get_attr":
+        source = find_viewed(source, get_layer(source))
+    if source is None:
+        return None
+    path, _, name = str(source.target).rpartition(".")
+    return source if name in get_module(path)._parameters else None
+
+
 def renew_assigned(
     graph: fx.Graph,
     get_layer: Callable[[fx.Node], nn.Module | None],

@@ -264,6 +264,39 @@ def test_networks_that_cannot_skip_are_refused(make: Callable[[nn.Module], nn.Mo
         make_skipping(net)
 
 
+class Bounded(nn.Conv2d):
+    """Bound the weights in each forward, as networks for brain signals do."""
+
+    def __init__(self, bound: Callable[[nn.Conv2d], Any]) -> None:
+        super().__init__(8, 8, 3, padding=1)
+        self.bound = bound
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        self.bound(self)
+        return super().forward(x_BCHW)
+
+
+def renew(layer: nn.Conv2d) -> None:
+    layer.weight.data = layer.weight.data.clamp(-0.01, 0.01)
+
+
+def divide(layer: nn.Conv2d) -> None:
+    weight = layer.weight.data
+    weight /= weight.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("make", [make_skipping, lambda net, samples: make_masked(net)])
+@pytest.mark.parametrize("samples", [(), (X,)], ids=["alone", "sample"])
+@pytest.mark.parametrize("bound", [renew, divide, lambda layer: layer.weight.data.mul_(0.5)])
+def test_a_forward_that_changes_its_weights_is_refused(
+    make: Callable[..., nn.Module], samples: tuple[Tensor, ...], bound: Callable[[nn.Conv2d], Any]
+) -> None:
+    """Layers have copies of them, which would stay as they are."""
+    net = nn.Sequential(conv(3, 8, 3), nn.ReLU(), Bounded(bound), nn.ReLU(), head(8)).eval()
+    with pytest.raises(StructureError, match=r"changes 2.weight, a parameter|weight.data may be"):
+        make(net, samples)
+
+
 @pytest.mark.parametrize("method", ["kernel", "fastest"])
 def test_a_method_that_cannot_be_is_refused(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("elastic.dynamic.skipping.compiling.load_kernel", lambda: None)
