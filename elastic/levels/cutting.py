@@ -19,11 +19,18 @@ TensorParts = dict[tuple[str, str], tuple[slice, ...]]  # (layer, tensor) -> the
 def find_nestable(widths: Widths) -> list[str]:
     """Find the widths whose first channels lie side by side in every tensor, so that a level can be a view.
 
-    Those that a concatenation, a split or groups interleave with others do not, but for the last of them.
+    Those that a concatenation, a split or groups interleave with others do not, but for the last of them. Of
+    weights that the forward itself changes there are no views: it may assign others.
     """
     slots = (slot for width in widths.values() for slot in width.slots)
     interleaved = {segment.width for slot in slots for segment in slot.layout[:-1]}
-    return [name for name in widths if name not in interleaved]
+    return [name for name in widths if name not in interleaved | _find_written(widths)]
+
+
+def _find_written(widths: Widths) -> set[str]:
+    """Find the widths of weights that the forward changes."""
+    slots = (slot for width in widths.values() for slot in width.slots if slot.module in widths.written)
+    return {segment.width for slot in slots for segment in slot.layout if segment.width is not None}
 
 
 def check_sizes(widths: Widths, sizes: Sequence[Sizes]) -> None:
@@ -53,9 +60,10 @@ def _check_width(widths: Widths, name: str, k: int, size: int, larger: int) -> N
             "give levels from small to large"
         )
     if size != widths[name].size and name not in find_nestable(widths):
+        is_written = name in _find_written(widths)
+        reason = "is of weights that the forward changes" if is_written else "lies between others' channels"
         raise StructureError(
-            f"width '{name}' lies between others' channels, so that no level can have a part of it: "
-            "leave it whole"
+            f"width '{name}' {reason}, so that no level can have a part of it: leave it whole"
         )
 
 
@@ -71,7 +79,10 @@ def _suggest_change(widths: Widths, sizes: Sizes) -> str:
 
 def explain_no_room(widths: Widths) -> str:
     """Say why no width of a network leaves room for a level."""
-    return f"all widths ({', '.join(widths)}) lie between others' channels, which leaves no room for a level"
+    reason = "lie between others' channels"
+    if _find_written(widths):
+        reason += " or are of weights that the forward changes"
+    return f"all widths ({', '.join(widths)}) {reason}, which leaves no room for a level"
 
 
 def cut_tensors(widths: Widths, sizes: Sizes) -> TensorParts:
@@ -91,6 +102,8 @@ def make_level(net: nn.Module, widths: Widths, sizes: Sizes, parts: TensorParts)
     level = copy_module(net, {id(tensor): tensor for _, _, tensor in iterate_shared(net)})
     norms = dict(iterate_norms(level))
     for (path, name), part in parts.items():
+        if path in widths.written:  # shared whole, as the forward may assign another tensor to it
+            continue
         layer = level.get_submodule(path)
         tensor = getattr(layer, name)
         view = tensor.detach()[part]

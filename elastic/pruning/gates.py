@@ -141,7 +141,7 @@ def attach_gates(
     norms = find_following_norms(model, *widths.example) if grain == "channel" else {}
     for path, slot in layers.items():
         is_frozen = path in widths.untrained or not get_weight(model.get_submodule(path)).requires_grad
-        if is_frozen:  # by the user
+        if is_frozen or path in widths.written:  # by the user, or from whose forward a gate would hide it
             continue
         channel = slot.dim if slot.role == "out" else 1 - slot.dim
         companions = [(path, "bias")] if grain == "channel" else []

@@ -88,7 +88,10 @@ def _make_probe(model: nn.Module, widths: Widths) -> "_Probe":
         if not any(y.isfinite().any() for y in outputs):
             raise StructureError("the model's output for noise of the example's shape is nowhere finite")
         if not all(map(probe.is_close, probe.run(probe.model, seed=1), outputs)):
-            raise StructureError("the model draws numbers in evaluation: what changes it cannot be told")
+            raise StructureError(
+                "the model draws numbers in evaluation, or changes its weights each time: what else changes "
+                "it cannot be told"
+            )
         return probe
     raise StructureError(f"the model does not run on noise of the example's shape: {fault}")
 

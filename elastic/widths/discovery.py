@@ -105,6 +105,7 @@ def find_widths(model: nn.Module, *example: Tensor) -> Widths:
         fix_computed_sizes(graphs, replica, elements, records)
     widths = collect_widths(elements, records)
     widths.example = tuple(inputs)
+    widths.written = frozenset(path for tracker in trackers for path in tracker.written)
     widths.untrained = find_untrained(graphs[0], partial(get_layer, replica))
     fix_widths(widths, _find_unstored(model, widths))
     fix_widths(widths, _find_inseparable(widths))

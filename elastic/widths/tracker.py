@@ -19,7 +19,6 @@ from elastic.widths.operations.interface import (
     SIZE,
     Layer,
     Place,
-    get_axes,
     get_input,
     is_stored,
     list_axes,
@@ -48,6 +47,7 @@ class AxisTracker:
         self.elements, self.records = elements, records
         self._attributes = UsedAttributes(elements, records, graph.computed_sizes)  # type: ignore[attr-defined]
         self._hooked_layers = watch_hooks(self.layers)
+        self.written: set[str] = set()  # layers whose parameters the forward changes
         self.divided: list[tuple[Axis, int, str]] = []  # axes that have to be multiples, and else are fixed
         self._recorded: list[Axis] = []  # what the rule of this node has recorded
         self._united_pairs: list[tuple[Axis, Axis]] = []  # what it has let agree
@@ -84,8 +84,8 @@ class AxisTracker:
 
     def _note_axes(self, node: fx.Node, value: Any) -> None:
         written = find_written(node, self._find_layer, self._find_module)
-        if written is not None:  # a gate would hide it from the layer
-            self.fix(get_axes(written), node, f"changes {written.target}, a parameter")
+        if written is not None:
+            self.written.add(str(written.target).rpartition(".")[0])
         if _is_plain(value):
             node.meta["axes"], node.meta["counts"] = None, count_node(node, value)
             if (multiple := find_multiple(node)) is not None:

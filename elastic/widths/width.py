@@ -70,13 +70,15 @@ class Widths(Mapping[str, Width]):
     """Hold the widths of one model by name; `fixed` says why each other written axis cannot change.
 
     `example` holds the inputs it was traced with, without data; `untrained` the paths of modules that no
-    gradient comes to: the forward calls them under `torch.no_grad()`, say, or detaches what they give.
+    gradient comes to: the forward calls them under `torch.no_grad()`, say, or detaches what they give;
+    `written` those of layers whose parameters the forward itself changes, to bound or to mask them.
     """
 
     widths: dict[str, Width]
     fixed: dict[str, str] = field(default_factory=dict)
     example: tuple[Tensor, ...] = field(default=(), compare=False)
     untrained: frozenset[str] = frozenset()
+    written: frozenset[str] = frozenset()
 
     def __getitem__(self, name: str) -> Width:
         if not isinstance(name, str):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from elastic import Growth, Periodic
+from elastic import Growth, Periodic, compact
 from elastic.callbacks import (
     AverageWeights,
     Census,
@@ -355,6 +355,42 @@ def test_samples_and_images_are_of_the_runs_precision(
     precision: Any, make: Callable[[], list[L.Callback]]
 ) -> None:
     assert fit(Program(), make(), max_epochs=4, precision=precision).current_epoch == 4
+
+
+class Bounded(nn.Conv2d):
+    """Bound the norm of each kernel, as EEGNet does (arXiv 1611.08024, table 2)."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        self.weight.data = torch.renorm(self.weight.data, p=2, dim=0, maxnorm=0.3)
+        return super().forward(x_BCHW)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: [grow(), PruneByGates("channel", penalty=5e-2, begin=0.0)],
+        lambda: [TrainJointly([0.5])],
+        lambda: [PruneDynamically(target=0.5)],
+    ],
+    ids=["grown", "levels", "dynamic"],
+)
+def test_a_network_whose_forward_bounds_its_weights_is_trained_as_others_are(
+    make: Callable[[], list[L.Callback]],
+) -> None:
+    net = make_network()
+    net[0] = Bounded(1, 6, 3, padding=1, bias=False)
+    module = Program(net)
+    with torch.no_grad():
+        net[0].weight.mul_(10)
+    trainer = fit(module, make())
+    structure = find_structure(module)
+    assert structure is not None and trainer.current_epoch == 6
+    x_BCHW = make_data().tensors[0]
+    for k in range(len(structure.nets)):
+        structure.run(k, x_BCHW)
+        assert net[0].weight.flatten(1).norm(dim=1).max() < 0.3 + 1e-5
+    module.eval()
+    torch.testing.assert_close(compact(net, x_BCHW)(x_BCHW), net(x_BCHW))
 
 
 def test_values_are_clipped_where_nothing_is_of_elastic_methods(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ from elastic.widths.operations.registry import TABLE, register_op
 from elastic.widths.operations.reshaping import flatten, reshape, reshape_as, unflatten
 from elastic.widths.operations.shapes import (
     accumulate,
+    bound_norms,
     join_complex,
     measure_norm,
     mix_dimension,
@@ -82,6 +83,7 @@ from elastic.widths.operations.spatial import (
     unpool,
     unshuffle_pixels,
 )
+from elastic.widths.operations.weights import assign_data
 
 __all__ = [
     "LAYER",
@@ -186,6 +188,7 @@ FUNCTIONS: dict[Rule, str] = {
     shuffle_channels: "channel_shuffle native_channel_shuffle",
     measure_norm: "norm vector_norm linalg_vector_norm linalg_norm",
     normalize: "normalize",
+    bound_norms: "renorm",
     find_extreme: "max min",
     find_place: "argmax argmin",
     rank: "sort argsort median nanmedian mode topk kthvalue",
@@ -244,6 +247,6 @@ READS_COUNTS: tuple[Rule, ...] = (
 # These are asked even where no tensor with channels is read.
 NEEDS_NO_TENSOR: tuple[Rule, ...] = (fill, decide)
 
-TABLE.functions[getattr] = read_attribute
+TABLE.functions |= {getattr: read_attribute, setattr: assign_data}
 TABLE.layers.update((kind, rule) for rule, kinds in LAYERS.items() for kind in kinds)
 TABLE.names.update((name, rule) for rule, names in FUNCTIONS.items() for name in names.split())

@@ -159,6 +159,14 @@ def normalize(tracker: Tracker, node: fx.Node) -> Axes:
     return x
 
 
+def bound_norms(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow renorm, which bounds the norm of each slice along a dimension."""
+    x = get_axes(get_input(node))
+    dim = get_argument(node, 2, "dim") % len(x)
+    tracker.mix([axis for d, axis in enumerate(x) if d != dim], node, "bounds a norm over its channels")
+    return x
+
+
 def reduce_twice(tracker: Tracker, node: fx.Node) -> tuple[Axes, Axes]:
     """Follow var_mean and its like, which give two results."""
     axes = reduce_over(tracker, node, get_argument(node, 1, "dim"), len(get_value(node)[0].shape))

@@ -4,10 +4,12 @@ import numpy as np
 from torch import fx
 
 from elastic.widths.operations.interface import (
+    Axes,
     NotFollowed,
     Place,
     Tracker,
     get_axes,
+    get_input,
     get_operation_name,
     get_shape,
 )
@@ -39,6 +41,18 @@ def locate_source(tracker: Tracker, weight: fx.Node) -> Place:
                 tracker.drop(axes)
                 return tracker.locate(source)
         raise
+
+
+def assign_data(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow `weight.data = …`: the weight has the channels of what is assigned."""
+    weight, value = get_input(node), node.args[2]
+    if node.args[1] != "data" or not isinstance(value, fx.Node) or get_shape(weight) != get_shape(value):
+        raise NotFollowed("assigns to an attribute of a tensor")
+    for axis, other in zip(get_axes(weight), get_axes(value), strict=True):
+        if axis is not None or other is not None:
+            tracker.unite(axis, other, node)
+    tracker.drop(get_axes(weight))  # later uses read them again
+    return ()
 
 
 def list_stored(tracker: Tracker, weight: fx.Node) -> list[fx.Node]:

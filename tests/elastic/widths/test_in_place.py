@@ -2,14 +2,18 @@
 
 import operator
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from elastic import discover, reindex
-from elastic.pruning.gates import attach_gates
+from elastic import Levels, discover, grow_index, reindex
+from elastic.errors import StructureError
+from elastic.pruning.gates import Grain, attach_gates, iterate_gates
+from elastic.surgery.fresh import random
 from elastic.widths.discovery import find_widths
 from elastic.widths.tracing import trace
 from tests.elastic.widths.odd import between
@@ -120,15 +124,19 @@ def fuse(how: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("how", ["assigned", "copied", "copied to a view", "set"])
-def test_a_parameter_that_a_forward_writes_to_keeps_its_channels(how: str) -> None:
-    """A gated layer computes with another tensor than it holds: what is written would be lost."""
+@pytest.mark.parametrize("grain", ["weight", "channel"])
+def test_weights_that_a_forward_writes_have_the_channels_of_those_that_it_writes(
+    how: str, grain: Grain
+) -> None:
+    """A gated layer computes with another tensor than it holds, where what is written would be lost."""
     torch.manual_seed(0)
     model = fuse(how).eval()
-    widths = find_widths(model, X)
-    assert list(widths) == ["last"]
-    assert "fused.weight" in widths.fixed["stem"] + widths.fixed["one"]
+    widths = discover(model, X, check=True)
+    assert list(widths) == ["stem", "one", "last"] and widths.written == {"fused"}
     expected = model(X).detach()
-    attach_gates(model, widths, "weight")
+    reindex(model, widths, {"stem": SHUFFLED, "one": SHUFFLED})
+    attach_gates(model, widths, grain)
+    assert not is_parametrized(model.fused) and is_parametrized(model.one)
     torch.testing.assert_close(model(X), expected)
 
 
@@ -151,20 +159,72 @@ WRITES: dict[str, Callable[[Tensor], object]] = {
     "view by a method": lambda w: w.swapaxes(2, 3).mul_(2),
     "one of several views": lambda w: w.chunk(2, 1)[0].zero_(),
     "normalized": lambda w: w.div_(w.norm()),
+    "bounded": lambda w: w.renorm_(2, 0, 0.1),
 }
+ANEW = ("operator", "operator on its data", "flag by position", "out", "view by a method")
 
 
-@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
-def test_a_parameter_keeps_its_channels_in_whatever_way_it_is_written_to(
-    write: Callable[[Tensor], object],
-) -> None:
+def write_first(write: Callable[[Tensor], object]) -> nn.Module:
     def forward(m: nn.Module, x: Tensor) -> Tensor:
         with torch.no_grad():
             write(m.inner.weight)
         return m.inner(x)  # type: ignore[no-any-return]
 
-    widths = find_widths(between(forward, inner=nn.Conv2d(8, 8, 1)), X)
-    assert "inner.weight, a parameter" in widths.fixed["stem"]
+    return between(forward, inner=nn.Conv2d(8, 8, 1))
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_in_whatever_way_a_weight_is_written_to_it_is_followed_and_has_no_gate(
+    write: Callable[[Tensor], object],
+) -> None:
+    model = write_first(write)
+    widths = discover(model, X)
+    assert list(widths) == ["stem", "inner", "last"] and widths.written == {"inner"}
+    attach_gates(model, widths, "weight")
+    assert [path for path, _, _ in iterate_gates(model)] == ["stem", "last", "head.2"]
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_what_is_written_is_the_same_for_channels_in_other_places(name: str) -> None:
+    """What differs from call to call is no function, of which nothing can be checked."""
+    with pytest.raises(StructureError, match="each time") if name in ANEW else nullcontext():
+        assert discover(write_first(WRITES[name]), X, check=True)
+
+
+class Masked(nn.Conv2d):
+    """See pixels to the left and above alone (arXiv 1606.05328)."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes, padding=1)
+        mask = torch.ones_like(self.weight)
+        mask[:, :, 1, 2:] = mask[:, :, 2] = 0
+        self.register_buffer("mask", mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data *= self.mask
+        return super().forward(x)
+
+
+def test_a_mask_grows_with_the_weight_that_it_is_written_into() -> None:
+    model = nn.Sequential(Masked(3, 8, 3), nn.ReLU(), Masked(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 1))
+    widths = discover(model, X, check=True)
+    reindex(model, widths, {"0": grow_index(8, 12), "2": grow_index(6, 9)}, fresh=random)
+    for layer in (model[0], model[2]):
+        assert layer.mask.shape == layer.weight.shape
+        assert torch.equal(layer.mask, layer.mask[:1, :1].expand_as(layer.mask))
+    model(X)
+    assert not model[2].weight[:, :, 2].any() and model[2].weight[8, 10, 0].all()
+
+
+def test_levels_have_no_part_of_weights_that_the_forward_writes() -> None:
+    """It may assign others, which then are the level's alone."""
+    model = write_first(lambda w: w.clamp_(0))
+    widths = discover(model, X)
+    with pytest.raises(StructureError, match=r"'stem' is of weights that the forward changes, .* whole"):
+        Levels(model, widths, [{"stem": 4}])
+    small = Levels(model, widths, [{"last": 3}])[0]
+    small(X)
+    assert small.inner.weight is model.inner.weight
 
 
 def test_a_flag_that_is_none_of_writing_fixes_nothing() -> None:
@@ -266,5 +326,5 @@ def test_what_is_changed_may_be_called_as_a_view_is() -> None:
             y.mul_(t[:, None, None, None])
             return self.last(y * self.narrow[:, None, None])  # type: ignore[no-any-return]
 
-    fixed = find_widths(Named(), X, torch.ones(2)).fixed
-    assert fixed["stem"] == "clamp_(0) in the model's forward changes narrow, a parameter"
+    widths = find_widths(Named(), X, torch.ones(2))
+    assert list(widths) == ["stem"] and widths.written == {""}
