@@ -5,8 +5,10 @@ counted; a gated weight counts where its gate is open. `params_dense`: the same,
 multiply-accumulates of convolutions and matrix products for one input, as dense kernels execute them.
 """
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from elastic.widths.parameters import ChannelParametrization, get_original, get_
 from elastic.widths.tracing import WithoutData, drop_data, make_meta_copy
 from elastic.widths.width import Widths
 
+Size = Sequence[int]
 COUNTED = (nn.modules.conv._ConvNd, nn.Linear)
 
 
@@ -103,7 +106,8 @@ def count_macs_by_layer(model: nn.Module, *example: Tensor) -> dict[str, int]:
 
 
 def _count_macs(replica: nn.Module, inputs: Sequence[Tensor]) -> dict[str, int]:
-    with torch.no_grad(), quiet_hooks(replica), WithoutData(), FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False, custom_mapping=_list_counters())
+    with torch.no_grad(), quiet_hooks(replica), WithoutData(), counter:
         replica(*inputs)
     leaves = {path for path, module in replica.named_modules() if _is_layer(module)}
     flops = {path.partition(".")[2]: sum(by_op.values()) for path, by_op in counter.get_flop_counts().items()}
@@ -111,6 +115,17 @@ def _count_macs(replica: nn.Module, inputs: Sequence[Tensor]) -> dict[str, int]:
     if outside := counter.get_total_flops() // 2 - sum(macs.values()):
         macs[""] = outside
     return macs
+
+
+def _list_counters() -> dict[Any, Callable[..., int]]:
+    """List counters of FLOPs for what torch's does not know: torchvision's operation, where that is there."""
+    deform = getattr(torch.ops.torchvision, "deform_conv2d", None)
+    return {} if deform is None else {deform: _count_deformed}
+
+
+def _count_deformed(_x: Size, weight: Size, *_: Any, out_shape: Size, **__: Any) -> int:
+    """Count a deformable convolution as a convolution; to find its places takes as many steps as it has."""
+    return 2 * math.prod(out_shape) * math.prod(weight[1:])
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -1,8 +1,9 @@
 """Know what is stored for a layer's tensor, and what a stock layer says of itself."""
 
+import sys
 from dataclasses import dataclass
 from functools import singledispatch
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
@@ -76,17 +77,20 @@ def resize_layer(module: nn.Module, tensor: str, dim: int, size: int, depthwise:
 
     A layer of one's own that counts channels registers a function of its own.
     """
+    library = sys.modules.get("torchvision.ops.deform_conv")  # or the module is none of its
+    if library is not None and isinstance(module, library.DeformConv2d):
+        _resize_convolution(module, tensor, dim, size, depthwise)
 
 
-@resize_layer.register
-def _(module: _ConvNd, tensor: str, dim: int, size: int, depthwise: bool) -> None:
+@resize_layer.register(_ConvNd)
+def _resize_convolution(module: Any, tensor: str, dim: int, size: int, depthwise: bool) -> None:
     if tensor != "weight":
         return
     if depthwise:  # as many outputs a group as before
         copies = module.out_channels // module.groups
         groups = size if module.transposed else size // copies
         module.groups, module.in_channels, module.out_channels = groups, groups, groups * copies
-    elif module.transposed:
+    elif getattr(module, "transposed", False):
         module.in_channels = size if dim == 0 else module.in_channels
         module.out_channels = size * module.groups if dim == 1 else module.out_channels
     else:

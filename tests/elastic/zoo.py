@@ -8,6 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import DeformConv2d
 
 from elastic.widths.width import Slot, Widths
 
@@ -259,6 +260,26 @@ CASES: dict[str, Case] = {
             "last": f"{layer('last')} head.2.weight.1",
         },
         {"head.2": OUTPUT},
+        smallest=2,
+    ),
+    "deformed": Case(
+        lambda: Net(
+            lambda m, x: m.head(F.relu(m.bent(y := F.relu(m.stem(x)), m.offset(y), m.mask(y).sigmoid()))),
+            stem=conv(3, 6),
+            **dict(offset=conv(6, 36, 3), mask=conv(6, 18, 3), bent=DeformConv2d(6, 5, 3, padding=1)),
+            head=head(5),
+        ),
+        {"stem": 3, "bent": 5},
+        {
+            "stem": "stem.weight.0[stem*1,stem*1] stem.bias.0[stem*1,stem*1] offset.weight.1[stem*1,stem*1] "
+            "mask.weight.1[stem*1,stem*1] bent.weight.1[stem*1,stem*1]",
+            "bent": f"{layer('bent')} head.2.weight.1",
+        },
+        {
+            "offset": "eq(0) in bent decides by the number of channels",
+            "mask": "deform_conv2d(…, …, …, …, 1, 1, 1, 1, 1, 1, …, …, True) in bent moves as many places",
+            "head.2": OUTPUT,
+        },
         smallest=2,
     ),
     "split": Case(

@@ -18,6 +18,7 @@ from elastic.widths.operations.cutting import (
 from elastic.widths.operations.functional import (
     convolve_transposed_with,
     convolve_with,
+    deform_with,
     normalize_channels_with,
     normalize_groups_with,
     normalize_layer_with,
@@ -216,6 +217,7 @@ FUNCTIONS: dict[Rule, str] = {
     fold: "fold",
     convolve_with: "conv1d conv2d conv3d",
     convolve_transposed_with: "conv_transpose1d conv_transpose2d conv_transpose3d",
+    deform_with: "deform_conv2d",
     project_with: "linear",
     normalize_channels_with: "batch_norm instance_norm",
     normalize_groups_with: "group_norm",
@@ -241,7 +243,7 @@ FUNCTIONS: dict[Rule, str] = {
 # These understand numbers computed from sizes; with any other rule such a number fixes what it counts.
 READS_COUNTS: tuple[Rule, ...] = (
     *(reshape, unflatten, split, get_item),
-    *(decide, set_item, convolve_with, convolve_transposed_with, normalize_layer_with),
+    *(decide, set_item, convolve_with, convolve_transposed_with, deform_with, normalize_layer_with),
     *(fill, expand, repeat, make_grid, scale),
 )
 # These are asked even where no tensor with channels is read.

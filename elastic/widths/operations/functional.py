@@ -47,6 +47,18 @@ def convolve_with(tracker: Tracker, node: fx.Node) -> Axes:
     return (*x[:channel], written, *(None for _ in shape[2:]))
 
 
+def deform_with(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow torchvision's deformable convolution, whose input comes in groups with offsets of their own."""
+    x, weight = _read_weight(tracker, node)
+    offset, mask, groups, offset_groups = (get_argument(node, position) for position in (2, 3, 11, 12))
+    tracker.fix([*get_axes(offset), *get_axes(mask)], node, "moves as many places")
+    if x[1] is not None:
+        tracker.elements.tie(x[1], get_value(offset_groups))
+    written = read_and_write(tracker, node, x[1], weight, None, get_value(groups))
+    _add_bias(tracker, node, written, position=4)
+    return (x[0], written, None, None)
+
+
 def _is_spread(tracker: Tracker, weight: fx.Node) -> bool:
     """Tell whether a weight is one kernel that is spread over as many channels as there are."""
     channels = get_axes(weight)[0]
@@ -170,9 +182,9 @@ def _read_weight(tracker: Tracker, node: fx.Node, is_depthwise: bool = False) ->
     return get_axes(get_input(node)), place
 
 
-def _add_bias(tracker: Tracker, node: fx.Node, written: Axis) -> None:
+def _add_bias(tracker: Tracker, node: fx.Node, written: Axis, position: int = 2) -> None:
     """Let a bias have an entry for each channel that is written, be it stored or computed."""
-    bias = get_argument(node, 2, "bias")
+    bias = get_argument(node, position, "bias")
     if bias is None:
         return
     try:

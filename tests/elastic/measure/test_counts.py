@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import DeformConv2d
 
 from elastic.measure.counts import census, count_macs, count_macs_by_layer, count_params, count_params_dense
 from elastic.models import convnet, resnet20
@@ -109,7 +110,7 @@ def test_layers_sum_to_the_whole(case: Case) -> None:
         return count
 
     for path, layer in net.named_modules():
-        if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
+        if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd, DeformConv2d)):
             layer.register_forward_hook(hook(path))
     net(x)
     found = count_macs_by_layer(case.model(), x)
