@@ -41,4 +41,5 @@ def _has_shapes(net: nn.Module, other: nn.Module) -> bool:
 
 
 def _has_weights(net: nn.Module, other: nn.Module) -> bool:
-    return all(map(torch.equal, net.parameters(), other.parameters()))
+    pairs = zip(net.parameters(), other.parameters(), strict=True)
+    return all(a.device == b.device and a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
