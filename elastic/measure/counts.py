@@ -124,7 +124,7 @@ def _list_counters() -> dict[Any, Callable[..., int]]:
 
 
 def _count_deformed(_x: Size, weight: Size, *_: Any, out_shape: Size, **__: Any) -> int:
-    """Count a deformable convolution as a convolution; to find its places takes as many steps as it has."""
+    """Count a deformable convolution as a convolution: what it reads between pixels is not counted."""
     return 2 * math.prod(out_shape) * math.prod(weight[1:])
 
 

@@ -50,6 +50,7 @@ def convolve_with(tracker: Tracker, node: fx.Node) -> Axes:
 def deform_with(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow torchvision's deformable convolution, whose input comes in groups with offsets of their own."""
     x, weight = _read_weight(tracker, node)
+    # As the compiled function takes them, by position alone.
     offset, mask, groups, offset_groups = (get_argument(node, position) for position in (2, 3, 11, 12))
     tracker.fix([*get_axes(offset), *get_axes(mask)], node, "moves as many places")
     if x[1] is not None:
