@@ -136,10 +136,9 @@ class ElasticCallback(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._leads(trainer):
             check_current(self.structure, pl_module)
-            changing = [callback for callback in list_elastic(trainer) if callback.changes_structure]
-            for callback in changing:
+            for callback in list_changing(trainer):
                 check_changeable(self.structure, type(callback).__name__)
-            if changing:
+            if list_changing(trainer):
                 look_for_copies(self.structure, pl_module)
             self._attach_all(trainer)
             self._check_result(trainer, pl_module)
@@ -153,13 +152,12 @@ class ElasticCallback(L.Callback):
                 callback.attach()
 
     def _check_result(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        changes = any(callback.changes_structure for callback in list_elastic(trainer))
-        if changes or self.structure.list_own_parameters():
+        if list_changing(trainer) or self.structure.list_own_parameters():
             check_returned(trainer)
         check_saved(trainer, module)
 
     def _take_own_parameters(self, trainer: L.Trainer) -> None:
-        if any(callback.changes_structure for callback in list_elastic(trainer)):
+        if list_changing(trainer):
             for optimizer in trainer.optimizers:
                 check_followed(optimizer)
         self.structure.step_own = partial(self._step_own, trainer)
@@ -273,6 +271,11 @@ def list_elastic(trainer: L.Trainer) -> list[ElasticCallback]:
     return [callback for callback in trainer.callbacks if isinstance(callback, ElasticCallback)]  # type: ignore[attr-defined]
 
 
+def list_changing(trainer: L.Trainer) -> list[ElasticCallback]:
+    """List the callbacks of a run that may change the shapes of its network's parameters."""
+    return [callback for callback in list_elastic(trainer) if callback.changes_structure]
+
+
 def list_static(trainer: L.Trainer) -> list[L.Callback]:
     """List the callbacks of a run that hold on to parameters as they were."""
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -301,6 +304,5 @@ def refuse_changes_beside(trainer: L.Trainer, method: str) -> None:
                 f"{method} and {name} cannot be in one run, since {name} averages one network that runs "
                 f"whole: leave {name} out"
             )
-    changing = [type(c).__name__ for c in list_elastic(trainer) if c.changes_structure]
-    if changing:
-        raise explain_order(changing[0], method)
+    if changing := list_changing(trainer):
+        raise explain_order(type(changing[0]).__name__, method)

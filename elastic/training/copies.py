@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from elastic.training.locating import have_same_shapes
 from elastic.training.structure import Structure
 
 LOG = logging.getLogger(__name__)
@@ -18,8 +19,9 @@ def look_for_copies(structure: Structure, module: nn.Module) -> None:
     parameters with the network's, one by one: once the network's are others, the pairs are wrong. Teachers
     begin as such, too, and may stay as they are.
     """
-    structure.alike = [path for path, _ in _iterate_alike(structure, module)]
-    copies = [path for path, net in _iterate_alike(structure, module) if _has_weights(net, structure.net)]
+    alike = dict(_iterate_alike(structure, module))
+    structure.alike = list(alike)
+    copies = [path for path, net in alike.items() if _has_weights(net, structure.net)]
     if copies:
         LOG.warning(
             "%s has the weights of '%s', but will not follow its changes: if the program keeps it in step, "
@@ -31,13 +33,8 @@ def look_for_copies(structure: Structure, module: nn.Module) -> None:
 def _iterate_alike(structure: Structure, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     followed = {part for net in (structure.net, *structure.copies) for part in net.modules()}
     for path, net in module.named_modules():
-        if type(net) is type(structure.net) and net not in followed and _has_shapes(net, structure.net):
+        if type(net) is type(structure.net) and net not in followed and have_same_shapes(net, structure.net):
             yield path, net
-
-
-def _has_shapes(net: nn.Module, other: nn.Module) -> bool:
-    tensors, others = net.named_parameters(), other.named_parameters()
-    return {name: p.shape for name, p in tensors} == {name: p.shape for name, p in others}
 
 
 def _has_weights(net: nn.Module, other: nn.Module) -> bool:

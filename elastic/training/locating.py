@@ -15,6 +15,12 @@ def make_prefix(path: str) -> str:
     return f"{path}." if path else ""
 
 
+def have_same_shapes(net: nn.Module, other: nn.Module) -> bool:
+    """Tell whether two networks have parameters of the same names and shapes, as copies have."""
+    parameters, others = net.named_parameters(), other.named_parameters()
+    return {name: p.shape for name, p in parameters} == {name: p.shape for name, p in others}
+
+
 def find_called(module: nn.Module, net: nn.Module) -> nn.Module:
     """Find what a module calls for its network: itself, or what `torch.compile` has wrapped it in."""
     return next(

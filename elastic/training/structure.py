@@ -31,7 +31,7 @@ from elastic.surgery.reindexing import Index, reindex
 from elastic.training.groups import adopt_parameters
 from elastic.training.imitation import OutputKind
 from elastic.training.layout import choose_memory_format
-from elastic.training.locating import find_called, is_called_compiled
+from elastic.training.locating import find_called, have_same_shapes, is_called_compiled
 from elastic.training.own_parameters import OwnOptimizers, OwnParameter, scale_module_rate
 from elastic.training.processes import find_differing_processes, unwrap
 from elastic.training.routing import LossTerm, Router
@@ -173,10 +173,9 @@ class Structure(nn.Module):
         Raises:
             StructureError: one is no copy.
         """
-        shapes = {name: tensor.shape for name, tensor in self.net.named_parameters()}
         for path in paths:
             net = module.get_submodule(path)
-            if {name: tensor.shape for name, tensor in net.named_parameters()} != shapes:
+            if not have_same_shapes(net, self.net):
                 raise StructureError(f"'{path}' is no copy of '{self.path}': its parameters are others")
             if all(net is not copy for copy in self.copies):
                 self.copies.append(net)

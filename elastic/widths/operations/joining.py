@@ -93,8 +93,7 @@ def stack(tracker: Tracker, node: fx.Node) -> Axes:
     (first, *others), _ = _list_parts(node)
     for axes in others:
         for axis, other in zip(first, axes, strict=True):
-            if axis is not None or other is not None:
-                tracker.unite(axis, other, node)
+            tracker.unite(axis, other, node)
     dim = get_argument(node, 1, "dim", default=0) % (len(first) + 1)
     return (*first[:dim], None, *first[dim:])
 

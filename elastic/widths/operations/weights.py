@@ -49,8 +49,7 @@ def assign_data(tracker: Tracker, node: fx.Node) -> Axes:
     if node.args[1] != "data" or not isinstance(value, fx.Node) or get_shape(weight) != get_shape(value):
         raise NotFollowed("assigns to an attribute of a tensor")
     for axis, other in zip(get_axes(weight), get_axes(value), strict=True):
-        if axis is not None or other is not None:
-            tracker.unite(axis, other, node)
+        tracker.unite(axis, other, node)
     tracker.drop(get_axes(weight))  # later uses read them again
     return ()
 
