@@ -101,6 +101,8 @@ def _carry_runs(
         axes = [x[d] for d in run.before]
         if all(axis is None for axis in axes):
             continue
+        if len(run.after) == 1:
+            axes = _keep_first(tracker, node, axes)
         merged = merge_axes(axes, [before[d] for d in run.before])
         target = _find_target(run, after, sizes, merged)
         attribute = _find_attribute(run, numbers) if target is None else None
@@ -117,6 +119,13 @@ def _carry_runs(
         if not size.counts(axis, tracker.elements) and not agree(tracker, axis, size):
             tracker.fix([axis, *size.axes], node, "is given a size that counts other channels")
     return tuple(y)
+
+
+def _keep_first(tracker: Tracker, node: fx.Node, axes: Sequence[Axis | None]) -> list[Axis | None]:
+    """Let the first of several axes that become one go on, and fix the others, as those of a kernel."""
+    first = next(d for d, axis in enumerate(axes) if axis is not None)
+    tracker.fix(axes[first + 1 :], node, "fixes the number of channels")
+    return [axis if d == first else None for d, axis in enumerate(axes)]
 
 
 def _find_target(

@@ -1,5 +1,7 @@
 """Follow channels that a weight reads and writes, whoever applies it."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from torch import fx
 
@@ -35,7 +37,7 @@ def locate_source(tracker: Tracker, weight: fx.Node) -> Place:
         axes, shape = get_axes(weight), get_shape(weight)
         for source in list_stored(tracker, weight):
             own = get_axes(source)
-            if get_shape(source)[:2] == shape[:2] and all(map(_is_same, own[:2], axes[:2])):
+            if get_shape(source)[:2] == shape[:2] and _are_same(tracker, own[:2], axes[:2]):
                 if not _keeps_zeros(weight, source):
                     tracker.mix(own[1:2], weight, "computes a weight from its channels")
                 tracker.drop(axes)
@@ -82,9 +84,17 @@ def _keeps_zeros(node: fx.Node, source: fx.Node) -> bool:
     return any(isinstance(factor, fx.Node) and _keeps_zeros(factor, source) for factor in factors)
 
 
-def _is_same(first: Axis | None, second: Axis | None) -> bool:
-    return first is second is None or (
-        first is not None and second is not None and np.array_equal(first, second)
+def _are_same(tracker: Tracker, first: Sequence[Axis | None], second: Sequence[Axis | None]) -> bool:
+    """Tell whether axes have the same channels, as those of factors have that an operation has united."""
+    pairs = zip(first, second, strict=True)
+    return all(
+        one is two is None
+        or (
+            one is not None
+            and two is not None
+            and np.array_equal(tracker.elements.represent(one), tracker.elements.represent(two))
+        )
+        for one, two in pairs
     )
 
 

@@ -88,6 +88,21 @@ class Computed(nn.Module):
         return F.conv2d(x, self.compute(self.weight), self.bias * 0.1, padding=1)
 
 
+class Scaled(Computed):
+    """A convolution whose weight has a gain of its own for each row, of its norm or as it is."""
+
+    def __init__(self, divide: Callable[[Tensor], Tensor] = lambda w: w) -> None:
+        super().__init__(lambda w: self.gain * divide(w))
+        self.gain = nn.Parameter(torch.rand(8, 1, 1, 1))
+
+
+class NormedByHand(Scaled):
+    """Weight norm as papers' code has it (arXiv 1602.07868)."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        super().__init__(lambda w: w / w.flatten(1).norm(dim=1).view(-1, 1, 1, 1))
+
+
 class CentralDifference(nn.Module):
     """Central difference convolution, arXiv 2003.04092: the sum of each kernel is a kernel, too."""
 
@@ -529,10 +544,13 @@ def test_a_block_is_refused_by_name(build: Callable[[], nn.Module], reason: str)
     assert set(widths) == {"last"} and reason in widths.fixed["stem"]
 
 
-@pytest.mark.parametrize("kind", [StandardisedByMoments, StandardisedInSteps, StandardisedByNorm])
+@pytest.mark.parametrize(
+    "kind", [StandardisedByMoments, StandardisedInSteps, StandardisedByNorm, NormedByHand]
+)
 def test_what_standardises_its_weight_is_followed_with_gates(kind: type[nn.Conv2d]) -> None:
     model = block(lambda: kind(8, 8, 3, padding=1))()
     widths = find_widths(model, X)
+    assert len(widths) == 3
     attach_gates(model, widths, "weight")
     assert find_widths(model, X) == widths
 
@@ -545,6 +563,7 @@ COMPUTED: dict[str, tuple[Callable[[], nn.Module], bool]] = {
         True,
     ),
     "central difference": (CentralDifference, True),
+    "scaled by a parameter for each row": (Scaled, True),
     "positive": (lambda: Computed(F.softplus), False),
     "less a mean": (lambda: Computed(lambda w: w - w.mean(1, keepdim=True)), False),
     "divided by a mean": (lambda: Computed(lambda w: w / w.abs().mean(1, keepdim=True)), False),
