@@ -6,6 +6,7 @@ from torch import fx, nn
 
 from elastic.errors import StructureError
 from elastic.widths.operations.registry import find_base
+from elastic.widths.parameters import get_kind
 from elastic.widths.tracing import BATCH_NORM, get_layer, list_graphs
 
 INSTANCE_NORM = nn.modules.instancenorm._InstanceNorm
@@ -16,7 +17,7 @@ STOCK = {nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d
 
 def is_convolution(layer: nn.Module | None) -> TypeGuard[nn.modules.conv._ConvNd]:
     """Tell whether a layer is one of torch's convolutions, whose weight has a place for each kernel."""
-    if layer is None or find_base(type(layer)) not in STOCK:
+    if layer is None or find_base(get_kind(layer)) not in STOCK:
         return False
     assert isinstance(layer, nn.modules.conv._ConvNd)
     return layer.groups == 1 or not layer.transposed
@@ -24,7 +25,7 @@ def is_convolution(layer: nn.Module | None) -> TypeGuard[nn.modules.conv._ConvNd
 
 def is_linear(layer: nn.Module | None) -> TypeGuard[nn.Linear]:
     """Tell whether a layer computes as torch's linear layer."""
-    return layer is not None and find_base(type(layer)) is nn.Linear
+    return layer is not None and find_base(get_kind(layer)) is nn.Linear
 
 
 def find_calls(traced: fx.GraphModule, path: str) -> list[fx.Node]:

@@ -20,17 +20,21 @@ def find_nestable(widths: Widths) -> list[str]:
     """Find the widths whose first channels lie side by side in every tensor, so that a level can be a view.
 
     Those that a concatenation, a split or groups interleave with others do not, but for the last of them. Of
-    weights that the forward itself changes there are no views: it may assign others.
+    weights that the forward itself changes there are no views: it may assign others. Part of a weight that
+    weight norm computes would have another norm.
     """
     slots = (slot for width in widths.values() for slot in width.slots)
     interleaved = {segment.width for slot in slots for segment in slot.layout[:-1]}
-    return [name for name in widths if name not in interleaved | _find_written(widths)]
+    return [name for name in widths if name not in interleaved | _find_whole(widths).keys()]
 
 
-def _find_written(widths: Widths) -> set[str]:
-    """Find the widths of weights that the forward changes."""
-    slots = (slot for width in widths.values() for slot in width.slots if slot.module in widths.written)
-    return {segment.width for slot in slots for segment in slot.layout if segment.width is not None}
+def _find_whole(widths: Widths) -> dict[str, str]:
+    """Find the widths of weights that have no parts, with reasons."""
+    reasons = dict.fromkeys(widths.computed, "of weights that weight norm computes (remove it first)")
+    reasons |= dict.fromkeys(widths.written, "of weights that the forward changes")
+    slots = [slot for width in widths.values() for slot in width.slots if slot.module in reasons]
+    named = [(slot, segment.width) for slot in slots for segment in slot.layout]
+    return {width: reasons[slot.module] for slot, width in named if width is not None}
 
 
 def check_sizes(widths: Widths, sizes: Sequence[Sizes]) -> None:
@@ -60,8 +64,8 @@ def _check_width(widths: Widths, name: str, k: int, size: int, larger: int) -> N
             "give levels from small to large"
         )
     if size != widths[name].size and name not in find_nestable(widths):
-        is_written = name in _find_written(widths)
-        reason = "is of weights that the forward changes" if is_written else "lies between others' channels"
+        whole = _find_whole(widths)
+        reason = f"is {whole[name]}" if name in whole else "lies between others' channels"
         raise StructureError(
             f"width '{name}' {reason}, so that no level can have a part of it: leave it whole"
         )
@@ -79,9 +83,8 @@ def _suggest_change(widths: Widths, sizes: Sizes) -> str:
 
 def explain_no_room(widths: Widths) -> str:
     """Say why no width of a network leaves room for a level."""
-    reason = "lie between others' channels"
-    if _find_written(widths):
-        reason += " or are of weights that the forward changes"
+    reasons = ["lie between others' channels", *(f"are {reason}" for reason in _find_whole(widths).values())]
+    reason = " or ".join(dict.fromkeys(reasons))
     return f"all widths ({', '.join(widths)}) {reason}, which leaves no room for a level"
 
 
@@ -102,7 +105,7 @@ def make_level(net: nn.Module, widths: Widths, sizes: Sizes, parts: TensorParts)
     level = copy_module(net, {id(tensor): tensor for _, _, tensor in iterate_shared(net)})
     norms = dict(iterate_norms(level))
     for (path, name), part in parts.items():
-        if path in widths.written:  # shared whole, as the forward may assign another tensor to it
+        if path in widths.written | widths.computed:  # shared whole, as another tensor may come to be there
             continue
         layer = level.get_submodule(path)
         tensor = getattr(layer, name)

@@ -73,7 +73,10 @@ def locate_parameters(model: nn.Module) -> dict[int, tuple[nn.Module, str]]:
         if isinstance(module, (parametrize.ParametrizationList, ChannelParametrization)):
             continue
         stored = {name: value for name, value in module._parameters.items() if value is not None}
-        chains = {name: getattr(chain, "original", chain) for name, chain in list_chains(module).items()}
+        chains = {  # of weight norm's norm and direction, the latter
+            name: getattr(chain, "original", getattr(chain, "original1", chain))
+            for name, chain in list_chains(module).items()
+        }
         locations |= {id(value): (module, name) for name, value in (stored | chains).items()}
     return locations
 

@@ -21,7 +21,7 @@ from elastic.pruning.gates import (
 from elastic.pruning.ranking import keep_best_gates
 from elastic.widths.copying import copy_module
 from elastic.widths.inputs import Example
-from elastic.widths.parameters import get_weight
+from elastic.widths.parameters import compute_weight, get_weight
 
 TOLERANCE = 0.02  # of a budget
 
@@ -162,7 +162,7 @@ def keep_largest_weights(model: nn.Module, count: float) -> None:
     was_open: dict[Gate, Tensor] = {}
     for _, layer, gate in iterate_gates(model):
         was_open[gate] = gate.score > 0
-        set_score(gate, get_weight(layer).abs().where(was_open[gate], -START))
+        set_score(gate, compute_weight(layer).abs().where(was_open[gate], -START))
     keep_best_gates(model, count)
     for gate, mask in was_open.items():
         stays = mask & (gate.score > 0)  # of a layer that has none open, the ranking opens one

@@ -1,6 +1,6 @@
 """Fold gates into the weights behind them: a plain model comes out."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from torch.nn.utils import parametrize
 
 from elastic.measure.counts import list_chains
 from elastic.widths.copying import copy_module
-from elastic.widths.parameters import get_original, list_parametrizations
+from elastic.widths.parameters import get_original, list_gates, list_weight_norms
 
 
 @torch.no_grad()
@@ -17,17 +17,19 @@ def compute_mask(layer: nn.Module, tensor: str) -> Tensor:
     stored = get_original(layer, tensor)
     assert stored is not None
     mask = torch.ones_like(stored)
-    for gate in list_parametrizations(layer, tensor):
+    for gate in list_gates(layer, tensor):
         mask = gate(mask)
     return mask
 
 
 def fold_gates(model: nn.Module) -> nn.Module:
-    """Make a plain copy of a model, whose weights hold what the gates left of them."""
+    """Make a plain copy of a model, whose weights hold what gates and weight norms made of them."""
     plain = copy_module(model)
     for module in plain.modules():
         if parametrize.is_parametrized(module):
             _fold(module)
+        for name in [hook.name for hook in list_weight_norms(module)]:
+            nn.utils.remove_weight_norm(module, name)
     return plain
 
 
@@ -41,14 +43,25 @@ def _fold(module: nn.Module) -> None:
 
 
 def make_plain(module: nn.Module, values: Mapping[str, nn.Parameter]) -> None:
-    """Give a module parameters in place of all tensors that are parametrized.
+    """Give a module parameters in place of tensors that are parametrized; others stay as they are.
 
     `parametrize.remove_parametrizations` would strip the class, which all copies of the model share.
     """
+    others = {name: chain for name, chain in list_chains(module).items() if name not in values}
+    kind = type(module)
+    module.__class__ = kind.__bases__[0] if not others else _make_class_without(kind, values)
     del module._modules["parametrizations"]
-    module.__class__ = type(module).__bases__[0]
+    if others:
+        module.parametrizations = nn.ModuleDict(others)
     # Parameters that were gated come first, as they did when the layer was made.
-    others = dict(module._parameters)
+    unchanged = dict(module._parameters)
     module._parameters.clear()
-    for name, value in (*values.items(), *others.items()):
+    for name, value in (*values.items(), *unchanged.items()):
         module.register_parameter(name, value)
+
+
+def _make_class_without(kind: type[nn.Module], names: Collection[str]) -> type[nn.Module]:
+    """Make a parametrized layer's class anew, without the properties that compute some of its tensors."""
+    left_out = {*names, "__dict__", "__weakref__"}
+    contents = {name: value for name, value in vars(kind).items() if name not in left_out}
+    return type(kind.__name__, kind.__bases__, contents)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from elastic.errors import OptionError
+from elastic.errors import OptionError, StructureError
 from elastic.widths.matching import require_widths
 from elastic.widths.parameters import ChannelParametrization, get_weight, list_parametrizations
 from elastic.widths.tracing import find_following_norms
@@ -130,6 +130,9 @@ def attach_gates(
 
     At channel grain the gain and shift of the norm that follows a layer are gated with it, so that a closed
     channel is exactly zero; channels that cannot be removed (the logits) are not gated.
+
+    Raises:
+        StructureError: no layer can have gates.
     """
     require_widths(model, widths)
     if grain not in get_args(Grain):
@@ -139,9 +142,11 @@ def attach_gates(
         slot.module: slot for width in widths.values() for role in roles for slot in width.slots_with(role)
     }
     norms = find_following_norms(model, *widths.example) if grain == "channel" else {}
+    reasons = {path: reason for path in layers if (reason := _find_hindrance(model, widths, path))}
+    if layers.keys() == reasons.keys():
+        raise StructureError(f"no layer can have gates: {'; '.join(dict.fromkeys(reasons.values()))}")
     for path, slot in layers.items():
-        is_frozen = path in widths.untrained or not get_weight(model.get_submodule(path)).requires_grad
-        if is_frozen or path in widths.written:  # by the user, or from whose forward a gate would hide it
+        if path in reasons:
             continue
         channel = slot.dim if slot.role == "out" else 1 - slot.dim
         companions = [(path, "bias")] if grain == "channel" else []
@@ -152,6 +157,18 @@ def attach_gates(
             gate = Gate(weight, grain, grace, channel)
             gate.score.requires_grad_(weight.requires_grad)
             _register(root, [(path, "weight"), *companions], gate)
+
+
+def _find_hindrance(model: nn.Module, widths: Widths, path: str) -> str | None:
+    """Say what keeps a layer from having gates."""
+    layer = model.get_submodule(path)
+    if path in widths.untrained or not get_weight(layer).requires_grad:
+        return "weights are frozen"
+    if path in widths.written:
+        return "the forward changes weights, which a gate would hide from it"
+    if "weight" in vars(layer):
+        return "a hook computes weights: use torch.nn.utils.parametrizations.weight_norm"
+    return None
 
 
 def _register(root: nn.Module, places: Iterable[tuple[str, str]], gate: Gate) -> None:

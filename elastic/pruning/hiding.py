@@ -1,14 +1,14 @@
 """Take the gates off networks for a while, so that a program finds its weights where it made them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
 from torch import nn
-from torch.nn.utils import parametrize
 
 from elastic.measure.counts import list_chains
 from elastic.pruning.folding import make_plain
-from elastic.pruning.gates import Gate
+from elastic.widths.parameters import find_weight_norm, list_foreign, list_gates
 
 
 class HiddenGates:
@@ -25,10 +25,8 @@ class HiddenGates:
     def hide(self, *models: nn.Module) -> None:
         """Take the gates off models, weights and all as they are."""
         self.is_hiding = True
-        layers = [
-            layer for model in models for layer in model.modules() if parametrize.is_parametrized(layer)
-        ]
-        self._layers += [_hide(layer) for layer in layers if _has_gates_alone(layer)]
+        layers = [layer for model in models for layer in model.modules() if _can_be_hidden(layer)]
+        self._layers += map(_hide, layers)
 
     def show(self) -> None:
         """Put the gates back, for good."""
@@ -47,29 +45,48 @@ class _HiddenLayer:
 
     Attributes:
         gated: the layer's class with gates.
-        chains: its gates, by the name of the parameter that they mask.
+        chains: what parametrizes its tensors, by their names.
+        normed: the gates of those that weight norm computes, which is left in the layer.
     """
 
     layer: nn.Module
     gated: type[nn.Module]
     chains: nn.ModuleDict
+    normed: Mapping[str, nn.ModuleList]
 
     def restore(self) -> None:
         """Put the gates back over what the layer has under those names by now, moved and converted alike."""
         for name, chain in self.chains.items():
-            weight = cast(nn.Parameter, self.layer._parameters.pop(name))
-            chain.to(weight.device, weight.dtype).register_parameter("original", weight)
+            if name in self.normed:
+                stored = next(chain.parameters())
+                cast(nn.ModuleList, chain).extend(self.normed[name].to(stored.device, stored.dtype))
+            else:
+                weight = cast(nn.Parameter, self.layer._parameters.pop(name))
+                chain.to(weight.device, weight.dtype).register_parameter("original", weight)
         self.layer.__class__ = self.gated
         self.layer._modules["parametrizations"] = self.chains
 
 
-def _has_gates_alone(layer: nn.Module) -> bool:
-    return all(isinstance(step, Gate) for chain in list_chains(layer).values() for step in chain.children())
+def _can_be_hidden(layer: nn.Module) -> bool:
+    """Tell whether a layer has gates, and beside them nothing that computes its tensors but weight norm."""
+    names = list_chains(layer)
+    has_gates = any(list_gates(layer, name) for name in names)
+    return has_gates and not any(list_foreign(layer, name) for name in names)
 
 
 def _hide(layer: nn.Module) -> _HiddenLayer:
     chains = layer._modules["parametrizations"]
     assert isinstance(chains, nn.ModuleDict)
-    hidden = _HiddenLayer(layer, type(layer), chains)
-    make_plain(layer, {name: cast(nn.Parameter, chain.original) for name, chain in chains.items()})
+    normed = {n: _take_gates(chain) for n, chain in chains.items() if find_weight_norm(layer, n) is not None}
+    hidden = _HiddenLayer(layer, type(layer), chains, normed)
+    values = {name: chain.original for name, chain in chains.items() if name not in normed}
+    make_plain(layer, {name: cast(nn.Parameter, value) for name, value in values.items()})
     return hidden
+
+
+def _take_gates(chain: nn.Module) -> nn.ModuleList:
+    """Take all gates from what parametrizes a tensor, behind weight norm."""
+    steps = cast(nn.ModuleList, chain)
+    gates = nn.ModuleList(list(steps)[1:])
+    del steps[1:]
+    return gates

@@ -187,5 +187,7 @@ def _stop_reading(model: nn.Module, widths: Widths, indices: dict[str, Tensor]) 
         is_left_out = torch.ones(widths[name].size, dtype=torch.bool).index_fill(0, index, False)
         for slot in widths[name].slots_with("in"):
             positions = widths.positions(slot, name)[is_left_out].flatten()
-            for item in list_tensors(model.get_submodule(slot.module), slot.tensor)[:1]:
-                item.value.data.index_fill_(slot.dim, positions.to(item.value.device), 0)
+            items = list_tensors(model.get_submodule(slot.module), slot.tensor)
+            norms = (item for item in items if item.norm is not None and slot.dim in item.dims)
+            value = next(norms, items[0]).value.data  # a direction of zeros has no norm
+            value.index_fill_(slot.dim, positions.to(value.device), 0)

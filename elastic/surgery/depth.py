@@ -169,5 +169,7 @@ def _start_anew(module: nn.Module, generator: torch.Generator) -> None:
         for item in list_tensors(module, tensor):
             if item.has_fresh_strategy:
                 item.value.copy_(draw_he_normal(item.value, generator))
+            elif item.norm is not None:
+                item.value.copy_(item.norm.compute_norms(item.norm.direction))
             elif item.fill is not None:
                 item.value.fill_(item.fill)

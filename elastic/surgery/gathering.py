@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from elastic.surgery.fresh import Fresh, Patch
+from elastic.surgery.fresh import Fresh, Patch, draw_he_normal
 from elastic.surgery.layers import LayerTensor
 from elastic.widths.width import Slot
+
+ROUNDINGS = 16  # a norm is computed to within so many units in the last place
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,10 @@ def _holds_gains(item: LayerTensor, moves: Sequence[Move]) -> bool:
 def gather(item: LayerTensor, moves: Sequence[Move]) -> Tensor:
     """Re-index the dimensions on which a tensor has an entry a channel.
 
-    The readers of a channel that is taken several times share its weight.
+    The readers of a channel that is taken several times share its weight. In place of weight norm's norms
+    their ratios to those of the direction are gathered, see `restore_norms`.
     """
-    value = item.value.detach()
+    value = item.value.detach() if item.norm is None else item.norm.compute_scale().detach()
     for move in _select(item, moves):
         dim, index = move.slot.dim, move.index.to(value.device)
         shape = [-1 if d == dim else 1 for d in range(value.dim())]
@@ -75,6 +78,35 @@ def gather_from_model(item: LayerTensor, moves: Sequence[Move], renewed: Tensor)
         shape = [-1 if d == move.slot.dim else 1 for d in range(value.dim())]
         value = value.where((move.index >= 0).to(value.device).view(shape), renewed.to(value))
     return keep_memory_format(value, item.value)
+
+
+def fill_directions(
+    items: Sequence[LayerTensor], values: Sequence[Tensor], generator: torch.Generator
+) -> list[Tensor]:
+    """Draw a direction where none has been gathered, as of what reads by zeros, and let its ratio be zero."""
+    values = list(values)
+    for i, item in enumerate(items):
+        if item.norm is not None and (is_empty := item.norm.compute_norms(values[0]) == 0).any():
+            values[0] = torch.where(is_empty, draw_he_normal(values[0], generator), values[0])
+            values[i] = values[i].masked_fill(is_empty, 0)
+    return values
+
+
+def restore_norms(
+    items: Sequence[LayerTensor], moves: Sequence[Move], values: Sequence[Tensor]
+) -> list[Tensor]:
+    """Turn gathered ratios into norms of the direction, the first of the values: weights stay.
+
+    Norms that differ from before by rounding alone are as before.
+    """
+    values = list(values)
+    for i, item in enumerate(items):
+        if item.norm is not None:
+            values[i] = values[i] * item.norm.compute_norms(values[0])
+            before = gather(replace(item, norm=None), moves)
+            rounding = ROUNDINGS * torch.finfo(before.dtype).eps
+            values[i] = torch.where(torch.isclose(values[i], before, rounding, 0), before, values[i])
+    return values
 
 
 def keep_memory_format(value: Tensor, old: Tensor) -> Tensor:

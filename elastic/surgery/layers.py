@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from functools import singledispatch
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from elastic.widths.operations.interface import ATTRIBUTE
-from elastic.widths.parameters import ChannelParametrization, get_original, list_parametrizations
+from elastic.widths.parameters import WeightNorm, find_weight_norm, get_original, list_gates
 from elastic.widths.tracing.sizes import write_size
 
 NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -24,23 +24,26 @@ class LayerTensor:
 
     `dims` are the dimensions on which it has an entry a channel (a gate of coarse grain lacks some);
     `fill` is what a fresh entry starts with, None for the mean along the axis; `has_fresh_strategy` says that
-    a strategy of `elastic.surgery.fresh` fills it instead.
+    a strategy of `elastic.surgery.fresh` fills it instead; `norm` is what it holds the norms of, if it does.
     """
 
     value: Tensor
     dims: frozenset[int]
     fill: float | None
     has_fresh_strategy: bool = False
+    norm: WeightNorm | None = None
 
 
 def list_tensors(module: nn.Module, tensor: str) -> list[LayerTensor]:
-    """List the tensors behind `module.<tensor>`: itself, or a gated tensor's original and its gates' own."""
+    """List the tensors behind `module.<tensor>`: itself, or what is stored for it, and its gates' own."""
     value = get_original(module, tensor)
     if value is None:
         return []
     items = [_describe(module, tensor, value)]
-    for parametrization in list_parametrizations(module, tensor):
-        gate = cast(ChannelParametrization, parametrization)  # discovery fixes widths with any other
+    if (norm := find_weight_norm(module, tensor)) is not None:
+        dims = frozenset({norm.dim} if norm.norms.dim() else ())  # or it is one number
+        items.append(LayerTensor(norm.norms, dims, None, norm=norm))
+    for gate in list_gates(module, tensor):
         if max(gate.dims) < value.dim():  # or it is that of a transposed weight, and follows with it
             for name, fill in gate.fresh.items():
                 items.append(LayerTensor(getattr(gate, name), gate.get_dims(name), fill))

@@ -16,13 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from elastic.surgery.fresh import Fresh, zero_out
-from elastic.surgery.gathering import Move, gather_from_model, gather_with_fresh
+from elastic.surgery.gathering import (
+    Move,
+    fill_directions,
+    gather_from_model,
+    gather_with_fresh,
+    restore_norms,
+)
 from elastic.surgery.graphs import refuse_live_graph
 from elastic.surgery.indices import FRESH, Index, check_index, grow_index, resize_index, split_index
 from elastic.surgery.layers import list_tensors, resize_attributes
 from elastic.surgery.optimizer_state import gather_state
 from elastic.widths.copying import copy_module
 from elastic.widths.matching import require_widths
+from elastic.widths.parameters import recompute_weights
 from elastic.widths.width import Slot, Widths
 
 __all__ = ["FRESH", "Index", "grow_index", "reindex", "resize_index", "split_index"]
@@ -79,6 +86,8 @@ def reindex(
     indices = {name: check_index(index, widths[name].size, name) for name, index in changes.items()}
     moves = _find_moves(widths, indices)
     layers, *others = (_find_layers(root, moves) for root in (model, *copies))
+    for layer in (layer for parts in (layers, *others) for layer in parts.values()):
+        recompute_weights(layer)  # which hold the last forward's graph
     refuse_live_graph(item.value for path, tensor in moves for item in list_tensors(layers[path], tensor))
     replacements = _renew_tensors(layers, moves, optimizers, others, fresh, generator)
     replacements.put_in_place()
@@ -139,15 +148,19 @@ def _renew_tensors(
     """Compute the new values of tensors, optimizer state and copies; nothing changes yet."""
     replacements = Replacements()
     for (path, tensor), tensor_moves in moves.items():
-        replicas = [list_tensors(replica[path], tensor) for replica in copies]
-        for i, item in enumerate(list_tensors(layers[path], tensor)):
-            value = gather_with_fresh(path, item, tensor_moves, fresh, generator)
+        items = list_tensors(layers[path], tensor)
+        gathered = [gather_with_fresh(path, item, tensor_moves, fresh, generator) for item in items]
+        gathered = fill_directions(items, gathered, generator)
+        for item, value in zip(items, restore_norms(items, tensor_moves, gathered), strict=True):
             replacements.tensors.append((item.value, value))
             for optimizer in optimizers:
                 replacements.states += gather_state(optimizer, item, tensor_moves, value)
-            for replica in replicas:
-                averaged = gather_from_model(replica[i], tensor_moves, value)
-                replacements.tensors.append((replica[i].value, averaged))
+        for replica in copies:
+            own = list_tensors(replica[path], tensor)
+            pairs = zip(own, gathered, strict=True)
+            averaged = [gather_from_model(item, tensor_moves, value) for item, value in pairs]
+            values = restore_norms(own, tensor_moves, averaged)
+            replacements.tensors += [(item.value, value) for item, value in zip(own, values, strict=True)]
     return replacements
 
 
@@ -157,3 +170,5 @@ def _resize_layers(layers: Layers, moves: Mapping[tuple[str, str], list[Move]]) 
         slot = move.slot
         is_depthwise = slot.role == "depthwise"
         resize_attributes(layers[slot.module], slot.tensor, slot.dim, len(move.index), is_depthwise)
+    for layer in layers.values():
+        recompute_weights(layer)

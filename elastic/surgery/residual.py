@@ -1,11 +1,11 @@
 """Recognise a residual block y = act(f(x) + x), f ending in a norm with gain and shift."""
 
 from torch import fx, nn
-from torch.nn.utils import parametrize
 
 from elastic.errors import StructureError
+from elastic.measure.counts import list_chains
 from elastic.surgery.layers import NORMS
-from elastic.widths.parameters import ChannelParametrization, get_original
+from elastic.widths.parameters import get_original, list_foreign
 from elastic.widths.tracing import get_layer, get_operation_name, make_meta_copy, trace
 
 ADDITIONS = {"add", "iadd"}
@@ -16,7 +16,7 @@ IDEMPOTENT_CALLS = {"relu", "relu6", "output"}
 
 def find_last_norm(block: nn.Module) -> str | None:
     """Find the path of the norm that ends f in a block y = act(f(x) + x); None for any other block."""
-    if _has_foreign_parametrization(block) or not _contains_norm(block):
+    if _has_foreign(block) or not _contains_norm(block):
         return None
     try:
         graph = trace(make_meta_copy(block)).graph
@@ -38,10 +38,9 @@ def _contains_norm(block: nn.Module) -> bool:
     return any(isinstance(layer, NORMS) for layer in block.modules() if layer is not block)
 
 
-def _has_foreign_parametrization(block: nn.Module) -> bool:
-    """Tell whether something other than gates computes a tensor of the block."""
-    chains = (module for module in block.modules() if isinstance(module, parametrize.ParametrizationList))
-    return not all(isinstance(item, ChannelParametrization) for chain in chains for item in chain)
+def _has_foreign(block: nn.Module) -> bool:
+    """Tell whether something other than gates and weight norm computes a tensor of the block."""
+    return any(list_foreign(module, name) for module in block.modules() for name in list_chains(module))
 
 
 def _skip_identities(node: fx.Node, block: nn.Module) -> fx.Node:

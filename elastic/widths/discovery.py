@@ -19,6 +19,7 @@ from elastic.widths.computed import fix_computed_sizes
 from elastic.widths.hooks import quiet_hooks
 from elastic.widths.inputs import count_batch, list_inputs
 from elastic.widths.operations.interface import is_stored
+from elastic.widths.parameters import find_weight_norm
 from elastic.widths.sizing import find_spans, list_layouts
 from elastic.widths.stock import Records
 from elastic.widths.tracing import get_layer, make_meta_copy, trace_modes
@@ -106,6 +107,7 @@ def find_widths(model: nn.Module, *example: Tensor) -> Widths:
     widths = collect_widths(elements, records)
     widths.example = tuple(inputs)
     widths.written = frozenset(path for tracker in trackers for path in tracker.written)
+    widths.computed = frozenset(path for tracker in trackers for path in tracker.computed)
     widths.untrained = find_untrained(graphs[0], partial(get_layer, replica))
     fix_widths(widths, _find_unstored(model, widths))
     fix_widths(widths, _find_inseparable(widths))
@@ -147,7 +149,7 @@ def _find_unstored(model: nn.Module, widths: Widths) -> dict[str, str]:
     for path, module in model.named_modules():
         others = {name: module._buffers[name] for name in module._non_persistent_buffers_set}
         for name, value in (*vars(module).items(), *others.items()):
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and find_weight_norm(module, name) is None:
                 unstored[path, name] = value
     reasons: dict[str, str] = {}
     for slot, name in ((s, n) for n in (widths if unstored else ()) for s in widths[n].slots):

@@ -1,16 +1,20 @@
 """Read what a layer stores: the tensor behind a name, whether it is parametrized or not."""
 
 from collections.abc import Iterator, Mapping
-from typing import cast
+from dataclasses import dataclass
+from typing import TypeGuard, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.weight_norm import WeightNorm as HookedWeightNorm
 
 
 class ChannelParametrization(nn.Module):
     """Carry tensors of one's own that follow the channels of the tensor that is parametrized.
 
-    Surgery re-indexes them with it; any other parametrization fixes the width.
+    Surgery re-indexes them with it; any other parametrization but torch's weight norm fixes the width.
 
     Attributes:
         dims: the dimensions of the parametrized tensor on which its tensors have an entry a channel.
@@ -43,18 +47,92 @@ def list_parametrizations(module: nn.Module, tensor: str) -> Iterator[nn.Module]
     yield from get_parametrizations(module, tensor) or ()
 
 
+def list_gates(module: nn.Module, tensor: str) -> list[ChannelParametrization]:
+    """List the parametrizations of a tensor that have tensors a channel, in order."""
+    return [p for p in list_parametrizations(module, tensor) if isinstance(p, ChannelParametrization)]
+
+
+def list_foreign(module: nn.Module, tensor: str) -> list[nn.Module]:
+    """List the parametrizations of a tensor that fix its channels."""
+    chain = list(list_parametrizations(module, tensor))
+    followed = chain[:1] if find_weight_norm(module, tensor) is not None else []
+    return [p for p in chain if not isinstance(p, ChannelParametrization) and p not in followed]
+
+
+@dataclass(frozen=True)
+class WeightNorm:
+    """Hold what torch computes a weight of, its `direction` and its `norms` (arXiv 1602.07868).
+
+    The norms are of slices along `dim`, or one of all entries where that is -1.
+    """
+
+    direction: nn.Parameter
+    norms: nn.Parameter
+    dim: int
+
+    def compute_weight(self) -> Tensor:
+        """Compute the weight."""
+        return torch._weight_norm(self.direction, self.norms, self.dim)
+
+    def compute_scale(self) -> Tensor:
+        """Compute what the direction is scaled by, in the shape of the norms."""
+        return self.norms / self.compute_norms(self.direction)
+
+    def compute_norms(self, direction: Tensor) -> Tensor:
+        """Compute the norms of a direction, in the shape of those that are held."""
+        return torch.norm_except_dim(direction, 2, self.dim)
+
+
+def find_weight_norm(module: nn.Module, tensor: str) -> WeightNorm | None:
+    """Find what a tensor is computed of if torch's weight norm does it, by a parametrization or a hook."""
+    chain = get_parametrizations(module, tensor)
+    if chain is not None and isinstance(chain[0], _WeightNorm):
+        direction, norms = (cast(nn.Parameter, getattr(chain, f"original{i}")) for i in (1, 0))
+        return WeightNorm(direction, norms, chain[0].dim)
+    for hook in list_weight_norms(module):
+        if hook.name == tensor:
+            direction, norms = (cast(nn.Parameter, getattr(module, f"{tensor}_{part}")) for part in "vg")
+            return WeightNorm(direction, norms, hook.dim)
+    return None
+
+
+def is_weight_norm(hook: object) -> TypeGuard[HookedWeightNorm]:
+    """Tell whether a hook computes a tensor by weight norm."""
+    return isinstance(hook, HookedWeightNorm)
+
+
+def list_weight_norms(module: nn.Module) -> list[HookedWeightNorm]:
+    """List the hooks that compute a module's tensors by weight norm, as torch did before it parametrized."""
+    return [hook for hook in module._forward_pre_hooks.values() if is_weight_norm(hook)]
+
+
+@torch.no_grad()
+def recompute_weights(module: nn.Module) -> None:
+    """Let the hooks of weight norm compute a module's tensors, as in each forward, without a graph."""
+    for hook in list_weight_norms(module):
+        hook(module, None)
+
+
 def get_original(module: nn.Module, tensor: str) -> Tensor | None:
-    """Get the tensor that holds the values, whether gated or not; what is computed of several is computed."""
+    """Get what is stored for a tensor, entry by entry, gated or not: of weight norm's, the direction."""
     if tensor in module._parameters:
         return module._parameters[tensor]
-    parametrizations = get_parametrizations(module, tensor)
-    if parametrizations is None or not hasattr(parametrizations, "original"):
+    if (norm := find_weight_norm(module, tensor)) is not None:
+        return norm.direction
+    chain = get_parametrizations(module, tensor)
+    if chain is None or not hasattr(chain, "original"):  # what is computed of several is computed
         return cast(Tensor | None, getattr(module, tensor, None))
-    return parametrizations.original
+    return chain.original
 
 
 def get_weight(layer: nn.Module) -> Tensor:
-    """Get the weight that a convolution or linear layer stores, before any gate."""
+    """Get what a convolution or linear layer stores for its weight, before any gate, see `get_original`."""
     weight = get_original(layer, "weight")
     assert weight is not None
     return weight
+
+
+def compute_weight(layer: nn.Module) -> Tensor:
+    """Compute a layer's weight before any gate."""
+    norm = find_weight_norm(layer, "weight")
+    return get_weight(layer) if norm is None else norm.compute_weight()

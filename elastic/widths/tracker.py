@@ -24,7 +24,7 @@ from elastic.widths.operations.interface import (
     list_axes,
     list_tensors,
 )
-from elastic.widths.parameters import ChannelParametrization, get_original, list_parametrizations
+from elastic.widths.parameters import find_weight_norm, get_original, list_foreign
 from elastic.widths.stock import Records, unite_attributes
 from elastic.widths.tracing import describe_node
 from elastic.widths.tracing.changing import find_written
@@ -48,6 +48,7 @@ class AxisTracker:
         self._attributes = UsedAttributes(elements, records, graph.computed_sizes)  # type: ignore[attr-defined]
         self._hooked_layers = watch_hooks(self.layers)
         self.written: set[str] = set()  # layers whose parameters the forward changes
+        self.computed: set[str] = set()  # layers whose weights weight norm computes
         self.divided: list[tuple[Axis, int, str]] = []  # axes that have to be multiples, and else are fixed
         self._recorded: list[Axis] = []  # what the rule of this node has recorded
         self._united_pairs: list[tuple[Axis, Axis]] = []  # what it has let agree
@@ -319,12 +320,13 @@ class AxisTracker:
     def _fix_foreign(self, module: str, tensor: str, axis: Axis) -> None:
         """Fix what a hook computes, or a parametrization whose own tensors do not follow channels."""
         owner = self._find_module(module)
-        if tensor in vars(owner) and owner._forward_pre_hooks:
+        if find_weight_norm(owner, tensor) is not None:
+            self.computed.add(module)
+        elif tensor in vars(owner) and owner._forward_pre_hooks:
             self.elements.fix(axis, f"{module}.{tensor} is computed by a hook: remove it first")
-        for parametrization in list_parametrizations(owner, tensor):
-            if not isinstance(parametrization, ChannelParametrization):
-                name = type(parametrization).__name__
-                self.elements.fix(axis, f"{module}.{tensor} is parametrized by {name}: remove it first")
+        for parametrization in list_foreign(owner, tensor):
+            name = type(parametrization).__name__
+            self.elements.fix(axis, f"{module}.{tensor} is parametrized by {name}: remove it first")
 
 
 def _take_input(node: fx.Node, inputs: list[Tensor]) -> Any:

@@ -71,7 +71,8 @@ class Widths(Mapping[str, Width]):
 
     `example` holds the inputs it was traced with, without data; `untrained` the paths of modules that no
     gradient comes to: the forward calls them under `torch.no_grad()`, say, or detaches what they give;
-    `written` those of layers whose parameters the forward itself changes, to bound or to mask them.
+    `written` those of layers whose parameters the forward itself changes, to bound or to mask them;
+    `computed` those of layers whose weights torch's weight norm computes.
     """
 
     widths: dict[str, Width]
@@ -79,6 +80,7 @@ class Widths(Mapping[str, Width]):
     example: tuple[Tensor, ...] = field(default=(), compare=False)
     untrained: frozenset[str] = frozenset()
     written: frozenset[str] = frozenset()
+    computed: frozenset[str] = frozenset()
 
     def __getitem__(self, name: str) -> Width:
         if not isinstance(name, str):

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 from torch.utils.data import DataLoader
 
-from elastic import Growth, Periodic, Plateau
+from elastic import Growth, Periodic, Plateau, compact
 from elastic.callbacks import (
     AverageWeights,
     Distil,
@@ -506,6 +507,28 @@ def test_a_run_in_half_precision_goes_on_as_if_it_had_not_been_killed(
     with pytest.raises(Killed):
         train(parts, kill_at(14))
     assert_equal(train(parts, checkpoint=str(parts / "last.ckpt")).net, whole.net)
+
+
+@pytest.mark.parametrize("grain", ["weight", "channel"])
+def test_a_network_with_weight_norm_grows_is_pruned_and_goes_on_as_if_it_had_not_been_killed(
+    grain: Grain, tmp_path: Path
+) -> None:
+    def train(folder: Path, *more: L.Callback, checkpoint: str | None = None) -> Program:
+        module = make(Plain)
+        for layer in module.net:
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                parametrizations.weight_norm(layer)
+        methods = [*grow_and_prune(grain)[1:], AverageWeights(decay=0.5)]
+        fit(module, [seed_epochs(), *methods, *more], folder, checkpoint)
+        return module
+
+    whole, parts = train(tmp_path / "whole"), tmp_path / "parts"
+    with pytest.raises(Killed):
+        train(parts, kill_at(14))
+    again = train(parts, checkpoint=str(parts / "last.ckpt"))
+    assert_equal(again.net, whole.net)
+    x_NCHW, _ = make_data().tensors
+    torch.testing.assert_close(compact(again.net, x_NCHW[:2])(x_NCHW), again.eval().net(x_NCHW))
 
 
 @pytest.mark.parametrize("method", [PruneByGates("weight", penalty=5e-2, begin=0.0), Reconstruct([0.5])])

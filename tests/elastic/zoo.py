@@ -8,6 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
 from torchvision.ops import DeformConv2d
 
 from elastic.widths.width import Slot, Widths
@@ -537,6 +538,19 @@ CASES: dict[str, Case] = {
         {"7.2": OUTPUT},
         smallest=2,
     ),
+    "weight_norm": Case(
+        lambda: nn.Sequential(
+            *(weight_norm(conv(3, 4, 3)), nn.ReLU(), weight_norm(nn.ConvTranspose2d(4, 6, 2, stride=2))),
+            *(nn.BatchNorm2d(6), nn.ReLU(), weight_norm(conv(6, 5), dim=None), nn.ReLU(), head(5)),
+        ),
+        {"0": 4, "2": 6, "5": 5},
+        {
+            "0": f"{layer('0')} 2.weight.0",
+            "2": f"2.weight.1 2.bias.0 {norm('3')} 5.weight.1",
+            "5": f"{layer('5')} 7.2.weight.1",
+        },
+        {"7.2": OUTPUT},
+    ),
     "expanded_attention": Case(
         lambda: Net(
             lambda m, x: m.head(m.last((y := m.conv(x)) * y.mean((2, 3), keepdim=True).expand_as(y))),
@@ -566,6 +580,9 @@ CASES: dict[str, Case] = {
         shape=(2, 2, 9),
     ),
 }
+
+# All that a network stores is what it computes with.
+STORED = {name: case for name, case in CASES.items() if name != "weight_norm"}
 
 
 # --- what several tests ask of a model ---------------------------------------------------------------

@@ -23,6 +23,7 @@ from elastic.dynamic.skipping import make_masked, make_skipping
 from elastic.errors import OptionError, StructureError
 from elastic.measure.counts import count_macs
 from elastic.models import convnet, resnet20, vgg16_bn
+from elastic.pruning.folding import fold_gates
 from elastic.surgery.reindexing import reindex
 from elastic.widths.discovery import discover
 from tests.elastic.dynamic.gated import case_or_none, gated
@@ -42,7 +43,7 @@ def test_what_is_off_is_not_read(name: str, seed: int) -> None:
     net = case_or_none(case, seed, "straight_through")
     if net is None:
         return
-    plain, x = case.model().eval(), case.example()[:1]
+    plain, x = fold_gates(case.model()).eval(), case.example()[:1]
     with torch.no_grad():
         found = net(x)
         for module in iterate_modules(net):

@@ -15,7 +15,7 @@ from elastic.pruning import gates
 from elastic.pruning.folding import fold_gates
 from elastic.pruning.gates import Grain
 from elastic.widths.discovery import discover
-from tests.elastic.zoo import CASES, Case, Net, conv, differences, head, states
+from tests.elastic.zoo import CASES, STORED, Case, Net, conv, differences, head, states
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -173,7 +173,7 @@ def test_macs_are_those_of_dense_kernels(grain: Grain) -> None:
 # --- parameters ------------------------------------------------------------------------------------------
 
 
-@every_case
+@pytest.mark.parametrize("case", STORED.values(), ids=STORED)
 def test_parameters_of_a_plain_model(case: Case) -> None:
     net = filled(case.model())
     assert count_params(net) == count_params_dense(net) == numel(net)

@@ -18,6 +18,7 @@ from elastic.surgery.fresh import Patch, random, split, zero_out
 from elastic.surgery.indices import pair_index
 from elastic.surgery.reindexing import FRESH, grow_index, reindex, resize_index
 from elastic.widths.discovery import discover
+from elastic.widths.parameters import find_weight_norm, get_original
 from elastic.widths.width import Widths
 from tests.elastic.zoo import CASES, Case, Net, changes, conv, differences, head, states
 
@@ -127,8 +128,11 @@ def test_a_channel_that_nothing_reads_can_go(case: Case) -> None:
     with torch.no_grad():
         for name, width in widths.items():
             for slot in width.slots_with("in"):
-                weight = model.get_submodule(slot.module).get_parameter(slot.tensor)
-                weight.index_fill_(slot.dim, widths.positions(slot, name)[gone[name]].flatten(), 0)
+                layer, positions = model.get_submodule(slot.module), widths.positions(slot, name)
+                norm = find_weight_norm(layer, slot.tensor)
+                is_normed = norm is not None and norm.dim == slot.dim  # a direction of zeros has no norm
+                weight: Any = norm.norms if is_normed else get_original(layer, slot.tensor)
+                weight.index_fill_(slot.dim, positions[gone[name]].flatten(), 0)
     expected = model(x).detach()
     reindex(model, widths, {n: [c for c in range(w.size) if c not in gone[n]] for n, w in widths.items()})
     close(model(x), expected)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
-from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.video.mvit import MSBlockConfig, MViT
 
@@ -295,8 +295,19 @@ def test_what_a_forward_keeps_in_its_containers_while_it_is_traced_is_taken_back
 
 def test_weights_that_are_computed_are_not_taken_for_one_another() -> None:
     """A tensor that is gone may leave its identity to another one."""
+
+    class Sum(nn.Module):
+        def forward(self, one: Tensor, other: Tensor) -> Tensor:
+            return one + other
+
+        def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+            return weight / 2, weight / 2
+
+    def split(layer: nn.Module) -> nn.Module:
+        return register_parametrization(layer, "weight", Sum())
+
     for _ in range(8):
-        layers = [layer for n in range(3, 23) for layer in (weight_norm(nn.Conv2d(n, n + 1, 1)), nn.ReLU())]
+        layers = [layer for n in range(3, 23) for layer in (split(nn.Conv2d(n, n + 1, 1)), nn.ReLU())]
         assert len(find_widths(nn.Sequential(*layers), X).fixed) == 20
 
 

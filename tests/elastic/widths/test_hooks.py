@@ -245,17 +245,17 @@ def recomputed(name: str) -> nn.Module:
         warnings.simplefilter("ignore", FutureWarning)
         if name == "pruned":
             prune.l1_unstructured(model.one, "weight", 0.5)
-        elif name == "new weight_norm":
-            parametrizations.weight_norm(model.one)
+        elif name == "parametrized":
+            parametrizations.spectral_norm(model.one)
         else:
             getattr(nn.utils, name)(model.one)
     return model
 
 
-@pytest.mark.parametrize("name", ["weight_norm", "spectral_norm", "pruned", "new weight_norm"])
+@pytest.mark.parametrize("name", ["spectral_norm", "pruned", "parametrized"])
 def test_a_weight_that_is_computed_fixes_its_channels(name: str) -> None:
     model = recomputed(name)
-    reason = "is parametrized by _WeightNorm" if name == "new weight_norm" else "is computed by a hook"
+    reason = "is parametrized by _SpectralNorm" if name == "parametrized" else "is computed by a hook"
     for _ in range(2):
         widths = find_widths(model, X)
         assert widths.sizes() == {"last": 5}
