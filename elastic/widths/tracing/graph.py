@@ -27,7 +27,12 @@ from elastic.widths.tracing.functions import trace_functions
 from elastic.widths.tracing.gradients import cut_gradients
 from elastic.widths.tracing.looking import list_kept, trace_hooks, trace_kept
 from elastic.widths.tracing.meta import has_own_forward
-from elastic.widths.tracing.patching import leave_modules, pass_for_values, trace_factories
+from elastic.widths.tracing.patching import (
+    leave_modules,
+    pass_for_values,
+    trace_factories,
+    trace_wrappers,
+)
 from elastic.widths.tracing.sizes import AttributePlace, note_computed_sizes, tag_sizes
 
 
@@ -136,6 +141,7 @@ def trace_graph(
             take_back_assigned(model) as replaced,
             pass_for_values(),
             leave_modules(),
+            trace_wrappers(),
             quiet_hooks(model),
             _note_what_is_left_out(tracer, model) if runs else nullcontext() as constants,
             torch.enable_grad(),  # whatever the mode is outside of the forward

@@ -62,6 +62,32 @@ def leave_modules() -> Iterator[None]:
 
 
 @contextmanager
+def trace_wrappers() -> Iterator[None]:
+    """Let traced values be given to what insists on tensors: `Variable` of old, and TorchScript's functions.
+
+    The latter are traced as the Python that they were made of.
+    """
+    script: Any = torch.jit.ScriptFunction
+    kind: Any = type(torch.autograd.Variable)
+    call_script = script.__call__
+
+    def call_function(function: Any, *args: Any, **kwargs: Any) -> Any:
+        if hasattr(function, "_torchdynamo_inline") and _has_traced(args, kwargs):
+            return function._torchdynamo_inline(*args, **kwargs)
+        return call_script(function, *args, **kwargs)
+
+    def make_variable(variable: Any, *args: Any, **kwargs: Any) -> Any:
+        return args[0] if _has_traced(args[:1]) else type.__call__(variable, *args, **kwargs)
+
+    try:
+        script.__call__, kind.__call__ = call_function, make_variable
+        yield
+    finally:
+        script.__call__ = call_script
+        del kind.__call__
+
+
+@contextmanager
 def trace_factories(tracer: "ConcreteTracer", draws: bool) -> Iterator[None]:
     """Let functions that make tensors, and methods of tensors made so, be traced with traced numbers.
 
@@ -91,9 +117,13 @@ def _make_traceable(
 ) -> Callable[..., Any]:
     @wraps(function)
     def make(*args: Any, **kwargs: Any) -> Any:
-        is_traced = any(isinstance(value, fx.Proxy) for value in tree_leaves((args, kwargs)))
-        if is_traced or (always and not tracer.is_computing):
+        if _has_traced(args, kwargs) or (always and not tracer.is_computing):
             return tracer.create_proxy(kind, target, args, kwargs)
         return function(*args, **kwargs)
 
     return make
+
+
+def _has_traced(*arguments: Any) -> bool:
+    """Tell whether a traced value is among arguments."""
+    return any(isinstance(value, fx.Proxy) for value in tree_leaves(arguments))

@@ -1,6 +1,7 @@
 """What published forwards do beside calling their layers is followed, or refused in one line."""
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.nn.modules.utils import _pair
 from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
@@ -132,6 +134,37 @@ def test_it_is_followed_and_right(forward: Forward, layers: dict[str, nn.Module]
     assert widths["stem"].size == 8
     reindex(net, widths, {"stem": [0, 2, 5]})
     assert net(X).shape == (2, 5)
+
+
+def scale_softly(y: Tensor, steepness: float = 2.0) -> Tensor:
+    return y * torch.sigmoid(steepness * y)
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # as many programs do it yet
+    scripted = torch.jit.script(scale_softly)
+
+# What insists on tensors.
+WRAPPED: dict[str, Forward] = {
+    "function of TorchScript": lambda m, y: scripted(y),
+    "function of TorchScript, by name": lambda m, y: scripted(steepness=0.5, y=y) + scripted(torch.ones(1)),
+    "variable": lambda m, y: Variable(y.mean((2, 3), keepdim=True)) + y,
+    "variable that the forward makes": lambda m, y: y + Variable(torch.ones(y.size()), requires_grad=False),
+    "variable of what the forward holds": lambda m, y: y + Variable(torch.ones(1)),
+}
+
+
+@pytest.mark.parametrize("forward", WRAPPED.values(), ids=WRAPPED)
+def test_what_insists_on_tensors_takes_traced_values(forward: Forward) -> None:
+    net = between(forward).eval()
+    expected = net(X)
+    assert len(discover(net, X, check=True)) == 2
+    torch.testing.assert_close(trace_both_modes(net, X.to("meta")).eval()(X), expected)
+    torch.testing.assert_close(net(X), expected)
+    with pytest.raises(RuntimeError, match="Expected a value of type 'Tensor"):
+        scripted("no tensor")
+    with pytest.raises(TypeError, match="has to be a tensor"):
+        Variable("no tensor")
 
 
 def run_apart(m: Any, y: Tensor) -> Tensor:
