@@ -128,7 +128,7 @@ def _copy_value(value: Any, memo: dict[int, Any]) -> Any:
     kind = type(value)
     if kind in (OrderedDict, set) and not value:  # of hooks, of the names of buffers
         return kind()
-    if kind is dict or kind is list:
+    if kind is dict or kind is list or _lacks_names(value):
         return _copy_container(value, memo)
     if kind is FunctionType:
         return copy_function(value, memo)
@@ -136,6 +136,18 @@ def _copy_value(value: Any, memo: dict[int, Any]) -> Any:
         return value
     _note_computed(value, memo)
     return copy.deepcopy(value, memo)
+
+
+def _lacks_names(value: Any) -> bool:
+    """Tell whether a dictionary raises KeyError for attributes that it lacks, which `copy.deepcopy` asks for.
+
+    Settings by name often are of a class with `__getattr__ = dict.__getitem__`.
+    """
+    try:
+        getattr(value, "__deepcopy__", None)
+    except KeyError:
+        return isinstance(value, dict)
+    return False
 
 
 def _note_computed(value: Any, memo: dict[int, Any]) -> None:
@@ -149,9 +161,9 @@ def _copy_container(value: Any, memo: dict[int, Any]) -> Any:
     if id(value) in memo:
         return memo[id(value)]
     replica = memo[id(value)] = type(value)()
-    for key, part in value.items() if type(value) is dict else enumerate(value):
+    for key, part in value.items() if isinstance(value, dict) else enumerate(value):
         part = memo[id(part)] if id(part) in memo else _copy_value(part, memo)
-        if type(value) is dict:
+        if isinstance(value, dict):
             replica[key] = part
         else:
             replica.append(part)

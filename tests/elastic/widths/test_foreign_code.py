@@ -355,6 +355,24 @@ def test_a_list_that_modules_share_is_one_in_a_copy(other: nn.Module) -> None:
     assert replica[0].maps[1] is not maps[1]
 
 
+class Settings(dict[str, Any]):
+    """Give entries by name, as programs have it: what is lacking is a KeyError."""
+
+    __getattr__ = dict.__getitem__  # type: ignore[assignment]
+
+
+def test_settings_by_name_are_copied() -> None:
+    net = between(lambda m, y: y * m.settings.scale + m.settings.inner.shift)
+    inner = Settings(shift=torch.ones(1))
+    net.settings = Settings(scale=2.0, inner=inner, same=inner)
+    replica = copy_module(net)
+    assert type(replica.settings) is Settings and replica.settings is not net.settings
+    assert replica.settings.inner is replica.settings["same"] is not inner
+    assert replica.settings.inner.shift is not inner.shift
+    torch.testing.assert_close(replica(X), net(X))
+    assert len(discover(net, X, check=True)) == 2
+
+
 def test_what_cannot_be_copied_is_refused_in_one_line() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1))
     net.names = {"a": 1}.keys()  # type: ignore[assignment]
