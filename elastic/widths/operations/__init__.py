@@ -26,7 +26,16 @@ from elastic.widths.operations.functional import (
     rectify_with,
 )
 from elastic.widths.operations.interface import LAYER, Axes, NotFollowed, Role, Rule, Tracked, Tracker
-from elastic.widths.operations.joining import broadcast, concatenate, convert, hold, pass_on, scale, stack
+from elastic.widths.operations.joining import (
+    broadcast,
+    broadcast_each,
+    concatenate,
+    convert,
+    hold,
+    pass_on,
+    scale,
+    stack,
+)
 from elastic.widths.operations.layers import (
     convolve,
     convolve_transposed,
@@ -174,6 +183,7 @@ FUNCTIONS: dict[Rule, str] = {
     repeat: "repeat tile",
     repeat_entries: "repeat_interleave",
     stack: "stack",
+    broadcast_each: "broadcast_tensors",
     hold: "dataclass",  # named tuples, and dictionaries of classes of their own
     select: "index_select",
     pick: "select",

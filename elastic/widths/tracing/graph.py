@@ -29,6 +29,8 @@ from elastic.widths.tracing.looking import list_kept, trace_hooks, trace_kept
 from elastic.widths.tracing.meta import has_own_forward
 from elastic.widths.tracing.patching import (
     leave_modules,
+    leave_out_checks,
+    leave_out_old_hooks,
     pass_for_values,
     trace_factories,
     trace_wrappers,
@@ -128,8 +130,13 @@ def trace_graph(
     containers: list[Container] = []
     earlier_values = [value for module in model.modules() for value in vars(module).values()]
     if runs:
-        for module in model.modules():  # compiled parts compute what their forwards do
-            vars(module).pop(COMPILED, None)
+        for path, module in model.named_modules():
+            vars(module).pop(COMPILED, None)  # compiled parts compute what their forwards do
+            if module._is_full_backward_hook is False and not tracer.is_leaf_module(module, path):
+                raise StructureError(
+                    f"{path or type(model).__name__} has a backward hook of the old kind: register it by "
+                    "register_full_backward_hook"
+                )
         containers = watch_containers(model)
         tracer.copy_model(model)  # before the forward keeps in it what stands for tensors
     try:
@@ -142,6 +149,8 @@ def trace_graph(
             pass_for_values(),
             leave_modules(),
             trace_wrappers(),
+            leave_out_checks(),
+            leave_out_old_hooks(model),
             quiet_hooks(model),
             _note_what_is_left_out(tracer, model) if runs else nullcontext() as constants,
             torch.enable_grad(),  # whatever the mode is outside of the forward

@@ -122,14 +122,15 @@ def _convert(
 def _call(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Call a function where tensors without data meet those that a forward makes, which have some."""
     are_meta = {leaf.is_meta for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+    given = args, kwargs
     if len(are_meta) == 2:
-        args, kwargs = tree_map(_drop_entries, (args, kwargs))
+        args, kwargs = tree_map(_drop_entries, given)
     if function in NUMBERS and "device" in kwargs:
         kwargs = kwargs | {"device": "meta" if True in are_meta else "cpu"}
     try:
         return function(*args, **kwargs)
     except RuntimeError:  # torch asks for a number's value: no size is a fraction
-        args, kwargs = tree_map(_stand_in, (args, kwargs))
+        args, kwargs = tree_map(_stand_in, given)
         return function(*args, **kwargs)
 
 
@@ -140,9 +141,15 @@ def _drop_entries(value: Any) -> Any:
 
 
 def _stand_in(value: Any) -> Any:
-    """Let any number stand for one without data that is no whole number, such as what fills a tensor."""
-    is_number = isinstance(value, Tensor) and value.is_meta and not value.dim()
-    return 1.0 if is_number and value.is_floating_point() else value
+    """Let any number stand for one without data that is no whole number, such as what fills a tensor.
+
+    A whole number may be a size, also where it is the one entry of a tensor.
+    """
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        return drop_data(value)
+    if value.is_floating_point():
+        return 1.0 if value.is_meta and not value.dim() else drop_data(value)
+    return value if value.is_meta else value.item()
 
 
 def _holds_numbers(value: Any) -> bool:

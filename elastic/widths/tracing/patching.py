@@ -1,6 +1,7 @@
 """Let Python and torch take traced values for tensors and numbers, while a forward is traced."""
 
 import builtins
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.distributions import Distribution
 from torch.utils._pytree import tree_leaves
 
 from elastic.widths.tracing.proxies import Asked
@@ -59,6 +61,30 @@ def leave_modules() -> Iterator[None]:
         yield
     finally:
         nn.Module.to = move  # type: ignore[method-assign]
+
+
+@contextmanager
+def leave_out_old_hooks(model: nn.Module) -> Iterator[None]:
+    """Let modules with backward hooks of the old kind be traced: these ask for a gradient's function."""
+    hooked = {m: m._backward_hooks for m in model.modules() if m._is_full_backward_hook is False}
+    try:
+        for module in hooked:
+            module._backward_hooks = OrderedDict()
+        yield
+    finally:
+        for module, hooks in hooked.items():
+            module._backward_hooks = hooks
+
+
+@contextmanager
+def leave_out_checks() -> Iterator[None]:
+    """Let a forward make distributions of traced values, of which it would ask whether they may be."""
+    before = Distribution._validate_args
+    try:
+        Distribution.set_default_validate_args(False)
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
 
 
 @contextmanager

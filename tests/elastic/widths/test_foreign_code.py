@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.distributions import Normal
 from torch.nn.modules.utils import _pair
 from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
@@ -95,6 +96,15 @@ def crop(m: Any, y: Tensor) -> Tensor:
     return F.pad(y, (-torch.stack((half, half)).t().flatten()).tolist())
 
 
+def pad_to_input(m: Any, y: Tensor) -> Tensor:
+    """As the best known U-Net in PyTorch did."""
+    small = m.shrink(y)
+    high = torch.tensor([y.size()[2] - small.size()[2]])
+    wide = torch.tensor([y.size()[3] - small.size()[3]])
+    sides = [wide // 2, wide - wide // 2, high // 2, high - high // 2]
+    return y + F.pad(small, sides)  # type: ignore[arg-type]
+
+
 FOLLOWED: dict[str, tuple[Forward, dict[str, nn.Module]]] = {
     "gradient of its own": (squeeze_and_swish, {"excite": nn.Conv2d(8, 8, 1)}),
     "gradient with a context apart": (lambda m, y: Rounding.apply(y), {}),
@@ -121,6 +131,8 @@ FOLLOWED: dict[str, tuple[Forward, dict[str, nn.Module]]] = {
     "several tensors at once": (lambda m, y: torch.add(*m.keep([y, y.relu()])), {"keep": nn.Identity()}),
     "a stripe that is erased": (erase_stripe, {}),
     "sizes in a table": (crop, {"shrink": nn.AvgPool2d(5, 1)}),
+    "sizes, each in a tensor": (pad_to_input, {"shrink": nn.AvgPool2d(2, padding=1)}),
+    "a distribution": (lambda m, y: Normal(y, y.exp()).log_prob(y.detach().mean(0)) + y, {}),
     "a mask": (lambda m, y: y * torch.as_tensor(y > 0, dtype=y.dtype, device=y.device), {}),
 }
 

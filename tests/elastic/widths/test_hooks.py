@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from elastic import attach_modules, compact
+from elastic.errors import StructureError
 from elastic.levels import score_channels
 from elastic.measure.counts import count_macs
 from elastic.surgery.checking import discover_checked, fix_wrong_widths
@@ -237,6 +238,19 @@ def test_a_hook_on_a_block_is_followed() -> None:
     model = between(lambda m, x: m.block(x), block=nn.Sequential(conv(8, 4), nn.ReLU()), reads=8)
     model.block.register_forward_hook(lambda m, a, y: torch.cat([y, y], 1))
     assert discover(model, X).sizes() == {"stem": 8, "block.0": 4, "last": 5}
+
+
+def test_backward_hooks_of_the_old_kind_are_left_out_where_nothing_is_run() -> None:
+    model = between(lambda m, x: m.block(x), block=nn.Sequential(conv(8, 8), nn.ReLU()))
+    called: list[Any] = []
+    model.block.register_backward_hook(lambda *values: called.append(values))
+    assert discover(model, X).sizes() == {"stem": 8, "block.0": 8, "last": 5}
+    with pytest.raises(StructureError, match="block has a backward hook of the old kind: register it by"):
+        attach_modules(model, discover(model, X))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as torch says of such hooks
+        model(X).sum().backward()
+    assert len(called) == 1
 
 
 def recomputed(name: str) -> nn.Module:
