@@ -158,7 +158,7 @@ FUNCTIONS: dict[Rule, str] = {
         add sub iadd isub rsub neg pow sqrt rsqrt exp log abs square
         maximum minimum relu relu6 leaky_relu elu selu celu gelu silu mish sigmoid tanh hardtanh hardswish
         hardsigmoid softplus clamp clip dropout dropout1d dropout2d dropout3d feature_dropout contiguous
-        clone copy detach float half bfloat16 double type expand_as stochastic_depth where lerp
+        clone copy detach float half bfloat16 double expand_as stochastic_depth where lerp
         addcmul addcdiv bernoulli masked_fill erf sin cos tan sign reciprocal floor ceil round log1p expm1
         log2 exp2 sigmoid nan_to_num hardshrink softshrink softsign tanhshrink threshold logsigmoid rrelu
         clamp_min clamp_max alpha_dropout feature_alpha_dropout cpu cuda long int bool
@@ -171,7 +171,7 @@ FUNCTIONS: dict[Rule, str] = {
         arcsinh arccosh arctanh atan2 arctan2 hypot copysign heaviside logaddexp fmin fmax requires_grad
         xlogy isclose""",
     scale: "mul imul multiply div truediv itruediv divide true_divide",
-    convert: "to type_as",
+    convert: "to type type_as",
     fill: "ones zeros empty full rand randn new_ones new_zeros new_empty new_full",
     fill_like: """
         ones_like zeros_like empty_like full_like rand_like randn_like fill zero
@@ -191,7 +191,7 @@ FUNCTIONS: dict[Rule, str] = {
     set_item: "setitem",
     reduce_twice: "var_mean std_mean",
     reorder: "flip roll",
-    decide: "expect_same expect_default assert",
+    decide: "expect_same expect_held expect_default assert",
     unbind: "unbind",
     gate_linearly: "glu",
     shuffle_pixels: "pixel_shuffle",

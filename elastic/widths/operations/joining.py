@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
-from torch import fx
+from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from elastic.widths.operations.counts import list_counts
@@ -69,10 +69,13 @@ def pass_on(tracker: Tracker, node: fx.Node) -> Tracked:
     return tracked
 
 
-def convert(tracker: Tracker, node: fx.Node) -> Axes:
-    """Follow a change of type or device, which another tensor may say: what that one holds is not read."""
+def convert(tracker: Tracker, node: fx.Node) -> Axes | None:
+    """Follow a change of type or device, which another tensor may say: what that one holds is not read.
+
+    `x.type()` only names a type.
+    """
     tracker.drop([axis for source in list_tensors(node) for axis in get_axes(source)])
-    return get_axes(get_input(node))
+    return get_axes(get_input(node)) if isinstance(get_value(node), Tensor) else None
 
 
 def concatenate(tracker: Tracker, node: fx.Node) -> Axes:

@@ -55,6 +55,20 @@ def expect_same(value: object, expected: object) -> None:
         )
 
 
+def expect_held(value: object, expected: object) -> None:
+    """Raise StructureError where a traced network would have gone another way by a number that it holds.
+
+    Raises:
+        StructureError: the number is another one than when the network was traced.
+    """
+    if value != expected:
+        value = value.item() if isinstance(value, Tensor) else value
+        raise StructureError(
+            f"the network was traced where a number that it holds was {expected}, which is {value} now: run "
+            "it once before, so that the number is what it stays"
+        )
+
+
 def expect_default(value: object, default: object, name: str) -> None:
     """Raise StructureError where a traced network is given another value than the one it was traced with.
 
@@ -226,9 +240,12 @@ class ConcreteTracer(fx.Tracer):
             TraceError: it depends on the data.
         """
         value = self._answer(proxy.node)
+        if isinstance(value, Tensor) and not value.is_meta and value.numel() == 1:
+            value = value.item()  # of a number that the forward's modules hold
         if not isinstance(value, bool | int | float):
             raise fx.proxy.TraceError(DATA)
-        expected = self.create_proxy("call_function", expect_same, (proxy, value), {})
+        expect = expect_same if _depends_on_inputs(proxy.node) else expect_held
+        expected = self.create_proxy("call_function", expect, (proxy, value), {})
         if caller is not None:
             self._questions.append((expected.node, caller))
         return value
@@ -317,6 +334,19 @@ class ConcreteTracer(fx.Tracer):
             return getattr(owner, name) if hasattr(owner, name) else getattr(self.root, name)
         layer = self._replica.get_submodule(target) if node.op == "call_module" else None
         return compute_without_data(node, layer, args, kwargs)
+
+
+def _depends_on_inputs(node: fx.Node) -> bool:
+    """Tell whether a node computes with one of the inputs."""
+    visited, pending = set[fx.Node](), [node]
+    while pending:
+        source = pending.pop()
+        if source.op == "placeholder":
+            return True
+        if source not in visited:
+            visited.add(source)
+            pending += source.all_input_nodes
+    return False
 
 
 @cache

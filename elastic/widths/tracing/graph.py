@@ -204,7 +204,7 @@ def take_back_assigned(model: nn.Module) -> Iterator[list[Any]]:
         yield replaced
     finally:
         for own, values in before:
-            assigned = {k: value for k, value in values.items() if issubclass(type(own.get(k)), fx.Proxy)}
+            assigned = {k: value for k, value in values.items() if _is_assigned(value, own.get(k))}
             own.update(assigned)
             replaced += assigned.values()
         for container, content in contents:
@@ -212,6 +212,11 @@ def take_back_assigned(model: nn.Module) -> Iterator[list[Any]]:
             replaced += (a for a, b in zip(old, new, strict=False) if a is not b)
             container.clear()
             (container.update if type(container) is dict else container.extend)(content)
+
+
+def _is_assigned(before: Any, now: Any) -> bool:
+    """Tell whether something was put in an attribute's place: what is traced, or a tensor for another."""
+    return issubclass(type(now), fx.Proxy) or (isinstance(before, Tensor) and now is not before)
 
 
 def get_layer(traced: nn.Module, node: fx.Node) -> nn.Module | None:

@@ -99,6 +99,8 @@ def compute_without_data(
     if node.op == "call_method":
         if target in MOVES and isinstance(args[0], Tensor):
             return _convert(*args, **kwargs)
+        if target == "type" and isinstance(args[0], Tensor):
+            return _tell_type(*args, **kwargs)
         return _call(
             lambda owner, *arguments, **named: getattr(owner, target)(*arguments, **named), args, kwargs
         )
@@ -117,6 +119,16 @@ def _convert(
     types = [value.dtype if isinstance(value, Tensor) else value for value in (*args, dtype)]
     dtype = next((value for value in types if isinstance(value, torch.dtype)), x.dtype)
     return x.to(dtype, memory_format=memory_format)
+
+
+def _tell_type(x: Tensor, dtype: Any = None, **_: Any) -> Any:
+    """Name the type of a tensor, or change it: by a name, `torch.cuda.FloatTensor`, it is one on a device."""
+    if dtype is None:
+        return x.new_empty(0, device="cpu").type()
+    if not isinstance(dtype, torch.dtype):
+        name = dtype if isinstance(dtype, str) else f"{dtype.__module__}.{dtype.__name__}"
+        dtype = torch.empty(0).type(name.replace("torch.cuda.", "torch.")).dtype
+    return _convert(x, dtype)
 
 
 def _call(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -188,9 +200,16 @@ def _replace_tensors(module: nn.Module, memo: dict[int, Any]) -> None:
             )
         if parameter is not None and id(parameter) not in memo:
             memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+    is_norm = isinstance(module, nn.modules.batchnorm._NormBase)  # which counts batches, and decides by none
     for tensor in (*module._buffers.values(), *vars(module).values()):
         if isinstance(tensor, Tensor):
-            memo[id(tensor)] = drop_data(tensor)
+            memo[id(tensor)] = drop_data(tensor) if is_norm else _keep_number(tensor)
+
+
+def _keep_number(tensor: Tensor) -> Tensor:
+    """Bring a tensor to the meta device, but for a number, by which a forward may decide: `self.is_ready`."""
+    is_number = not tensor.is_meta and tensor.numel() == 1
+    return tensor.detach().cpu().clone() if is_number else drop_data(tensor)
 
 
 def _find_forward(kind: type[nn.Module]) -> Callable[[nn.Module, Tensor], Tensor] | None:

@@ -163,8 +163,8 @@ def _require_no_counts(traced: fx.GraphModule, model: nn.Module, *example: Tenso
 def _require_no_batch(traced: fx.GraphModule, model: nn.Module, *example: Tensor) -> None:
     """Raise StructureError where a trace is right for batches of the example's size alone."""
     samples = count_batch(example)
-    runs = make_meta_copy(model).forward, _WithoutLooks(make_meta_copy(traced)).run
     for inputs in (resize_batch(example, number) for number in (samples + 1, 2 * samples)):
+        runs = make_meta_copy(model).forward, _WithoutLooks(make_meta_copy(traced)).run
         with _leaving_nothing(model):
             shapes, shapes_traced = (_find_output_shapes(run, inputs) for run in runs)
         if shapes is not None and shapes != shapes_traced:

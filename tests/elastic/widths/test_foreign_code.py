@@ -1,5 +1,6 @@
 """What published forwards do beside calling their layers is followed, or refused in one line."""
 
+import copy
 import functools
 import warnings
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.video.mvit import MSBlockConfig, MViT
 
-from elastic.dynamic import attach_modules
+from elastic.dynamic import attach_modules, make_skipping
 from elastic.errors import StructureError
 from elastic.surgery.checking import fix_wrong_widths
 from elastic.surgery.reindexing import reindex
@@ -156,12 +157,18 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # as many programs do it yet
     scripted = torch.jit.script(scale_softly)
 
+
+def name_type(m: Any, y: Tensor) -> Tensor:
+    return y * torch.ones(1).type(y.type()) + torch.zeros(1).type(torch.DoubleTensor).type(y.dtype)
+
+
 # What insists on tensors.
 WRAPPED: dict[str, Forward] = {
     "function of TorchScript": lambda m, y: scripted(y),
     "function of TorchScript, by name": lambda m, y: scripted(steepness=0.5, y=y) + scripted(torch.ones(1)),
     "variable": lambda m, y: Variable(y.mean((2, 3), keepdim=True)) + y,
     "variable that the forward makes": lambda m, y: y + Variable(torch.ones(y.size()), requires_grad=False),
+    "name of a type": name_type,
     "variable of what the forward holds": lambda m, y: y + Variable(torch.ones(1)),
 }
 
@@ -177,6 +184,54 @@ def test_what_insists_on_tensors_takes_traced_values(forward: Forward) -> None:
         scripted("no tensor")
     with pytest.raises(TypeError, match="has to be a tensor"):
         Variable("no tensor")
+
+
+class ActNorm(nn.Module):
+    """Start from the statistics of the first batch (Glow, arXiv 1807.03039), and note that it has."""
+
+    def __init__(self, is_started: Tensor, ask: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.shift, self.scale = nn.Parameter(torch.zeros(1, 8, 1, 1)), nn.Parameter(torch.ones(1, 8, 1, 1))
+        self.register_buffer("is_started", is_started.clone())
+        self.ask = ask
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.ask(self.is_started):
+            with torch.no_grad():
+                self.shift.data.copy_(-x.mean((0, 2, 3), keepdim=True))
+                self.scale.data.copy_(1 / x.std((0, 2, 3), keepdim=True))
+            self.is_started.fill_(1)
+        return self.scale * (x + self.shift)
+
+
+HELD: dict[str, tuple[Tensor, Callable[[Tensor], Any]]] = {
+    "an integer": (torch.tensor(0, dtype=torch.uint8), lambda started: started.item() == 1),
+    "a fraction": (torch.zeros(1), lambda started: started > 0),
+    "a flag": (torch.tensor(False), lambda started: started),
+}
+
+
+@pytest.mark.parametrize(("is_started", "ask"), HELD.values(), ids=HELD)
+def test_a_forward_may_decide_by_a_number_that_it_holds(
+    is_started: Tensor, ask: Callable[[Tensor], Any]
+) -> None:
+    net = between(lambda m, y: m.norm(y), norm=ActNorm(is_started, ask)).eval()
+    state = copy.deepcopy(net.state_dict())
+    early = discover(net, X, check=True)
+    assert early.sizes() == {"stem": 8, "last": 5} and early.written == {"norm"}
+    assert all(torch.equal(state[name], value) for name, value in net.state_dict().items())
+    traced = trace_both_modes(net, X.to("meta")).eval()
+    traced(X)  # which starts it
+    with pytest.raises(
+        StructureError, match="number that it holds was False, which is True now: run it once"
+    ):
+        traced(X)
+    widths = discover(net, X, check=True)
+    assert widths.sizes() == {"stem": 8, "last": 5} and not widths.written
+    expected = net(X)
+    dynamic = attach_modules(net, widths).eval()
+    torch.testing.assert_close(trace_both_modes(net, X.to("meta")).eval()(X), expected)
+    torch.testing.assert_close(make_skipping(dynamic)(X), dynamic(X), rtol=1e-4, atol=1e-4)
 
 
 def run_apart(m: Any, y: Tensor) -> Tensor:
