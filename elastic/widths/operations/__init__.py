@@ -172,7 +172,7 @@ FUNCTIONS: dict[Rule, str] = {
         xlogy isclose""",
     scale: "mul imul multiply div truediv itruediv divide true_divide",
     convert: "to type type_as",
-    fill: "ones zeros empty full rand randn new_ones new_zeros new_empty new_full",
+    fill: "ones zeros empty full rand randn new new_ones new_zeros new_empty new_full",
     fill_like: """
         ones_like zeros_like empty_like full_like rand_like randn_like fill zero
         uniform normal exponential""",

@@ -29,6 +29,7 @@ from elastic.widths.tracing.meta import (
     has_own_forward,
     make_meta_copy,
 )
+from elastic.widths.tracing.patching import Constructor
 from elastic.widths.tracing.proxies import AskedProxy, Instruction, TrainingFlag
 from elastic.widths.tracing.sizes import note_computed_sizes
 
@@ -36,6 +37,7 @@ NUMPY = {"axis", "out"}  # how NumPy's functions call a method of what is no arr
 ALIASES = {"axis": "dim", "keepdims": "keepdim"}  # NumPy's names, which torch takes for its own
 PRODUCT = math.prod  # which torch.fx puts its own in place of while it traces
 DATA = "it asks for what depends on the data"
+TENSOR_TYPE = type(torch.FloatTensor)
 PLACE = "place"  # in a node's `meta`: the module in whose forward it is
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 # Methods that torch.fx puts its own in place of while it traces.
@@ -195,6 +197,8 @@ class ConcreteTracer(fx.Tracer):
             return a.pass_on()
         if isinstance(a, np.generic):
             return a.item()
+        if kind is TENSOR_TYPE or kind is Constructor:
+            return a.dtype  # `x.type(torch.FloatTensor)`, whose place is the model's
         if isinstance(a, dict) and kind is not dict and (arguments := _list_arguments(a)) is not None:
             args, kwargs = arguments
             return self.create_node("call_function", kind, self.create_arg(args), self.create_arg(kwargs))

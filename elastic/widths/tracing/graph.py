@@ -32,6 +32,7 @@ from elastic.widths.tracing.patching import (
     leave_out_checks,
     leave_out_old_hooks,
     pass_for_values,
+    trace_constructors,
     trace_factories,
     trace_wrappers,
 )
@@ -149,6 +150,7 @@ def trace_graph(
             pass_for_values(),
             leave_modules(),
             trace_wrappers(),
+            trace_constructors(),
             leave_out_checks(),
             leave_out_old_hooks(model),
             quiet_hooks(model),

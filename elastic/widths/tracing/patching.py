@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 # Functions that make a tensor of given sizes, or tell of a type: torch.fx does not see them where these are
 # traced.
 FACTORIES = tuple("ones zeros full empty arange linspace eye tensor as_tensor finfo iinfo".split())
+CONSTRUCTORS = tuple(
+    f"{kind}Tensor" for kind in "Float Double Half BFloat16 Long Int Short Char Byte Bool".split()
+)
 # These make other numbers each time.
 RANDOM = tuple("rand randn randint randperm normal bernoulli multinomial poisson".split())
 RANDOM_METHODS = tuple("bernoulli bernoulli_ uniform_ normal_ random_ exponential_ multinomial".split())
@@ -114,6 +117,42 @@ def trace_wrappers() -> Iterator[None]:
 
 
 @contextmanager
+def trace_constructors() -> Iterator[None]:
+    """Let the constructors of old, `torch.FloatTensor(sizes)`, be traced with traced numbers."""
+    before = [(owner, name, getattr(owner, name)) for owner in (torch, torch.cuda) for name in CONSTRUCTORS]
+    try:
+        for owner, name, kind in before:
+            device = "cuda" if owner is torch.cuda else "cpu"
+            setattr(owner, name, Constructor(name, (), {"kind": kind, "device": device}))
+        yield
+    finally:
+        for owner, name, kind in before:
+            setattr(owner, name, kind)
+
+
+class Constructor(type):
+    """Stand for a type of tensors, whose own class takes no other call."""
+
+    kind: Any
+    device: str
+
+    @property
+    def dtype(cls) -> torch.dtype:
+        """Get the type of the entries."""
+        dtype: torch.dtype = cls.kind.dtype
+        return dtype
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if not _has_traced(args):
+            return cls.kind(*args, **kwargs)
+        make: Any = torch.tensor if isinstance(args[0], list) else torch.empty
+        return make(*args, dtype=cls.dtype, device=cls.device)
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        return isinstance(value, cls.kind)
+
+
+@contextmanager
 def trace_factories(tracer: "ConcreteTracer", draws: bool) -> Iterator[None]:
     """Let functions that make tensors, and methods of tensors made so, be traced with traced numbers.
 
@@ -143,6 +182,7 @@ def _make_traceable(
 ) -> Callable[..., Any]:
     @wraps(function)
     def make(*args: Any, **kwargs: Any) -> Any:
+        args = tuple(a.dtype if type(a) is Constructor else a for a in args)
         if _has_traced(args, kwargs) or (always and not tracer.is_computing):
             return tracer.create_proxy(kind, target, args, kwargs)
         return function(*args, **kwargs)

@@ -159,7 +159,8 @@ with warnings.catch_warnings():
 
 
 def name_type(m: Any, y: Tensor) -> Tensor:
-    return y * torch.ones(1).type(y.type()) + torch.zeros(1).type(torch.DoubleTensor).type(y.dtype)
+    ones = torch.ones(1).type(y.type()) + torch.zeros(1).type(torch.DoubleTensor).type(y.dtype)
+    return y.type(torch.DoubleTensor).type(torch.FloatTensor) * ones
 
 
 # What insists on tensors.
@@ -169,6 +170,13 @@ WRAPPED: dict[str, Forward] = {
     "variable": lambda m, y: Variable(y.mean((2, 3), keepdim=True)) + y,
     "variable that the forward makes": lambda m, y: y + Variable(torch.ones(y.size()), requires_grad=False),
     "name of a type": name_type,
+    "type that is called with sizes": lambda m, y: y + torch.FloatTensor(y.size(0), *y.size()[1:]).zero_(),
+    "type that is called with a shape": lambda m, y: y + Variable(torch.FloatTensor(y.size()).fill_(1)),
+    "type that is called with numbers": lambda m, y: y / torch.FloatTensor([y.shape[2], 2.0]).sum(),
+    "type that is asked for": lambda m, y: (
+        y if isinstance(torch.ones(1), torch.FloatTensor) and torch.LongTensor([3]).item() == 3 else m.last(y)
+    ),
+    "new one like another": lambda m, y: y + y.new(y.size(0), y.size(1), 1, 1).fill_(1),
     "variable of what the forward holds": lambda m, y: y + Variable(torch.ones(1)),
 }
 
