@@ -25,6 +25,7 @@ from elastic.widths.tracing.constants import Constants, note_constants
 from elastic.widths.tracing.containers import Container, mark_lists, trace_contents, watch_containers
 from elastic.widths.tracing.functions import trace_functions
 from elastic.widths.tracing.gradients import cut_gradients
+from elastic.widths.tracing.integers import Namespace, find_namespaces, trace_integers
 from elastic.widths.tracing.looking import list_kept, trace_hooks, trace_kept
 from elastic.widths.tracing.meta import has_own_forward
 from elastic.widths.tracing.patching import (
@@ -127,6 +128,22 @@ def trace_graph(
         runs: whether the graph is to be run: functions that have a gradient of their own stay whole, and
             random numbers are drawn each time. Attributes of the model's modules are to be preserved then.
     """
+    trace_with = partial(_trace_graph, model, *example, known_answers=known_answers, sizes=sizes, runs=runs)
+    if namespaces := find_namespaces(model):
+        with suppress(StructureError):  # not all code that takes a number takes a traced one
+            return trace_with(namespaces=namespaces)
+    return trace_with(namespaces=())
+
+
+def _trace_graph(
+    model: nn.Module,
+    *example: Tensor,
+    namespaces: Sequence[Namespace],
+    known_answers: Sequence[Any] | None,
+    sizes: Mapping[AttributePlace, int] | None,
+    runs: bool,
+) -> fx.Graph:
+    """Trace a model's graph alone, see `trace_graph`, with the numbers that functions of namespaces round."""
     tracer = _Tracer(example, known_answers)
     containers: list[Container] = []
     earlier_values = [value for module in model.modules() for value in vars(module).values()]
@@ -145,6 +162,7 @@ def trace_graph(
             tag_sizes(model, sizes) as read,
             trace_factories(tracer, runs),
             trace_functions(tracer, runs),
+            trace_integers(tracer, namespaces),
             note_computed_sizes() as computed,
             take_back_assigned(model) as replaced,
             pass_for_values(),
@@ -200,7 +218,8 @@ def take_back_assigned(model: nn.Module) -> Iterator[list[Any]]:
     the end, what had been put in the place of other values.
     """
     replaced: list[Any] = []
-    before = [(own, dict(own)) for module in model.modules() for own in (vars(module), module._buffers)]
+    tables = [t for m in model.modules() for t in (vars(m), m._buffers, m._parameters)]
+    before = [(own, dict(own)) for own in tables]
     contents = [(value, copy.copy(value)) for value in list_containers(model)]
     try:
         yield replaced
@@ -208,6 +227,8 @@ def take_back_assigned(model: nn.Module) -> Iterator[list[Any]]:
         for own, values in before:
             assigned = {k: value for k, value in values.items() if _is_assigned(value, own.get(k))}
             own.update(assigned)
+            for name in [k for k, value in own.items() if k not in values and _is_assigned(None, value)]:
+                del own[name]
             replaced += assigned.values()
         for container, content in contents:
             old, new = (list(x.values()) if type(x) is dict else x for x in (content, container))
@@ -218,7 +239,9 @@ def take_back_assigned(model: nn.Module) -> Iterator[list[Any]]:
 
 def _is_assigned(before: Any, now: Any) -> bool:
     """Tell whether something was put in an attribute's place: what is traced, or a tensor for another."""
-    return issubclass(type(now), fx.Proxy) or (isinstance(before, Tensor) and now is not before)
+    parts = now if type(now) in (tuple, list) else (now,)
+    is_traced = any(issubclass(type(part), fx.Proxy) for part in parts)
+    return is_traced or (isinstance(before, Tensor) and now is not before)
 
 
 def get_layer(traced: nn.Module, node: fx.Node) -> nn.Module | None:

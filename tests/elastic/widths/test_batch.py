@@ -53,6 +53,8 @@ FORWARDS: dict[str, Forward] = {
     "moved by name": lambda m, x: x.cpu().to("cpu", x.dtype).view(len(x), -1),
     "made a tensor": lambda m, x: torch.as_tensor(x, device=next(m.parameters()).device).mean((2, 3)),
     "first": lambda m, x: x[: int(len(x) * 1.0)].mean((2, 3)),
+    "squares": lambda m, x: (x.new_ones(int(x.shape[0]) ** 2) * x.mean()).view(x.shape[0], -1),
+    "rounded up": lambda m, x: x.mean() + x.new_ones(int(x.shape[0] / 2 + 0.5)),
 }
 
 
@@ -76,9 +78,9 @@ REFUSED: dict[str, Forward] = {
     "range": lambda m, x: torch.stack([x[i].mean() for i in range(len(x))]),
     "iteration": lambda m, x: torch.stack([sample.mean() for sample in x]),
     "unbind": lambda m, x: torch.stack([sample.mean() for sample in x.unbind(0)]),
-    "squares": lambda m, x: (x.new_ones(int(x.shape[0]) ** 2) * x.mean()).view(x.shape[0], -1),
+    "squares": lambda m, x: (x.new_ones(round(x.shape[0]) ** 2) * x.mean()).view(x.shape[0], -1),
     "constant": lambda m, x: x.view(len(x), -1) / torch.tensor(float(len(x))),
-    "rounded up": lambda m, x: x.mean() + x.new_ones(int(x.shape[0] / 2 + 0.5)),
+    "rounded up": lambda m, x: x.mean() + x.new_ones(round(x.shape[0] / 2 + 0.1)),
 }
 
 
