@@ -481,7 +481,10 @@ CASES: dict[str, Case] = {
         ),
         {"hidden": 7},
         {"hidden": f"{layer('hidden')} out.weight.1"},
-        {"conv": "view(-1, 400) in the model's forward fixes the number of channels", "out": OUTPUT},
+        {
+            "conv": "view(-1, 400) in the model's forward fixes the number of channels: x.flatten",
+            "out": OUTPUT,
+        },
         shape=(2, 3, 10, 10),
     ),
     "literal_view_in_a_block": Case(

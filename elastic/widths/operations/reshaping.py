@@ -27,6 +27,8 @@ from elastic.widths.operations.interface import (
 from elastic.widths.tracing.sizes import AttributePlace, SizeAttribute
 from elastic.widths.union import Axis
 
+FIXES = "fixes the number of channels"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -108,11 +110,12 @@ def _carry_runs(
         attribute = _find_attribute(run, numbers) if target is None else None
         place = attribute if target is None else target
         if merged is None or place is None:
-            tracker.fix(axes, node, "fixes the number of channels")
+            is_flat = len(after) == 2 and before[0] == after[0]
+            tracker.fix(axes, node, f"{FIXES}: x.flatten(1) would not" if is_flat else FIXES)
             continue
         y[place] = _cut(tracker, merged, [after[d] for d in run.after], place - run.after.start)
         if attribute is not None and not tracker.follow_size(numbers[attribute], y[attribute]):
-            tracker.fix(axes, node, "fixes the number of channels")
+            tracker.fix(axes, node, FIXES)
     for axis, size, number in zip_longest(y, sizes, numbers):
         if size is None or not (size.terms or (axis is not None and not isinstance(number, SizeAttribute))):
             continue
@@ -124,7 +127,7 @@ def _carry_runs(
 def _keep_first(tracker: Tracker, node: fx.Node, axes: Sequence[Axis | None]) -> list[Axis | None]:
     """Let the first of several axes that become one go on, and fix the others, as those of a kernel."""
     first = next(d for d, axis in enumerate(axes) if axis is not None)
-    tracker.fix(axes[first + 1 :], node, "fixes the number of channels")
+    tracker.fix(axes[first + 1 :], node, FIXES)
     return [axis if d == first else None for d, axis in enumerate(axes)]
 
 
