@@ -16,6 +16,7 @@ from elastic.ranges import Range, checked
 from elastic.training.history import HISTORY
 from elastic.training.joining import find_structure
 from elastic.training.locating import find_path
+from elastic.widths.parameters import recompute_weights
 
 Tensors = Mapping[str, Tensor]
 # Where an average is, where what it is of is, its name there, and the module that has it.
@@ -167,6 +168,10 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
 
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._release()
+        for (
+            module
+        ) in pl_module.modules():  # a copy takes no tensor with a graph, as weight norm's hooks leave
+            recompute_weights(module)
         with self.structure.showing_gates():
             self._average_model = AveragedModel(
                 pl_module, self._device or pl_module.device, use_buffers=self._use_buffers, **self._kwargs

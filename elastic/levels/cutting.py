@@ -104,8 +104,9 @@ def make_level(net: nn.Module, widths: Widths, sizes: Sizes, parts: TensorParts)
     """Make a level: the network's modules anew, around parts of its tensors; norms are copied."""
     level = copy_module(net, {id(tensor): tensor for _, _, tensor in iterate_shared(net)})
     norms = dict(iterate_norms(level))
+    whole = widths.written | widths.computed  # shared, as another tensor may come to be there
     for (path, name), part in parts.items():
-        if path in widths.written | widths.computed:  # shared whole, as another tensor may come to be there
+        if path in whole:
             continue
         layer = level.get_submodule(path)
         tensor = getattr(layer, name)

@@ -509,16 +509,25 @@ def test_a_run_in_half_precision_goes_on_as_if_it_had_not_been_killed(
     assert_equal(train(parts, checkpoint=str(parts / "last.ckpt")).net, whole.net)
 
 
-@pytest.mark.parametrize("grain", ["weight", "channel"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("norm", "grain"),
+    [
+        (parametrizations.weight_norm, "weight"),
+        (parametrizations.weight_norm, "channel"),
+        (nn.utils.weight_norm, None),  # a hook, whose weights have no gates
+    ],
+)
 def test_a_network_with_weight_norm_grows_is_pruned_and_goes_on_as_if_it_had_not_been_killed(
-    grain: Grain, tmp_path: Path
+    norm: Callable[[nn.Module], nn.Module], grain: Grain | None, tmp_path: Path
 ) -> None:
     def train(folder: Path, *more: L.Callback, checkpoint: str | None = None) -> Program:
         module = make(Plain)
         for layer in module.net:
             if isinstance(layer, nn.Conv2d | nn.Linear):
-                parametrizations.weight_norm(layer)
-        methods = [*grow_and_prune(grain)[1:], AverageWeights(decay=0.5)]
+                norm(layer)
+        _, grow, prune = grow_and_prune(grain or "weight")
+        methods = [grow, *([prune] if grain else []), AverageWeights(decay=0.5)]
         fit(module, [seed_epochs(), *methods, *more], folder, checkpoint)
         return module
 

@@ -69,16 +69,15 @@ def find_namespaces(model: nn.Module) -> list[Namespace]:
 
 def _list_functions(values: Iterable[Any]) -> Iterator[FunctionType]:
     """List the functions among values, and all that they call by name or hold, each once, without torch's."""
-    visited, pending = set[int](), [value for value in values if isinstance(value, FunctionType)]
+    visited, pending = set[int](), list(values)
     while pending:
-        function = pending.pop()
-        if id(function) in visited or _is_torchs(function):
+        function = getattr(value := pending.pop(), "__func__", value)  # a method's, or a static one's
+        if not isinstance(function, FunctionType) or id(function) in visited or _is_torchs(function):
             continue
         visited.add(id(function))
         yield function
         called = [function.__globals__.get(name) for name in _list_names(function.__code__)]
-        contents = [*called, *list_contents(function), getattr(function, "__wrapped__", None)]
-        pending += [value for value in contents if isinstance(value, FunctionType)]
+        pending += [*called, *list_contents(function), getattr(function, "__wrapped__", None)]
 
 
 def _list_names(code: CodeType) -> set[str]:
