@@ -168,9 +168,7 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
 
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._release()
-        for (
-            module
-        ) in pl_module.modules():  # a copy takes no tensor with a graph, as weight norm's hooks leave
+        for module in pl_module.modules():  # whose hooks leave tensors with a graph, which no copy takes
             recompute_weights(module)
         with self.structure.showing_gates():
             self._average_model = AveragedModel(
