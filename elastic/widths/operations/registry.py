@@ -17,6 +17,7 @@ LIBRARIES = {"elastic", "torch", "torchvision", "_operator", "math"}
 # What a subclass may define and still compute as its base does.
 HARMLESS = {*dir(object), "__module__", "__annotations__", "__constants__"} - {"__getattribute__"}
 HARMLESS |= {"__static_attributes__", "__firstlineno__", "extra_repr", "reset_parameters", "_get_name"}
+HARMLESS |= {"_check_input_dim"}  # which refuses inputs, and changes none
 TENSORS = {"weight", "bias", "running_mean", "running_var"}  # of layers; properties could stand for them
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from elastic.widths.hooks import has_hooks
 from elastic.widths.tracing.meta import BATCH_NORM, FORWARD
@@ -93,10 +93,17 @@ def _are_same(argument: Any, attribute: Any) -> bool:
     return first == second
 
 
+class _Norm(nn.BatchNorm2d):
+    """Stand for a norm whose class is made of that of all batch norms, which asks for no dimensions."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+
 def _make_plain(layer: nn.Module) -> nn.Module:
     """Make a layer of torch's own with all that a subclass of it holds, but for a forward of its own."""
     kind = next(base for base in type(layer).__mro__ if base.__module__.startswith("torch.nn."))
-    plain: Any = object.__new__(kind)
+    plain: Any = object.__new__(_Norm if kind is BATCH_NORM else kind)
     vars(plain).update({name: value for name, value in vars(layer).items() if name != FORWARD})
     copy: nn.Module = plain
     return copy

@@ -38,6 +38,15 @@ class NormWithActivation(nn.BatchNorm2d):
         return F.relu(y)
 
 
+class SynchronizedNorm(nn.modules.batchnorm._BatchNorm):
+    """Normalise as many segmentation networks do, which say of no dimensions that they are wanted."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        statistics = self.running_mean, self.running_var
+        momentum = 0.0 if self.momentum is None else self.momentum
+        return F.batch_norm(x, *statistics, self.weight, self.bias, self.training, momentum, self.eps)
+
+
 class SameConvolution(nn.Conv2d):
     """Pad by what the size of the image needs, as TensorFlow does."""
 
@@ -104,6 +113,16 @@ def make_net(drop: nn.Module | None = None) -> nn.Module:
     layers = dict(stem=conv(3, 6, 3), norm=NormWithActivation(6), one=conv(6, 8, 3), two=conv(8, 6, 3))
     net = Net(run, **layers, inner=NormWithActivation(8), drop=drop or nn.Identity(), head=head(6))
     return randomised(net)
+
+
+@pytest.mark.parametrize("kind", [SynchronizedNorm, nn.BatchNorm2d])
+def test_a_norm_whose_class_says_nothing_of_dimensions_is_a_layer(kind: Any) -> None:
+    torch.manual_seed(0)
+    layers = [conv(3, 8, 3), kind(8), nn.ReLU(), conv(8, 6, 3), kind(6), nn.ReLU(), head(6)]
+    net = randomised(nn.Sequential(*layers)).eval()
+    dynamic = attach_modules(net, discover(net, X)).eval()
+    torch.testing.assert_close(dynamic(X), make_skipping(dynamic)(X), rtol=1e-4, atol=1e-4)
+    assert len(list(find_sites(trace_both_modes(net, X.to("meta")), discover(net, X)))) == 2
 
 
 def test_a_norm_with_its_activation_is_a_layer() -> None:
