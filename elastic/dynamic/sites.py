@@ -141,6 +141,8 @@ def _locate_maps(traced: fx.GraphModule, widths: Widths, width: Width, writer: s
         raise StructureError(f"{path} does not read them once, one after the other")
     extents = widths.extents(slots[0]) * groups
     begin, end = sum(extents[: places[0]]), sum(extents[: places[0] + len(written)])
+    if (end - begin) % sum(widths.extents(out)):
+        raise StructureError(f"{path} reads several of its kernels as one map")
     return Reader(path, begin, end, sum(extents))
 
 

@@ -39,6 +39,8 @@ from elastic.widths.tracing.patching import (
 )
 from elastic.widths.tracing.sizes import AttributePlace, note_computed_sizes, tag_sizes
 
+RESERVED = ("code", "graph")  # properties of a traced network
+
 
 class _Tracer(ConcreteTracer):
     """Keep layers with a rule of their own whole."""
@@ -79,6 +81,11 @@ def trace(model: nn.Module, *example: Tensor) -> fx.GraphModule:
     Raises:
         StructureError: torch.fx cannot trace it.
     """
+    for name in RESERVED:
+        if name in model._modules | model._parameters | model._buffers:
+            raise StructureError(
+                f"torch.fx has '{name}' for itself: give that part of the {type(model).__name__} another name"
+            )
     with preserve_attributes(model):
         graph = trace_graph(model, *example, runs=True)
         follow_batch(graph, partial(trace_graph, model, runs=True), *example)

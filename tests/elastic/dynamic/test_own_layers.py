@@ -115,6 +115,36 @@ def make_net(drop: nn.Module | None = None) -> nn.Module:
     return randomised(net)
 
 
+class Generator(nn.Module):
+    """Make maps of what a linear layer writes for each place: each of them is several of its kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.wide, self.last = nn.Linear(6, 5), nn.Linear(5, 8 * 16), nn.Conv2d(8, 3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.wide(F.relu(self.first(x)))
+        return self.last(F.relu(y.flatten(0, 1).view(len(x) * x.shape[1], -1, 4, 4)))
+
+
+@pytest.mark.parametrize("name", ["code", "graph"])
+def test_a_part_by_a_name_of_torch_fx_is_named(name: str) -> None:
+    net = nn.Sequential()
+    net.add_module(name, conv(3, 8, 3))
+    net.add_module("last", head(8))
+    assert discover(net, X, check=True).sizes() == {name: 8}
+    with pytest.raises(StructureError, match=f"torch.fx has '{name}' for itself: give that part of the"):
+        attach_modules(net, discover(net, X))
+
+
+def test_kernels_that_are_one_map_are_not_switched() -> None:
+    net, x = Generator(), torch.randn(2, 7, 6)
+    widths = discover(net, x, check=True)
+    assert widths["wide"].size == 8
+    with pytest.raises(StructureError, match="last reads several of its kernels as one map"):
+        attach_modules(net, widths, "wide")
+
+
 @pytest.mark.parametrize("kind", [SynchronizedNorm, nn.BatchNorm2d])
 def test_a_norm_whose_class_says_nothing_of_dimensions_is_a_layer(kind: Any) -> None:
     torch.manual_seed(0)
