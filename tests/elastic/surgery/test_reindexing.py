@@ -20,7 +20,7 @@ from elastic.surgery.reindexing import FRESH, grow_index, reindex, resize_index
 from elastic.widths.discovery import discover
 from elastic.widths.parameters import find_weight_norm, get_original
 from elastic.widths.width import Widths
-from tests.elastic.zoo import CASES, Case, Net, changes, conv, differences, head, states
+from tests.elastic.zoo import CASES, STORED, Case, Net, changes, conv, differences, head, states
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 unmixed_case = pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_group_and_layer_norm_are_marked_because_growth_is_felt() -> None:
 
 
 @pytest.mark.sampled(10)
-@every_case
+@pytest.mark.parametrize("case", STORED.values(), ids=STORED)
 def test_growing_and_pruning_back_changes_no_bit(case: Case) -> None:
     model, x = case.model(), case.example()
     widths = discover(model, x)

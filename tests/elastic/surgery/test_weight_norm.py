@@ -114,6 +114,16 @@ def test_what_an_optimizer_keeps_follows_entry_by_entry(norm: Norm) -> None:
             assert torch.equal(found[[0, 2]], own[[5, 2]]) and not found[1].any()
 
 
+def test_norms_that_fresh_readers_leave_change_no_bit() -> None:
+    net = make(parametrizations.weight_norm)
+    widths = discover(net, X)
+    before, sizes = {name: p.clone() for name, p in net.named_parameters()}, widths.sizes()
+    for _ in range(3):
+        reindex(net, widths, {name: grow_index(size, 3) for name, size in sizes.items()})
+        reindex(net, widths, {name: range(size) for name, size in sizes.items()})
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+
+
 @pytest.mark.parametrize("norm", PARAMETRIZED.values(), ids=PARAMETRIZED)
 @every_layer
 @pytest.mark.parametrize("grain", ["weight", "channel"])
