@@ -117,7 +117,7 @@ def test_what_an_optimizer_keeps_follows_entry_by_entry(norm: Norm) -> None:
 def test_norms_that_fresh_readers_leave_change_no_bit() -> None:
     net = make(parametrizations.weight_norm)
     widths = discover(net, X)
-    before, sizes = {name: p.clone() for name, p in net.named_parameters()}, widths.sizes()
+    before, sizes = {n: p.detach().clone() for n, p in net.named_parameters()}, widths.sizes()
     for _ in range(3):
         reindex(net, widths, {name: grow_index(size, 3) for name, size in sizes.items()})
         reindex(net, widths, {name: range(size) for name, size in sizes.items()})
