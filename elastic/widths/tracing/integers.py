@@ -5,7 +5,7 @@ It takes no other value from `__int__`, so the functions that make up a forward 
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from elastic.widths.tracing.concrete import ConcreteTracer
 
 NAME = int.__name__
+METHODS = (MethodType, staticmethod, classmethod)
 Namespace = dict[str, Any]
 
 
@@ -71,13 +72,14 @@ def _list_functions(values: Iterable[Any]) -> Iterator[FunctionType]:
     """List the functions among values, and all that they call by name or hold, each once, without torch's."""
     visited, pending = set[int](), list(values)
     while pending:
-        function = getattr(value := pending.pop(), "__func__", value)  # a method's, or a static one's
+        value = pending.pop()
+        function = value.__func__ if isinstance(value, METHODS) else value
         if not isinstance(function, FunctionType) or id(function) in visited or _is_torchs(function):
             continue
         visited.add(id(function))
         yield function
         called = [function.__globals__.get(name) for name in _list_names(function.__code__)]
-        pending += [*called, *list_contents(function), getattr(function, "__wrapped__", None)]
+        pending += [*called, *list_contents(function), vars(function).get("__wrapped__")]
 
 
 def _list_names(code: CodeType) -> set[str]:

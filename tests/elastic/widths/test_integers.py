@@ -94,3 +94,20 @@ def test_afterwards_it_is_the_usual_one(forward: Callable[..., Any]) -> None:
     except StructureError as error:
         assert "depends on the data" in str(error)
     assert "int" not in globals() and int is builtins.int
+
+
+class Halving(nn.Module):
+    """Halve channels in a static method."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.halve(x)
+
+    @staticmethod
+    def halve(x: Tensor) -> Tensor:
+        count = int(x.shape[1] / 2)
+        return x[:, :count] + x[:, count:]
+
+
+def test_static_methods_are_looked_into() -> None:
+    net = between(lambda m, y: m.halving(y), 4, halving=Halving())
+    assert discover(net, X, check=True).sizes() == {"stem": 4, "last": 5}
