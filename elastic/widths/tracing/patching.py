@@ -119,7 +119,8 @@ def trace_wrappers() -> Iterator[None]:
 @contextmanager
 def trace_constructors() -> Iterator[None]:
     """Let the constructors of old, `torch.FloatTensor(sizes)`, be traced with traced numbers."""
-    before = [(owner, name, getattr(owner, name)) for owner in (torch, torch.cuda) for name in CONSTRUCTORS]
+    places = [(owner, name) for owner in (torch, torch.cuda) for name in CONSTRUCTORS if hasattr(owner, name)]
+    before = [(owner, name, getattr(owner, name)) for owner, name in places]
     try:
         for owner, name, kind in before:
             device = "cuda" if owner is torch.cuda else "cpu"
