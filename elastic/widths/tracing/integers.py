@@ -59,7 +59,7 @@ def trace_integers(tracer: "ConcreteTracer", namespaces: Sequence[Namespace]) ->
 def find_namespaces(model: nn.Module) -> list[Namespace]:
     """Find the global variables of all functions that call `int` and that a model's forwards may call."""
     kinds = {base for module in model.modules() for base in type(module).__mro__}
-    values = [value for kind in kinds if not _is_torchs(kind) for value in vars(kind).values()]
+    values = [value for kind in kinds if not _is_known(kind) for value in vars(kind).values()]
     values += [value for module in model.modules() for value in vars(module).values()]
     namespaces: dict[int, Namespace] = {}
     for function in _list_functions(values):
@@ -69,12 +69,12 @@ def find_namespaces(model: nn.Module) -> list[Namespace]:
 
 
 def _list_functions(values: Iterable[Any]) -> Iterator[FunctionType]:
-    """List the functions among values, and all that they call by name or hold, each once, without torch's."""
+    """List the functions among values, and all that they call by name or hold, each once."""
     visited, pending = set[int](), list(values)
     while pending:
         value = pending.pop()
         function = value.__func__ if isinstance(value, METHODS) else value
-        if not isinstance(function, FunctionType) or id(function) in visited or _is_torchs(function):
+        if not isinstance(function, FunctionType) or id(function) in visited or _is_known(function):
             continue
         visited.add(id(function))
         yield function
@@ -88,6 +88,6 @@ def _list_names(code: CodeType) -> set[str]:
     return set(code.co_names).union(*map(_list_names, inner))
 
 
-def _is_torchs(value: Any) -> bool:
-    """Tell whether a class or a function is torch's or Python's own."""
-    return (value.__module__ or "").partition(".")[0] in ("torch", "builtins")
+def _is_known(value: Any) -> bool:
+    """Tell whether a class or a function is of a library that makes numbers of no traced values."""
+    return (value.__module__ or "").partition(".")[0] in ("torch", "numpy", "builtins")
