@@ -19,7 +19,7 @@ from elastic.widths.hooks import quiet_hooks
 from elastic.widths.inputs import Example, count_batch, list_inputs, select_samples
 from elastic.widths.matching import require_widths
 from elastic.widths.mode import set_mode
-from elastic.widths.parameters import ChannelParametrization, get_original, get_weight
+from elastic.widths.parameters import ChannelParametrization, get_original, get_weight, list_chains
 from elastic.widths.tracing import WithoutData, drop_data, make_meta_copy
 from elastic.widths.width import Widths
 
@@ -79,12 +79,6 @@ def locate_parameters(model: nn.Module) -> dict[int, tuple[nn.Module, str]]:
         }
         locations |= {id(value): (module, name) for name, value in (stored | chains).items()}
     return locations
-
-
-def list_chains(module: nn.Module) -> dict[str, nn.Module]:
-    """List what parametrizes the tensors of a module, by their names."""
-    chains = module._modules.get("parametrizations") if parametrize.is_parametrized(module) else None
-    return dict(chains.named_children()) if chains is not None else {}
 
 
 def count_macs(model: nn.Module, *example: Tensor) -> int:

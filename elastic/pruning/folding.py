@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from elastic.measure.counts import list_chains
 from elastic.widths.copying import copy_module
-from elastic.widths.parameters import get_original, list_gates, list_weight_norms
+from elastic.widths.parameters import get_original, list_chains, list_gates, list_weight_norms
 
 
 @torch.no_grad()

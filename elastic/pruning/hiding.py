@@ -6,9 +6,8 @@ from typing import cast
 
 from torch import nn
 
-from elastic.measure.counts import list_chains
 from elastic.pruning.folding import make_plain
-from elastic.widths.parameters import find_weight_norm, list_foreign, list_gates
+from elastic.widths.parameters import find_weight_norm, list_chains, list_foreign, list_gates
 
 
 class HiddenGates:

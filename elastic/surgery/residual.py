@@ -3,9 +3,8 @@
 from torch import fx, nn
 
 from elastic.errors import StructureError
-from elastic.measure.counts import list_chains
 from elastic.surgery.layers import NORMS
-from elastic.widths.parameters import get_original, list_foreign
+from elastic.widths.parameters import get_original, list_chains, list_foreign
 from elastic.widths.tracing import get_layer, get_operation_name, make_meta_copy, trace
 
 ADDITIONS = {"add", "iadd"}

@@ -35,6 +35,12 @@ def get_kind(module: nn.Module) -> type[nn.Module]:
     return parametrize.type_before_parametrizations(module) if is_parametrized else type(module)
 
 
+def list_chains(module: nn.Module) -> dict[str, nn.Module]:
+    """List what parametrizes the tensors of a module, by their names."""
+    chains = module._modules.get("parametrizations") if parametrize.is_parametrized(module) else None
+    return dict(chains.named_children()) if chains is not None else {}
+
+
 def get_parametrizations(module: nn.Module, tensor: str) -> parametrize.ParametrizationList | None:
     """Get the chain of parametrizations of a tensor, if it has any."""
     if "parametrizations" not in module._modules or not parametrize.is_parametrized(module, tensor):

@@ -6,14 +6,13 @@ from functools import cache, wraps
 from typing import Any
 
 import torch
-from torch import fx
 from torch._functorch import utils
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, FunctionMeta
 from torch.utils import checkpoint
-from torch.utils._pytree import tree_leaves
 
 from elastic.widths.tracing.concrete import ConcreteTracer
+from elastic.widths.tracing.patching import has_traced
 
 # What keeps the inputs of a checkpoint, by the names of torch 2.11 and of 2.14.
 KEEPERS = ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl")
@@ -34,7 +33,7 @@ def trace_functions(tracer: ConcreteTracer, keep_gradients: bool) -> Iterator[No
     # property comes before what the class itself has.
     calls = _Calls(tracer, keep_gradients)
     try:
-        utils.unwrap_dead_wrappers = lambda args: args if _are_traced(args) else unwrap(args)
+        utils.unwrap_dead_wrappers = lambda args: args if has_traced(args) else unwrap(args)
         setattr(FunctionMeta, "setup_context", property(calls.get_setup))  # noqa: B010
         setattr(FunctionMeta, "forward", property(calls.get_forward))  # noqa: B010
         for name in keepers:
@@ -63,7 +62,7 @@ class _Calls:
             self.applied, self.has_gradient = kind, torch.is_grad_enabled()
         if set_up is _get_static(Function, "setup_context"):
             return set_up
-        return lambda ctx, inputs, output: None if _are_traced(inputs) else set_up(ctx, inputs, output)
+        return lambda ctx, inputs, output: None if has_traced(inputs) else set_up(ctx, inputs, output)
 
     def get_forward(self, kind: type[Function]) -> Callable[..., Any]:
         """Get a function's forward, or what is traced in its place where it is applied."""
@@ -74,7 +73,7 @@ class _Calls:
         @wraps(forward)
         def run(*args: Any, **kwargs: Any) -> Any:
             self.applied = None
-            if not _are_traced(args):
+            if not has_traced(args):
                 return forward(*args, **kwargs)
             with torch.set_grad_enabled(self.has_gradient):
                 return self._trace(kind, forward, args, kwargs)
@@ -107,10 +106,6 @@ def _get_static(kind: type[Function], name: str) -> Callable[..., Any]:
 def _keep_nothing(*args: Any, **kwargs: Any) -> Iterator[None]:
     """Stand for what keeps the inputs of a checkpoint: it runs around what that computes."""
     yield
-
-
-def _are_traced(args: tuple[Any, ...]) -> bool:
-    return any(isinstance(value, fx.Proxy) for value in tree_leaves(args))
 
 
 @cache

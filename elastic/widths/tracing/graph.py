@@ -81,11 +81,7 @@ def trace(model: nn.Module, *example: Tensor) -> fx.GraphModule:
     Raises:
         StructureError: torch.fx cannot trace it.
     """
-    for name in RESERVED:
-        if name in model._modules | model._parameters | model._buffers:
-            raise StructureError(
-                f"torch.fx has '{name}' for itself: give that part of the {type(model).__name__} another name"
-            )
+    _refuse_unfit(model)
     with preserve_attributes(model):
         graph = trace_graph(model, *example, runs=True)
         follow_batch(graph, partial(trace_graph, model, runs=True), *example)
@@ -93,6 +89,22 @@ def trace(model: nn.Module, *example: Tensor) -> fx.GraphModule:
         traced = fx.GraphModule(model, graph)
     restore_layers(traced, model)
     return traced
+
+
+def _refuse_unfit(model: nn.Module) -> None:
+    """Raise StructureError where a traced network would lack a part of the model, or what that does."""
+    for name in RESERVED:
+        if name in model._modules | model._parameters | model._buffers:
+            raise StructureError(
+                f"torch.fx has '{name}' for itself: give that part of the {type(model).__name__} another name"
+            )
+    tracer = _Tracer()
+    for path, module in model.named_modules():
+        if module._is_full_backward_hook is False and not tracer.is_leaf_module(module, path):
+            raise StructureError(
+                f"{path or type(model).__name__} has a backward hook of the old kind: register it by "
+                "register_full_backward_hook"
+            )
 
 
 def _decide_lists(graph: fx.Graph, model: nn.Module, *example: Tensor) -> None:
@@ -155,13 +167,8 @@ def _trace_graph(
     containers: list[Container] = []
     earlier_values = [value for module in model.modules() for value in vars(module).values()]
     if runs:
-        for path, module in model.named_modules():
-            vars(module).pop(COMPILED, None)  # compiled parts compute what their forwards do
-            if module._is_full_backward_hook is False and not tracer.is_leaf_module(module, path):
-                raise StructureError(
-                    f"{path or type(model).__name__} has a backward hook of the old kind: register it by "
-                    "register_full_backward_hook"
-                )
+        for module in model.modules():  # compiled parts compute what their forwards do
+            vars(module).pop(COMPILED, None)
         containers = watch_containers(model)
         tracer.copy_model(model)  # before the forward keeps in it what stands for tensors
     try:

@@ -89,5 +89,5 @@ def _list_names(code: CodeType) -> set[str]:
 
 
 def _is_known(value: Any) -> bool:
-    """Tell whether a class or a function is of a library that makes numbers of no traced values."""
+    """Tell whether a class or a function is of a library whose own calls of `int` are to stay as they are."""
     return (value.__module__ or "").partition(".")[0] in ("torch", "numpy", "builtins")

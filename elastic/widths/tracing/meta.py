@@ -125,20 +125,19 @@ def _tell_type(x: Tensor, dtype: Any = None, **_: Any) -> Any:
     """Name the type of a tensor, or change it: by a name, `torch.cuda.FloatTensor`, it is one on a device."""
     if dtype is None:
         return x.new_empty(0, device="cpu").type()
-    if not isinstance(dtype, torch.dtype):
-        name = dtype if isinstance(dtype, str) else f"{dtype.__module__}.{dtype.__name__}"
-        dtype = torch.empty(0).type(name.replace("torch.cuda.", "torch.")).dtype
+    if isinstance(dtype, str):
+        dtype = torch.empty(0).type(dtype.replace("torch.cuda.", "torch.")).dtype
     return _convert(x, dtype)
 
 
 def _call(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Call a function where tensors without data meet those that a forward makes, which have some."""
     are_meta = {leaf.is_meta for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+    if function in NUMBERS and "device" in kwargs:
+        kwargs = kwargs | {"device": "meta" if True in are_meta else "cpu"}
     given = args, kwargs
     if len(are_meta) == 2:
         args, kwargs = tree_map(_drop_entries, given)
-    if function in NUMBERS and "device" in kwargs:
-        kwargs = kwargs | {"device": "meta" if True in are_meta else "cpu"}
     try:
         return function(*args, **kwargs)
     except RuntimeError:  # torch asks for a number's value: no size is a fraction

@@ -101,12 +101,12 @@ def trace_wrappers() -> Iterator[None]:
     call_script = script.__call__
 
     def call_function(function: Any, *args: Any, **kwargs: Any) -> Any:
-        if hasattr(function, "_torchdynamo_inline") and _has_traced(args, kwargs):
+        if hasattr(function, "_torchdynamo_inline") and has_traced(args, kwargs):
             return function._torchdynamo_inline(*args, **kwargs)
         return call_script(function, *args, **kwargs)
 
     def make_variable(variable: Any, *args: Any, **kwargs: Any) -> Any:
-        return args[0] if _has_traced(args[:1]) else type.__call__(variable, *args, **kwargs)
+        return args[0] if has_traced(args[:1]) else type.__call__(variable, *args, **kwargs)
 
     try:
         script.__call__, kind.__call__ = call_function, make_variable
@@ -144,7 +144,7 @@ class Constructor(type):
         return dtype
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        if not _has_traced(args):
+        if not has_traced(args):
             return cls.kind(*args, **kwargs)
         make: Any = torch.tensor if isinstance(args[0], list) else torch.empty
         return make(*args, dtype=cls.dtype, device=cls.device)
@@ -184,13 +184,13 @@ def _make_traceable(
     @wraps(function)
     def make(*args: Any, **kwargs: Any) -> Any:
         args = tuple(a.dtype if type(a) is Constructor else a for a in args)
-        if _has_traced(args, kwargs) or (always and not tracer.is_computing):
+        if has_traced(args, kwargs) or (always and not tracer.is_computing):
             return tracer.create_proxy(kind, target, args, kwargs)
         return function(*args, **kwargs)
 
     return make
 
 
-def _has_traced(*arguments: Any) -> bool:
+def has_traced(*arguments: Any) -> bool:
     """Tell whether a traced value is among arguments."""
     return any(isinstance(value, fx.Proxy) for value in tree_leaves(arguments))
