@@ -57,13 +57,20 @@ from elastic.widths.operations.making import (
     repeat,
     repeat_entries,
 )
-from elastic.widths.operations.products import add_product, attend, contract, multiply_matrices
+from elastic.widths.operations.products import (
+    add_product,
+    attend,
+    contract,
+    measure_distances,
+    multiply_matrices,
+)
 from elastic.widths.operations.ranking import find_extreme, find_place, rank
 from elastic.widths.operations.registry import TABLE, register_op
 from elastic.widths.operations.reshaping import flatten, reshape, reshape_as, unflatten
 from elastic.widths.operations.shapes import (
     accumulate,
     bound_norms,
+    cut_triangle,
     join_complex,
     measure_norm,
     mix_dimension,
@@ -164,12 +171,14 @@ FUNCTIONS: dict[Rule, str] = {
         clamp_min clamp_max alpha_dropout feature_alpha_dropout cpu cuda long int bool
         eq ne gt lt ge le isnan isinf isfinite drop_block2d
         logical_not logical_and logical_or logical_xor bitwise_not bitwise_and bitwise_or bitwise_xor
-        invert and or xor pos positive special_expit atan arctan asin arcsin acos arccos sinh cosh asinh acosh
+        invert and or xor pos positive atan arctan asin arcsin acos arccos sinh cosh asinh acosh
         atanh erfc log10 logit sinc trunc fix frac sgn mod fmod remainder floordiv floor_divide float_power
         subtract negative absolute greater greater_equal less less_equal not_equal
         real imag angle conj complex polar
         arcsinh arccosh arctanh atan2 arctan2 hypot copysign heaviside logaddexp fmin fmax requires_grad
-        xlogy isclose""",
+        xlogy isclose deg2rad rad2deg signbit isposinf isneginf isreal ldexp logaddexp2 nextafter
+        log_sigmoid expit entr erfcx erfinv ndtr log_ndtr ndtri xlog1py i0 i0e i1 i1e igamma igammac gammainc
+        gammaincc lgamma gammaln digamma psi zeta""",
     scale: "mul imul multiply div truediv itruediv divide true_divide",
     convert: "to type type_as",
     fill: "ones zeros empty full rand randn new new_ones new_zeros new_empty new_full",
@@ -191,6 +200,7 @@ FUNCTIONS: dict[Rule, str] = {
     set_item: "setitem",
     reduce_twice: "var_mean std_mean",
     reorder: "flip roll",
+    cut_triangle: "tril triu",
     decide: "expect_same expect_held expect_default assert",
     unbind: "unbind",
     gate_linearly: "glu",
@@ -205,9 +215,10 @@ FUNCTIONS: dict[Rule, str] = {
     rank: "sort argsort median nanmedian mode topk kthvalue",
     normalize_neighbours: "local_response_norm",
     move_dimensions: "movedim moveaxis",
-    multiply_matrices: "matmul bmm mm",
+    multiply_matrices: "matmul bmm mm linalg_matmul",
     add_product: "addmm baddbmm",
     contract: "einsum",
+    measure_distances: "cdist",
     attend: "scaled_dot_product_attention",
     reshape_as: "reshape_as view_as",
     unpool: "max_unpool1d max_unpool2d max_unpool3d",

@@ -75,6 +75,17 @@ def _spell(term: str, ellipsis: Sequence[str]) -> list[str]:
     return [*before, *(ellipsis if dots else ()), *after]
 
 
+def measure_distances(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow cdist: the distance of each row of one matrix to each row of the other."""
+    factors = [get_input(node), get_argument(node, 1, "x2")]
+    letters = [f"b{d}" for d in range(len(get_shape(node)) - 2)]
+    terms = [
+        [*letters[len(letters) + 2 - len(get_shape(factor)) :], row, "sum"]
+        for factor, row in zip(factors, ("row", "column"), strict=True)
+    ]
+    return _contract(tracker, node, factors, terms, [*letters, "row", "column"])
+
+
 def attend(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow scaled dot-product attention: queries agree with keys, and what is attended to with values."""
     q, k, v = (get_argument(node, i, name) for i, name in enumerate(("query", "key", "value")))

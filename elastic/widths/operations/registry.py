@@ -91,7 +91,7 @@ def _get_name(function: Callable[..., object]) -> str:
         return "dataclass"
     library, name = _find_library(function), getattr(function, "__name__", "")
     is_helper = library == "torchvision" and name.startswith("_")
-    return name.strip("_") if library in LIBRARIES and not is_helper else ""
+    return name.strip("_").removeprefix("special_") if library in LIBRARIES and not is_helper else ""
 
 
 def _is_container(kind: type) -> bool:

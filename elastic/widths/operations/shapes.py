@@ -80,6 +80,13 @@ def accumulate(tracker: Tracker, node: fx.Node) -> Axes:
     return x
 
 
+def cut_triangle(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow tril and triu, which leave zeros on one side of the diagonal of the last two dimensions."""
+    x = get_axes(get_input(node))
+    tracker.fix(x[-2:], node, ORDER)
+    return x
+
+
 def normalize_neighbours(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow local response norm: each channel is divided by what those beside it hold."""
     x = get_axes(get_input(node))

@@ -1,6 +1,7 @@
 """Copy a model without its data."""
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from types import MethodType
 from typing import Any
 
@@ -21,24 +22,42 @@ FORWARD = "forward"
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
+_Forward = Callable[[nn.Module, Tensor], Tensor]
+
+
+def _unless_traced(stand_in: _Forward) -> _Forward:
+    """Let a layer whose forward a network calls itself, `self.norm.forward(x)`, be looked into."""
+
+    @wraps(stand_in)
+    def forward(layer: nn.Module, input: Tensor) -> Tensor:
+        is_traced = issubclass(type(input), fx.Proxy)
+        result: Tensor = (type(layer).forward if is_traced else stand_in)(layer, input)
+        return result
+
+    return forward
+
+
+@_unless_traced
 def _work_on_each(layer: nn.Module, input: Tensor) -> Tensor:
     """Stand for a layer that works entry by entry."""
     known = infer_each(input)
     return type(layer).forward(layer, input) if known is None else known
 
 
+@_unless_traced
 def _normalize(layer: nn.Module, input: Tensor) -> Tensor:
     """Stand for batch and group norm."""
     return infer_norm(input)
 
 
+@_unless_traced
 def _normalize_layer(layer: nn.Module, input: Tensor) -> Tensor:
     """Stand for layer norm, whose output lies in the usual order."""
     return input.new_empty(input.shape)
 
 
 # Layers whose output has the shape of their input, and which are slow on the meta device.
-KEEPS_SHAPE: dict[type[nn.Module], Callable[[nn.Module, Tensor], Tensor]] = {
+KEEPS_SHAPE: dict[type[nn.Module], _Forward] = {
     BATCH_NORM: _normalize,
     nn.GroupNorm: _normalize,
     nn.LayerNorm: _normalize_layer,
@@ -211,7 +230,7 @@ def _keep_number(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().clone() if is_number else drop_data(tensor)
 
 
-def _find_forward(kind: type[nn.Module]) -> Callable[[nn.Module, Tensor], Tensor] | None:
+def _find_forward(kind: type[nn.Module]) -> _Forward | None:
     """Find what stands for the forward of a layer of torch's own, if anything does."""
     if not kind.__module__.startswith("torch.nn."):
         return None

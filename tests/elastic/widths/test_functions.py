@@ -48,6 +48,9 @@ ONE_BY_ONE: dict[str, Callable[[Tensor], Tensor]] = {
     "cosh": torch.cosh,
     "logit": lambda x: torch.logit(x.sigmoid()),
     "expit": torch.special.expit,
+    "special": lambda x: torch.special.erf(x) * torch.special.log1p(x.abs()) + torch.special.ndtr(x),
+    "logsigmoid": F.logsigmoid,
+    "ldexp": lambda x: torch.ldexp(torch.deg2rad(x), torch.signbit(x).int()),
     "copysign": lambda x: torch.copysign(x.cos(), x),
     "hypot": lambda x: torch.hypot(x, x - 1),
     "fmax": lambda x: torch.fmax(x, -x),
@@ -91,6 +94,10 @@ OVER_SPACE: dict[str, Callable[[Tensor], Tensor]] = {
     "topk": lambda x: x.topk(3, 3)[0],
     "topk at the end": lambda x: x.topk(3).values,
     "kthvalue": lambda x: x.kthvalue(3, 2).values.unsqueeze(2),
+    "triangles": lambda x: x.tril() + torch.triu(x, 1) * 2,
+    "distances": lambda x: torch.cdist(x, x[:, :, :3]),
+    "linalg.matmul": lambda x: torch.linalg.matmul(x, x),
+    "special softmax": lambda x: torch.special.softmax(x, 2),
     "count_nonzero": lambda x: x.relu().count_nonzero(2).unsqueeze(2),
     "windows": lambda x: x.unfold(2, 2, 2).unfold(3, 2, 2).amax((-1, -2)),
     "unfold and fold": lambda x: F.fold(F.unfold(x, 2, stride=2) ** 2, (8, 8), 2, stride=2),
@@ -139,6 +146,19 @@ def test_equal_parts_of_a_number_stay_equal() -> None:
     torch.testing.assert_close(model(example()), expected)
 
 
+def test_distances_sum_over_channels() -> None:
+    def weigh(x: Tensor) -> Tensor:
+        points = x.flatten(2).transpose(1, 2)
+        return (torch.cdist(points, points[:, :9]).softmax(-1) @ points[:, :9]).transpose(1, 2).view(x.shape)
+
+    model = between(weigh)
+    expected = model(example()).detach()
+    widths = discover(model, example())
+    assert "sums over its channels" in str(widths["stem"].mixed)
+    reindex(model, widths, {"stem": [3, 2, 0, 5, 1, 4]})
+    torch.testing.assert_close(model(example()), expected)
+
+
 FIXED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "sort": (lambda x: x.sort(1)[0], "sort(1) in the model's forward ranks its channels"),
     "median of all": (lambda x: x * x.median(), "median() in the model's forward ranks its channels"),
@@ -150,6 +170,10 @@ FIXED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "cuts that are written": (
         lambda x: sum(torch.tensor_split(x, (2, 4), 1)).repeat(1, 3, 1, 1),
         "tensor_split(2, 4, 1) in the model's forward fixes the number of channels",
+    ),
+    "triangles": (
+        lambda x: x.permute(0, 2, 3, 1).tril().permute(0, 3, 1, 2),
+        "tril() in the model's forward depends on the order of its channels",
     ),
     "neighbours": (
         lambda x: F.local_response_norm(x, 2),

@@ -24,7 +24,7 @@ from elastic import (
 from elastic.dynamic.modules import iterate_modules
 from elastic.errors import StructureError
 from elastic.measure import count_macs
-from elastic.pruning.gates import iterate_gates
+from elastic.pruning.gates import iterate_gates, set_score
 from elastic.widths.copying import copy_module
 
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -195,3 +195,43 @@ def test_a_function_that_python_would_copy_with_the_model_in_it_is_refused() -> 
     by_wrapper(net, double)
     with pytest.raises(StructureError, match="'forward' of a Conv2d is a function that holds a module"):
         discover(net, X)
+
+
+class Direct(nn.Sequential):
+    """Runs its layers by their forwards, not by calling them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = layer.forward(x)
+        return x
+
+
+LAYERS = [
+    *(nn.BatchNorm2d(8), nn.GroupNorm(2, 8), nn.InstanceNorm2d(8, affine=True), nn.LayerNorm([8, 6, 6])),
+    *(nn.ReLU(), nn.ReLU6(), nn.Hardswish(), nn.Hardsigmoid(), nn.Hardtanh(), nn.SiLU(), nn.GELU()),
+    *(nn.Sigmoid(), nn.LogSigmoid(), nn.Dropout(), nn.Conv2d(8, 8, 1, groups=8), nn.MaxPool2d(2)),
+]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
+def test_layers_whose_forwards_are_called_are_followed(layer: nn.Module) -> None:
+    parts = nn.Conv2d(3, 8, 1), layer, nn.Conv2d(8, 4, 1)
+    called, direct = (discover(kind(*parts).eval(), X, check=True) for kind in (nn.Sequential, Direct))
+    assert direct.sizes() == called.sizes() and "0" in direct
+    tensors = [
+        {(s.module, s.tensor, s.dim) for s in widths["0"].slots if not s.tensor.startswith(":")}
+        for widths in (direct, called)
+    ]
+    assert tensors[0] == tensors[1]
+
+
+def test_a_network_that_calls_forwards_is_compacted_and_skips() -> None:
+    torch.manual_seed(0)
+    net = Direct(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    attach_gates(net, discover(net, X), "channel")
+    for _, _, gate in iterate_gates(net):
+        set_score(gate, torch.tensor([1.0, -1.0] * 4).view_as(gate.score))
+    plain = compact(net, X)
+    torch.testing.assert_close(plain(X), net(X))
+    dynamic = attach_modules(plain, discover(plain, X)).eval()
+    torch.testing.assert_close(make_skipping(dynamic)(X), dynamic(X))
