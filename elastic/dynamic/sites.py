@@ -13,7 +13,7 @@ from elastic.dynamic.products import ends_in_products
 from elastic.dynamic.sums import find_addend
 from elastic.errors import StructureError
 from elastic.widths.operations.interface import Role
-from elastic.widths.tracing import get_layer
+from elastic.widths.tracing import describe_node, get_layer
 from elastic.widths.width import Slot, Width, Widths
 
 
@@ -118,7 +118,7 @@ def _find_site(traced: fx.GraphModule, widths: Widths, width: Width, call: fx.No
         raise StructureError("others' maps are multiplied with what is made of its maps")
     for other in followed.others:
         if not ends_in_products(traced, other, followed.list_zeros()):
-            raise StructureError(f"{other.name} does more with its maps than to read them")
+            raise StructureError(f"{describe_node(other)} does more with its maps than to read them")
     if others := [path for path in followed.followers if path not in slots]:
         raise StructureError(f"{others[0]} does not treat each of its maps by itself")
     paths = dict.fromkeys(followed.readers)

@@ -114,8 +114,9 @@ def _(module: nn.Embedding, tensor: str, dim: int, size: int, depthwise: bool) -
 
 @resize_layer.register
 def _(module: nn.GroupNorm, tensor: str, dim: int, size: int, depthwise: bool) -> None:
+    if depthwise:  # as many channels a group as before
+        module.num_groups = module.num_groups * size // module.num_channels
     module.num_channels = size
-    module.num_groups = size if depthwise else module.num_groups
 
 
 @resize_layer.register(nn.LayerNorm)

@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from elastic.errors import OptionError, StructureError
 from elastic.widths.collecting import collect_widths
@@ -91,16 +91,11 @@ def refuse_none(widths: Widths) -> Widths:
 
 def find_widths(model: nn.Module, *example: Tensor) -> Widths:
     """Find the widths of a model that may have none left, see `discover`."""
-    elements = ChannelUnion()
-    records: Records = {}
     replica = make_meta_copy(model)
     inputs = _make_inputs(list_inputs(example))
     with quiet_hooks(model):
         graphs = trace_modes(replica, *inputs)
-        trackers = [AxisTracker(graph, replica, elements, records) for graph in graphs]
-        for tracker in trackers:
-            with torch.no_grad():
-                tracker.run(*inputs)
+        elements, records, trackers = _track(graphs, replica, inputs)
         _fix_kept([axis for tracker in trackers for axis in tracker.list_kept()], elements, records)
         _fix_indivisible([divided for tracker in trackers for divided in tracker.divided], elements)
         fix_computed_sizes(graphs, replica, elements, records)
@@ -112,6 +107,29 @@ def find_widths(model: nn.Module, *example: Tensor) -> Widths:
     fix_widths(widths, _find_unstored(model, widths))
     fix_widths(widths, _find_inseparable(widths))
     return widths
+
+
+def _track(
+    graphs: Sequence[fx.Graph],
+    replica: nn.Module,
+    inputs: Sequence[Tensor],
+    kept_groups: frozenset[fx.Node] = frozenset(),
+) -> tuple[ChannelUnion, Records, list[AxisTracker]]:
+    """Carry channels through a model's graphs: again where of a norm's groups but one would be left.
+
+    Args:
+        kept_groups: the operations whose groups keep their number.
+    """
+    elements, records = ChannelUnion(), Records()
+    trackers = [AxisTracker(graph, replica, elements, records, kept_groups) for graph in graphs]
+    for tracker in trackers:
+        with torch.no_grad():
+            tracker.run(*inputs)
+    joined = {node: axis for tracker in trackers for node, axis in tracker.joined.items()}
+    single = {node for node, axis in joined.items() if len(np.unique(elements.represent(axis))) == 1}
+    if single:
+        return _track(graphs, replica, inputs, kept_groups | single)
+    return elements, records, trackers
 
 
 def _fix_kept(axes: Sequence[Axis], elements: ChannelUnion, records: Records) -> None:

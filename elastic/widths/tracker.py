@@ -1,6 +1,6 @@
 """Carry channel axes through a traced model; nothing is computed, no memory is touched."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,8 +41,17 @@ PLAIN = (int, float, torch.Size, torch.device, torch.dtype)
 class AxisTracker:
     """Run a traced model on meta tensors and carry every value's channel axes along: see `Tracker`."""
 
-    def __init__(self, graph: fx.Graph, model: nn.Module, elements: ChannelUnion, records: Records) -> None:
+    def __init__(
+        self,
+        graph: fx.Graph,
+        model: nn.Module,
+        elements: ChannelUnion,
+        records: Records,
+        kept_groups: Container[fx.Node] = (),
+    ) -> None:
         self.graph, self.model = graph, model
+        self.kept_groups = kept_groups  # operations whose groups keep their number
+        self.joined: dict[fx.Node, Axis] = {}  # what the others work on
         self.layers = dict(model.named_modules())
         self.elements, self.records = elements, records
         self._attributes = UsedAttributes(elements, records, graph.computed_sizes)  # type: ignore[attr-defined]
@@ -285,6 +294,15 @@ class AxisTracker:
 
     def drop(self, axes: Sequence[Axis | None]) -> None:
         self._recorded += [axis for axis in axes if axis is not None]
+
+    def join(self, axis: Axis, groups: int, node: fx.Node, size: object = None) -> bool:
+        if groups == 1 or node in self.kept_groups:
+            return False
+        if size is not None and not self.follow_size(size, axis.reshape(groups, -1)[:, 0]):
+            return False
+        self.elements.join(axis, groups)
+        self.joined[node] = axis
+        return True
 
     def mix(self, axes: Sequence[Axis | None], node: fx.Node, reason: str) -> None:
         for axis in axes:

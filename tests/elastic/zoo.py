@@ -414,12 +414,23 @@ CASES: dict[str, Case] = {
         lambda: nn.Sequential(
             *(conv(3, 6), nn.GroupNorm(2, 6), nn.ReLU(), conv(6, 5), nn.GroupNorm(5, 5), nn.ReLU()), head(5)
         ),
-        {"0": 3, "3": 5},
+        {"0": 2, "3": 5},
         {
-            "0": " ".join(f"{slot}[0*1,0*1]" for slot in f"{layer('0')} {layer('1')} 3.weight.1".split()),
+            "0": " ".join(f"{slot}[0*3]" for slot in f"{layer('0')} {layer('1')} 3.weight.1".split()),
             "3": f"{layer('3')} {layer('4')} 6.2.weight.1",
         },
         {"6.2": OUTPUT},
+        smallest=2,
+    ),
+    "group_norm_of_groups": Case(  # of a convolution, whose number stays: so does the norm's
+        lambda: nn.Sequential(conv(3, 12), nn.GroupNorm(2, 12), nn.ReLU(), conv(12, 8, 3, groups=4), head(8)),
+        {"0": 3, "3": 2},
+        {
+            "0": " ".join(f"{slot}[0*1,0*1,0*1,0*1]" for slot in f"{layer('0')} {layer('1')}".split())
+            + " 3.weight.1",
+            "3": " ".join(f"{slot}[3*1,3*1,3*1,3*1]" for slot in f"{layer('3')} 4.2.weight.1".split()),
+        },
+        {"4.2": OUTPUT},
         mixed=("0",),
         smallest=2,
     ),

@@ -136,10 +136,10 @@ def normalize_channels_with(tracker: Tracker, node: fx.Node) -> Axes:
 
 
 def normalize_groups_with(tracker: Tracker, node: fx.Node) -> Axes:
-    """Follow group norm: its groups grow and shrink alike."""
+    """Follow group norm: whole groups come and go where their number can follow; else all change alike."""
     x, groups = get_axes(get_input(node)), get_argument(node, 1, "num_groups")
     tracker.fix(x[2:], node, SPACE)
-    if x[1] is not None:
+    if x[1] is not None and not tracker.join(x[1], get_value(groups), node, groups):
         tracker.elements.tie(x[1], get_value(groups))
         tracker.mix(x[1:2], node, "normalises over its channels")
     for position, name in ((2, "weight"), (3, "bias")):

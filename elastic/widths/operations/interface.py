@@ -66,6 +66,13 @@ class Tracker(Protocol):
     def unite(self, first: Axis | None, second: Axis | None, node: fx.Node) -> None:
         """Let two axes agree, channel by channel; one that never changes fixes the other."""
 
+    def join(self, axis: Axis, groups: int, node: fx.Node, size: object = None) -> bool:
+        """Let whole groups of channels come and go, so many of one size; False where they cannot.
+
+        They cannot where only one would be left. Where the operation is given their number, `size`, that
+        has to follow.
+        """
+
     def mix(self, axes: Sequence[Axis | None], node: fx.Node, reason: str) -> None:
         """Note that the node takes statistics over channels; the reason goes on after its name."""
 

@@ -76,15 +76,15 @@ def rectify(tracker: Tracker, node: fx.Node) -> Axes:
 
 
 def normalize_groups(tracker: Tracker, node: fx.Node) -> Axes:
-    """Follow group norm: its groups grow and shrink alike, or in number where each is one channel."""
+    """Follow group norm: whole groups come and go, which the others do not feel, or all change alike."""
     layer, x = tracker.get_layer(node, nn.GroupNorm), get_axes(get_input(node))
-    single = layer.num_groups == layer.num_channels > 1
     tracker.fix(x[2:], node, SPACE)
-    if x[1] is not None and not single:
+    is_joined = x[1] is not None and tracker.join(x[1], layer.num_groups, node)
+    if x[1] is not None and not is_joined:
         tracker.elements.tie(x[1], layer.num_groups)
         tracker.mix(x[1:2], node, "normalises over its channels")
     for tensor in _list_norm_tensors(layer):
-        tracker.record(str(node.target), tensor, 0, "depthwise" if single else "per_channel", x[1])
+        tracker.record(str(node.target), tensor, 0, "depthwise" if is_joined else "per_channel", x[1])
     return x
 
 

@@ -528,11 +528,16 @@ def test_what_reads_a_map_is_worth_what_it_makes_of_a_point_in_it(reader: nn.Con
 @pytest.mark.parametrize(
     ("join", "reads", "layers", "message"),
     [
-        (lambda m, x: torch.cat([y := m.expand(x), y.relu()], 1), 12, {}, "cat does more with its maps"),
+        (
+            lambda m, x: torch.cat([y := m.expand(x), y.relu()], 1),
+            12,
+            {},
+            r"cat\(1\) in the model.s forward does more",
+        ),
         (lambda m, x: torch.cat([m.expand(x), m.other(x)], 2), 6, {}, "several layers write its maps"),
         (
             lambda m, x: m.norm(torch.cat([m.expand(x), m.other(x)], 1)),
-            *(12, {"norm": nn.BatchNorm2d(12)}, "norm does more with its maps"),
+            *(12, {"norm": nn.BatchNorm2d(12)}, r"norm \(BatchNorm2d\) does more with its maps"),
         ),
         (
             lambda m, x: torch.cat([m.expand(x), m.other(x)], 1),
@@ -584,11 +589,13 @@ def test_kernels_that_cannot_be_switched_are_refused(names: list[str], message: 
 
 
 def test_a_network_without_any_is_refused() -> None:
-    net = nn.Sequential(conv(3, 8), nn.GroupNorm(2, 8), nn.ReLU(), head(8))
-    with pytest.raises(
-        StructureError, match=r"cannot be switched off: 1 .GroupNorm. normalises over its channels"
-    ):
-        attach_modules(net, discover(net, X))
+    for groups, reason in {
+        1: "normalises over its channels",
+        2: "does more with its maps than to read them",
+    }.items():
+        net = nn.Sequential(conv(3, 8), nn.GroupNorm(groups, 8), nn.ReLU(), head(8))
+        with pytest.raises(StructureError, match=rf"cannot be switched off: 1 .GroupNorm. {reason}"):
+            attach_modules(net, discover(net, X))
 
 
 def test_a_depthwise_convolution_that_is_used_twice_is_no_follower() -> None:

@@ -234,11 +234,14 @@ class Joined(Expanding):
     [
         (Windows, r"up \(Linear\) reads no samples of several positions"),
         (Classifier, r"up \(Linear\) reads no samples of several positions"),
-        (Convolved, "permute_1 does more with its maps than to read them"),
+        (
+            Convolved,
+            r"permute\(0, 3, 1, 2\) in the model.s forward does more with its maps than to read them",
+        ),
         (Joined, "several layers write its maps, up and up2"),
         (
             partial(Expanding, lambda y: 1 / (1 + y.square())),
-            "truediv does more with its maps than to read them",
+            r"truediv\(…\) in the model.s forward does more with its maps than to read them",
         ),
     ],
 )

@@ -422,7 +422,7 @@ def test_a_shortcut_writes_its_width_too() -> None:
     close(small(x), net(x))
 
 
-@pytest.mark.parametrize("kind", ["group_norm", "layer_norm"])
+@pytest.mark.parametrize("kind", ["group_norm_of_groups", "layer_norm"])
 def test_channels_normalised_together_stay(kind: str) -> None:
     case = CASES[kind]
     net, x = case.model(), case.example()
@@ -433,6 +433,16 @@ def test_channels_normalised_together_stay(kind: str) -> None:
     small = compact(net, x)
     assert discover(small, x).sizes() == case.sizes
     close(evaluated(small, x), evaluated(net, x))
+
+
+def test_a_group_of_zeros_goes_from_a_group_norm() -> None:
+    net, x = CASES["group_norm"].model().eval(), CASES["group_norm"].example()
+    with torch.no_grad():
+        net[0].weight[:3] = 0
+        net[0].bias[:3] = 0
+    small = compact(net, x)
+    assert [small[1].num_groups, small[1].num_channels] == [1, 3]
+    close(small(x), net(x))
 
 
 def test_denormals_are_flushed() -> None:

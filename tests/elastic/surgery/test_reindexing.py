@@ -139,7 +139,7 @@ def test_a_channel_that_nothing_reads_can_go(case: Case) -> None:
 
 
 def test_group_and_layer_norm_are_marked_because_growth_is_felt() -> None:
-    for case in (CASES["group_norm"], CASES["layer_norm"]):
+    for case in (CASES["group_norm_of_groups"], CASES["layer_norm"]):
         model, x = case.model().eval(), case.example()
         widths = discover(model, x)
         (name,) = case.mixed
@@ -685,7 +685,8 @@ def test_convolutions_and_linear_layers_say_their_channels() -> None:
         ),
         ("depthwise_multiplied", {"0": [2]}, "1", dict(in_channels=1, out_channels=2, groups=1)),
         ("grouped", {"0": [0, 1], "2": [0, 1, FRESH]}, "2", dict(in_channels=4, out_channels=6, groups=2)),
-        ("group_norm", {"0": [0, 1], "3": [0, 1]}, "1", dict(num_groups=2, num_channels=4)),
+        ("group_norm", {"0": [1], "3": [0, 1]}, "1", dict(num_groups=1, num_channels=3)),
+        ("group_norm_of_groups", {"0": [0, 2]}, "1", dict(num_groups=2, num_channels=8)),
         ("group_norm", {"0": [0, 1], "3": [0, 1]}, "4", dict(num_groups=2, num_channels=2)),
         ("layer_norm", {"conv": [0, 1]}, "norm", dict(normalized_shape=(2,))),
         ("instance_norm", {"0": [0, 1]}, "1", dict(num_features=2)),
@@ -707,12 +708,19 @@ def test_layers_say_what_their_tensors_are(
     model(x)
 
 
-def test_a_group_norm_keeps_its_groups_when_they_come_down_to_one_channel_each() -> None:
+def test_a_group_norm_grows_again_from_one_group_and_from_one_channel_a_group() -> None:
     model = CASES["group_norm"].model()
     widths = discover(model, X)
     reindex(model, widths, {"0": [0]})
     reindex(model, widths, {"0": grow_index(1, 2)})
-    assert attributes(model[1], "num_groups", "num_channels") == [2, 6]
+    assert attributes(model[1], "num_groups", "num_channels") == [3, 9]
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 1), nn.GroupNorm(3, 6), nn.Conv2d(6, 6, 1, groups=3), nn.Conv2d(6, 2, 1)
+    )
+    widths = discover(model, X)
+    reindex(model, widths, {"0": [0]})
+    reindex(model, widths, {"0": grow_index(1, 2)})
+    assert attributes(model[1], "num_groups", "num_channels") == [3, 9]
 
 
 @pytest.mark.sampled(10)
