@@ -1,4 +1,4 @@
-"""Cut levels out of a network: its modules anew, around the first channels of its tensors."""
+"""Cut levels out of a network: its modules anew, around the first channels of each width in its tensors."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -13,19 +13,20 @@ from elastic.widths.operations.interface import is_stored
 from elastic.widths.width import Slot, Widths
 
 Sizes = Mapping[str, int]
-TensorParts = dict[tuple[str, str], tuple[slice, ...]]  # (layer, tensor) -> the part that a level has
+Part = tuple[
+    slice | Tensor, ...
+]  # of a tensor, along its first dimensions: from the first entry, or which ones
+TensorParts = dict[tuple[str, str], Part]  # (layer, tensor) -> the part that a level has
 
 
 def find_nestable(widths: Widths) -> list[str]:
-    """Find the widths whose first channels lie side by side in every tensor, so that a level can be a view.
+    """Find the widths that a level can have a part of.
 
-    Those that a concatenation, a split or groups interleave with others do not, but for the last of them. Of
-    weights that the forward itself changes there are no views: it may assign others. Part of a weight that
+    Of weights that the forward itself changes there are no parts: it may assign others. Part of a weight that
     weight norm computes would have another norm.
     """
-    slots = (slot for width in widths.values() for slot in width.slots)
-    interleaved = {segment.width for slot in slots for segment in slot.layout[:-1]}
-    return [name for name in widths if name not in interleaved | _find_whole(widths).keys()]
+    whole = _find_whole(widths)
+    return [name for name in widths if name not in whole]
 
 
 def _find_whole(widths: Widths) -> dict[str, str]:
@@ -64,10 +65,9 @@ def _check_width(widths: Widths, name: str, k: int, size: int, larger: int) -> N
             "give levels from small to large"
         )
     if size != widths[name].size and name not in find_nestable(widths):
-        whole = _find_whole(widths)
-        reason = f"is {whole[name]}" if name in whole else "lies between others' channels"
+        reason = _find_whole(widths)[name]
         raise StructureError(
-            f"width '{name}' {reason}, so that no level can have a part of it: leave it whole"
+            f"width '{name}' is {reason}, so that no level can have a part of it: leave it whole"
         )
 
 
@@ -83,21 +83,59 @@ def _suggest_change(widths: Widths, sizes: Sizes) -> str:
 
 def explain_no_room(widths: Widths) -> str:
     """Say why no width of a network leaves room for a level."""
-    reasons = ["lie between others' channels", *(f"are {reason}" for reason in _find_whole(widths).values())]
-    reason = " or ".join(dict.fromkeys(reasons))
-    return f"all widths ({', '.join(widths)}) {reason}, which leaves no room for a level"
+    reason = " or ".join(dict.fromkeys(_find_whole(widths).values()))
+    return f"all widths ({', '.join(widths)}) are {reason}, which leaves no room for a level"
 
 
-def cut_tensors(widths: Widths, sizes: Sizes) -> TensorParts:
-    """Find what a level has of each tensor: from the first channel to its last, along every dimension."""
-    ends: dict[tuple[str, str], dict[int, slice]] = {}
+def cut_tensors(widths: Widths, sizes: Sizes, whole: Sizes | None = None) -> TensorParts:
+    """Find what a level has of each tensor: the first channels of each width along every dimension.
+
+    Where these lie side by side its part is a view. Where a concatenation, a split or groups put them between
+    others' it is a copy.
+
+    Args:
+        whole: the sizes of the larger level that it is cut from; by default those of the network.
+    """
+    kept: dict[tuple[str, str], dict[int, slice | Tensor]] = {}
     for slot in _list_slots(widths):
         if is_stored(slot.tensor):
-            end = slice(_measure_extent(widths, slot, sizes))
-            ends.setdefault((slot.module, slot.tensor), {})[slot.dim] = end
+            kept.setdefault((slot.module, slot.tensor), {})[slot.dim] = _find_kept(widths, slot, sizes, whole)
     return {
-        key: tuple(by_dim.get(d, slice(None)) for d in range(1 + max(by_dim))) for key, by_dim in ends.items()
+        key: tuple(by_dim.get(d, slice(None)) for d in range(1 + max(by_dim))) for key, by_dim in kept.items()
     }
+
+
+def _find_kept(widths: Widths, slot: Slot, sizes: Sizes, whole: Sizes | None) -> slice | Tensor:
+    """Find the positions of a slot that a level has: up to one of them, or which ones."""
+    extents = zip(widths.extents(slot, whole), widths.extents(slot, sizes), strict=True)
+    parts = [torch.arange(extent) < kept for extent, kept in extents]
+    positions = torch.cat(parts).nonzero().flatten()
+    is_first = len(positions) == int(positions[-1]) + 1
+    return slice(len(positions)) if is_first else positions
+
+
+def is_view(part: Part) -> bool:
+    """Tell whether a part of a tensor is a view of it."""
+    return all(isinstance(kept, slice) for kept in part)
+
+
+def take_part(tensor: Tensor, part: Part) -> Tensor:
+    """Take a part of a tensor, as a view where it is one."""
+    taken = tensor[tuple(kept if isinstance(kept, slice) else slice(None) for kept in part)]
+    for dim, kept in enumerate(part):
+        if isinstance(kept, Tensor):
+            taken = taken.index_select(dim, kept.to(tensor.device))
+    return taken if is_view(part) else taken.contiguous(memory_format=_find_format(tensor))
+
+
+def mark_part(tensor: Tensor, part: Part) -> Tensor:
+    """Mark the entries of a part of a tensor, as truth values of its shape."""
+    marks = torch.ones_like(tensor, dtype=torch.bool)
+    for dim, kept in enumerate(part):
+        is_kept = torch.zeros(tensor.shape[dim], dtype=torch.bool)
+        is_kept[kept] = True
+        marks &= is_kept.to(tensor.device).view(-1, *[1] * (tensor.dim() - dim - 1))
+    return marks
 
 
 def make_level(net: nn.Module, widths: Widths, sizes: Sizes, parts: TensorParts) -> nn.Module:
@@ -110,7 +148,7 @@ def make_level(net: nn.Module, widths: Widths, sizes: Sizes, parts: TensorParts)
             continue
         layer = level.get_submodule(path)
         tensor = getattr(layer, name)
-        view = tensor.detach()[part]
+        view = take_part(tensor.detach(), part)
         if path in norms:
             tensor.data = view.clone()
         elif name in layer._parameters:
@@ -118,7 +156,7 @@ def make_level(net: nn.Module, widths: Widths, sizes: Sizes, parts: TensorParts)
         else:
             layer._buffers[name] = view
     for slot in _list_slots(widths):
-        extent = _measure_extent(widths, slot, sizes)
+        extent = sum(widths.extents(slot, sizes))
         layer = level.get_submodule(slot.module)
         resize_attributes(layer, slot.tensor, slot.dim, extent, slot.role == "depthwise")
     return level
@@ -161,13 +199,6 @@ def _is_norm(layer: nn.Module) -> bool:
 
 def _list_slots(widths: Widths) -> list[Slot]:
     return list(dict.fromkeys(slot for width in widths.values() for slot in width.slots))
-
-
-def _measure_extent(widths: Widths, slot: Slot, sizes: Sizes) -> int:
-    """Count the positions of a slot that a level has; only the last segment may be cut."""
-    last = slot.layout[-1]
-    removed = widths[last.width].size - sizes[last.width] if last.width is not None else 0
-    return sum(widths.extents(slot)) - removed * last.repeat
 
 
 def _find_format(tensor: Tensor) -> torch.memory_format:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from elastic.errors import OptionError
-from elastic.levels.cutting import iterate_shared
+from elastic.levels.cutting import iterate_shared, mark_part
 from elastic.levels.nested import Levels
 
 
@@ -55,19 +55,14 @@ def plan_phases(levels: int, epochs: int, dense: float, prune: float) -> list[Ph
 
 @dataclass(frozen=True)
 class _Entry:
-    """Remember a parameter: what it was, and which part of it may change."""
+    """Remember a parameter: what it was, and which of its entries may change."""
 
     parameter: Tensor
     before: Tensor
-    level: tuple[slice, ...]
-    below: tuple[slice, ...] | None  # of what the level has, what the one below has, too
+    trained: Tensor
 
     def restore(self) -> None:
-        trained = self.parameter[self.level].clone()
-        if self.below is not None:
-            trained[self.below] = self.before[self.below]
-        self.parameter.copy_(self.before)
-        self.parameter[self.level] = trained
+        self.parameter.copy_(torch.where(self.trained, self.parameter, self.before))
 
 
 class FrozenPart:
@@ -83,9 +78,10 @@ class FrozenPart:
         self._entries: list[_Entry] = []
         for path, name, tensor in iterate_shared(levels.net):
             if name in levels.net.get_submodule(path)._parameters:
-                part = None if below is None else below.get((path, name), ())
-                entry = _Entry(tensor, tensor.detach().clone(), cut.get((path, name), ()), part)
-                self._entries.append(entry)
+                trained = mark_part(tensor, cut.get((path, name), ()))
+                if below is not None:
+                    trained &= ~mark_part(tensor, below.get((path, name), ()))
+                self._entries.append(_Entry(tensor, tensor.detach().clone(), trained))
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -95,7 +95,11 @@ def find_order(
     """
     widths, sizes = discover(levels[k], *list_inputs(example)), levels.widths.sizes()
     scores = score_channels(levels[k], widths, importance, batches, loss)
-    return {name: rank_channels(scores[name], sizes[name]) for name in find_nestable(levels.widths)}
+    return {
+        name: rank_channels(scores[name], sizes[name])
+        for name in find_nestable(levels.widths)
+        if name in scores and len(scores[name]) == levels.sizes[k][name]  # groups of one channel are others
+    }
 
 
 Values = Callable[[str], Tensor]  # what counts of a layer, by its path; of its weight's shape

@@ -1,8 +1,9 @@
 """Nest levels: sub-networks of one model, each a prefix of all its widths, in the model's own storage.
 
 A level's convolutions and linear layers hold views of the model's tensors: what one of them learns, all that
-contain it have. Norms are a level's own, affine and statistics, since what they see depends on the level
-(switchable batch norm, Yu et al., arXiv 1812.08928, section 3.3).
+contain it have. Where a concatenation, a split or groups put the channels of a level between others', its
+part of a tensor is a copy, taken anew with the level. Norms are a level's own, affine and statistics, since
+what they see depends on the level (switchable batch norm, Yu et al., arXiv 1812.08928, section 3.3).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,9 +18,11 @@ from elastic.levels.cutting import (
     Sizes,
     check_sizes,
     cut_tensors,
+    is_view,
     iterate_norms,
     iterate_shared,
     make_level,
+    take_part,
 )
 from elastic.levels.settings import Settings, follow_modes
 from elastic.levels.views import hold_in_backward, hold_views
@@ -27,15 +30,15 @@ from elastic.pruning.gates import iterate_gates
 from elastic.widths.matching import require_widths
 from elastic.widths.operations.interface import is_stored
 from elastic.widths.tracing import sync_traced
-from elastic.widths.width import Slot, Widths
+from elastic.widths.width import Widths
 
 
 class Levels(Sequence[nn.Module]):
     """Hold the levels of a network, smallest first; the last one is the network itself.
 
-    `levels[k]` is a plain module: running another level is calling another module. Nothing is copied, and
-    nothing is shared that a forward pass in evaluation mode would write to, so that threads may run
-    different levels at once. Train through `run`, which leads gradients to the network's parameters.
+    `levels[k]` is a plain module: running another level is calling another module. Nothing is shared that a
+    forward pass in evaluation mode would write to, so that threads may run different levels at once. Train
+    through `run`, which leads gradients to the network's parameters, and take `levels[k]` anew afterwards.
 
     Args:
         net: the largest level; gates must have been folded.
@@ -62,6 +65,8 @@ class Levels(Sequence[nn.Module]):
         self.cuts = [cut_tensors(widths, level) for level in self.sizes]
         below = zip(self.sizes[:-1], self.cuts, strict=False)
         self._levels = [*(make_level(net, widths, level, cut) for level, cut in below), net]
+        shared = {(path, name) for path, name, _ in iterate_shared(net)}
+        self._copied = [[key for key in cut if key in shared and not is_view(cut[key])] for cut in self.cuts]
         self.norms = nn.ModuleList(map(_collect_norms, self._levels[:-1]))
         self._settings: Settings | None = Settings(net, self._levels[:-1])
 
@@ -74,12 +79,22 @@ class Levels(Sequence[nn.Module]):
             self._settings = Settings(self.net, self._levels[:-1])
             self.refresh()
 
+    def _renew(self, k: int) -> None:
+        """Copy those parts of tensors again that are no views."""
+        for path, name in self._copied[k]:
+            tensor: Tensor = getattr(self.net.get_submodule(path), name)
+            copied: Tensor = getattr(self._levels[k].get_submodule(path), name)
+            with torch.inference_mode(False):
+                copied.data = take_part(tensor.detach(), self.cuts[k][path, name])
+
     @overload
     def __getitem__(self, k: int) -> nn.Module: ...
     @overload
     def __getitem__(self, k: slice) -> list[nn.Module]: ...
     def __getitem__(self, k: int | slice) -> nn.Module | list[nn.Module]:
         self._complete()
+        for place in range(len(self))[k] if isinstance(k, slice) else [range(len(self))[k]]:
+            self._renew(place)
         return self._levels[k]
 
     def __len__(self) -> int:
@@ -93,7 +108,8 @@ class Levels(Sequence[nn.Module]):
             inputs, named: what the network is called with.
             traced: what is made of the level's own layers, and is called in its place.
         """
-        level = self[k]
+        self._complete()
+        level = self._levels[k]
         net = level if traced is None else traced
         if level is self.net:
             return net(*inputs, **named)
@@ -117,7 +133,7 @@ class Levels(Sequence[nn.Module]):
     def _iterate_views(self, k: int) -> Iterator[tuple[str, str, Tensor]]:
         """Iterate over what level k has of the network's tensors: (layer, name, view)."""
         for path, name, tensor in iterate_shared(self.net):
-            yield path, name, tensor[self.cuts[k].get((path, name), ())]
+            yield path, name, take_part(tensor, self.cuts[k].get((path, name), ()))
 
     def refresh(self) -> None:
         """Look for the storage again: to be called when tensors have moved (to a device, by surgery)."""
@@ -139,30 +155,31 @@ class Levels(Sequence[nn.Module]):
             for name, channels in index.items():
                 level_channels = channels[: sizes[name]]
                 if level_channels.max() < sizes[name]:
-                    self._permute_norms(norms, name, level_channels)
+                    self._permute_norms(norms, name, level_channels, sizes)
         self.refresh()
 
-    def _permute_norms(self, norms: Mapping[str, nn.Module], name: str, index: Tensor) -> None:
-        """Permute the first channels of a width in all norms of a level, by path."""
+    def _permute_norms(self, norms: Mapping[str, nn.Module], name: str, index: Tensor, sizes: Sizes) -> None:
+        """Permute the channels of a width in all norms of a level of these sizes, by path."""
         for slot in self.widths[name].slots:
             if slot.module in norms and is_stored(slot.tensor):
-                self._permute_tensor(getattr(norms[slot.module], slot.tensor), slot, name, index)
-
-    def _permute_tensor(self, tensor: Tensor, slot: Slot, name: str, index: Tensor) -> None:
-        """Permute the first channels of a width, and all copies of each, along a slot's dimension."""
-        positions = self.widths.positions(slot, name)  # (channels, copies)
-        order = torch.arange(tensor.shape[slot.dim])
-        order[positions[: len(index)].flatten()] = positions[index].flatten()
-        tensor.copy_(tensor.index_select(slot.dim, order.to(tensor.device)))
+                positions = self.widths.positions(slot, name, sizes)  # (channels, copies)
+                _permute_tensor(getattr(norms[slot.module], slot.tensor), slot.dim, positions, index)
 
     @torch.no_grad()
     def copy_norms(self, k: int) -> None:
         """Copy the norms of the next level to level k, as far as it has their channels."""
         larger = dict(iterate_norms(self[k + 1]))
+        parts = cut_tensors(self.widths, self.sizes[k], self.sizes[k + 1])
         for path, norm in iterate_norms(self[k]):
             for name, tensor in norm.state_dict(keep_vars=True).items():
-                source = getattr(larger[path], name)
-                tensor.copy_(source[tuple(map(slice, tensor.shape))])
+                tensor.copy_(take_part(getattr(larger[path], name), parts.get((path, name), ())))
+
+
+def _permute_tensor(tensor: Tensor, dim: int, positions: Tensor, index: Tensor) -> None:
+    """Permute channels along a dimension, in place: all copies of each, which lie at these positions."""
+    order = torch.arange(tensor.shape[dim])
+    order[positions.flatten()] = positions[index].flatten()
+    tensor.copy_(tensor.index_select(dim, order.to(tensor.device)))
 
 
 def _collect_norms(level: nn.Module) -> nn.ModuleDict:

@@ -107,18 +107,23 @@ class Widths(Mapping[str, Width]):
         """Give the architecture: channels of every width. With the initial model it says everything."""
         return {name: width.size for name, width in self.widths.items()}
 
-    def extents(self, slot: Slot) -> list[int]:
-        """Count the positions that each segment of a slot takes now."""
-        return [s.repeat * (self.widths[s.width].size if s.width else 1) for s in slot.layout]
+    def extents(self, slot: Slot, sizes: Mapping[str, int] | None = None) -> list[int]:
+        """Count the positions that each segment of a slot takes now, or where widths have other sizes."""
+        sizes = self.sizes() if sizes is None else sizes
+        return [s.repeat * (sizes[s.width] if s.width else 1) for s in slot.layout]
 
-    def positions(self, slot: Slot, width: str) -> Tensor:
+    def positions(self, slot: Slot, width: str, sizes: Mapping[str, int] | None = None) -> Tensor:
         """Find where a width's channels lie along a slot's dimension: (channels, copies)."""
-        return torch.from_numpy(self.locate(slot, width))
+        return torch.from_numpy(self.locate(slot, width, sizes))
 
-    def locate(self, slot: Slot, width: str) -> NDArray[np.int64]:
-        """Find where the width's channels lie along a slot's dimension, as an array: (channels, copies)."""
+    def locate(self, slot: Slot, width: str, sizes: Mapping[str, int] | None = None) -> NDArray[np.int64]:
+        """Find where the width's channels lie along a slot's dimension, as an array: (channels, copies).
+
+        Args:
+            sizes: those of all widths, where they are not the ones of now.
+        """
         parts, start = [], 0
-        for segment, extent in zip(slot.layout, self.extents(slot), strict=True):
+        for segment, extent in zip(slot.layout, self.extents(slot, sizes), strict=True):
             if segment.width == width:
                 parts.append(np.arange(start, start + extent, dtype=np.int64).reshape(-1, segment.repeat))
             start += extent

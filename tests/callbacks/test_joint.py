@@ -20,7 +20,7 @@ from elastic.levels.importance import score_channels
 from elastic.levels.nested import Levels
 from elastic.measure import counts
 from elastic.training.module import ElasticClassifier
-from tests.elastic.levels.nets import extracted, inside, norms, placed
+from tests.elastic.levels.nets import entries, extracted, inside, norms, placed
 from tests.elastic.zoo import randomised
 from tests.fitted import EXACT, Run, Spy, outputs, prepare
 from tests.resuming import assert_same_run, kill
@@ -58,14 +58,14 @@ def sandwich(
     found = {name: p.grad.clone() for name, p in full.named_parameters()}  # type: ignore[union-attr]
     own = {}
     for k in chosen:
-        small = extracted(levels, k).train()
+        small, numbers = extracted(levels, k).train(), entries(levels, k)
         loss = -(soft_BK * small(x_BCHW).log_softmax(1)).sum(1).mean()
         loss.backward()
         for name, p in small.named_parameters():
             if name.rpartition(".")[0] in norms(small):
                 own[k, name] = p.grad
             else:
-                found[name] += placed(p.grad, found[name])  # type: ignore[arg-type]
+                found[name] += placed(p.grad, found[name], numbers[name])  # type: ignore[arg-type]
     return {"loss": task, "network": found, "norms": own}
 
 

@@ -1,5 +1,6 @@
 """Share networks with levels, and what tests of levels look at, among their tests."""
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from torchvision.models.convnext import CNBlock
 from torchvision.models.resnet import Bottleneck
 from torchvision.ops import Permute
 
-from elastic.levels.cutting import find_nestable
+from elastic.levels.cutting import find_nestable, is_view
 from elastic.levels.nested import Levels
 from elastic.levels.sizes import make_resized
 from elastic.models import convnet, resnet20
@@ -122,15 +123,28 @@ def shared(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
                     yield f"{path}.{name}", tensor
 
 
+def entries(levels: Levels, k: int) -> dict[str, Tensor]:
+    """Which of the network's entries level k has of each tensor: their numbers, cut out by re-indexing."""
+    numbered = copy.deepcopy(levels.net)
+    for tensor in (*numbered.parameters(), *numbered.buffers()):
+        tensor.data = torch.arange(tensor.numel(), dtype=torch.float64).view(tensor.shape)
+    state = make_resized(numbered, levels.widths, levels.sizes[k]).state_dict()
+    return {name: numbers.long() for name, numbers in state.items()}
+
+
 def inside(levels: Levels) -> None:
-    """Every level's tensors begin where the network's do, step as they do, and are a part of the next's."""
+    """Every level's tensors are a part of the network's: in its storage, where they can be."""
     whole = dict(shared(levels.net))
     for k, level in enumerate(levels[:-1]):
-        larger = dict(shared(levels[k + 1]))
+        larger, numbers = dict(shared(levels[k + 1])), entries(levels, k)
         assert larger.keys() == whole.keys()
         for name, tensor in shared(level):
             held = whole[name]
-            assert tensor.data_ptr() == held.data_ptr() and tensor.dtype == held.dtype, name
+            assert tensor.dtype == held.dtype and torch.equal(tensor, held.flatten()[numbers[name]]), name
+            path, _, own = name.rpartition(".")
+            if not is_view(levels.cuts[k].get((path, own), ())):
+                continue
+            assert tensor.data_ptr() == held.data_ptr(), name
             steps = [
                 (n, s, t)
                 for n, s, t in zip(tensor.shape, tensor.stride(), held.stride(), strict=True)
@@ -149,8 +163,8 @@ def step(net: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return loss.detach()
 
 
-def placed(gradient: Tensor, like: Tensor) -> Tensor:
-    """A gradient of the first channels among zeros."""
-    whole = torch.zeros_like(like)
-    whole[tuple(map(slice, gradient.shape))] = gradient
-    return whole
+def placed(gradient: Tensor, like: Tensor, numbers: Tensor) -> Tensor:
+    """A level's gradient among zeros, where its entries are the network's of these numbers."""
+    whole = torch.zeros(like.numel(), dtype=gradient.dtype)
+    whole[numbers.flatten()] = gradient.flatten()
+    return whole.view(like.shape)

@@ -16,17 +16,19 @@ from torch.utils.checkpoint import checkpoint
 
 from elastic.errors import StructureError
 from elastic.levels.alone import make_alone
-from elastic.levels.cutting import extract_level, find_nestable
+from elastic.levels.cutting import cut_tensors, extract_level, find_nestable, is_view
 from elastic.levels.nested import Levels
 from elastic.pruning import gates
 from elastic.pruning.folding import fold_gates
 from elastic.surgery.layers import NORMS
 from elastic.surgery.reindexing import reindex
 from elastic.widths.discovery import discover
+from elastic.widths.operations.interface import is_stored
 from elastic.widths.width import Widths
 from tests.elastic.levels.nets import (
     built,
     close,
+    entries,
     evaluated,
     every_net,
     example,
@@ -42,8 +44,7 @@ from tests.elastic.levels.nets import (
 )
 from tests.elastic.zoo import CASES, STORED, Case, Net, conv, head, randomised
 
-# All widths lie between others' channels.
-WHOLE = {"split", "sliced_halves", "channel_shuffle", "grouped", "join_in_groups", "weight_norm"}
+WHOLE = {"weight_norm"}  # of which no level can have a part
 case_with_levels = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
@@ -131,7 +132,14 @@ def test_a_level_costs_the_memory_of_its_norms(name: str) -> None:
     levels = Levels(net, widths, halves(widths, 0.4, 0.8))
     own = sum(t.nbytes for t in (*levels.norms.parameters(), *levels.norms.buffers()))
     held = [t for level in levels for t in (*level.parameters(), *level.buffers())]
-    assert storage(*held) == before + own
+    copied = sum(
+        level.get_parameter(".".join(key)).nbytes
+        for level, cut in zip(levels[:-1], levels.cuts, strict=False)
+        for key, part in cut.items()
+        if not is_view(part) and key[0] not in norms(net)
+    )
+    assert storage(*held) == before + own + copied
+    assert (copied > 0) == (name in ("densenet", "resnext"))
 
 
 @every_net
@@ -191,7 +199,7 @@ def check_gradients(net: nn.Module, x: Tensor, sizes: list[dict[str, int]]) -> N
         levels.norms.zero_grad()
         own = extracted(levels, k)
         assert torch.allclose(step(lambda x, k=k: levels.run(k, x), x), step(own, x), rtol=1e-9)
-        theirs = {name: p.grad for name, p in own.named_parameters()}
+        theirs, numbers = {name: p.grad for name, p in own.named_parameters()}, entries(levels, k)
         for path, norm in norms(net).items():
             for name, parameter in norm.named_parameters():
                 assert parameter.grad is None, "the network's own norms take no part"
@@ -200,7 +208,7 @@ def check_gradients(net: nn.Module, x: Tensor, sizes: list[dict[str, int]]) -> N
         for name, parameter in net.named_parameters():
             if name in theirs:
                 assert parameter.grad is not None, name
-                expected = placed(theirs[name], parameter)  # type: ignore[arg-type]
+                expected = placed(theirs[name], parameter, numbers[name])  # type: ignore[arg-type]
                 torch.testing.assert_close(parameter.grad, expected, rtol=1e-8, atol=1e-12)
         others = [levels.norms[j] for j in range(len(levels) - 1) if j != k]
         assert all(p.grad is None for norm in others for p in norm.parameters())
@@ -615,11 +623,13 @@ def test_norms_are_inherited_from_the_next_level(name: str) -> None:
     for k in (1, 0):
         others = [copy.deepcopy(its.state_dict()) for j, its in enumerate(levels.norms) if j != k]
         above = copy.deepcopy(levels[k + 1].state_dict())
+        numbers, larger = entries(levels, k), entries(levels, k + 1)
         levels.copy_norms(k)
         for path, norm in norms(levels[k]).items():
             for tensor, value in norm.state_dict().items():
-                source = above[f"{path}.{tensor}"]
-                assert torch.equal(value, source[tuple(map(slice, value.shape))]), path
+                key = f"{path}.{tensor}"
+                is_kept = torch.isin(larger[key], numbers[key])
+                assert torch.equal(value, above[key][is_kept].view(value.shape)), path
         assert all(torch.equal(above[n], t) for n, t in levels[k + 1].state_dict().items())
         left = [its.state_dict() for j, its in enumerate(levels.norms) if j != k]
         assert all(torch.equal(a[n], b[n]) for a, b in zip(others, left, strict=True) for n in a)
@@ -629,31 +639,30 @@ def test_norms_are_inherited_from_the_next_level(name: str) -> None:
 
 
 @pytest.mark.parametrize("case", STORED.values(), ids=STORED)
-def test_a_width_can_be_cut_where_all_that_is_left_lies_in_front(case: Case) -> None:
-    """Against dropping its last channels, one number after another, from a list of positions."""
+def test_a_part_is_a_view_where_all_that_is_left_lies_in_front(case: Case) -> None:
+    """Against dropping a width's last channels, one number after another, from a list of positions."""
     widths = discover(case.model(), case.example())
-
-    def in_front(name: str) -> bool:
-        for slot in widths[name].slots:
-            own, total = widths.positions(slot, name), sum(widths.extents(slot))
-            for size in range(widths[name].size):
+    for name, width in widths.items():
+        for size in range(1, width.size):
+            parts = cut_tensors(widths, widths.sizes() | {name: size})
+            for slot in (slot for slot in width.slots if is_stored(slot.tensor)):
+                own, total = widths.positions(slot, name), sum(widths.extents(slot))
                 left = sorted(set(range(total)) - set(own[size:].flatten().tolist()))
-                if left != list(range(len(left))):
-                    return False
-        return True
-
-    assert find_nestable(widths) == [name for name in widths if in_front(name)]
+                kept = parts[slot.module, slot.tensor][slot.dim]
+                assert torch.arange(total)[kept].tolist() == left
+                assert isinstance(kept, slice) == (left == list(range(len(left))))
 
 
-def test_of_a_concatenation_only_the_last_part_can_be_cut() -> None:
-    net = CASES["dense"].model()
-    widths = discover(net, CASES["dense"].example())
-    assert find_nestable(widths) == ["two"]
-    for name in ("stem", "one"):
-        with pytest.raises(StructureError, match=f"width '{name}' lies between others' channels") as caught:
-            Levels(net, widths, [{name: 1}])
-        assert "\n" not in str(caught.value)
-    assert Levels(net, widths, [{"stem": 4, "one": 3, "two": 1}]).sizes[0] == {"stem": 4, "one": 3, "two": 1}
+def test_parts_that_are_no_views_are_taken_anew_with_the_level() -> None:
+    net, x = CASES["dense"].model().eval(), CASES["dense"].example()
+    levels = Levels(net, discover(net, x), [{"stem": 2, "one": 1}])
+    held = levels[0]
+    with torch.no_grad():
+        net.get_parameter("two.weight").mul_(2)
+    expected = extracted(levels, 0)(x)
+    assert not torch.allclose(held(x), expected)
+    assert levels[0] is held
+    close(held(x), expected)
 
 
 # --- refusals --------------------------------------------------------------------------------------------
