@@ -124,5 +124,5 @@ def _treats_each_map(layer: nn.Module | None) -> bool:
     if isinstance(layer, nn.modules.conv._ConvNd):
         return layer.groups == layer.in_channels == layer.out_channels > 1
     if isinstance(layer, nn.GroupNorm):
-        return layer.num_groups == layer.num_channels
+        return layer.num_groups > 1  # of whole groups
     return isinstance(layer, BATCH_NORM | INSTANCE_NORM)

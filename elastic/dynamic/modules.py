@@ -135,7 +135,7 @@ class KernelActivation(SetMember):
         self.site, self.activation, self.temperature = site, activation, 1.0
         self.start, self.spread = START_OF_SCALE if activation == "scale" else START
         middle = self.start + self.spread / 2
-        self.heads = nn.ModuleList(Head(reads, kernels, middle) for _ in range(sets))
+        self.heads = nn.ModuleList(Head(reads, kernels // site.together, middle) for _ in range(sets))
         self.active_BK = self.score_BK = torch.ones(0, kernels)
         self.is_steady = False
 
@@ -161,22 +161,32 @@ class KernelActivation(SetMember):
     @torch.no_grad()
     def order_scores(self, worth_K: Tensor) -> None:
         """Let scores start in the order of what kernels are worth, so that they do not close all at once."""
+        worth_K = self.average_together(worth_K)
         place_K = worth_K.argsort().argsort() / len(worth_K)
         for head in self.iterate_heads():
             head.linear.bias.copy_(self.start + self.spread * place_K)
 
+    def average_together(self, value: Tensor) -> Tensor:
+        """Average what kernels have, along the last dimension, over those that are switched as one."""
+        return value.unflatten(-1, (-1, self.site.together)).mean(-1)
+
     def score_kernels(self, mean_BC: Tensor) -> Tensor:
-        """Score kernels by the active set's head."""
+        """Score what is switched as one, by the active set's head."""
         head = self.get_head()
         score_BK: Tensor = head.score_steadily(mean_BC) if self.is_steady else head(mean_BC)
         return score_BK
 
     def forward(self, x: Tensor) -> Tensor:
-        self.score_BK = score_BK = self.score_kernels(average_maps(x, self.site.axis))
-        self.active_BK = find_active(score_BK.detach())
+        score_BK = self.score_kernels(average_maps(x, self.site.axis))
+        active_BK = find_active(score_BK.detach())
         gate_BK = compute_gates(score_BK, self.activation, self.training, self.temperature)
         if self.training:
-            self.active_BK = lean_on_scores(self.active_BK, score_BK)
+            active_BK = lean_on_scores(active_BK, score_BK)
+        if (together := self.site.together) > 1:
+            score_BK, active_BK, gate_BK = (
+                value.repeat_interleave(together, 1) for value in (score_BK, active_BK, gate_BK)
+            )
+        self.score_BK, self.active_BK = score_BK, active_BK
         return spread_over_maps(gate_BK, x, self.site.axis)
 
 

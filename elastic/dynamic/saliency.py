@@ -174,6 +174,7 @@ class _Fit:
         """Give every head its weights; return the lowest score of all."""
         mean_NC = torch.cat(self.means)
         target_NK = self.saliency.compute_targets(torch.cat(self.saliencies), torch.cat(self.weights))
+        target_NK = self.module.average_together(target_NK)
         score_NK = target_NK.mean(0, keepdim=True)
         for head in self.module.iterate_heads():
             head.norm.running_mean.copy_(mean_NC.mean(0))  # type: ignore[union-attr]

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from math import lcm
 
 from torch import fx, nn
 
@@ -42,6 +43,7 @@ class Site:
         followers: layers that treat each map by itself, behind which those that are off are made zero again.
         width: its name; None for maps that end a branch.
         axis: where the channels of its maps lie: 1, or -1 behind a linear layer.
+        together: how many kernels, one after the other, are switched as one.
     """
 
     writer: str
@@ -49,6 +51,7 @@ class Site:
     followers: tuple[str, ...]
     width: str | None = None
     axis: int = 1
+    together: int = 1
 
 
 def find_sites(
@@ -125,7 +128,14 @@ def _find_site(traced: fx.GraphModule, widths: Widths, width: Width, call: fx.No
     readers = tuple(_locate_maps(traced, widths, width, writer, path) for path in paths)
     for path in () if is_alone else paths:  # in another call it may read another layer's maps
         require_one_call(traced, path)
-    return Site(writer, readers, tuple(followed.followers), width.name, axis)
+    together = _count_together(traced, followed.followers)
+    return Site(writer, readers, tuple(followed.followers), width.name, axis, together)
+
+
+def _count_together(traced: fx.GraphModule, followers: Iterable[str]) -> int:
+    """Count the kernels that are switched as one, since a group norm takes statistics over their maps."""
+    layers = map(traced.get_submodule, followers)
+    return lcm(*(norm.num_channels // norm.num_groups for norm in layers if isinstance(norm, nn.GroupNorm)))
 
 
 def _locate_maps(traced: fx.GraphModule, widths: Widths, width: Width, writer: str, path: str) -> Reader:

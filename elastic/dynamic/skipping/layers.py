@@ -36,8 +36,8 @@ class ActiveModule(ActiveLayer):
 
     def forward(self, x: Tensor, reads: Active | None = None) -> Active:
         axis = self.module.site.axis
-        if not self.module.deterministic:
-            interrupt()  # what it draws is drawn anew each time
+        if not self.module.deterministic or self.module.site.together > 1:
+            interrupt()  # what it draws is drawn anew each time, and what torch spreads is computed anew
             x = x if reads is None else reads.mask(x, axis)
             return Active.from_gates(self.module(x).flatten(1))
         head, activation = self.folded[self.module.active_set], self.module.activation

@@ -589,13 +589,25 @@ def test_kernels_that_cannot_be_switched_are_refused(names: list[str], message: 
 
 
 def test_a_network_without_any_is_refused() -> None:
-    for groups, reason in {
-        1: "normalises over its channels",
-        2: "does more with its maps than to read them",
-    }.items():
-        net = nn.Sequential(conv(3, 8), nn.GroupNorm(groups, 8), nn.ReLU(), head(8))
-        with pytest.raises(StructureError, match=rf"cannot be switched off: 1 .GroupNorm. {reason}"):
-            attach_modules(net, discover(net, X))
+    net = nn.Sequential(conv(3, 8), nn.GroupNorm(1, 8), nn.ReLU(), head(8))
+    with pytest.raises(
+        StructureError, match=r"cannot be switched off: 1 .GroupNorm. normalises over its channels"
+    ):
+        attach_modules(net, discover(net, X))
+
+
+def test_kernels_whose_maps_are_normalised_together_are_switched_as_one() -> None:
+    """Those of a group that is on are normalised as if there were no others."""
+    net = randomised(nn.Sequential(conv(3, 8), nn.GroupNorm(4, 8), nn.ReLU(), conv(8, 4))).eval()
+    dynamic = gated(net, X, activation="hard")
+    (module,) = (module for module in iterate_modules(dynamic) if module.site.writer == "0")
+    assert module.site.together == 2 and module.get_head().linear.out_features == 4
+    with torch.no_grad():
+        found = dynamic(X)
+        assert torch.equal(module.active_BK[:, ::2], module.active_BK[:, 1::2])
+        assert 0 < module.active_BK.mean() < 1
+        maps = net[2](net[1](net[0](X))) * module.active_BK[:, :, None, None]
+        torch.testing.assert_close(found, net[3](maps))
 
 
 def test_a_depthwise_convolution_that_is_used_twice_is_no_follower() -> None:

@@ -153,7 +153,7 @@ def test_what_is_frozen_keeps_its_bits_and_the_rest_is_trained(phase: Phase, opt
     [
         "resnet20",
         "convnext",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("densenet", "mobilenet_v2")),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("densenet", "resnext", "mobilenet_v2")),
     ],
 )
 def test_so_it_is_in_networks_of_many_kinds(name: str, phase: Phase) -> None:
