@@ -83,6 +83,8 @@ def _suggest_change(widths: Widths, sizes: Sizes) -> str:
 
 def explain_no_room(widths: Widths) -> str:
     """Say why no width of a network leaves room for a level."""
+    if not widths:
+        return "no width of this network can change, which leaves no room for a level"
     reason = " or ".join(dict.fromkeys(_find_whole(widths).values()))
     return f"all widths ({', '.join(widths)}) are {reason}, which leaves no room for a level"
 

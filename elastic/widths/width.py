@@ -109,8 +109,11 @@ class Widths(Mapping[str, Width]):
 
     def extents(self, slot: Slot, sizes: Mapping[str, int] | None = None) -> list[int]:
         """Count the positions that each segment of a slot takes now, or where widths have other sizes."""
-        sizes = self.sizes() if sizes is None else sizes
-        return [s.repeat * (sizes[s.width] if s.width else 1) for s in slot.layout]
+
+        def get_size(width: str) -> int:
+            return self.widths[width].size if sizes is None else sizes[width]
+
+        return [s.repeat * (get_size(s.width) if s.width else 1) for s in slot.layout]
 
     def positions(self, slot: Slot, width: str, sizes: Mapping[str, int] | None = None) -> Tensor:
         """Find where a width's channels lie along a slot's dimension: (channels, copies)."""
