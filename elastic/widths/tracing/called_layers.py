@@ -22,6 +22,7 @@ CONVOLVE: _Call = (CONVOLUTION, ("weight", "bias"), ("stride", "padding", "dilat
 # For each function: its arguments, those that are a layer's tensors, and those that are its numbers.
 CALLS: dict[_Function, _Call] = {
     F.batch_norm: (NORM, ("running_mean", "running_var", "weight", "bias"), ("training", "momentum", "eps")),
+    F.group_norm: (inspect.signature(F.group_norm), ("weight", "bias"), ("num_groups", "eps")),
     F.conv1d: CONVOLVE,
     F.conv2d: CONVOLVE,
     F.conv3d: CONVOLVE,
@@ -73,7 +74,8 @@ def _find_layer(
     layer, owner = model.get_submodule(path), traced.get_submodule(path.rpartition(".")[0])
     is_ours = owner is traced or type(owner) is nn.Module  # not the model's own
     pads_zeros = getattr(layer, "padding_mode", "zeros") == "zeros"
-    is_known = isinstance(layer, BATCH_NORM | nn.Conv1d | nn.Conv2d | nn.Conv3d) and pads_zeros
+    kinds = BATCH_NORM | nn.GroupNorm | nn.Conv1d | nn.Conv2d | nn.Conv3d
+    is_known = isinstance(layer, kinds) and pads_zeros
     if not is_ours or not is_known or has_hooks(layer):
         return None
     names = {name: None if getattr(layer, name) is None else f"{path}.{name}" for name in tensors}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from elastic.dynamic import attach_modules, make_skipping
+from elastic.dynamic.modules import iterate_modules
 from elastic.dynamic.sites import find_sites
 from elastic.errors import StructureError
 from elastic.widths.discovery import discover
@@ -36,6 +37,20 @@ class NormWithActivation(nn.BatchNorm2d):
         statistics = self.running_mean, self.running_var
         y = F.batch_norm(x, *statistics, self.weight, self.bias, self.training, self.momentum, self.eps)
         return F.relu(y)
+
+
+class GroupNormWithActivation(nn.GroupNorm):
+    """Normalise groups by the function, and then rectify."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.relu(F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps))
+
+
+class GroupNormInFloats(nn.GroupNorm):
+    """Normalise groups in single precision, whatever comes."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.float()).type(input.dtype)
 
 
 class SynchronizedNorm(nn.modules.batchnorm._BatchNorm):
@@ -153,6 +168,18 @@ def test_a_norm_whose_class_says_nothing_of_dimensions_is_a_layer(kind: Any) -> 
     dynamic = attach_modules(net, discover(net, X)).eval()
     torch.testing.assert_close(dynamic(X), make_skipping(dynamic)(X), rtol=1e-4, atol=1e-4)
     assert len(list(find_sites(trace_both_modes(net, X.to("meta")), discover(net, X)))) == 2
+
+
+@pytest.mark.parametrize("kind", [GroupNormWithActivation, GroupNormInFloats])
+def test_a_group_norm_of_ones_own_is_a_layer(kind: Any) -> None:
+    torch.manual_seed(0)
+    layers = [conv(3, 8, 3), kind(4, 8), nn.ReLU(), conv(8, 6, 3), kind(2, 6), nn.ReLU(), head(6)]
+    net = randomised(nn.Sequential(*layers)).eval()
+    dynamic = gated(net, X)
+    torch.testing.assert_close(dynamic(X), make_skipping(dynamic)(X), rtol=1e-4, atol=1e-4)
+    modules = list(iterate_modules(dynamic))
+    assert [module.site.together for module in modules] == [2, 3]
+    assert all(0 < module.active_BK.mean() < 1 for module in modules)
 
 
 def test_a_norm_with_its_activation_is_a_layer() -> None:
