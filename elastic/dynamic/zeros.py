@@ -23,7 +23,20 @@ KEEPS_ZEROS: dict[str, type[nn.Module] | None] = {
     **{"circular_pad2d": nn.CircularPad2d},
     **dict.fromkeys(("abs", "neg", "square", "sign", "sin", "tan", "asin", "atan", "sinh", "asinh")),
     **dict.fromkeys(
-        ("erf", "expm1", "log1p", "clone", "detach", "float", "double", "half", "bfloat16", "to", "type", "type_as")
+        (
+            "erf",
+            "expm1",
+            "log1p",
+            "clone",
+            "detach",
+            "float",
+            "double",
+            "half",
+            "bfloat16",
+            "to",
+            "type",
+            "type_as",
+        )
     ),
     **{"max_pool2d": nn.MaxPool2d, "avg_pool2d": nn.AvgPool2d, "boolean_dispatch": None, "mean": None},
     **{"adaptive_avg_pool2d": nn.AdaptiveAvgPool2d, "adaptive_max_pool2d": nn.AdaptiveMaxPool2d},
