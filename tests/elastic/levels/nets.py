@@ -140,7 +140,8 @@ def inside(levels: Levels) -> None:
         assert larger.keys() == whole.keys()
         for name, tensor in shared(level):
             held = whole[name]
-            assert tensor.dtype == held.dtype and torch.equal(tensor, held.flatten()[numbers[name]]), name
+            numbered = numbers[name.lstrip(".")]  # a parameter of the network itself has no path
+            assert tensor.dtype == held.dtype and torch.equal(tensor, held.flatten()[numbered]), name
             path, _, own = name.rpartition(".")
             if not is_view(levels.cuts[k].get((path, own), ())):
                 continue
