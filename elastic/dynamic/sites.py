@@ -40,7 +40,8 @@ class Site:
     Maps that end a branch have no readers: where they are off, they are left out of a sum.
 
     Attributes:
-        followers: layers that treat each map by itself, behind which those that are off are made zero again.
+        followers: layers that treat each map, or group of maps, by itself, behind which those that are off
+            are made zero again.
         width: its name; None for maps that end a branch.
         axis: where the channels of its maps lie: 1, or -1 behind a linear layer.
         together: how many kernels, one after the other, are switched as one.

@@ -6,7 +6,7 @@ part of a tensor is a copy, taken anew with the level. Norms are a level's own, 
 what they see depends on the level (switchable batch norm, Yu et al., arXiv 1812.08928, section 3.3).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, overload
 
@@ -79,13 +79,13 @@ class Levels(Sequence[nn.Module]):
             self._settings = Settings(self.net, self._levels[:-1])
             self.refresh()
 
-    def _renew(self, k: int) -> None:
-        """Copy those parts of tensors again that are no views."""
-        for path, name in self._copied[k]:
+    def _renew(self, k: int, keys: Iterable[tuple[str, str]]) -> None:
+        """Take the parts again that level k has of tensors: (layer, name)."""
+        for path, name in keys:
             tensor: Tensor = getattr(self.net.get_submodule(path), name)
-            copied: Tensor = getattr(self._levels[k].get_submodule(path), name)
+            held: Tensor = getattr(self._levels[k].get_submodule(path), name)
             with torch.inference_mode(False):
-                copied.data = take_part(tensor.detach(), self.cuts[k][path, name])
+                held.data = take_part(tensor.detach(), self.cuts[k].get((path, name), ()))
 
     @overload
     def __getitem__(self, k: int) -> nn.Module: ...
@@ -93,8 +93,9 @@ class Levels(Sequence[nn.Module]):
     def __getitem__(self, k: slice) -> list[nn.Module]: ...
     def __getitem__(self, k: int | slice) -> nn.Module | list[nn.Module]:
         self._complete()
-        for place in range(len(self))[k] if isinstance(k, slice) else [range(len(self))[k]]:
-            self._renew(place)
+        places = range(len(self))[k]
+        for place in (places,) if isinstance(places, int) else places:
+            self._renew(place, self._copied[place])
         return self._levels[k]
 
     def __len__(self) -> int:
@@ -137,9 +138,8 @@ class Levels(Sequence[nn.Module]):
 
     def refresh(self) -> None:
         """Look for the storage again: to be called when tensors have moved (to a device, by surgery)."""
-        for k, level in enumerate(self._levels[:-1]):
-            for path, name, view in self._iterate_views(k):
-                getattr(level.get_submodule(path), name).data = view.detach()
+        for k in range(len(self) - 1):
+            self._renew(k, ((path, name) for path, name, _ in iterate_shared(self.net)))
 
     @torch.no_grad()
     def permute(self, index: Mapping[str, Tensor]) -> None:

@@ -300,7 +300,7 @@ class AxisTracker:
             return False
         if size is not None and not self.follow_size(size, axis.reshape(groups, -1)[:, 0]):
             return False
-        self.elements.join(axis, groups)
+        self.elements.tie_parts(list(axis.reshape(groups, -1).T))  # the first of all, the second of all …
         self.joined[node] = axis
         return True
 

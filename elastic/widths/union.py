@@ -77,10 +77,6 @@ class ChannelUnion:
                 self._tied.append(part)
         return parts[0]
 
-    def join(self, axis: Axis, groups: int) -> Axis:
-        """Let the channels of each of so many equal groups come and go together; return one of each."""
-        return self.tie_parts(list(axis.reshape(groups, -1).T))
-
     def fix(self, axis: Axis | None, reason: str) -> None:
         """Keep the channels of an axis as they are; the first reason counts."""
         if axis is not None:

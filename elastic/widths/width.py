@@ -30,9 +30,8 @@ class Slot:
 
     `role` is "out" where a layer writes its channels (weight dim 0, or 1 of a transposed convolution or an
     embedding), "in" where it reads them (the other one), "per_channel" for what is merely carried a channel
-    (bias, norms), and "depthwise" where the layer also has groups of them in number (depthwise
-    convolution, group norm). A `tensor` of "" stands for a layer without tensors whose
-    attributes count channels.
+    (bias, norms), and "depthwise" where the number of the layer's groups follows, too (depthwise convolution,
+    group norm). A `tensor` of "" stands for a layer without tensors whose attributes count channels.
     """
 
     module: str

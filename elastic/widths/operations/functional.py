@@ -19,6 +19,7 @@ from elastic.widths.operations.interface import (
     get_value,
     list_axes,
 )
+from elastic.widths.operations.layers import join_or_tie
 from elastic.widths.operations.weights import (
     SPACE,
     list_stored,
@@ -139,9 +140,7 @@ def normalize_groups_with(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow group norm: whole groups come and go where their number can follow; else all change alike."""
     x, groups = get_axes(get_input(node)), get_argument(node, 1, "num_groups")
     tracker.fix(x[2:], node, SPACE)
-    if x[1] is not None and not tracker.join(x[1], get_value(groups), node, groups):
-        tracker.elements.tie(x[1], get_value(groups))
-        tracker.mix(x[1:2], node, "normalises over its channels")
+    join_or_tie(tracker, node, x[1], get_value(groups), groups)
     for position, name in ((2, "weight"), (3, "bias")):
         _record(tracker, node, get_argument(node, position, name), 0, x[1])
     return x

@@ -13,6 +13,7 @@ from elastic.widths.operations.interface import (
     get_input,
 )
 from elastic.widths.operations.weights import SPACE, read_and_write, read_and_write_transposed
+from elastic.widths.union import Axis
 
 
 def convolve(tracker: Tracker, node: fx.Node) -> Axes:
@@ -79,13 +80,19 @@ def normalize_groups(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow group norm: whole groups come and go, which the others do not feel, or all change alike."""
     layer, x = tracker.get_layer(node, nn.GroupNorm), get_axes(get_input(node))
     tracker.fix(x[2:], node, SPACE)
-    is_joined = x[1] is not None and tracker.join(x[1], layer.num_groups, node)
-    if x[1] is not None and not is_joined:
-        tracker.elements.tie(x[1], layer.num_groups)
-        tracker.mix(x[1:2], node, "normalises over its channels")
+    is_joined = join_or_tie(tracker, node, x[1], layer.num_groups)
     for tensor in _list_norm_tensors(layer):
         tracker.record(str(node.target), tensor, 0, "depthwise" if is_joined else "per_channel", x[1])
     return x
+
+
+def join_or_tie(tracker: Tracker, node: fx.Node, axis: Axis | None, groups: int, size: object = None) -> bool:
+    """Let whole groups of a norm come and go, or else all change alike; tell which, see `Tracker.join`."""
+    if axis is None or tracker.join(axis, groups, node, size):
+        return axis is not None
+    tracker.elements.tie(axis, groups)
+    tracker.mix([axis], node, "normalises over its channels")
+    return False
 
 
 def normalize_layer(tracker: Tracker, node: fx.Node) -> Axes:
