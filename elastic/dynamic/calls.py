@@ -51,7 +51,8 @@ def require_one_call(traced: fx.GraphModule, path: str) -> str:
         calls = graph.find_nodes(op="call_module", target=path)
         if len(calls) != 1:
             mode = "" if graph is traced.graph else " in training"
-            raise StructureError(f"{path} is used {len(calls)} times{mode}")
+            count = f"used {len(calls)} times" if calls else "never called as a layer"
+            raise StructureError(f"{path} is {count}{mode}")
         norms.update(find_norm(traced, call).target for call in calls)
     if len(norms) > 1:
         raise StructureError(f"{path} has a norm right behind it in one mode alone")

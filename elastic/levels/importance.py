@@ -21,7 +21,7 @@ from elastic.widths.discovery import discover
 from elastic.widths.hooks import quiet_hooks
 from elastic.widths.inputs import Example, list_inputs
 from elastic.widths.mode import set_mode
-from elastic.widths.parameters import get_original, get_weight
+from elastic.widths.parameters import get_original, get_weight, get_weight_name
 from elastic.widths.width import Slot, Width, Widths
 
 Importance = Literal["l2", "l1", "taylor", "norm", "gate"]
@@ -156,7 +156,8 @@ def _measure_gradients(model: nn.Module, batches: Batches | None, loss: Loss) ->
     with quiet_hooks(replica):
         for x, y_B in batches or ():
             torch.autograd.backward(loss(replica(*list_inputs(x)), y_B))
-    weights = {path: get_original(layer, "weight") for path, layer in replica.named_modules()}
+    layers = dict(replica.named_modules())
+    weights = {path: get_original(layer, get_weight_name(layer)) for path, layer in layers.items()}
     products = {
         path: weight.detach() * weight.grad
         for path, weight in weights.items()

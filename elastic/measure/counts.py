@@ -19,7 +19,13 @@ from elastic.widths.hooks import quiet_hooks
 from elastic.widths.inputs import Example, count_batch, list_inputs, select_samples
 from elastic.widths.matching import require_widths
 from elastic.widths.mode import set_mode
-from elastic.widths.parameters import ChannelParametrization, get_original, get_weight, list_chains
+from elastic.widths.parameters import (
+    ChannelParametrization,
+    get_original,
+    get_weight,
+    get_weight_name,
+    list_chains,
+)
 from elastic.widths.tracing import WithoutData, drop_data, make_meta_copy
 from elastic.widths.width import Widths
 
@@ -127,7 +133,7 @@ def _count_deformed(_x: Size, weight: Size, *_: Any, out_shape: Size, **__: Any)
 
 def _is_layer(module: nn.Module) -> bool:
     """Tell whether a module is one of torch's layers, or one of a program's own with a weight to multiply."""
-    weight = get_original(module, "weight")
+    weight = get_original(module, get_weight_name(module))
     has_parts = any(name != "parametrizations" for name, _ in module.named_children())
     is_own = not has_parts and isinstance(weight, Tensor) and weight.dim() > 1
     return is_own or isinstance(module, COUNTED)

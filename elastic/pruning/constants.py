@@ -4,16 +4,18 @@ What nothing writes may still hold a constant (a norm's shift, a bias). The netw
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from elastic.widths.hooks import quiet_hooks
 from elastic.widths.inputs import Example, draw_inputs
 from elastic.widths.parameters import get_weight
+from elastic.widths.tracing.norms import WEIGHTED
 from elastic.widths.width import Slot, Width, Widths
 
 # Layers whose input is what their weight multiplies are known by their forward: that of a subclass may do
@@ -45,19 +47,24 @@ class Move(NamedTuple):
 # --- observing --------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def observe_constants(model: nn.Module, layers: Iterable[str], example: Example) -> dict[str, Tensor]:
     """Find, for each layer, the constant that each of its input channels holds, or NaN where it varies.
 
-    The model runs, in the mode it is in, on noise of the example's shape. Layers whose forward is not that of
-    a stock convolution or linear layer are left out.
+    The model runs, in the mode it is in, on noise of the example's shape. Of layers whose forward is not that
+    of a stock convolution or linear layer, zeros alone are known, and that where functions are given both
+    these channels and what is computed of the layer's weight.
     """
     noise = draw_inputs(model, example, torch.Generator().manual_seed(0), samples=len(SCALES))
     for x in noise:
         if x.is_floating_point() and x.dim() > 1 and len(x) == len(SCALES):
             _scale_thirds(x)
     device = next(model.parameters()).device
-    with quiet_hooks(model), _watch(model, layers) as constants:
+    readers = {path: model.get_submodule(path) for path in layers}
+    own = {path: layer for path, layer in readers.items() if not has_forward_of(layer, READERS)}
+    constants: dict[str, Tensor] = {}
+    watch = _FunctionWatch(own, constants) if own else nullcontext()
+    # What a weight is computed of is known by its gradient.
+    with quiet_hooks(model), torch.set_grad_enabled(bool(own)), _watch(readers, constants), watch:
         model(*(x.to(device) for x in noise))
     return {path: values.cpu() for path, values in constants.items()}
 
@@ -69,26 +76,56 @@ def _scale_thirds(noise: Tensor) -> None:
 
 
 @contextmanager
-def _watch(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """Record the constants of each layer's input channels while the model runs."""
-    constants: dict[str, Tensor] = {}
+def _watch(layers: Mapping[str, nn.Module], constants: dict[str, Tensor]) -> Iterator[None]:
+    """Record the constants of each stock layer's input channels while the model runs."""
 
     def look(path: str, layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        values = _find_constants(layer, args[0] if args else kwargs["input"])
-        if path in constants:  # the layer is called several times
-            values = values.where(values == constants[path], torch.nan)
-        constants[path] = values
+        _record(constants, path, _find_constants(layer, args[0] if args else kwargs["input"]))
 
     hooks = []
-    for path in layers:
-        layer = model.get_submodule(path)
+    for path, layer in layers.items():
         if has_forward_of(layer, READERS):
             hooks.append(layer.register_forward_pre_hook(partial(look, path), with_kwargs=True))
     try:
-        yield constants
+        yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+class _FunctionWatch(TorchFunctionMode):
+    """Record which input channels of functions are zero, for the layers whose weights they are given."""
+
+    def __init__(self, layers: Mapping[str, nn.Module], constants: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.layers, self.constants = layers, constants
+        self.paths = {id(get_weight(layer)): path for path, layer in layers.items()}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(zip(("input", "weight"), args, strict=False)) | (kwargs or {})
+        if func in WEIGHTED:
+            for path in self._find_sources(given["weight"]):
+                values = _find_constants(self.layers[path], given["input"])
+                _record(self.constants, path, values.where(values == 0, torch.nan))
+        return func(*args, **(kwargs or {}))
+
+    def _find_sources(self, weight: Tensor) -> set[str]:
+        """Find the layers whose weights a tensor is, or is computed of."""
+        visited, pending = set[Any](), [weight.grad_fn]
+        stored: list[Tensor] = [weight]
+        while pending:
+            function = pending.pop()
+            if function is not None and function not in visited:
+                visited.add(function)
+                pending += [source for source, _ in function.next_functions]
+                stored += [function.variable] if hasattr(function, "variable") else []
+        return {self.paths[id(tensor)] for tensor in stored if id(tensor) in self.paths}
+
+
+def _record(constants: dict[str, Tensor], path: str, values: Tensor) -> None:
+    """Note constants of a layer's input channels; what it has found in another call has to be the same."""
+    known = constants.get(path, values)
+    constants[path] = values.where(values == known, torch.nan)
 
 
 def _find_constants(layer: nn.Module, x: Tensor) -> Tensor:

@@ -16,9 +16,14 @@ from torch.nn.utils import parametrize
 
 from elastic.errors import OptionError, StructureError
 from elastic.widths.matching import require_widths
-from elastic.widths.parameters import ChannelParametrization, get_weight, list_parametrizations
+from elastic.widths.parameters import (
+    ChannelParametrization,
+    get_weight,
+    get_weight_name,
+    list_parametrizations,
+)
 from elastic.widths.tracing import find_following_norms
-from elastic.widths.width import Widths
+from elastic.widths.width import Slot, Widths
 
 Grain = Literal["weight", "kernel", "block", "channel"]
 START = 1.0
@@ -142,7 +147,7 @@ def attach_gates(
         slot.module: slot for width in widths.values() for role in roles for slot in width.slots_with(role)
     }
     norms = find_following_norms(model, *widths.example) if grain == "channel" else {}
-    reasons = {path: reason for path in layers if (reason := _find_hindrance(model, widths, path))}
+    reasons = {path: why for path, slot in layers.items() if (why := _find_hindrance(model, widths, slot))}
     if layers.keys() == reasons.keys():
         raise StructureError(f"no layer can have gates: {'; '.join(dict.fromkeys(reasons.values()))}")
     for path, slot in layers.items():
@@ -156,17 +161,17 @@ def attach_gates(
             weight = get_weight(root.get_submodule(path))
             gate = Gate(weight, grain, grace, channel)
             gate.score.requires_grad_(weight.requires_grad)
-            _register(root, [(path, "weight"), *companions], gate)
+            _register(root, [(path, slot.tensor), *companions], gate)
 
 
-def _find_hindrance(model: nn.Module, widths: Widths, path: str) -> str | None:
+def _find_hindrance(model: nn.Module, widths: Widths, slot: Slot) -> str | None:
     """Say what keeps a layer from having gates."""
-    layer = model.get_submodule(path)
-    if path in widths.untrained or not get_weight(layer).requires_grad:
+    layer = model.get_submodule(slot.module)
+    if slot.module in widths.untrained or not get_weight(layer).requires_grad:
         return "weights are frozen"
-    if path in widths.written:
+    if slot.module in widths.written:
         return "the forward changes weights, which a gate would hide from it"
-    if "weight" in vars(layer):
+    if slot.tensor in vars(layer):
         return "a hook computes weights: use torch.nn.utils.parametrizations.weight_norm"
     return None
 
@@ -183,7 +188,7 @@ def iterate_gates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Gate]]:
     """Yield every gate once, with the path and the layer whose weight it gates."""
     visited: set[nn.Module] = set()
     for path, module in model.named_modules():
-        for gate in list_parametrizations(module, "weight"):
+        for gate in list_parametrizations(module, get_weight_name(module)):
             # A norm's gate is that of the layer before.
             if isinstance(gate, Gate) and gate not in visited and get_weight(module).dim() > 1:
                 visited.add(gate)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from elastic.measure.counts import count_nonzero, locate_parameters
 from elastic.pruning.folding import compute_mask
-from elastic.widths.parameters import get_original, get_weight, list_parametrizations
+from elastic.widths.parameters import get_original, get_weight, get_weight_name, list_parametrizations
 from elastic.widths.width import Width, Widths
 
 Key = tuple[str, str]  # (layer, tensor)
+BIAS = "bias"
 
 
 class Entries(NamedTuple):
@@ -52,7 +53,7 @@ def count_live_macs(model: nn.Module, widths: Widths, uses: Mapping[str, float])
     sizes = {
         path: int(entry.open[alive[path, name]].sum())
         for (path, name), entry in entries.items()
-        if name == "weight"
+        if name != BIAS
     }
     return sum(
         use * (sizes[path] if path in sizes else get_weight(model.get_submodule(path)).numel())
@@ -92,7 +93,7 @@ def _drop_dead_channels(
             lines.append((slot, np.moveaxis(alive[key], axis, 0), widths.locate(slot, width.name)))
     is_read, is_written = np.zeros((2, width.size), dtype=bool)
     for slot, line, positions in lines:
-        if slot.role in ("in", "out") or slot.tensor == "bias":  # a constant is written, too
+        if slot.role in ("in", "out") or slot.tensor == BIAS:  # a constant is written, too
             lives_here = is_read if slot.role == "in" else is_written
             lives_here |= np.any(line.reshape(len(line), -1), axis=1)[positions].any(1)
     lives = is_read & is_written
@@ -106,7 +107,7 @@ def read_entries(model: nn.Module, widths: Widths) -> tuple[dict[Key, Entries], 
     """Read the entries of all tensors on which channels lie, and the count of the other `params`."""
     dims: dict[Key, set[int]] = {}
     for slot in (slot for width in widths.values() for slot in width.slots):
-        if slot.tensor in ("weight", "bias"):
+        if slot.tensor in (get_weight_name(model.get_submodule(slot.module)), BIAS):
             dims.setdefault((slot.module, slot.tensor), set()).add(slot.dim)
     layers = {(path, tensor): model.get_submodule(path) for path, tensor in dims}
     stored = {key: _get_stored(layer, key[1]) for key, layer in layers.items()}

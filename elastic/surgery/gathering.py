@@ -8,6 +8,7 @@ from torch import Tensor
 
 from elastic.surgery.fresh import Fresh, Patch, draw_he_normal
 from elastic.surgery.layers import LayerTensor
+from elastic.widths.parameters import WEIGHT
 from elastic.widths.width import Slot
 
 ROUNDINGS = 16  # a norm is computed to within so many units in the last place
@@ -25,7 +26,7 @@ def gather_with_fresh(
     layer: str, item: LayerTensor, moves: Sequence[Move], fresh: Fresh, generator: torch.Generator
 ) -> Tensor:
     """Re-index a layer's tensor; a strategy fills the fresh entries of a weight."""
-    if item.has_fresh_strategy and _holds_gains(item, moves):
+    if item.has_fresh_strategy and _is_carried(item, moves):
         item = replace(item, fill=None, has_fresh_strategy=False)
     value = gather(item, moves)
     if not item.has_fresh_strategy:
@@ -40,10 +41,12 @@ def gather_with_fresh(
     return keep_memory_format(weight.transpose(0, 1) if is_transposed else weight, item.value)
 
 
-def _holds_gains(item: LayerTensor, moves: Sequence[Move]) -> bool:
-    """Tell whether what is called a weight is one scalar a channel, as a norm's of shape (1, C, 1, 1) is."""
-    sizes = [item.value.shape[move.slot.dim] for move in moves if move.slot.role == "per_channel"]
-    return len(sizes) == len(moves) == 1 and sizes[0] == item.value.numel()
+def _is_carried(item: LayerTensor, moves: Sequence[Move]) -> bool:
+    """Tell whether a tensor is no layer's weight: one scalar a channel, or of a name that says nothing."""
+    if any(move.slot.role != "per_channel" for move in moves):
+        return False
+    is_scalar = len(moves) == 1 and item.value.shape[moves[0].slot.dim] == item.value.numel()
+    return is_scalar or any(move.slot.tensor != WEIGHT for move in moves)
 
 
 def gather(item: LayerTensor, moves: Sequence[Move]) -> Tensor:

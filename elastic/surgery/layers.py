@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from elastic.widths.operations.interface import ATTRIBUTE
-from elastic.widths.parameters import WeightNorm, find_weight_norm, get_original, list_gates
+from elastic.widths.parameters import WeightNorm, find_weight_norm, get_original, get_weight_name, list_gates
 from elastic.widths.tracing.sizes import write_size
 
 NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -56,7 +56,7 @@ def _describe(module: nn.Module, tensor: str, value: Tensor) -> LayerTensor:
         return LayerTensor(value, dims, 1.0)
     if isinstance(module, nn.Embedding):
         return LayerTensor(value, dims, None)  # of gains, shifts or features alike
-    if tensor == "weight" and value.dim() > 1:
+    if tensor == get_weight_name(module) and value.dim() > 1:
         return LayerTensor(value, dims, 0.0, has_fresh_strategy=True)
     return LayerTensor(value, dims, NEUTRAL.get(tensor))
 

@@ -10,6 +10,8 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.weight_norm import WeightNorm as HookedWeightNorm
 
+WEIGHT = "weight"  # the name of what torch's layers multiply their input by
+
 
 class ChannelParametrization(nn.Module):
     """Carry tensors of one's own that follow the channels of the tensor that is parametrized.
@@ -131,14 +133,29 @@ def get_original(module: nn.Module, tensor: str) -> Tensor | None:
     return chain.original
 
 
+def get_weight_name(layer: nn.Module) -> str:
+    """Get the name of what a layer multiplies its input by: the only matrix that it has, or `weight`."""
+    weight = layer._parameters.get(WEIGHT)
+    if WEIGHT in vars(layer) or (weight is not None and weight.dim() > 1):  # of most, found at once
+        return WEIGHT  # which a hook may compute
+    names = [name for name in (*layer._parameters, *list_chains(layer)) if _is_matrix(layer, name)]
+    return names[0] if len(names) == 1 else WEIGHT
+
+
+def _is_matrix(layer: nn.Module, tensor: str) -> bool:
+    """Tell whether a tensor has several entries on several dimensions, as a kernel has."""
+    value = get_original(layer, tensor)
+    return value is not None and value.dim() > 1 and value.numel() > max(value.shape)
+
+
 def get_weight(layer: nn.Module) -> Tensor:
     """Get what a convolution or linear layer stores for its weight, before any gate, see `get_original`."""
-    weight = get_original(layer, "weight")
+    weight = get_original(layer, get_weight_name(layer))
     assert weight is not None
     return weight
 
 
 def compute_weight(layer: nn.Module) -> Tensor:
     """Compute a layer's weight before any gate."""
-    norm = find_weight_norm(layer, "weight")
+    norm = find_weight_norm(layer, get_weight_name(layer))
     return get_weight(layer) if norm is None else norm.compute_weight()

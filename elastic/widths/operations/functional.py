@@ -27,6 +27,7 @@ from elastic.widths.operations.weights import (
     read_and_write,
     read_and_write_transposed,
 )
+from elastic.widths.parameters import get_weight_name
 from elastic.widths.union import Axis
 
 
@@ -175,10 +176,9 @@ def rectify_with(tracker: Tracker, node: fx.Node) -> Axes:
 def _read_weight(tracker: Tracker, node: fx.Node, is_depthwise: bool = False) -> tuple[Axes, Place]:
     """Read the axes of the input, and where the weight is stored."""
     place = locate_source(tracker, get_argument(node, 1, "weight"))
-    if (
-        place.tensor != "weight" and not is_depthwise
-    ):  # surgery knows by this name what is no scalar a channel
-        raise NotFollowed(f"is given '{place.tensor}', which is not called 'weight'")
+    is_weight = place.tensor == get_weight_name(tracker.get_module(place.module))
+    if not is_weight and not is_depthwise:  # surgery knows by the name what is no scalar a channel
+        raise NotFollowed(f"is given '{place.tensor}', one of several weights of a module")
     return get_axes(get_input(node)), place
 
 

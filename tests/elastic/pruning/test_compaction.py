@@ -597,11 +597,38 @@ class Shifted(nn.Conv2d):
 def test_nothing_is_known_of_what_another_forward_reads() -> None:
     layer = Shifted(3, 4, 1)
     assert not keeps_constants(layer)
-    assert observe_constants(nn.Sequential(layer), ["0"], X) == {}
+    assert observe_constants(nn.Sequential(layer), ["0"], torch.zeros_like(X))["0"].isnan().all()
     layer = nn.Conv2d(3, 4, 1)
     assert keeps_constants(layer) and list(observe_constants(nn.Sequential(layer), ["0"], X)) == ["0"]
     layer.forward = lambda x: x  # type: ignore[method-assign]
     assert not keeps_constants(layer) and observe_constants(nn.Sequential(layer), ["0"], X) == {}
+
+
+class ScaledConv(nn.Conv2d):
+    """Pads by itself, and scales its weight."""
+
+    edge = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (1, 0, 1, 0), value=self.edge)
+        return F.conv2d(x, self.weight * 0.5, bias=self.bias)
+
+
+@pytest.mark.parametrize("edge", [0.0, 1.0])
+def test_zeros_are_known_where_a_function_reads_them(edge: float) -> None:
+    """Closed channels go where convolutions have forwards of their own, unless these put something in."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *(ScaledConv(3, 6, 2), nn.BatchNorm2d(6), nn.ReLU(), ScaledConv(6, 8, 2), nn.ReLU()),
+        *(ScaledConv(8, 5, 2), head(5)),
+    ).eval()
+    net[3].edge = edge
+    gates.attach_gates(net, discover(net, X), "channel")
+    for _, _, gate in gates.iterate_gates(net):
+        gates.set_score(gate, torch.where(torch.arange(len(gate.score)) < 3, 1.0, -1.0).view_as(gate.score))
+    small = compact(net, X)
+    close(small(X), net(X))
+    assert [small[i].weight.shape[0] for i in (0, 3, 5)] == [3 if edge == 0 else 6, 3, 3]
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,10 @@ FOLLOWED: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
         set(),
     ),
     "another weight": (lambda: one(HalvedConv(8, 8, 1)), {"one"}),
+    "a weight of another name": (
+        lambda: between(lambda m, x: F.conv2d(x, m.kernel), kernel=nn.Parameter(torch.randn(8, 8, 1, 1))),
+        {"kernel"},
+    ),
     "keywords": (
         lambda: between(
             lambda m, x: F.conv2d(input=x, weight=m.weight, padding=1),
@@ -198,9 +202,13 @@ def test_a_gated_subclass_is_not_taken_for_its_base() -> None:
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "flipped": (lambda: one(FlippedConv(8, 8, 1)), "conv2d"),
-    "a weight of another name": (
-        lambda: between(lambda m, x: F.conv2d(x, m.kernel), kernel=nn.Parameter(torch.randn(8, 8, 1, 1))),
-        "is given 'kernel', which is not called 'weight'",
+    "two weights of one module": (
+        lambda: between(
+            lambda m, x: F.conv2d(F.conv2d(x, m.first), m.second),
+            first=nn.Parameter(torch.randn(8, 8, 1, 1)),
+            second=nn.Parameter(torch.randn(8, 8, 1, 1)),
+        ),
+        "is given 'first', one of several weights of a module",
     ),
     "layer norm of a number": (
         lambda: between(lambda m, x: F.layer_norm(x.transpose(1, 3), (8,)).transpose(1, 3)),
