@@ -18,6 +18,7 @@ from elastic.pruning.constants import (
     Reading,
     keeps_constants,
     observe_constants,
+    observe_zeros_in_training,
     plan_move,
     read_constants,
 )
@@ -172,7 +173,10 @@ class Emptying:
     @cached_property
     def _constants(self) -> dict[str, Tensor]:
         readers = {slot.module for name in self.dead for slot in self.widths[name].slots_with("in")}
-        return observe_constants(self.model, readers, self.example)
+        constants = observe_constants(self.model, readers, self.example)
+        if remaining := readers - constants.keys():  # auxiliary heads, which are called in training alone
+            constants |= observe_zeros_in_training(self.model, remaining, self.example)
+        return constants
 
     @cached_property
     def _norms(self) -> dict[str, str]:

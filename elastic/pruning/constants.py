@@ -4,18 +4,20 @@ What nothing writes may still hold a constant (a norm's shift, a bias). The netw
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from elastic.widths.copying import copy_module
 from elastic.widths.hooks import quiet_hooks
 from elastic.widths.inputs import Example, draw_inputs
+from elastic.widths.mode import set_mode
 from elastic.widths.parameters import get_weight
-from elastic.widths.tracing.norms import WEIGHTED
 from elastic.widths.width import Slot, Width, Widths
 
 # Layers whose input is what their weight multiplies are known by their forward: that of a subclass may do
@@ -23,6 +25,15 @@ from elastic.widths.width import Slot, Width, Widths
 CONVOLUTIONS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 TRANSPOSED = (nn.ConvTranspose1d.forward, nn.ConvTranspose2d.forward, nn.ConvTranspose3d.forward)
 READERS = (nn.Linear.forward, *CONVOLUTIONS, *TRANSPOSED)
+FUNCTIONS = (
+    F.conv1d,
+    F.conv2d,
+    F.conv3d,
+    F.conv_transpose1d,
+    F.conv_transpose2d,
+    F.conv_transpose3d,
+    F.linear,
+)
 # Noise of many scales, so that what saturates on one of them varies on another: thirds of each sample, side
 # by side. Few samples, since most of the time that compaction takes is theirs.
 SCALES = ((0, 0.1, 1), (0.3, 3, 10), (1, 30, 100))
@@ -69,6 +80,18 @@ def observe_constants(model: nn.Module, layers: Iterable[str], example: Example)
     return {path: values.cpu() for path, values in constants.items()}
 
 
+def observe_zeros_in_training(model: nn.Module, layers: Iterable[str], example: Example) -> dict[str, Tensor]:
+    """Find, for each layer that is called in training, which input channels are zero there: NaN for others.
+
+    Nothing is known where the model does not run in training on inputs alone.
+    """
+    replica = set_mode(copy_module(model), True)
+    with torch.random.fork_rng(devices=[]), suppress(Exception):  # dropout draws; the forward is its own
+        constants = observe_constants(replica, layers, example)
+        return {path: values.where(values == 0, torch.nan) for path, values in constants.items()}
+    return {}
+
+
 def _scale_thirds(noise: Tensor) -> None:
     for sample, scales in zip(noise, SCALES, strict=True):
         for third, scale in zip(sample.chunk(3, -1), scales, strict=False):  # an input may have one entry
@@ -103,7 +126,7 @@ class _FunctionWatch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(zip(("input", "weight"), args, strict=False)) | (kwargs or {})
-        if func in WEIGHTED:
+        if func in FUNCTIONS:
             for path in self._find_sources(given["weight"]):
                 values = _find_constants(self.layers[path], given["input"])
                 _record(self.constants, path, values.where(values == 0, torch.nan))

@@ -1,5 +1,6 @@
 """Find channels that do nothing: those that nothing reads, and those that nothing writes."""
 
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 
@@ -37,9 +38,12 @@ def find_removable_channels(model: nn.Module, widths: Widths, example: Example) 
     candidates = [separate[name] for name in separate if (unwritten[name] & ~unread[name]).any()]
     readers = {slot.module for width in candidates for slot in width.slots_with("in")}
     # Of the unwritten ones those stay that hold a constant other than zero: a norm's shift, a bias.
-    for constants in _observe_both_modes(model, readers, example) if readers else ():
+    modes = list(_observe_both_modes(model, readers, example)) if readers else []
+    for constants in modes:
+        # What reads them in one mode alone, such as an auxiliary head, does not mind the other.
+        known = ChainMap(constants, *modes)
         for width in candidates:
-            for _, values in read_constants(widths, width, constants):
+            for _, values in read_constants(widths, width, known):
                 unwritten[width.name] &= (values == 0).all(1)
     return list_kept({name: unread[name] | unwritten[name] for name in separate})
 

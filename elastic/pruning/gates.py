@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from elastic.errors import OptionError, StructureError
+from elastic.pruning.companions import find_companions
 from elastic.widths.matching import require_widths
 from elastic.widths.parameters import (
     ChannelParametrization,
@@ -22,7 +23,6 @@ from elastic.widths.parameters import (
     get_weight_name,
     list_parametrizations,
 )
-from elastic.widths.tracing import find_following_norms
 from elastic.widths.width import Slot, Widths
 
 Grain = Literal["weight", "kernel", "block", "channel"]
@@ -133,8 +133,9 @@ def attach_gates(
 ) -> None:
     """Gate the convolutions, linear layers and embeddings that widths reach, of a model and its copies.
 
-    At channel grain the gain and shift of the norm that follows a layer are gated with it, so that a closed
-    channel is exactly zero; channels that cannot be removed (the logits) are not gated.
+    At channel grain what else has a scalar for each of a layer's channels (its bias, the norm that follows)
+    is gated with it, so that a closed channel is exactly zero, see `elastic.pruning.companions`; channels
+    that cannot be removed (the logits) are not gated.
 
     Raises:
         StructureError: no layer can have gates.
@@ -146,7 +147,7 @@ def attach_gates(
     layers = {
         slot.module: slot for width in widths.values() for role in roles for slot in width.slots_with(role)
     }
-    norms = find_following_norms(model, *widths.example) if grain == "channel" else {}
+    companions = find_companions(model, widths) if grain == "channel" else {}
     reasons = {path: why for path, slot in layers.items() if (why := _find_hindrance(model, widths, slot))}
     if layers.keys() == reasons.keys():
         raise StructureError(f"no layer can have gates: {'; '.join(dict.fromkeys(reasons.values()))}")
@@ -154,14 +155,11 @@ def attach_gates(
         if path in reasons:
             continue
         channel = slot.dim if slot.role == "out" else 1 - slot.dim
-        companions = [(path, "bias")] if grain == "channel" else []
-        if path in norms:
-            companions += [(norms[path], name) for name in ("weight", "bias")]
         for root in (model, *copies):
             weight = get_weight(root.get_submodule(path))
             gate = Gate(weight, grain, grace, channel)
             gate.score.requires_grad_(weight.requires_grad)
-            _register(root, [(path, slot.tensor), *companions], gate)
+            _register(root, [(path, slot.tensor), *companions.get(path, [])], gate)
 
 
 def _find_hindrance(model: nn.Module, widths: Widths, slot: Slot) -> str | None:

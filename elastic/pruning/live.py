@@ -67,7 +67,8 @@ def find_live_entries(entries: Mapping[Key, Entries], widths: Widths) -> dict[Ke
     An entry lives if its own gate is open and its channels are written and read by open gates. A channel that
     dies may leave another one unread or unwritten, so widths are looked at again until none loses any more:
     upwards first, since what nothing reads needs no reader in turn, then downwards. Channels over which
-    statistics are taken together live on, as they do in the compacted network.
+    statistics are taken together live on, as they do in the compacted network. Constants do not count as
+    written: compaction gives nearly all of them to what reads them.
     """
     alive = {key: entry.open > 0 for key, entry in entries.items()}
     sizes = dict.fromkeys(widths, -1)
@@ -93,7 +94,7 @@ def _drop_dead_channels(
             lines.append((slot, np.moveaxis(alive[key], axis, 0), widths.locate(slot, width.name)))
     is_read, is_written = np.zeros((2, width.size), dtype=bool)
     for slot, line, positions in lines:
-        if slot.role in ("in", "out") or slot.tensor == BIAS:  # a constant is written, too
+        if slot.role in ("in", "out"):
             lives_here = is_read if slot.role == "in" else is_written
             lives_here |= np.any(line.reshape(len(line), -1), axis=1)[positions].any(1)
     lives = is_read & is_written

@@ -2,22 +2,19 @@
 
 from collections import defaultdict
 
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from elastic.widths.parameters import get_weight_name
 from elastic.widths.tracing.graph import get_layer, trace
 from elastic.widths.tracing.meta import BATCH_NORM, make_meta_copy
-
-CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-WEIGHTED = (*CONVOLUTIONS, F.linear)
 
 
 def find_following_norms(model: nn.Module, *example: Tensor) -> dict[str, str]:
     """Find, for each layer that one batch norm and nothing else reads, that norm's path."""
     inputs = [x.to("meta") for x in example]
     traced = trace(make_meta_copy(model), *inputs)
-    calls = _list_calls(traced)
+    calls: dict[str, list[fx.Node]] = defaultdict(list)
+    for node in traced.graph.find_nodes(op="call_module"):
+        calls[str(node.target)].append(node)
     norms = {}
     for path, nodes in calls.items():
         readers = [reader for node in nodes for reader in node.users]
@@ -26,18 +23,6 @@ def find_following_norms(model: nn.Module, *example: Tensor) -> dict[str, str]:
             if len(calls[norm]) == 1:
                 norms[path] = norm
     return norms
-
-
-def _list_calls(traced: fx.GraphModule) -> dict[str, list[fx.Node]]:
-    """List the calls of each layer by its path: of itself, and of functions that are given its weight."""
-    calls: dict[str, list[fx.Node]] = defaultdict(list)
-    for node in traced.graph.find_nodes(op="call_module"):
-        calls[str(node.target)].append(node)
-    for node in traced.graph.find_nodes(op="get_attr"):
-        path, _, name = str(node.target).rpartition(".")
-        if name == get_weight_name(traced.get_submodule(path)):
-            calls[path] += [user for user in node.users if user.target in WEIGHTED]
-    return calls
 
 
 def drop_counters(traced: fx.GraphModule) -> None:

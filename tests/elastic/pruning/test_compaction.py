@@ -631,6 +631,29 @@ def test_zeros_are_known_where_a_function_reads_them(edge: float) -> None:
     assert [small[i].weight.shape[0] for i in (0, 3, 5)] == [3 if edge == 0 else 6, 3, 3]
 
 
+def read_by_an_auxiliary_head(m: Any, x: Tensor) -> Tensor:
+    y = m.stem(x).relu()
+    if m.training:
+        m.auxiliary = m.aux(y.mean((2, 3)) + m.shift)
+    return m.head(m.last(y))
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_what_is_read_in_training_alone_goes_where_it_is_zero_there(shift: float) -> None:
+    torch.manual_seed(0)
+    layers = dict(stem=conv(3, 4), last=conv(4, 5), head=head(5), aux=nn.Linear(4, 2))
+    net: Any = Net(read_by_an_auxiliary_head, **layers)
+    net.shift = shift
+    gates.attach_gates(net, discover(net, X), "channel")
+    gate = next(gate for path, _, gate in gates.iterate_gates(net) if path == "stem")
+    gates.set_score(gate, torch.tensor([1.0, -1.0, 1.0, -1.0]).view_as(gate.score))
+    keep = find_removable_channels(net, discover(net, X), X)
+    assert keep.keys() == (set() if shift else {"stem"})
+    small: Any = compact(net, X)
+    close(small(X), evaluated(net))
+    assert small.stem.out_channels == small.aux.in_features == (4 if shift else 2)
+
+
 @pytest.mark.parametrize(
     ("layer", "keeps"),
     [

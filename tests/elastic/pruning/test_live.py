@@ -1,11 +1,14 @@
 """What gates leave, counted while they stand, against the compacted network and entry by entry."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.models import DenseNet, MobileNetV3, ShuffleNetV2
+from torchvision.models.mobilenetv3 import InvertedResidualConfig
 
 from elastic.measure.counts import count_macs, count_macs_per_weight, count_params
 from elastic.models import convnet, resnet20
@@ -42,7 +45,7 @@ def find_masks(model: nn.Module, widths: Widths) -> dict[tuple[str, str], Tensor
             if width.mixed is not None:  # its dead channels are felt by the others
                 continue
             slots = [slot for slot in width.slots if slot.tensor in ("weight", "bias")]
-            written = [slot for slot in slots if slot.role == "out" or slot.tensor == "bias"]
+            written = [slot for slot in slots if slot.role == "out"]
             for channel in range(width.size):
 
                 def lines(slot: Any, channel: int = channel, name: str = name) -> list[Tensor]:
@@ -100,6 +103,46 @@ def test_live_sizes_are_those_of_the_compacted_network() -> None:
     assert count_live_params(net, widths) == count_params(small)
     uses = count_macs_per_weight(net, x)
     assert count_live_macs(net, widths, uses) == count_macs(small, x)
+
+
+def make_small_mobilenet() -> nn.Module:
+    settings = [
+        InvertedResidualConfig(8, 3, 16, 8, True, "HS", 1, 1, 1),
+        InvertedResidualConfig(8, 5, 24, 12, True, "HS", 2, 1, 1),
+        InvertedResidualConfig(12, 3, 32, 12, False, "RE", 1, 1, 1),
+    ]
+    return MobileNetV3(settings, 32, num_classes=5)
+
+
+PUBLISHED = {
+    "mobilenet": make_small_mobilenet,
+    "shufflenet": lambda: ShuffleNetV2([2, 2, 2], [8, 16, 24, 32, 32], num_classes=5),
+    "densenet": lambda: DenseNet(4, (2, 2), 8, bn_size=2, num_classes=5),
+    "resnet": lambda: resnet20(4),
+}
+
+
+@pytest.mark.parametrize("rate", [0.4, 0.8])
+@pytest.mark.parametrize("build", PUBLISHED.values(), ids=PUBLISHED)
+def test_what_lives_of_a_published_network_is_what_compaction_leaves(
+    build: Callable[[], nn.Module], rate: float
+) -> None:
+    """Behind squeeze and excitation, depthwise convolutions, shuffles, and norms of what is joined."""
+    torch.manual_seed(0)
+    net, x = build().eval(), torch.randn(1, 3, 32, 32)
+    for name, parameter in net.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, 0, 0.3)
+    widths = discover(net, x)
+    gates.attach_gates(net, widths, "channel")
+    for _, _, gate in gates.iterate_gates(net):
+        score = torch.where(torch.rand_like(gate.score) < rate, -1.0, 1.0)
+        score.flatten()[0] = 1.0
+        gates.set_score(gate, score)
+    small = compact(net, x)
+    torch.testing.assert_close(small(x), net(x))
+    # But for biases that take over what norms of a DenseNet make of closed channels.
+    assert count_live_params(net, widths) == pytest.approx(count_params(small), rel=0.01)
 
 
 def test_layers_of_fixed_channels_count_as_they_are() -> None:
