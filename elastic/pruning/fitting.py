@@ -15,6 +15,7 @@ from elastic.pruning.gates import (
     count_gated,
     count_open,
     count_open_gates,
+    find_grain,
     iterate_gates,
     set_score,
 )
@@ -91,7 +92,10 @@ def search_count(
 def measure_compacted(
     model: nn.Module, example: Example, by: str = "params", count_zeros: bool = False
 ) -> int:
-    """Measure the network as compaction would leave it: params, or MACs of weights that are not zero.
+    """Measure the network as compaction would leave it: params, or MACs.
+
+    At channel grain they are the MACs that dense kernels execute; at finer grains those of weights that are
+    not zero, of which dense kernels do more.
 
     Args:
         count_zeros: what is exactly zero counts by its gate. What reads a fresh channel is zero behind gates
@@ -107,8 +111,10 @@ def measure_compacted(
     if by == "params":
         return count_params(plain)
     uses = count_macs_per_weight(plain, example)
-    weights = {path: int(get_weight(plain.get_submodule(path)).count_nonzero()) for path in uses}
-    return round(sum(uses[path] * weights[path] for path in uses))
+    weights = {path: get_weight(plain.get_submodule(path)) for path in uses}
+    if find_grain(model) == "channel":
+        return round(sum(use * weights[path].numel() for path, use in uses.items()))
+    return round(sum(use * int(weights[path].count_nonzero()) for path, use in uses.items()))
 
 
 def check_budget_reachable(model: nn.Module, example: Example, target: int, by: str = "params") -> None:

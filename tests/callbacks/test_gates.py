@@ -269,6 +269,14 @@ def test_macs_fall_further_where_they_are_the_aim(tmp_path: Path) -> None:
     assert shares["macs"] < shares["params"]
 
 
+def test_a_budget_of_macs_is_of_dense_kernels_where_whole_channels_go(tmp_path: Path) -> None:
+    """Also where a layer's closed channels stay, since others write them, too: in the trunk of a ResNet."""
+    options = ("callbacks.gates.by=macs", "callbacks.gates.grain=channel", "callbacks.gates.budget=60000")
+    run = fit(tmp_path, *PRUNING, *RESIDUAL, *HARD, *options, "model.width=4", "trainer.max_epochs=3")
+    small = compact(run.module.net, run.module.structure.example)
+    assert 0.9 * 60_000 < counts.count_macs(small, run.module.structure.example) <= 60_000
+
+
 def budgeted(folder: Path, target: int, *options: str) -> Run:
     given = f"callbacks.gates.budget={{_target_: elastic.pruning.budget.Budget, target: {target}}}"
     return fit(folder, *PRUNING, "callbacks.gates.penalty=1e-3", "optimizer.lr=2e-2", given, *options)
