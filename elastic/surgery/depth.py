@@ -1,9 +1,9 @@
 """Grow in depth: a further residual block at the end of a stage enters as an identity.
 
-A stage is an `nn.Sequential` whose last child is a residual block y = act(f(x) + x), f ending in a norm. A
-copy of that block with fresh weights, and with that norm's gain and shift at zero, is the identity: f is
-zero, and act (ReLU or nothing) leaves what the same act has given (He et al. zero the gain likewise, arXiv
-1812.01187, section 3.1). So growth in depth preserves the function, as growth in width does.
+A stage is an `nn.Sequential` whose last child is a residual block y = act(f(x) + x), f ending in a norm or a
+scale. A copy of that block with fresh weights, and with that norm's gain and shift (or the scale) at zero, is
+the identity: f is zero, and act (ReLU or nothing) leaves what the same act has given (He et al. zero the gain
+likewise, arXiv 1812.01187, section 3.1). So growth in depth preserves the function, as growth in width does.
 """
 
 import copy
@@ -18,7 +18,7 @@ from elastic.surgery.fresh import draw_he_normal
 from elastic.surgery.layers import list_tensors
 from elastic.surgery.outputs import list_output_tensors
 from elastic.surgery.reindexing import reindex_copy, resize_index
-from elastic.surgery.residual import find_last_norm
+from elastic.surgery.residual import find_last_tensors
 from elastic.widths.discovery import find_widths
 from elastic.widths.inputs import draw_inputs
 from elastic.widths.matching import require_widths
@@ -30,20 +30,18 @@ from elastic.widths.width import Widths, fix_widths
 REMEDY = "set its Growth's blocks to 0 (callbacks.growth.amount.blocks=0)"
 
 
-def find_stages(model: nn.Module) -> dict[str, str]:
-    """Find the stages that can grow, by path; with each the norm, by its path in a block, that ends f.
+def find_stages(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Find the stages that can grow, by path; with each the parameters that end f, by their paths in a block.
 
     Stages inside the blocks of a stage are left out.
     """
-    stages: dict[str, str] = {}
+    stages: dict[str, tuple[str, ...]] = {}
     for path, module in model.named_modules():
-        is_inner = any(path.startswith(_prefix(outer)) for outer in stages)
+        is_inner = any(path.startswith(_prefix(outer)) for outer, tensors in stages.items() if tensors)
         is_numbered = list(module._modules) == [str(i) for i in range(len(module._modules))]
         if type(module) is nn.Sequential and len(module) and is_numbered and not is_inner:
-            norm = find_last_norm(module[-1])
-            if norm is not None:
-                stages[path] = norm
-    return stages
+            stages[path] = find_last_tensors(module[-1])
+    return {path: tensors for path, tensors in stages.items() if tensors}
 
 
 def get_blocks(model: nn.Module, stage: str) -> nn.Sequential:
@@ -148,14 +146,14 @@ def _compute_outputs(model: nn.Module, widths: Widths) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _make_identity(block: nn.Module, norm: str, generator: torch.Generator) -> nn.Module:
-    """Copy a block with fresh weights and gates, the gain and shift of its last norm at zero."""
+def _make_identity(block: nn.Module, last: Iterable[str], generator: torch.Generator) -> nn.Module:
+    """Copy a block with fresh weights and gates, the parameters that end it at zero."""
     identity = copy.deepcopy(block)
     for path, module in identity.named_modules():
         if "parametrizations" not in path.split("."):  # a gate's own, which its layer stands for
             _start_anew(module, generator)
-    for tensor in ("weight", "bias"):
-        value = get_original(identity.get_submodule(norm), tensor)
+    for path, _, tensor in (name.rpartition(".") for name in last):
+        value = get_original(identity.get_submodule(path), tensor)
         assert value is not None
         value.zero_()
     return identity

@@ -1,35 +1,67 @@
-"""Recognise a residual block y = act(f(x) + x), f ending in a norm with gain and shift."""
+"""Recognise a residual block y = act(f(x) + x), f ending in a norm with gain and shift, or in a scale."""
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from elastic.errors import StructureError
 from elastic.surgery.layers import NORMS
+from elastic.widths.mode import set_mode
 from elastic.widths.parameters import get_original, list_chains, list_foreign
 from elastic.widths.tracing import get_layer, get_operation_name, make_meta_copy, trace
 
 ADDITIONS = {"add", "iadd"}
+PRODUCTS = {"mul", "imul", "multiply"}
 # What leaves its own output as it is.
 IDEMPOTENT = (nn.ReLU, nn.ReLU6, nn.Identity)
 IDEMPOTENT_CALLS = {"relu", "relu6", "output"}
+# What gives zeros for zeros, and passes their gradient on.
+DROPS = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+DROP_CALLS = {"dropout", "dropout1d", "dropout2d", "dropout3d", "stochastic_depth"}
+RESHAPES = {"view", "reshape", "unsqueeze", "getitem"}
 
 
-def find_last_norm(block: nn.Module) -> str | None:
-    """Find the path of the norm that ends f in a block y = act(f(x) + x); None for any other block."""
+def find_last_tensors(block: nn.Module) -> tuple[str, ...]:
+    """Find the parameters that end f in a block y = act(f(x) + x): where they are zero, so is f.
+
+    They are the gain and shift of a norm, or a scale (ConvNeXt, arXiv 2201.03545), by their paths; none for
+    any other block. Dropout, stochastic depth and squeeze and excitation may come behind.
+    """
     if _has_foreign(block) or not _contains_norm(block):
-        return None
+        return ()
     try:
-        graph = trace(make_meta_copy(block)).graph
+        graph = trace(set_mode(make_meta_copy(block))).graph
     except StructureError:
-        return None
+        return ()
     inputs = graph.find_nodes(op="placeholder")
     sums = [n for n in graph.nodes if n.op != "call_module" and _get_name(n) in ADDITIONS]
-    if len(inputs) != 1 or not sums:
-        return None
-    branches = [_skip_identities(node, block) for node in sums[-1].all_input_nodes]
-    norms = [node for node in branches if node is not inputs[0] and _is_affine_norm(node, block)]
-    if len(branches) != 2 or len(norms) != 1 or inputs[0] not in branches:
-        return None
-    return str(norms[0].target) if _ends_idempotent(sums[-1], block) else None
+    if len(inputs) != 1 or not sums or len(sums[-1].all_input_nodes) != 2:
+        return ()
+    first, second = (_skip_drops(node, block) for node in sums[-1].all_input_nodes)
+    branch = first if second is inputs[0] else second if first is inputs[0] else None
+    if branch is None or branch is inputs[0] or not _ends_idempotent(sums[-1], block):
+        return ()
+    return _find_factors(branch, block)
+
+
+def _find_factors(node: fx.Node, block: nn.Module) -> tuple[str, ...]:
+    """Find the parameters with which a node's output is zero: of a norm, or of one factor of a product."""
+    node = _skip_drops(node, block)
+    if _is_affine_norm(node, block):
+        return f"{node.target}.weight", f"{node.target}.bias"
+    for factor in node.all_input_nodes if _get_name(node) in PRODUCTS else ():
+        if tensors := _find_parameter(factor, block) or _find_factors(factor, block):
+            return tensors
+    return ()
+
+
+def _find_parameter(node: fx.Node, block: nn.Module) -> tuple[str, ...]:
+    """Find the parameter that a node gives, in whatever shape."""
+    while node.op != "get_attr" and _get_name(node) in RESHAPES:
+        node = node.all_input_nodes[0]
+    if node.op != "get_attr":
+        return ()
+    path, _, name = str(node.target).rpartition(".")
+    value: Tensor | None = block.get_submodule(path)._parameters.get(name)
+    return () if value is None else (str(node.target),)
 
 
 def _contains_norm(block: nn.Module) -> bool:
@@ -42,9 +74,9 @@ def _has_foreign(block: nn.Module) -> bool:
     return any(list_foreign(module, name) for module in block.modules() for name in list_chains(module))
 
 
-def _skip_identities(node: fx.Node, block: nn.Module) -> fx.Node:
-    """Go back past modules that do nothing."""
-    while isinstance(get_layer(block, node), nn.Identity):
+def _skip_drops(node: fx.Node, block: nn.Module) -> fx.Node:
+    """Go back past what does nothing, or drops something in training."""
+    while isinstance(get_layer(block, node), DROPS) or _get_name(node) in DROP_CALLS:
         node = node.all_input_nodes[0]
     return node
 

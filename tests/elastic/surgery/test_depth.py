@@ -10,6 +10,8 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+from torchvision.models.efficientnet import EfficientNet, MBConvConfig
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from elastic import discover
@@ -29,6 +31,16 @@ X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 NETS: dict[str, Callable[[], nn.Module]] = {
     "resnet20": lambda: resnet20(width=4),
     "resnet18": lambda: torchvision.models.resnet18(num_classes=10),
+    "efficientnet": lambda: EfficientNet(
+        [MBConvConfig(2, 3, 1, *channels, 2) for channels in ((8, 8), (8, 12), (12, 16))],
+        dropout=0.0,
+        stochastic_depth_prob=0.0,
+        num_classes=10,
+        last_channel=16,
+    ),
+    "convnext": lambda: ConvNeXt(
+        [CNBlockConfig(4, 6, 1), CNBlockConfig(6, 8, 2), CNBlockConfig(8, None, 2)], num_classes=10
+    ),
     "bottlenecks": lambda: ResNet(Bottleneck, [2, 2, 2, 2], num_classes=10, width_per_group=8),
 }
 
@@ -44,7 +56,13 @@ def run(net: nn.Module, training: bool) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet20", *(pytest.param(n, marks=pytest.mark.slow) for n in ("resnet18", "bottlenecks"))]
+    "name",
+    [
+        "efficientnet",
+        "convnext",
+        "resnet20",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("resnet18", "bottlenecks")),
+    ],
 )
 def test_a_deeper_network_is_the_same_function(name: str) -> None:
     net = built(name)
@@ -58,6 +76,32 @@ def test_a_deeper_network_is_the_same_function(name: str) -> None:
     assert len(widths) >= len(before) + len(blocks), "the blocks' inner widths are widths, too"
     for training, expected in run_before.items():
         assert torch.equal(run(net, training), expected)
+
+
+class Scaled(BasicBlock):
+    """A branch that is weighed by what it holds, scaled, and dropped in training."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4, 1)
+        self.squeeze, self.scale = nn.Conv2d(4, 4, 1), nn.Parameter(torch.ones(4))
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        h_BCHW = self.bn2(self.conv2(x_BCHW))
+        h_BCHW = h_BCHW * self.squeeze(h_BCHW.mean((2, 3), keepdim=True)).sigmoid()
+        return x_BCHW + self.drop(self.scale.view(1, -1, 1, 1) * h_BCHW)
+
+
+def test_a_branch_may_end_in_a_scale_and_in_what_drops_it() -> None:
+    torch.manual_seed(0)
+    net = wrapped(nn.Sequential(Scaled(), Scaled()))
+    assert find_stages(net) == {"layer": ("scale",)}
+    before = run(net, False)
+    deepen(net, discover(net, X), "layer")
+    assert torch.equal(run(net, False), before)
+    net.train()(X).square().sum().backward()
+    block: Any = net.get_submodule("layer.2")
+    assert block.scale.grad.abs().min() > 0 and not block.scale.any() and block.bn2.weight.any()
 
 
 def test_a_new_block_learns_from_the_first_step_on() -> None:
@@ -292,7 +336,7 @@ def test_of_stages_in_stages_the_outer_ones_grow() -> None:
         def forward(self, x_BCHW: Tensor) -> Tensor:
             return self.relu(self.bn2(self.conv2(self.inner(x_BCHW))) + x_BCHW)  # type: ignore[no-any-return]
 
-    assert find_stages(wrapped(nn.Sequential(Outer(), Outer()))) == {"layer": "bn2"}
+    assert find_stages(wrapped(nn.Sequential(Outer(), Outer()))) == {"layer": ("bn2.weight", "bn2.bias")}
 
 
 def test_layers_parametrized_by_others_are_no_blocks() -> None:
@@ -346,7 +390,7 @@ def test_norms_without_gain_and_children_with_names_are_no_stages() -> None:
     named = nn.Sequential()
     named.add_module("first", BasicBlock(4, 4, 1))
     assert find_stages(nn.Sequential(block)) == find_stages(named) == {}
-    assert find_stages(nn.Sequential(BasicBlock(4, 4, 1))) == {"": "bn2"}
+    assert find_stages(nn.Sequential(BasicBlock(4, 4, 1))) == {"": ("bn2.weight", "bn2.bias")}
     assert find_stages(nn.Sequential(BasicBlock(4, 8, 1))) == {}, "its shortcut is no identity"
 
 
