@@ -39,7 +39,7 @@ def find_companions(model: nn.Module, widths: Widths) -> dict[str, list[tuple[st
     slots = [slot for width in widths.values() for slot in width.slots]
     writers = {slot.module: slot for slot in slots if slot.role == "out"}
     scalars = {(slot.module, slot.tensor): slot for slot in slots if slot.role == "per_channel"}
-    companions: dict[str, list[tuple[str, str]]] = {path: [(path, "bias")] for path in calls}
+    companions: dict[str, list[tuple[str, str]]] = {path: [(path, "bias")] for path in writers}
     for path, leader in leaders.items():
         of_norm = isinstance(traced.get_submodule(path), BATCH_NORM)
         for name in ("weight", "bias") if of_norm else ("bias",):

@@ -159,7 +159,7 @@ def attach_gates(
             weight = get_weight(root.get_submodule(path))
             gate = Gate(weight, grain, grace, channel)
             gate.score.requires_grad_(weight.requires_grad)
-            _register(root, [(path, slot.tensor), *companions.get(path, [])], gate)
+            _register(root, [(path, slot.tensor), *companions.get(path, ())], gate)
 
 
 def _find_hindrance(model: nn.Module, widths: Widths, slot: Slot) -> str | None:
