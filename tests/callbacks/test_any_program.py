@@ -438,6 +438,7 @@ class Silent(Program):
         self(batch[0])
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", [Silent, Underscored])
 @pytest.mark.parametrize(
     ("options", "epochs"),

@@ -160,6 +160,7 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(actual[name], value, rtol=0, atol=0, msg=name)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
 @pytest.mark.parametrize("method", METHODS)
 def test_outputs_of_a_class_of_ones_own_are_trained_as_tensors_are(
@@ -178,6 +179,7 @@ def clear_entries(y: Tensor) -> Tensor:
     return y
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("change", "plain"),
     [(divide, lambda y: y / 2), (clear_entries, lambda y: torch.cat([0 * y[:, :1], y[:, 1:]], 1))],
@@ -190,12 +192,14 @@ def test_a_program_may_write_to_what_its_network_says(
     assert_same(train(method, read=change), train(method, read=plain))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_network_may_write_to_what_it_is_given(method: str) -> None:
     """Levels and teachers see what it was given."""
     assert_same(train(method, before=lambda x: x.sub_(0.5)), train(method, before=lambda x: x - 0.5))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_network_may_return_nothing_when_it_is_brought_into_a_mode(method: str) -> None:
     assert_same(train(method, kind=Silent), train(method))
@@ -217,6 +221,7 @@ def test_what_is_made_of_a_network_that_returns_nothing_is_right(tmp_path: Path)
         torch.testing.assert_close(other(x_BCHW), net(x_BCHW))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_program_may_be_its_network(method: str) -> None:
     torch.manual_seed(0)

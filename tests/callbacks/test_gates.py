@@ -272,7 +272,7 @@ def test_macs_fall_further_where_they_are_the_aim(tmp_path: Path) -> None:
 def test_a_budget_of_macs_is_of_dense_kernels_where_whole_channels_go(tmp_path: Path) -> None:
     """Also where a layer's closed channels stay, since others write them, too: in the trunk of a ResNet."""
     options = ("callbacks.gates.by=macs", "callbacks.gates.grain=channel", "callbacks.gates.budget=60000")
-    run = fit(tmp_path, *PRUNING, *RESIDUAL, *HARD, *options, "model.width=4", "trainer.max_epochs=3")
+    run = fit(tmp_path, *PRUNING, *RESIDUAL, *HARD, *options, "model.width=4", "trainer.max_epochs=2")
     small = compact(run.module.net, run.module.structure.example)
     assert 0.9 * 60_000 < counts.count_macs(small, run.module.structure.example) <= 60_000
 

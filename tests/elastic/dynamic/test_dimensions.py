@@ -102,6 +102,7 @@ def make(name: str) -> tuple[nn.Module, Tensor]:
     return randomised(build()).eval(), torch.randn(3, *shape)
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("method", [*list_methods(), "masked"])
 @pytest.mark.parametrize("name", NETS)
 @torch.no_grad()

@@ -105,6 +105,7 @@ def make(name: str) -> nn.Module:
     return randomised(NETS[name]()).eval()
 
 
+@pytest.mark.sampled(16)
 @pytest.mark.parametrize("method", [*list_methods(), "masked"])
 @pytest.mark.parametrize("name", NETS)
 @torch.no_grad()

@@ -237,6 +237,7 @@ SAYS: dict[str, Any] = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("what", SAYS)
 def test_what_a_file_says_and_cannot_be_is_refused(tmp_path: Path, what: str) -> None:
     net, x, widths = built("convnet")
@@ -295,6 +296,7 @@ def dynamic(levels: Levels | nn.Module, x: Tensor, sets: int = 1) -> Network:
     return Network(levels, nets)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("nest", [False, True])
 @pytest.mark.parametrize("sets", [1, 3])
 def test_modules_come_back_with_their_levels_and_sets(tmp_path: Path, nest: bool, sets: int) -> None:

@@ -43,6 +43,7 @@ def list_kept(net: Any) -> dict[str, Any]:
     return {name: vars(net)[name] for name in ("maps", "named", "first")}
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("is_emptied", PROGRAMS.values(), ids=PROGRAMS)
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("empties", [False, True])

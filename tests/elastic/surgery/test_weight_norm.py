@@ -76,6 +76,7 @@ def train(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     net.eval()
 
 
+@pytest.mark.sampled(6)
 @every_norm
 @every_layer
 def test_a_network_and_its_copy_keep_their_functions(norm: Norm, layer: Callable[[Norm], nn.Module]) -> None:
@@ -124,6 +125,7 @@ def test_norms_that_fresh_readers_leave_change_no_bit() -> None:
     assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("norm", PARAMETRIZED.values(), ids=PARAMETRIZED)
 @every_layer
 @pytest.mark.parametrize("grain", ["weight", "channel"])

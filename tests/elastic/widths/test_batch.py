@@ -64,6 +64,7 @@ def make_net(forward: Forward) -> nn.Module:
     return net.double()
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("forward", FORWARDS.values(), ids=FORWARDS)
 def test_a_trace_is_right_for_batches_of_any_size(forward: Forward, training: bool) -> None:

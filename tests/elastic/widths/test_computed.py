@@ -67,6 +67,7 @@ NUMBERS: dict[str, Callable[[int], Any]] = {
 }
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("compute", NUMBERS.values(), ids=NUMBERS)
 def test_a_number_computed_from_an_attribute_fixes_what_it_counts(compute: Callable[[int], Any]) -> None:
     widths = find_widths(Counting(lambda m, x: x * compute(m.wide)), X)

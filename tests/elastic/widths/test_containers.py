@@ -94,6 +94,7 @@ def run(net: Any, call: nn.Module, empties: Callable[[int], bool]) -> list[Any]:
     return contents
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("empties", PROGRAMS.values(), ids=PROGRAMS)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("forward", KEEPING)

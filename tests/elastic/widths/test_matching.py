@@ -58,6 +58,7 @@ OTHERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
 def test_widths_of_another_network_are_refused_in_a_line(use: Use, make: Callable[[], nn.Module]) -> None:

@@ -141,6 +141,7 @@ def test_widths_are_those_of_the_same_network(way: Way, change: Callable[[Tensor
     assert count_macs(net, X) == count_macs(oracle, X)
 
 
+@pytest.mark.sampled(5)
 @every_way
 @every_change
 @torch.no_grad()

@@ -320,6 +320,7 @@ def test_modules_that_decide_at_random_decide_anew_each_time(method: str) -> Non
             torch.testing.assert_close(drawn(fast, seed), drawn(net, seed), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.skipif(load_kernel() is None, reason="there is no C++ compiler")
 @pytest.mark.parametrize("seen", [False, True])
 @pytest.mark.parametrize(
