@@ -80,14 +80,19 @@ def observe_constants(model: nn.Module, layers: Iterable[str], example: Example)
     return {path: values.cpu() for path, values in constants.items()}
 
 
+def observe_in_training(model: nn.Module, layers: Iterable[str], example: Example) -> dict[str, Tensor]:
+    """Find the constants of `observe_constants` by the statistics of a batch, on a copy of the model."""
+    with torch.random.fork_rng(devices=[]):  # dropout draws
+        return observe_constants(set_mode(copy_module(model), True), layers, example)
+
+
 def observe_zeros_in_training(model: nn.Module, layers: Iterable[str], example: Example) -> dict[str, Tensor]:
     """Find, for each layer that is called in training, which input channels are zero there: NaN for others.
 
     Nothing is known where the model does not run in training on inputs alone.
     """
-    replica = set_mode(copy_module(model), True)
-    with torch.random.fork_rng(devices=[]), suppress(Exception):  # dropout draws; the forward is its own
-        constants = observe_constants(replica, layers, example)
+    with suppress(Exception):  # the model's own forward runs
+        constants = observe_in_training(model, layers, example)
         return {path: values.where(values == 0, torch.nan) for path, values in constants.items()}
     return {}
 

@@ -7,9 +7,8 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from elastic.pruning.constants import observe_constants, read_constants
+from elastic.pruning.constants import observe_constants, observe_in_training, read_constants
 from elastic.pruning.folding import compute_mask
-from elastic.widths.copying import copy_module
 from elastic.widths.inputs import Example
 from elastic.widths.mode import preserve_modes, set_mode
 from elastic.widths.width import Slot, Width, Widths
@@ -64,8 +63,7 @@ def _observe_both_modes(
     """Yield the constants in evaluation mode, then those by the statistics of a batch."""
     with preserve_modes(model):
         yield observe_constants(set_mode(model), readers, example)
-    with torch.random.fork_rng(devices=[]):  # dropout draws
-        yield observe_constants(set_mode(copy_module(model), True), readers, example)
+    yield observe_in_training(model, readers, example)
 
 
 def find_unread(widths: Widths, width: Width, look_up: Lookup) -> Tensor:
