@@ -13,9 +13,7 @@ from elastic.widths.operations.joining import broadcast, convert, pass_on, scale
 from elastic.widths.operations.layers import rectify
 from elastic.widths.operations.spatial import pad, pool, resize
 from elastic.widths.parameters import get_weight_name
-from elastic.widths.tracing import BATCH_NORM, get_layer
-from elastic.widths.tracing.graph import trace
-from elastic.widths.tracing.meta import make_meta_copy
+from elastic.widths.tracing import BATCH_NORM, get_layer, make_meta_copy, trace_modes
 from elastic.widths.width import Slot, Widths
 
 # What makes one map of each.
@@ -27,13 +25,14 @@ def find_companions(model: nn.Module, widths: Widths) -> dict[str, list[tuple[st
 
     They are its bias, and those of norms and depthwise convolutions that are given its maps alone.
     """
-    traced = trace(make_meta_copy(model), *widths.example)
-    paths = {node: path for node in traced.graph.nodes if (path := _find_path(traced, node))}
+    replica = make_meta_copy(model)
+    graph = trace_modes(replica, *widths.example)[0]  # in training, where all is called
+    paths = {node: path for node in graph.nodes if (path := _find_path(replica, node))}
     calls = Counter(paths.values())
     leaders: dict[str, str] = {}
     for node, path in paths.items():
-        if calls[path] == 1 and _treats_each_map(get_layer(traced, node)):
-            source = paths.get(_find_source(traced, node))
+        if calls[path] == 1 and _treats_each_map(get_layer(replica, node)):
+            source = paths.get(_find_source(replica, node))
             if source is not None and calls[source] == 1:
                 leaders[path] = leaders.get(source, source)
     slots = [slot for width in widths.values() for slot in width.slots]
@@ -41,28 +40,28 @@ def find_companions(model: nn.Module, widths: Widths) -> dict[str, list[tuple[st
     scalars = {(slot.module, slot.tensor): slot for slot in slots if slot.role == "per_channel"}
     companions: dict[str, list[tuple[str, str]]] = {path: [(path, "bias")] for path in writers}
     for path, leader in leaders.items():
-        of_norm = isinstance(traced.get_submodule(path), BATCH_NORM)
+        of_norm = isinstance(replica.get_submodule(path), BATCH_NORM)
         for name in ("weight", "bias") if of_norm else ("bias",):
             if _lie_alike(writers.get(leader), scalars.get((path, name))):
                 companions[leader].append((path, name))
     return companions
 
 
-def _find_path(traced: fx.GraphModule, node: fx.Node) -> str | None:
+def _find_path(replica: nn.Module, node: fx.Node) -> str | None:
     """Find the layer that a node calls, or whose weight alone a function is given."""
     if node.op == "call_module":
         return str(node.target)
     weights = [source for source in node.all_input_nodes if source.op == "get_attr"]
     places = [str(weight.target).rpartition(".")[::2] for weight in weights]
-    owners = {path for path, name in places if name == get_weight_name(traced.get_submodule(path))}
+    owners = {path for path, name in places if name == get_weight_name(replica.get_submodule(path))}
     return owners.pop() if node.op == "call_function" and len(owners) == 1 else None
 
 
-def _find_source(traced: fx.GraphModule, node: fx.Node) -> fx.Node:
+def _find_source(replica: nn.Module, node: fx.Node) -> fx.Node:
     """Find what gives the maps that a node is given, through all that makes one map of each."""
     source = node.args[0] if node.args else node
     while isinstance(source, fx.Node) and len(source.all_input_nodes) == 1:
-        if TABLE.find(get_layer(traced, source), source) not in PASSES:
+        if TABLE.find(get_layer(replica, source), source) not in PASSES:
             return source
         source = source.all_input_nodes[0]
     return source if isinstance(source, fx.Node) else node

@@ -63,7 +63,7 @@ def gather(item: LayerTensor, moves: Sequence[Move]) -> Tensor:
         has_fresh = not bool(is_old.all())
         fill = value.new_tensor(0.0 if item.fill is None else item.fill)
         if item.fill is None and has_fresh:
-            fill = value.mean(dim, keepdim=True)
+            fill = value.mean(dim, keepdim=True) if value.is_floating_point() else value.narrow(dim, 0, 1)
         value = value.index_select(dim, index.clamp(min=0))
         if item.has_fresh_strategy and move.slot.role == "in":
             copies = torch.bincount(index[is_old], minlength=1)

@@ -23,8 +23,9 @@ class LayerTensor:
     """Hold a stored tensor that follows its layer's channels.
 
     `dims` are the dimensions on which it has an entry a channel (a gate of coarse grain lacks some);
-    `fill` is what a fresh entry starts with, None for the mean along the axis; `has_fresh_strategy` says that
-    a strategy of `elastic.surgery.fresh` fills it instead; `norm` is what it holds the norms of, if it does.
+    `fill` is what a fresh entry starts with, None for the mean along the axis, or for the first entry where
+    they are no fractions; `has_fresh_strategy` says that a strategy of `elastic.surgery.fresh` fills it
+    instead; `norm` is what it holds the norms of, if it does.
     """
 
     value: Tensor

@@ -28,7 +28,7 @@ from elastic.widths.parameters import find_weight_norm, get_original, list_forei
 from elastic.widths.stock import Records, unite_attributes
 from elastic.widths.tracing import describe_node
 from elastic.widths.tracing.changing import find_written
-from elastic.widths.tracing.concrete import changes_tensor
+from elastic.widths.tracing.expecting import changes_tensor
 from elastic.widths.tracing.graph import shorten
 from elastic.widths.tracing.meta import compute_without_data
 from elastic.widths.tracing.sizes import SizeAttribute

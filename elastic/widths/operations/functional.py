@@ -22,12 +22,12 @@ from elastic.widths.operations.interface import (
 from elastic.widths.operations.layers import join_or_tie
 from elastic.widths.operations.weights import (
     SPACE,
+    is_weight,
     list_stored,
     locate_source,
     read_and_write,
     read_and_write_transposed,
 )
-from elastic.widths.parameters import get_weight_name
 from elastic.widths.union import Axis
 
 
@@ -72,7 +72,7 @@ def _is_spread(tracker: Tracker, weight: fx.Node) -> bool:
 def _is_single(tracker: Tracker, node: fx.Node) -> bool:
     """Tell whether a weight is one kernel, for images of one channel, that is no layer's."""
     weight, has_bias = get_argument(node, 1, "weight"), get_argument(node, 2, "bias") is not None
-    is_layers = any(tracker.locate(source).tensor == "weight" for source in list_stored(tracker, weight))
+    is_layers = any(is_weight(tracker, tracker.locate(source)) for source in list_stored(tracker, weight))
     return get_shape(weight)[:2].numel() == 1 and not has_bias and not is_layers
 
 
@@ -176,8 +176,9 @@ def rectify_with(tracker: Tracker, node: fx.Node) -> Axes:
 def _read_weight(tracker: Tracker, node: fx.Node, is_depthwise: bool = False) -> tuple[Axes, Place]:
     """Read the axes of the input, and where the weight is stored."""
     place = locate_source(tracker, get_argument(node, 1, "weight"))
-    is_weight = place.tensor == get_weight_name(tracker.get_module(place.module))
-    if not is_weight and not is_depthwise:  # surgery knows by the name what is no scalar a channel
+    if (
+        not is_weight(tracker, place) and not is_depthwise
+    ):  # surgery knows by the name what is no scalar a channel
         raise NotFollowed(f"is given '{place.tensor}', one of several weights of a module")
     return get_axes(get_input(node)), place
 

@@ -10,15 +10,19 @@ from elastic.widths.operations.interface import (
     NotFollowed,
     Place,
     Tracker,
+    get_argument,
     get_axes,
     get_input,
     get_operation_name,
     get_shape,
 )
+from elastic.widths.parameters import get_weight_name
 from elastic.widths.union import Axis
 
 PRODUCTS = ("mul", "multiply")
 KEEPS_ZEROS = (*PRODUCTS, "truediv", "div", "divide", "neg", "sign", "abs", "sum", "mean", "getitem")
+CHOICES = ("where", "masked_fill")
+ZEROS = ("zeros_like", "zeros", "new_zeros")
 SPACE = "works on channels as if they were space"
 
 
@@ -35,7 +39,9 @@ def locate_source(tracker: Tracker, weight: fx.Node) -> Place:
         return tracker.locate(weight)
     except NotFollowed:
         axes, shape = get_axes(weight), get_shape(weight)
-        for source in list_stored(tracker, weight):
+        stored = list_stored(tracker, weight)
+        # A mask, say, has the channels of the weight that it is multiplied with, too.
+        for source in sorted(stored, key=lambda node: not is_weight(tracker, tracker.locate(node))):
             own = get_axes(source)
             if get_shape(source)[:2] == shape[:2] and _are_same(tracker, own[:2], axes[:2]):
                 if not _keeps_zeros(weight, source):
@@ -54,6 +60,11 @@ def assign_data(tracker: Tracker, node: fx.Node) -> Axes:
         tracker.unite(axis, other, node)
     tracker.drop(get_axes(weight))  # later uses read them again
     return ()
+
+
+def is_weight(tracker: Tracker, place: Place) -> bool:
+    """Tell whether a stored tensor is what its layer multiplies its input by."""
+    return place.tensor == get_weight_name(tracker.get_module(place.module))
 
 
 def list_stored(tracker: Tracker, weight: fx.Node) -> list[fx.Node]:
@@ -80,8 +91,18 @@ def _keeps_zeros(node: fx.Node, source: fx.Node) -> bool:
     if node is source:
         return True
     name = get_operation_name(node).strip("_")
+    if name in CHOICES:
+        positions = (1, 2) if name == "where" and node.op == "call_function" else (0, 2)
+        return all(_is_zero_with(get_argument(node, position), source) for position in positions)
     factors = node.args[: 2 if name in PRODUCTS else 1] if name in KEEPS_ZEROS else ()
     return any(isinstance(factor, fx.Node) and _keeps_zeros(factor, source) for factor in factors)
+
+
+def _is_zero_with(value: object, source: fx.Node) -> bool:
+    """Tell whether a value is zero, or surely is where a stored tensor is."""
+    if not isinstance(value, fx.Node):
+        return value == 0
+    return get_operation_name(value) in ZEROS or _keeps_zeros(value, source)
 
 
 def _are_same(tracker: Tracker, first: Sequence[Axis | None], second: Sequence[Axis | None]) -> bool:

@@ -13,8 +13,8 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
 from elastic.widths.inputs import count_batch, mark_batched
-from elastic.widths.tracing.concrete import expect_same
 from elastic.widths.tracing.constants import CONSTANT
+from elastic.widths.tracing.expecting import expect_same
 
 
 def resize_batch(example: tuple[Tensor, ...], samples: int) -> tuple[Tensor, ...]:

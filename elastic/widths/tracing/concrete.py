@@ -19,9 +19,16 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
-from elastic.errors import StructureError
 from elastic.widths.copying import ATOMS
 from elastic.widths.tracing.autocast import REGIONS, Region
+from elastic.widths.tracing.expecting import (
+    changes_tensor,
+    depends_on_inputs,
+    expect_default,
+    expect_held,
+    expect_same,
+    is_drawn,
+)
 from elastic.widths.tracing.gradients import GRADIENT
 from elastic.widths.tracing.meta import (
     FORWARD,
@@ -36,57 +43,14 @@ from elastic.widths.tracing.sizes import note_computed_sizes
 NUMPY = {"axis", "out"}  # how NumPy's functions call a method of what is no array
 ALIASES = {"axis": "dim", "keepdims": "keepdim"}  # NumPy's names, which torch takes for its own
 PRODUCT = math.prod  # which torch.fx puts its own in place of while it traces
+DRAWN: Any = 1  # leaves in what is left out at random where a smaller number is drawn, or zero
+DRAWS = "it decides by a number that it draws, which a graph cannot"
 DATA = "it asks for what depends on the data"
 TENSOR_TYPE = type(torch.FloatTensor)
 PLACE = "place"  # in a node's `meta`: the module in whose forward it is
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 # Methods that torch.fx puts its own in place of while it traces.
 PATCHED = {name: getattr(nn.Module, name) for name in ("__call__", "__getattr__")}
-
-
-def expect_same(value: object, expected: object) -> None:
-    """Raise StructureError where a traced network would have gone another way.
-
-    Raises:
-        StructureError: the input is of another shape than that for which the network was traced.
-    """
-    if value != expected:
-        raise StructureError(
-            f"the network was traced for inputs of another shape ({expected} there is {value} here): "
-            "give it inputs of the example's shape"
-        )
-
-
-def expect_held(value: object, expected: object) -> None:
-    """Raise StructureError where a traced network would have gone another way by a number that it holds.
-
-    Raises:
-        StructureError: the number is another one than when the network was traced.
-    """
-    if value != expected:
-        value = value.item() if isinstance(value, Tensor) else value
-        raise StructureError(
-            f"the network was traced where a number that it holds was {expected}, which is {value} now: run "
-            "it once before, so that the number is what it stays"
-        )
-
-
-def expect_default(value: object, default: object, name: str) -> None:
-    """Raise StructureError where a traced network is given another value than the one it was traced with.
-
-    Raises:
-        StructureError: always then.
-    """
-    if type(value) is not type(default) or value != default:
-        raise StructureError(
-            f"the network was traced with {name}={default!r}, as it is by default: leave it out"
-        )
-
-
-def changes_tensor(node: fx.Node) -> bool:
-    """Tell whether a node calls a method that changes its tensor, perhaps also its shape: `unsqueeze_`."""
-    name = str(node.target)
-    return node.op == "call_method" and name.endswith("_") and not name.endswith("__")
 
 
 class ConcreteTracer(fx.Tracer):
@@ -98,10 +62,15 @@ class ConcreteTracer(fx.Tracer):
         is_computing: whether what runs is no part of the forward, but computes what that asks for.
         has_own_gradient: whether a function with a gradient of its own is run.
         regions: of autocast, that the forward is in.
+        runs: whether the graph is to be run. One that is not goes one of the ways that a forward may take by
+            numbers that it draws.
     """
 
-    def __init__(self, inputs: Sequence[Tensor] = (), known_answers: Sequence[Any] | None = None) -> None:
+    def __init__(
+        self, inputs: Sequence[Tensor] = (), known_answers: Sequence[Any] | None = None, runs: bool = False
+    ) -> None:
         super().__init__()
+        self.runs = runs
         self.answers: list[Any] = []
         self.regions: list[Region] = []
         self.is_over = self.is_computing = self.has_own_gradient = self._expects_dimensions = False
@@ -208,6 +177,8 @@ class ConcreteTracer(fx.Tracer):
         """Make a node; a number that torch has looked at only to see that it is one was not asked for."""
         if args[:2] == ("call_method", "prod") and args[3].keys() == NUMPY:  # `np.prod(x.shape)`
             args = ("call_function", PRODUCT, args[2], {})
+        if args[:2] == ("call_method", "item") and not self.runs and is_drawn(args[2][0].node):
+            return DRAWN
         questions, self._questions = self._questions, []
         frame: FrameType | None = sys._getframe(1)
         callers: set[Instruction] = set()
@@ -241,14 +212,18 @@ class ConcreteTracer(fx.Tracer):
             caller: the place in the code that asks.
 
         Raises:
-            TraceError: it depends on the data.
+            TraceError: it depends on the data, or on random numbers and the graph is to be run.
         """
+        if is_drawn(proxy.node):
+            if self.runs:
+                raise fx.proxy.TraceError(DRAWS)
+            return DRAWN
         value = self._answer(proxy.node)
         if isinstance(value, Tensor) and not value.is_meta and value.numel() == 1:
             value = value.item()  # of a number that the forward's modules hold
         if not isinstance(value, bool | int | float):
             raise fx.proxy.TraceError(DATA)
-        expect = expect_same if _depends_on_inputs(proxy.node) else expect_held
+        expect = expect_same if depends_on_inputs(proxy.node) else expect_held
         expected = self.create_proxy("call_function", expect, (proxy, value), {})
         if caller is not None:
             self._questions.append((expected.node, caller))
@@ -338,19 +313,6 @@ class ConcreteTracer(fx.Tracer):
             return getattr(owner, name) if hasattr(owner, name) else getattr(self.root, name)
         layer = self._replica.get_submodule(target) if node.op == "call_module" else None
         return compute_without_data(node, layer, args, kwargs)
-
-
-def _depends_on_inputs(node: fx.Node) -> bool:
-    """Tell whether a node computes with one of the inputs."""
-    visited, pending = set[fx.Node](), [node]
-    while pending:
-        source = pending.pop()
-        if source.op == "placeholder":
-            return True
-        if source not in visited:
-            visited.add(source)
-            pending += source.all_input_nodes
-    return False
 
 
 @cache

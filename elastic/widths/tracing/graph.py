@@ -163,7 +163,7 @@ def _trace_graph(
     runs: bool,
 ) -> fx.Graph:
     """Trace a model's graph alone, see `trace_graph`, with the numbers that functions of namespaces round."""
-    tracer = _Tracer(example, known_answers)
+    tracer = _Tracer(example, known_answers, runs)
     containers: list[Container] = []
     earlier_values = [value for module in model.modules() for value in vars(module).values()]
     if runs:

@@ -4,6 +4,7 @@ from collections import defaultdict
 
 from torch import Tensor, fx, nn
 
+from elastic.widths.mode import set_mode
 from elastic.widths.tracing.graph import get_layer, trace
 from elastic.widths.tracing.meta import BATCH_NORM, make_meta_copy
 
@@ -11,7 +12,7 @@ from elastic.widths.tracing.meta import BATCH_NORM, make_meta_copy
 def find_following_norms(model: nn.Module, *example: Tensor) -> dict[str, str]:
     """Find, for each layer that one batch norm and nothing else reads, that norm's path."""
     inputs = [x.to("meta") for x in example]
-    traced = trace(make_meta_copy(model), *inputs)
+    traced = trace(set_mode(make_meta_copy(model)), *inputs)
     calls: dict[str, list[fx.Node]] = defaultdict(list)
     for node in traced.graph.find_nodes(op="call_module"):
         calls[str(node.target)].append(node)

@@ -103,6 +103,14 @@ class NormedByHand(Scaled):
         super().__init__(lambda w: w / w.flatten(1).norm(dim=1).view(-1, 1, 1, 1))
 
 
+class Masked(Computed):
+    """A convolution whose weight a buffer masks, entry by entry (X-Nets, arXiv 1711.08757; PixelCNN)."""
+
+    def __init__(self, mask: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(lambda w: mask(w, self.mask))
+        self.register_buffer("mask", torch.ones(8, 8, 3, 3).triu().to(dtype))
+
+
 class CentralDifference(nn.Module):
     """Central difference convolution, arXiv 2003.04092: the sum of each kernel is a kernel, too."""
 
@@ -562,6 +570,19 @@ COMPUTED: dict[str, tuple[Callable[[], nn.Module], bool]] = {
         lambda: Computed(lambda w: (w / 2) * torch.ones(3, 3).triu()),
         True,
     ),
+    "masked by a buffer": (lambda: Masked(lambda w, mask: w * mask), True),
+    "masked by a buffer of truths": (lambda: Masked(lambda w, mask: w * mask, torch.bool), True),
+    "masked by a buffer of whole numbers": (lambda: Masked(lambda w, mask: mask * w, torch.int8), True),
+    "filled where a mask says so": (
+        lambda: Masked(lambda w, mask: w.masked_fill(~mask, 0), torch.bool),
+        True,
+    ),
+    "chosen by a mask, or zero": (
+        lambda: Masked(lambda w, mask: torch.where(mask, w, torch.zeros_like(w)), torch.bool),
+        True,
+    ),
+    "chosen by a mask": (lambda: Masked(lambda w, mask: w.where(mask, 0.0), torch.bool), True),
+    "filled with ones": (lambda: Masked(lambda w, mask: w.masked_fill(~mask, 1), torch.bool), False),
     "central difference": (CentralDifference, True),
     "scaled by a parameter for each row": (Scaled, True),
     "positive": (lambda: Computed(F.softplus), False),

@@ -20,6 +20,7 @@ from torchvision.models.video.mvit import MSBlockConfig, MViT
 
 from elastic.dynamic import attach_modules, make_skipping
 from elastic.errors import StructureError
+from elastic.pruning.gates import attach_gates
 from elastic.surgery.checking import fix_wrong_widths
 from elastic.surgery.reindexing import reindex
 from elastic.widths.copying import copy_module
@@ -363,6 +364,49 @@ def test_what_a_forward_keeps_for_the_program_alone_stays_as_wide(keep: Forward)
 def test_a_forward_that_needs_the_data_itself_is_told_so() -> None:
     with pytest.raises(StructureError, match=r"Net cannot be traced.*what depends on the data"):
         discover(between(lambda m, y: y * float(np.median(y.detach().cpu().numpy()))), X)
+
+
+def is_left_out(m: Any, y: Tensor) -> bool:
+    return bool(torch.rand(1, device=y.device) < 0.5)
+
+
+# Stochastic depth (arXiv 1603.09382) as programs write it: whether a draw leaves a block out.
+LEFT_OUT: dict[str, Forward] = {
+    "compared": is_left_out,
+    "as a number": lambda m, y: torch.rand(1, dtype=y.dtype).item() < 0.5,
+    "drawn in place": lambda m, y: y.new_empty(1).bernoulli_(0.5) == 0,
+    "of a size": lambda m, y: torch.rand_like(y[:, 0, 0, 0]).mean() < 0.5,
+    "of another": lambda m, y: torch.equal(torch.bernoulli(torch.full((1,), 0.5).to(y)), torch.ones(1).to(y)),
+    "whole": lambda m, y: int(torch.randint(0, 2, (1,), device=y.device)),
+}
+
+
+def scale_by_draw(m: Any, y: Tensor) -> Tensor:
+    if not m.training:
+        return y + m.side(y)
+    kept = torch.bernoulli(torch.full((1,), 0.8, dtype=y.dtype, device=y.device))
+    return y + float(kept) / 0.8 * m.side(y)
+
+
+def leave_out(is_left_out: Forward) -> Forward:
+    return lambda m, y: y if m.training and is_left_out(m, y) else y + m.side(y)
+
+
+@pytest.mark.parametrize("forward", [scale_by_draw, *map(leave_out, LEFT_OUT.values())])
+def test_what_a_forward_leaves_out_by_a_draw_is_followed(forward: Forward) -> None:
+    torch.manual_seed(0)
+    net = between(forward, side=nn.Sequential(nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 8, 1)))
+    for training in (True, False):
+        widths = discover(net.train(training), X, check=True)
+        assert {"side.0", "last"} <= set(widths)
+        attach_gates(copy_module(net), widths, "channel")
+    with pytest.raises(StructureError, match="decides by a number that it draws"):
+        attach_modules(net, widths)
+
+
+def test_what_depends_on_data_beside_a_draw_is_refused() -> None:
+    with pytest.raises(StructureError, match="what depends on the data"):
+        discover(between(lambda m, y: y * float((torch.rand_like(y) * y).mean())), X)
 
 
 class Caching(nn.Module):
