@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from elastic.widths.operations.comparing import compare
 from elastic.widths.operations.cutting import (
     chunk,
     gate_linearly,
@@ -147,6 +148,10 @@ LAYERS: dict[Rule, Iterable[type[nn.Module]]] = {
     resize: (nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
     gate_linearly: (nn.GLU,),
     pass_on: (nn.Identity,),
+    compare: (
+        *(nn.CosineSimilarity, nn.PairwiseDistance, nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss),
+        *(nn.KLDivLoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.SoftMarginLoss, nn.PoissonNLLLoss),
+    ),
     shuffle_pixels: (nn.PixelShuffle,),
     unshuffle_pixels: (nn.PixelUnshuffle,),
     shuffle_channels: (nn.ChannelShuffle,),
@@ -168,7 +173,7 @@ FUNCTIONS: dict[Rule, str] = {
         clone copy detach float half bfloat16 double expand_as stochastic_depth where lerp
         addcmul addcdiv bernoulli masked_fill erf sin cos tan sign reciprocal floor ceil round log1p expm1
         log2 exp2 sigmoid nan_to_num hardshrink softshrink softsign tanhshrink threshold logsigmoid rrelu
-        clamp_min clamp_max alpha_dropout feature_alpha_dropout cpu cuda long int bool
+        clamp_min clamp_max alpha_dropout feature_alpha_dropout cpu cuda long int bool byte char short
         eq ne gt lt ge le isnan isinf isfinite drop_block2d
         logical_not logical_and logical_or logical_xor bitwise_not bitwise_and bitwise_or bitwise_xor
         invert and or xor pos positive atan arctan asin arcsin acos arccos sinh cosh asinh acosh
@@ -219,6 +224,9 @@ FUNCTIONS: dict[Rule, str] = {
     add_product: "addmm baddbmm",
     contract: "einsum",
     measure_distances: "cdist",
+    compare: """
+        cosine_similarity pairwise_distance mse_loss l1_loss smooth_l1_loss huber_loss kl_div
+        binary_cross_entropy binary_cross_entropy_with_logits soft_margin_loss poisson_nll_loss dist""",
     attend: "scaled_dot_product_attention",
     reshape_as: "reshape_as view_as",
     unpool: "max_unpool1d max_unpool2d max_unpool3d",
@@ -226,7 +234,9 @@ FUNCTIONS: dict[Rule, str] = {
         max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices fractional_max_pool2d
         fractional_max_pool2d_with_indices max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d
         adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
-        adaptive_max_pool3d lp_pool1d lp_pool2d lp_pool3d""",
+        adaptive_max_pool3d adaptive_max_pool1d_with_indices adaptive_max_pool2d_with_indices
+        adaptive_max_pool3d_with_indices fractional_max_pool3d fractional_max_pool3d_with_indices
+        lp_pool1d lp_pool2d lp_pool3d""",
     pad: "pad",
     transform: """
         fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_ifftn
@@ -250,8 +260,8 @@ FUNCTIONS: dict[Rule, str] = {
     reduce: "mean sum amax amin var std prod logsumexp nansum nanmean any all count_nonzero",
     mix_dimension: "softmax log_softmax softmin",
     concatenate: "cat concat concatenate hstack vstack dstack",
-    split: "split",
-    chunk: "chunk tensor_split",
+    split: "split split_with_sizes unsafe_split",
+    chunk: "chunk tensor_split unsafe_chunk",
     get_item: "getitem",
     transpose: "transpose swapaxes swapdims",
     transpose_last: "t adjoint",

@@ -28,16 +28,17 @@ STACKS = {"vstack": 0, "hstack": 1, "dstack": 2}
 
 def broadcast(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow additions, multiplications and activations: dimensions are aligned at their ends, and agree."""
-    return _broadcast_to(tracker, node, get_shape(node))
+    return broadcast_to(tracker, node, get_shape(node))
 
 
 def broadcast_each(tracker: Tracker, node: fx.Node) -> tuple[Axes, ...]:
     """Follow what broadcasts several tensors, and gives each of them."""
     values = get_value(node)
-    return (_broadcast_to(tracker, node, values[0].shape),) * len(values)
+    return (broadcast_to(tracker, node, values[0].shape),) * len(values)
 
 
-def _broadcast_to(tracker: Tracker, node: fx.Node, shape: Sequence[int]) -> Axes:
+def broadcast_to(tracker: Tracker, node: fx.Node, shape: Sequence[int]) -> Axes:
+    """Let the dimensions of all tensors that a node reads agree, aligned at their ends."""
     sources = list_tensors(node)
     y: list[Axis | None] = [None] * len(shape)
     for d in range(-len(shape), 0):

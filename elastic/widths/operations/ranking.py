@@ -23,12 +23,12 @@ def find_extreme(tracker: Tracker, node: fx.Node) -> tuple[Axes, Axes] | Axes:
     dim = get_argument(node, 1, "dim", "other")
     if isinstance(dim, fx.Node):
         return broadcast(tracker, node)
-    if dim is None:
-        return reduce_over(tracker, node, None)
     x = get_axes(get_input(node))
+    if dim is None:
+        return reduce_over(tracker, node, x, None)
     if any(map(_asks_place, node.users)) and x[dim] is not None:
         tracker.fix([x[dim]], node, LARGEST)
-    axes = reduce_over(tracker, node, dim, len(get_value(node)[0].shape))
+    axes = reduce_over(tracker, node, x, dim, len(get_value(node)[0].shape))
     return axes, axes
 
 
@@ -43,7 +43,7 @@ def find_place(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow argmax and argmin: channels that they compare are numbered in the answer."""
     x, dim = get_axes(get_input(node)), get_argument(node, 1, "dim")
     tracker.fix(x if dim is None else [x[dim]], node, LARGEST)
-    return reduce_over(tracker, node, dim)
+    return reduce_over(tracker, node, x, dim)
 
 
 def rank(tracker: Tracker, node: fx.Node) -> tuple[Axes, Axes] | Axes:

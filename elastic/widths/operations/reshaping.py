@@ -148,8 +148,13 @@ def _find_target(
 
 
 def _find_attribute(run: Run, numbers: Sequence[object]) -> int | None:
-    """Find the dimension after whose size is an attribute: the last of several, as in `(heads, size)`."""
-    return next((d for d in reversed(run.after) if numbers and isinstance(numbers[d], SizeAttribute)), None)
+    """Find the dimension after whose size is an attribute: of several the last, as in `(heads, size)`.
+
+    Of those of an image, `view(-1, channels, *size)`, it is the first.
+    """
+    places = [d for d in run.after if numbers and isinstance(numbers[d], SizeAttribute)]
+    is_image = run.after == range(1, len(numbers)) and len(run.after) > 2
+    return (places[0] if is_image else places[-1]) if places else None
 
 
 def agree(

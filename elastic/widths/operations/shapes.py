@@ -113,14 +113,13 @@ def unsqueeze(tracker: Tracker, node: fx.Node) -> Axes:
 
 def reduce(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow mean, sum, amax and their like: over space they leave channels alone, else they mix them."""
-    return reduce_over(tracker, node, get_argument(node, 1, "dim"))
+    return reduce_over(tracker, node, get_axes(get_input(node)), get_argument(node, 1, "dim"))
 
 
 def reduce_over(
-    tracker: Tracker, node: fx.Node, dims: int | Sequence[int] | None, ndim: int | None = None
+    tracker: Tracker, node: fx.Node, x: Axes, dims: int | Sequence[int] | None, ndim: int | None = None
 ) -> Axes:
     """Follow statistics over given dimensions; `ndim` is that of the results, where they are several."""
-    x = get_axes(get_input(node))
     over = normalize_dims(dims, len(x))
     tracker.mix([x[d] for d in over], node, "takes statistics over its channels")
     if (len(get_shape(node)) if ndim is None else ndim) == len(x):
@@ -155,7 +154,7 @@ def move_dimensions(tracker: Tracker, node: fx.Node) -> Axes:
 
 def measure_norm(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow vector norms: over space they leave channels alone, else they mix them."""
-    return reduce_over(tracker, node, get_argument(node, 2, "dim"))
+    return reduce_over(tracker, node, get_axes(get_input(node)), get_argument(node, 2, "dim"))
 
 
 def normalize(tracker: Tracker, node: fx.Node) -> Axes:
@@ -176,7 +175,8 @@ def bound_norms(tracker: Tracker, node: fx.Node) -> Axes:
 
 def reduce_twice(tracker: Tracker, node: fx.Node) -> tuple[Axes, Axes]:
     """Follow var_mean and its like, which give two results."""
-    axes = reduce_over(tracker, node, get_argument(node, 1, "dim"), len(get_value(node)[0].shape))
+    x, ndim = get_axes(get_input(node)), len(get_value(node)[0].shape)
+    axes = reduce_over(tracker, node, x, get_argument(node, 1, "dim"), ndim)
     return axes, axes
 
 

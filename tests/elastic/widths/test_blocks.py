@@ -405,6 +405,18 @@ FOLLOWED: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
         ),
         {"stem", "wide"},
     ),
+    "images of attributes' sizes": (  # as decoders make them of a vector
+        just(
+            lambda m, x: m.up(m.vector(x.mean((2, 3))).view([len(x), m.wide[-1], *m.size])),
+            **{
+                "vector": nn.Linear(8, 96),
+                "up": nn.ConvTranspose2d(6, 8, 2, 2),
+                "wide": (3, 6),
+                "size": [4, 4],
+            },
+        ),
+        {"stem", "vector", "up"},
+    ),
     "a blur that is spread over all channels": (
         just(
             lambda m, x: F.conv2d(x, m.blur.expand(x.shape[1], 1, 3, 3), groups=x.shape[1]),

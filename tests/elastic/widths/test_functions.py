@@ -96,6 +96,13 @@ OVER_SPACE: dict[str, Callable[[Tensor], Tensor]] = {
     "kthvalue": lambda x: x.kthvalue(3, 2).values.unsqueeze(2),
     "triangles": lambda x: x.tril() + torch.triu(x, 1) * 2,
     "distances": lambda x: torch.cdist(x, x[:, :, :3]),
+    "similarities": lambda x: x * F.cosine_similarity(x, x.relu(), 2)[:, :, None],
+    "distances of rows": lambda x: x * F.pairwise_distance(x, x.relu(), keepdim=True),
+    "differences": lambda x: F.mse_loss(x, x.relu(), reduction="none") + F.huber_loss(x, x / 2, "none"),
+    "divergence": lambda x: F.kl_div(x.log_softmax(2), x.softmax(2), reduction="none"),
+    "split_with_sizes": lambda x: x.split_with_sizes([2, 6], 2)[1],
+    "max pool by its own name": lambda x: F.adaptive_max_pool2d_with_indices(x, 2)[0],
+    "whole numbers": lambda x: (x * 9).short() + (x * 9).char(),
     "linalg.matmul": lambda x: torch.linalg.matmul(x, x),
     "special softmax": lambda x: torch.special.softmax(x, 2),
     "count_nonzero": lambda x: x.relu().count_nonzero(2).unsqueeze(2),
@@ -120,6 +127,26 @@ LAYERS: list[tuple[nn.Module, int]] = [
 @pytest.mark.parametrize("work", (ONE_BY_ONE | OVER_SPACE).values(), ids=ONE_BY_ONE | OVER_SPACE)
 def test_channels_pass(work: Callable[[Tensor], Tensor]) -> None:
     check_followed(between(work), example())
+
+
+COMPARED: dict[str, Callable[[Tensor], Tensor]] = {
+    "similarity": lambda x: F.cosine_similarity(x, x.relu())[:, None],
+    "similarity of a layer": lambda x: nn.CosineSimilarity(1)(x, x.relu())[:, None],
+    "distance": lambda x: F.pairwise_distance(x.movedim(1, 3), x.relu().movedim(1, 3))[:, None],
+    "distance of a layer": lambda x: nn.PairwiseDistance()(x.movedim(1, 3), x.relu().movedim(1, 3))[:, None],
+    "loss": lambda x: F.mse_loss(x, x.relu()) + F.smooth_l1_loss(x, x / 2, reduction="sum"),
+    "loss of a layer": lambda x: nn.BCEWithLogitsLoss()(x, x.sigmoid()),
+    "divergence": lambda x: F.kl_div(x.log_softmax(1), x.softmax(1), reduction="batchmean"),
+    "distance of all": lambda x: x.dist(x.relu()),
+}
+
+
+@pytest.mark.parametrize("compare", COMPARED.values(), ids=COMPARED)
+def test_channels_that_are_compared_together_are_free_and_felt(compare: Callable[[Tensor], Tensor]) -> None:
+    """A variational or quantizing network computes a part of its loss in its forward."""
+    model = between(lambda x: x * compare(x))
+    widths = discover(model, example(), check=True)
+    assert widths["stem"].size == 6 and widths["stem"].mixed
 
 
 @pytest.mark.parametrize(("layer", "ndim"), LAYERS, ids=lambda value: type(value).__name__)
