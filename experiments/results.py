@@ -1,9 +1,10 @@
 """Write the README's table of results from recorded runs: `python -m experiments.results`.
 
 A row names recorded runs by their folder and says in words what they are of; every number comes from their
-`summary.json`. The table stands between two marks in README.md.
+`summary.json`, or from what `elastic cascade` has measured. The table stands between two marks in README.md.
 """
 
+import csv
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,7 @@ class Row:
         question, arm: the recorded runs, `experiments/<question>/<arm>-seed*`.
         task: data and network, in words.
         dense: runs of the same network without the method, `<question>/<arm>`, where such runs are recorded.
+        is_cascade: whether the levels answer as a cascade, at the budget of the question's `cascade.csv`.
     """
 
     method: str
@@ -37,6 +39,7 @@ class Row:
     arm: str
     task: str
     dense: str | None = None
+    is_cascade: bool = False
 
 
 RESNET_DENSE = "prune_and_grow/resnet20-dense_100"
@@ -46,7 +49,10 @@ ROWS = (
     Row("growth", "gnap_cifar10", "p157800", "CIFAR-10, ResNet-20"),
     Row("growth", "growth_pays", "fixed_resolution", "CIFAR-10, ResNet-20: images grow", "growth_pays/fixed"),
     Row("levels", "prune_and_grow", "resnet20-joint_100", "CIFAR-10, ResNet-20, 4 levels", RESNET_DENSE),
-    Row("dynamic", "dynamic_pruning", "convnet-long", "MNIST, CNN", "controls_mnist/dense_full"),
+    Row(
+        *("levels", "dynamic_pruning", "resnet20-cascade_taught_100"),
+        *("CIFAR-10, ResNet-20, cascade of 2 levels", RESNET_DENSE, True),
+    ),
     Row("dynamic", "dynamic_pruning", "resnet20-looking_hard_100", "CIFAR-10, ResNet-20", RESNET_DENSE),
     Row("dynamic", "composition_mnist", "gated", "MNIST: grown, pruned, 3 levels"),
 )
@@ -82,15 +88,37 @@ def _make_cells(row: Row, folder: Path) -> tuple[str, ...]:
     if row.dense is not None:
         question, _, arm = row.dense.partition("/")
         dense = _show_accuracy(read_summaries(folder / question, arm))
+    if row.is_cascade:
+        accuracy, params, macs = _read_cascade(folder / row.question, row.arm, summaries)
+    else:
+        accuracy, params, macs = (show(summaries) for show in (_show_accuracy, _show_params, _show_macs))
     return (
         f"[{row.method}](docs/{row.method}.md)",
         row.task,
-        _show_accuracy(summaries),
+        accuracy,
         dense,
-        _show_params(summaries),
-        _show_macs(summaries),
+        params,
+        macs,
         f"[{len(summaries)}](experiments/{row.question}/README.md)",
     )
+
+
+def _read_cascade(folder: Path, arm: str, summaries: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]:
+    """Read an arm's accuracy as a cascade, the network's parameters, and the MACs of both.
+
+    Raises:
+        FileError: the table has no such arm.
+    """
+    path = folder / "cascade.csv"
+    rows = list(csv.DictReader(path.read_text().splitlines())) if path.is_file() else []
+    row = next(
+        (row for row in rows if row["arm"] == f"{folder.name}/{arm}"), None
+    )  # the first is the budget's
+    if row is None or int(row["runs"]) != len(summaries):
+        raise FileError(f"{path} has no row of the runs {arm}-seed…: measure them by `elastic cascade`")
+    spent = float(row["MACs, mean"].partition(" ")[0].replace(",", ""))
+    params, macs = (statistics.fmean(float(s[key]) for s in summaries) for key in ("params", "macs"))
+    return f"{row['test acc (%)']} %", f"{params:,.0f}", f"{_shorten(spent)} of {_shorten(macs)}"
 
 
 def _get_levels(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:

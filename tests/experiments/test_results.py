@@ -45,3 +45,21 @@ def test_of_levels_the_smallest_and_the_largest_are_shown(tmp_path: Path) -> Non
     (run / "summary.json").write_text(json.dumps(levels[-1] | {"levels": levels}))
     table = results.make_table([results.Row("levels", "question", "arm", "a task")], tmp_path)
     assert "| 81.00 to 83.00 % | – | 10 to 1,000 | 20k to 2M |" in table
+
+
+def test_a_cascade_is_shown_at_its_budget(tmp_path: Path) -> None:
+    question = tmp_path / "experiments" / "question"
+    run = question / "arm-seed0"
+    run.mkdir(parents=True)
+    (run / "summary.json").write_text(json.dumps({"test/acc": 0.93, "params": 1_000, "macs": 3_000_000}))
+    row = results.Row("levels", "question", "arm", "a task", is_cascade=True)
+    with pytest.raises(elastic.ElasticError, match=r"cascade.csv has no row .* measure them by"):
+        results.make_table([row], tmp_path)
+    measured = (
+        "question/other,1,0.8,75.0,2,1.00",
+        'question/arm,1,0.8,75.0,"1,500,000",92.24',
+        "question/arm,1,,,9,9",
+    )
+    head = 'arm,runs,threshold,by the small level (%),"MACs, mean",test acc (%)'
+    (question / "cascade.csv").write_text("\n".join((head, *measured)))
+    assert "| 92.24 % | – | 1,000 | 1.5M of 3M |" in results.make_table([row], tmp_path)
