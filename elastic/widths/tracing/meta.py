@@ -112,6 +112,7 @@ def compute_without_data(
     target: Any = node.target
     if layer is not None:
         value = infer_layer(layer, args, kwargs)
+        args, kwargs = tree_map(drop_data, (args, kwargs))  # a forward may make what it is given
         return layer(*args, **kwargs) if value is None else value
     if (value := infer_call(target, args, kwargs)) is not None:
         return value

@@ -417,6 +417,16 @@ FOLLOWED: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
         ),
         {"stem", "vector", "up"},
     ),
+    "a layer of what the forward makes": (  # as Swin V2 makes its biases of places
+        just(
+            lambda m, x: (
+                y := x * m.one(torch.linspace(0, 1, 8)[:, None]).t()[:, :, None],
+                y.view(int(y.shape[0] / 1.0), *y.shape[1:]),
+            )[1],
+            one=nn.Linear(1, 8),
+        ),
+        {"stem"},
+    ),
     "a blur that is spread over all channels": (
         just(
             lambda m, x: F.conv2d(x, m.blur.expand(x.shape[1], 1, 3, 3), groups=x.shape[1]),
