@@ -10,6 +10,7 @@ from elastic.dynamic.zeros import (
     PRODUCTS,
     READS_SHAPE,
     RESHAPES,
+    crops_space,
     keeps_zeros,
     list_joined,
     makes_constants,
@@ -106,7 +107,7 @@ def _follow(
         followed.readers.append(str(node.target))
     elif axis == 1 and sum(part in maps for part in list_joined(node, dims)) == 1:
         maps[node] = Maps(joined=True)
-    elif keeps_zeros(traced, node):
+    elif keeps_zeros(traced, node) or (axis == 1 and not resized and crops_space(node, dims)):
         maps[node] = Maps(joined, resized or name_operation(traced, node) in RESIZES)
     else:
         followed.others.append(node)

@@ -1,5 +1,6 @@
 """Tell which operations keep zeros: maps that are off stay off on their way to what reads them."""
 
+import operator
 from collections.abc import Collection
 
 import torch
@@ -106,6 +107,35 @@ def keeps_zeros(traced: nn.Module, node: fx.Node) -> bool:
     if name in BY_ARGUMENTS:
         return _makes_zeros_of_zeros(traced, node, name == "pad")
     return name in KEEPS_ZEROS or (name.endswith(".apply") and _keeps_each_map(node))
+
+
+def crops_space(node: fx.Node, dims: int) -> bool:
+    """Tell whether a node cuts a part out of each map, `x[:, :, 1:-1, 1:-1]`, and leaves all maps there.
+
+    Args:
+        dims: of the maps: samples, channels and positions.
+    """
+    if node.op == "call_method" and node.target == "narrow":
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        return isinstance(dim, int) and dim % dims > 1
+    if (
+        node.op != "call_function"
+        or node.target is not operator.getitem
+        or not isinstance(node.args[1], tuple)
+    ):
+        return False
+    before, after = _split_at_ellipsis(node.args[1])
+    is_cut = [
+        part != slice(None) for part in (*before, *[slice(None)] * (dims - len(before) - len(after)), *after)
+    ]
+    are_slices = all(isinstance(part, slice) for part in (*before, *after))
+    return are_slices and len(is_cut) == dims and not any(is_cut[:2])
+
+
+def _split_at_ellipsis(index: tuple[object, ...]) -> tuple[tuple[object, ...], tuple[object, ...]]:
+    """Split an index into what is before its ellipsis and what is behind it."""
+    place = next((i for i, part in enumerate(index) if part is Ellipsis), len(index))
+    return index[:place], index[place + 1 :]
 
 
 def makes_constants(traced: nn.Module, node: fx.Node, maps: Collection[fx.Node]) -> bool:

@@ -65,6 +65,10 @@ class Asked:
         tracer = self.tracer  # type: ignore[attr-defined]
         return int(tracer.ask(tracer.create_proxy("call_function", len, (self,), {})))
 
+    def __contains__(self, item: Any) -> bool:
+        tracer = self.tracer  # type: ignore[attr-defined]
+        return bool(tracer.ask(tracer.create_proxy("call_function", operator.contains, (self, item), {})))
+
     def __iadd__(self, other: Any) -> Any:
         return self._assign(operator.iadd, other)
 

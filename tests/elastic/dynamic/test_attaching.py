@@ -331,6 +331,10 @@ BY_HAND: list[Callable[[Tensor], Tensor]] = [
     *(lambda x: x * F.relu6(x + 3, inplace=True) / 6, lambda x: x.mul_(x.exp() + 1), Swish.apply),
     lambda x: x * x.amax((2, 3))[:, :, None, None].sigmoid().mul_(2),
 ]
+CROPS: list[Callable[[Tensor], Tensor]] = [
+    *(lambda x: x[:, :, 1:-1, 1:-1], lambda x: x[..., ::2, :].relu(), lambda x: x[:, :, : x.shape[2] // 2]),
+    *(lambda x: x.narrow(2, 1, 3), lambda x: x[:, :, :-1] * x[:, :, 1:]),
+]
 CONSTANTS: list[Callable[[Tensor], Tensor]] = [
     *(nn.Sigmoid(), nn.Softplus(), nn.Hardsigmoid(), nn.LogSigmoid(), nn.Hardtanh(0.1, 1.0)),
     *(nn.Threshold(0.1, 1.0), nn.Hardsigmoid(inplace=True), lambda x: x.clamp(min=0.1), torch.cos),
@@ -357,6 +361,7 @@ OTHERS: list[Callable[[Tensor], Tensor]] = [
         lambda x: x.log(),
         lambda x: x + x.mean(1, keepdim=True).exp(),
     ),
+    *(lambda x: x[:, :, 0, :, None], lambda x: x[:1].expand(x.shape)),
     *(lambda x: x * F.hardsigmoid(x, inplace=True), lambda x: x * x.flatten(2).exp_().view_as(x)),
     lambda x: x.view(len(x), -1, 2, *x.shape[2:]).sigmoid().flatten(1, 2),
 ]
@@ -372,7 +377,7 @@ def between(make: Callable[[Tensor], Tensor]) -> Net:
 
 
 @pytest.mark.sampled(10)
-@pytest.mark.parametrize("make", [*LAYERS, *FUNCTIONS, *BY_HAND])
+@pytest.mark.parametrize("make", [*LAYERS, *FUNCTIONS, *BY_HAND, *CROPS])
 def test_maps_that_are_off_are_so_behind_what_keeps_zeros(make: Callable[[Tensor], Tensor]) -> None:
     net = gated(between(make), X, names=["expand"])
     (found,) = iterate_modules(net)

@@ -110,6 +110,7 @@ def pad_to_input(m: Any, y: Tensor) -> Tensor:
 FOLLOWED: dict[str, tuple[Forward, dict[str, nn.Module]]] = {
     "gradient of its own": (squeeze_and_swish, {"excite": nn.Conv2d(8, 8, 1)}),
     "gradient with a context apart": (lambda m, y: Rounding.apply(y), {}),
+    "name of a type": (lambda m, y: y.float() if "Half" in y.type() or 7 in y.shape else y, {}),
     "layers that the forward makes": (
         lambda m, y: nn.MaxPool2d(2)(nn.Sequential(nn.ReLU(), nn.Dropout(0.0))(y)),
         {},
