@@ -2,7 +2,7 @@
 
 import builtins
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any
@@ -121,12 +121,21 @@ def trace_constructors() -> Iterator[None]:
     """Let the constructors of old, `torch.FloatTensor(sizes)`, be traced with traced numbers."""
     places = [(owner, name) for owner in (torch, torch.cuda) for name in CONSTRUCTORS if hasattr(owner, name)]
     before = [(owner, name, getattr(owner, name)) for owner, name in places]
+    construct = Tensor.__new__
+
+    def make(kind: type[Tensor], *args: Any, **kwargs: Any) -> Any:
+        if kind is Tensor and has_traced(args):
+            return _make_tensor(args, dtype=torch.get_default_dtype())
+        return construct(kind, *args, **kwargs)
+
     try:
+        Tensor.__new__ = make  # type: ignore[method-assign,assignment]
         for owner, name, kind in before:
             device = "cuda" if owner is torch.cuda else "cpu"
             setattr(owner, name, Constructor(name, (), {"kind": kind, "device": device}))
         yield
     finally:
+        del Tensor.__new__  # its base has torch's own
         for owner, name, kind in before:
             setattr(owner, name, kind)
 
@@ -146,11 +155,16 @@ class Constructor(type):
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         if not has_traced(args):
             return cls.kind(*args, **kwargs)
-        make: Any = torch.tensor if isinstance(args[0], list) else torch.empty
-        return make(*args, dtype=cls.dtype, device=cls.device)
+        return _make_tensor(args, dtype=cls.dtype, device=cls.device)
 
     def __instancecheck__(cls, value: Any) -> bool:
         return isinstance(value, cls.kind)
+
+
+def _make_tensor(args: Sequence[Any], **options: Any) -> Any:
+    """Make a tensor as constructors of old do: of a list of numbers, or of sizes."""
+    make: Any = torch.tensor if isinstance(args[0], list) else torch.empty
+    return make(*args, **options)
 
 
 @contextmanager

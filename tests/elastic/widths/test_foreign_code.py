@@ -110,7 +110,7 @@ def pad_to_input(m: Any, y: Tensor) -> Tensor:
 FOLLOWED: dict[str, tuple[Forward, dict[str, nn.Module]]] = {
     "gradient of its own": (squeeze_and_swish, {"excite": nn.Conv2d(8, 8, 1)}),
     "gradient with a context apart": (lambda m, y: Rounding.apply(y), {}),
-    "name of a type": (lambda m, y: y.float() if "Half" in y.type() or 7 in y.shape else y, {}),
+    "name of a type": (lambda m, y: y.float() if "Half" in y.type() or 7 in y.shape[2:] else y, {}),
     "layers that the forward makes": (
         lambda m, y: nn.MaxPool2d(2)(nn.Sequential(nn.ReLU(), nn.Dropout(0.0))(y)),
         {},
@@ -173,6 +173,8 @@ WRAPPED: dict[str, Forward] = {
     "variable that the forward makes": lambda m, y: y + Variable(torch.ones(y.size()), requires_grad=False),
     "name of a type": name_type,
     "type that is called with sizes": lambda m, y: y + torch.FloatTensor(y.size(0), *y.size()[1:]).zero_(),
+    "tensor that is called with sizes": lambda m, y: y + torch.Tensor(y.size(0), *y.size()[1:]).zero_(),
+    "tensor that is called with numbers": lambda m, y: y / torch.Tensor([y.shape[2], 2.0]).sum(),
     "type that is called with a shape": lambda m, y: y + Variable(torch.FloatTensor(y.size()).fill_(1)),
     "type that is called with numbers": lambda m, y: y / torch.FloatTensor([y.shape[2], 2.0]).sum(),
     "type that is asked for": lambda m, y: (
