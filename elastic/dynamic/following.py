@@ -7,7 +7,6 @@ from torch import Tensor, fx, nn
 
 from elastic.dynamic.calls import INSTANCE_NORM, find_norm, require_one_call
 from elastic.dynamic.zeros import (
-    PRODUCTS,
     READS_SHAPE,
     RESHAPES,
     crops_space,
@@ -18,6 +17,7 @@ from elastic.dynamic.zeros import (
     works_in_place,
 )
 from elastic.widths.hooks import is_look
+from elastic.widths.operations.interface import PRODUCTS
 from elastic.widths.tracing import BATCH_NORM, get_layer, get_operation_name
 
 RESIZES = {*RESHAPES, "mean"}  # behind these, maps have other dimensions

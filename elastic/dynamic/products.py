@@ -4,7 +4,8 @@ from collections.abc import Collection
 
 from torch import fx
 
-from elastic.dynamic.zeros import PRODUCTS, name_operation, works_in_place
+from elastic.dynamic.zeros import name_operation, works_in_place
+from elastic.widths.operations.interface import PRODUCTS
 
 MAKES_ANEW = {"add", "sub", "mul", "div", "truediv", "neg", "exp", "sigmoid", "tanh", "softplus"}
 

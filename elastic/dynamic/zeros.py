@@ -7,10 +7,10 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
+from elastic.widths.operations.interface import PRODUCTS
 from elastic.widths.tracing import get_layer, get_operation_name
 from elastic.widths.tracing.changing import find_changed
 
-PRODUCTS = ("mul", "imul", "multiply")  # zero where either factor is
 # Each function, or method, that makes zeros of zeros, and the layer that does the same. Torch's poolings that
 # can return indices, too, are `boolean_dispatch` to torch.fx.
 KEEPS_ZEROS: dict[str, type[nn.Module] | None] = {

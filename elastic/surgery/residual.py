@@ -5,11 +5,11 @@ from torch import Tensor, fx, nn
 from elastic.errors import StructureError
 from elastic.surgery.layers import NORMS
 from elastic.widths.mode import set_mode
+from elastic.widths.operations.interface import PRODUCTS
 from elastic.widths.parameters import get_original, list_chains, list_foreign
 from elastic.widths.tracing import get_layer, get_operation_name, make_meta_copy, trace
 
 ADDITIONS = {"add", "iadd"}
-PRODUCTS = {"mul", "imul", "multiply"}
 # What leaves its own output as it is.
 IDEMPOTENT = (nn.ReLU, nn.ReLU6, nn.Identity)
 IDEMPOTENT_CALLS = {"relu", "relu6", "output"}

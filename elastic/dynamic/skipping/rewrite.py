@@ -26,10 +26,11 @@ from elastic.dynamic.skipping.inference import (
 from elastic.dynamic.skipping.layers import ActiveMaxPool2d, ActiveModule
 from elastic.dynamic.skipping.patterns import find_expansion, find_head, find_next, find_pool_size
 from elastic.dynamic.sums import find_addend
-from elastic.dynamic.zeros import PRODUCTS, RESHAPES, keeps_zeros, list_joined, name_operation
+from elastic.dynamic.zeros import RESHAPES, keeps_zeros, list_joined, name_operation
 from elastic.errors import OptionError, StructureError
 from elastic.widths.hooks import has_hooks
 from elastic.widths.inputs import Example
+from elastic.widths.operations.interface import PRODUCTS
 from elastic.widths.tracing import get_layer
 
 Chain = list[fx.Node]  # of which each alone reads the one before

@@ -21,6 +21,7 @@ SIZE = "size"  # in a node's `meta`: the number that it gives, where that is a m
 LAYER = ""  # in place of a tensor's name: what the layer's own attributes say
 ATTRIBUTE = ":"  # begins what stands in place of a tensor's name for an attribute that counts channels
 Layer = TypeVar("Layer", bound=nn.Module)
+PRODUCTS = ("mul", "imul", "multiply")  # zero where either factor is
 
 
 class Place(NamedTuple):

@@ -6,6 +6,7 @@ import numpy as np
 from torch import fx
 
 from elastic.widths.operations.interface import (
+    PRODUCTS,
     Axes,
     NotFollowed,
     Place,
@@ -19,8 +20,10 @@ from elastic.widths.operations.interface import (
 from elastic.widths.parameters import get_weight_name
 from elastic.widths.union import Axis
 
-PRODUCTS = ("mul", "multiply")
-KEEPS_ZEROS = (*PRODUCTS, "truediv", "div", "divide", "neg", "sign", "abs", "sum", "mean", "getitem")
+KEEPS_ZEROS = (
+    *(*PRODUCTS, "truediv", "div", "divide", "neg", "sign", "abs", "sum", "mean", "getitem"),
+    *("clone", "contiguous", "to", "float"),
+)
 CHOICES = ("where", "masked_fill")
 ZEROS = ("zeros_like", "zeros", "new_zeros")
 SPACE = "works on channels as if they were space"

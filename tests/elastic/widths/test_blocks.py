@@ -593,6 +593,7 @@ COMPUTED: dict[str, tuple[Callable[[], nn.Module], bool]] = {
         True,
     ),
     "masked by a buffer": (lambda: Masked(lambda w, mask: w * mask), True),
+    "masked in place": (lambda: Masked(lambda w, mask: w.clone().mul_(mask)), True),
     "masked by a buffer of truths": (lambda: Masked(lambda w, mask: w * mask, torch.bool), True),
     "masked by a buffer of whole numbers": (lambda: Masked(lambda w, mask: mask * w, torch.int8), True),
     "filled where a mask says so": (
