@@ -8,6 +8,7 @@ from elastic.widths.operations.comparing import compare
 from elastic.widths.operations.cutting import (
     chunk,
     gate_linearly,
+    gather,
     get_item,
     narrow,
     pick,
@@ -200,6 +201,7 @@ FUNCTIONS: dict[Rule, str] = {
     broadcast_each: "broadcast_tensors",
     hold: "dataclass",  # named tuples, and dictionaries of classes of their own
     select: "index_select",
+    gather: "gather",
     pick: "select",
     narrow: "narrow",
     set_item: "setitem",

@@ -149,6 +149,25 @@ def _read_parts(node: fx.Node) -> tuple[Axes, int, list[int]]:
     return x, dim, [part.shape[dim] for part in get_value(node)]
 
 
+def gather(tracker: Tracker, node: fx.Node) -> Axes:
+    """Follow what takes entries along one dimension; along the others an index has the tensor's channels."""
+    source, index = get_input(node), get_argument(node, 2, "index")
+    x, own = get_axes(source), get_axes(index)
+    dim = get_argument(node, 1, "dim") % len(x)
+    tracker.fix([x[dim], own[dim]], node, "picks channels by a list")
+    y: list[Axis | None] = []
+    for d, (axis, other) in enumerate(zip(x, own, strict=True)):
+        if d == dim or (axis is None and other is None):
+            y.append(None)
+        elif get_shape(source)[d] != get_shape(index)[d]:
+            tracker.fix([axis, other], node, "fixes the number of channels")
+            y.append(None)
+        else:
+            tracker.unite(axis, other, node)
+            y.append(axis if axis is not None else other)
+    return tuple(y)
+
+
 def _set_side_by_side(x: Axes, dim: int, lengths: Sequence[int]) -> tuple[Axes, ...]:
     """Give the axes of each part, of the given length along a dimension."""
     axis = x[dim]

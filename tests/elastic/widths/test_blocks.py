@@ -509,6 +509,14 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         just(lambda m, x: x.index_select(1, torch.tensor([0, 2, 1, 3])), 4),
         "picks channels by a list",
     ),
+    "gathered": (
+        just(lambda m, x: x.gather(1, torch.zeros_like(x).long())),
+        "picks channels by a list",
+    ),
+    "gathered of some": (
+        just(lambda m, x: x.gather(2, torch.zeros(2, 4, 8, 8, dtype=torch.long)), 4),
+        "fixes the number of channels",
+    ),
     "a branch on channels": (just(lambda m, x: x * 2 if x.shape[1] == 8 else x), "decides by the number"),
     "a loop over channels": (
         just(lambda m, x: x + sum(x[:, i : i + 1] for i in range(x.shape[1]))),

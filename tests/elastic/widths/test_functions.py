@@ -100,6 +100,8 @@ OVER_SPACE: dict[str, Callable[[Tensor], Tensor]] = {
     "distances of rows": lambda x: x * F.pairwise_distance(x, x.relu(), keepdim=True),
     "differences": lambda x: F.mse_loss(x, x.relu(), reduction="none") + F.huber_loss(x, x / 2, "none"),
     "divergence": lambda x: F.kl_div(x.log_softmax(2), x.softmax(2), reduction="none"),
+    "gather": lambda x: x.flatten(2).gather(2, torch.arange(9).expand(2, x.shape[1], 9))[..., None],
+    "gather in an order of its own": lambda x: torch.gather(x, 3, x.argsort(3)),
     "split_with_sizes": lambda x: x.split_with_sizes([2, 6], 2)[1],
     "max pool by its own name": lambda x: F.adaptive_max_pool2d_with_indices(x, 2)[0],
     "whole numbers": lambda x: (x * 9).short() + (x * 9).char(),
