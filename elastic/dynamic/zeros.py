@@ -118,24 +118,13 @@ def crops_space(node: fx.Node, dims: int) -> bool:
     if node.op == "call_method" and node.target == "narrow":
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
         return isinstance(dim, int) and dim % dims > 1
-    if (
-        node.op != "call_function"
-        or node.target is not operator.getitem
-        or not isinstance(node.args[1], tuple)
-    ):
+    index = node.args[1] if node.op == "call_function" and node.target is operator.getitem else None
+    if not isinstance(index, tuple) or not all(part is ... or isinstance(part, slice) for part in index):
         return False
-    before, after = _split_at_ellipsis(node.args[1])
-    is_cut = [
-        part != slice(None) for part in (*before, *[slice(None)] * (dims - len(before) - len(after)), *after)
-    ]
-    are_slices = all(isinstance(part, slice) for part in (*before, *after))
-    return are_slices and len(is_cut) == dims and not any(is_cut[:2])
-
-
-def _split_at_ellipsis(index: tuple[object, ...]) -> tuple[tuple[object, ...], tuple[object, ...]]:
-    """Split an index into what is before its ellipsis and what is behind it."""
-    place = next((i for i, part in enumerate(index) if part is Ellipsis), len(index))
-    return index[:place], index[place + 1 :]
+    index = index if ... in index else (*index, ...)
+    place, rest = index.index(...), [slice(None)] * (dims + 1 - len(index))
+    parts = [*index[:place], *rest, *index[place + 1 :]]
+    return parts[:2] == [slice(None)] * 2
 
 
 def makes_constants(traced: nn.Module, node: fx.Node, maps: Collection[fx.Node]) -> bool:
