@@ -5,11 +5,13 @@ same function after its widths are permuted, and after channels that nothing rea
 """
 
 import copy
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from elastic.errors import StructureError, cite
 from elastic.measure.counts import count_macs
@@ -22,6 +24,7 @@ from elastic.widths.copying import copy_module
 from elastic.widths.discovery import discover, refuse_none
 from elastic.widths.hooks import quiet_hooks
 from elastic.widths.inputs import draw_inputs
+from elastic.widths.leaves import list_tensors as list_all
 from elastic.widths.mode import set_mode
 from elastic.widths.operations.interface import is_stored
 from elastic.widths.parameters import get_original
@@ -87,21 +90,39 @@ def _make_probe(model: nn.Module, widths: Widths) -> "_Probe":
             continue
         if not any(y.isfinite().any() for y in outputs):
             raise StructureError("the model's output for noise of the example's shape is nowhere finite")
-        if not all(map(probe.is_close, probe.run(probe.model, seed=1), outputs)):
-            raise StructureError(
-                "the model draws numbers in evaluation, or changes its weights each time: what else changes "
-                "it cannot be told"
-            )
+        if not probe.repeats(outputs):
+            probe.draw = _DrawAlike
+            if not probe.repeats(probe.run(probe.model)):
+                raise StructureError(
+                    "the model changes its weights each time, or draws numbers that are none of torch's: "
+                    "what else changes it cannot be told"
+                )
         return probe
     raise StructureError(f"the model does not run on noise of the example's shape: {fault}")
 
 
+class _DrawAlike(TorchDispatchMode):
+    """Let each number that is drawn be the same, so that channels which are drawn are alike."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        drawn = func(*args, **(kwargs or {}))
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            for tensor in list_all(drawn):
+                tensor.fill_(0.5 if tensor.is_floating_point() else 0)
+        return drawn
+
+
 class _Probe:
-    """Try changes on copies of a network."""
+    """Try changes on copies of a network.
+
+    Attributes:
+        draw: surrounds a run.
+    """
 
     @torch.no_grad()
     def __init__(self, model: nn.Module, widths: Widths, dtype: torch.dtype | None = torch.float64) -> None:
         self.model, self.widths = set_mode(copy_module(model).to(dtype)), widths
+        self.draw: Callable[[], AbstractContextManager[object]] = nullcontext
         self.tolerance = TOLERANCE if dtype else SINGLE_TOLERANCE
         self.generator = torch.Generator().manual_seed(0)
         device = next(model.parameters()).device
@@ -152,12 +173,16 @@ class _Probe:
     def run(self, model: nn.Module, seed: int = 0) -> list[Tensor]:
         """Run a copy on noise, and list its outputs."""
         devices = {x.device for x in self.inputs if x.device.type == "cuda"}
-        with torch.no_grad(), quiet_hooks(model), torch.random.fork_rng(devices):
+        with torch.no_grad(), quiet_hooks(model), torch.random.fork_rng(devices), self.draw():
             # Without devices `torch.manual_seed` does no more, and takes a millisecond.
             torch.default_generator.manual_seed(seed)
             if devices:
                 torch.cuda.manual_seed_all(seed)
             return list_output_tensors(model(*self.inputs))
+
+    def repeats(self, outputs: list[Tensor]) -> bool:
+        """Tell whether the network gives the same again, whatever it draws."""
+        return all(map(self.is_close, self.run(self.model, seed=1), outputs))
 
     def is_close(self, output: Tensor, expected: Tensor) -> bool:
         """Tell whether an output is the expected one, where that is a number at all."""

@@ -7,16 +7,19 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor
+from torch.distributions import Distribution
 from torch.utils._pytree import tree_leaves, tree_map
 
 
 def iterate_leaves(value: Any) -> Iterator[Any]:
-    """Iterate over what nested containers hold: tuples, lists, mappings and dataclasses."""
+    """Iterate over what nested containers hold: tuples, lists, mappings, dataclasses and distributions."""
     for leaf in tree_leaves(value):
         if isinstance(leaf, Mapping):
             yield from iterate_leaves(list(leaf.values()))
         elif _is_instance(leaf):
             yield from iterate_leaves([getattr(leaf, field.name) for field in fields(leaf)])
+        elif isinstance(leaf, Distribution):
+            yield from iterate_leaves(list(vars(leaf).values()))
         else:
             yield leaf
 

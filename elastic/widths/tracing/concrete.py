@@ -9,7 +9,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import is_dataclass
 from functools import cache, cached_property
 from types import FrameType, MethodType
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
 
 from elastic.widths.copying import ATOMS
 from elastic.widths.tracing.autocast import REGIONS, Region
@@ -36,6 +36,7 @@ from elastic.widths.tracing.meta import (
     has_own_forward,
     make_meta_copy,
 )
+from elastic.widths.tracing.objects import list_arguments, make_maker
 from elastic.widths.tracing.patching import Constructor
 from elastic.widths.tracing.proxies import AskedProxy, Instruction, TrainingFlag
 from elastic.widths.tracing.sizes import note_computed_sizes
@@ -168,10 +169,18 @@ class ConcreteTracer(fx.Tracer):
             return a.item()
         if kind is TENSOR_TYPE or kind is Constructor:
             return a.dtype  # `x.type(torch.FloatTensor)`, whose place is the model's
-        if isinstance(a, dict) and kind is not dict and (arguments := _list_arguments(a)) is not None:
+        if isinstance(a, dict) and kind is not dict and (arguments := list_arguments(a)) is not None:
             args, kwargs = arguments
             return self.create_node("call_function", kind, self.create_arg(args), self.create_arg(kwargs))
-        return a.node if isinstance(a, fx.Proxy) else super().create_arg(a)
+        if isinstance(a, fx.Proxy):
+            return a.node
+        try:
+            return super().create_arg(a)
+        except NotImplementedError:  # torch.fx knows no such class
+            attributes = self.create_arg(dict(getattr(a, "__dict__", {})))
+            if isinstance(a, nn.Module) or not any(type(leaf) is fx.Node for leaf in tree_leaves(attributes)):
+                raise
+        return self.create_node("call_function", make_maker(kind), (), attributes)
 
     def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
         """Make a node; a number that torch has looked at only to see that it is one was not asked for."""
@@ -324,18 +333,6 @@ def _is_torchs(target: Any) -> bool:
     """Tell whether a function is torch's, and not one that has an argument of NumPy's name."""
     library = (getattr(target, "__module__", None) or "torch").partition(".")[0]
     return callable(target) and library == "torch" and "quantize" not in getattr(target, "__name__", "")
-
-
-def _list_arguments(container: dict[Any, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """List what makes a dictionary of a class of its own again, None where that cannot be told."""
-    entries = dict(container)
-    args, kwargs = ((), entries) if is_dataclass(container) else ((entries,), dict[str, Any]())
-    try:
-        replica = type(container)(*args, **kwargs)
-    except Exception:  # of a class of the program's own: anything may come
-        return None
-    is_same = list(replica) == list(entries) and all(replica[name] is entries[name] for name in entries)
-    return (args, kwargs) if is_same else None
 
 
 def _make_method(module: nn.Module) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ from functools import cache, wraps
 from typing import Any
 
 import torch
+import torch._dynamo  # torch does so where it first needs it: here, while its functions are stood in for
 from torch._functorch import utils
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, FunctionMeta

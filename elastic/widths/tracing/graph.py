@@ -30,10 +30,10 @@ from elastic.widths.tracing.looking import list_kept, trace_hooks, trace_kept
 from elastic.widths.tracing.meta import has_own_forward
 from elastic.widths.tracing.patching import (
     leave_modules,
-    leave_out_checks,
     leave_out_old_hooks,
     pass_for_values,
     trace_constructors,
+    trace_distributions,
     trace_factories,
     trace_wrappers,
 )
@@ -183,7 +183,7 @@ def _trace_graph(
             leave_modules(),
             trace_wrappers(),
             trace_constructors(),
-            leave_out_checks(),
+            trace_distributions(),
             leave_out_old_hooks(model),
             quiet_hooks(model),
             _note_what_is_left_out(tracer, model) if runs else nullcontext() as constants,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -189,7 +190,20 @@ def _holds_numbers(value: Any) -> bool:
 
 
 class WithoutData(TorchFunctionMode):
-    """Let tensors without data meet those that a forward makes, which have some."""
+    """Let tensors without data meet those that a forward makes, which have some.
+
+    Distributions are not asked whether their values may be.
+    """
+
+    def __enter__(self) -> "WithoutData":
+        self._asks = Distribution._validate_args
+        Distribution.set_default_validate_args(False)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        Distribution.set_default_validate_args(self._asks)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None

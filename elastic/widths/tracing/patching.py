@@ -1,10 +1,11 @@
 """Let Python and torch take traced values for tensors and numbers, while a forward is traced."""
 
 import builtins
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
+from functools import reduce, wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 
 # Functions that make a tensor of given sizes, or tell of a type: torch.fx does not see them where these are
 # traced.
-FACTORIES = tuple("ones zeros full empty arange linspace eye tensor as_tensor finfo iinfo".split())
+FACTORIES = tuple(
+    "ones zeros full empty arange linspace eye tensor as_tensor finfo iinfo broadcast_shapes".split()
+)
 CONSTRUCTORS = tuple(
     f"{kind}Tensor" for kind in "Float Double Half BFloat16 Long Int Short Char Byte Bool".split()
 )
@@ -80,13 +83,25 @@ def leave_out_old_hooks(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def leave_out_checks() -> Iterator[None]:
-    """Let a forward make distributions of traced values, of which it would ask whether they may be."""
-    before = Distribution._validate_args
+def trace_distributions() -> Iterator[None]:
+    """Let a forward make distributions of traced values, and draw of them as many samples as these have.
+
+    It would ask of values whether they may be, and of shapes for numbers.
+    """
+    before, extend = Distribution._validate_args, Distribution._extended_shape
+
+    def extend_traced(distribution: Distribution, sample_shape: Any = ()) -> Any:
+        parts = (sample_shape, distribution.batch_shape, distribution.event_shape)
+        if not has_traced(parts):
+            return extend(distribution, sample_shape)
+        return reduce(operator.add, [part for part in parts if has_traced(part) or len(part)])
+
     try:
         Distribution.set_default_validate_args(False)
+        Distribution._extended_shape = extend_traced  # type: ignore[method-assign,assignment]
         yield
     finally:
+        Distribution._extended_shape = extend  # type: ignore[method-assign]
         Distribution.set_default_validate_args(before)
 
 

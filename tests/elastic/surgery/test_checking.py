@@ -1,6 +1,7 @@
 """The check of widths on the real network: a wrong rule is found, a right network is let be."""
 
 import copy
+import random
 from collections.abc import Iterator
 
 import pytest
@@ -114,7 +115,7 @@ def test_a_width_that_is_fixed_later_counts_as_constant() -> None:
 
 
 class Drawing(nn.Module):
-    """Computes what a check cannot compare: numbers drawn anew at each call, or none at all."""
+    """Computes what cannot be compared as it is: numbers drawn anew at each call, or none at all."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -126,29 +127,46 @@ class Drawing(nn.Module):
             h_BCHW = nn.functional.dropout(h_BCHW, 0.2)
         if self.how == "noise":
             h_BCHW = h_BCHW + torch.randn(len(h_BCHW), 1, 1, 1, dtype=h_BCHW.dtype)
-        y_BC = self.last(h_BCHW).mean((2, 3))
+        if self.how == "sample":
+            h_BCHW = torch.distributions.Normal(h_BCHW, h_BCHW.exp()).rsample()
+        y_BC = self.last(self.mix(h_BCHW)).mean((2, 3))
+        if self.how == "Python's noise":
+            y_BC = y_BC + random.random()
         return {"infinite": y_BC / 0.0, "logarithm": y_BC.log()}.get(self.how, y_BC)
 
+    def mix(self, h_BCHW: Tensor) -> Tensor:
+        return h_BCHW
 
-@pytest.mark.parametrize("how", ["dropout", "noise", "infinite", "logarithm"])
+
+class FlippedDrawing(Drawing):
+    def mix(self, h_BCHW: Tensor) -> Tensor:
+        return h_BCHW.flip(1)
+
+
+@pytest.mark.parametrize("how", ["Python's noise", "infinite", "logarithm"])
 def test_what_cannot_be_compared_condemns_no_width(how: str) -> None:
     torch.manual_seed(0)
     net, x_BCHW = Drawing(how), torch.randn(2, 3, 8, 8)
     assert discover_checked(net, x_BCHW).sizes() == {"first": 8}
     if how != "logarithm":  # some of whose outputs are numbers
-        with pytest.raises(StructureError, match=r"draws numbers in evaluation|is nowhere finite"):
+        with pytest.raises(StructureError, match=r"numbers that are none of torch's|is nowhere finite"):
             discover(net, x_BCHW, check=True)
+
+
+@pytest.mark.parametrize("how", ["dropout", "noise", "sample"])
+def test_what_draws_is_compared_as_if_all_numbers_were_the_same(how: str) -> None:
+    register_op("flip", pass_through)
+    torch.manual_seed(0)
+    x_BCHW = torch.randn(2, 3, 8, 8)
+    assert discover(Drawing(how), x_BCHW, check=True).sizes() == {"first": 8}
+    with pytest.raises(StructureError, match="another order of its channels the network is another function"):
+        discover(FlippedDrawing(how), x_BCHW, check=True)
 
 
 def test_what_is_a_number_is_compared_where_the_rest_is_none() -> None:
     register_op("flip", pass_through)
-
-    class Flips(Drawing):
-        def forward(self, x_BCHW: Tensor) -> Tensor:
-            return self.last(self.first(x_BCHW).flip(1)).mean((2, 3)).log()
-
     torch.manual_seed(0)
-    net, x_BCHW = Flips(""), torch.randn(8, 3, 8, 8)
+    net, x_BCHW = FlippedDrawing("logarithm"), torch.randn(8, 3, 8, 8)
     assert discover(net, x_BCHW).sizes() == {"first": 8}
     with pytest.raises(StructureError, match="another order of its channels the network is another function"):
         discover(net, x_BCHW, check=True)

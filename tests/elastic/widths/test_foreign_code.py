@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Variable
-from torch.distributions import Normal
+from torch.distributions import (
+    Bernoulli,
+    Independent,
+    Laplace,
+    MultivariateNormal,
+    Normal,
+    RelaxedBernoulli,
+    Uniform,
+    kl_divergence,
+)
 from torch.nn.modules.utils import _pair
 from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
@@ -20,6 +31,7 @@ from torchvision.models.video.mvit import MSBlockConfig, MViT
 
 from elastic.dynamic import attach_modules, make_skipping
 from elastic.errors import StructureError
+from elastic.measure.counts import count_macs
 from elastic.pruning.gates import attach_gates
 from elastic.surgery.checking import fix_wrong_widths
 from elastic.surgery.reindexing import reindex
@@ -149,6 +161,105 @@ def test_it_is_followed_and_right(forward: Forward, layers: dict[str, nn.Module]
     assert widths["stem"].size == 8
     reindex(net, widths, {"stem": [0, 2, 5]})
     assert net(X).shape == (2, 5)
+
+
+# Distributions of maps, as variational networks draw them.
+DRAWN: dict[str, Forward] = {
+    "normal": lambda m, y: Normal(y, y.exp()).rsample(),
+    "without a gradient": lambda m, y: Normal(y, y.exp()).sample() + y,
+    "several samples": lambda m, y: Normal(y, 1.0).rsample((3,)).mean(0),
+    "several samples, of a size": lambda m, y: Normal(y, 1.0).rsample(torch.Size([3])).mean(0),
+    "independent dimensions": lambda m, y: Independent(Normal(y, y.exp()), 3).rsample(),
+    "uniform": lambda m, y: Uniform(y, y + 1).rsample(),
+    "Laplace": lambda m, y: Laplace(y, y.exp()).rsample(),
+    "Bernoulli": lambda m, y: Bernoulli(logits=y).sample() + y,
+    "relaxed": lambda m, y: RelaxedBernoulli(torch.tensor(0.5), logits=y).rsample(),
+    "divergence": lambda m, y: y * kl_divergence(Normal(y, y.exp()), Normal(0.0, 1.0)),
+}
+
+
+@pytest.mark.parametrize("forward", DRAWN.values(), ids=DRAWN)
+def test_distributions_of_maps_are_followed_and_drawn_anew(forward: Forward) -> None:
+    net = between(forward).eval()
+    assert count_macs(net, X) > 0
+    assert set(discover(net, X, check=True)) == {"stem", "last"}
+    traced = trace_both_modes(net, X.to("meta")).eval()
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        expected = net(X)
+        torch.manual_seed(seed)
+        torch.testing.assert_close(traced(X), expected)
+
+
+ALONE = """
+import torch
+from elastic import discover
+
+class Net(torch.nn.Sequential):
+    def forward(self, x):
+        return self[1](torch.distributions.Normal(self[0](x), 1.0).rsample())
+
+conv = torch.nn.Conv2d
+print(discover(Net(conv(3, 8, 3), conv(8, 4, 1)), torch.rand(2, 3, 8, 8)).sizes())
+"""
+
+
+def test_torch_may_import_more_of_itself_for_a_trace() -> None:
+    """What it keeps of its own functions then is not what stands for them while a forward is traced."""
+    run = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, check=False)
+    assert run.stdout == "{'0': 8}\n", run.stderr
+
+
+def test_of_a_distribution_over_channels_the_rest_of_a_network_is_followed() -> None:
+    def draw(m: Any, y: Tensor) -> Tensor:
+        means = m.mean(y.mean((2, 3)))
+        drawn = MultivariateNormal(means, torch.diag_embed(means.exp())).rsample()
+        return y * m.excite(drawn)[..., None, None]
+
+    net = between(draw, mean=nn.Linear(8, 3), excite=nn.Linear(3, 8))
+    widths = discover(net, X, check=True)
+    assert {"stem", "last"} == set(widths) and "diag_embed" in widths.fixed["mean"]
+
+
+class Boxed:
+    """Hold what a network gives, as programs' own classes do."""
+
+    def __init__(self, maps: Tensor) -> None:
+        self.maps, self.name = maps, "boxed"
+
+
+# What networks give, whose tensors an attribute has.
+GIVEN: dict[str, tuple[Forward, Callable[[Any], list[Tensor]]]] = {
+    "a distribution": (lambda m, y: Normal(y, y.exp()), lambda given: [given.loc, given.scale]),
+    "a distribution of another": (
+        lambda m, y: Independent(Normal(y, 1.0), 1),
+        lambda given: [given.mean, given.log_prob(given.mean)],
+    ),
+    "an object": (lambda m, y: Boxed(y.relu()), lambda given: [given.maps]),
+}
+
+
+@pytest.mark.parametrize(("forward", "unpack"), GIVEN.values(), ids=GIVEN)
+def test_objects_that_a_network_gives_are_made_anew(
+    forward: Forward, unpack: Callable[[Any], list[Tensor]]
+) -> None:
+    class Giving(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.norm, self.last = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> Any:
+            return forward(self, self.last(self.norm(self.stem(x)))), x.shape
+
+    torch.manual_seed(0)
+    net = Giving().eval()
+    widths = discover(net, X)
+    assert set(widths) == {"stem"} and "last" in widths.fixed
+    traced = trace_both_modes(net, X.to("meta")).eval()
+    for x in (X, X[:1]):
+        (given, size), (expected, _) = traced(x), net(x)
+        assert type(given) is type(expected) and size == x.shape
+        torch.testing.assert_close(unpack(given), unpack(expected))
 
 
 def scale_softly(y: Tensor, steepness: float = 2.0) -> Tensor:
