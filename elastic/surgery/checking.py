@@ -24,7 +24,6 @@ from elastic.widths.copying import copy_module
 from elastic.widths.discovery import discover, refuse_none
 from elastic.widths.hooks import quiet_hooks
 from elastic.widths.inputs import draw_inputs
-from elastic.widths.leaves import list_tensors as list_all
 from elastic.widths.mode import set_mode
 from elastic.widths.operations.interface import is_stored
 from elastic.widths.parameters import get_original
@@ -107,7 +106,7 @@ class _DrawAlike(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         drawn = func(*args, **(kwargs or {}))
         if torch.Tag.nondeterministic_seeded in func.tags:
-            for tensor in list_all(drawn):
+            for tensor in list_output_tensors(drawn):
                 tensor.fill_(0.5 if tensor.is_floating_point() else 0)
         return drawn
 

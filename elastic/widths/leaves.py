@@ -1,4 +1,4 @@
-"""Reach the tensors in what batches and outputs are made of: containers, those of users' own classes, too."""
+"""Reach the tensors in what batches and outputs are made of: containers, objects of users' own classes."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
@@ -6,20 +6,18 @@ from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.utils._pytree import tree_leaves, tree_map
 
 
 def iterate_leaves(value: Any) -> Iterator[Any]:
-    """Iterate over what nested containers hold: tuples, lists, mappings, dataclasses and distributions."""
+    """Iterate over what nested containers hold: tuples, lists, mappings, and objects with tensors."""
     for leaf in tree_leaves(value):
         if isinstance(leaf, Mapping):
             yield from iterate_leaves(list(leaf.values()))
-        elif _is_instance(leaf):
-            yield from iterate_leaves([getattr(leaf, field.name) for field in fields(leaf)])
-        elif isinstance(leaf, Distribution):
-            yield from iterate_leaves(list(vars(leaf).values()))
+        elif attributes := _get_attributes(leaf):
+            yield from iterate_leaves(list(attributes.values()))
         else:
             yield leaf
 
@@ -47,14 +45,22 @@ def _replace_leaf(replace: Callable[[Tensor], Tensor], leaf: Any) -> Any:
         for name, part in leaf.items():
             replica[name] = replace_tensors(part, replace)
         return replica
-    if _is_instance(leaf):
+    if attributes := _get_attributes(leaf):
         replica = copy.copy(leaf)
-        for field in fields(leaf):
-            object.__setattr__(replica, field.name, replace_tensors(getattr(leaf, field.name), replace))
+        for name, part in attributes.items():
+            object.__setattr__(replica, name, replace_tensors(part, replace))
         return replica
     return leaf
 
 
-def _is_instance(value: Any) -> bool:
-    """Tell whether a value is an instance of a dataclass, not one itself."""
-    return is_dataclass(value) and not isinstance(value, type)
+def _get_attributes(value: Any) -> dict[str, Any]:
+    """Get what an object holds: all of a dataclass's fields, of others' attributes those with tensors."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    if isinstance(value, Tensor | nn.Module | type):
+        return {}
+    return {name: part for name, part in getattr(value, "__dict__", {}).items() if _holds_tensors(part)}
+
+
+def _holds_tensors(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor | Distribution) for leaf in tree_leaves(value))

@@ -1,11 +1,13 @@
 """A network's calls run what a run trains, and bring further losses with them."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributions import Independent, Normal
 
 from elastic.training.routing import Router, add_loss
 
@@ -48,12 +50,32 @@ def test_a_term_that_needs_other_parameters_reaches_them() -> None:
     assert output.grad is not None and output.grad.tolist() == [2, 2]
 
 
-@pytest.mark.parametrize("wrap", [lambda x: {"out": x}, lambda x: (torch.ones(1), [x]), lambda x: [x]])
-def test_outputs_of_any_form_carry_it(wrap: Any) -> None:
+class Boxed:
+    """Hold what a network gives, as programs' own classes do."""
+
+    def __init__(self, maps: Tensor) -> None:
+        self.maps, self.name = {"all": maps}, "boxed"
+
+
+FORMS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
+    "dictionary": (lambda x: {"out": x}, lambda output: output["out"]),
+    "tuple": (lambda x: (torch.ones(1), [x]), lambda output: output[1][0]),
+    "list": (lambda x: [x], lambda output: output[0]),
+    "object": (lambda x: [Boxed(x)], lambda output: output[0].maps["all"]),
+    "distribution": (lambda x: Normal(x, 1.0), lambda output: output.loc),
+    "distribution of another": (lambda x: Independent(Normal(x, 1.0), 1), lambda output: output.mean),
+}
+
+
+@pytest.mark.parametrize(("wrap", "read"), FORMS.values(), ids=FORMS)
+def test_outputs_of_any_form_carry_it(wrap: Callable[[Tensor], Any], read: Callable[[Any], Tensor]) -> None:
     leaf, weight = torch.ones(2, requires_grad=True), torch.ones(1, requires_grad=True)
-    output = add_loss(wrap(2 * leaf), weight.sum(), 1.0)
-    assert type(output) is type(wrap(leaf))
-    torch.utils._pytree.tree_leaves(output)[-1].sum().backward()
+    given = wrap(2 * leaf)
+    output = add_loss(given, weight.sum(), 1.0)
+    assert type(output) is type(given)
+    read(given).sum().backward(retain_graph=True)
+    assert weight.grad is None, "what the network gave stays as it was"
+    read(output).sum().backward()
     assert weight.grad is not None
 
 
