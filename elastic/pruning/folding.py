@@ -7,7 +7,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from elastic.widths.copying import copy_module
-from elastic.widths.parameters import get_original, list_chains, list_gates, list_weight_norms
+from elastic.widths.parameters import (
+    get_original,
+    list_chains,
+    list_gates,
+    list_spectral_norms,
+    list_weight_norms,
+)
 
 
 @torch.no_grad()
@@ -22,13 +28,15 @@ def compute_mask(layer: nn.Module, tensor: str) -> Tensor:
 
 
 def fold_gates(model: nn.Module) -> nn.Module:
-    """Make a plain copy of a model, whose weights hold what gates and weight norms made of them."""
+    """Make a plain copy of a model, whose weights hold what gates and norms of weights made of them."""
     plain = copy_module(model)
     for module in plain.modules():
         if parametrize.is_parametrized(module):
             _fold(module)
         for name in [hook.name for hook in list_weight_norms(module)]:
             nn.utils.remove_weight_norm(module, name)
+        for name in [hook.name for hook in list_spectral_norms(module)]:
+            nn.utils.remove_spectral_norm(module, name)
     return plain
 
 
@@ -36,6 +44,7 @@ def _fold(module: nn.Module) -> None:
     """Make parametrized tensors ordinary parameters."""
     values = {}
     for name, chain in list_chains(module).items():
+        chain.eval()  # in training, spectral norm changes what it divides by
         is_trained = all(stored.requires_grad for stored in chain.parameters(recurse=False))
         values[name] = nn.Parameter(getattr(module, name).detach(), is_trained)
     make_plain(module, values)

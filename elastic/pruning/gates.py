@@ -170,7 +170,7 @@ def _find_hindrance(model: nn.Module, widths: Widths, slot: Slot) -> str | None:
     if slot.module in widths.written:
         return "the forward changes weights, which a gate would hide from it"
     if slot.tensor in vars(layer):
-        return "a hook computes weights: use torch.nn.utils.parametrizations.weight_norm"
+        return "a hook computes weights: use weight_norm or spectral_norm of torch.nn.utils.parametrizations"
     return None
 
 

@@ -7,7 +7,7 @@ from typing import cast
 from torch import nn
 
 from elastic.pruning.folding import make_plain
-from elastic.widths.parameters import find_weight_norm, list_chains, list_foreign, list_gates
+from elastic.widths.parameters import is_normed, list_chains, list_foreign, list_gates
 
 
 class HiddenGates:
@@ -67,7 +67,7 @@ class _HiddenLayer:
 
 
 def _can_be_hidden(layer: nn.Module) -> bool:
-    """Tell whether a layer has gates, and beside them nothing that computes its tensors but weight norm."""
+    """Tell whether a layer has gates, and beside them no more than a norm that computes its tensors."""
     names = list_chains(layer)
     has_gates = any(list_gates(layer, name) for name in names)
     return has_gates and not any(list_foreign(layer, name) for name in names)
@@ -76,7 +76,7 @@ def _can_be_hidden(layer: nn.Module) -> bool:
 def _hide(layer: nn.Module) -> _HiddenLayer:
     chains = layer._modules["parametrizations"]
     assert isinstance(chains, nn.ModuleDict)
-    normed = {n: _take_gates(chain) for n, chain in chains.items() if find_weight_norm(layer, n) is not None}
+    normed = {n: _take_gates(chain) for n, chain in chains.items() if is_normed(layer, n)}
     hidden = _HiddenLayer(layer, type(layer), chains, normed)
     values = {name: chain.original for name, chain in chains.items() if name not in normed}
     make_plain(layer, {name: cast(nn.Parameter, value) for name, value in values.items()})
@@ -84,7 +84,7 @@ def _hide(layer: nn.Module) -> _HiddenLayer:
 
 
 def _take_gates(chain: nn.Module) -> nn.ModuleList:
-    """Take all gates from what parametrizes a tensor, behind weight norm."""
+    """Take all gates from what parametrizes a tensor, behind what normalises it."""
     steps = cast(nn.ModuleList, chain)
     gates = nn.ModuleList(list(steps)[1:])
     del steps[1:]

@@ -37,8 +37,19 @@ def gather_with_fresh(
     is_transposed = any(move.slot.is_transposed for move in moves)
     rows, columns = reversed(index[:2]) if is_transposed else index[:2]
     weight = value.transpose(0, 1) if is_transposed else value
-    weight = fresh(Patch(layer, weight, rows < 0, columns < 0, columns), generator)
+    patch = Patch(layer, weight, rows < 0, columns < 0, columns)
+    weight = fresh(patch, generator)
+    weight = _scale_fresh_rows(weight, patch) if item.has_one_scale else weight
     return keep_memory_format(weight.transpose(0, 1) if is_transposed else weight, item.value)
+
+
+def _scale_fresh_rows(weight: Tensor, patch: Patch) -> Tensor:
+    """Let fresh rows be as long as the others are on average."""
+    if not patch.fresh_out.any() or patch.fresh_out.all():
+        return weight
+    lengths = weight.flatten(1).norm(dim=1)
+    scale = lengths[~patch.fresh_out].mean() / lengths[patch.fresh_out].mean()
+    return torch.where(patch.rows, weight * scale, weight)
 
 
 def _is_carried(item: LayerTensor, moves: Sequence[Move]) -> bool:
@@ -56,6 +67,7 @@ def gather(item: LayerTensor, moves: Sequence[Move]) -> Tensor:
     their ratios to those of the direction are gathered, see `restore_norms`.
     """
     value = item.value.detach() if item.norm is None else item.norm.compute_scale().detach()
+    value = value if item.shape is None else value.view(item.shape)
     for move in _select(item, moves):
         dim, index = move.slot.dim, move.index.to(value.device)
         shape = [-1 if d == dim else 1 for d in range(value.dim())]
@@ -71,12 +83,14 @@ def gather(item: LayerTensor, moves: Sequence[Move]) -> Tensor:
                 value = value / copies[index.clamp(min=0)].clamp(min=1).view(shape)
         if has_fresh:
             value = value.where(is_old.view(shape), fill)
-    return keep_memory_format(value, item.value)
+    return keep_memory_format(value if item.shape is None else value.flatten(), item.value)
 
 
 def gather_from_model(item: LayerTensor, moves: Sequence[Move], renewed: Tensor) -> Tensor:
     """Re-index a copy's tensor; the entries of fresh channels are those of the model's, renewed already."""
     value = gather(item, moves)
+    if item.shape is not None:
+        return value
     for move in _select(item, moves):
         shape = [-1 if d == move.slot.dim else 1 for d in range(value.dim())]
         value = value.where((move.index >= 0).to(value.device).view(shape), renewed.to(value))

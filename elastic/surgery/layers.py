@@ -1,7 +1,8 @@
 """Know what is stored for a layer's tensor, and what a stock layer says of itself."""
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import singledispatch
 from typing import Any
 
@@ -11,7 +12,15 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from elastic.widths.operations.interface import ATTRIBUTE
-from elastic.widths.parameters import WeightNorm, find_weight_norm, get_original, get_weight_name, list_gates
+from elastic.widths.parameters import (
+    SpectralNorm,
+    WeightNorm,
+    find_spectral_norm,
+    find_weight_norm,
+    get_original,
+    get_weight_name,
+    list_gates,
+)
 from elastic.widths.tracing.sizes import write_size
 
 NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -25,7 +34,9 @@ class LayerTensor:
     `dims` are the dimensions on which it has an entry a channel (a gate of coarse grain lacks some);
     `fill` is what a fresh entry starts with, None for the mean along the axis, or for the first entry where
     they are no fractions; `has_fresh_strategy` says that a strategy of `elastic.surgery.fresh` fills it
-    instead; `norm` is what it holds the norms of, if it does.
+    instead; `norm` is what it holds the norms of, if it does; `shape` is how its entries lie beside those of
+    the layer's tensor, where it is a row of them; `has_one_scale` says that all entries are divided by one
+    number, which long fresh rows would change.
     """
 
     value: Tensor
@@ -33,6 +44,8 @@ class LayerTensor:
     fill: float | None
     has_fresh_strategy: bool = False
     norm: WeightNorm | None = None
+    shape: tuple[int, ...] | None = None
+    has_one_scale: bool = False
 
 
 def list_tensors(module: nn.Module, tensor: str) -> list[LayerTensor]:
@@ -44,11 +57,22 @@ def list_tensors(module: nn.Module, tensor: str) -> list[LayerTensor]:
     if (norm := find_weight_norm(module, tensor)) is not None:
         dims = frozenset({norm.dim} if norm.norms.dim() else ())  # or it is one number
         items.append(LayerTensor(norm.norms, dims, None, norm=norm))
+    if (spectral := find_spectral_norm(module, tensor)) is not None:
+        items = [replace(items[0], has_one_scale=True), *_describe_vectors(spectral)]
     for gate in list_gates(module, tensor):
         if max(gate.dims) < value.dim():  # or it is that of a transposed weight, and follows with it
             for name, fill in gate.fresh.items():
                 items.append(LayerTensor(getattr(gate, name), gate.get_dims(name), fill))
     return items
+
+
+def _describe_vectors(norm: SpectralNorm) -> Iterator[LayerTensor]:
+    """Describe the singular vectors of spectral norm; fresh zeros leave what it divides by as it is."""
+    size = norm.weight.shape
+    rows = frozenset({norm.dim})
+    for vector, dims in ((norm.left, rows), (norm.right, frozenset(range(len(size))) - rows)):
+        shape = tuple(n if dim in dims else 1 for dim, n in enumerate(size))
+        yield LayerTensor(vector, dims, 0.0, shape=shape)
 
 
 def _describe(module: nn.Module, tensor: str, value: Tensor) -> LayerTensor:

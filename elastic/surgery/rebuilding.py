@@ -118,6 +118,7 @@ def _solve(slot: Slot, extent: int, sizes: Mapping[str, int]) -> Iterator[tuple[
 def _find_tensor(state: Mapping[str, Tensor], slot: Slot, prefix: str) -> Tensor | None:
     """Find a slot's tensor in a state dict, or what stands for it; None where none has that dimension."""
     chain = f"parametrizations.{slot.tensor}.original"
-    names = (slot.tensor, chain, f"{chain}1", f"{slot.tensor}_v")  # the last two by weight norm
+    # Of spectral norm by a hook, and of weight norm in either way.
+    names = (slot.tensor, chain, f"{slot.tensor}_orig", f"{chain}1", f"{slot.tensor}_v")
     values = (state.get(f"{prefix}{slot.module}.{name}") for name in names)
     return next((value for value in values if value is not None and value.dim() > slot.dim), None)

@@ -6,7 +6,13 @@ from elastic.errors import StructureError
 from elastic.surgery.layers import NORMS
 from elastic.widths.mode import set_mode
 from elastic.widths.operations.interface import PRODUCTS
-from elastic.widths.parameters import get_original, list_chains, list_foreign
+from elastic.widths.parameters import (
+    find_spectral_norm,
+    get_original,
+    get_weight_name,
+    list_chains,
+    list_foreign,
+)
 from elastic.widths.tracing import get_layer, get_operation_name, make_meta_copy, trace
 
 ADDITIONS = {"add", "iadd"}
@@ -71,6 +77,8 @@ def _contains_norm(block: nn.Module) -> bool:
 
 def _has_foreign(block: nn.Module) -> bool:
     """Tell whether something other than gates and weight norm computes a tensor of the block."""
+    if any(find_spectral_norm(module, get_weight_name(module)) for module in block.modules()):
+        return True  # whose vectors do not know what weights a further block would start with
     return any(list_foreign(module, name) for module in block.modules() for name in list_chains(module))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from elastic.widths.functions import list_contents
 from elastic.widths.leaves import list_versions
-from elastic.widths.parameters import is_weight_norm
+from elastic.widths.parameters import computes_weight
 
 Hook = Callable[..., Any]
 CONTAINERS = (dict, list, set, deque)
@@ -126,7 +126,7 @@ def watch_hooks(layers: Mapping[str, nn.Module]) -> set[str]:
     changed: set[str] = set()
     for path, module in layers.items():
         for hooks, key, hook in list_hooks(module, recurse=False):
-            if not is_weight_norm(hook):  # which changes a weight alone
+            if not computes_weight(hook):
                 hooks[key] = partial(_run_watched, hook, changed, path)
     return changed
 

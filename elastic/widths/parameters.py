@@ -7,7 +7,8 @@ from typing import TypeGuard, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
+from torch.nn.utils.spectral_norm import SpectralNorm as HookedSpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm as HookedWeightNorm
 
 WEIGHT = "weight"  # the name of what torch's layers multiply their input by
@@ -16,7 +17,8 @@ WEIGHT = "weight"  # the name of what torch's layers multiply their input by
 class ChannelParametrization(nn.Module):
     """Carry tensors of one's own that follow the channels of the tensor that is parametrized.
 
-    Surgery re-indexes them with it; any other parametrization but torch's weight norm fixes the width.
+    Surgery re-indexes them with it; any other parametrization but torch's weight and spectral norm fixes the
+    width.
 
     Attributes:
         dims: the dimensions of the parametrized tensor on which its tensors have an entry a channel.
@@ -63,7 +65,7 @@ def list_gates(module: nn.Module, tensor: str) -> list[ChannelParametrization]:
 def list_foreign(module: nn.Module, tensor: str) -> list[nn.Module]:
     """List the parametrizations of a tensor that fix its channels."""
     chain = list(list_parametrizations(module, tensor))
-    followed = chain[:1] if find_weight_norm(module, tensor) is not None else []
+    followed = chain[:1] if is_normed(module, tensor) else []
     return [p for p in chain if not isinstance(p, ChannelParametrization) and p not in followed]
 
 
@@ -104,9 +106,46 @@ def find_weight_norm(module: nn.Module, tensor: str) -> WeightNorm | None:
     return None
 
 
+@dataclass(frozen=True)
+class SpectralNorm:
+    """Hold what torch divides by its largest singular value, and the vectors that tell it (arXiv 1802.05957).
+
+    The matrix has a row for each entry of the weight's dimension `dim`; `left` and `right` are the singular
+    vectors, of rows and of columns.
+    """
+
+    weight: nn.Parameter
+    left: Tensor
+    right: Tensor
+    dim: int
+
+
+def find_spectral_norm(module: nn.Module, tensor: str) -> SpectralNorm | None:
+    """Find what a tensor is computed of if torch's spectral norm does it, by a parametrization or a hook."""
+    chain = get_parametrizations(module, tensor)
+    if chain is not None and isinstance(chain[0], _SpectralNorm) and hasattr(chain[0], "_u"):
+        norm = chain[0]
+        return SpectralNorm(cast(nn.Parameter, chain.original), norm._u, norm._v, norm.dim)
+    for hook in list_spectral_norms(module):
+        if hook.name == tensor:
+            weight, left, right = (getattr(module, f"{tensor}_{part}") for part in ("orig", "u", "v"))
+            return SpectralNorm(weight, left, right, hook.dim)
+    return None
+
+
+def is_normed(module: nn.Module, tensor: str) -> bool:
+    """Tell whether torch computes a tensor by weight norm or spectral norm."""
+    return find_weight_norm(module, tensor) is not None or find_spectral_norm(module, tensor) is not None
+
+
 def is_weight_norm(hook: object) -> TypeGuard[HookedWeightNorm]:
     """Tell whether a hook computes a tensor by weight norm."""
     return isinstance(hook, HookedWeightNorm)
+
+
+def computes_weight(hook: object) -> bool:
+    """Tell whether a hook computes a tensor by weight norm or spectral norm, and does nothing else."""
+    return isinstance(hook, HookedWeightNorm | HookedSpectralNorm)
 
 
 def list_weight_norms(module: nn.Module) -> list[HookedWeightNorm]:
@@ -114,11 +153,18 @@ def list_weight_norms(module: nn.Module) -> list[HookedWeightNorm]:
     return [hook for hook in module._forward_pre_hooks.values() if is_weight_norm(hook)]
 
 
+def list_spectral_norms(module: nn.Module) -> list[HookedSpectralNorm]:
+    """List the hooks that compute a module's tensors by spectral norm, likewise."""
+    return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, HookedSpectralNorm)]
+
+
 @torch.no_grad()
 def recompute_weights(module: nn.Module) -> None:
-    """Let the hooks of weight norm compute a module's tensors, as in each forward, without a graph."""
+    """Let the hooks of weight and spectral norm compute a module's tensors again, without a graph."""
     for hook in list_weight_norms(module):
         hook(module, None)
+    for spectral in list_spectral_norms(module):
+        setattr(module, spectral.name, spectral.compute_weight(module, do_power_iteration=False))
 
 
 def get_original(module: nn.Module, tensor: str) -> Tensor | None:
@@ -127,6 +173,8 @@ def get_original(module: nn.Module, tensor: str) -> Tensor | None:
         return module._parameters[tensor]
     if (norm := find_weight_norm(module, tensor)) is not None:
         return norm.direction
+    if (spectral := find_spectral_norm(module, tensor)) is not None:
+        return spectral.weight
     chain = get_parametrizations(module, tensor)
     if chain is None or not hasattr(chain, "original"):  # what is computed of several is computed
         return cast(Tensor | None, getattr(module, tensor, None))

@@ -516,9 +516,12 @@ def test_a_run_in_half_precision_goes_on_as_if_it_had_not_been_killed(
         (parametrizations.weight_norm, "weight"),
         (parametrizations.weight_norm, "channel"),
         (nn.utils.weight_norm, None),  # a hook, whose weights have no gates
+        (parametrizations.spectral_norm, "weight"),
+        (parametrizations.spectral_norm, "channel"),
+        (nn.utils.spectral_norm, None),
     ],
 )
-def test_a_network_with_weight_norm_grows_is_pruned_and_goes_on_as_if_it_had_not_been_killed(
+def test_a_network_with_normed_weights_grows_is_pruned_and_goes_on_as_if_it_had_not_been_killed(
     norm: Callable[[nn.Module], nn.Module], grain: Grain | None, tmp_path: Path
 ) -> None:
     def train(folder: Path, *more: L.Callback, checkpoint: str | None = None) -> Program:

@@ -1,4 +1,4 @@
-"""Weights that torch's weight norm computes of a direction and its norms, parametrized or by a hook."""
+"""Weights that torch's weight norm or spectral norm computes, parametrized or by a hook."""
 
 import warnings
 from collections.abc import Callable
@@ -19,8 +19,10 @@ from elastic.pruning.gates import Grain, attach_gates, iterate_gates
 from elastic.pruning.hiding import HiddenGates
 from elastic.surgery.rebuilding import rebuild
 from elastic.surgery.reindexing import grow_index, reindex
+from elastic.surgery.residual import find_last_tensors
 from elastic.widths.copying import copy_module
 from elastic.widths.discovery import discover
+from elastic.widths.parameters import get_weight
 from tests.elastic.zoo import conv, head, randomised
 
 X = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(1))
@@ -33,7 +35,12 @@ def hook(layer: nn.Module, dim: int | None = 0) -> nn.Module:
         return nn.utils.weight_norm(layer, dim=dim)
 
 
+SPECTRAL: dict[str, Norm] = {
+    "spectral": parametrizations.spectral_norm,
+    "spectral by a hook": nn.utils.spectral_norm,
+}
 NORMS: dict[str, Norm] = {
+    **SPECTRAL,
     "by rows": parametrizations.weight_norm,
     "by columns": partial(parametrizations.weight_norm, dim=1),
     "whole": partial(parametrizations.weight_norm, dim=None),
@@ -152,7 +159,9 @@ def test_a_weight_that_a_hook_computes_has_no_gates() -> None:
     plain = compact(net, X)
     close(plain(X), expected)
     assert "0.weight" in plain.state_dict() and "0.weight_v" in net.state_dict()
-    remedy = r"a hook computes weights: use torch\.nn\.utils\.parametrizations\.weight_norm"
+    remedy = (
+        r"a hook computes weights: use weight_norm or spectral_norm of torch\.nn\.utils\.parametrizations"
+    )
     with pytest.raises(StructureError, match=f"no layer can have gates: {remedy}"):
         attach_gates(make(hook), discover(make(hook), X), "channel")
 
@@ -191,14 +200,16 @@ def test_levels_leave_it_whole(norm: Norm) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(norm(conv(3, 4, 3)), nn.ReLU(), conv(4, 6), nn.ReLU(), conv(6, 5), head(5)).eval()
     widths = discover(net, X)
-    with pytest.raises(StructureError, match=r"'0' is of weights that weight norm .* \(remove it first\)"):
+    with pytest.raises(
+        StructureError, match=r"'0' is of weights that weight or spectral norm .* \(remove it first\)"
+    ):
         Levels(net, widths, [{"0": 2}])
     smaller = copy_module(net)
     reindex(smaller, discover(smaller, X), {"2": range(3)})
     close(Levels(net, widths, [{"2": 3}])[0](X), smaller(X))
 
 
-@every_norm
+@pytest.mark.parametrize("norm", [norm for name, norm in NORMS.items() if name not in SPECTRAL])
 def test_its_kernels_are_switched_off(norm: Norm) -> None:
     net = make(norm).eval()
     dynamic = attach_modules(net, discover(net, X)).eval()
@@ -211,3 +222,41 @@ def test_frozen_directions_are_frozen_weights() -> None:
     chain.weight.original1.requires_grad_(False)
     attach_gates(net, discover(net, X), "weight")
     assert [path for path, _, _ in iterate_gates(net)] == ["3", "7", "8"]
+
+
+every_spectral = pytest.mark.parametrize("norm", SPECTRAL.values(), ids=SPECTRAL)
+
+
+@every_spectral
+@pytest.mark.parametrize("scale", [0.01, 100.0])
+def test_fresh_rows_do_not_tell_what_spectral_norm_divides_by(norm: Norm, scale: float) -> None:
+    """How long a weight's rows are says nothing of a layer that divides by its largest singular value."""
+    net = make(norm)
+    stored = get_weight(net[0])
+    stored.data *= scale
+    widths, before = discover(net, X), torch.linalg.matrix_norm(stored.detach().flatten(1), 2)
+    reindex(net, widths, {"0": grow_index(8, 4)})
+    after = torch.linalg.matrix_norm(get_weight(net[0]).detach().flatten(1), 2)
+    assert 1 <= after / before < 1.5
+
+
+@every_spectral
+def test_spectral_norm_says_why_its_kernels_are_not_switched_off(norm: Norm) -> None:
+    net = make(norm).eval()
+    with pytest.raises(StructureError, match=r"spectral norm divides 0\.weight by what all its rows tell"):
+        attach_modules(net, discover(net, X))
+
+
+@every_spectral
+def test_a_block_with_spectral_norm_is_not_repeated(norm: Norm) -> None:
+    class Block(nn.Module):
+        def __init__(self, norm: Norm) -> None:
+            super().__init__()
+            self.one, self.norm = norm(conv(8, 8, 3)), nn.BatchNorm2d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = x + self.norm(self.one(x))
+            return y
+
+    assert find_last_tensors(Block(parametrizations.weight_norm)) == ("norm.weight", "norm.bias")
+    assert not find_last_tensors(Block(norm))
