@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import nn
+from torch.distributions import Normal
 
 from elastic import Growth, Periodic, Plateau
 from elastic.callbacks import (
@@ -254,6 +255,34 @@ def test_a_network_may_give_more_than_scores(name: str, tmp_path: Path) -> None:
     module = Described()
     callbacks = [Distil(Described.Network().eval())] if name == "distil" else SCHEDULES[name](tmp_path)
     fit(module, callbacks, max_epochs=3)
+    assert module(make_data().tensors[0]).isfinite().all()
+
+
+class Variational(Program):
+    """A network that draws its maps, and gives a distribution; it lies beside a head."""
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.start, self.rest = make_network()[:3], make_network()[3:]
+
+        def forward(self, x: torch.Tensor) -> Normal:
+            maps = Normal(self.start(x), torch.full((1, 1, 1, 1), 0.1)).rsample()
+            return Normal(self.rest(maps), 1.0)
+
+    def __init__(self) -> None:
+        super().__init__(self.Network())
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x_BCHW: torch.Tensor) -> Any:
+        return self.head(self.net(x_BCHW).mean)
+
+
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("name", ["ema+growth+gates", "joint", "reconstruct", "dynamic"])
+def test_a_network_may_draw_and_give_distributions(name: str, tmp_path: Path) -> None:
+    module = Variational()
+    fit(module, [FollowNetwork("net"), *SCHEDULES[name](tmp_path)], max_epochs=3)
     assert module(make_data().tensors[0]).isfinite().all()
 
 
