@@ -119,6 +119,11 @@ class SpectralNorm:
     right: Tensor
     dim: int
 
+    def compute_weight(self) -> Tensor:
+        """Compute the weight."""
+        matrix = self.weight.movedim(self.dim, 0).flatten(1)
+        return self.weight / torch.dot(self.left, matrix @ self.right)
+
 
 def find_spectral_norm(module: nn.Module, tensor: str) -> SpectralNorm | None:
     """Find what a tensor is computed of if torch's spectral norm does it, by a parametrization or a hook."""
@@ -205,5 +210,6 @@ def get_weight(layer: nn.Module) -> Tensor:
 
 def compute_weight(layer: nn.Module) -> Tensor:
     """Compute a layer's weight before any gate."""
-    norm = find_weight_norm(layer, get_weight_name(layer))
+    tensor = get_weight_name(layer)
+    norm = find_weight_norm(layer, tensor) or find_spectral_norm(layer, tensor)
     return get_weight(layer) if norm is None else norm.compute_weight()

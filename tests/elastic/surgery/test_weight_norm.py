@@ -22,7 +22,7 @@ from elastic.surgery.reindexing import grow_index, reindex
 from elastic.surgery.residual import find_last_tensors
 from elastic.widths.copying import copy_module
 from elastic.widths.discovery import discover
-from elastic.widths.parameters import get_weight
+from elastic.widths.parameters import compute_weight, get_weight
 from tests.elastic.zoo import conv, head, randomised
 
 X = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(1))
@@ -222,6 +222,15 @@ def test_frozen_directions_are_frozen_weights() -> None:
     chain.weight.original1.requires_grad_(False)
     attach_gates(net, discover(net, X), "weight")
     assert [path for path, _, _ in iterate_gates(net)] == ["3", "7", "8"]
+
+
+@every_norm
+def test_what_is_computed_of_it_is_the_layer_s_weight(norm: Norm) -> None:
+    """By which magnitude pruning compares the entries of all layers."""
+    net = make(norm, LAYERS["transposed"]).eval()
+    net(X)
+    for layer in (net[0], net[3], net[7]):
+        torch.testing.assert_close(compute_weight(layer), layer.weight)
 
 
 every_spectral = pytest.mark.parametrize("norm", SPECTRAL.values(), ids=SPECTRAL)
