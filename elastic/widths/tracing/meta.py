@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.distributions import Distribution
+from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from elastic.errors import StructureError
 from elastic.widths.copying import copy_module
-from elastic.widths.parameters import get_kind
+from elastic.widths.parameters import get_kind, list_spectral_norms
 from elastic.widths.tracing.shapes import infer_call, infer_each, infer_layer, infer_norm
 
 # What makes tensors of numbers that a forward may compute sizes with; they have at most so many.
@@ -57,8 +59,22 @@ def _normalize_layer(layer: nn.Module, input: Tensor) -> Tensor:
     return input.new_empty(input.shape)
 
 
-# Layers whose output has the shape of their input, and which are slow on the meta device.
-KEEPS_SHAPE: dict[type[nn.Module], _Forward] = {
+def _transpose(layer: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Stand for a transposed convolution, which takes any number of channels on the meta device."""
+    if not issubclass(type(input), fx.Proxy):
+        channels = input.shape[-1 - len(layer.kernel_size)]
+        if channels != layer.in_channels:
+            raise RuntimeError(
+                f"{type(layer).__name__} takes {layer.in_channels} channels, and was given {channels}"
+            )
+    result: Tensor = type(layer).forward(layer, input, *args, **kwargs)
+    return result
+
+
+# Layers whose output has the shape of their input, and which are slow on the meta device; and one that
+# misses there what does not fit.
+STAND_INS: dict[type[nn.Module], Callable[..., Tensor]] = {
+    _ConvTransposeNd: _transpose,
     BATCH_NORM: _normalize,
     nn.GroupNorm: _normalize,
     nn.LayerNorm: _normalize_layer,
@@ -94,7 +110,7 @@ def make_meta_copy(model: nn.Module) -> nn.Module:
 def has_own_forward(module: nn.Module) -> bool:
     """Tell whether a program has put a function of its own in the place of a module's forward."""
     forward = vars(module).get(FORWARD)
-    return forward is not None and getattr(forward, "__func__", None) not in KEEPS_SHAPE.values()
+    return forward is not None and getattr(forward, "__func__", None) not in STAND_INS.values()
 
 
 def drop_data(value: Any) -> Any:
@@ -233,7 +249,10 @@ def _replace_tensors(module: nn.Module, memo: dict[int, Any]) -> None:
             )
         if parameter is not None and id(parameter) not in memo:
             memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-    is_norm = isinstance(module, nn.modules.batchnorm._NormBase)  # which counts batches, and decides by none
+    # Norms count batches, and decide by none; vectors of spectral norm may have one entry.
+    is_norm = isinstance(module, nn.modules.batchnorm._NormBase | _SpectralNorm) or list_spectral_norms(
+        module
+    )
     for tensor in (*module._buffers.values(), *vars(module).values()):
         if isinstance(tensor, Tensor):
             memo[id(tensor)] = drop_data(tensor) if is_norm else _keep_number(tensor)
@@ -245,8 +264,8 @@ def _keep_number(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().clone() if is_number else drop_data(tensor)
 
 
-def _find_forward(kind: type[nn.Module]) -> _Forward | None:
+def _find_forward(kind: type[nn.Module]) -> Callable[..., Tensor] | None:
     """Find what stands for the forward of a layer of torch's own, if anything does."""
     if not kind.__module__.startswith("torch.nn."):
         return None
-    return next((KEEPS_SHAPE[base] for base in kind.__mro__ if base in KEEPS_SHAPE), None)
+    return next((STAND_INS[base] for base in kind.__mro__ if base in STAND_INS), None)

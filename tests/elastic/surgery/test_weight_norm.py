@@ -237,6 +237,14 @@ every_spectral = pytest.mark.parametrize("norm", SPECTRAL.values(), ids=SPECTRAL
 
 
 @every_spectral
+def test_a_discriminator_of_one_score_is_followed(norm: Norm) -> None:
+    net = nn.Sequential(
+        norm(conv(3, 8, 3)), nn.LeakyReLU(), norm(conv(8, 6)), head(6)[:2], norm(nn.Linear(6, 1))
+    )
+    assert discover(net, X, check=True).sizes() == {"0": 8, "2": 6}
+
+
+@every_spectral
 @pytest.mark.parametrize("scale", [0.01, 100.0])
 def test_fresh_rows_do_not_tell_what_spectral_norm_divides_by(norm: Norm, scale: float) -> None:
     """How long a weight's rows are says nothing of a layer that divides by its largest singular value."""

@@ -155,6 +155,21 @@ def test_two_tensors_give_torchs_strides(
         assert same(args[0] + args[1] if inferred is None else inferred, real)
 
 
+@pytest.mark.parametrize("kind", [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d])
+def test_a_transposed_convolution_without_data_takes_its_channels_alone(kind: type[nn.Module]) -> None:
+    """As it does with data; by the shapes that it takes it is told what a network is given."""
+    dims = int(kind.__name__[-2])
+    layer, x = kind(6, 4, 3, stride=2, groups=2), torch.zeros(2, 6, *[5] * dims)
+    without_data = make_meta_copy(layer)
+    for single in (x, x[0]):
+        assert without_data(single.to("meta")).shape == layer(single).shape
+    size = layer(x, output_size=[12] * dims).shape
+    assert without_data(x.to("meta"), output_size=[12] * dims).shape == size
+    for net, device in ((layer, "cpu"), (without_data, "meta")):
+        with pytest.raises(RuntimeError, match="channels"):
+            net(x[:, :1].to(device))
+
+
 @pytest.mark.parametrize("lay_out", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("make", NORMS.values(), ids=NORMS)
 def test_norms_give_torchs_strides(
