@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 from elastic.dynamic.calls import is_linear
 from elastic.widths.hooks import quiet_hooks
 from elastic.widths.mode import set_mode
-from elastic.widths.tracing import WithoutData, make_meta_copy
+from elastic.widths.tracing import make_meta_copy, run_without_data
 from elastic.widths.width import Widths
 
 
@@ -32,6 +32,6 @@ def list_pointwise(traced: fx.GraphModule, widths: Widths) -> set[str]:
     replica = set_mode(make_meta_copy(traced))
     for path in linear:
         replica.get_submodule(path).register_forward_pre_hook(partial(note, path))
-    with torch.no_grad(), quiet_hooks(traced), WithoutData():
+    with torch.no_grad(), quiet_hooks(traced), run_without_data():
         replica(*widths.example)
     return pointwise

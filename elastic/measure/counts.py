@@ -26,7 +26,7 @@ from elastic.widths.parameters import (
     get_weight_name,
     list_chains,
 )
-from elastic.widths.tracing import WithoutData, drop_data, make_meta_copy
+from elastic.widths.tracing import drop_data, make_meta_copy, run_without_data
 from elastic.widths.width import Widths
 
 Size = Sequence[int]
@@ -110,7 +110,7 @@ def count_macs_by_layer(model: nn.Module, *example: Tensor) -> dict[str, int]:
 
 def _count_macs(replica: nn.Module, inputs: Sequence[Tensor]) -> dict[str, int]:
     counter = FlopCounterMode(display=False, custom_mapping=_list_counters())
-    with torch.no_grad(), quiet_hooks(replica), WithoutData(), counter:
+    with torch.no_grad(), quiet_hooks(replica), run_without_data(), counter:
         replica(*inputs)
     leaves = {path for path, module in replica.named_modules() if _is_layer(module)}
     flops = {path.partition(".")[2]: sum(by_op.values()) for path, by_op in counter.get_flop_counts().items()}

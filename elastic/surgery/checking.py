@@ -90,7 +90,7 @@ def _make_probe(model: nn.Module, widths: Widths) -> "_Probe":
         if not any(y.isfinite().any() for y in outputs):
             raise StructureError("the model's output for noise of the example's shape is nowhere finite")
         if not probe.repeats(outputs):
-            probe.draw = _DrawAlike
+            probe.drawing = _DrawAlike
             if not probe.repeats(probe.run(probe.model)):
                 raise StructureError(
                     "the model changes its weights each time, or draws numbers that are none of torch's: "
@@ -115,13 +115,13 @@ class _Probe:
     """Try changes on copies of a network.
 
     Attributes:
-        draw: surrounds a run.
+        drawing: surrounds each run, and may say what numbers a network draws there.
     """
 
     @torch.no_grad()
     def __init__(self, model: nn.Module, widths: Widths, dtype: torch.dtype | None = torch.float64) -> None:
         self.model, self.widths = set_mode(copy_module(model).to(dtype)), widths
-        self.draw: Callable[[], AbstractContextManager[object]] = nullcontext
+        self.drawing: Callable[[], AbstractContextManager[object]] = nullcontext
         self.tolerance = TOLERANCE if dtype else SINGLE_TOLERANCE
         self.generator = torch.Generator().manual_seed(0)
         device = next(model.parameters()).device
@@ -172,7 +172,7 @@ class _Probe:
     def run(self, model: nn.Module, seed: int = 0) -> list[Tensor]:
         """Run a copy on noise, and list its outputs."""
         devices = {x.device for x in self.inputs if x.device.type == "cuda"}
-        with torch.no_grad(), quiet_hooks(model), torch.random.fork_rng(devices), self.draw():
+        with torch.no_grad(), quiet_hooks(model), torch.random.fork_rng(devices), self.drawing():
             # Without devices `torch.manual_seed` does no more, and takes a millisecond.
             torch.default_generator.manual_seed(seed)
             if devices:

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from elastic.errors import StructureError
 from elastic.surgery.gathering import Move, gather, gather_from_model
 from elastic.surgery.layers import LayerTensor
+from elastic.widths.leaves import list_tensors
 
 # What steps are scaled by: a zero there makes a fresh channel's first step many times the learning rate (a
 # second moment), or none (Rprop's step size), so fresh entries take the mean along the axis.
@@ -64,8 +65,7 @@ def _needs_change(leaf: Any, parameter: Tensor) -> bool:
     """Tell whether something is of the parameter's entries: numbers for all of them together stay."""
     if isinstance(leaf, Tensor):
         return leaf.numel() != 1 or leaf.shape == parameter.shape
-    attributes = list(getattr(leaf, "__dict__", {}).values())
-    return any(isinstance(value, Tensor) for value in tree_leaves(attributes))
+    return bool(list_tensors(leaf))
 
 
 def _can_follow(key: str, leaf: Any, parameter: Tensor) -> bool:

@@ -9,7 +9,7 @@ from elastic.widths.leaves import list_tensors
 
 
 def list_output_tensors(outputs: Any) -> list[Tensor]:
-    """List the tensors of a network's outputs, out of tuples, dictionaries or a dataclass.
+    """List the tensors of a network's outputs, out of containers and objects of any class.
 
     Raises:
         StructureError: there are none, so that nothing can be compared.

@@ -12,7 +12,7 @@ from elastic.widths.hooks import quiet_hooks
 from elastic.widths.inputs import Example, list_inputs
 from elastic.widths.leaves import iterate_leaves, list_tensors
 from elastic.widths.mode import preserve_modes, set_mode
-from elastic.widths.tracing import WithoutData, make_meta_copy
+from elastic.widths.tracing import make_meta_copy, run_without_data
 
 OutputKind = Literal["classes", "labels", "values"]
 
@@ -94,7 +94,7 @@ def find_training_shapes(net: nn.Module, example: Example) -> list[tuple[int, ..
     """Find them in training mode; None where they depend on data."""
     inputs = [x.new_empty((2, *x.shape[1:]), device="meta") for x in list_inputs(example)]
     try:
-        with WithoutData(), quiet_hooks(net):
+        with run_without_data(), quiet_hooks(net):
             return _list_shapes(set_mode(make_meta_copy(net), True).forward(*inputs))
     except Exception:  # the model's own forward runs here: anything may come
         return None

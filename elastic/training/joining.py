@@ -19,7 +19,7 @@ from elastic.widths.hooks import quiet_hooks
 from elastic.widths.inputs import Example, list_inputs
 from elastic.widths.leaves import list_tensors
 from elastic.widths.mode import set_mode
-from elastic.widths.tracing import WithoutData, drop_data, make_meta_copy
+from elastic.widths.tracing import drop_data, make_meta_copy, run_without_data
 
 ATTRIBUTE = "elastic_structure"  # the name of the child that a foreign module is given
 
@@ -184,7 +184,7 @@ def _capture_any(module: L.LightningModule, net: nn.Module, call: Call, batch: A
 def _runs(net: nn.Module, *inputs: Tensor) -> bool:
     """Tell whether a network takes inputs, by their shapes and types alone."""
     try:
-        with torch.no_grad(), quiet_hooks(net), WithoutData():
+        with torch.no_grad(), quiet_hooks(net), run_without_data():
             set_mode(make_meta_copy(net))(*map(drop_data, inputs))
     except Exception:  # it is the user's own
         return False

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeGuard, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -143,11 +143,6 @@ def is_normed(module: nn.Module, tensor: str) -> bool:
     return find_weight_norm(module, tensor) is not None or find_spectral_norm(module, tensor) is not None
 
 
-def is_weight_norm(hook: object) -> TypeGuard[HookedWeightNorm]:
-    """Tell whether a hook computes a tensor by weight norm."""
-    return isinstance(hook, HookedWeightNorm)
-
-
 def computes_weight(hook: object) -> bool:
     """Tell whether a hook computes a tensor by weight norm or spectral norm, and does nothing else."""
     return isinstance(hook, HookedWeightNorm | HookedSpectralNorm)
@@ -155,7 +150,7 @@ def computes_weight(hook: object) -> bool:
 
 def list_weight_norms(module: nn.Module) -> list[HookedWeightNorm]:
     """List the hooks that compute a module's tensors by weight norm, as torch did before it parametrized."""
-    return [hook for hook in module._forward_pre_hooks.values() if is_weight_norm(hook)]
+    return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, HookedWeightNorm)]
 
 
 def list_spectral_norms(module: nn.Module) -> list[HookedSpectralNorm]:

@@ -8,7 +8,7 @@ from elastic.widths.tracing.graph import (
     preserve_attributes,
     trace,
 )
-from elastic.widths.tracing.meta import BATCH_NORM, WithoutData, drop_data, make_meta_copy
+from elastic.widths.tracing.meta import BATCH_NORM, drop_data, make_meta_copy, run_without_data
 from elastic.widths.tracing.modes import (
     sync_traced,
     trace_both_modes,
@@ -18,7 +18,6 @@ from elastic.widths.tracing.norms import find_following_norms
 
 __all__ = [
     "BATCH_NORM",
-    "WithoutData",
     "describe_node",
     "drop_data",
     "find_following_norms",
@@ -27,6 +26,7 @@ __all__ = [
     "list_graphs",
     "make_meta_copy",
     "preserve_attributes",
+    "run_without_data",
     "sync_traced",
     "trace",
     "trace_both_modes",

@@ -36,7 +36,7 @@ from elastic.widths.tracing.meta import (
     has_own_forward,
     make_meta_copy,
 )
-from elastic.widths.tracing.objects import list_arguments, make_maker
+from elastic.widths.tracing.objects import list_arguments, make_constructor
 from elastic.widths.tracing.patching import Constructor
 from elastic.widths.tracing.proxies import AskedProxy, Instruction, TrainingFlag
 from elastic.widths.tracing.sizes import note_computed_sizes
@@ -180,7 +180,7 @@ class ConcreteTracer(fx.Tracer):
             attributes = self.create_arg(dict(getattr(a, "__dict__", {})))
             if isinstance(a, nn.Module) or not any(type(leaf) is fx.Node for leaf in tree_leaves(attributes)):
                 raise
-        return self.create_node("call_function", make_maker(kind), (), attributes)
+        return self.create_node("call_function", make_constructor(kind), (), attributes)
 
     def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
         """Make a node; a number that torch has looked at only to see that it is one was not asked for."""

@@ -1,6 +1,7 @@
 """Copy a model without its data."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from types import MethodType
 from typing import Any
@@ -23,18 +24,20 @@ NUMBERS, FEW = (torch.tensor, torch.as_tensor, torch.arange), 16
 MOVES = ("to", "cpu", "cuda")
 FORWARD = "forward"
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
+# They count batches, and have vectors, perhaps of one entry: no forward decides by those.
+NORMS = (nn.modules.batchnorm._NormBase, _SpectralNorm)
 
 
-_Forward = Callable[[nn.Module, Tensor], Tensor]
+_Forward = Callable[..., Tensor]
 
 
 def _unless_traced(stand_in: _Forward) -> _Forward:
     """Let a layer whose forward a network calls itself, `self.norm.forward(x)`, be looked into."""
 
     @wraps(stand_in)
-    def forward(layer: nn.Module, input: Tensor) -> Tensor:
+    def forward(layer: nn.Module, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         is_traced = issubclass(type(input), fx.Proxy)
-        result: Tensor = (type(layer).forward if is_traced else stand_in)(layer, input)
+        result: Tensor = (type(layer).forward if is_traced else stand_in)(layer, input, *args, **kwargs)
         return result
 
     return forward
@@ -59,21 +62,21 @@ def _normalize_layer(layer: nn.Module, input: Tensor) -> Tensor:
     return input.new_empty(input.shape)
 
 
+@_unless_traced
 def _transpose(layer: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Stand for a transposed convolution, which takes any number of channels on the meta device."""
-    if not issubclass(type(input), fx.Proxy):
-        channels = input.shape[-1 - len(layer.kernel_size)]
-        if channels != layer.in_channels:
-            raise RuntimeError(
-                f"{type(layer).__name__} takes {layer.in_channels} channels, and was given {channels}"
-            )
+    channels = input.shape[-1 - len(layer.kernel_size)]
+    if channels != layer.in_channels:
+        raise RuntimeError(
+            f"{type(layer).__name__} takes {layer.in_channels} channels, and was given {channels}"
+        )
     result: Tensor = type(layer).forward(layer, input, *args, **kwargs)
     return result
 
 
 # Layers whose output has the shape of their input, and which are slow on the meta device; and one that
 # misses there what does not fit.
-STAND_INS: dict[type[nn.Module], Callable[..., Tensor]] = {
+STAND_INS: dict[type[nn.Module], _Forward] = {
     _ConvTransposeNd: _transpose,
     BATCH_NORM: _normalize,
     nn.GroupNorm: _normalize,
@@ -205,21 +208,26 @@ def _holds_numbers(value: Any) -> bool:
     return isinstance(value, Tensor) and value.numel() <= FEW
 
 
-class WithoutData(TorchFunctionMode):
-    """Let tensors without data meet those that a forward makes, which have some.
-
-    Distributions are not asked whether their values may be.
-    """
-
-    def __enter__(self) -> "WithoutData":
-        self._asks = Distribution._validate_args
+@contextmanager
+def leave_out_checks() -> Iterator[None]:
+    """Let a forward make distributions without asking whether their values may be."""
+    before = Distribution._validate_args
+    try:
         Distribution.set_default_validate_args(False)
-        super().__enter__()
-        return self
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
 
-    def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
-        Distribution.set_default_validate_args(self._asks)
+
+@contextmanager
+def run_without_data() -> Iterator[None]:
+    """Let tensors without data meet those that a forward makes, which have some."""
+    with leave_out_checks(), _WithoutData():
+        yield
+
+
+class _WithoutData(TorchFunctionMode):
+    """Call each function as a forward does that runs without data."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -249,10 +257,7 @@ def _replace_tensors(module: nn.Module, memo: dict[int, Any]) -> None:
             )
         if parameter is not None and id(parameter) not in memo:
             memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-    # Norms count batches, and decide by none; vectors of spectral norm may have one entry.
-    is_norm = isinstance(module, nn.modules.batchnorm._NormBase | _SpectralNorm) or list_spectral_norms(
-        module
-    )
+    is_norm = isinstance(module, NORMS) or bool(list_spectral_norms(module))
     for tensor in (*module._buffers.values(), *vars(module).values()):
         if isinstance(tensor, Tensor):
             memo[id(tensor)] = drop_data(tensor) if is_norm else _keep_number(tensor)
@@ -264,7 +269,7 @@ def _keep_number(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().clone() if is_number else drop_data(tensor)
 
 
-def _find_forward(kind: type[nn.Module]) -> Callable[..., Tensor] | None:
+def _find_forward(kind: type[nn.Module]) -> _Forward | None:
     """Find what stands for the forward of a layer of torch's own, if anything does."""
     if not kind.__module__.startswith("torch.nn."):
         return None

@@ -17,7 +17,7 @@ def list_arguments(container: dict[Any, Any]) -> tuple[tuple[Any, ...], dict[str
     return (args, kwargs) if is_same else None
 
 
-def make_maker(kind: type[Any]) -> Callable[..., Any]:
+def make_constructor(kind: type[Any]) -> Callable[..., Any]:
     """Make a function that makes an object of a class from its attributes, and is called as the class is."""
 
     def make(**attributes: Any) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.distributions import Distribution
 from torch.utils._pytree import tree_leaves
 
+from elastic.widths.tracing.meta import leave_out_checks
 from elastic.widths.tracing.proxies import Asked
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def trace_distributions() -> Iterator[None]:
 
     It would ask of values whether they may be, and of shapes for numbers.
     """
-    before, extend = Distribution._validate_args, Distribution._extended_shape
+    extend = Distribution._extended_shape
 
     def extend_traced(distribution: Distribution, sample_shape: Any = ()) -> Any:
         parts = (sample_shape, distribution.batch_shape, distribution.event_shape)
@@ -97,12 +98,11 @@ def trace_distributions() -> Iterator[None]:
         return reduce(operator.add, [part for part in parts if has_traced(part) or len(part)])
 
     try:
-        Distribution.set_default_validate_args(False)
         Distribution._extended_shape = extend_traced  # type: ignore[method-assign,assignment]
-        yield
+        with leave_out_checks():
+            yield
     finally:
         Distribution._extended_shape = extend  # type: ignore[method-assign]
-        Distribution.set_default_validate_args(before)
 
 
 @contextmanager
