@@ -32,7 +32,7 @@ def find_nestable(widths: Widths) -> list[str]:
 def _find_whole(widths: Widths) -> dict[str, str]:
     """Find the widths of weights that have no parts, with reasons."""
     reasons = dict.fromkeys(
-        widths.computed, "of weights that weight or spectral norm computes (remove it first)"
+        widths.computed, "of weights that a norm or a constraint computes (remove it first)"
     )
     reasons |= dict.fromkeys(widths.written, "of weights that the forward changes")
     slots = [slot for width in widths.values() for slot in width.slots if slot.module in reasons]

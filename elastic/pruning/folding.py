@@ -1,6 +1,6 @@
 """Fold gates into the weights behind them: a plain model comes out."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from elastic.widths.parameters import (
     list_gates,
     list_spectral_norms,
     list_weight_norms,
+    own_class,
 )
 
 
@@ -56,8 +57,10 @@ def make_plain(module: nn.Module, values: Mapping[str, nn.Parameter]) -> None:
     `parametrize.remove_parametrizations` would strip the class, which all copies of the model share.
     """
     others = {name: chain for name, chain in list_chains(module).items() if name not in values}
-    kind = type(module)
-    module.__class__ = kind.__bases__[0] if not others else _make_class_without(kind, values)
+    if others:
+        own_class(module, without=values)
+    else:
+        module.__class__ = type(module).__bases__[0]
     del module._modules["parametrizations"]
     if others:
         module.parametrizations = nn.ModuleDict(others)
@@ -66,10 +69,3 @@ def make_plain(module: nn.Module, values: Mapping[str, nn.Parameter]) -> None:
     module._parameters.clear()
     for name, value in (*values.items(), *unchanged.items()):
         module.register_parameter(name, value)
-
-
-def _make_class_without(kind: type[nn.Module], names: Collection[str]) -> type[nn.Module]:
-    """Make a parametrized layer's class anew, without the properties that compute some of its tensors."""
-    left_out = {*names, "__dict__", "__weakref__"}
-    contents = {name: value for name, value in vars(kind).items() if name not in left_out}
-    return type(kind.__name__, kind.__bases__, contents)

@@ -22,6 +22,7 @@ from elastic.widths.parameters import (
     get_weight,
     get_weight_name,
     list_parametrizations,
+    own_class,
 )
 from elastic.widths.width import Slot, Widths
 
@@ -179,6 +180,8 @@ def _register(root: nn.Module, places: Iterable[tuple[str, str]], gate: Gate) ->
     for path, tensor in places:
         layer = root.get_submodule(path)
         if getattr(layer, tensor, None) is not None:
+            if parametrize.is_parametrized(layer):
+                own_class(layer)  # else copies of the layer would lose the tensor
             parametrize.register_parametrization(layer, tensor, gate)
 
 

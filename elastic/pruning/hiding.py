@@ -7,7 +7,7 @@ from typing import cast
 from torch import nn
 
 from elastic.pruning.folding import make_plain
-from elastic.widths.parameters import is_normed, list_chains, list_foreign, list_gates
+from elastic.widths.parameters import is_followed, list_chains, list_foreign, list_gates
 
 
 class HiddenGates:
@@ -76,7 +76,7 @@ def _can_be_hidden(layer: nn.Module) -> bool:
 def _hide(layer: nn.Module) -> _HiddenLayer:
     chains = layer._modules["parametrizations"]
     assert isinstance(chains, nn.ModuleDict)
-    normed = {n: _take_gates(chain) for n, chain in chains.items() if is_normed(layer, n)}
+    normed = {n: _take_gates(chain) for n, chain in chains.items() if is_followed(layer, n)}
     hidden = _HiddenLayer(layer, type(layer), chains, normed)
     values = {name: chain.original for name, chain in chains.items() if name not in normed}
     make_plain(layer, {name: cast(nn.Parameter, value) for name, value in values.items()})

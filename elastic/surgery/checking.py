@@ -145,15 +145,16 @@ class _Probe:
         growth = {name: grow_index(widths[name].size, 2) for name in separate}
         if not self._preserves(replica, widths, growth, expected):
             return "with fresh channels that nothing reads the network is another function"
-        sizes = {name: widths[name].size for name in separate}
-        survivors = {
-            name: torch.randperm(n, generator=self.generator)[: -(-n // 2)].sort().values
-            for name, n in sizes.items()
-        }
+        survivors = {name: self._draw_survivors(widths[name].size // 2) for name in separate}
         _stop_reading(replica, widths, survivors)
         if not self._preserves(replica, widths, survivors, self.run(replica)):
             return "without channels that nothing reads the network is another function"
         return None
+
+    def _draw_survivors(self, size: int) -> Tensor:
+        """Draw half of the channels, old and fresh: weight norm needs one that is read."""
+        old, fresh = (torch.randperm(size, generator=self.generator) for _ in range(2))
+        return torch.cat([old[: -(-size // 2)], size + fresh[: size // 2]]).sort().values
 
     def _preserves(
         self, replica: nn.Module, widths: Widths, indices: dict[str, Tensor], expected: list[Tensor]

@@ -29,7 +29,7 @@ from elastic.surgery.layers import list_tensors, resize_attributes
 from elastic.surgery.optimizer_state import gather_state
 from elastic.widths.copying import copy_module
 from elastic.widths.matching import require_widths
-from elastic.widths.parameters import recompute_weights
+from elastic.widths.parameters import apply_constraints, recompute_weights
 from elastic.widths.width import Slot, Widths
 
 __all__ = ["FRESH", "Index", "grow_index", "reindex", "resize_index", "split_index"]
@@ -89,6 +89,8 @@ def reindex(
     for layer in (layer for parts in (layers, *others) for layer in parts.values()):
         recompute_weights(layer)  # which hold the last forward's graph
     refuse_live_graph(item.value for path, tensor in moves for item in list_tensors(layers[path], tensor))
+    for layer in (layer for parts in (layers, *others) for layer in parts.values()):
+        apply_constraints(layer)
     replacements = _renew_tensors(layers, moves, optimizers, others, fresh, generator)
     replacements.put_in_place()
     for parts in (layers, *others):

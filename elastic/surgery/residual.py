@@ -7,6 +7,7 @@ from elastic.surgery.layers import NORMS
 from elastic.widths.mode import set_mode
 from elastic.widths.operations.interface import PRODUCTS
 from elastic.widths.parameters import (
+    find_constraint,
     find_spectral_norm,
     get_original,
     get_weight_name,
@@ -77,8 +78,10 @@ def _contains_norm(block: nn.Module) -> bool:
 
 def _has_foreign(block: nn.Module) -> bool:
     """Tell whether something other than gates and weight norm computes a tensor of the block."""
-    if any(find_spectral_norm(module, get_weight_name(module)) for module in block.modules()):
-        return True  # whose vectors do not know what weights a further block would start with
+    for module in block.modules():
+        name = get_weight_name(module)
+        if find_spectral_norm(module, name) or find_constraint(module, name):
+            return True  # which may not leave alone what weights a further block would start with
     return any(list_foreign(module, name) for module in block.modules() for name in list_chains(module))
 
 

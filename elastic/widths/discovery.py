@@ -19,7 +19,7 @@ from elastic.widths.computed import fix_computed_sizes
 from elastic.widths.hooks import quiet_hooks
 from elastic.widths.inputs import count_batch, list_inputs
 from elastic.widths.operations.interface import is_stored
-from elastic.widths.parameters import is_normed
+from elastic.widths.parameters import is_followed, try_constraints
 from elastic.widths.sizing import find_spans, list_layouts
 from elastic.widths.stock import Records
 from elastic.widths.tracing import get_layer, make_meta_copy, trace_modes
@@ -91,6 +91,7 @@ def refuse_none(widths: Widths) -> Widths:
 
 def find_widths(model: nn.Module, *example: Tensor) -> Widths:
     """Find the widths of a model that may have none left, see `discover`."""
+    try_constraints(model)
     replica = make_meta_copy(model)
     inputs = _make_inputs(list_inputs(example))
     with quiet_hooks(model):
@@ -167,7 +168,7 @@ def _find_unstored(model: nn.Module, widths: Widths) -> dict[str, str]:
     for path, module in model.named_modules():
         others = {name: module._buffers[name] for name in module._non_persistent_buffers_set}
         for name, value in (*vars(module).items(), *others.items()):
-            if isinstance(value, Tensor) and not is_normed(module, name):
+            if isinstance(value, Tensor) and not is_followed(module, name):
                 unstored[path, name] = value
     reasons: dict[str, str] = {}
     for slot, name in ((s, n) for n in (widths if unstored else ()) for s in widths[n].slots):

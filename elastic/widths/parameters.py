@@ -1,6 +1,6 @@
 """Read what a layer stores: the tensor behind a name, whether it is parametrized or not."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -11,14 +11,16 @@ from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
 from torch.nn.utils.spectral_norm import SpectralNorm as HookedSpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm as HookedWeightNorm
 
+from elastic.widths.constraints import allows, is_constraint
+
 WEIGHT = "weight"  # the name of what torch's layers multiply their input by
 
 
 class ChannelParametrization(nn.Module):
     """Carry tensors of one's own that follow the channels of the tensor that is parametrized.
 
-    Surgery re-indexes them with it; any other parametrization but torch's weight and spectral norm fixes the
-    width.
+    Surgery re-indexes them with it. Any other parametrization fixes the width, but torch's weight and
+    spectral norm, and constraints.
 
     Attributes:
         dims: the dimensions of the parametrized tensor on which its tensors have an entry a channel.
@@ -37,6 +39,17 @@ def get_kind(module: nn.Module) -> type[nn.Module]:
     """Get a module's class, as it was before anything parametrized its tensors."""
     is_parametrized = "parametrizations" in module._modules
     return parametrize.type_before_parametrizations(module) if is_parametrized else type(module)
+
+
+def own_class(module: nn.Module, without: Collection[str] = ()) -> None:
+    """Give a parametrized module a class of its own, without the properties that compute some tensors.
+
+    Copies of a module share the class that torch made for it, where what computes tensors is known by name.
+    """
+    kind = type(module)
+    left_out = {*without, "__dict__", "__weakref__"}
+    contents = {name: value for name, value in vars(kind).items() if name not in left_out}
+    module.__class__ = type(kind.__name__, kind.__bases__, contents)
 
 
 def list_chains(module: nn.Module) -> dict[str, nn.Module]:
@@ -65,7 +78,7 @@ def list_gates(module: nn.Module, tensor: str) -> list[ChannelParametrization]:
 def list_foreign(module: nn.Module, tensor: str) -> list[nn.Module]:
     """List the parametrizations of a tensor that fix its channels."""
     chain = list(list_parametrizations(module, tensor))
-    followed = chain[:1] if is_normed(module, tensor) else []
+    followed = chain[:1] if is_followed(module, tensor) else []
     return [p for p in chain if not isinstance(p, ChannelParametrization) and p not in followed]
 
 
@@ -138,9 +151,35 @@ def find_spectral_norm(module: nn.Module, tensor: str) -> SpectralNorm | None:
     return None
 
 
-def is_normed(module: nn.Module, tensor: str) -> bool:
-    """Tell whether torch computes a tensor by weight norm or spectral norm."""
-    return find_weight_norm(module, tensor) is not None or find_spectral_norm(module, tensor) is not None
+@dataclass(frozen=True)
+class Constraint:
+    """Hold what a parametrization keeps within bounds, see `elastic.widths.constraints`."""
+
+    weight: nn.Parameter
+    project: nn.Module
+
+    def compute_weight(self) -> Tensor:
+        """Compute the weight."""
+        return cast(Tensor, self.project(self.weight))
+
+    def allows(self, dim: int, reads: bool) -> bool:
+        """Tell whether surgery may change a dimension of the weight: that of what it reads, or it writes."""
+        return allows(self.project, self.weight.dim(), dim, reads)
+
+
+def find_constraint(module: nn.Module, tensor: str) -> Constraint | None:
+    """Find what keeps a tensor within bounds, if the first parametrization of it does so."""
+    chain = get_parametrizations(module, tensor)
+    if chain is None or isinstance(chain[0], ChannelParametrization) or not hasattr(chain, "original"):
+        return None
+    original = cast(nn.Parameter, chain.original)
+    return Constraint(original, chain[0]) if is_constraint(chain[0], original.dim()) else None
+
+
+def is_followed(module: nn.Module, tensor: str) -> bool:
+    """Tell whether a tensor is computed by what surgery follows: weight norm, spectral norm, a constraint."""
+    finders = (find_weight_norm, find_spectral_norm, find_constraint)
+    return any(find(module, tensor) is not None for find in finders)
 
 
 def computes_weight(hook: object) -> bool:
@@ -165,6 +204,21 @@ def recompute_weights(module: nn.Module) -> None:
         hook(module, None)
     for spectral in list_spectral_norms(module):
         setattr(module, spectral.name, spectral.compute_weight(module, do_power_iteration=False))
+
+
+def try_constraints(model: nn.Module) -> None:
+    """Find out which parametrizations are constraints while a model has its data: its copies know it then."""
+    for module in model.modules():
+        for name in list_chains(module):
+            find_constraint(module, name)
+
+
+@torch.no_grad()
+def apply_constraints(module: nn.Module) -> None:
+    """Store tensors as they are within their bounds, which changes nothing of what is computed."""
+    for name in list_chains(module):
+        if (constraint := find_constraint(module, name)) is not None:
+            constraint.weight.data = constraint.compute_weight()
 
 
 def get_original(module: nn.Module, tensor: str) -> Tensor | None:
@@ -206,5 +260,7 @@ def get_weight(layer: nn.Module) -> Tensor:
 def compute_weight(layer: nn.Module) -> Tensor:
     """Compute a layer's weight before any gate."""
     tensor = get_weight_name(layer)
-    norm = find_weight_norm(layer, tensor) or find_spectral_norm(layer, tensor)
+    norm = (
+        find_weight_norm(layer, tensor) or find_spectral_norm(layer, tensor) or find_constraint(layer, tensor)
+    )
     return get_weight(layer) if norm is None else norm.compute_weight()

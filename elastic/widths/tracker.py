@@ -24,7 +24,13 @@ from elastic.widths.operations.interface import (
     list_axes,
     list_tensors,
 )
-from elastic.widths.parameters import find_spectral_norm, find_weight_norm, get_original, list_foreign
+from elastic.widths.parameters import (
+    find_constraint,
+    find_spectral_norm,
+    find_weight_norm,
+    get_original,
+    list_foreign,
+)
 from elastic.widths.stock import Records, unite_attributes
 from elastic.widths.tracing import describe_node
 from elastic.widths.tracing.changing import find_written
@@ -57,7 +63,7 @@ class AxisTracker:
         self._attributes = UsedAttributes(elements, records, graph.computed_sizes)  # type: ignore[attr-defined]
         self._hooked_layers = watch_hooks(self.layers)
         self.written: set[str] = set()  # layers whose parameters the forward changes
-        self.computed: set[str] = set()  # layers whose weights weight norm or spectral norm computes
+        self.computed: set[str] = set()  # layers whose weights a norm computes, or a constraint
         self.divided: list[tuple[Axis, int, str]] = []  # axes that have to be multiples, and else are fixed
         self._recorded: list[Axis] = []  # what the rule of this node has recorded
         self._united_pairs: list[tuple[Axis, Axis]] = []  # what it has let agree
@@ -274,7 +280,7 @@ class AxisTracker:
             roles.add(role)
             if roles >= {"in", "out"}:
                 self.elements.fix(first, f"{module}.{tensor} is both what writes them and what reads them")
-            self._fix_foreign(module, tensor, dim, first)
+            self._fix_foreign(module, tensor, dim, role, first)
 
     def follow_size(self, size: object, axis: Axis | None) -> bool:
         if not isinstance(size, SizeAttribute) or axis is None:
@@ -335,10 +341,11 @@ class AxisTracker:
             self._originals[place] = get_original(owner, tensor) if is_stored(tensor) else None
         return self._originals[place]
 
-    def _fix_foreign(self, module: str, tensor: str, dim: int, axis: Axis) -> None:
+    def _fix_foreign(self, module: str, tensor: str, dim: int, role: Role, axis: Axis) -> None:
         """Fix what a hook computes, or a parametrization whose own tensors do not follow channels.
 
-        Weight norm and spectral norm are followed: the largest singular value is that of all rows.
+        Weight norm and spectral norm are followed: the largest singular value is that of all rows. So are
+        constraints, such as max norm, along dimensions where surgery keeps within their bounds.
         """
         owner = self._find_module(module)
         if (norm := find_spectral_norm(owner, tensor)) is not None:
@@ -347,6 +354,13 @@ class AxisTracker:
                 self.elements.mix(axis, f"spectral norm divides {module}.{tensor} by what all its rows tell")
         elif find_weight_norm(owner, tensor) is not None:
             self.computed.add(module)
+        elif (constraint := find_constraint(owner, tensor)) is not None:
+            self.computed.add(module)
+            if not constraint.allows(dim, role == "in"):
+                name = type(constraint.project).__name__
+                self.elements.fix(
+                    axis, f"{name} would change {module}.{tensor}, were its size another: remove it first"
+                )
         elif tensor in vars(owner) and owner._forward_pre_hooks:
             self.elements.fix(axis, f"{module}.{tensor} is computed by a hook: remove it first")
         for parametrization in list_foreign(owner, tensor):

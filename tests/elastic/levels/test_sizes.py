@@ -281,7 +281,7 @@ def test_a_network_whose_widths_leave_no_room_for_a_level_says_so(by: Any) -> No
     """It said that two levels were the same, and to ask for larger steps."""
     net, x = CASES["weight_norm"].model(), CASES["weight_norm"].example()
     widths = discover(net, x)
-    refusal = r"weight or spectral norm computes .*, which leaves no room"
+    refusal = r"a norm or a constraint computes .*, which leaves no room"
     with pytest.raises(StructureError, match=refusal) as caught:
         level_sizes(net, widths, x, [0.5 if by == "fraction" else counts.count_macs(net, x) / 2], by)
     assert all(name in str(caught.value) for name in widths) and "\n" not in str(caught.value)

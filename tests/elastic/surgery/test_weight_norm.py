@@ -1,4 +1,4 @@
-"""Weights that torch's weight norm or spectral norm computes, parametrized or by a hook."""
+"""Weights that weight norm, spectral norm or a constraint computes, parametrized or by a hook."""
 
 import warnings
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 from elastic.dynamic import attach_modules, make_skipping
 from elastic.errors import StructureError
@@ -35,6 +35,38 @@ def hook(layer: nn.Module, dim: int | None = 0) -> nn.Module:
         return nn.utils.weight_norm(layer, dim=dim)
 
 
+class MaxNorm(nn.Module):
+    """Keep rows, or other slices, from being longer than a bound."""
+
+    def __init__(self, dim: int = 0) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.renorm(2, self.dim, 0.5)
+
+
+class Positive(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.clamp(min=0)
+
+
+class Standard(nn.Module):
+    """Standardise rows, which halves of some of their entries would change."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        rows = weight.flatten(1)
+        return ((rows - rows.mean(1, keepdim=True)) / rows.std(1, keepdim=True)).view_as(weight)
+
+
+def constrain(constraint: nn.Module, layer: nn.Module) -> nn.Module:
+    return parametrize.register_parametrization(layer, "weight", constraint)
+
+
+def bound_rows(layer: nn.Module) -> nn.Module:
+    return constrain(MaxNorm(int(isinstance(layer, nn.ConvTranspose2d))), layer)
+
+
 SPECTRAL: dict[str, Norm] = {
     "spectral": parametrizations.spectral_norm,
     "spectral by a hook": nn.utils.spectral_norm,
@@ -46,6 +78,8 @@ NORMS: dict[str, Norm] = {
     "whole": partial(parametrizations.weight_norm, dim=None),
     "by a hook": hook,
     "whole by a hook": partial(hook, dim=None),
+    "max norm": bound_rows,
+    "positive": partial(constrain, Positive()),
 }
 PARAMETRIZED = {name: norm for name, norm in NORMS.items() if "hook" not in name}
 LAYERS: dict[str, Callable[[Norm], nn.Module]] = {
@@ -201,7 +235,7 @@ def test_levels_leave_it_whole(norm: Norm) -> None:
     net = nn.Sequential(norm(conv(3, 4, 3)), nn.ReLU(), conv(4, 6), nn.ReLU(), conv(6, 5), head(5)).eval()
     widths = discover(net, X)
     with pytest.raises(
-        StructureError, match=r"'0' is of weights that weight or spectral norm .* \(remove it first\)"
+        StructureError, match=r"'0' is of weights that a norm or a constraint .* \(remove it first\)"
     ):
         Levels(net, widths, [{"0": 2}])
     smaller = copy_module(net)
@@ -277,3 +311,31 @@ def test_a_block_with_spectral_norm_is_not_repeated(norm: Norm) -> None:
 
     assert find_last_tensors(Block(parametrizations.weight_norm)) == ("norm.weight", "norm.bias")
     assert not find_last_tensors(Block(norm))
+
+
+def test_a_constraint_fixes_what_it_would_change_in_other_sizes() -> None:
+    layers = [conv(3, 8, 3), nn.ReLU(), conv(8, 6, 3), nn.ReLU(), conv(6, 5, 3), head(5)]
+
+    def follow(constraint: nn.Module) -> tuple[set[str], dict[str, str]]:
+        net = copy_module(nn.Sequential(*layers))
+        constrain(constraint, net[2])
+        widths = discover(net, X)
+        return set(widths), {name: reason for name, reason in widths.fixed.items() if "2.weight" in reason}
+
+    assert follow(MaxNorm(0)) == ({"0", "2", "4"}, {})
+    for constraint, fixed in ((MaxNorm(1), "2"), (Standard(), "0")):
+        name = type(constraint).__name__
+        reason = f"{name} would change 2.weight, were its size another: remove it first"
+        assert follow(constraint) == ({"0", "2", "4"} - {fixed}, {fixed: reason})
+    for other in (nn.Softplus(), nn.Dropout()):
+        reason = f"2.weight is parametrized by {type(other).__name__}: remove it first"
+        assert follow(other) == ({"4"}, dict.fromkeys(("0", "2"), reason))
+
+
+def test_gates_on_a_copy_leave_the_original_its_bias() -> None:
+    """torch has all copies of a parametrized layer share a class, which says what is computed."""
+    net = nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), nn.ReLU(), head(4)).eval()
+    expected, twin = net(X), copy_module(net)
+    attach_gates(twin, discover(twin, X), "channel")
+    assert {"weight", "bias"} == set(twin[0].parametrizations)
+    assert torch.equal(net(X), expected) and torch.equal(twin(X), expected)
