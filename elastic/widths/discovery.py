@@ -18,7 +18,7 @@ from elastic.widths.collecting import collect_widths
 from elastic.widths.computed import fix_computed_sizes
 from elastic.widths.hooks import quiet_hooks
 from elastic.widths.inputs import count_batch, list_inputs
-from elastic.widths.operations.interface import is_stored
+from elastic.widths.operations.interface import get_operation_name, is_stored
 from elastic.widths.parameters import is_followed, try_constraints
 from elastic.widths.sizing import find_spans, list_layouts
 from elastic.widths.stock import Records
@@ -105,7 +105,7 @@ def find_widths(model: nn.Module, *example: Tensor) -> Widths:
     widths.written = frozenset(path for tracker in trackers for path in tracker.written)
     widths.computed = frozenset(path for tracker in trackers for path in tracker.computed)
     widths.untrained = find_untrained(graphs[0], partial(get_layer, replica))
-    fix_widths(widths, _find_unstored(model, widths))
+    fix_widths(widths, _find_unstored(model, widths, _list_unread(graphs)))
     fix_widths(widths, _find_inseparable(widths))
     return widths
 
@@ -162,13 +162,28 @@ def _make_inputs(example: Sequence[Tensor]) -> list[Tensor]:
     return [x.new_empty(shape, device="meta") for x, shape in zip(example, shapes, strict=True)]
 
 
-def _find_unstored(model: nn.Module, widths: Widths) -> dict[str, str]:
+def _list_unread(graphs: Iterable[fx.Graph]) -> set[tuple[str, str]]:
+    """List the tensors of which the forward asks no more than a shape, as of a state that it begins anew."""
+    fetched = [node for graph in graphs for node in graph.find_nodes(op="get_attr")]
+    read = {node.target for node in fetched if not all(map(_asks_shape, node.users))}
+    places = {str(node.target).rpartition(".")[::2] for node in fetched if node.target not in read}
+    called = {node.target for graph in graphs for node in graph.find_nodes(op="call_module")}
+    return {(module, tensor) for module, tensor in places if module not in called}
+
+
+def _asks_shape(node: fx.Node) -> bool:
+    """Tell whether an operation asks of a tensor what it could ask of one without data."""
+    asks = node.target is getattr and node.args[1] in ("shape", "device", "dtype", "ndim")
+    return asks or get_operation_name(node) in ("size", "dim", "zeros_like", "ones_like")
+
+
+def _find_unstored(model: nn.Module, widths: Widths, unread: Container[tuple[str, str]]) -> dict[str, str]:
     """Find widths with tensors that no checkpoint has, and whose entries are not alike, with reasons."""
     unstored: dict[tuple[str, str], Tensor] = {}
     for path, module in model.named_modules():
         others = {name: module._buffers[name] for name in module._non_persistent_buffers_set}
         for name, value in (*vars(module).items(), *others.items()):
-            if isinstance(value, Tensor) and not is_followed(module, name):
+            if isinstance(value, Tensor) and not is_followed(module, name) and (path, name) not in unread:
                 unstored[path, name] = value
     reasons: dict[str, str] = {}
     for slot, name in ((s, n) for n in (widths if unstored else ()) for s in widths[n].slots):

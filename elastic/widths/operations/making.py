@@ -139,9 +139,10 @@ def decide(tracker: Tracker, node: fx.Node) -> None:
     assert isinstance(question, fx.Node)
     answer = get_argument(node, 1, "message") is not False  # an assertion, which has a message, wants it true
     if not (
-        _stays_equal(tracker, question, answer)
-        or _is_decided(question)
+        _is_decided(question)
+        or _stays_equal(tracker, question, answer)
         or _stays_divisible(tracker, question, answer)
+        or _stays_unequal(tracker, question, answer)
     ):
         axes = [axis for count in list_counts(question) for axis in count.axes]
         tracker.fix(axes, question, DECIDES)
@@ -188,6 +189,17 @@ def _stays_equal(tracker: Tracker, question: fx.Node, answer: bool) -> bool:
     return len(ours) == len(theirs) and all(are_equal)
 
 
+def _stays_unequal(tracker: Tracker, question: fx.Node, answer: bool) -> bool:
+    """Tell whether a number of a shape can be kept unlike one that no channels change, and see to it."""
+    if question.target is not (operator.ne if answer else operator.eq):
+        return False
+    for ours, theirs in zip(*map(list_counts, question.args), strict=False):
+        if bool(ours.terms) != bool(theirs.terms) and ours.value != theirs.value:
+            tracker.fix([*ours.axes, *theirs.axes], question, DECIDES)
+            return True
+    return False
+
+
 def _stays_divisible(tracker: Tracker, question: fx.Node, answer: bool) -> bool:
     """Tell whether channels that are found divisible, `C % 4 == 0`, may be kept so, and see to it."""
     remainder = question.args[0] if question.args else None
@@ -217,8 +229,12 @@ def _keep_equal(
     for (size, _), (_, count) in ((ours, theirs), (theirs, ours)):
         if isinstance(size, SizeAttribute):
             return _is_plain(count) and tracker.follow_size(size, count.axes[0])
-    if not _is_plain(ours[1]) or not _is_plain(theirs[1]):
+    counts = [count for count in (ours[1], theirs[1]) if count.terms]
+    if not all(map(_is_plain, counts)):
         return False
+    if len(counts) == 1:  # the other is a number: as many they stay
+        tracker.fix(counts[0].axes, node, DECIDES)
+        return True
     tracker.unite(ours[1].axes[0], theirs[1].axes[0], node)
     return True
 

@@ -32,6 +32,7 @@ from torchvision.models.video.mvit import MSBlockConfig, MViT
 from elastic.dynamic import attach_modules, make_skipping
 from elastic.errors import StructureError
 from elastic.measure.counts import count_macs
+from elastic.pruning.compaction import compact
 from elastic.pruning.gates import attach_gates
 from elastic.surgery.checking import fix_wrong_widths
 from elastic.surgery.reindexing import reindex
@@ -521,6 +522,44 @@ def test_what_a_forward_leaves_out_by_a_draw_is_followed(forward: Forward) -> No
 def test_what_depends_on_data_beside_a_draw_is_refused() -> None:
     with pytest.raises(StructureError, match="what depends on the data"):
         discover(between(lambda m, y: y * float((torch.rand_like(y) * y).mean())), X)
+
+
+class Spiking(nn.Module):
+    """Add up what comes in until it spikes, several times, as spiking networks do."""
+
+    mem: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1)
+        self.register_buffer("mem", torch.zeros(0), persistent=False)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        self.mem = torch.zeros_like(self.mem)
+        outputs: list[Tensor] = []
+        for _ in range(3):
+            y_BCHW = self.first(x_BCHW)
+            if self.mem.shape != y_BCHW.shape:
+                self.mem = torch.zeros_like(y_BCHW)
+            self.mem = 0.9 * self.mem + y_BCHW
+            spikes_BCHW = (self.mem > 0.5).to(x_BCHW.dtype)
+            self.mem = self.mem - spikes_BCHW
+            outputs.append(self.last(spikes_BCHW))
+        return torch.stack(outputs).sum(0)
+
+
+@pytest.mark.parametrize("batch", [0, 2, 5])
+@torch.no_grad()
+def test_a_state_that_begins_anew_changes_with_what_is_added_to_it(batch: int) -> None:
+    """Whatever batch the last one was that is held, if there was one: compaction comes after training."""
+    net = Spiking().eval()
+    if batch:
+        net(X[:1].expand(batch, -1, -1, -1))
+    net.first.weight[4:], net.first.bias[4:] = 0, 0
+    assert discover(net, X, check=True).sizes() == {"first": 6}
+    expected, plain = net(X), compact(net, X)
+    assert plain.first.out_channels == 4
+    torch.testing.assert_close(plain(X), expected)
 
 
 class Caching(nn.Module):
