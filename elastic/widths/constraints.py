@@ -5,11 +5,12 @@ too: with max norm rows may be copied or left out, and columns shared out among 
 """
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-SIZE = 8  # of the weights that it is tried on, by each dimension
+SIZE = 8  # channels of the weights that it is tried on, whose kernels are those of its own
 SCALES = (0.03, 1.0, 30.0)  # of their entries: within most bounds, and out of them
 TOLERANCE = 1e-6  # of the largest entry
 
@@ -18,41 +19,42 @@ Allowed = frozenset[tuple[int, bool]]
 FOUND = "_elastic_allowed"  # of a parametrization: its copies have it, too, which may lack its data
 
 
-def is_constraint(parametrization: nn.Module, dims: int) -> bool:
-    """Tell whether a parametrization of a tensor of so many dimensions leaves alone what it has made."""
-    return _find_allowed(parametrization, dims) is not None
+def is_constraint(parametrization: nn.Module, shape: Sequence[int]) -> bool:
+    """Tell whether a parametrization of a tensor of this shape leaves alone what it has made."""
+    return _find_allowed(parametrization, shape) is not None
 
 
-def allows(parametrization: nn.Module, dims: int, dim: int, reads: bool) -> bool:
+def allows(parametrization: nn.Module, shape: Sequence[int], dim: int, reads: bool) -> bool:
     """Tell whether what surgery makes along a dimension of weights within the bounds is so, too.
 
     Args:
-        dims: how many dimensions the tensor has.
+        shape: that of the tensor.
         reads: the dimension is that of what the tensor reads: copies share the entries, fresh ones are zero.
     """
-    return (dim, reads) in (_find_allowed(parametrization, dims) or ())
+    return (dim, reads) in (_find_allowed(parametrization, shape) or ())
 
 
-def _find_allowed(parametrization: nn.Module, dims: int) -> Allowed | None:
+def _find_allowed(parametrization: nn.Module, shape: Sequence[int]) -> Allowed | None:
     """Find what surgery may change; None if it is no constraint."""
-    found: dict[int, Allowed | None] = vars(parametrization).setdefault(FOUND, {})
-    if dims not in found:
+    found: dict[tuple[int, ...], Allowed | None] = vars(parametrization).setdefault(FOUND, {})
+    tried = (*[SIZE] * len(shape[:2]), *shape[2:])
+    if tried not in found:
         with torch.random.fork_rng(devices=()), torch.no_grad():
             try:
-                found[dims] = _try(copy.deepcopy(parametrization).cpu(), dims)
+                found[tried] = _try(copy.deepcopy(parametrization).cpu(), tried)
             except Exception:  # whatever a function says of weights that are not its own
-                found[dims] = None
-    return found[dims]
+                found[tried] = None
+    return found[tried]
 
 
-def _try(project: nn.Module, dims: int) -> Allowed | None:
+def _try(project: nn.Module, shape: tuple[int, ...]) -> Allowed | None:
     """Find the same by trial, on weights of several scales, in training and in evaluation."""
-    found = {(dim, reads) for dim in range(dims) for reads in (False, True)}
+    found = {(dim, reads) for dim in range(len(shape[:2])) for reads in (False, True)}
     generator = torch.Generator().manual_seed(0)
     for scale in SCALES:
         for mode in (True, False):
             project.train(mode)
-            weight = project(scale * torch.randn([SIZE] * dims, generator=generator))
+            weight = project(scale * torch.randn(shape, generator=generator))
             if not _is_close(project(weight), weight):
                 return None
             found = {change for change in found if _leaves_alone(project, weight, *change, generator)}

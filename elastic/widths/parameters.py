@@ -164,7 +164,7 @@ class Constraint:
 
     def allows(self, dim: int, reads: bool) -> bool:
         """Tell whether surgery may change a dimension of the weight: that of what it reads, or it writes."""
-        return allows(self.project, self.weight.dim(), dim, reads)
+        return allows(self.project, self.weight.shape, dim, reads)
 
 
 def find_constraint(module: nn.Module, tensor: str) -> Constraint | None:
@@ -173,7 +173,7 @@ def find_constraint(module: nn.Module, tensor: str) -> Constraint | None:
     if chain is None or isinstance(chain[0], ChannelParametrization) or not hasattr(chain, "original"):
         return None
     original = cast(nn.Parameter, chain.original)
-    return Constraint(original, chain[0]) if is_constraint(chain[0], original.dim()) else None
+    return Constraint(original, chain[0]) if is_constraint(chain[0], original.shape) else None
 
 
 def is_followed(module: nn.Module, tensor: str) -> bool:

@@ -46,6 +46,17 @@ class MaxNorm(nn.Module):
         return weight.renorm(2, self.dim, 0.5)
 
 
+class Causal(nn.Module):
+    """Let a kernel see what comes before alone, as PixelCNN's do."""
+
+    def __init__(self, kernel: int = 3) -> None:
+        super().__init__()
+        self.register_buffer("mask", (torch.arange(kernel**2) <= kernel**2 // 2).float().view(kernel, kernel))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.mask
+
+
 class Positive(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return weight.clamp(min=0)
@@ -322,7 +333,8 @@ def test_a_constraint_fixes_what_it_would_change_in_other_sizes() -> None:
         widths = discover(net, X)
         return set(widths), {name: reason for name, reason in widths.fixed.items() if "2.weight" in reason}
 
-    assert follow(MaxNorm(0)) == ({"0", "2", "4"}, {})
+    for constraint in (MaxNorm(0), Causal()):
+        assert follow(constraint) == ({"0", "2", "4"}, {})
     for constraint, fixed in ((MaxNorm(1), "2"), (Standard(), "0")):
         name = type(constraint).__name__
         reason = f"{name} would change 2.weight, were its size another: remove it first"
