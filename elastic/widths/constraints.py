@@ -20,7 +20,7 @@ FOUND = "_elastic_allowed"  # of a parametrization: its copies have it, too, whi
 
 
 def is_constraint(parametrization: nn.Module, shape: Sequence[int]) -> bool:
-    """Tell whether a parametrization of a tensor of this shape leaves alone what it has made."""
+    """Tell whether a parametrization leaves alone what it has made, of this shape and of some others."""
     return _find_allowed(parametrization, shape) is not None
 
 
@@ -35,7 +35,7 @@ def allows(parametrization: nn.Module, shape: Sequence[int], dim: int, reads: bo
 
 
 def _find_allowed(parametrization: nn.Module, shape: Sequence[int]) -> Allowed | None:
-    """Find what surgery may change; None if it is no constraint."""
+    """Find what surgery may change; None if that is nothing, or it is no constraint."""
     found: dict[tuple[int, ...], Allowed | None] = vars(parametrization).setdefault(FOUND, {})
     tried = (*[SIZE] * len(shape[:2]), *shape[2:])
     if tried not in found:
@@ -58,7 +58,7 @@ def _try(project: nn.Module, shape: tuple[int, ...]) -> Allowed | None:
             if not _is_close(project(weight), weight):
                 return None
             found = {change for change in found if _leaves_alone(project, weight, *change, generator)}
-    return frozenset(found)
+    return frozenset(found) or None
 
 
 def _leaves_alone(
