@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.data import DataLoader
 
 from elastic import Growth, Periodic, Plateau, compact
@@ -509,6 +510,15 @@ def test_a_run_in_half_precision_goes_on_as_if_it_had_not_been_killed(
     assert_equal(train(parts, checkpoint=str(parts / "last.ckpt")).net, whole.net)
 
 
+class MaxNorm(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.renorm(2, 0, 0.5)
+
+
+def bound_rows(layer: nn.Module) -> nn.Module:
+    return register_parametrization(layer, "weight", MaxNorm())
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
 @pytest.mark.parametrize(
     ("norm", "grain"),
@@ -519,6 +529,8 @@ def test_a_run_in_half_precision_goes_on_as_if_it_had_not_been_killed(
         (parametrizations.spectral_norm, "weight"),
         (parametrizations.spectral_norm, "channel"),
         (nn.utils.spectral_norm, None),
+        (bound_rows, "weight"),
+        (bound_rows, "channel"),
     ],
 )
 def test_a_network_with_normed_weights_grows_is_pruned_and_goes_on_as_if_it_had_not_been_killed(
