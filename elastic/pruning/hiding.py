@@ -7,7 +7,7 @@ from typing import cast
 from torch import nn
 
 from elastic.pruning.folding import make_plain
-from elastic.widths.parameters import is_followed, list_chains, list_foreign, list_gates
+from elastic.widths.parameters import find_computation, list_chains, list_foreign, list_gates
 
 
 class HiddenGates:
@@ -45,7 +45,7 @@ class _HiddenLayer:
     Attributes:
         gated: the layer's class with gates.
         chains: what parametrizes its tensors, by their names.
-        normed: the gates of those that weight norm computes, which is left in the layer.
+        normed: the gates of those that a norm or a constraint computes, which is left in the layer.
     """
 
     layer: nn.Module
@@ -76,7 +76,7 @@ def _can_be_hidden(layer: nn.Module) -> bool:
 def _hide(layer: nn.Module) -> _HiddenLayer:
     chains = layer._modules["parametrizations"]
     assert isinstance(chains, nn.ModuleDict)
-    normed = {n: _take_gates(chain) for n, chain in chains.items() if is_followed(layer, n)}
+    normed = {n: _take_gates(chain) for n, chain in chains.items() if find_computation(layer, n)}
     hidden = _HiddenLayer(layer, type(layer), chains, normed)
     values = {name: chain.original for name, chain in chains.items() if name not in normed}
     make_plain(layer, {name: cast(nn.Parameter, value) for name, value in values.items()})

@@ -86,10 +86,11 @@ def reindex(
     indices = {name: check_index(index, widths[name].size, name) for name, index in changes.items()}
     moves = _find_moves(widths, indices)
     layers, *others = (_find_layers(root, moves) for root in (model, *copies))
-    for layer in (layer for parts in (layers, *others) for layer in parts.values()):
+    affected = [layer for parts in (layers, *others) for layer in parts.values()]
+    for layer in affected:
         recompute_weights(layer)  # which hold the last forward's graph
     refuse_live_graph(item.value for path, tensor in moves for item in list_tensors(layers[path], tensor))
-    for layer in (layer for parts in (layers, *others) for layer in parts.values()):
+    for layer in affected:
         apply_constraints(layer)
     replacements = _renew_tensors(layers, moves, optimizers, others, fresh, generator)
     replacements.put_in_place()

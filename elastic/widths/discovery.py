@@ -19,7 +19,7 @@ from elastic.widths.computed import fix_computed_sizes
 from elastic.widths.hooks import quiet_hooks
 from elastic.widths.inputs import count_batch, list_inputs
 from elastic.widths.operations.interface import get_operation_name, is_stored
-from elastic.widths.parameters import is_followed, try_constraints
+from elastic.widths.parameters import find_computation, try_constraints
 from elastic.widths.sizing import find_spans, list_layouts
 from elastic.widths.stock import Records
 from elastic.widths.tracing import get_layer, make_meta_copy, trace_modes
@@ -183,7 +183,11 @@ def _find_unstored(model: nn.Module, widths: Widths, unread: Container[tuple[str
     for path, module in model.named_modules():
         others = {name: module._buffers[name] for name in module._non_persistent_buffers_set}
         for name, value in (*vars(module).items(), *others.items()):
-            if isinstance(value, Tensor) and not is_followed(module, name) and (path, name) not in unread:
+            if (
+                isinstance(value, Tensor)
+                and not find_computation(module, name)
+                and (path, name) not in unread
+            ):
                 unstored[path, name] = value
     reasons: dict[str, str] = {}
     for slot, name in ((s, n) for n in (widths if unstored else ()) for s in widths[n].slots):

@@ -78,7 +78,7 @@ def list_gates(module: nn.Module, tensor: str) -> list[ChannelParametrization]:
 def list_foreign(module: nn.Module, tensor: str) -> list[nn.Module]:
     """List the parametrizations of a tensor that fix its channels."""
     chain = list(list_parametrizations(module, tensor))
-    followed = chain[:1] if is_followed(module, tensor) else []
+    followed = chain[:1] if find_computation(module, tensor) else []
     return [p for p in chain if not isinstance(p, ChannelParametrization) and p not in followed]
 
 
@@ -176,10 +176,10 @@ def find_constraint(module: nn.Module, tensor: str) -> Constraint | None:
     return Constraint(original, chain[0]) if is_constraint(chain[0], original.shape) else None
 
 
-def is_followed(module: nn.Module, tensor: str) -> bool:
-    """Tell whether a tensor is computed by what surgery follows: weight norm, spectral norm, a constraint."""
-    finders = (find_weight_norm, find_spectral_norm, find_constraint)
-    return any(find(module, tensor) is not None for find in finders)
+def find_computation(module: nn.Module, tensor: str) -> WeightNorm | SpectralNorm | Constraint | None:
+    """Find what computes a tensor, where surgery follows it: weight norm, spectral norm or a constraint."""
+    norm = find_weight_norm(module, tensor) or find_spectral_norm(module, tensor)
+    return norm or find_constraint(module, tensor)
 
 
 def computes_weight(hook: object) -> bool:
@@ -260,7 +260,5 @@ def get_weight(layer: nn.Module) -> Tensor:
 def compute_weight(layer: nn.Module) -> Tensor:
     """Compute a layer's weight before any gate."""
     tensor = get_weight_name(layer)
-    norm = (
-        find_weight_norm(layer, tensor) or find_spectral_norm(layer, tensor) or find_constraint(layer, tensor)
-    )
-    return get_weight(layer) if norm is None else norm.compute_weight()
+    computation = find_computation(layer, tensor)
+    return get_weight(layer) if computation is None else computation.compute_weight()
