@@ -67,7 +67,7 @@ class _HiddenLayer:
 
 
 def _can_be_hidden(layer: nn.Module) -> bool:
-    """Tell whether a layer has gates, and beside them no more than a norm that computes its tensors."""
+    """Tell whether a layer has gates, and beside them no more than a norm or a constraint."""
     names = list_chains(layer)
     has_gates = any(list_gates(layer, name) for name in names)
     return has_gates and not any(list_foreign(layer, name) for name in names)

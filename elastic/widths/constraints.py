@@ -78,4 +78,4 @@ def _leaves_alone(
 
 def _is_close(found: Tensor, expected: Tensor) -> bool:
     same = found.shape == expected.shape and found.dtype == expected.dtype
-    return same and bool(((found - expected).abs() <= TOLERANCE * expected.abs().max()).all())
+    return same and torch.allclose(found, expected, rtol=0, atol=TOLERANCE * float(expected.abs().max()))
