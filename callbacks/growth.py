@@ -13,7 +13,7 @@ from elastic.growth.amount import Growth
 from elastic.growth.gradmax import gradmax
 from elastic.growth.triggers import Trigger
 from elastic.ranges import NotNegative, Part, checked
-from elastic.surgery.depth import count_blocks
+from elastic.surgery.depth import count_blocks, list_growing_stages
 from elastic.surgery.freezing import find_frozen_widths, is_frozen
 from elastic.surgery.fresh import PAIRS, STRATEGIES, Fresh, zero_out
 from elastic.surgery.indices import Index, grow_index, pair_index, split_index
@@ -49,6 +49,7 @@ class GrowOnSaturation(ElasticCallback):
 
     Raises:
         OptionError: an unknown start of fresh channels.
+        StructureError: stages shall gain blocks, and none can.
         TrainingError: there is no validation to watch, or not one an epoch; the metric is not logged; a
             timeline of another network.
 
@@ -74,6 +75,7 @@ class GrowOnSaturation(ElasticCallback):
         self.trigger, self.amount, self.monitor = trigger, amount, monitor
         self.fresh, self.until, self.catch_up = fresh, until, catch_up
         self.rates: EntryRates | None = None
+        self.stages: list[str] = []  # those that may gain a block
         self.rows = [] if timeline is None else read_timeline(Path(timeline))
         self.script = None if timeline is None else select_growth(self.rows)
         self.is_due = False
@@ -105,6 +107,8 @@ class GrowOnSaturation(ElasticCallback):
         super().on_fit_start(trainer, pl_module)
         self.rates = EntryRates(trainer.optimizers) if self.catch_up else None
         check_replay(self.rows, self.structure)
+        if self.script is None and self.amount.blocks:
+            self.stages = list_growing_stages(self.structure.net, self.structure.widths)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -171,7 +175,7 @@ class GrowOnSaturation(ElasticCallback):
         blocks = {
             stage: count
             for stage, count in count_blocks(structure.net).items()
-            if not is_frozen(structure.net, structure.widths, stage)
+            if stage in self.stages and not is_frozen(structure.net, structure.widths, stage)
         }
         grown = self.amount.propose(sizes, structure.start_sizes)
         return grown, self.amount.deepen(blocks, structure.start_depth)

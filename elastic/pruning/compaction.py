@@ -24,6 +24,7 @@ from elastic.pruning.constants import (
 )
 from elastic.pruning.dead import find_unread, find_unwritten, list_kept
 from elastic.pruning.folding import fold_gates
+from elastic.surgery.layers import list_depthwise
 from elastic.surgery.reindexing import reindex
 from elastic.widths.discovery import find_widths
 from elastic.widths.inputs import Example, list_inputs
@@ -54,12 +55,6 @@ def compact(model: nn.Module, example: Example) -> nn.Module:
         is_final = list_depthwise(plain) == depthwise
     flush_denormals(plain)  # sums of constants
     return plain
-
-
-def list_depthwise(model: nn.Module) -> list[str]:
-    """List the layers that have a group for each channel."""
-    layers = ((path, m) for path, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd))
-    return [path for path, layer in layers if 1 < layer.groups == layer.in_channels]
 
 
 def flush_denormals(model: nn.Module) -> None:

@@ -1,12 +1,14 @@
 """Grow in depth: a further residual block at the end of a stage enters as an identity.
 
-A stage is an `nn.Sequential` whose last child is a residual block y = act(f(x) + x), f ending in a norm or a
-scale. A copy of that block with fresh weights, and with that norm's gain and shift (or the scale) at zero, is
-the identity: f is zero, and act (ReLU or nothing) leaves what the same act has given (He et al. zero the gain
-likewise, arXiv 1812.01187, section 3.1). So growth in depth preserves the function, as growth in width does.
+A stage is an `nn.Sequential` or `nn.ModuleList` whose last child is a residual block y = act(f(x) + x), f
+ending in a norm, a scale or a layer (`elastic.surgery.residual`). A copy of that block with fresh weights,
+and with what ends f at zero, is the identity: f is zero, and act (ReLU or nothing) leaves what the same act
+has given (He et al. zero a norm's gain likewise, arXiv 1812.01187, section 3.1). So growth in depth preserves
+the function, as growth in width does.
 """
 
 import copy
+import re
 from collections.abc import Iterable
 from typing import cast
 
@@ -19,11 +21,12 @@ from elastic.surgery.layers import list_tensors
 from elastic.surgery.outputs import list_output_tensors
 from elastic.surgery.reindexing import reindex_copy, resize_index
 from elastic.surgery.residual import find_last_tensors
+from elastic.widths.copying import copy_module
 from elastic.widths.discovery import find_widths
 from elastic.widths.inputs import draw_inputs
 from elastic.widths.matching import require_widths
 from elastic.widths.mode import preserve_modes, set_mode
-from elastic.widths.parameters import get_original
+from elastic.widths.parameters import find_weight_norm, get_original
 from elastic.widths.tracing import BATCH_NORM
 from elastic.widths.width import Widths, fix_widths
 
@@ -38,15 +41,28 @@ def find_stages(model: nn.Module) -> dict[str, tuple[str, ...]]:
     stages: dict[str, tuple[str, ...]] = {}
     for path, module in model.named_modules():
         is_inner = any(path.startswith(_prefix(outer)) for outer, tensors in stages.items() if tensors)
-        is_numbered = list(module._modules) == [str(i) for i in range(len(module._modules))]
-        if type(module) is nn.Sequential and len(module) and is_numbered and not is_inner:
-            stages[path] = find_last_tensors(module[-1])
+        if not is_inner and _is_sequence(module) and _name_next(module) is not None:
+            stages[path] = find_last_tensors(list(module.children())[-1])
     return {path: tensors for path, tensors in stages.items() if tensors}
 
 
-def get_blocks(model: nn.Module, stage: str) -> nn.Sequential:
-    """Get the blocks of a stage (and what stands before them in it)."""
-    return cast(nn.Sequential, model.get_submodule(stage))
+def _is_sequence(module: nn.Module) -> bool:
+    """Tell whether a module holds others in their order, and does nothing of its own."""
+    is_sequential = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    return is_sequential or isinstance(module, nn.ModuleList)
+
+
+def _name_next(blocks: nn.Module) -> str | None:
+    """Name the block that would follow the last one; None where that has no number, or there is none."""
+    names = list(blocks._modules)
+    numbered = re.fullmatch(r"(.*?)(\d+)", names[-1]) if names else None
+    name = f"{numbered[1]}{int(numbered[2]) + 1}" if numbered else ""
+    return name if name and name not in names else None
+
+
+def get_blocks(model: nn.Module, stage: str) -> dict[str, nn.Module]:
+    """Get the blocks of a stage (and what stands before them in it), by their names."""
+    return cast(dict[str, nn.Module], model.get_submodule(stage)._modules)
 
 
 def count_blocks(model: nn.Module) -> dict[str, int]:
@@ -77,44 +93,90 @@ def deepen(
         others = f"the model has {', '.join(stages)}" if stages else "the model has none"
         raise StructureError(f"'{stage}' is no sequence of residual blocks that could grow: {others}")
     deeper = _find_deeper_widths(model, widths, stage)
-    blocks, outputs = get_blocks(model, stage), _compute_outputs(model, widths)
+    outputs, count = _compute_outputs(model, widths), len(get_blocks(model, stage))
     generator = generator or torch.Generator().manual_seed(0)
-    blocks.append(_make_identity(blocks[-1], stages[stage], generator))
+    block = _make_identity(_get_last(model, stage), stages[stage], generator)
+    _append(model, stage, block)
     if not all(map(torch.allclose, outputs, _compute_outputs(model, widths))):
-        del blocks[-1]
+        keep_blocks(model, stage, count)
         raise StructureError(
             f"'{stage}' cannot grow: the model is another function with a block more; {REMEDY}"
         )
     widths.widths, widths.fixed = deeper.widths, deeper.fixed
     for replica in copies:
-        get_blocks(replica, stage).append(copy.deepcopy(blocks[-1]))
+        _append(replica, stage, copy.deepcopy(block))
 
 
-def get_template_name(stage: str, count: int, name: str) -> str:
-    """Name the layer or width in the block before, which that one of block `count` was modelled on."""
-    return f"{_prefix(stage)}{count - 1}.{name.removeprefix(f'{_prefix(stage)}{count}.')}"
+def list_growing_stages(model: nn.Module, widths: Widths) -> list[str]:
+    """List the stages that a block more would follow, found by trial: nothing changes.
+
+    Raises:
+        StructureError: there is none.
+    """
+    growing, refusals = [], []
+    for stage in find_stages(model):
+        try:
+            deepen(copy_module(model), copy.deepcopy(widths), stage)
+            growing.append(stage)
+        except StructureError as error:
+            refusals.append(str(error))
+    if not growing:
+        raise StructureError(
+            refusals[0] if refusals else f"the model has no stage that could gain a block; {REMEDY}"
+        )
+    return growing
+
+
+def keep_blocks(model: nn.Module, stage: str, count: int) -> None:
+    """Keep the first blocks of a stage alone."""
+    blocks = get_blocks(model, stage)
+    for name in list(blocks)[count:]:
+        del blocks[name]
+
+
+def name_next_block(model: nn.Module, stage: str) -> str:
+    """Name the block that would follow a stage's last one."""
+    return cast(str, _name_next(model.get_submodule(stage)))
+
+
+def get_template_name(model: nn.Module, stage: str, name: str) -> str:
+    """Name the layer or width in a stage's last block but one which one in the last was modelled on."""
+    template, block = (f"{_prefix(stage)}{child}." for child in list(get_blocks(model, stage))[-2:])
+    return f"{template}{name.removeprefix(block)}"
 
 
 def find_templates(model: nn.Module, stage: str) -> dict[nn.Parameter, nn.Parameter]:
     """Find, for each parameter of a stage's last block, that of the block before which it was modelled on."""
-    count, parameters = len(get_blocks(model, stage)) - 1, dict(model.named_parameters())
-    names = [name for name in parameters if name.startswith(f"{_prefix(stage)}{count}.")]
-    return {parameters[name]: parameters[get_template_name(stage, count, name)] for name in names}
+    parameters, block = dict(model.named_parameters()), _prefix_last(model, stage)
+    names = [name for name in parameters if name.startswith(block)]
+    return {parameters[name]: parameters[get_template_name(model, stage, name)] for name in names}
 
 
 def _prefix(stage: str) -> str:
     return f"{stage}." if stage else ""
 
 
+def _prefix_last(model: nn.Module, stage: str) -> str:
+    """Give what the names in a stage's last block begin with."""
+    return f"{_prefix(stage)}{list(get_blocks(model, stage))[-1]}."
+
+
+def _get_last(model: nn.Module, stage: str) -> nn.Module:
+    return list(get_blocks(model, stage).values())[-1]
+
+
+def _append(model: nn.Module, stage: str, block: nn.Module) -> None:
+    model.get_submodule(stage).add_module(name_next_block(model, stage), block)
+
+
 def _find_deeper_widths(model: nn.Module, widths: Widths, stage: str) -> Widths:
     """Find the widths that the model would have with a block more."""
     replica, sizes = _copy_deeper(model, widths, stage)
-    deeper, count = find_widths(replica, *widths.example), len(get_blocks(model, stage))
+    deeper, block = find_widths(replica, *widths.example), _prefix_last(replica, stage)
     fix_widths(deeper, {name: reason for name, reason in widths.fixed.items() if name in deeper})
-    block = f"{_prefix(stage)}{count}."
     is_used = any(slot.module.startswith(block) for width in deeper.values() for slot in width.slots)
     old = {name: size for name, size in deeper.sizes().items() if not name.startswith(block)}
-    templates = {name: get_template_name(stage, count, name) for name in deeper if name not in old}
+    templates = {name: get_template_name(replica, stage, name) for name in deeper if name not in old}
     if not is_used or old != sizes or not set(templates.values()) <= set(old):
         raise StructureError(f"'{stage}' cannot grow: its blocks are not used one after the other; {REMEDY}")
     for name, width in deeper.items():
@@ -130,8 +192,7 @@ def _copy_deeper(model: nn.Module, widths: Widths, stage: str) -> tuple[nn.Modul
     """
     single = {name: resize_index(1, 2) for name, width in widths.items() if width.size == 1}
     replica, replica_widths = reindex_copy(model, widths, single)
-    blocks = get_blocks(replica, stage)
-    blocks.append(copy.deepcopy(blocks[-1]))
+    _append(replica, stage, copy.deepcopy(_get_last(replica, stage)))
     return replica, replica_widths.sizes()
 
 
@@ -153,7 +214,9 @@ def _make_identity(block: nn.Module, last: Iterable[str], generator: torch.Gener
         if "parametrizations" not in path.split("."):  # a gate's own, which its layer stands for
             _start_anew(module, generator)
     for path, _, tensor in (name.rpartition(".") for name in last):
-        value = get_original(identity.get_submodule(path), tensor)
+        layer = identity.get_submodule(path)
+        norm = find_weight_norm(layer, tensor)  # of whose direction zeros would be no direction
+        value = norm.norms if norm is not None else get_original(layer, tensor)
         assert value is not None
         value.zero_()
     return identity

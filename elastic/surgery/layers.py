@@ -48,6 +48,12 @@ class LayerTensor:
     has_one_scale: bool = False
 
 
+def list_depthwise(model: nn.Module) -> list[str]:
+    """List the layers that have a group for each channel."""
+    layers = ((path, m) for path, m in model.named_modules() if isinstance(m, _ConvNd))
+    return [path for path, layer in layers if 1 < layer.groups == layer.in_channels]
+
+
 def list_tensors(module: nn.Module, tensor: str) -> list[LayerTensor]:
     """List the tensors behind `module.<tensor>`: itself, or what is stored for it, and its gates' own."""
     value = get_original(module, tensor)

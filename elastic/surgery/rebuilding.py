@@ -10,9 +10,12 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor, nn
 
 from elastic.errors import StructureError
-from elastic.surgery.depth import count_blocks, deepen, get_blocks
+from elastic.surgery.depth import count_blocks, deepen, find_stages, keep_blocks, name_next_block
 from elastic.surgery.graphs import release_graphs
+from elastic.surgery.layers import list_depthwise
 from elastic.surgery.reindexing import reindex, resize_index
+from elastic.widths.copying import copy_module
+from elastic.widths.discovery import find_widths
 from elastic.widths.sizing import solve_sizes
 from elastic.widths.width import Slot, Widths
 
@@ -31,11 +34,15 @@ def rebuild(model: nn.Module, widths: Widths, state: Mapping[str, Tensor], prefi
     release_graphs(model.parameters())  # which have nothing to say of the values to come
     try:
         add_blocks(model, widths, state, prefix)
+        depthwise = list_depthwise(model)
         _resize(model, widths, _read_sizes(state, widths, prefix))
-        _check(model, state, prefix)
+        if list_depthwise(model) != depthwise and _find_misfit(model, state, prefix):
+            _rebuild_groups(model, widths, state, prefix)
+        if misfit := _find_misfit(model, state, prefix):
+            raise StructureError(f"{REFUSAL}: {misfit}")
     except StructureError:
         for stage, count in blocks.items():
-            del get_blocks(model, stage)[count:]
+            keep_blocks(model, stage, count)
         sizes = before.sizes()
         for name, width in before.items():
             width.size = widths[name].size
@@ -48,12 +55,11 @@ def rebuild(model: nn.Module, widths: Widths, state: Mapping[str, Tensor], prefi
 
 def add_blocks(model: nn.Module, widths: Widths, state: Mapping[str, Tensor], prefix: str = "") -> None:
     """Append to every stage the blocks that a state dict has beyond the model's."""
-    for stage, count in count_blocks(model).items():
+    for stage in find_stages(model):
         head = f"{prefix}{stage}." if stage else prefix
         children = {name.removeprefix(head).partition(".")[0] for name in state if name.startswith(head)}
-        while str(count) in children:
+        while name_next_block(model, stage) in children:
             deepen(model, widths, stage)
-            count += 1
 
 
 def _resize(model: nn.Module, widths: Widths, sizes: Mapping[str, int]) -> None:
@@ -61,20 +67,27 @@ def _resize(model: nn.Module, widths: Widths, sizes: Mapping[str, int]) -> None:
     reindex(model, widths, {name: resize_index(widths[name].size, size) for name, size in changes.items()})
 
 
-def _check(model: nn.Module, state: Mapping[str, Tensor], prefix: str) -> None:
-    """Raise StructureError unless the state has the model's tensors, each of its shape."""
+def _rebuild_groups(model: nn.Module, widths: Widths, state: Mapping[str, Tensor], prefix: str) -> None:
+    """Go on by the widths that there are once groups of one channel can go one by one, as in `compact`."""
+    for net in (copy_module(model), model):  # where it fails, the model is still as its widths say
+        regrouped = find_widths(net, *widths.example)
+        rebuild(net, regrouped, state, prefix)
+    widths.widths, widths.fixed = regrouped.widths, regrouped.fixed
+
+
+def _find_misfit(model: nn.Module, state: Mapping[str, Tensor], prefix: str) -> str | None:
+    """Tell which tensor of the model a state lacks or has in another shape, or what it has beyond them."""
     # What modules keep beside tensors is theirs to take up.
     tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     shapes = {prefix + name: tensor.shape for name, tensor in tensors.items()}
     names = {name for name, value in state.items() if name.startswith(prefix) and isinstance(value, Tensor)}
     for name in sorted(shapes.keys() ^ names):
         remedy = GATES if ".parametrizations." in name else ""
-        raise StructureError(f"{REFUSAL}: it {'lacks' if name in shapes else 'also holds'} '{name}'{remedy}")
+        return f"it {'lacks' if name in shapes else 'also holds'} '{name}'{remedy}"
     for name, shape in shapes.items():
         if state[name].shape != shape:
-            raise StructureError(
-                f"{REFUSAL}: '{name}' is {tuple(state[name].shape)}, the model's is {tuple(shape)}"
-            )
+            return f"'{name}' is {tuple(state[name].shape)}, the model's is {tuple(shape)}"
+    return None
 
 
 def _read_sizes(state: Mapping[str, Tensor], widths: Widths, prefix: str) -> dict[str, int]:

@@ -1,6 +1,12 @@
-"""Recognise a residual block y = act(f(x) + x), f ending in a norm with gain and shift, or in a scale."""
+"""Recognise a residual block: y = act(f(x) + x), or y = z + g(z) of z = x + f(x), and so on.
+
+Each branch ends in a norm with gain and shift, in a scale, or in a convolution or linear layer.
+"""
+
+from collections.abc import Collection
 
 from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
 
 from elastic.errors import StructureError
 from elastic.surgery.layers import NORMS
@@ -9,6 +15,7 @@ from elastic.widths.operations.interface import PRODUCTS
 from elastic.widths.parameters import (
     find_constraint,
     find_spectral_norm,
+    get_kind,
     get_original,
     get_weight_name,
     list_chains,
@@ -24,15 +31,17 @@ IDEMPOTENT_CALLS = {"relu", "relu6", "output"}
 DROPS = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 DROP_CALLS = {"dropout", "dropout1d", "dropout2d", "dropout3d", "stochastic_depth"}
 RESHAPES = {"view", "reshape", "unsqueeze", "getitem"}
+LINEAR = (_ConvNd, nn.Linear)
 
 
 def find_last_tensors(block: nn.Module) -> tuple[str, ...]:
-    """Find the parameters that end f in a block y = act(f(x) + x): where they are zero, so is f.
+    """Find the parameters that end the branches of a residual block: where they are zero, it is act(x).
 
-    They are the gain and shift of a norm, or a scale (ConvNeXt, arXiv 2201.03545), by their paths; none for
-    any other block. Dropout, stochastic depth and squeeze and excitation may come behind.
+    They are the gain and shift of a norm, a scale (ConvNeXt, arXiv 2201.03545), or the weight and bias of a
+    layer (the last of a block that begins with its norm, arXiv 1603.05027), by their paths; none for any
+    other block. Dropout, stochastic depth and squeeze and excitation may come behind.
     """
-    if _has_foreign(block) or not _contains_norm(block):
+    if _has_foreign(block) or not _contains_layers(block):
         return ()
     try:
         graph = trace(set_mode(make_meta_copy(block))).graph
@@ -40,20 +49,33 @@ def find_last_tensors(block: nn.Module) -> tuple[str, ...]:
         return ()
     inputs = graph.find_nodes(op="placeholder")
     sums = [n for n in graph.nodes if n.op != "call_module" and _get_name(n) in ADDITIONS]
-    if len(inputs) != 1 or not sums or len(sums[-1].all_input_nodes) != 2:
+    if len(inputs) != 1 or not sums or not _ends_idempotent(sums[-1], block):
         return ()
-    first, second = (_skip_drops(node, block) for node in sums[-1].all_input_nodes)
-    branch = first if second is inputs[0] else second if first is inputs[0] else None
-    if branch is None or branch is inputs[0] or not _ends_idempotent(sums[-1], block):
+    return _find_branches(sums[-1], inputs[0], block)
+
+
+def _find_branches(node: fx.Node, start: fx.Node, block: nn.Module) -> tuple[str, ...]:
+    """Find the parameters with which a sum is what the block is given; none where it never is."""
+    if _get_name(node) not in ADDITIONS or node.op == "call_module" or len(node.all_input_nodes) != 2:
         return ()
-    return _find_factors(branch, block)
+    first, second = (_skip(node, block, (nn.Identity,)) for node in node.all_input_nodes)
+    for carried, branch in ((first, second), (second, first)):
+        # A sequence of blocks is none.
+        is_chain = carried is not start and not isinstance(block, nn.Sequential)
+        before = _find_branches(carried, start, block) if is_chain else ()
+        if (before or carried is start) and (tensors := _find_factors(branch, block)):
+            return before + tensors
+    return ()
 
 
 def _find_factors(node: fx.Node, block: nn.Module) -> tuple[str, ...]:
-    """Find the parameters with which a node's output is zero: of a norm, or of one factor of a product."""
+    """Find the parameters with which a node's output is zero: of a layer, or of one factor of a product."""
     node = _skip_drops(node, block)
     if _is_affine_norm(node, block):
         return f"{node.target}.weight", f"{node.target}.bias"
+    if (layer := get_layer(block, node)) is not None and _is_linear(layer):
+        names = ("weight", "bias") if layer.bias is not None else ("weight",)
+        return tuple(f"{node.target}.{name}" for name in names)
     for factor in node.all_input_nodes if _get_name(node) in PRODUCTS else ():
         if tensors := _find_parameter(factor, block) or _find_factors(factor, block):
             return tensors
@@ -71,9 +93,14 @@ def _find_parameter(node: fx.Node, block: nn.Module) -> tuple[str, ...]:
     return () if value is None else (str(node.target),)
 
 
-def _contains_norm(block: nn.Module) -> bool:
-    """Tell whether a block has a norm inside: without one there is no need to trace it."""
-    return any(isinstance(layer, NORMS) for layer in block.modules() if layer is not block)
+def _is_linear(layer: nn.Module) -> bool:
+    """Tell whether a layer gives zeros where its weight and bias are zero, as torch's own do."""
+    return isinstance(layer, LINEAR) and get_kind(layer).__module__.startswith("torch.nn.modules.")
+
+
+def _contains_layers(block: nn.Module) -> bool:
+    """Tell whether a block has a norm or a weight inside: without one there is no need to trace it."""
+    return any(isinstance(layer, (*NORMS, *LINEAR)) for layer in block.modules() if layer is not block)
 
 
 def _has_foreign(block: nn.Module) -> bool:
@@ -87,7 +114,14 @@ def _has_foreign(block: nn.Module) -> bool:
 
 def _skip_drops(node: fx.Node, block: nn.Module) -> fx.Node:
     """Go back past what does nothing, or drops something in training."""
-    while isinstance(get_layer(block, node), DROPS) or _get_name(node) in DROP_CALLS:
+    return _skip(node, block, DROPS, DROP_CALLS)
+
+
+def _skip(
+    node: fx.Node, block: nn.Module, layers: tuple[type[nn.Module], ...], calls: Collection[str] = ()
+) -> fx.Node:
+    """Go back past layers of some kinds, and some operations."""
+    while isinstance(get_layer(block, node), layers) or _get_name(node) in calls:
         node = node.all_input_nodes[0]
     return node
 

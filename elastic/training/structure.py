@@ -234,7 +234,7 @@ class Structure(nn.Module):
         count = len(get_blocks(self.net, stage))
         deepen(self.net, self.widths, stage, copies=self.copies, generator=self.make_generator())
         for name in self.widths.keys() - self.start_sizes.keys():  # as far from its ceiling as its template
-            self.start_sizes[name] = self.start_sizes[get_template_name(stage, count, name)]
+            self.start_sizes[name] = self.start_sizes[get_template_name(self.net, stage, name)]
         templates, order = find_templates(self.net, stage), list(self.net.parameters())
         adopt_parameters(self._list_optimizers(), templates, order)
         return count

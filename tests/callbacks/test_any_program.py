@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import StochasticWeightAveraging
-from torch import nn
+from torch import Tensor, nn
 from torch.distributions import Normal
 
 from elastic import Growth, Periodic, Plateau
@@ -26,7 +26,7 @@ from elastic.callbacks import (
     Reconstruct,
     TrainJointly,
 )
-from elastic.errors import OptionError, TrainingError
+from elastic.errors import OptionError, StructureError, TrainingError
 from elastic.growth import Resolution
 from elastic.models import resnet20
 from elastic.pruning import compact
@@ -389,6 +389,57 @@ def test_every_parameter_keeps_its_group_through_growth_in_width_and_depth() -> 
         "new blocks are in it, in the order of a network made so"
     )
     assert len(module.net.stage1) == 4
+
+
+class Residual(nn.Module):
+    """Begins with its norm, and ends in a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.inner, self.outer = nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, 1, 1), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return x_BCHW + self.outer(self.inner(self.norm(x_BCHW).relu()).relu())  # type: ignore[no-any-return]
+
+
+class Lists(nn.Module):
+    """Goes through its blocks in a loop, and through others side by side with its own layers."""
+
+    def __init__(self, looped: bool = True) -> None:
+        super().__init__()
+        self.stem, self.head, self.looped = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(4, 4), looped
+        self.blocks, self.beside = (nn.ModuleList(Residual() for _ in range(2)) for _ in range(2))
+        self.pools = nn.ModuleList([nn.MaxPool2d(2), nn.MaxPool2d(2)])
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        h_BCHW = self.stem(x_BCHW)
+        for block in self.blocks if self.looped else ():
+            h_BCHW = block(h_BCHW)
+        for block, pool in zip(self.beside, self.pools, strict=False):
+            h_BCHW = pool(block(h_BCHW))
+        return self.head(h_BCHW.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_blocks_held_in_a_list_grow_in_number_and_others_stay() -> None:
+    module = make_program(net=Lists())
+    depth = GrowOnSaturation(Periodic(1), Growth(ceiling=1.0, blocks=2), until=0.9)
+    trainer = fit(module, [depth], max_epochs=5)
+    assert len(module.net.blocks) == 4 and len(module.net.beside) == 2
+    held = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    assert held == {id(p) for p in module.net.parameters()}
+    assert all(block.outer.weight.any() for block in module.net.blocks)
+
+
+@pytest.mark.parametrize(
+    ("net", "said"), [(lambda: Lists(looped=False), "'blocks' cannot grow"), (make_network, "has no stage")]
+)
+def test_depth_that_no_stage_can_gain_is_refused_before_training(net: Any, said: str) -> None:
+    trained: list[int] = []
+    spy = Spy(on_train_batch_end=lambda *_: trained.append(1))
+    depth = GrowOnSaturation(Periodic(1), Growth(blocks=1))
+    with pytest.raises(StructureError, match=rf"{said}.* set its Growth's blocks to 0"):
+        fit(make_program(net=net()), [depth, spy], max_epochs=2)
+    assert not trained
 
 
 def test_the_clock_of_a_budget_ends_at_one_with_two_optimizers_by_hand() -> None:

@@ -12,6 +12,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from torchvision.models.efficientnet import EfficientNet, MBConvConfig
+from torchvision.models.regnet import BlockParams, RegNet
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from elastic import discover
@@ -28,6 +29,66 @@ from elastic.surgery.reindexing import grow_index, reindex
 from tests.elastic import zoo
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+class PreActivation(nn.Module):
+    """Begins with its norms, as the blocks of wide ResNets do, and ends in a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, padding=1, bias=False)
+        self.norm2, self.conv2 = nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3, padding=1, bias=False)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        h_BCHW = self.conv1(self.norm1(x_BCHW).relu())
+        return x_BCHW + self.conv2(self.norm2(h_BCHW).relu())  # type: ignore[no-any-return]
+
+
+class Plain(nn.Module):
+    """Has no norm at all, as for images with more pixels: its branch is scaled by a number."""
+
+    def __init__(self, weight_norm: bool = False) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(6, 4, 3, padding=1)
+        if weight_norm:
+            self.conv2 = nn.utils.parametrizations.weight_norm(self.conv2)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.conv2(self.conv1(x_BCHW).relu()) * 0.1 + x_BCHW  # type: ignore[no-any-return]
+
+
+class Mixer(nn.Module):
+    """Mixes places, and then channels, each in a branch of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(1, 4), nn.GroupNorm(1, 4)
+        self.pool, self.scale = nn.AvgPool2d(3, 1, 1), nn.Parameter(torch.ones(4, 1, 1))
+        self.fc1, self.fc2, self.drop = nn.Conv2d(4, 8, 1), nn.Conv2d(8, 4, 1), nn.Dropout(0.0)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        x_BCHW = x_BCHW + self.scale * self.pool(self.norm1(x_BCHW))
+        return x_BCHW + self.drop(self.fc2(nn.functional.gelu(self.fc1(self.norm2(x_BCHW)))))
+
+
+class Listed(nn.Module):
+    """Goes through stages that it holds in lists, with other layers between them."""
+
+    def __init__(self, kind: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.stem, self.between = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, 2, 1)
+        self.stages = nn.ModuleList(nn.ModuleList([kind(), kind()]) for _ in range(2))
+        self.last, self.head = nn.Sequential(kind()), nn.Linear(4, 2)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        h_BCHW = self.stem(x_BCHW)
+        for stage in self.stages:
+            for block in stage:  # type: ignore[attr-defined]
+                h_BCHW = block(h_BCHW)
+            h_BCHW = self.between(h_BCHW)
+        return self.head(self.last(h_BCHW).mean((2, 3)))
+
+
 NETS: dict[str, Callable[[], nn.Module]] = {
     "resnet20": lambda: resnet20(width=4),
     "resnet18": lambda: torchvision.models.resnet18(num_classes=10),
@@ -42,6 +103,11 @@ NETS: dict[str, Callable[[], nn.Module]] = {
         [CNBlockConfig(4, 6, 1), CNBlockConfig(6, 8, 2), CNBlockConfig(8, None, 2)], num_classes=10
     ),
     "bottlenecks": lambda: ResNet(Bottleneck, [2, 2, 2, 2], num_classes=10, width_per_group=8),
+    "regnet": lambda: RegNet(BlockParams([2, 2, 2], [4, 8, 8], [2, 4, 4], [1.0] * 3, [2, 2, 2]), 10, 4),
+    "wide resnet": lambda: Listed(PreActivation),
+    "no norm": lambda: Listed(Plain),
+    "weight norm": lambda: Listed(functools.partial(Plain, weight_norm=True)),
+    "two branches": lambda: Listed(Mixer),
 }
 
 
@@ -61,6 +127,7 @@ def run(net: nn.Module, training: bool) -> Tensor:
         "efficientnet",
         "convnext",
         "resnet20",
+        *("regnet", "wide resnet", "no norm", "weight norm", "two branches"),
         *(pytest.param(n, marks=pytest.mark.slow) for n in ("resnet18", "bottlenecks")),
     ],
 )
@@ -114,6 +181,49 @@ def test_a_new_block_learns_from_the_first_step_on() -> None:
         block.bn2.weight.fill_(0.1)  # type: ignore[union-attr]
     net(X).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in block.parameters())
+
+
+@pytest.mark.parametrize("name", ["regnet", "wide resnet", "no norm", "weight norm", "two branches"])
+def test_a_new_block_learns_however_it_ends(name: str) -> None:
+    """What ends its branches first, all of it from the second step on."""
+    net = built(name)
+    stage, last = next(iter(find_stages(net).items()))
+    deepen(net, discover(net, X), stage)
+    block = list(net.get_submodule(stage).children())[-1]
+    for _ in range(2):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+        optimizer.zero_grad()
+        net.train()(X).square().sum().backward()
+        for tensor in {tensor.rpartition(".")[0] for tensor in last}:
+            assert any(p.grad.abs().sum() > 0 for p in block.get_submodule(tensor).parameters())  # type: ignore[union-attr]
+        optimizer.step()
+    learnt = [p.grad is not None and p.grad.abs().sum() > 0 for p in block.parameters()]
+    assert all(learnt) and len(learnt) > 3
+
+
+@pytest.mark.parametrize("name", ["regnet", "wide resnet", "two branches"])
+def test_any_deeper_network_is_gated_compacted_saved_and_loaded(name: str, tmp_path: Path) -> None:
+    net = built(name)
+    stages = list(find_stages(net))
+    for stage in (stages[0], stages[0], stages[-1]):
+        deepen(net, discover(net, X), stage)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(torch.full_like(parameter, 0.1).normal_(0, 0.1))
+    gates.attach_gates(net, discover(net, X), "weight")
+    keep_best_gates(net, 0.3 * gates.count_gated(net))
+    plain = compact(net, X)
+    assert torch.allclose(run(plain, False), run(net, False), atol=1e-4)
+    Network(plain).save(tmp_path / "m", {})
+    assert torch.equal(run(Network.load(tmp_path / "m", built(name), X).plain(), False), run(plain, False))
+    state = net.state_dict()
+    del state[next(reversed(state))]
+    shallow = built(name)
+    gates.attach_gates(shallow, discover(shallow, X), "weight")
+    before = zoo.states(shallow)
+    with pytest.raises(StructureError, match="another architecture"):
+        rebuild(shallow, discover(shallow, X), state)
+    assert not zoo.differences(before, zoo.states(shallow))
 
 
 def test_blocks_differ_and_repeat_with_their_generator() -> None:
@@ -266,11 +376,12 @@ UNUSABLE: dict[str, Callable[[], nn.Module]] = {
     "overwritten input": lambda: wrapped(nn.Sequential(Overwrites(4, 4, 1), Overwrites(4, 4, 1))),
     "another addition": lambda: wrapped(nn.Sequential(Twice(4, 4, 1), Twice(4, 4, 1))),
     "one block twice": lambda: wrapped(shared()),
+    "one by one, listed": lambda: wrapped(nn.ModuleList(shared()), "one by one"),
 }
 
 
-def wrapped(stage: nn.Module) -> nn.Module:
-    net = Forward("in order")
+def wrapped(stage: nn.Module, how: str = "in order") -> nn.Module:
+    net = Forward(how)
     net.layer = stage  # type: ignore[assignment]
     return net
 
@@ -369,12 +480,14 @@ class Other(BasicBlock):
             return nn.functional.gelu(h_BCHW + x_BCHW)
         if self.how == "relu before":
             return self.relu(h_BCHW) + x_BCHW
+        if self.how == "dropped":  # what comes by, too
+            return self.relu(h_BCHW + nn.functional.dropout(x_BCHW, training=self.training))
         if self.how == "scaled":
             return self.relu(h_BCHW + 2 * x_BCHW)
         return self.relu(h_BCHW + self.bn1(x_BCHW))
 
 
-@pytest.mark.parametrize("how", ["gelu", "relu before", "scaled", "two norms"])
+@pytest.mark.parametrize("how", ["gelu", "relu before", "scaled", "two norms", "dropped"])
 def test_a_block_that_could_not_be_an_identity_is_no_stage(how: str) -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(Other(how), Other(how)), nn.Conv2d(4, 2, 3))
     assert find_stages(net) == {}
@@ -384,11 +497,11 @@ def test_a_block_that_could_not_be_an_identity_is_no_stage(how: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_norms_without_gain_and_children_with_names_are_no_stages() -> None:
+def test_norms_without_gain_and_children_without_numbers_are_no_stages() -> None:
     block = BasicBlock(4, 4, 1)
     block.bn2 = nn.BatchNorm2d(4, affine=False)
     named = nn.Sequential()
-    named.add_module("first", BasicBlock(4, 4, 1))
+    named.add_module("first", BasicBlock(4, 4, 1))  # what would the next be called?
     assert find_stages(nn.Sequential(block)) == find_stages(named) == {}
     assert find_stages(nn.Sequential(BasicBlock(4, 4, 1))) == {"": ("bn2.weight", "bn2.bias")}
     assert find_stages(nn.Sequential(BasicBlock(4, 8, 1))) == {}, "its shortcut is no identity"

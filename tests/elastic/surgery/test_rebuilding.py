@@ -235,6 +235,41 @@ def test_a_bias_that_compaction_gave_is_restored(tmp_path: Path) -> None:
     assert torch.allclose(back(probe()), model(probe()), atol=1e-5)
 
 
+def grouped(seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    first, second, norm = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 12, 3, groups=4), nn.BatchNorm2d(12)
+    return nn.Sequential(first, nn.ReLU(), second, norm, nn.ReLU(), nn.Conv2d(12, 5, 1), nn.Flatten())
+
+
+@pytest.mark.parametrize("groups", [3, 2, 1])
+def test_groups_that_compaction_took_away_are_missing_after_loading(tmp_path: Path, groups: int) -> None:
+    """With one channel left in each, a grouped convolution is a depthwise one, whose channels go alone."""
+    model = grouped(0)
+    for group in range(4):
+        model[0].weight.data[2 * group + 1], model[0].bias.data[2 * group + 1] = 0, 0
+        dead = slice(3 * group + (1 if group < groups else 0), 3 * group + 3)
+        model[5].weight.data[:, dead] = 0  # type: ignore[index]
+    plain = compact(model.eval(), EXAMPLE)
+    assert plain[2].weight.shape == (groups, 1, 3, 3)  # type: ignore[index,union-attr]
+    Network(plain).save(tmp_path / "m", {})
+    back = Network.load(tmp_path / "m", grouped(1), EXAMPLE).plain()
+    same(plain.state_dict(), back.state_dict())
+    assert torch.equal(back(probe()), plain(probe())) and back[2].groups == groups  # type: ignore[index]
+
+
+def test_a_state_of_other_groups_leaves_the_network_as_it_was() -> None:
+    model, state = grouped(0), grouped(1).state_dict()
+    state |= {"0.weight": torch.ones(4, 3, 1, 1), "0.bias": torch.ones(4), "2.weight": torch.ones(4, 1, 3, 3)}
+    state |= {name: torch.ones(4) for name in state if name.startswith("3.") and state[name].dim()}
+    state |= {"2.bias": torch.ones(4), "5.weight": torch.ones(4, 4, 1, 1)}
+    widths = discover(model, EXAMPLE)
+    sizes, before = widths.sizes(), {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(StructureError, match=r"another architecture: '5\.weight'"):
+        rebuild(model, widths, state)
+    same(before, model.state_dict())
+    assert widths.sizes() == sizes == discover(model, EXAMPLE).sizes() and model[2].groups == 4
+
+
 def refused(path: Path, net: nn.Module | None = None) -> str:
     """The message of the error, which must be one line."""
     with pytest.raises((StructureError, FileError)) as caught:
