@@ -20,7 +20,7 @@ from elastic.surgery.fresh import draw_he_normal
 from elastic.surgery.layers import list_tensors
 from elastic.surgery.outputs import list_output_tensors
 from elastic.surgery.reindexing import reindex_copy, resize_index
-from elastic.surgery.residual import find_last_tensors
+from elastic.surgery.residual import find_last_tensors, is_sequence
 from elastic.widths.copying import copy_module
 from elastic.widths.discovery import find_widths
 from elastic.widths.inputs import draw_inputs
@@ -41,15 +41,9 @@ def find_stages(model: nn.Module) -> dict[str, tuple[str, ...]]:
     stages: dict[str, tuple[str, ...]] = {}
     for path, module in model.named_modules():
         is_inner = any(path.startswith(_prefix(outer)) for outer, tensors in stages.items() if tensors)
-        if not is_inner and _is_sequence(module) and _name_next(module) is not None:
+        if not is_inner and is_sequence(module) and _name_next(module) is not None:
             stages[path] = find_last_tensors(list(module.children())[-1])
     return {path: tensors for path, tensors in stages.items() if tensors}
-
-
-def _is_sequence(module: nn.Module) -> bool:
-    """Tell whether a module holds others in their order, and does nothing of its own."""
-    is_sequential = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
-    return is_sequential or isinstance(module, nn.ModuleList)
 
 
 def _name_next(blocks: nn.Module) -> str | None:

@@ -30,6 +30,11 @@ IDEMPOTENT_CALLS = {"relu", "relu6", "output"}
 # What gives zeros for zeros, and passes their gradient on.
 DROPS = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 DROP_CALLS = {"dropout", "dropout1d", "dropout2d", "dropout3d", "stochastic_depth"}
+PASSING = (
+    *(nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish),
+    *(nn.Hardswish, nn.Tanh, nn.Softsign),
+)
+PASSING_CALLS = {"leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "hardswish", "tanh", "softsign"}
 RESHAPES = {"view", "reshape", "unsqueeze", "getitem"}
 LINEAR = (_ConvNd, nn.Linear)
 
@@ -60,17 +65,29 @@ def _find_branches(node: fx.Node, start: fx.Node, block: nn.Module) -> tuple[str
         return ()
     first, second = (_skip(node, block, (nn.Identity,)) for node in node.all_input_nodes)
     for carried, branch in ((first, second), (second, first)):
-        # A sequence of blocks is none.
-        is_chain = carried is not start and not isinstance(block, nn.Sequential)
-        before = _find_branches(carried, start, block) if is_chain else ()
-        if (before or carried is start) and (tensors := _find_factors(branch, block)):
-            return before + tensors
+        if tensors := _find_factors(branch, block):
+            if carried is start:
+                return tensors
+            if (before := _find_branches(carried, start, block)) and not _holds_blocks(block):
+                return before + tensors
     return ()
+
+
+def is_sequence(module: nn.Module) -> bool:
+    """Tell whether a module holds others in their order, and does nothing of its own."""
+    is_sequential = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    return (is_sequential or isinstance(module, nn.ModuleList)) and len(module._modules) > 0
+
+
+def _holds_blocks(block: nn.Module) -> bool:
+    """Tell whether what looks like a block with several branches is a sequence of blocks, or holds one."""
+    sequences = (module for module in block.modules() if is_sequence(module))
+    return any(find_last_tensors(list(sequence.children())[-1]) for sequence in sequences)
 
 
 def _find_factors(node: fx.Node, block: nn.Module) -> tuple[str, ...]:
     """Find the parameters with which a node's output is zero: of a layer, or of one factor of a product."""
-    node = _skip_drops(node, block)
+    node = _skip(node, block, (*DROPS, *PASSING), DROP_CALLS | PASSING_CALLS)
     if _is_affine_norm(node, block):
         return f"{node.target}.weight", f"{node.target}.bias"
     if (layer := get_layer(block, node)) is not None and _is_linear(layer):
@@ -110,11 +127,6 @@ def _has_foreign(block: nn.Module) -> bool:
         if find_spectral_norm(module, name) or find_constraint(module, name):
             return True  # which may not leave alone what weights a further block would start with
     return any(list_foreign(module, name) for module in block.modules() for name in list_chains(module))
-
-
-def _skip_drops(node: fx.Node, block: nn.Module) -> fx.Node:
-    """Go back past what does nothing, or drops something in training."""
-    return _skip(node, block, DROPS, DROP_CALLS)
 
 
 def _skip(

@@ -57,6 +57,30 @@ class Plain(nn.Module):
         return self.conv2(self.conv1(x_BCHW).relu()) * 0.1 + x_BCHW  # type: ignore[no-any-return]
 
 
+class Dark(nn.Module):
+    """Has an activation behind the norm that ends its branch, whose slope at zero is not zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(4, 6, 1), nn.Conv2d(6, 4, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        h_BCHW = self.norm(self.conv2(self.conv1(x_BCHW).relu()))
+        return nn.functional.leaky_relu(h_BCHW, 0.1) + x_BCHW
+
+
+class Stage(nn.Module):
+    """Holds blocks: a stage, and no block of those that hold it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(Plain(), Plain())
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.blocks(x_BCHW)  # type: ignore[no-any-return]
+
+
 class Mixer(nn.Module):
     """Mixes places, and then channels, each in a branch of its own."""
 
@@ -108,6 +132,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "no norm": lambda: Listed(Plain),
     "weight norm": lambda: Listed(functools.partial(Plain, weight_norm=True)),
     "two branches": lambda: Listed(Mixer),
+    "leaky": lambda: Listed(Dark),
 }
 
 
@@ -127,7 +152,7 @@ def run(net: nn.Module, training: bool) -> Tensor:
         "efficientnet",
         "convnext",
         "resnet20",
-        *("regnet", "wide resnet", "no norm", "weight norm", "two branches"),
+        *("regnet", "wide resnet", "no norm", "weight norm", "two branches", "leaky"),
         *(pytest.param(n, marks=pytest.mark.slow) for n in ("resnet18", "bottlenecks")),
     ],
 )
@@ -183,7 +208,7 @@ def test_a_new_block_learns_from_the_first_step_on() -> None:
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in block.parameters())
 
 
-@pytest.mark.parametrize("name", ["regnet", "wide resnet", "no norm", "weight norm", "two branches"])
+@pytest.mark.parametrize("name", ["regnet", "wide resnet", "no norm", "weight norm", "two branches", "leaky"])
 def test_a_new_block_learns_however_it_ends(name: str) -> None:
     """What ends its branches first, all of it from the second step on."""
     net = built(name)
@@ -448,6 +473,11 @@ def test_of_stages_in_stages_the_outer_ones_grow() -> None:
             return self.relu(self.bn2(self.conv2(self.inner(x_BCHW))) + x_BCHW)  # type: ignore[no-any-return]
 
     assert find_stages(wrapped(nn.Sequential(Outer(), Outer()))) == {"layer": ("bn2.weight", "bn2.bias")}
+
+
+def test_a_module_that_holds_a_stage_is_no_block() -> None:
+    stages = find_stages(wrapped(nn.Sequential(Stage(), Stage())))
+    assert stages == {f"layer.{i}.blocks": ("conv2.weight", "conv2.bias") for i in range(2)}
 
 
 def test_layers_parametrized_by_others_are_no_blocks() -> None:
