@@ -20,7 +20,7 @@ from elastic.surgery.fresh import draw_he_normal
 from elastic.surgery.layers import list_tensors
 from elastic.surgery.outputs import list_output_tensors
 from elastic.surgery.reindexing import reindex_copy, resize_index
-from elastic.surgery.residual import find_last_tensors, is_sequence
+from elastic.surgery.residual import find_last_tensors, get_last_child, is_sequence
 from elastic.widths.copying import copy_module
 from elastic.widths.discovery import find_widths
 from elastic.widths.inputs import draw_inputs
@@ -41,17 +41,17 @@ def find_stages(model: nn.Module) -> dict[str, tuple[str, ...]]:
     stages: dict[str, tuple[str, ...]] = {}
     for path, module in model.named_modules():
         is_inner = any(path.startswith(_prefix(outer)) for outer, tensors in stages.items() if tensors)
-        if not is_inner and is_sequence(module) and _name_next(module) is not None:
-            stages[path] = find_last_tensors(list(module.children())[-1])
+        if not is_inner and is_sequence(module) and name_next(module) is not None:
+            stages[path] = find_last_tensors(get_last_child(module))
     return {path: tensors for path, tensors in stages.items() if tensors}
 
 
-def _name_next(blocks: nn.Module) -> str | None:
-    """Name the block that would follow the last one; None where that has no number, or there is none."""
-    names = list(blocks._modules)
-    numbered = re.fullmatch(r"(.*?)(\d+)", names[-1]) if names else None
-    name = f"{numbered[1]}{int(numbered[2]) + 1}" if numbered else ""
-    return name if name and name not in names else None
+def name_next(sequence: nn.Module) -> str | None:
+    """Name the module that would follow the last of a sequence; None where that has no number."""
+    names = list(sequence._modules)
+    numbered = re.fullmatch(r"(.*?)(\d+)", names[-1])
+    name = f"{numbered[1]}{int(numbered[2]) + 1}" if numbered else None
+    return None if name in names else name
 
 
 def get_blocks(model: nn.Module, stage: str) -> dict[str, nn.Module]:
@@ -89,7 +89,7 @@ def deepen(
     deeper = _find_deeper_widths(model, widths, stage)
     outputs, count = _compute_outputs(model, widths), len(get_blocks(model, stage))
     generator = generator or torch.Generator().manual_seed(0)
-    block = _make_identity(_get_last(model, stage), stages[stage], generator)
+    block = _make_identity(get_last_child(model.get_submodule(stage)), stages[stage], generator)
     _append(model, stage, block)
     if not all(map(torch.allclose, outputs, _compute_outputs(model, widths))):
         keep_blocks(model, stage, count)
@@ -128,13 +128,8 @@ def keep_blocks(model: nn.Module, stage: str, count: int) -> None:
         del blocks[name]
 
 
-def name_next_block(model: nn.Module, stage: str) -> str:
-    """Name the block that would follow a stage's last one."""
-    return cast(str, _name_next(model.get_submodule(stage)))
-
-
 def get_template_name(model: nn.Module, stage: str, name: str) -> str:
-    """Name the layer or width in a stage's last block but one which one in the last was modelled on."""
+    """Name what a layer or width in a stage's last block was modelled on, in the block before."""
     template, block = (f"{_prefix(stage)}{child}." for child in list(get_blocks(model, stage))[-2:])
     return f"{template}{name.removeprefix(block)}"
 
@@ -155,12 +150,9 @@ def _prefix_last(model: nn.Module, stage: str) -> str:
     return f"{_prefix(stage)}{list(get_blocks(model, stage))[-1]}."
 
 
-def _get_last(model: nn.Module, stage: str) -> nn.Module:
-    return list(get_blocks(model, stage).values())[-1]
-
-
 def _append(model: nn.Module, stage: str, block: nn.Module) -> None:
-    model.get_submodule(stage).add_module(name_next_block(model, stage), block)
+    sequence = model.get_submodule(stage)
+    sequence.add_module(cast(str, name_next(sequence)), block)
 
 
 def _find_deeper_widths(model: nn.Module, widths: Widths, stage: str) -> Widths:
@@ -186,7 +178,7 @@ def _copy_deeper(model: nn.Module, widths: Widths, stage: str) -> tuple[nn.Modul
     """
     single = {name: resize_index(1, 2) for name, width in widths.items() if width.size == 1}
     replica, replica_widths = reindex_copy(model, widths, single)
-    _append(replica, stage, copy.deepcopy(_get_last(replica, stage)))
+    _append(replica, stage, copy.deepcopy(get_last_child(replica.get_submodule(stage))))
     return replica, replica_widths.sizes()
 
 

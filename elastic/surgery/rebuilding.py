@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor, nn
 
 from elastic.errors import StructureError
-from elastic.surgery.depth import count_blocks, deepen, find_stages, keep_blocks, name_next_block
+from elastic.surgery.depth import count_blocks, deepen, find_stages, keep_blocks, name_next
 from elastic.surgery.graphs import release_graphs
 from elastic.surgery.layers import list_depthwise
 from elastic.surgery.reindexing import reindex, resize_index
@@ -58,7 +58,7 @@ def add_blocks(model: nn.Module, widths: Widths, state: Mapping[str, Tensor], pr
     for stage in find_stages(model):
         head = f"{prefix}{stage}." if stage else prefix
         children = {name.removeprefix(head).partition(".")[0] for name in state if name.startswith(head)}
-        while name_next_block(model, stage) in children:
+        while name_next(model.get_submodule(stage)) in children:
             deepen(model, widths, stage)
 
 

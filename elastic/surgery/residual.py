@@ -4,6 +4,7 @@ Each branch ends in a norm with gain and shift, in a scale, or in a convolution 
 """
 
 from collections.abc import Collection
+from typing import cast
 
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
@@ -79,10 +80,15 @@ def is_sequence(module: nn.Module) -> bool:
     return (is_sequential or isinstance(module, nn.ModuleList)) and len(module._modules) > 0
 
 
+def get_last_child(sequence: nn.Module) -> nn.Module:
+    """Get the last module of a sequence; it may stand in it more than once."""
+    return cast(nn.Module, list(sequence._modules.values())[-1])
+
+
 def _holds_blocks(block: nn.Module) -> bool:
     """Tell whether what looks like a block with several branches is a sequence of blocks, or holds one."""
     sequences = (module for module in block.modules() if is_sequence(module))
-    return any(find_last_tensors(list(sequence.children())[-1]) for sequence in sequences)
+    return any(find_last_tensors(get_last_child(sequence)) for sequence in sequences)
 
 
 def _find_factors(node: fx.Node, block: nn.Module) -> tuple[str, ...]:

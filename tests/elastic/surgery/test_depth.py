@@ -535,6 +535,8 @@ def test_norms_without_gain_and_children_without_numbers_are_no_stages() -> None
     assert find_stages(nn.Sequential(block)) == find_stages(named) == {}
     assert find_stages(nn.Sequential(BasicBlock(4, 4, 1))) == {"": ("bn2.weight", "bn2.bias")}
     assert find_stages(nn.Sequential(BasicBlock(4, 8, 1))) == {}, "its shortcut is no identity"
+    block = BasicBlock(4, 4, 1)
+    assert find_stages(nn.Sequential(block, nn.Conv2d(4, 4, 1), block)) == {"": ("bn2.weight", "bn2.bias")}
 
 
 def test_the_stages_there_are_are_named() -> None:
