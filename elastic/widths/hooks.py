@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from elastic.widths.functions import list_contents
 from elastic.widths.leaves import list_versions
 from elastic.widths.parameters import computes_weight
+from elastic.widths.tracing.meta import run_without_data
 
 Hook = Callable[..., Any]
 CONTAINERS = (dict, list, set, deque)
@@ -135,7 +136,8 @@ def _run_watched(hook: Hook, changed: set[str], path: str, module: nn.Module, *v
     """Run a hook on tensors without data; what it returns or writes, and a failure, count as a change."""
     before = list_versions(values)
     try:
-        result = hook(module, *values)
+        with run_without_data():
+            result = hook(module, *values)
     except Exception:  # it may look at numbers, which are not there
         result = None
         changed.add(path)

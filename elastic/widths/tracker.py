@@ -34,7 +34,7 @@ from elastic.widths.parameters import (
 from elastic.widths.stock import Records, unite_attributes
 from elastic.widths.tracing import describe_node
 from elastic.widths.tracing.changing import find_written
-from elastic.widths.tracing.expecting import changes_tensor
+from elastic.widths.tracing.expecting import changes_tensor, is_checked_alone
 from elastic.widths.tracing.graph import shorten
 from elastic.widths.tracing.meta import compute_without_data
 from elastic.widths.tracing.sizes import SizeAttribute
@@ -311,9 +311,11 @@ class AxisTracker:
         return True
 
     def mix(self, axes: Sequence[Axis | None], node: fx.Node, reason: str) -> None:
+        is_read = not is_checked_alone(node)
         for axis in axes:
             if axis is not None:
-                self.elements.mix(axis, f"{describe_node(node)} {reason}")
+                if is_read:
+                    self.elements.mix(axis, f"{describe_node(node)} {reason}")
                 self._recorded.append(axis)
 
     def divide(self, axis: Axis, divisor: int, node: fx.Node, reason: str) -> None:

@@ -184,7 +184,7 @@ FUNCTIONS: dict[Rule, str] = {
         arcsinh arccosh arctanh atan2 arctan2 hypot copysign heaviside logaddexp fmin fmax requires_grad
         xlogy isclose deg2rad rad2deg signbit isposinf isneginf isreal ldexp logaddexp2 nextafter
         log_sigmoid expit entr erfcx erfinv ndtr log_ndtr ndtri xlog1py i0 i0e i1 i1e igamma igammac gammainc
-        gammaincc lgamma gammaln digamma psi zeta""",
+        gammaincc lgamma gammaln digamma psi zeta item is_nonzero""",
     scale: "mul imul multiply div truediv itruediv divide true_divide",
     convert: "to type type_as",
     fill: "ones zeros empty full rand randn new new_ones new_zeros new_empty new_full",
@@ -208,7 +208,7 @@ FUNCTIONS: dict[Rule, str] = {
     reduce_twice: "var_mean std_mean",
     reorder: "flip roll",
     cut_triangle: "tril triu",
-    decide: "expect_same expect_held expect_default assert",
+    decide: "expect_same expect_held expect_passed expect_default assert",
     unbind: "unbind",
     gate_linearly: "glu",
     shuffle_pixels: "pixel_shuffle",
@@ -228,7 +228,8 @@ FUNCTIONS: dict[Rule, str] = {
     measure_distances: "cdist",
     compare: """
         cosine_similarity pairwise_distance mse_loss l1_loss smooth_l1_loss huber_loss kl_div
-        binary_cross_entropy binary_cross_entropy_with_logits soft_margin_loss poisson_nll_loss dist""",
+        binary_cross_entropy binary_cross_entropy_with_logits soft_margin_loss poisson_nll_loss dist
+        allclose equal""",
     attend: "scaled_dot_product_attention",
     reshape_as: "reshape_as view_as",
     unpool: "max_unpool1d max_unpool2d max_unpool3d",

@@ -21,11 +21,13 @@ from torch.utils._pytree import tree_leaves
 
 from elastic.widths.copying import ATOMS
 from elastic.widths.tracing.autocast import REGIONS, Region
+from elastic.widths.tracing.checks import find_passing_answer
 from elastic.widths.tracing.expecting import (
     changes_tensor,
     depends_on_inputs,
     expect_default,
     expect_held,
+    expect_passed,
     expect_same,
     is_drawn,
 )
@@ -203,7 +205,18 @@ class ConcreteTracer(fx.Tracer):
         return AskedProxy(node, self) if self._inputs else fx.Proxy(node, self)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        return bool(self.ask(obj)) if self._inputs else super().to_bool(obj)
+        """Answer what the example's shape decides, and what an error follows the other answer to."""
+        if not self._inputs:
+            return super().to_bool(obj)
+        try:
+            return bool(self.ask(obj))
+        except fx.proxy.TraceError:
+            caller = sys._getframe(2)  # of the proxy's `__bool__`
+            answer = find_passing_answer(caller.f_code, caller.f_lasti)
+            if answer is None:
+                raise
+        self.create_proxy("call_function", expect_passed, (obj, answer), {})
+        return answer
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         value = self._answer(obj.node) if self._inputs else None

@@ -37,6 +37,20 @@ def expect_held(value: object, expected: object) -> None:
         )
 
 
+def expect_passed(value: object, answer: bool) -> None:
+    """Raise StructureError where the data do not pass a check that a network makes.
+
+    Raises:
+        StructureError: the network itself raises an error for them.
+    """
+    if isinstance(value, Tensor) and value.is_meta:  # there are no data
+        return
+    if bool(value) is not answer:
+        raise StructureError(
+            "the network's forward raises an error for this input: run it untraced to see which"
+        )
+
+
 def expect_default(value: object, default: object, name: str) -> None:
     """Raise StructureError where a traced network is given another value than the one it was traced with.
 
@@ -66,6 +80,20 @@ def depends_on_inputs(node: fx.Node) -> bool:
             visited.add(source)
             pending += source.all_input_nodes
     return False
+
+
+def is_checked_alone(node: fx.Node) -> bool:
+    """Tell whether a forward looks at what a node gives to raise an error, and computes nothing with it."""
+    checks = node.graph.find_nodes(op="call_function", target=expect_passed)
+    visited, pending = set(checks), [node] if checks else []
+    while pending:
+        source = pending.pop()
+        if source not in visited:
+            if not source.users:
+                return False
+            visited.add(source)
+            pending += source.users
+    return bool(checks)
 
 
 def is_drawn(node: fx.Node) -> bool:

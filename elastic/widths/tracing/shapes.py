@@ -21,6 +21,7 @@ NORMS = {F.batch_norm, F.group_norm}
 BINARY = {operator.add, operator.iadd, operator.mul, operator.imul, operator.sub, torch.add, torch.mul}
 IN_PLACE = {operator.iadd, operator.imul}
 SPELLED = {"add", "add_", "mul", "mul_", "relu", "relu_", "sigmoid", "sub"}  # methods
+ANSWERS = {torch.allclose, torch.equal, torch.is_nonzero}  # about data
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the number of dimensions
 
 
@@ -38,6 +39,10 @@ def infer_call(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tens
     """Find what a function or a method gives; None where it has to be called."""
     if target is torch.cat:
         return _infer_concatenation(args, kwargs)
+    if target == "item" and _is_known(args[0]):
+        return args[0].reshape(())  # a number that the data decide
+    if target in ANSWERS and any(_is_known(x) for x in args):
+        return torch.empty((), dtype=torch.bool, device="meta")
     if not args or not _is_known(args[0]):
         return None
     first, *others = args
