@@ -96,14 +96,15 @@ class Distil(ElasticCallback):
         shapes = find_output_shapes(self.structure.net, inputs)
         if teacher_shapes != shapes:
             raise TrainingError(
-                f"the teacher's outputs are of {', '.join(map(str, teacher_shapes))}, the network's of "
-                f"{', '.join(map(str, shapes))}: name the run of another"
+                f"the teacher's outputs for an image are of {', '.join(map(str, teacher_shapes))}, the "
+                f"network's of {', '.join(map(str, shapes))}: name the run of another"
             )
         trained = find_training_shapes(self.structure.net, inputs)
-        if trained is not None and trained[: len(shapes)] != shapes:
+        own = [shape[1:] for shape in shapes]
+        if trained is not None and trained[: len(own)] != own:
             raise TrainingError(
                 f"the network's outputs are of {', '.join(map(str, trained))} in training, and of "
-                f"{', '.join(map(str, shapes))} in evaluation, as the teacher's: let those in training begin "
+                f"{', '.join(map(str, own))} in evaluation, as the teacher's: let those in training begin "
                 "with these"
             )
 

@@ -16,6 +16,7 @@ from elastic.ranges import Range, checked
 from elastic.training.history import HISTORY
 from elastic.training.joining import find_structure
 from elastic.training.locating import find_path
+from elastic.widths.copying import copy_module
 from elastic.widths.parameters import recompute_weights
 
 Tensors = Mapping[str, Tensor]
@@ -99,6 +100,7 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if batch_idx == 0 or not self._places:  # the structure changes as an epoch begins
+            self._adopt_modules(pl_module)
             self._places = list_places(self._get_copy(), pl_module)
         step = trainer.global_step
         if step > self._latest_update_step and self.should_update(step_idx=step - 1):
@@ -108,6 +110,7 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         epoch = trainer.current_epoch
+        self._adopt_modules(pl_module)
         if epoch > self._latest_update_epoch and self.should_update(epoch_idx=epoch):
             self._update(pl_module)
             self._latest_update_epoch = epoch
@@ -127,8 +130,13 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
         self._release()
 
     def _swap_models(self, pl_module: L.LightningModule) -> None:
+        self._adopt_modules(pl_module)
         super()._swap_models(pl_module)
         self._is_swapped = not self._is_swapped
+
+    def _copy_average_to_current(self, pl_module: L.LightningModule) -> None:
+        self._adopt_modules(pl_module)
+        super()._copy_average_to_current(pl_module)
 
     @torch.no_grad()
     def _update(self, pl_module: L.LightningModule) -> None:
@@ -181,6 +189,16 @@ class AverageWeights(ElasticCallback, EMAWeightAveraging):
             averages = self._list_networks()
             self.structure.copies[:] = [net for net in self.structure.copies if net not in averages]
             self._average_model, self._places = None, []
+
+    def _adopt_modules(self, pl_module: L.LightningModule) -> None:
+        """Copy modules that a program has added to itself since the average began, as for one of its own."""
+        copy = self._get_copy()
+        paths = {path for path, _ in copy.named_modules()}
+        for path, module in pl_module.named_modules():
+            if path not in paths:
+                parent, _, name = path.rpartition(".")
+                setattr(copy.get_submodule(parent), name, copy_module(module))
+                paths.update(f"{path}.{part}" for part, _ in module.named_modules())
 
     def _get_copy(self) -> nn.Module:
         assert self._average_model is not None

@@ -65,8 +65,10 @@ class Levels(Sequence[nn.Module]):
         self.cuts = [cut_tensors(widths, level) for level in self.sizes]
         below = zip(self.sizes[:-1], self.cuts, strict=False)
         self._levels = [*(make_level(net, widths, level, cut) for level, cut in below), net]
-        shared = {(path, name) for path, name, _ in iterate_shared(net)}
-        self._copied = [[key for key in cut if key in shared and not is_view(cut[key])] for cut in self.cuts]
+        self._shared = {(path, name) for path, name, _ in iterate_shared(net)}
+        self._copied = [
+            [key for key in cut if key in self._shared and not is_view(cut[key])] for cut in self.cuts
+        ]
         self.norms = nn.ModuleList(map(_collect_norms, self._levels[:-1]))
         self._settings: Settings | None = Settings(net, self._levels[:-1])
 
@@ -133,13 +135,17 @@ class Levels(Sequence[nn.Module]):
 
     def _iterate_views(self, k: int) -> Iterator[tuple[str, str, Tensor]]:
         """Iterate over what level k has of the network's tensors: (layer, name, view)."""
-        for path, name, tensor in iterate_shared(self.net):
+        for path, name, tensor in self._iterate_shared():
             yield path, name, take_part(tensor, self.cuts[k].get((path, name), ()))
+
+    def _iterate_shared(self) -> Iterator[tuple[str, str, Tensor]]:
+        """Iterate over the tensors that levels share; they have no modules that a program has added since."""
+        return (item for item in iterate_shared(self.net) if item[:2] in self._shared)
 
     def refresh(self) -> None:
         """Look for the storage again: to be called when tensors have moved (to a device, by surgery)."""
         for k in range(len(self) - 1):
-            self._renew(k, ((path, name) for path, name, _ in iterate_shared(self.net)))
+            self._renew(k, ((path, name) for path, name, _ in self._iterate_shared()))
 
     @torch.no_grad()
     def permute(self, index: Mapping[str, Tensor]) -> None:

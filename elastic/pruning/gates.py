@@ -119,6 +119,14 @@ class Gate(ChannelParametrization):
     def get_dims(self, name: str) -> frozenset[int]:
         return frozenset({self.channel}) if name == "block" else self.dims
 
+    def __call__(self, weight: Tensor) -> Tensor:
+        """Compute without the hooks of all modules.
+
+        Those of torch's FLOP counter ask what a module is given for its gradient's node, which no weight has
+        in inference mode.
+        """
+        return self.forward(weight)
+
     def forward(self, weight: Tensor) -> Tensor:
         # What the program leaves out of a step, by Lightning's toggle_optimizer, its gates are left out of.
         is_trained = weight.requires_grad and not self.is_frozen

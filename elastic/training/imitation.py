@@ -81,24 +81,21 @@ def _widen(output: Tensor) -> Tensor:
 
 @torch.no_grad()
 def find_output_shapes(net: nn.Module, example: Example) -> list[tuple[int, ...]]:
-    """Find the shapes of a network's outputs in evaluation mode, without the batch."""
+    """Find the shapes of a network's outputs in evaluation mode, for the samples of an example."""
     with preserve_modes(net), quiet_hooks(net):
         inputs = list_inputs(example)
         device = next(net.parameters(), inputs[0]).device
         outputs = set_mode(net).forward(*(x.to(device) for x in inputs))
-    return _list_shapes(outputs)
+    return [tuple(tensor.shape) for tensor in list_tensors(outputs)]
 
 
 @torch.no_grad()
 def find_training_shapes(net: nn.Module, example: Example) -> list[tuple[int, ...]] | None:
-    """Find them in training mode; None where they depend on data."""
+    """Find them in training mode, without the batch; None where they depend on data."""
     inputs = [x.new_empty((2, *x.shape[1:]), device="meta") for x in list_inputs(example)]
     try:
         with run_without_data(), quiet_hooks(net):
-            return _list_shapes(set_mode(make_meta_copy(net), True).forward(*inputs))
+            outputs = set_mode(make_meta_copy(net), True).forward(*inputs)
     except Exception:  # the model's own forward runs here: anything may come
         return None
-
-
-def _list_shapes(outputs: Any) -> list[tuple[int, ...]]:
     return [tuple(tensor.shape[1:]) for tensor in list_tensors(outputs)]

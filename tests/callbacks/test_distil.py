@@ -120,8 +120,12 @@ def test_a_teacher_of_other_classes_or_images_is_refused(first: Path, tmp_path: 
     for asked, says in [
         (
             Says(torch.zeros(1, 7)),
-            r"the teacher's outputs are of \(7,\), the network's of \(10,\): name the run of another",
+            r"the teacher's outputs for an image are of \(1, 7\), the network's of \(1, 10\): name the",
         ),
+        (
+            Says(torch.zeros(2, 10)),
+            r"for an image are of \(2, 10\), the network's of \(1, 10\)",
+        ),  # two networks'
         (
             nn.Conv2d(5, 10, 3),
             r"the teacher cannot look at images of \(1, 8, 8\): name the run of one that can",

@@ -1,5 +1,6 @@
 """Programs that make their network, data and inputs in their own ways are followed, or told what to give."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -475,6 +476,50 @@ def test_a_network_that_is_put_in_place_between_two_fits_is_the_one_that_is_foll
     assert structure is not None and structure.net is module.net
     assert structure.start_sizes["0"] == 5 and get_sizes(module)["0"] == module.net[0].out_channels == 8
     module.load_state_dict(module.state_dict())  # and no hook of the one before hinders it
+
+
+class Collected(nn.Module):
+    """Says in evaluation what the networks say that it was after each epoch, arXiv 1704.00109."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.core = make_network()
+        self.kept = nn.ModuleList()
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        nets = [self.core] if self.training or not len(self.kept) else [*self.kept]
+        return torch.stack([net(x_BCHW) for net in nets]).mean(0)
+
+
+class Collecting(Program):
+    def __init__(self) -> None:
+        super().__init__(Collected())
+
+    def on_train_epoch_end(self) -> None:
+        self.net.kept.append(copy.deepcopy(self.net.core))
+
+
+def test_levels_go_on_beside_modules_that_a_program_adds() -> None:
+    program = Collecting()
+    fit(program, [TrainJointly([0.5])], max_epochs=3)
+    structure = find_structure(program)
+    assert structure is not None and structure.levels is not None and len(program.net.kept) == 3
+    x_NCHW, _ = make_data().tensors
+    assert structure.levels[0].eval()(x_NCHW).shape == (len(x_NCHW), 4)
+    program.net.train()
+    structure.levels.run(0, x_NCHW).sum().backward()
+    assert program.net.core[0].weight.grad.any()
+
+
+def test_an_average_has_the_modules_that_a_program_adds() -> None:
+    trained = []
+    for callbacks in ([], [AverageWeights(decay=0.0)]):  # which is what is trained
+        torch.manual_seed(0)
+        program = Collecting()
+        fit(program, callbacks, max_epochs=3)
+        trained.append(program.eval())
+    x_NCHW, _ = make_data().tensors
+    torch.testing.assert_close(*(program(x_NCHW) for program in trained))
 
 
 def test_a_second_network_is_refused() -> None:

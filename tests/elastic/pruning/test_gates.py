@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
+from torch.utils.flop_counter import FlopCounterMode
 
 from elastic.pruning import gates
 from elastic.pruning.compaction import compact
@@ -708,3 +709,13 @@ def test_a_block_is_one_gate_whatever_becomes_of_its_outputs(data: st.DataObject
             and gate.block.unique(return_counts=True)[1].max() <= BLOCK
         )
     assert any(0 < int((gate.score > 0).sum()) < gate.score.numel() for gate in found(net).values())
+
+
+@torch.inference_mode()
+def test_torchs_counter_of_operations_counts_a_gated_network() -> None:
+    counts = []
+    for net in (network(), gated_network("kernel")[0]):
+        with FlopCounterMode(display=False) as counter:
+            net(X)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
