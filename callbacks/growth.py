@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_warn
 
 from elastic.callbacks.base import ElasticCallback
 from elastic.errors import OptionError
@@ -177,6 +178,11 @@ class GrowOnSaturation(ElasticCallback):
             for stage, count in count_blocks(structure.net).items()
             if stage in self.stages and not is_frozen(structure.net, structure.widths, stage)
         }
+        if frozen and not sizes and not blocks:
+            rank_zero_warn(
+                f"the network does not grow: {', '.join(sorted({*frozen.values()}))} "
+                "are not trained (requires_grad=False), and stay as they are"
+            )
         grown = self.amount.propose(sizes, structure.start_sizes)
         return grown, self.amount.deepen(blocks, structure.start_depth)
 

@@ -10,15 +10,19 @@ from elastic.widths.parameters import get_original
 from elastic.widths.width import Widths
 
 
-def find_frozen_widths(model: nn.Module, widths: Widths) -> set[str]:
-    """Find the widths of which a parameter is not trained: neither to be grown nor to be pruned."""
-    frozen = set()
+def find_frozen_widths(model: nn.Module, widths: Widths) -> dict[str, str]:
+    """Find the widths of which a parameter is not trained: neither to be grown nor to be pruned.
+
+    Returns:
+        of each such width, the path of a parameter that is not trained.
+    """
+    frozen = dict[str, str]()
     for name, width in widths.items():
-        slots = [slot for slot in width.slots if is_stored(slot.tensor)]
-        tensors = (get_original(model.get_submodule(slot.module), slot.tensor) for slot in slots)
-        is_untrained = any(slot.module in widths.untrained for slot in slots)
-        if is_untrained or any(isinstance(p, nn.Parameter) and not p.requires_grad for p in tensors):
-            frozen.add(name)
+        for slot in (slot for slot in width.slots if is_stored(slot.tensor)):
+            tensor = get_original(model.get_submodule(slot.module), slot.tensor)
+            is_untrained = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+            if is_untrained or slot.module in widths.untrained:
+                frozen.setdefault(name, f"{slot.module}.{slot.tensor}")
     return frozen
 
 

@@ -91,7 +91,7 @@ def _pick_network(module: L.LightningModule, network: str | None) -> nn.Module:
         except AttributeError as error:
             names = ", ".join(name for name, _ in module.named_children())
             raise TrainingError(f"the module has no '{network}': name its network, one of {names}") from error
-    candidates = {name: child for name, child in module.named_children() if list(child.parameters())}
+    candidates = _list_candidates(module)
     if not candidates:
         raise TrainingError(
             f"{type(module).__name__} has no child with parameters yet: make its network in __init__, which "
@@ -105,6 +105,20 @@ def _pick_network(module: L.LightningModule, network: str | None) -> nn.Module:
             "itself"
         )
     return next(iter(candidates.values()))
+
+
+def _list_candidates(module: nn.Module) -> dict[str, nn.Module]:
+    """List the children that have parameters, but for those that hold another, as a loss may, and no more."""
+    children = {name: child for name, child in module.named_children() if list(child.parameters())}
+    held = {name: set(child.parameters()) for name, child in children.items()}
+    return {
+        name: child
+        for name, child in children.items()
+        if not any(
+            other is not child and other in child.modules() and held[key] == held[name]
+            for key, other in children.items()
+        )
+    }
 
 
 def find_example(trainer: L.Trainer, module: L.LightningModule, net: nn.Module) -> Example:

@@ -463,6 +463,29 @@ def test_frozen_layers_are_neither_pruned_nor_grown() -> None:
     assert not any(path == "0" for path, _, _ in iterate_gates(structure.net))
 
 
+def test_a_network_that_does_not_grow_since_it_is_frozen_says_so() -> None:
+    module = make_program()
+    module.net[0].weight.requires_grad_(False)
+    module.net[3].weight.requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"does not grow: 0\.weight, 3\.weight are not trained"):
+        fit(module, [grow()], max_epochs=4)
+    assert structure_of(module).widths.sizes() == {"0": 6, "3": 8}
+
+
+def test_a_loss_that_holds_the_network_is_no_second_one() -> None:
+    """As one that weighs its parameters does."""
+
+    class Held(Program):
+        def __init__(self) -> None:
+            super().__init__()
+            self.loss = nn.ModuleDict({"of": self.net})
+
+    module = make_program(Held)
+    fit(module, [grow()], max_epochs=4)
+    structure = structure_of(module)
+    assert structure.net is module.net and structure.widths["0"].size == 9
+
+
 @pytest.mark.parametrize("monitor", ["val/acc", "val_loss"])
 @pytest.mark.parametrize(
     ("options", "said"),
