@@ -1,6 +1,7 @@
 """Trace a model with torch.fx: without its data, in one mode or in both."""
 
 from elastic.widths.tracing.by_mode import list_graphs
+from elastic.widths.tracing.checks import PassingChecks
 from elastic.widths.tracing.graph import (
     describe_node,
     get_layer,
@@ -18,6 +19,7 @@ from elastic.widths.tracing.norms import find_following_norms
 
 __all__ = [
     "BATCH_NORM",
+    "PassingChecks",
     "describe_node",
     "drop_data",
     "find_following_norms",

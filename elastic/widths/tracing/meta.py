@@ -1,6 +1,5 @@
 """Copy a model without its data."""
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -12,13 +11,12 @@ from torch import Tensor, fx, nn
 from torch.distributions import Distribution
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils.parametrizations import _SpectralNorm
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from elastic.errors import StructureError
 from elastic.widths.copying import copy_module
 from elastic.widths.parameters import get_kind, list_spectral_norms
-from elastic.widths.tracing.checks import find_passing_answer
+from elastic.widths.tracing.checks import PassingChecks
 from elastic.widths.tracing.shapes import infer_call, infer_each, infer_layer, infer_norm
 
 # What makes tensors of numbers that a forward may compute sizes with; they have at most so many.
@@ -228,18 +226,11 @@ def run_without_data() -> Iterator[None]:
         yield
 
 
-class _WithoutData(TorchFunctionMode):
-    """Call each function as a forward does that runs without data, and passes the checks that it makes."""
+class _WithoutData(PassingChecks):
+    """Call each function as a forward does that runs without data."""
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if func is Tensor.__bool__ and args[0].is_meta:
-            caller = sys._getframe(1)
-            answer = find_passing_answer(caller.f_code, caller.f_lasti)
-            if answer is not None:
-                return answer
-        return _call(func, args, kwargs or {})
+    def call(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        return _call(func, args, kwargs)
 
 
 def refuse_compiled(model: nn.Module) -> None:

@@ -27,6 +27,8 @@ from elastic.pruning.compaction import compact
 from elastic.pruning.gates import attach_gates, iterate_gates
 from elastic.widths.discovery import discover
 from elastic.widths.leaves import list_tensors
+from tests.elastic.widths.checks import assert_finite
+from tests.elastic.widths.odd import between
 from tests.elastic.zoo import randomised
 
 X = torch.randn(1, 3, 8, 8)
@@ -216,6 +218,14 @@ def test_what_load_returns_is_exported_with_what_it_says(tmp_path: Path) -> None
     elastic.export(network, torch.zeros(1, 1, 8, 8), tmp_path / "net.pt2")
     torch.export.load(tmp_path / "net.pt2", extra_files=extra)
     assert json.loads(extra["about.json"]) == network.about
+
+
+@pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=pytest.mark.slow)])
+def test_checks_of_the_data_are_left_out(suffix: str, tmp_path: Path) -> None:
+    net = randomised(between(assert_finite)).eval()
+    for name, checked in {"plain": net, "modules": attach_modules(net, discover(net, X)).eval()}.items():
+        assert export(checked, X, tmp_path / f"{name}{suffix}") < TOLERANCE
+        assert run(tmp_path / f"{name}{suffix}", torch.full_like(X, torch.nan)).isnan().all()
 
 
 class Choice(nn.Module):
