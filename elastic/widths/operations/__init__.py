@@ -184,7 +184,7 @@ FUNCTIONS: dict[Rule, str] = {
         arcsinh arccosh arctanh atan2 arctan2 hypot copysign heaviside logaddexp fmin fmax requires_grad
         xlogy isclose deg2rad rad2deg signbit isposinf isneginf isreal ldexp logaddexp2 nextafter
         log_sigmoid expit entr erfcx erfinv ndtr log_ndtr ndtri xlog1py i0 i0e i1 i1e igamma igammac gammainc
-        gammaincc lgamma gammaln digamma psi zeta item is_nonzero""",
+        gammaincc lgamma gammaln digamma psi zeta item is_nonzero numpy""",
     scale: "mul imul multiply div truediv itruediv divide true_divide",
     convert: "to type type_as",
     fill: "ones zeros empty full rand randn new new_ones new_zeros new_empty new_full",

@@ -109,6 +109,8 @@ def set_item(tracker: Tracker, node: fx.Node) -> Axes:
     """Follow what is written into a part of a tensor: its channels are those of the part."""
     _, index, value = node.args
     axes = get_axes(get_input(node))
+    if isinstance(index, fx.Node) and getattr(get_value(index), "dtype", None) == torch.bool:
+        return _write_where(tracker, node, axes, index, value)
     part = _index(tracker, node, axes, index)
     tracker.drop([*axes, *part])
     if isinstance(value, fx.Node):
@@ -118,6 +120,18 @@ def set_item(tracker: Tracker, node: fx.Node) -> Axes:
                 tracker.unite(axis, other, node)
             else:
                 tracker.fix([other], node, "broadcasts one channel over many")
+    return ()
+
+
+def _write_where(tracker: Tracker, node: fx.Node, axes: Axes, mask: fx.Node, value: object) -> Axes:
+    """Follow one value that is written wherever a mask has it: `x[x < 0] = 0`."""
+    if isinstance(value, fx.Node) and get_shape(value):
+        raise NotFollowed("writes a list of entries")
+    own = get_axes(mask)
+    tracker.drop([*axes, *own])
+    for axis, other in zip(axes, own, strict=False):
+        if axis is not None or other is not None:
+            tracker.unite(axis, other, node)
     return ()
 
 

@@ -1,31 +1,40 @@
-"""Find the way past a check of the data: `assert x.isfinite().all()`, or an `if` that raises an error."""
+"""Find the way past a check of the data: `assert x.isfinite().all()`, an `if` that raises an error or warns."""
 
 import dis
 import re
 import sys
 from collections.abc import Callable
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 JUMP = re.compile(r"POP_JUMP_(?:FORWARD_)?IF_(TRUE|FALSE)")
 ALWAYS = re.compile(r"JUMP_(?:FORWARD|BACKWARD|BACKWARD_NO_INTERRUPT|ABSOLUTE)")
-# More than to raise an error; what is kept in a function's own names ends with it.
-LEAVES = re.compile(r"STORE_(?!FAST).*|RETURN_.*|YIELD_.*")
-
+ENDS = re.compile(r"(?:RETURN|YIELD)_.*")
+STORES = re.compile(r"(?:STORE|DELETE)_.*")  # those in a function's own names end with an error
+REPORTERS = ("print", "warnings", "warn", "logging", "logger", "log", "LOGGER", "_logger", "rank_zero_warn")
 HANDLER = "__torch_function__"
 
 
-def find_passing_answer(code: CodeType, offset: int) -> bool | None:
-    """Tell which answer to a question that code asks goes on, where the other one raises an error.
+class Passing(NamedTuple):
+    """Say how code goes on that asks about the data.
+
+    Attributes:
+        answer: with which it does; with the other one it raises an error, or only reports something.
+        raises: whether it raises an error.
+    """
+
+    answer: bool
+    raises: bool
+
+
+def find_passing(code: CodeType, offset: int) -> Passing | None:
+    """Find how code goes on that asks a question; None where it does something by either answer.
 
     Args:
         offset: where the code asks, as a frame's `f_lasti` has it.
-
-    Returns:
-        None where neither does, or both do, or the question does not decide where the code goes.
     """
     instructions = list(dis.get_instructions(code))
     places = {instruction.offset: i for i, instruction in enumerate(instructions)}
@@ -34,10 +43,13 @@ def find_passing_answer(code: CodeType, offset: int) -> bool | None:
     jump = JUMP.fullmatch(instructions[place].opname)
     if jump is None:
         return None
-    raises_there = _raises(instructions, places, places[instructions[place].argval])
-    if raises_there == _raises(instructions, places, place + 1):
-        return None
-    return (jump[1] == "TRUE") != raises_there
+    here, there, jumps_if = place + 1, places[instructions[place].argval], jump[1] == "TRUE"
+    raises_here, raises_there = (_raises(instructions, places, start) for start in (here, there))
+    if raises_here != raises_there:
+        return Passing(jumps_if == raises_here, raises=True)
+    if _reports(instructions, here, there):
+        return Passing(jumps_if, raises=False)
+    return Passing(not jumps_if, raises=False) if _reports(instructions, there, here) else None
 
 
 class PassingChecks(TorchFunctionMode):
@@ -50,9 +62,9 @@ class PassingChecks(TorchFunctionMode):
             caller: FrameType | None = sys._getframe(1)
             while caller is not None and caller.f_code.co_name == HANDLER:  # of another mode
                 caller = caller.f_back
-            answer = None if caller is None else find_passing_answer(caller.f_code, caller.f_lasti)
-            if answer is not None:
-                return answer
+            passing = None if caller is None else find_passing(caller.f_code, caller.f_lasti)
+            if passing is not None:
+                return passing.answer
         return self.call(func, args, kwargs or {})
 
     def call(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -69,10 +81,36 @@ def _raises(instructions: list[dis.Instruction], places: dict[int, int], start: 
         if place in visited or name == "RAISE_VARARGS":
             continue
         visited.add(place)
-        if LEAVES.fullmatch(name):
+        if ENDS.fullmatch(name) or (STORES.fullmatch(name) and name != "STORE_FAST"):
             return False
         if code in dis.hasjrel or code in dis.hasjabs:
             pending.append(places[instructions[place].argval])
         if not ALWAYS.fullmatch(name):
             pending.append(place + 1)
     return True
+
+
+def _reports(instructions: list[dis.Instruction], start: int, other: int) -> bool:
+    """Tell whether code prints, warns or logs, in statements of their own, and goes on as other code does."""
+    named = ""
+    for place in range(start, len(instructions)):
+        name, code = instructions[place].opname, instructions[place].opcode
+        if code in dis.hasjrel or code in dis.hasjabs or ENDS.fullmatch(name) or STORES.fullmatch(name):
+            return False
+        if name == "POP_TOP":
+            if named not in REPORTERS or _goes_on_alike(instructions, place + 1, other):
+                return named in REPORTERS
+            named = ""
+        elif name.startswith("LOAD_"):  # first of a statement, what it calls
+            named = named or str(instructions[place].argval)
+    return False
+
+
+def _goes_on_alike(instructions: list[dis.Instruction], start: int, other: int) -> bool:
+    """Tell whether code is the same at two places until it ends or jumps back."""
+    for ours, theirs in zip(instructions[start:], instructions[other:], strict=False):
+        if (ours.opname, ours.argval) != (theirs.opname, theirs.argval):
+            return False
+        if start == other or ENDS.fullmatch(ours.opname) or ALWAYS.fullmatch(ours.opname):
+            return True
+    return False

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from elastic.widths.copying import ATOMS
 from elastic.widths.tracing.autocast import REGIONS, Region
-from elastic.widths.tracing.checks import find_passing_answer
+from elastic.widths.tracing.checks import find_passing
 from elastic.widths.tracing.expecting import (
     changes_tensor,
     depends_on_inputs,
@@ -205,18 +205,19 @@ class ConcreteTracer(fx.Tracer):
         return AskedProxy(node, self) if self._inputs else fx.Proxy(node, self)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        """Answer what the example's shape decides, and what an error follows the other answer to."""
+        """Answer what the example's shape decides, and what is asked only to raise an error, or to report."""
         if not self._inputs:
             return super().to_bool(obj)
         try:
             return bool(self.ask(obj))
         except fx.proxy.TraceError:
             caller = sys._getframe(2)  # of the proxy's `__bool__`
-            answer = find_passing_answer(caller.f_code, caller.f_lasti)
-            if answer is None:
+            passing = find_passing(caller.f_code, caller.f_lasti)
+            if passing is None:
                 raise
-        self.create_proxy("call_function", expect_passed, (obj, answer), {})
-        return answer
+        if passing.raises:
+            self.create_proxy("call_function", expect_passed, (obj, passing.answer), {})
+        return passing.answer
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         value = self._answer(obj.node) if self._inputs else None

@@ -39,6 +39,8 @@ def infer_call(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tens
     """Find what a function or a method gives; None where it has to be called."""
     if target is torch.cat:
         return _infer_concatenation(args, kwargs)
+    if target == "numpy" and _is_known(args[0]):
+        return args[0].detach()  # which the forward can only keep
     if target == "item" and _is_known(args[0]):
         return args[0].reshape(())  # a number that the data decide
     if target in ANSWERS and any(_is_known(x) for x in args):

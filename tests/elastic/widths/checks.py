@@ -1,9 +1,13 @@
 """Forwards that check their maps, in a module whose assertions stay as they are written."""
 
+import logging
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 def assert_finite(m: Any, y: Tensor) -> Tensor:
@@ -57,3 +61,29 @@ CHECKS = (
     *(assert_finite, assert_with_a_message, assert_several, assert_equal),
     *(raise_error, raise_unless, raise_in_a_loop),
 )
+
+
+def print_a_line(m: Any, y: Tensor) -> Tensor:
+    if torch.isnan(y).any():
+        print("no numbers", y.shape)
+    return y
+
+
+def warn_and_log(m: Any, y: Tensor) -> Tensor:
+    if not torch.isfinite(y).all():
+        warnings.warn(f"{y.mean()} is no number", stacklevel=2)
+        logger.error("in %s", y.shape)
+    return y * 2
+
+
+def report(y: Tensor) -> None:
+    if y.abs().max() > 1e6:
+        print("large")
+
+
+def call_a_report(m: Any, y: Tensor) -> Tensor:
+    report(y)
+    return y
+
+
+REPORTS = (print_a_line, warn_and_log, call_a_report)

@@ -10,7 +10,7 @@ from elastic.dynamic import attach_modules, make_skipping
 from elastic.errors import StructureError
 from elastic.surgery.reindexing import grow_index, reindex
 from elastic.widths.discovery import discover
-from tests.elastic.widths.checks import CHECKS
+from tests.elastic.widths.checks import CHECKS, REPORTS
 from tests.elastic.widths.odd import Forward, between
 from tests.elastic.zoo import conv
 
@@ -19,7 +19,7 @@ NAN = torch.full_like(X, torch.nan)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("check", [*CHECKS, *REPORTS])
 def test_a_network_that_checks_its_maps_is_followed(check: Forward) -> None:
     torch.manual_seed(0)
     net = between(check).eval()
@@ -42,6 +42,15 @@ def test_its_kernels_can_be_switched_and_it_goes_on_checking(check: Forward) -> 
     with pytest.raises(StructureError, match="forward raises an error for this input"):
         skipping(NAN)
     assert not isinstance(own.value, StructureError)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("report", REPORTS)
+def test_what_a_forward_only_reports_hinders_no_graph(report: Forward) -> None:
+    torch.manual_seed(0)
+    net = between(report).eval()
+    skipping = make_skipping(attach_modules(net, discover(net, X)).eval())
+    assert skipping(NAN).isnan().all()
 
 
 def refuse_nan(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -83,14 +92,47 @@ def keep_before(m: Any, y: Tensor) -> Tensor:
     return y
 
 
+def report_and_change(m: Any, y: Tensor) -> Tensor:
+    if y.mean() > 0:
+        print("positive")
+        y = y * 2
+    return y
+
+
+def call_its_own(m: Any, y: Tensor) -> Tensor:
+    if y.mean() > 0:
+        m.train(print is None)
+    return y
+
+
+def report_either_way(m: Any, y: Tensor) -> Tensor:
+    if y.mean() > 0:
+        print("positive")
+    else:
+        print("negative")
+    return y
+
+
 def raise_always(m: Any, y: Tensor) -> Tensor:
     if y.mean() > 0:
         raise ValueError
     raise TypeError
 
 
-@pytest.mark.parametrize("choose", [go_on, return_early, repeat, keep_before, raise_always])
-def test_what_decides_more_than_whether_an_error_is_raised_is_refused(choose: Forward) -> None:
+@pytest.mark.parametrize(
+    "choose",
+    [
+        go_on,
+        return_early,
+        repeat,
+        keep_before,
+        raise_always,
+        report_and_change,
+        call_its_own,
+        report_either_way,
+    ],
+)
+def test_what_decides_more_is_refused(choose: Forward) -> None:
     with pytest.raises(StructureError, match="what depends on the data"):
         discover(between(choose), X)
 

@@ -467,7 +467,12 @@ def keep_in_a_list(m: Any, y: Tensor) -> Tensor:
     return y
 
 
-@pytest.mark.parametrize("keep", [keep_alone, keep_in_training, keep_in_a_list])
+def keep_as_an_array(m: Any, y: Tensor) -> Tensor:
+    m.aux = m.side(y).detach().cpu().numpy()
+    return y
+
+
+@pytest.mark.parametrize("keep", [keep_alone, keep_in_training, keep_in_a_list, keep_as_an_array])
 def test_what_a_forward_keeps_for_the_program_alone_stays_as_wide(keep: Forward) -> None:
     net = between(keep, side=nn.Sequential(nn.Conv2d(8, 4, 1), nn.ReLU(), nn.Conv2d(4, 3, 1)))
     net.kept = []

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from elastic import Levels, discover, grow_index, reindex
 from elastic.errors import StructureError
+from elastic.pruning.compaction import compact
 from elastic.pruning.gates import Grain, attach_gates, iterate_gates
 from elastic.surgery.fresh import random
 from elastic.widths.discovery import find_widths
@@ -328,3 +329,45 @@ def test_what_is_changed_may_be_called_as_a_view_is() -> None:
 
     widths = find_widths(Named(), X, torch.ones(2))
     assert list(widths) == ["stem"] and widths.written == {""}
+
+
+def cut_below(m: nn.Module, y: Tensor) -> Tensor:
+    y[y < 0] = 0
+    return y
+
+
+def fill_up(m: nn.Module, y: Tensor) -> Tensor:
+    """Zeros, of channels that are off, too."""
+    y[y <= 0] = 0.5
+    return y
+
+
+def fill_with_a_tensor(m: nn.Module, y: Tensor) -> Tensor:
+    y[torch.isnan(y) | (y > 1)] = y.new_tensor(0.25)
+    return y
+
+
+def leave_samples_out(m: nn.Module, y: Tensor) -> Tensor:
+    y[torch.arange(len(y), device=y.device) > 0] = 0
+    return y
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("write", [cut_below, fill_up, fill_with_a_tensor, leave_samples_out])
+def test_one_value_written_where_a_mask_has_it_leaves_channels_free(
+    write: Callable[[nn.Module, Tensor], Tensor],
+) -> None:
+    torch.manual_seed(0)
+    net = between(write).eval()
+    expected = net(X)
+    widths = discover(net, X, check=True)
+    assert set(widths) == {"stem", "last"}
+    order = torch.randperm(8)
+    reindex(net, widths, {"stem": order})
+    torch.testing.assert_close(net(X), expected)
+    attach_gates(net, widths, "channel")
+    next(gate for path, _, gate in iterate_gates(net) if path == "stem").score[:3] = -1
+    expected = net(X)
+    compacted = compact(net, X)
+    assert compacted.stem.out_channels == 5
+    torch.testing.assert_close(compacted(X), expected)
