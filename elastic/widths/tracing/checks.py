@@ -1,4 +1,4 @@
-"""Find the way past a check of the data: `assert x.isfinite().all()`, an `if` that raises an error or warns."""
+"""Find the way past a check of data: `assert x.isfinite().all()`, an `if` that raises an error or warns."""
 
 import dis
 import re
