@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 JUMP = re.compile(r"POP_JUMP_(?:FORWARD_)?IF_(TRUE|FALSE)")
@@ -16,6 +16,7 @@ ENDS = re.compile(r"(?:RETURN|YIELD)_.*")
 STORES = re.compile(r"(?:STORE|DELETE)_.*")  # those in a function's own names end with an error
 REPORTERS = ("print", "warnings", "warn", "logging", "logger", "log", "LOGGER", "_logger", "rank_zero_warn")
 HANDLER = "__torch_function__"
+WITH_DATA = (Tensor, nn.Parameter)  # what torch.export has in their place are others
 
 
 class Passing(NamedTuple):
@@ -53,12 +54,12 @@ def find_passing(code: CodeType, offset: int) -> Passing | None:
 
 
 class PassingChecks(TorchFunctionMode):
-    """Answer a forward's checks, as a trace does that has no data to answer them from."""
+    """Answer a forward's checks of what has no data; a tensor that has some answers for itself."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if func is Tensor.__bool__:
+        if func is Tensor.__bool__ and (type(args[0]) not in WITH_DATA or args[0].is_meta):
             caller: FrameType | None = sys._getframe(1)
             while caller is not None and caller.f_code.co_name == HANDLER:  # of another mode
                 caller = caller.f_back

@@ -67,6 +67,19 @@ def test_a_hook_may_check_a_layers_maps() -> None:
         net(NAN)
 
 
+def refuse_early(module: Any, args: Any, output: Tensor) -> None:
+    if not module.is_ready:
+        raise RuntimeError
+
+
+@pytest.mark.parametrize("is_ready", [True, False])
+def test_a_number_that_a_layer_holds_answers_for_itself(is_ready: bool) -> None:
+    net = between(lambda m, y: m.side(y), side=conv(8, 8)).eval()
+    net.side.register_buffer("is_ready", torch.tensor(is_ready))
+    net.side.register_forward_hook(refuse_early)
+    assert ("side" in discover(net, X)) == is_ready
+
+
 def go_on(m: Any, y: Tensor) -> Tensor:
     if y.mean() > 0:
         y = y * 2
